@@ -1,0 +1,22 @@
+"""fitune fine-tunes open large language models on the hardware that you have.
+
+    import fitune
+    fitune.train(model="models/llama", data=["rows.jsonl"], method="lora", output="runs/first")
+    fitune.generate("runs/first", "你好")
+
+This module is only a door: what it offers is loaded when it is first used, so that `fitune --help` loads no torch.
+"""
+
+from importlib import import_module, metadata
+from typing import Any
+
+__version__ = metadata.version("fitune")
+__all__ = ["FituneError", "Result", "Tuned", "__version__", "generate", "load", "load_model", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FituneError":
+        return import_module("fitune.errors").FituneError
+    if name in __all__:
+        return getattr(import_module("fitune.api"), name)
+    raise AttributeError(f"module 'fitune' has no attribute {name!r}")

@@ -1,0 +1,347 @@
+"""The run folder: every file name of a run stands here, and every write is atomic.
+
+    RUN/
+      config.yaml  environment.json  template.json  plan.json  data.json  before.json   at the start
+      tokenizer/                     the tokenizer's files
+      steps.jsonl                    one StepRecord a line
+      checkpoints/step-000120/       trainable, optimizer and RNG tensors, state.json; last MANIFEST.json
+      adapter/                       the result, in PEFT's format
+      answers.json  result.json  report.html       at the end
+
+A checkpoint is written into a temporary folder, each file synced, its manifest of SHA-256 sums last, and then the folder
+is renamed. What has no manifest, or does not match it, does not count: resume falls back to the last whole one.
+Files are safetensors and JSON; nothing is ever pickled or unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fitune import optim
+from fitune.config import RunConfig, build
+from fitune.errors import RunFolderError
+from fitune.records import StepRecord
+
+MANIFEST = "MANIFEST.json"
+TEMPORARY = ".tmp-"
+
+
+@contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """A write that fails is told as what it is: a full disk, or a folder that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise RunFolderError(
+            f"{folder}: {'the disk is full' if full else 'cannot be written'}",
+            received=error.strerror or str(error),
+            fix="free some space or choose another --output, then go on with --resume; earlier checkpoints are whole",
+        ) from error
+    except Exception as error:
+        # safetensors writes from Rust and wraps the operating system's error into its own
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise RunFolderError(
+            f"{folder}: cannot be written (is the disk full?)",
+            received=str(error),
+            fix="free some space, then go on with --resume; earlier checkpoints are whole",
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or a folder's entries, onto the disk; some systems cannot open a folder."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+    try:
+        handle = os.open(path, flags)
+    except OSError:
+        if path.is_dir():
+            return
+        raise
+    try:
+        with suppress(OSError) if path.is_dir() or os.name == "nt" else _nothing():
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
+    with disk(path.parent):
+        temporary = path.with_name(f"{TEMPORARY}{path.name}")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON, atomically."""
+    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint as read: what `save` was given."""
+
+    step: int
+    trainable: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    optimizer_scalars: dict[str, Any]
+    rng: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class RunFolder:
+    """A run's folder. See the module's text for what lies in it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The result, in PEFT's format."""
+        return self.path / "adapter"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's files."""
+        return self.path / "tokenizer"
+
+    @property
+    def steps(self) -> Path:
+        """One JSON line per optimizer step."""
+        return self.path / "steps.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.path / "report.html"
+
+    # ---- creation and small files ----
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            RunFolderError: there is something in it already.
+        """
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunFolderError(
+                f"{self.path}: is not empty; nothing of yours is overwritten",
+                fix="choose another --output, or go on with this run: --resume",
+            )
+        with disk(self.path):
+            self.checkpoints.mkdir(parents=True)
+
+    def write(self, name: str, value: Any) -> None:
+        """A JSON file of the run, by its bare name."""
+        write_json(self.path / f"{name}.json", value)
+
+    def read(self, name: str) -> Any:
+        """A JSON file of the run.
+
+        Raises:
+            RunFolderError: it is not there, or is broken.
+        """
+        path = self.path / f"{name}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunFolderError(
+                f"{self.path}: no {name}.json", expected="a run folder that fitune train wrote", fix="check the path"
+            ) from None
+        except ValueError as error:
+            raise RunFolderError(f"{path}: broken", received=str(error)) from None
+
+    def has(self, name: str) -> bool:
+        """Is that JSON file there?"""
+        return (self.path / f"{name}.json").is_file()
+
+    def write_config(self, config: RunConfig) -> None:
+        """The resolved config, every default written out."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+        write_atomic(self.path / "config.yaml", text)
+
+    def read_config(self) -> RunConfig:
+        """The config that the run was started with.
+
+        Raises:
+            RunFolderError: this is no run folder.
+        """
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            raise RunFolderError(
+                f"{self.path}: not a run folder (no config.yaml)", fix="give the folder that --output named"
+            )
+        return build(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+    # ---- steps ----
+
+    def append_step(self, record: StepRecord) -> None:
+        """One more line of steps.jsonl."""
+        with disk(self.path), self.steps.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(record.as_dict()) + "\n")
+
+    def read_steps(self) -> list[StepRecord]:
+        """The steps so far; a last line that was cut off by a crash is left out."""
+        if not self.steps.is_file():
+            return []
+        records = []
+        for line in self.steps.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, TypeError):
+                records.append(StepRecord(**json.loads(line)))
+        return records
+
+    def truncate_steps(self, last: int) -> None:
+        """Forget what was logged after the checkpoint that a run goes on from."""
+        kept = [json.dumps(record.as_dict()) for record in self.read_steps() if record.step <= last]
+        write_atomic(self.steps, "".join(f"{line}\n" for line in kept))
+
+    # ---- checkpoints ----
+
+    def save(
+        self,
+        step: int,
+        parameters: Mapping[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Any],
+    ) -> Path:
+        """A checkpoint after `step` optimizer steps, whole or not at all.
+
+        Raises:
+            RunFolderError: the disk is full, or the folder cannot be written; earlier checkpoints stay.
+        """
+        final = self.checkpoints / f"step-{step:06d}"
+        temporary = self.checkpoints / f"{TEMPORARY}{final.name}"
+        tensors, scalars = optim.state_tensors(optimizer, parameters)
+        with disk(self.checkpoints):
+            self._clean()
+            temporary.mkdir()
+            try:
+                save_file(
+                    {name: p.detach().cpu().contiguous() for name, p in parameters.items()},
+                    temporary / "trainable.safetensors",
+                )
+                save_file(tensors, temporary / "optimizer.safetensors")
+                save_file(_rng_state(), temporary / "rng.safetensors")
+                text = json.dumps({"step": step, "optimizer": scalars, **state})
+                (temporary / "state.json").write_text(text, encoding="utf-8")
+                _seal(temporary)
+                if final.exists():  # a resumed run comes by here again
+                    shutil.rmtree(final)
+                temporary.replace(final)
+                _sync(self.checkpoints)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        return final
+
+    def _clean(self) -> None:
+        """Remove what a killed save left."""
+        for leftover in self.checkpoints.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def whole_checkpoints(self) -> list[Path]:
+        """Checkpoints whose files match their manifest, the newest first."""
+        return [path for path in sorted(self.checkpoints.glob("step-*"), reverse=True) if is_whole(path)]
+
+    def prune(self, keep_last: int, best: int | None) -> None:
+        """Remove all checkpoints but the newest `keep_last` and the best one."""
+        steps = sorted(self.checkpoints.glob("step-*"), reverse=True)
+        for path in steps[keep_last:]:
+            if path.name != f"step-{best or 0:06d}":
+                shutil.rmtree(path, ignore_errors=True)
+
+    def load(self, path: Path) -> Loaded:
+        """A checkpoint's content."""
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return Loaded(
+            step=state.pop("step"),
+            trainable=load_file(path / "trainable.safetensors"),
+            optimizer=load_file(path / "optimizer.safetensors"),
+            optimizer_scalars=state.pop("optimizer"),
+            rng=load_file(path / "rng.safetensors"),
+            state=state,
+        )
+
+    def save_adapter(self, model: Any) -> None:
+        """The result in PEFT's format, whole or not at all."""
+        with disk(self.path):
+            temporary = self.path / f"{TEMPORARY}adapter"
+            shutil.rmtree(temporary, ignore_errors=True)
+            model.save_pretrained(str(temporary), safe_serialization=True)
+            for path in temporary.iterdir():
+                _sync(path)
+            shutil.rmtree(self.adapter, ignore_errors=True)
+            temporary.replace(self.adapter)
+            _sync(self.path)
+
+
+def _seal(folder: Path) -> None:
+    """Sync every file, then write the manifest of their checksums: the marker that the folder is whole."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in files:
+        _sync(path)
+    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def is_whole(folder: Path) -> bool:
+    """Does the folder have a manifest, and does every file match it?"""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return all(
+            (folder / name).stat().st_size == entry["bytes"] and sha256(folder / name) == entry["sha256"]
+            for name, entry in manifest.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _rng_state() -> dict[str, Tensor]:
+    """The random number generators that training draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state |= {f"cuda{n}": s for n, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def restore_rng(state: Mapping[str, Tensor]) -> None:
+    """Put back what `_rng_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    gpus = [state[name] for name in sorted(state) if name.startswith("cuda")]
+    if gpus and len(gpus) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(gpus)

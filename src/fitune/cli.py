@@ -1,0 +1,233 @@
+"""The command line: a thin door over the Python functions. Nothing here loads torch before a verb needs it.
+
+Flags are made from the fields of RunConfig, so a setting has one name, one default and one text everywhere. Errors are
+one message on standard error and exit code 2 (130 after Ctrl-C); a result for programs is one JSON object on standard
+output (`--json`).
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+from cyclopts import App, Parameter
+from cyclopts.exceptions import CycloptsError
+from pydantic import BaseModel, Field, create_model
+from rich.console import Console
+
+from fitune import config as settings
+from fitune.errors import ConfigError, FituneError
+
+app = App(
+    name="fitune",
+    help="Fine-tune open large language models on the hardware that you have.",
+    version_flags=["--version"],
+    help_format="plaintext",
+)
+
+
+def _optional(model: type[BaseModel], name: str) -> type[BaseModel]:
+    """The settings with nothing required and no defaults: what was not typed is not there."""
+    fields: dict[str, Any] = {}
+    for field, info in model.model_fields.items():
+        kind: Any = info.annotation
+        text = info.description or ""
+        if isinstance(info.default, settings.Options):
+            kind = _optional(type(info.default), f"{name}_{field}")
+        elif not info.is_required() and info.default is not None and info.default != []:
+            text = f"{text} [default: {info.default}]"
+        fields[field] = (Optional[kind], Field(default=None, description=text))  # noqa: UP045
+    return create_model(name, **fields)
+
+
+Flags = _optional(settings.RunConfig, "Flags")
+
+
+def _typed(flags: BaseModel | None) -> dict[str, Any]:
+    """What was typed."""
+    return flags.model_dump(exclude_none=True) if flags else {}
+
+
+Json = Annotated[bool, Parameter(negative="", help="Print one JSON object at the end, on standard output.")]
+
+
+def _console(json: bool) -> Console:
+    return Console(stderr=json)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(jsonlib.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+@app.command
+def demo(
+    *,
+    output: Annotated[str | None, Parameter(help="Run folder. [default: runs/demo-<number>]")] = None,
+    kill: Annotated[
+        bool, Parameter(negative="", help="Show that a killed and resumed run equals an unbroken one.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Fine-tune the bundled model on the bundled data (CPU, about a minute) and show what changed."""
+    from fitune import demo as demos
+    from fitune.console import Terminal, answers_table
+
+    console = _console(json)
+    if kill:
+        killed = demos.kill_demo(output, say=lambda text: console.print(text, highlight=False))
+        verdict = "[green]equal, bit for bit[/]" if killed.equal else "[red]NOT equal[/]"
+        console.print(f"{killed.kills} kills, {killed.kills_inside_a_save} inside a save: weights and losses {verdict}")
+        if json:
+            _print_json(killed.as_dict())
+        if not killed.equal:
+            raise SystemExit(1)
+        return
+    result, table = demos.demo(output, Terminal(console))
+    console.print(answers_table(table[:: max(1, len(table) // 10)]))
+    console.print(
+        f"exact match on {result.held_out_prompts} held-out prompts: [bold]{result.base_accuracy:.1%}[/] before, "
+        f"[bold]{result.tuned_accuracy:.1%}[/] after; {result.seconds:.0f} s in all, "
+        f"peak memory {result.peak_memory_mib:,.0f} MiB ({result.expected_memory_mib:,.0f} expected)",
+        highlight=False,
+    )
+    _next_steps(console, result.run, str(demos.bundled() / "model"))
+    if json:
+        _print_json(result.as_dict())
+
+
+def _next_steps(console: Console, run: str, model: str) -> None:
+    console.print(f"\nrun folder   {run}   (open {Path(run) / 'report.html'})", highlight=False, soft_wrap=True)
+    console.print(f"talk to it   fitune chat {run} --compare", highlight=False, soft_wrap=True)
+    console.print(
+        f"your data    fitune train --model {model} --data my.jsonl --output runs/mine", highlight=False, soft_wrap=True
+    )
+
+
+@app.command
+def train(
+    *,
+    config: Annotated[Path | None, Parameter(help="YAML file with settings; flags win over it.")] = None,
+    set_: Annotated[
+        list[str] | None, Parameter(name="--set", negative="", help="Any setting: --set lora.rank=16.")
+    ] = None,
+    resume: Annotated[bool, Parameter(negative="", help="Go on with the run in --output.")] = False,
+    json: Json = False,
+    flags: Annotated[Optional[Flags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045
+) -> None:
+    """Fine-tune a model on your data."""
+    values: dict[str, Any] = settings.read_yaml(config) if config else {}
+    values = settings.merge(values, settings.parse_assignments(set_ or []))
+    values = settings.merge(values, _typed(flags))
+    if resume and "output" not in values:
+        raise ConfigError("--resume: which run?", fix="add --output RUN")
+    checked = None if resume else settings.build(values)
+
+    from fitune.console import Terminal
+    from fitune.training import resume_config
+    from fitune.training import train as run_training
+
+    console = _console(json)
+    if checked is None:
+        checked = resume_config(values["output"], values)
+    result = run_training(checked, resume=resume, watch=Terminal(console))
+    before, after = result.held_out_loss_before, result.held_out_loss_after
+    if before is not None and after is not None:
+        console.print(f"held-out loss {before:.4f} before, [bold]{after:.4f}[/] after", highlight=False)
+    console.print(
+        f"{result.steps} steps, {result.real_tokens_per_second:,.0f} real tokens/s, peak memory "
+        f"{result.peak_memory_mib:,.0f} MiB ({result.expected_memory_mib:,.0f} expected)",
+        highlight=False,
+    )
+    console.print(
+        f"run folder {result.run} (open report.html; fitune chat {result.run})", highlight=False, soft_wrap=True
+    )
+    if json:
+        _print_json(result.as_dict())
+
+
+@app.command
+def chat(
+    run: Annotated[str, Parameter(help="Run folder, or a model folder.")],
+    *,
+    compare: Annotated[bool, Parameter(negative="", help="Show the base model's answer beside.")] = False,
+    system: Annotated[str, Parameter(help="System message.")] = "",
+    temperature: Annotated[float, Parameter(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, Parameter(help="Draw from the smallest set of tokens with this probability.")] = 1.0,
+    max_tokens: Annotated[int, Parameter(help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int | None, Parameter(help="Makes drawing repeatable.")] = None,
+    template: Annotated[str, Parameter(help="Prompt template of a model folder; a run brings its own.")] = "auto",
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Talk to a run; works in a pipe too: echo 你好 | fitune chat RUN."""
+    if temperature < 0 or not 0 < top_p <= 1 or max_tokens < 1:
+        raise ConfigError(
+            "chat: a setting is out of range",
+            received=f"temperature {temperature}, top-p {top_p}, max tokens {max_tokens}",
+            expected="temperature >= 0, 0 < top-p <= 1, max tokens >= 1",
+        )
+    from fitune.chat import HELP, Chat, talk
+    from fitune.generation import Sampling
+    from fitune.loading import load
+
+    console = Console()
+    tuned = load(run, device=device, template=template)
+    sampling = Sampling(temperature, top_p, max_tokens, seed)
+    other = Chat(tuned, sampling, system=system, base=True) if compare else None
+    if sys.stdin.isatty():
+        console.print(HELP)
+    talk(_lines(), Chat(tuned, sampling, system=system), other, console)
+
+
+def _lines() -> Iterator[str]:
+    """Lines from the terminal, with a prompt, or from a pipe."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  # arrow keys and history in input()
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def main() -> None:
+    """The `fitune` command."""
+    _quiet()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on a Windows console, or with LANG=C
+    try:
+        app(exit_on_error=False, print_error=False)
+    except FituneError as error:
+        _fail(str(error), error.exit_code)
+    except CycloptsError as error:
+        _fail(" ".join(str(error).split()) + "\n  fix:      fitune --help", 2)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _quiet() -> None:
+    """Dependencies talk about themselves; a user of the command line has no use for it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _fail(text: str, code: int) -> None:
+    label = "" if code == 130 else "error: "
+    sys.stderr.write(f"{label}{text}\n")
+    raise SystemExit(code)

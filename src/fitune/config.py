@@ -1,0 +1,198 @@
+"""The settings of a run: every default stands here, and nowhere else.
+
+In: a YAML file, `--set key=value`, flags or keywords. Out: one validated RunConfig. The command line's flags are made
+from these fields, so a flag, a YAML key and a Python keyword have the same name, and the same text in `--help`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fitune.errors import Collector, ConfigError, did_you_mean, shorten
+
+
+class Options(BaseModel):
+    """A group of settings: unknown keys are refused, and values cannot be changed once checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LoraOptions(Options):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685). Trainable parameters per target: rank x (inputs + outputs)."""
+
+    rank: int = Field(default=8, ge=1)
+    """Width of the update. Trainable bytes (weights, gradients, Adam states) grow with it."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the input of the update."""
+    targets: str | list[str] = "auto"
+    """Which linear layers: auto (the family's attention projections), all-linear, or names."""
+
+
+class RunConfig(Options):
+    """Everything that decides a run. The same config, seed and machine give the same run, bit for bit."""
+
+    model: str
+    """Model folder, or a hub id."""
+    data: list[str] = Field(min_length=1)
+    """Training files (JSON or JSONL)."""
+    eval_data: list[str] = []
+    """Held-out files. Without them a share of the training rows is held out."""
+    output: str | None = None
+    """Run folder. Must be new or empty. Default: runs/<model>-<method>-<number>."""
+    template: str = "auto"
+    """Prompt template: auto (the tokenizer's own, else alpaca), or a name."""
+    max_length: int | Literal["auto"] = "auto"
+    """Longest row in tokens. Longer rows are cut: activations grow with it."""
+    max_lost: float = Field(default=0.05, ge=0, le=1)
+    """Share of rows that may lose answer tokens to cutting before the run is refused."""
+    val_share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the rows that is held out where no eval_data is given (at most val_rows)."""
+    val_rows: int = Field(default=200, ge=1)
+    """Most rows that are held out from the training data."""
+    method: str = "lora"
+    """How to tune."""
+    lora: LoraOptions = LoraOptions()
+    batch_size: int = Field(default=8, ge=1)
+    """Rows per micro-batch. Activations grow with it."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer step. Costs no memory."""
+    epochs: float = Field(default=3.0, gt=0)
+    """Passes over the data."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many optimizer steps, whatever epochs says."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate. Default: the method's own."""
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between held-out evaluations. Default: five times a run."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints. Default: as eval_every."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints are kept, besides the best one."""
+    sample_prompts: int = Field(default=3, ge=0)
+    """Held-out prompts that are answered before and after, for the report."""
+    sample_tokens: int = Field(default=64, ge=1)
+    """Longest such answer, in tokens."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Decides the order of the rows, the initial weights and dropout."""
+
+
+def _locate(path: tuple[str | int, ...]) -> tuple[str, type[BaseModel]]:
+    """The setting as the user wrote it, and the group it stands in (pydantic adds union branches to the path)."""
+    parts: list[str] = []
+    group: type[BaseModel] = RunConfig
+    for part in path:
+        info = group.model_fields.get(str(part))
+        if info is None:
+            if isinstance(part, int) or not parts:
+                parts.append(str(part))
+            break
+        parts.append(str(part))
+        if isinstance(info.default, Options):
+            group = type(info.default)
+    return ".".join(parts), group
+
+
+def build(values: Mapping[str, Any]) -> RunConfig:
+    """Check the values and fill in the defaults.
+
+    Raises:
+        ConfigError, Problems: all that is wrong, at once.
+    """
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        found: dict[str, ConfigError] = {}
+        for item in error.errors():
+            name, group = _locate(item["loc"])
+            if item["type"] == "extra_forbidden":
+                name = ".".join(map(str, item["loc"]))
+                found[name] = ConfigError(
+                    f"unknown setting {name!r}", fix=did_you_mean(str(item["loc"][-1]), group.model_fields)
+                )
+            elif item["type"] == "missing":
+                found[name] = ConfigError(f"{name} is missing", fix=f"give --{name.replace('_', '-')}")
+            elif name in found:  # another branch of the same union
+                found[name].expected = f"{found[name].expected}, or: {_wish(item['msg'])}"
+            else:
+                found[name] = ConfigError(
+                    f"{name}: wrong value", received=shorten(item["input"]), expected=_wish(item["msg"])
+                )
+        problems = Collector()
+        problems.problems.extend(found.values())
+        problems.raise_any()
+        raise AssertionError("unreachable: pydantic raised without errors") from error
+
+
+def _wish(message: str) -> str:
+    """pydantic's `Input should be ...` as what was expected."""
+    return message.removeprefix("Input should be ")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", fix="check the path given to --config") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML", received=" ".join(str(error).split())) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: wrong content", received=type(values).__name__, expected="a mapping of settings")
+    return values
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """`["lora.rank=16", "seed=1"]` as nested settings; values are read as YAML.
+
+    Raises:
+        ConfigError: an assignment without `=`, or without a name.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError("--set", received=repr(assignment), expected="key=value, for example lora.rank=16")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        # YAML 1.1 reads 1e-4 as text; every user of this field means a number
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = float(value)
+        nested = value
+        for part in reversed(name.strip().split(".")):
+            nested = {part: nested}
+        values = merge(values, nested)
+    return values
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` on top, group by group."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merge(out[key], value) if both else value
+    return out

@@ -1,0 +1,148 @@
+"""What a person sees in the terminal while a run goes on.
+
+In: what a run tells its Watcher. Out: tables and a progress bar. Results for programs go to standard output as JSON;
+everything here goes to standard error when that is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fitune.memory import peak_mib
+from fitune.records import Finding, StepRecord
+
+MARKS = {"ok": "[green]ok[/]", "fixed": "[cyan]fixed[/]", "warn": "[yellow]warn[/]", "refuse": "[red]refused[/]"}
+
+
+class Watcher:
+    """Hears what a run does. This one stays silent; Terminal shows it."""
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """The resolved settings."""
+
+    def findings(self, findings: Sequence[Finding]) -> None:
+        """What the preflight rules found."""
+
+    def memory(self, parts: Mapping[str, float]) -> None:
+        """Expected memory by component, MiB."""
+
+    def start(self, total: int, done: int, device: torch.device) -> None:
+        """Training begins: `done` of `total` steps are behind it."""
+
+    def step(self, record: StepRecord) -> None:
+        """An optimizer step was made."""
+
+    def stop(self) -> None:
+        """Training ended, however it did."""
+
+
+class Terminal(Watcher):
+    """Shows a run with rich.
+
+    Args:
+        console: where to; on something that is no terminal a line now and then takes the place of the bar.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+        self.tokens, self.seconds, self.total = 0, 0.0, 0
+        self.device = torch.device("cpu")
+        self.held_out: float | None = None
+
+    def say(self, text: str) -> None:
+        """See Watcher."""
+        self.console.print(escape(text), highlight=False)
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """See Watcher."""
+        self.console.print(pairs("settings", values))
+
+    def findings(self, findings: Sequence[Finding]) -> None:
+        """See Watcher."""
+        self.console.print(findings_table(findings))
+
+    def memory(self, parts: Mapping[str, float]) -> None:
+        """See Watcher."""
+        text = " + ".join(f"{name} {mib:,.0f}" for name, mib in parts.items() if mib >= 0.5)
+        self.console.print(f"expected memory [bold]{sum(parts.values()):,.0f} MiB[/] = {text}", highlight=False)
+
+    def start(self, total: int, done: int, device: torch.device) -> None:
+        """See Watcher."""
+        self.total, self.device = total, device
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=False,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("", total=total, completed=done)
+
+    def step(self, record: StepRecord) -> None:
+        """See Watcher."""
+        self.tokens += record.tokens
+        self.seconds += record.seconds
+        if record.held_out_loss is not None:
+            self.held_out = record.held_out_loss
+        text = f"loss {record.loss:.4f}  {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+        text += f"  memory {peak_mib(self.device):,.0f} MiB"
+        if self.held_out is not None:
+            text += f"  held-out {self.held_out:.4f}"
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=record.step, description=text)
+        elif record.step == 1 or record.step == self.total or record.step % max(1, self.total // 10) == 0:
+            self.say(f"step {record.step}/{self.total}  {text}")
+
+    def stop(self) -> None:
+        """See Watcher."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def pairs(title: str, values: Mapping[str, Any]) -> Table:
+    """A two-column table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for name, value in values.items():
+        table.add_row(f"[cyan]{escape(str(name))}[/]", escape(str(value)))
+    return table
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """Rule, verdict and text."""
+    table = Table(title="checks", title_justify="left", show_header=False, box=None, pad_edge=False)
+    for finding in findings:
+        text = finding.text + (f" (fix: {finding.fix})" if finding.fix and finding.level != "ok" else "")
+        table.add_row(MARKS[finding.level], finding.rule, escape(text))
+    return table
+
+
+def answers_table(rows: Sequence[Mapping[str, Any]], limit: int = 60) -> Table:
+    """Prompt, expected answer, and the answers before and after."""
+    table = Table(title="before and after", title_justify="left", pad_edge=False)
+    for name in ("prompt", "expected", "before", "after"):
+        table.add_column(name, overflow="fold", ratio=1)
+    for row in rows:
+        cells = []
+        for name in ("prompt", "expected", "before", "after"):
+            text = str(row.get(name, ""))
+            text = escape(text if len(text) <= limit else text[: limit - 1] + "…")
+            right = name in ("before", "after") and row.get(name) == row.get("expected")
+            cells.append(f"[green]{text}[/]" if right else text)
+        table.add_row(*cells)
+    return table

@@ -1,0 +1,114 @@
+"""Prompts to answers, with the template and the stop tokens of training.
+
+In: messages. Out: the text of the answer, streamed if wanted. transformers generates; the prompt comes from the same
+encoder that made the training rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextStreamer
+
+from fitune.model import Tuned, causal_lm, use_attention
+from fitune.records import Message
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int | None = None
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers has no types
+    """Hands each finished piece of text to a function; waits for the rest of a character that is not whole."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.on_text(text)
+
+
+def base_model(tuned: Tuned, *, base: bool) -> AbstractContextManager[Any]:
+    """Inside, the model answers as its base does (if `base`)."""
+    return tuned.model.disable_adapter() if base and hasattr(tuned.model, "disable_adapter") else nullcontext()
+
+
+@torch.no_grad()
+def answer(
+    tuned: Tuned,
+    messages: Sequence[Message],
+    sampling: Sampling = Sampling(),
+    *,
+    on_text: Callable[[str], None] | None = None,
+    base: bool = False,
+) -> str:
+    """The model's answer to a conversation.
+
+    Args:
+        tuned: the model.
+        messages: ends with a user's turn.
+        sampling: how to draw.
+        on_text: called with each new piece of the answer.
+        base: answer as the base model, without what was tuned.
+    """
+    return answers(tuned, [messages], sampling, on_text=on_text, base=base)[0]
+
+
+@torch.no_grad()
+def answers(
+    tuned: Tuned,
+    conversations: Sequence[Sequence[Message]],
+    sampling: Sampling = Sampling(),
+    *,
+    on_text: Callable[[str], None] | None = None,
+    base: bool = False,
+) -> list[str]:
+    """The answers to several conversations, padded on the left and generated side by side."""
+    prompts = [tuned.encoder.prompt(messages) for messages in conversations]
+    width = max(len(prompt) for prompt in prompts)
+    stops = tuned.encoder.stop_ids
+    # Padding is told by position (the mask), never by id, so any id will do.
+    ids = torch.tensor([[stops[0]] * (width - len(p)) + p for p in prompts], device=tuned.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=tuned.device)
+    limit = getattr(causal_lm(tuned.model).config, "max_position_embeddings", None) or 2**31
+    generation = GenerationConfig(
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or None,
+        top_p=sampling.top_p if sampling.temperature > 0 else None,
+        top_k=0 if sampling.temperature > 0 else None,
+        max_new_tokens=max(1, min(sampling.max_new_tokens, limit - width)),
+        eos_token_id=stops,
+        pad_token_id=stops[0],
+    )
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    training = tuned.model.training
+    tuned.model.eval()
+    use_attention(tuned.model, "sdpa")
+    with base_model(tuned, base=base):
+        out = tuned.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=generation,
+            streamer=_Streamer(tuned.tokenizer, on_text) if on_text else None,
+        )
+    tuned.model.train(training)
+    return [_text(tuned, row[width:].tolist()) for row in out]
+
+
+def _text(tuned: Tuned, ids: list[int]) -> str:
+    """The new tokens up to the first stop token, as text."""
+    end = next((n for n, i in enumerate(ids) if i in tuned.encoder.stop_ids), len(ids))
+    return str(tuned.tokenizer.decode(ids[:end], skip_special_tokens=True))

@@ -1,0 +1,85 @@
+"""Attention over a flat batch: each document attends to itself alone.
+
+In: q, k, v of all documents side by side, and their bounds (`cu_seq_lens_q`, a forward keyword that transformers hands
+through to the attention function). Out: the same as if each document had been run alone. Registered with transformers
+under the name FLAT; no module is patched. Without bounds it is transformers' own SDPA path.
+
+Shapes: B = 1, H = query heads, K = key/value heads, T = tokens of all documents, E = head width.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+FLAT = "fitune_flat"
+
+
+def flat_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, H, T, E)
+    key: Tensor,  # (1, K, T, E)
+    value: Tensor,  # (1, K, T, E)
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention per document; the signature is transformers' attention interface.
+
+    Args:
+        cu_seq_lens_q: (D + 1,) bounds of the documents, on the CPU, so that slicing by them never waits for a GPU.
+        sliding_window: a token sees this many tokens, itself included.
+
+    Returns:
+        (1, T, H, E), and no attention weights.
+
+    Raises:
+        NotImplementedError: soft-capped scores, which SDPA cannot compute.
+    """
+    if cu_seq_lens_q is None:
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return plain
+    if softcap is not None:
+        raise NotImplementedError("soft-capped attention in a flat batch")
+    grouped = query.shape[1] != key.shape[1]
+    bounds = cu_seq_lens_q.tolist()
+    outputs = []
+    for start, end in pairwise(bounds):
+        window = _window(end - start, sliding_window, query.device)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, start:end],
+                value[:, :, start:end],
+                attn_mask=window,
+                dropout_p=dropout,
+                is_causal=window is None,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _window(length: int, width: int | None, device: torch.device) -> Tensor | None:
+    """(length, length) mask of a sliding window, or None where the document fits into it."""
+    if width is None or length <= width:
+        return None
+    at = torch.arange(length, device=device)
+    distance = at[:, None] - at[None, :]
+    return (distance >= 0) & (distance < width)
+
+
+AttentionInterface.register(FLAT, flat_attention)

@@ -1,0 +1,260 @@
+"""Model folders to models: reading, attaching a method, freezing. The one place where that happens.
+
+In: a folder (or a hub id), a method. Out: a transformers model, wrapped by the method, with exactly the method's
+parameters trainable. config.json is read by us before any Auto class sees it: code named in it is never run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from fitune import families, methods
+from fitune.config import RunConfig
+from fitune.encode import Encoder
+from fitune.errors import ModelError
+from fitune.families import Family
+from fitune.kernels.attention import FLAT
+from fitune.templates import Template
+
+# Keys of config.json that choose code to run (CVE-2026-4372 is one of them). Who trains chooses, not the folder.
+CODE_KEYS = (
+    "auto_map",
+    "_attn_implementation",
+    "attn_implementation",
+    "_experts_implementation",
+    "experts_implementation",
+)
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass
+class Tuned:
+    """A model with all that is needed to talk to it."""
+
+    model: Any
+    tokenizer: Any
+    template: Template
+    encoder: Encoder
+    family: Family
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+
+def locate(model: str) -> Path:
+    """The folder of a model: a local one, or one fetched from the hub by its id.
+
+    Raises:
+        ModelError: neither is there.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"{model}: is a file", expected="a model folder with config.json and *.safetensors")
+    parts = model.split("/")
+    if len(parts) != 2 or not all(parts) or model.startswith((".", "~")) or "\\" in model:
+        raise ModelError(
+            f"{model}: no such folder",
+            expected="a model folder, or a hub id such as Qwen/Qwen2.5-0.5B",
+            fix="check --model",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:  # the hub client raises many kinds; each is told as it is
+        raise ModelError(
+            f"{model}: no such folder, and the hub does not give it",
+            received=" ".join(str(error).split())[:300],
+            fix="check the spelling and the network, or download it by hand and give the folder",
+        ) from error
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder, without anything that names code.
+
+    Raises:
+        ModelError: config.json is missing, broken, or of a model that needs code of its own.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no config.json", expected="a model folder in transformers format") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON", received=" ".join(str(error).split())) from None
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(kind, str):
+        raise ModelError(
+            f"{path}: no model_type", received=f"keys {sorted(values)[:8]}", expected='"model_type": "llama"'
+        )
+    if kind not in CONFIG_MAPPING:
+        reason = (
+            "it works only with Python code from its folder, which fitune never runs" if "auto_map" in values else None
+        )
+        raise ModelError(f"{path}: model_type {kind!r} is unknown to transformers", received=reason)
+    if "quantization_config" in values:
+        raise ModelError(f"{folder}: holds a quantized model", expected="the original weights (fp32, bf16 or fp16)")
+    try:
+        return CONFIG_MAPPING[kind].from_dict({k: v for k, v in values.items() if k not in CODE_KEYS})
+    except Exception as error:  # each config class checks itself in its own way
+        raise ModelError(f"{path}: wrong values", received=" ".join(str(error).split())[:300]) from error
+
+
+def check_weights(folder: Path) -> None:
+    """Raises ModelError unless the folder holds safetensors, each shard of its index included."""
+    if (folder / WEIGHTS).is_file():
+        return
+    if (folder / INDEX).is_file():
+        shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise ModelError(
+                f"{folder}: weights are missing", received=f"{', '.join(missing)} not there", expected=INDEX
+            )
+        return
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    raise ModelError(
+        f"{folder}: no weights",
+        received=f"{', '.join(pickles)} (pickles run code when loaded)" if pickles else "no *.safetensors",
+        expected=f"{WEIGHTS}, or {INDEX} with its shards",
+        fix="download the safetensors version of the model" if pickles else "copy the weights into the folder",
+    )
+
+
+def load_model(
+    folder: str | Path, *, precision: str = "fp32", adapter: str | Path | None = None, device: str = "cpu"
+) -> Any:
+    """A model from a folder, for inference.
+
+    Args:
+        folder: a transformers model folder, or a hub id.
+        precision: fp32.
+        adapter: a PEFT adapter folder to put on it.
+        device: where it computes.
+
+    Returns:
+        A transformers model (with an adapter: a PeftModel) in eval mode; takes input_ids, gives `.logits`, generates.
+
+    Raises:
+        ModelError: the folder or the adapter cannot be used.
+    """
+    if precision != "fp32":
+        raise ModelError(f"precision {precision!r}", expected="fp32")
+    path = locate(str(folder))
+    config = read_config(path)
+    check_weights(path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors, shapes, memory: each is told as it is
+        raise ModelError(f"{path}: cannot be loaded", received=" ".join(str(error).split())[:400]) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} tensors are not in the weights (they would be random)",
+            received=", ".join(missing[:5]),
+        )
+    if adapter is not None:
+        model = _put_adapter(model, Path(adapter))
+    return model.to(device).eval()
+
+
+def _put_adapter(model: Any, folder: Path) -> Any:
+    """The model with a PEFT adapter from a folder; every tensor of it must find its place."""
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: no {name}", expected="a PEFT adapter folder (safetensors)")
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+    except Exception as error:
+        raise ModelError(
+            f"{folder}: does not fit this base model", received=" ".join(str(error).split())[:400]
+        ) from error
+    from peft import get_peft_model_state_dict
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        stored = set(file.keys())
+    wanted = set(get_peft_model_state_dict(wrapped))
+    if stored != wanted:
+        raise ModelError(
+            f"{folder}: the adapter's tensors are not this model's",
+            received=f"unknown: {sorted(stored - wanted)[:3]}, missing: {sorted(wanted - stored)[:3]}",
+        )
+    return wrapped
+
+
+def attach(model: Any, config: RunConfig) -> tuple[Any, Family, int]:
+    """The model with the config's method on it, frozen except for the method's parameters.
+
+    Returns:
+        The model, its family, and how many parameters the method's closed form says are trainable.
+    """
+    family = families.find(model.config.model_type)
+    method = methods.find(config.method)
+    expected = method.expected(model, family, config)
+    torch.manual_seed(config.seed)  # the method's random start is part of the seed
+    return method.attach(model, family, config), family, expected
+
+
+def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The trainable parameters by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def causal_lm(model: Any) -> Any:
+    """The transformers model inside a method's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def use_attention(model: Any, name: str) -> None:
+    """Switch the attention: FLAT for flat batches, sdpa for generation. Read back, since some models only warn."""
+    inner = causal_lm(model)
+    if inner.config._attn_implementation != name:
+        inner.set_attn_implementation(name)
+        if inner.config._attn_implementation != name:
+            raise ModelError(
+                f"{type(inner).__name__}: its attention cannot be replaced", expected=f"attention {name!r}"
+            )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a name means; auto is the first CUDA GPU, else the CPU.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"device {name!r} cannot be used", received=str(error).splitlines()[0], fix="--device auto"
+        ) from None
+    return device
+
+
+__all__ = ["FLAT", "Tuned", "attach", "load_model", "locate", "read_config", "trainable", "use_attention"]

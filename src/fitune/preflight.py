@@ -1,0 +1,233 @@
+"""Checks before the first step: each rule is a function of its own, named as in the report.
+
+In: what was prepared. Out: Findings. `refuse` stops the run before it costs anything; `warn` is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fitune.batches import flat
+from fitune.config import RunConfig
+from fitune.encode import Encoder, encode_all
+from fitune.errors import Collector, TrainingError
+from fitune.kernels.loss import label_loss
+from fitune.model import causal_lm, trainable, use_attention
+from fitune.records import Conversation, DataReport, Finding, Sample
+from fitune.step import label_hidden
+
+PROBE_TOKENS = 48  # a document of the model checks: long enough to matter, short enough to cost nothing
+
+
+@dataclass
+class Prepared:
+    """What the rules look at."""
+
+    config: RunConfig
+    conversations: Sequence[Conversation]
+    samples: Sequence[Sample]
+    report: DataReport
+    encoder: Encoder
+    vocabulary: int
+    limit: int  # longest row that the model can hold
+
+
+Rule = Callable[[Prepared], Finding]
+
+
+def rows(p: Prepared) -> Finding:
+    """How many rows came in and went out; columns that no format uses are named once."""
+    r = p.report
+    unused = f"; columns not used: {', '.join(sorted(r.unused_columns))}" if r.unused_columns else ""
+    formats = ", ".join(f"{n:,} {name}" for name, n in r.formats.items())
+    return Finding("rows", "ok", f"{r.rows:,} read ({formats}), {r.kept:,} kept, {r.dropped} dropped{unused}")
+
+
+def truncation(p: Prepared) -> Finding:
+    """Rows that lose answer tokens make a model that stops in mid-sentence.
+
+    Refused above `max_lost` where a longer max_length, within what the model can hold, would keep them; where no length
+    would, only the user can decide between this model and this data: it is said, and the run goes on.
+    """
+    r = p.report
+    lost = r.cut_answer + r.dropped
+    text = (
+        f"max length {r.max_length}: {r.cut_prompt} prompts and {r.cut_answer} answers cut "
+        f"(longest row {r.lengths['max']:.0f}); {lost / r.rows:.1%} of the rows lose answer tokens"
+    )
+    if lost <= p.config.max_lost * r.rows:
+        return Finding("truncation", "warn" if lost else "ok", text)
+    at_most = DataReport(rows=r.rows)
+    encode_all(p.conversations, p.encoder.with_max_length(p.limit), at_most)
+    if at_most.cut_answer + at_most.dropped > p.config.max_lost * r.rows:
+        return Finding("truncation", "warn", f"{text}; even the model's longest, {p.limit}, would cut too many")
+    longer = min(p.limit, int(r.lengths["p99"]))
+    return Finding(
+        "truncation", "refuse", text, f"--max-length {longer}, or --max-lost {lost / r.rows:.2f} to accept it"
+    )
+
+
+def labels_empty(p: Prepared) -> Finding:
+    """Rows without a trained token teach nothing."""
+    r = p.report
+    if r.dropped:
+        return Finding(
+            "labels-empty",
+            "warn" if r.kept else "refuse",
+            f"{r.dropped} rows have no token to train on",
+            "a larger --max-length",
+        )
+    share = r.trained_tokens / max(1, r.tokens)
+    return Finding("labels-empty", "ok", f"{share:.0%} of {r.tokens:,} tokens trained, in every row at least one")
+
+
+def eos_supervised(p: Prepared) -> Finding:
+    """The last trained token of every whole row is a stop token; of a cut row it is not."""
+    wrong = []
+    for sample in p.samples:
+        last = int(sample.ids[sample.mask][-1])
+        if (last in p.encoder.stop_ids) != sample.ends_whole:
+            wrong.append(sample.source)
+    if wrong:
+        return Finding("eos-supervised", "refuse", f"{len(wrong)} rows end wrongly, the first at {wrong[0]}")
+    whole = sum(sample.ends_whole for sample in p.samples)
+    return Finding("eos-supervised", "ok", f"the stop token ends {whole:,} of {len(p.samples):,} rows, trained in each")
+
+
+def stop_token(p: Prepared) -> Finding:
+    """Names the tokens that end an answer, and says where the template's own is missing from the vocabulary."""
+    names = ", ".join(f"{p.encoder.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in p.encoder.stop_ids)
+    wanted = p.encoder.template.stop
+    if wanted and p.encoder.tokenizer.convert_ids_to_tokens(p.encoder.stop_id) != wanted:
+        text = f"the template's {wanted!r} is no token of this vocabulary; answers end with {names}"
+        return Finding("stop-token-trained", "warn", text)
+    return Finding("stop-token-trained", "ok", f"answers end with {names}")
+
+
+def double_bos(p: Prepared) -> Finding:
+    """Two BOS tokens at the start of a row."""
+    bos = p.encoder.tokenizer.bos_token_id
+    doubled = [s.source for s in p.samples if bos is not None and len(s) > 1 and s.ids[0] == bos and s.ids[1] == bos]
+    if doubled:
+        return Finding(
+            "double-bos", "refuse", f"{len(doubled)} rows begin with two BOS tokens, the first at {doubled[0]}"
+        )
+    return Finding("double-bos", "ok", "no row begins with two BOS tokens")
+
+
+def template_parity(p: Prepared) -> Finding:
+    """The prompt that chat will send is, token for token, the prompt that was trained."""
+    for conversation in p.conversations[:: max(1, len(p.conversations) // 50)]:
+        prompt = p.encoder.prompt(conversation.prompt())
+        sample = p.encoder.with_max_length(1 << 30).sample(conversation)
+        if sample is not None and sample.ids[: len(prompt)].tolist() != prompt:
+            return Finding("template-parity", "refuse", f"{conversation.source}: chat would send other tokens")
+    return Finding(
+        "template-parity", "ok", f"chat sends the tokens that are trained (template {p.encoder.template.name})"
+    )
+
+
+def id_range(p: Prepared) -> Finding:
+    """Every id has a row in the embedding."""
+    highest = max((int(sample.ids.max()) for sample in p.samples), default=0)
+    if highest >= p.vocabulary:
+        text = f"token id {highest} is beyond the model's vocabulary of {p.vocabulary}"
+        return Finding("id-range", "refuse", text, "the tokenizer belongs to another model")
+    return Finding("id-range", "ok", f"all ids are below {p.vocabulary:,}")
+
+
+DATA_RULES: tuple[Rule, ...] = (
+    rows,
+    truncation,
+    labels_empty,
+    eos_supervised,
+    stop_token,
+    double_bos,
+    template_parity,
+    id_range,
+)
+
+
+def check_data(prepared: Prepared) -> list[Finding]:
+    """Run every data rule.
+
+    Raises:
+        TrainingError, Problems: what the rules refuse, all at once.
+    """
+    findings = [rule(prepared) for rule in DATA_RULES]
+    raise_refused(findings)
+    return findings
+
+
+def check_model(model: Any, samples: Sequence[Sample], parameters_expected: int) -> list[Finding]:
+    """Run the rules that need the model: what is trainable, and that documents of a flat batch do not see each other.
+
+    Raises:
+        TrainingError, Problems: what the rules refuse, all at once.
+    """
+    findings = [trainable_set(model, parameters_expected), packing_leak(model, samples)]
+    raise_refused(findings)
+    return findings
+
+
+def trainable_set(model: Any, expected: int) -> Finding:
+    """The trainable parameters are those of the method's closed form, in float32."""
+    parameters = trainable(model)
+    count = sum(p.numel() for p in parameters.values())
+    total = sum(p.numel() for p in model.parameters())
+    if count != expected:
+        return Finding("trainable-set", "refuse", f"{count:,} parameters are trainable, {expected:,} expected")
+    low = [name for name, p in parameters.items() if p.dtype != torch.float32]
+    if low:
+        return Finding("trainable-set", "refuse", f"{len(low)} trainable tensors are not float32, the first {low[0]}")
+    return Finding(
+        "trainable-set", "ok", f"{count:,} of {total:,} parameters trainable ({count / total:.4%}), all float32"
+    )
+
+
+@torch.no_grad()
+def packing_leak(model: Any, samples: Sequence[Sample], tolerance: float = 1e-3) -> Finding:
+    """Two documents in one flat batch give the loss that transformers' own forward gives each of them alone."""
+    pair = [_shortened(sample) for sample in samples[:2]]
+    pair = [sample for sample in pair if sample.mask.any()]
+    if not pair:
+        return Finding("packing-leak", "ok", "no short rows to try")
+    batch = flat(pair, range(len(pair)))
+    training = model.training
+    model.eval()
+    inner = causal_lm(model)
+    device = next(inner.parameters()).device
+    hidden = label_hidden(model, batch)
+    labels = torch.from_numpy(batch.labels).to(device)
+    together = label_loss(inner.get_output_embeddings(), hidden, labels, inner.config.vocab_size).item()
+    use_attention(model, "sdpa")
+    apart = 0.0
+    for sample in pair:
+        alone = flat([sample], [0])
+        logits = inner(input_ids=torch.from_numpy(alone.ids)[None].to(device)).logits[0]
+        chosen = logits[torch.from_numpy(alone.label_rows).to(device)].float()
+        target = torch.from_numpy(alone.labels).to(device)
+        apart += torch.nn.functional.cross_entropy(chosen, target, reduction="sum").item()
+    model.train(training)
+    difference = abs(together - apart) / max(1.0, abs(apart))
+    text = f"flat batch against separate documents: relative difference {difference:.1e}"
+    if not difference <= tolerance:
+        return Finding("packing-leak", "refuse", f"{text}, above {tolerance}: documents of a batch see each other")
+    return Finding("packing-leak", "ok", text)
+
+
+def _shortened(sample: Sample) -> Sample:
+    return Sample(sample.ids[-PROBE_TOKENS:], sample.mask[-PROBE_TOKENS:], sample.source)
+
+
+def raise_refused(findings: Sequence[Finding]) -> None:
+    """Raise what was refused, all at once."""
+    problems = Collector()
+    for finding in findings:
+        if finding.level == "refuse":
+            problems.problems.append(TrainingError(f"{finding.rule}: {finding.text}", fix=finding.fix))
+    problems.raise_any()

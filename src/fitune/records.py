@@ -1,0 +1,158 @@
+"""The records that flow from one stage to the next, one type per arrow. No torch here.
+
+    raw rows -> Conversation -> Sample(ids, mask) -> Batch -> (loss sum, target count) -> StepRecord
+
+Shapes: T = tokens of a flat batch, L = rows of it that carry a label, D = documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a row stands: the file, and the line that the row starts on (from 1)."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `context` is alpaca's `input`: templates with a slot for it keep it apart from the content."""
+
+    role: Role
+    content: str
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row of data, whatever its format was. At most the first message is a system message."""
+
+    messages: tuple[Message, ...]
+    source: Source | None = None
+    format: str = ""
+
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages before the last answer: what a model is asked when this row is a test."""
+        last = max((i for i, m in enumerate(self.messages) if m.role == "assistant"), default=len(self.messages))
+        return self.messages[:last]
+
+    def answer(self) -> str:
+        """The last answer."""
+        return next((m.content for m in reversed(self.messages) if m.role == "assistant"), "")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a rendered conversation, encoded apart from its neighbours.
+
+    text: what is encoded. literal: part of the template, so special tokens in it are parsed; a user's text is not
+    parsed, so `<|end|>` typed by a user stays text. token: an id that is appended as it is, instead of text.
+    trained: does the loss see it. turn: which message it belongs to (-1: the frame around them).
+    """
+
+    text: str = ""
+    literal: bool = True
+    trained: bool = False
+    turn: int = -1
+    role: str = ""
+    token: int | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row as the model gets it. mask[i] says that ids[i] is trained, that is, predicted from what precedes it."""
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    source: Source | None = None
+    cut_prompt: int = 0  # tokens of the prompt that were cut
+    cut_answer: int = 0  # tokens of answers that were cut
+    ends_whole: bool = True  # the last answer was not cut, so its stop token is there and trained
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: documents one after the other, no padding.
+
+    ids, positions: (T,). bounds: (D + 1,), document d is ids[bounds[d]:bounds[d+1]]. label_rows: (L,), the positions
+    whose next token is trained; labels: (L,), those next tokens. rows: which samples these are.
+    """
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    bounds: NDArray[np.int32]
+    label_rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    rows: tuple[int, ...]
+
+    @property
+    def targets(self) -> int:
+        """How many tokens this batch trains."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step did. One line of steps.jsonl."""
+
+    step: int  # from 1
+    epoch: float
+    loss: float  # per target token of the step
+    lr: float
+    grad_norm: float
+    tokens: int  # real tokens
+    targets: int  # tokens that were trained
+    seconds: float
+    held_out_loss: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a preflight rule found. level: ok, fixed, warn or refuse."""
+
+    rule: str
+    level: Literal["ok", "fixed", "warn", "refuse"]
+    text: str
+    fix: str | None = None
+
+
+@dataclass
+class DataReport:
+    """What became of the rows between the files and the batches."""
+
+    rows: int = 0
+    kept: int = 0
+    cut_prompt: int = 0
+    cut_answer: int = 0
+    dropped: int = 0
+    skipped_bad: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
+    unused_columns: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    trained_tokens: int = 0
+    max_length: int = 0
+    lengths: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
