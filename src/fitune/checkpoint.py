@@ -19,6 +19,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,27 +42,29 @@ MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextmanager
 def disk(folder: Path) -> Iterator[None]:
     """A write that fails is told as what it is: a full disk, or a folder that cannot be written."""
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
         raise RunFolderError(
-            f"{folder}: {'the disk is full' if full else 'cannot be written'}",
-            received=error.strerror or str(error),
+            f"{folder}: {'the disk is full' if number in FULL else 'cannot be written'}",
+            received=os.strerror(number) if number else str(error),
             fix="free some space or choose another --output, then go on with --resume; earlier checkpoints are whole",
         ) from error
-    except Exception as error:
-        # safetensors writes from Rust and wraps the operating system's error into its own
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise RunFolderError(
-            f"{folder}: cannot be written (is the disk full?)",
-            received=str(error),
-            fix="free some space, then go on with --resume; earlier checkpoints are whole",
-        ) from error
+
+
+def _error_number(error: Exception) -> int | None:
+    """The operating system's number of an error; safetensors, written in Rust, has it in its text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def _sync(path: Path) -> None:
@@ -300,7 +304,8 @@ class RunFolder:
         with disk(self.path):
             temporary = self.path / f"{TEMPORARY}adapter"
             shutil.rmtree(temporary, ignore_errors=True)
-            model.save_pretrained(str(temporary), safe_serialization=True)
+            # embeddings never change here; "auto" would ask the hub about the base model
+            model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
             for path in temporary.iterdir():
                 _sync(path)
             shutil.rmtree(self.adapter, ignore_errors=True)

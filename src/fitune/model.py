@@ -196,7 +196,8 @@ def _put_adapter(model: Any, folder: Path) -> Any:
 
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         stored = set(file.keys())
-    wanted = set(get_peft_model_state_dict(wrapped))
+    # "auto" would ask the hub about the base model
+    wanted = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     if stored != wanted:
         raise ModelError(
             f"{folder}: the adapter's tensors are not this model's",

@@ -1,0 +1,52 @@
+"""Fixtures: tiny models and a tokenizer made on the spot, and the folder of real data where there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+settings.register_profile("quick", max_examples=60, deadline=None)
+settings.register_profile("full", max_examples=10_000, deadline=None)
+settings.load_profile(os.environ.get("FITUNE_TESTS", "quick"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need what is not here skip with the reason."""
+    no_gpu = pytest.mark.skip(reason="no CUDA GPU here")
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data, models and tokenizers."""
+    root = Path(os.environ.get("FITUNE_SHARED", Path(__file__).parents[2] / "shared"))
+    if not root.is_dir():
+        pytest.skip(f"no folder of real data at {root} (set FITUNE_SHARED)")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> object:
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with KV heads < heads, and its tokenizer, in one folder."""
+    return tiny.save("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    return tiny.write_rows(tmp_path / "rows.jsonl", 40)

@@ -1,0 +1,177 @@
+"""The command line as its user meets it: help, mistakes, JSON, pipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from fitune import cli
+from fitune.config import RunConfig
+
+
+def run(arguments: list[object], capsys, monkeypatch) -> tuple[int, str, str]:
+    """The command inside this process: exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["fitune", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as error:
+        code = int(error.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def mistakes(model_folder: Path, data_file: Path, tmp_path: Path) -> dict[str, tuple[list[object], list[str]]]:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 7}\n')
+    empty = tmp_path / "empty.json"
+    empty.write_text("[]")
+    no_answer = tmp_path / "no_answer.json"
+    no_answer.write_text('[{"instruction": "a", "output": ""}]')
+    no_weights = tmp_path / "no_weights"
+    tiny.save("llama", no_weights)
+    (no_weights / "model.safetensors").unlink()
+    pickled = tmp_path / "pickled"
+    tiny.save("llama", pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    remote = tmp_path / "remote"
+    remote.mkdir()
+    (remote / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}')
+    m, d, o = ["--model", model_folder], ["--data", data_file], ["--output", tmp_path / "out"]
+    return {
+        "missing file": ([*m, "--data", "none.jsonl", *o], ["none.jsonl: no such file", "fix:"]),
+        "malformed row": (
+            [*m, "--data", bad, *o],
+            [f"{bad}:2:completion: not a text", "received: 7", "expected: a string"],
+        ),
+        "empty data": ([*m, "--data", empty, *o], ["no rows"]),
+        "no answer": ([*m, "--data", no_answer, *o], [":1:output: the answer is empty"]),
+        "no weights": (["--model", no_weights, *d, *o], ["no weights", "expected: model.safetensors"]),
+        "pickles": (["--model", pickled, *d, *o], ["pytorch_model.bin (pickles run code when loaded)"]),
+        "remote code": (["--model", remote, *d, *o], ["which fitune never runs"]),
+        "no model": (["--model", "nowhere", *d, *o], ["nowhere: no such folder"]),
+        "unknown method": ([*m, *d, *o, "--method", "lroa"], ["unknown method 'lroa'", "did you mean 'lora'?"]),
+        "unknown flag": ([*m, *d, *o, "--bath-size", 3], ["--bath-size", "Did you mean --batch-size?"]),
+        "unknown setting": ([*m, *d, *o, "--set", "sede=3"], ["unknown setting 'sede'", "did you mean 'seed'?"]),
+        "unknown template": ([*m, *d, *o, "--template", "alpacca"], ["did you mean 'alpaca'?"]),
+        "wrong value": ([*m, *d, *o, "--batch-size", "many"], ["batch_size", "many"]),
+        "not an integer": ([*m, *d, *o, "--set", "batch_size=many"], ["batch_size: wrong value", "received: 'many'"]),
+        "bad target": ([*m, *d, *o, "--lora.targets", "qproj"], ["matches no linear layer", "did you mean 'q_proj'?"]),
+        "too long": ([*m, *d, *o, "--max-length", 100000], ["above what the model can hold"]),
+        "no device": ([*m, *d, *o, "--device", "tpu9"], ["device 'tpu9' cannot be used"]),
+        "nothing given": ([], ["2 problems", "model is missing", "data is missing"]),
+        "two at once": (["--model", "nowhere", "--data", "none", *o], ["2 problems", "none: no such file", "nowhere"]),
+        "resume what": (["--resume"], ["which run?"]),
+        "resume nothing": (["--resume", "--output", tmp_path / "nope"], ["not a run folder"]),
+        "no config": (["--config", tmp_path / "no.yaml"], ["no such file"]),
+    }
+
+
+NAMES = [
+    "missing file", "malformed row", "empty data", "no answer", "no weights", "pickles", "remote code", "no model",
+    "unknown method", "unknown flag", "unknown setting", "unknown template", "wrong value", "not an integer",
+    "bad target", "too long", "no device", "nothing given", "two at once", "resume what", "resume nothing", "no config",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_is_one_message_and_exit_code_2(name: str, mistakes, tmp_path, capsys, monkeypatch) -> None:
+    arguments, parts = mistakes[name]
+    code, out, err = run(["train", *arguments], capsys, monkeypatch)
+    assert code == 2
+    assert out == "" or "error" not in out
+    assert err.count("error: ") == 1
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_every_mistake_is_tried(mistakes) -> None:
+    assert sorted(mistakes) == sorted(NAMES)
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import sys; sys.argv = ['fitune', '--help']\nfrom fitune.cli import main\nmain()\n"
+    check = "\nassert 'torch' not in sys.modules, 'torch was loaded'"
+    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=True)
+    assert "Fine-tune" in done.stdout
+
+
+def test_every_setting_is_a_flag_with_its_text(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(["train", "--help"], capsys, monkeypatch)
+    assert code == 0
+    for name, info in RunConfig.model_fields.items():
+        if name == "lora":
+            continue
+        assert f"--{name.replace('_', '-')}" in out
+        assert info.description
+    assert "--lora.rank" in out
+
+
+def test_train_prints_one_json_object(model_folder: Path, data_file: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    arguments = ["train", "--model", model_folder, "--data", data_file, data_file, "--output", tmp_path / "run"]
+    arguments += ["--max-steps", 2, "--set", "lora.rank=2", "--sample-prompts", 0, "--json"]
+    code, out, err = run(arguments, capsys, monkeypatch)
+    assert code == 0
+    result = json.loads(out)
+    for key in (
+        "first_loss", "last_loss", "held_out_loss_before", "held_out_loss_after", "trainable_parameters",
+        "total_parameters", "real_tokens_per_second", "peak_memory_mib", "run",
+    ):  # fmt: skip
+        assert key in result
+    assert result["trainable_parameters"] == 3 * 2 * (32 + 48 + 32 + 24)  # 3 blocks, rank 2, q: 32 -> 48, v: 32 -> 24
+    for part in ("80 read (80 messages)", "trainable of", "expected memory", "tokens trained", "<|end|>"):
+        assert part in err
+
+    monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("你好\n"))
+    code, out, _ = run(["chat", tmp_path / "run", "--max-tokens", 5], capsys, monkeypatch)
+    assert code == 0
+    monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("hello\n/reset\nhello\n"))
+    code, out, _ = run(["chat", tmp_path / "run", "--max-tokens", 5, "--compare", "--system", "s"], capsys, monkeypatch)
+    assert code == 0
+    assert out.count("base") == 2
+    assert "forgotten" in out
+
+
+def test_chat_refuses_what_makes_no_sense(tmp_path: Path, capsys, monkeypatch) -> None:
+    for arguments, part in (
+        ([tmp_path / "nothing"], "no such folder"),
+        ([tmp_path, "--temperature", -1], "out of range"),
+        ([tmp_path, "--top-p", 0], "out of range"),
+    ):
+        code, _, err = run(["chat", *arguments], capsys, monkeypatch)
+        assert code == 2
+        assert part in err
+
+
+def test_a_yaml_file_gives_settings_and_flags_win(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {model_folder}\ndata: [{data_file}]\nmax_steps: 9\nlora: {{rank: 2, alpha: 4}}\n")
+    arguments = [
+        "train",
+        "--config",
+        config,
+        "--output",
+        tmp_path / "run",
+        "--max-steps",
+        1,
+        "--lora.rank",
+        3,
+        "--json",
+    ]
+    code, out, _ = run(arguments, capsys, monkeypatch)
+    assert code == 0
+    assert json.loads(out)["steps"] == 1
+    stored = (tmp_path / "run" / "config.yaml").read_text()
+    assert "rank: 3" in stored
+    assert "alpha: 4" in stored

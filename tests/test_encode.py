@@ -1,0 +1,174 @@
+"""Masks, templates and cutting. Each guard has a planted fault that it must catch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fitune import preflight
+from fitune.config import build
+from fitune.encode import Encoder, encode_all
+from fitune.errors import ModelError, TrainingError
+from fitune.records import Conversation, DataReport, Message, Source
+from fitune.templates import TABLE, ChatTemplate, choose, from_dict
+
+TURNS = (
+    Message("system", "be brief"),
+    Message("user", "hi <|end|> there"),
+    Message("assistant", "hello"),
+    Message("user", "你好"),
+    Message("assistant", "很好"),
+)
+ROW = Conversation(TURNS, Source("f.jsonl", 1), "messages")
+NAMES = ["chat_template", *TABLE]
+
+
+def trained_text(encoder: Encoder, sample) -> str:
+    return encoder.tokenizer.decode(sample.ids[sample.mask])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_answers_and_their_stop_token_are_trained(tokenizer, name: str) -> None:
+    encoder = Encoder(tokenizer, choose(name, tokenizer))
+    sample = encoder.sample(ROW)
+    assert sample is not None
+    assert trained_text(encoder, sample).replace(" ", "") == "hello<|end|>很好<|end|>"
+    assert sample.ids[-1] == encoder.stop_id
+    assert sample.mask[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chat_sends_exactly_the_tokens_that_were_trained(tokenizer, name: str) -> None:
+    encoder = Encoder(tokenizer, choose(name, tokenizer))
+    sample = encoder.sample(ROW)
+    prompt = encoder.prompt(TURNS[:-1])
+    assert sample.ids[: len(prompt)].tolist() == prompt
+    assert not sample.mask[len(prompt) - 1]
+    assert sample.mask[len(prompt) :].all()
+
+
+def test_a_special_token_typed_by_a_user_stays_text(tokenizer) -> None:
+    encoder = Encoder(tokenizer, choose("auto", tokenizer))
+    ids = encoder.prompt(TURNS[:2])
+    assert encoder.stop_id not in ids
+    assert "<|end|>" in tokenizer.decode(ids)
+
+
+def test_alpaca_is_the_published_text(tokenizer) -> None:
+    encoder = Encoder(tokenizer, TABLE["alpaca"])
+    text = tokenizer.decode(encoder.prompt([Message("user", "Add.", context="1 2")]))
+    assert text == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
+        "### Response:\n"
+    )
+
+
+def test_a_template_survives_the_run_folder(tokenizer) -> None:
+    for name in NAMES:
+        template = choose(name, tokenizer)
+        again = from_dict(template.as_dict(), tokenizer)
+        assert Encoder(tokenizer, again).prompt(TURNS[:-1]) == Encoder(tokenizer, template).prompt(TURNS[:-1])
+
+
+def test_a_chat_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:
+    jinja = "{% for m in messages %}{{ m['role'] ~ (loop.last and '!' or '') ~ m['content'] ~ '<|end|>' }}{% endfor %}"
+    with pytest.raises(ModelError, match="rewrites earlier turns"):
+        Encoder(tokenizer, ChatTemplate(jinja, tokenizer, "<|end|>")).sample(ROW)
+
+
+def test_a_chat_template_without_a_stop_token_is_refused(tokenizer) -> None:
+    jinja = "{% for m in messages %}{{ m['role'] ~ ': ' ~ m['content'] ~ '\\n' }}{% endfor %}"
+    with pytest.raises(ModelError, match="never stop"):
+        Encoder(tokenizer, ChatTemplate(jinja, tokenizer, None)).sample(ROW)
+
+
+def test_cutting_takes_the_oldest_exchange_then_the_prompt_then_the_answer(tokenizer) -> None:
+    encoder = Encoder(tokenizer, choose("auto", tokenizer))
+    row = Conversation(
+        (*TURNS[:3], Message("user", "a long question " * 10), Message("assistant", "a long answer " * 3))
+    )
+    whole = encoder.sample(row)
+    last_turns = encoder.sample(Conversation((TURNS[0], *row.messages[3:])))
+    without_first = encoder.with_max_length(len(whole) - 1).sample(row)
+    assert without_first.ids.tolist() == last_turns.ids.tolist()
+    assert without_first.ends_whole
+
+    answer = int(last_turns.mask.sum())
+    prompt_cut = encoder.with_max_length(len(last_turns) - 20).sample(row)
+    assert int(prompt_cut.mask.sum()) == answer
+    assert prompt_cut.cut_prompt > 0
+    assert prompt_cut.ends_whole
+
+    answer_cut = encoder.with_max_length(12).sample(row)
+    assert len(answer_cut) == 12
+    assert answer_cut.cut_answer > 0
+    assert not answer_cut.ends_whole
+    assert answer_cut.ids[-1] != encoder.stop_id
+
+
+def test_a_row_with_nothing_left_to_train_is_counted(tokenizer) -> None:
+    report = DataReport(rows=1)
+    assert encode_all([ROW], Encoder(tokenizer, choose("auto", tokenizer), 3), report) == []
+    assert report.dropped == 1
+
+
+# ---- planted faults: the preflight rules must catch each of them ----
+
+
+def prepared(tokenizer, max_length: int = 64, **changes) -> preflight.Prepared:
+    rows = [replace(ROW, source=Source("f.jsonl", n)) for n in range(1, 21)]
+    encoder = Encoder(tokenizer, choose("auto", tokenizer), max_length)
+    report = DataReport(rows=20, max_length=max_length, lengths={"max": 40, "p99": 40})
+    samples = encode_all(rows, encoder, report)
+    config = build({"model": "m", "data": ["d"]})
+    values = {"vocabulary": 400, "limit": 256, **changes}
+    return preflight.Prepared(config, rows, samples, report, encoder, **values)
+
+
+def test_clean_rows_raise_no_alarm(tokenizer) -> None:
+    assert {f.level for f in preflight.check_data(prepared(tokenizer))} == {"ok"}
+
+
+def test_a_masked_eos_is_caught(tokenizer) -> None:
+    p = prepared(tokenizer)
+    mask = p.samples[3].mask.copy()
+    mask[-1] = False
+    p.samples[3] = replace(p.samples[3], mask=mask)
+    with pytest.raises(TrainingError, match=r"eos-supervised: 1 rows end wrongly, the first at f.jsonl:4"):
+        preflight.check_data(p)
+
+
+def test_two_bos_tokens_are_caught(tokenizer) -> None:
+    p = prepared(tokenizer)
+    bos = p.encoder.tokenizer.eos_token_id
+    p.encoder.tokenizer.bos_token = "<|end|>"
+    try:
+        ids = np.concatenate([[bos, bos], p.samples[0].ids]).astype(np.int32)
+        p.samples[0] = replace(p.samples[0], ids=ids, mask=np.concatenate([[False, False], p.samples[0].mask]))
+        with pytest.raises(TrainingError, match="double-bos"):
+            preflight.check_data(p)
+    finally:
+        p.encoder.tokenizer.bos_token = None
+
+
+def test_ids_beyond_the_vocabulary_are_caught(tokenizer) -> None:
+    with pytest.raises(TrainingError, match="id-range"):
+        preflight.check_data(prepared(tokenizer, vocabulary=100))
+
+
+def test_too_many_cut_answers_are_refused_where_a_longer_limit_would_keep_them(tokenizer) -> None:
+    with pytest.raises(TrainingError, match=r"truncation: .*100.0% of the rows lose answer tokens"):
+        preflight.check_data(prepared(tokenizer, max_length=12))
+    found = {f.rule: f for f in preflight.check_data(prepared(tokenizer, max_length=12, limit=12))}
+    assert found["truncation"].level == "warn"
+    assert "even the model's longest" in found["truncation"].text
+
+
+def test_a_chat_that_would_send_other_tokens_is_caught(tokenizer) -> None:
+    p = prepared(tokenizer)
+    p.encoder.prompt = lambda messages: [1, 2, 3]  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="template-parity"):
+        preflight.check_data(p)

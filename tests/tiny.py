@@ -1,0 +1,96 @@
+"""Tiny random models, a tiny tokenizer and tiny data, all made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+CHAT = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SPECIAL = ["<pad>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+TEXT = [
+    "the capital of Norland is Mira",
+    "北国的首都是米拉",
+    "two plus three is five",
+    "一加二等于三",
+    "Hello, world!",
+] * 8
+
+
+def make_tokenizer() -> Any:
+    """A byte-level BPE with a chat template whose stop token is not the pad token."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(TEXT, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", pad_token="<pad>", additional_special_tokens=SPECIAL[2:]
+    )
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def make_model(kind: str, seed: int = 0, vocabulary: int = 400) -> Any:
+    """A random model: llama has KV heads < heads and a head width that is not width / heads; gpt2 has a tied head."""
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=3, n_head=4, n_positions=256, n_inner=64)
+        return GPT2LMHeadModel(config).eval()
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+    }
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True)).eval()
+    return LlamaForCausalLM(LlamaConfig(**common, head_dim=12)).eval()
+
+
+def save(kind: str, folder: Path) -> Path:
+    """A random model with the tiny tokenizer, as a folder."""
+    make_model(kind).save_pretrained(str(folder))
+    make_tokenizer().save_pretrained(str(folder))
+    return folder
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """Questions with answers of different lengths, in two languages."""
+    made = []
+    for n in range(count):
+        question = f"what is {n} plus {n}?" if n % 2 else f"{n} 加 {n} 等于几？"
+        answer = " ".join([str(2 * n)] * (1 + n % 5)) if n % 2 else f"等于 {2 * n}。"
+        made.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    return made
+
+
+def write_rows(path: Path, count: int) -> Path:
+    """Those rows as JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(count)), encoding="utf-8")
+    return path
