@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from hypothesis import settings
+
+import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from fitune import cli
 from fitune.config import RunConfig
 

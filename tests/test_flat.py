@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from fitune.batches import flat
 from fitune.kernels import loss as loss_kernel
 from fitune.kernels.attention import FLAT

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import fitune
+import tiny
 from fitune.config import build
 from fitune.errors import ConfigError, ModelError
 from fitune.model import attach, load_model

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 import fitune
+import tiny
 from fitune import checkpoint
 from fitune.checkpoint import MANIFEST, TEMPORARY, RunFolder, is_whole, sha256
 from fitune.config import build

@@ -1,10 +1,10 @@
 """The run folder: every file name of a run stands here, and every write is atomic.
 
     RUN/
-      config.yaml  environment.json  template.json  plan.json  data.json  before.json   at the start
+      config.yaml  environment.json  template.json  plan.json  data.json  before.json  at the start
       tokenizer/                     the tokenizer's files
       steps.jsonl                    one StepRecord a line
-      checkpoints/step-000120/       trainable, optimizer and RNG tensors, state.json; last MANIFEST.json
+      checkpoints/step-000120/       trainable, optimizer and RNG tensors, state.json, MANIFEST.json
       adapter/                       the result, in PEFT's format
       answers.json  result.json  report.html       at the end
 

@@ -7,6 +7,7 @@ Shapes: T = tokens of a flat batch, L = rows of it that carry a label, D = docum
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -28,12 +29,24 @@ class Source:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A function that the model asks to be called; `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn. `context` is alpaca's `input`: templates with a slot for it keep it apart from the content."""
+    """One turn. `context` is alpaca's `input`: templates with a slot for it keep it apart from the content.
+
+    tool_calls: what an assistant's turn calls. role "tool": what a call gave back.
+    """
 
     role: Role
     content: str
     context: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class Conversation:
     messages: tuple[Message, ...]
     source: Source | None = None
     format: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()  # function descriptions, as OpenAI's API has them
 
     def prompt(self) -> tuple[Message, ...]:
         """The messages before the last answer: what a model is asked when this row is a test."""
