@@ -307,3 +307,30 @@ def test_python_has_the_same_verbs(unbroken: Path, model_folder: Path, data: Pat
     base = fitune.generate(tuned, "what is 1 plus 1?", max_new_tokens=8, base=True)
     assert base == fitune.generate(fitune.load(model_folder), "what is 1 plus 1?", max_new_tokens=8)
     assert base != greedy
+
+
+NO_NETWORK = """
+import socket, sys
+def refuse(*args, **kwargs):
+    raise AssertionError(f"the network was asked: {args}")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from fitune.cli import main
+sys.argv = ["fitune", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_run_asks_nothing_of_the_network(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(settings(model_folder, data, tmp_path / "run", max_steps=2)))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    for arguments in (["train", "--config", str(config)], ["chat", str(tmp_path / "run"), "--max-tokens", "3"]):
+        done = subprocess.run(
+            [sys.executable, "-c", NO_NETWORK, *arguments],
+            input="hello\n",
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr

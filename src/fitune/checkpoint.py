@@ -8,8 +8,8 @@
       adapter/                       the result, in PEFT's format
       answers.json  result.json  report.html       at the end
 
-A checkpoint is written into a temporary folder, each file synced, its manifest of SHA-256 sums last, and then the folder
-is renamed. What has no manifest, or does not match it, does not count: resume falls back to the last whole one.
+A checkpoint is written into a temporary folder, each file synced, its manifest of SHA-256 sums last; then the folder is
+renamed. What has no manifest, or does not match it, does not count: resume falls back to the last whole one.
 Files are safetensors and JSON; nothing is ever pickled or unpickled.
 """
 

@@ -1,0 +1,70 @@
+"""What the documents say is true: commands, module names, exported names."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import fitune
+from fitune import cli
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def commands(text: str) -> list[str]:
+    """Every `fitune ...` command in code blocks and code spans."""
+    found = re.findall(r"^(fitune .*?)(?:\s+#.*)?$", text, re.MULTILINE) + re.findall(r"`(fitune [^`]*)`", text)
+    return [command for command in found if "..." not in command]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_in_the_documents_parses(path: Path) -> None:
+    for command in commands(path.read_text(encoding="utf-8")):
+        tokens = shlex.split(command)[1:]
+        if tokens[-1] in ("--help", "chat", "train"):
+            continue
+        cli.app.parse_args([t for t in tokens if t != "RUN"] + ["RUN"] * ("RUN" in tokens), exit_on_error=False)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_in_the_documents_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def test_both_readmes_have_the_same_commands_and_sections() -> None:
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+    assert commands(english) == commands(chinese)
+    assert english.count("\n## ") == chinese.count("\n## ")
+
+
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    package = ROOT / "src" / "fitune"
+    for path in package.iterdir():
+        if path.suffix == ".py" and path.name != "__main__.py":
+            assert f"`{path.name}`" in text, path.name
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert f"`{path.name}/`" in text, path.name
+
+
+def test_what_the_package_promises_is_there() -> None:
+    for name in fitune.__all__:
+        assert getattr(fitune, name) is not None
+    assert callable(fitune.train)
+    importlib.import_module("fitune.training")
+    assert callable(fitune.train)  # a verb stays a function whatever is imported
+
+
+def test_the_loop_stays_small() -> None:
+    """The steps of a run, from the first to the last, are one function that fits on a screen or two."""
+    import inspect
+
+    from fitune import training
+
+    assert len(inspect.getsource(training._loop).splitlines()) <= 60
