@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.batches import Loader, flat, in_order, longest
+from fitune.batches import Loader, flat, in_order
 from fitune.records import Sample
 
 
@@ -24,21 +24,49 @@ def test_labels_are_the_next_token_of_the_same_document() -> None:
     assert batch.labels.tolist() == [3, 4, 7]
 
 
-@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 4), st.integers(0, 3), st.integers(0, 50))
+@given(
+    st.lists(st.integers(2, 30), min_size=1, max_size=40),
+    st.integers(1, 7),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.integers(0, 50),
+    st.none() | st.integers(1, 60),
+    st.booleans(),
+)
 def test_every_row_comes_once_an_epoch_and_resume_goes_on_with_the_same_rows(
-    count: int, batch_size: int, accumulation: int, seed: int, skip: int
+    lengths: list[int], size: int, accumulation: int, seed: int, skip: int, tokens: int | None, by_length: bool
 ) -> None:
-    loader = Loader([sample([n, n + 1], 1) for n in range(count)], batch_size, accumulation, seed)
-    per_epoch = loader.steps_per_epoch
-    steps = [[batch.rows for batch in step] for step in loader.steps(0, 2 * per_epoch)]
-    for epoch in (0, 1):
-        rows = [r for step in steps[epoch * per_epoch : (epoch + 1) * per_epoch] for batch in step for r in batch]
-        assert sorted(rows) == list(range(count))
-    start = min(skip, 2 * per_epoch)
-    assert [[b.rows for b in step] for step in loader.steps(start, 2 * per_epoch)] == steps[start:]
+    samples = [sample([0] * length, 1) for length in lengths]
+    loader = Loader(samples, size, accumulation, seed, tokens, by_length)
+    total = loader.total_steps(2)
+    steps = [(epoch, [batch.rows for batch in step]) for epoch, step in loader.steps(0, total)]
+    for last in (1, 2):
+        rows = [r for epoch, step in steps if last - 1 < epoch <= last for batch in step for r in batch]
+        assert sorted(rows) == list(range(len(lengths)))
+    start = min(skip, total)
+    assert [(epoch, [b.rows for b in step]) for epoch, step in loader.steps(start, total)] == steps[start:]
+    largest = max(sum(lengths[r] for r in batch) for _, step in steps for batch in step)
+    assert largest <= loader.largest()
+    if tokens:
+        assert all(sum(lengths[r] for r in b) <= tokens or len(b) == 1 for _, step in steps for b in step)
+    else:
+        assert all(len(batch) <= size for _, step in steps for batch in step)
 
 
-def test_evaluation_sees_every_row_and_the_largest_batch_is_found() -> None:
+def test_length_grouping_saves_the_padding_that_random_batches_waste() -> None:
+    rng = np.random.default_rng(0)
+    samples = [sample([0] * int(n), 1) for n in rng.integers(10, 500, 800)]
+
+    def padded(by_length: bool) -> int:
+        steps = Loader(samples, 8, 1, 0, by_length=by_length).epoch_steps(0)
+        return sum(len(rows) * max(len(samples[r]) for r in rows) for step in steps for rows in step)
+
+    real = sum(len(s) for s in samples)
+    assert padded(False) > 1.6 * real
+    assert padded(True) < 1.1 * real
+
+
+def test_evaluation_sees_every_row_and_the_largest_batch_is_known() -> None:
     samples = [sample(list(range(n)), 1) for n in (3, 9, 2, 7)]
     assert [batch.rows for batch in in_order(samples, 3)] == [(0, 1, 2), (3,)]
-    assert longest(samples, 2).rows == (1, 3)
+    assert Loader(samples, 2, 1, 0).largest() == 16

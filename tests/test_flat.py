@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionInterface
 
 import tiny
 from fitune.batches import flat
@@ -12,6 +13,7 @@ from fitune.kernels import loss as loss_kernel
 from fitune.kernels.attention import FLAT
 from fitune.kernels.loss import label_loss
 from fitune.model import use_attention
+from fitune.preflight import packing_leak
 from fitune.records import Batch, Sample
 from fitune.step import held_out_loss, label_hidden, loss_sum, training_step
 
@@ -112,6 +114,41 @@ class Capture(torch.optim.SGD):
 
     def step(self, closure=None):
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["padded", "documents"])
+def test_every_layout_has_the_same_loss_and_gradients(kind: str, layout: str) -> None:
+    model, data = tiny.make_model(kind), samples()
+    batch = flat(data, range(9))
+    loss_sum(model, batch).backward()
+    expected = gradients(model)
+    model.zero_grad(set_to_none=True)
+    loss_sum(model, batch, layout).backward()
+    assert relative(gradients(model), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_leak_probe_passes_flat_batches(kind: str) -> None:
+    layout, finding = packing_leak(tiny.make_model(kind), samples()[2:])
+    assert (layout, finding.level) == ("flat", "ok")
+
+
+def test_the_leak_probe_finds_a_model_that_leaks_and_takes_another_layout(monkeypatch) -> None:
+    def leaking(module, query, key, value, mask, scaling=None, **kwargs):  # the fault: one document over all bounds
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("leaking", leaking)
+    monkeypatch.setattr("fitune.step.FLAT", "leaking")
+    model = tiny.make_model("llama")
+    layout, finding = packing_leak(model, samples()[2:])
+    assert (layout, finding.level) == ("padded", "fixed")
+    assert "flat leaks" in finding.text
+    _, refused = packing_leak(model, samples()[2:], "flat")
+    assert refused.level == "refuse"
 
 
 def run_step(model, batches: list[Batch]) -> dict[str, torch.Tensor]:

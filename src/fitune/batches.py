@@ -14,6 +14,8 @@ import numpy as np
 
 from fitune.records import Batch, Sample
 
+WINDOW = 50  # micro-batches that are sorted by length together
+
 
 def flat(samples: Sequence[Sample], rows: Sequence[int]) -> Batch:
     """The rows as one flat batch.
@@ -41,49 +43,84 @@ def flat(samples: Sequence[Sample], rows: Sequence[int]) -> Batch:
 
 @dataclass(frozen=True)
 class Loader:
-    """Deterministic batches: the order depends on the seed and the epoch alone, so step n is known without the others.
+    """Deterministic batches: what a step holds follows from the seed and the step's number alone.
 
     Args:
         samples: the training samples.
         batch_size: rows per micro-batch.
         accumulation: micro-batches per optimizer step.
         seed: decides the order.
+        batch_tokens: tokens per micro-batch, instead of rows. A longer row is a micro-batch of its own.
+        by_length: rows of about the same length share a micro-batch, for models that need padding.
     """
 
     samples: Sequence[Sample]
     batch_size: int
     accumulation: int
     seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch; the last one takes the rows that are left."""
-        return -(-len(self.samples) // (self.batch_size * self.accumulation))
+    batch_tokens: int | None = None
+    by_length: bool = False
 
     def order(self, epoch: int) -> list[int]:
         """The rows of an epoch, each exactly once."""
-        return [int(row) for row in np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))]
+        random = np.random.default_rng([self.seed, epoch])
+        rows = [int(row) for row in random.permutation(len(self.samples))]
+        if not self.by_length:
+            return rows
+        # Sorted within windows of many batches: near lengths meet, and no two epochs are alike.
+        window = self.batch_size * WINDOW
+        windows = [rows[n : n + window] for n in range(0, len(rows), window)]
+        return [row for some in windows for row in sorted(some, key=lambda row: -len(self.samples[row]))]
 
-    def steps(self, start: int, end: int) -> Iterator[list[Batch]]:
-        """The micro-batches of the optimizer steps start .. end - 1 (from 0, over all epochs)."""
-        order: list[int] = []
-        epoch_of_order = -1
-        for step in range(start, end):
-            epoch, at = divmod(step, self.steps_per_epoch)
-            if epoch != epoch_of_order:
-                order, epoch_of_order = self.order(epoch), epoch
-            size = self.batch_size * self.accumulation
-            rows = order[at * size : (at + 1) * size]
-            yield [flat(self.samples, rows[n : n + self.batch_size]) for n in range(0, len(rows), self.batch_size)]
+    def epoch_steps(self, epoch: int) -> list[list[list[int]]]:
+        """The epoch's optimizer steps, each a list of micro-batches, each a list of rows."""
+        micro = self._by_tokens(self.order(epoch)) if self.batch_tokens else self._by_rows(self.order(epoch))
+        steps = [micro[n : n + self.accumulation] for n in range(0, len(micro), self.accumulation)]
+        if self.by_length:  # the longest first would be an order that teaches; the steps are shuffled again
+            np.random.default_rng([self.seed, epoch, 1]).shuffle(steps)
+        return steps
+
+    def _by_rows(self, order: list[int]) -> list[list[int]]:
+        return [order[n : n + self.batch_size] for n in range(0, len(order), self.batch_size)]
+
+    def _by_tokens(self, order: list[int]) -> list[list[int]]:
+        micro: list[list[int]] = []
+        room = 0
+        for row in order:
+            length = len(self.samples[row])
+            if not micro or length > room:
+                micro.append([])
+                room = self.batch_tokens or 0
+            micro[-1].append(row)
+            room -= length
+        return micro
+
+    def total_steps(self, epochs: float) -> int:
+        """Optimizer steps in so many epochs, at least one."""
+        whole = sum(len(self.epoch_steps(epoch)) for epoch in range(int(epochs)))
+        part = epochs - int(epochs)
+        return max(1, whole + (round(part * len(self.epoch_steps(int(epochs)))) if part else 0))
+
+    def steps(self, start: int, end: int) -> Iterator[tuple[float, list[Batch]]]:
+        """The optimizer steps start .. end - 1 (from 0, over all epochs), with the epochs that lie behind each."""
+        number, epoch = 0, 0
+        while number < end:
+            steps = self.epoch_steps(epoch)
+            for at, micro in enumerate(steps):
+                if start <= number < end:
+                    yield epoch + (at + 1) / len(steps), [flat(self.samples, rows) for rows in micro]
+                number += 1
+            epoch += 1
+
+    def largest(self) -> int:
+        """Tokens of the largest micro-batch that can come."""
+        lengths = sorted((len(sample) for sample in self.samples), reverse=True)
+        if self.batch_tokens:
+            return max(self.batch_tokens, lengths[0])
+        return sum(lengths[: self.batch_size])
 
 
 def in_order(samples: Sequence[Sample], batch_size: int) -> Iterator[Batch]:
     """All samples once, in their order: for evaluation."""
     for start in range(0, len(samples), batch_size):
         yield flat(samples, range(start, min(start + batch_size, len(samples))))
-
-
-def longest(samples: Sequence[Sample], batch_size: int) -> Batch:
-    """The largest batch that can come: the longest rows together."""
-    rows = sorted(range(len(samples)), key=lambda row: -len(samples[row]))[:batch_size]
-    return flat(samples, rows)

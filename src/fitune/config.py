@@ -62,6 +62,10 @@ class RunConfig(Options):
     lora: LoraOptions = LoraOptions()
     batch_size: int = Field(default=8, ge=1)
     """Rows per micro-batch. Activations grow with it."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens per micro-batch, in place of batch_size: memory stays even where rows differ in length."""
+    layout: Literal["auto", "flat", "padded", "documents"] = "auto"
+    """How documents go through the model. auto: flat, unless a probe on the model shows that documents leak."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step. Costs no memory."""
     epochs: float = Field(default=3.0, gt=0)

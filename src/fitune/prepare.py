@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fitune import families, lengths, methods, preflight, rows, templates, tokenizer
-from fitune.batches import Loader, longest
+from fitune.batches import Loader
 from fitune.checkpoint import sha256
 from fitune.config import RunConfig
 from fitune.console import Watcher
@@ -21,7 +21,7 @@ from fitune.encode import Encoder, encode_all
 from fitune.errors import Collector, ConfigError
 from fitune.memory import Estimate, estimate, resident_mib
 from fitune.model import Tuned, attach, check_weights, load_model, locate, pick_device, read_config, trainable
-from fitune.records import Conversation, DataReport, Finding, Sample
+from fitune.records import Conversation, DataReport, Finding, Layout, Sample
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Job:
     config: RunConfig  # resolved: no auto is left
     tuned: Tuned
     loader: Loader
+    layout: Layout
     held_out: list[Sample]
     held_out_rows: list[Conversation]
     report: DataReport
@@ -116,20 +117,24 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     device = pick_device(config.device)
     base = load_model(folder, device=str(device))
     model, family, expected = attach(base, config)
-    findings += preflight.check_model(model, samples, expected)
-    loader = Loader(samples, config.batch_size, config.accumulation, config.seed)
-    total = config.max_steps or max(1, round(config.epochs * loader.steps_per_epoch))
+    layout, leak = preflight.packing_leak(model, samples, config.layout)
+    model_findings = [preflight.trainable_set(model, expected), leak]
+    preflight.raise_refused(model_findings)
+    findings += model_findings
+    by_length = layout == "padded"
+    loader = Loader(samples, config.batch_size, config.accumulation, config.seed, config.batch_tokens, by_length)
+    total = config.max_steps or loader.total_steps(config.epochs)
     eval_every = config.eval_every or max(1, -(-total // 5))
-    largest = len(longest(samples, config.batch_size).ids)
     return Job(
         config=config,
         tuned=Tuned(model, words, encoder.template, encoder, family),
         loader=loader,
+        layout=layout,
         held_out=held_out,
         held_out_rows=held_out_rows,
         report=report,
         findings=findings,
-        memory=estimate(model, model_config, longest_batch=largest, runtime_mib=runtime),
+        memory=estimate(model, model_config, longest_batch=loader.largest(), runtime_mib=runtime),
         data_sha256={path: sha256(Path(path)) for path in [*config.data, *config.eval_data]},
         total_steps=total,
         eval_every=eval_every,

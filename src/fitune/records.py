@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Role = Literal["system", "user", "assistant", "tool"]
+Layout = Literal["flat", "padded", "documents"]  # how the documents of a batch go through the model
 
 
 @dataclass(frozen=True)

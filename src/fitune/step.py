@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fitune.errors import TrainingError
 from fitune.kernels.attention import FLAT
 from fitune.kernels.loss import label_loss
 from fitune.model import causal_lm, trainable, use_attention
-from fitune.records import Batch
+from fitune.records import Batch, Layout
 
 
 @dataclass(frozen=True)
@@ -31,30 +32,57 @@ class StepResult:
     targets: int
 
 
-def label_hidden(model: Any, batch: Batch) -> Tensor:
-    """(L, W): the last hidden states of the rows that carry a label. The rest never reaches the head."""
-    use_attention(model, FLAT)
+def hidden_states(model: Any, batch: Batch, layout: Layout) -> Tensor:
+    """(T, W): the last hidden states of all tokens of a batch.
+
+    Args:
+        model: with or without a method's wrapper.
+        batch: flat, as always; what the model gets depends on the layout.
+        layout: flat (all documents in one row, attention per document), padded (a row each, padded on the right and
+            masked by position), documents (a forward each: for models that neither of the others suits).
+    """
     inner = causal_lm(model)
     device = next(inner.parameters()).device
-    hidden: Tensor = inner.base_model(
-        input_ids=torch.from_numpy(batch.ids)[None].to(device),
-        position_ids=torch.from_numpy(batch.positions)[None].to(device),
-        cu_seq_lens_q=torch.from_numpy(batch.bounds),
-        use_cache=False,
-    ).last_hidden_state
-    return hidden[0, torch.from_numpy(batch.label_rows).to(device)]
+    ids = torch.from_numpy(batch.ids).to(device)
+    use_attention(model, FLAT if layout == "flat" else "sdpa")
+    if layout == "flat":
+        out: Tensor = inner.base_model(
+            input_ids=ids[None],
+            position_ids=torch.from_numpy(batch.positions)[None].to(device),
+            cu_seq_lens_q=torch.from_numpy(batch.bounds),
+            use_cache=False,
+        ).last_hidden_state[0]
+        return out
+    documents = ids.split([int(end - start) for start, end in pairwise(batch.bounds)])
+    if layout == "documents":
+        outs = [inner.base_model(input_ids=one[None], use_cache=False).last_hidden_state[0] for one in documents]
+        return torch.cat(outs)
+    padded = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in documents], batch_first=True)
+    states = inner.base_model(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state
+    return states[mask.bool()]  # type: ignore[no-any-return]
 
 
-def loss_sum(model: Any, batch: Batch) -> Tensor:
+def label_hidden(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
+    """(L, W): the last hidden states of the rows that carry a label. The rest never reaches the head."""
+    hidden = hidden_states(model, batch, layout)
+    return hidden[torch.from_numpy(batch.label_rows).to(hidden.device)]
+
+
+def loss_sum(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
     """Sum of the cross-entropies of the batch's target tokens, float32."""
     inner = causal_lm(model)
-    hidden = label_hidden(model, batch)
+    hidden = label_hidden(model, batch, layout)
     labels = torch.from_numpy(batch.labels).to(hidden.device)
     return label_loss(inner.get_output_embeddings(), hidden, labels, inner.config.vocab_size)
 
 
 def training_step(
-    model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, max_grad_norm: float
+    model: Any,
+    micro_batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    layout: Layout = "flat",
 ) -> StepResult:
     """One optimizer step over some micro-batches.
 
@@ -63,6 +91,7 @@ def training_step(
         micro_batches: all rows of the step.
         optimizer: with its learning rate set.
         max_grad_norm: gradients are scaled down to this norm.
+        layout: how documents go through the model.
 
     Raises:
         TrainingError: the loss or the gradient is not finite; the step is not applied.
@@ -71,7 +100,7 @@ def training_step(
     targets = sum(batch.targets for batch in micro_batches)
     total = 0.0
     for batch in micro_batches:
-        loss = loss_sum(model, batch)
+        loss = loss_sum(model, batch, layout)
         (loss / targets).backward()
         total += loss.item()
     parameters = trainable(model)
@@ -91,13 +120,13 @@ def training_step(
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, batches: Iterable[Batch]) -> float:
+def held_out_loss(model: Any, batches: Iterable[Batch], layout: Layout = "flat") -> float:
     """Loss per target token over held-out batches; the model's mode is left as it was."""
     training = model.training
     model.eval()
     total, targets = 0.0, 0
     for batch in batches:
-        total += loss_sum(model, batch).item()
+        total += loss_sum(model, batch, layout).item()
         targets += batch.targets
     model.train(training)
     return total / targets

@@ -110,8 +110,8 @@ def _tell(job: Job, watch: Watcher) -> None:
             "data": ", ".join(c.data),
             "output": c.output,
             "method": c.method,
-            "batch": f"{c.batch_size} rows x {c.accumulation}, max length {c.max_length}",
-            "steps": f"{job.total_steps} ({job.loader.steps_per_epoch} an epoch)",
+            "batch": f"{_batch(c)} x {c.accumulation}, {job.layout}, max length {c.max_length}",
+            "steps": f"{job.total_steps} ({len(job.loader.epoch_steps(0))} in the first epoch)",
             "learning rate": f"{job.lr:g}, warm-up {c.warmup:.0%}, cosine to 0",
             "parameters": f"{job.trainable:,} trainable of {job.total:,} ({job.trainable / job.total:.4%})",
             "device": f"{job.tuned.device}, float32, seed {c.seed}",
@@ -119,6 +119,10 @@ def _tell(job: Job, watch: Watcher) -> None:
     )
     watch.findings(job.findings)
     watch.memory(job.memory.parts())
+
+
+def _batch(config: RunConfig) -> str:
+    return f"{config.batch_tokens:,} tokens" if config.batch_tokens else f"{config.batch_size} rows"
 
 
 def _begin(run: RunFolder, job: Job) -> None:
@@ -136,7 +140,7 @@ def _begin(run: RunFolder, job: Job) -> None:
 def _held_out(job: Job) -> float | None:
     if not job.held_out:
         return None
-    return held_out_loss(job.tuned.model, in_order(job.held_out, job.config.batch_size))
+    return held_out_loss(job.tuned.model, in_order(job.held_out, job.config.batch_size), job.layout)
 
 
 def _sample_answers(job: Job) -> list[str]:
@@ -162,17 +166,16 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
     model.train()
     watch.start(job.total_steps, start, job.tuned.device)
     try:
-        for step, micro_batches in enumerate(job.loader.steps(start, job.total_steps), start + 1):
+        for step, (epoch, micro_batches) in enumerate(job.loader.steps(start, job.total_steps), start + 1):
             began = time.perf_counter()
             rate = optim.learning_rate(step - 1, job.total_steps, job.lr, config.warmup)
             optim.set_rate(optimizer, rate)
-            done = training_step(model, micro_batches, optimizer, config.max_grad_norm)
+            done = training_step(model, micro_batches, optimizer, config.max_grad_norm, job.layout)
             seconds = time.perf_counter() - began
             last = step == job.total_steps
             loss = _held_out(job) if step % job.eval_every == 0 or last else None
             if loss is not None and (best[1] is None or loss < best[1]):
                 best = (step, loss)
-            epoch = step / job.loader.steps_per_epoch
             record = StepRecord(
                 step, epoch, done.loss, rate, done.grad_norm, done.tokens, done.targets, seconds, held_out_loss=loss
             )
