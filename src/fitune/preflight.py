@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from fitune.batches import flat
@@ -16,9 +18,10 @@ from fitune.config import RunConfig
 from fitune.encode import Encoder, encode_all
 from fitune.errors import Collector, TrainingError
 from fitune.model import causal_lm, trainable, use_attention
-from fitune.records import Conversation, DataReport, Finding, Layout, Sample
+from fitune.records import Conversation, DataReport, Finding, Layout, Message, Sample
 from fitune.step import hidden_states
 
+PROBES = 50  # rows that are looked at by rules which encode again
 PROBE_TOKENS = 48  # a document of the model checks: long enough to matter, short enough to cost nothing
 
 
@@ -97,14 +100,76 @@ def eos_supervised(p: Prepared) -> Finding:
     return Finding("eos-supervised", "ok", f"the stop token ends {whole:,} of {len(p.samples):,} rows, trained in each")
 
 
-def stop_token(p: Prepared) -> Finding:
-    """Names the tokens that end an answer, and says where the template's own is missing from the vocabulary."""
-    names = ", ".join(f"{p.encoder.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in p.encoder.stop_ids)
-    wanted = p.encoder.template.stop
-    if wanted and p.encoder.tokenizer.convert_ids_to_tokens(p.encoder.stop_id) != wanted:
+def stop_token_trained(p: Prepared) -> Finding:
+    """A stop token that no row trains is one the model never learns to say."""
+    tokenizer, encoder = p.encoder.tokenizer, p.encoder
+    names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in encoder.stop_ids)
+    trained = sum(bool(np.isin(s.ids[s.mask], encoder.stop_ids).any()) for s in p.samples)
+    if p.samples and not trained:
+        text = f"no row trains a stop token ({names}): the model would never stop"
+        return Finding("stop-token-trained", "refuse", text, "a larger --max-length, so that answers are not cut")
+    wanted = encoder.template.stop
+    if wanted and tokenizer.convert_ids_to_tokens(encoder.stop_id) != wanted:
         text = f"the template's {wanted!r} is no token of this vocabulary; answers end with {names}"
         return Finding("stop-token-trained", "warn", text)
     return Finding("stop-token-trained", "ok", f"answers end with {names}")
+
+
+def label_border(p: Prepared) -> Finding:
+    """The first label is the answer's first token; the last prompt token is none.
+
+    The textbook collator masks `seq_len - 1` tokens of the prompt and lets the model shift: it trains the last one.
+    """
+    for conversation, sample in _pairs(p):
+        prompt = len(p.encoder.prompt(_first_prompt(conversation)))
+        batch = flat([sample], [0])
+        first = int(batch.label_rows[0]) + 1
+        if not sample.cut_prompt and not sample.cut_answer and first != prompt:
+            text = f"{sample.source}: the first label is token {first}, the answer begins at token {prompt}"
+            return Finding("label-border", "refuse", text)
+    return Finding("label-border", "ok", "the first label of a row is the first token of its answer")
+
+
+def bpe_boundary(p: Prepared) -> Finding:
+    """How many borders between prompt and answer a tokenizer would merge over, were they encoded together."""
+    merged = tried = 0
+    for conversation, _ in _pairs(p):
+        segments = p.encoder.template.render(conversation.messages)
+        for before, after in pairwise(segments):
+            if after.trained and not before.trained and before.text and after.text:
+                ids = [
+                    p.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+                    for text in (before.text, after.text, before.text + after.text)
+                ]
+                merged += ids[0] + ids[1] != ids[2]
+                tried += 1
+    text = f"prompt and answer are encoded apart; together {merged} of {tried} borders tried would differ"
+    return Finding("bpe-boundary", "fixed" if merged else "ok", text)
+
+
+def padding_side(p: Prepared) -> Finding:
+    """Rows hold no padding, at neither end: what is padded later is told by position, so pad = EOS is safe."""
+    pad = p.encoder.tokenizer.pad_token_id
+    if pad is None or pad in p.encoder.stop_ids:
+        return Finding("padding-side", "ok", "no padding in the rows; the pad token is never looked at")
+    for sample in p.samples:
+        if pad in (sample.ids[0], sample.ids[-1]):
+            side = "left" if sample.ids[0] == pad else "right"
+            return Finding("padding-side", "refuse", f"{sample.source}: padded on the {side}")
+    return Finding("padding-side", "ok", "no padding in the rows")
+
+
+def _pairs(p: Prepared) -> list[tuple[Conversation, Sample]]:
+    """Up to PROBES rows with their samples, evenly over the data."""
+    by_source = {str(sample.source): sample for sample in p.samples}
+    known = [c for c in p.conversations if str(c.source) in by_source]
+    return [(c, by_source[str(c.source)]) for c in known[:: max(1, len(known) // PROBES)]]
+
+
+def _first_prompt(conversation: Conversation) -> Sequence[Message]:
+    """The messages before the first answer."""
+    first = next(n for n, message in enumerate(conversation.messages) if message.role == "assistant")
+    return conversation.messages[:first]
 
 
 def double_bos(p: Prepared) -> Finding:
@@ -120,7 +185,7 @@ def double_bos(p: Prepared) -> Finding:
 
 def template_parity(p: Prepared) -> Finding:
     """The prompt that chat will send is, token for token, the prompt that was trained."""
-    for conversation in p.conversations[:: max(1, len(p.conversations) // 50)]:
+    for conversation in p.conversations[:: max(1, len(p.conversations) // PROBES)]:
         prompt = p.encoder.prompt(conversation.prompt())
         sample = p.encoder.with_max_length(1 << 30).sample(conversation)
         if sample is not None and sample.ids[: len(prompt)].tolist() != prompt:
@@ -144,9 +209,12 @@ DATA_RULES: tuple[Rule, ...] = (
     truncation,
     labels_empty,
     eos_supervised,
-    stop_token,
+    stop_token_trained,
     double_bos,
     template_parity,
+    label_border,
+    bpe_boundary,
+    padding_side,
     id_range,
 )
 

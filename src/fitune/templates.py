@@ -10,7 +10,7 @@ Two kinds: PieceTemplate, a row of the table below, and ChatTemplate, the tokeni
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from fitune.errors import ConfigError, ModelError, did_you_mean
@@ -149,6 +149,9 @@ TABLE: dict[str, PieceTemplate] = {
 }
 
 
+MARK = "\ue000fitune\ue001"  # private-use characters: no user's text has them
+
+
 class ChatTemplate:
     """The tokenizer's own Jinja template, split into segments by rendering it turn by turn.
 
@@ -179,9 +182,23 @@ class ChatTemplate:
                 if not answers_next:
                     continue  # rendered with the turn after it: some templates refuse a lone system message
                 whole = self._text(messages[: turn + 1], generate=True)
-                segments += _split(_difference(whole, done, turn), message, turn)
+                segments += self._split(_difference(whole, done, turn), messages[: turn + 1], done)
             done = whole
         return segments
+
+    def _split(self, text: str, messages: Sequence[Message], done: str) -> list[Segment]:
+        """The text that the last message adds, with the user's own words in a segment of their own.
+
+        Where the words begin is found by rendering a mark in their place: words such as `a` stand in the template too.
+        """
+        message, turn = messages[-1], len(messages) - 1
+        marked = self._text([*messages[:-1], replace(message, content=MARK, context="")], generate=True)
+        before, _, after = marked.removeprefix(done).partition(MARK)
+        for words in (_joined(message), _joined(message).strip()):
+            if before + words + after == text:
+                pieces = ((before, True), (words, False), (after, True))
+                return [Segment(piece, literal, turn=turn, role=message.role) for piece, literal in pieces if piece]
+        return [Segment(text, turn=turn, role=message.role)]
 
     def _answer(self, text: str, message: Message, turn: int, *, last: bool) -> list[Segment]:
         """An answer's text as [content, stop token, what the template puts behind it]."""
@@ -197,10 +214,9 @@ class ChatTemplate:
         segments = [Segment(content, literal=False, trained=True, turn=turn, role="assistant")]
         if content.strip() != message.content.strip():
             # the template adds marks of its own (an empty thinking block): they are template, and trained
-            segments = [
-                Segment(s.text, s.literal, trained=True, turn=turn, role="assistant")
-                for s in _split(content, message, turn)
-            ]
+            before, words, after_words = content.partition(message.content.strip())
+            pieces = ((before, True), (words, False), (after_words, True))
+            segments = [Segment(p, literal, trained=True, turn=turn, role="assistant") for p, literal in pieces if p]
         segments.append(Segment(trained=True, turn=turn, role="stop"))
         if after and not last:
             segments.append(Segment(after, turn=turn))
@@ -222,20 +238,6 @@ def _difference(whole: str, done: str, turn: int) -> str:
             fix="choose a template by name: --template chatml",
         )
     return whole[len(done) :]
-
-
-def _split(text: str, message: Message, turn: int) -> list[Segment]:
-    """A turn's text with the user's own text in a segment of its own, so that special tokens in it stay text."""
-    for content in (_joined(message), _joined(message).strip()):
-        before, found, after = text.rpartition(content) if content else (text, "", "")
-        if found:
-            pieces = (
-                Segment(before, turn=turn, role=message.role),
-                Segment(content, literal=False, turn=turn, role=message.role),
-                Segment(after, turn=turn, role=message.role),
-            )
-            return [piece for piece in pieces if piece.text]
-    return [Segment(text, turn=turn, role=message.role)]
 
 
 def choose(name: str, tokenizer: Any) -> Template:
