@@ -90,7 +90,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(name: str, mistakes, tmp_path,
     assert "Traceback" not in err
     for part in parts:
         assert part in err
-    assert not (tmp_path / "out" / "config.yaml").exists()
+    assert not (tmp_path / "out").exists()  # a second try must not find a folder in its way
 
 
 def test_every_mistake_is_tried(mistakes) -> None:

@@ -154,19 +154,18 @@ class RunFolder:
 
     # ---- creation and small files ----
 
-    def create(self) -> None:
-        """Make the folder.
-
-        Raises:
-            RunFolderError: there is something in it already.
-        """
+    def check_free(self) -> None:
+        """Raises RunFolderError if there is something in the folder already."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunFolderError(
                 f"{self.path}: is not empty; nothing of yours is overwritten",
                 fix="choose another --output, or go on with this run: --resume",
             )
+
+    def create(self) -> None:
+        """Make the folder; one that a killed start left behind is used again."""
         with disk(self.path):
-            self.checkpoints.mkdir(parents=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, value: Any) -> None:
         """A JSON file of the run, by its bare name."""

@@ -71,15 +71,16 @@ def train(config: RunConfig, *, resume: bool = False, watch: Watcher | None = No
         watch.say(f"{run.path}: this run is finished")
         return Result(**run.read("result"))
     if not resume:
-        run.create()
-    with _deterministic(), _stop_on_signal() as stopped:
+        run.check_free()
+    with _deterministic():
         job = prepare(config, watch)
         _tell(job, watch)
         if resume:
             _check_same_data(run, job)
         if not (resume and run.has("before")):
             _begin(run, job)
-        return _loop(run, job, watch, resume=resume, stopped=stopped)
+        with _stop_on_signal() as stopped:
+            return _loop(run, job, watch, resume=resume, stopped=stopped)
 
 
 def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
@@ -127,6 +128,7 @@ def _batch(config: RunConfig) -> str:
 
 def _begin(run: RunFolder, job: Job) -> None:
     """What is written, and measured, before the first step."""
+    run.create()
     run.write_config(job.config)
     run.write("environment", environment.describe())
     run.write("template", job.tuned.template.as_dict())
