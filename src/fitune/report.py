@@ -6,14 +6,13 @@ In: the files of a run folder. Out: the page. It can be made again from the fold
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
-import jinja2
 import yaml
 
 from fitune.charts import Series, line_chart
 from fitune.checkpoint import RunFolder, write_atomic
+from fitune.pages import render
 
 
 def _numbers(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -49,9 +48,8 @@ def write(run: RunFolder) -> None:
         y_label="loss",
     )
     lr_chart = line_chart([Series("lr", [(r.step, r.lr) for r in records])], x_label="step", y_label="learning rate")
-    text = (resources.files("fitune") / "report.html.jinja").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
-    page = template.render(
+    page = render(
+        "report",
         title=f"fitune: {config.method} on {config.model.replace(chr(92), '/').rpartition('/')[2]}",
         subtitle=result["run"],
         numbers=_numbers(result),
