@@ -107,7 +107,7 @@ def _tell(job: Job, watch: Watcher) -> None:
     watch.settings(
         {
             "model": c.model,
-            "data": ", ".join(c.data),
+            "data": ", ".join(source.path for source in c.sources()),
             "output": c.output,
             "method": c.method,
             "batch": f"{c.batch_size} rows x {c.accumulation}, max length {c.max_length}",
