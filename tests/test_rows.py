@@ -77,9 +77,10 @@ def test_all_bad_rows_are_told_at_once_up_to_a_limit(tmp_path: Path) -> None:
 
 def test_missing_file_folder_and_wrong_encoding(tmp_path: Path) -> None:
     (tmp_path / "gbk.json").write_bytes('[{"prompt": "你好", "completion": "好"}]'.encode("gbk"))
+    (empty := tmp_path / "empty").mkdir()
     with pytest.raises(Problems) as caught:
-        load([str(tmp_path / "none.json"), str(tmp_path), str(tmp_path / "gbk.json")], DataReport())
-    for part in ("no such file", "is a folder", "not UTF-8"):
+        load([str(tmp_path / "none.json"), str(empty), str(tmp_path / "gbk.json")], DataReport())
+    for part in ("no such file", "no data in this folder", "not UTF-8"):
         assert part in str(caught.value)
 
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, get_origin
 
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
@@ -37,14 +37,19 @@ def _optional(model: type[BaseModel], name: str) -> type[BaseModel]:
     """The settings with nothing required and no defaults: what was not typed is not there."""
     fields: dict[str, Any] = {}
     for field, info in model.model_fields.items():
-        kind: Any = info.annotation
+        kind: Any = _flag_type(info.annotation)
         text = info.description or ""
         if isinstance(info.default, settings.Options):
             kind = _optional(type(info.default), f"{name}_{field}")
-        elif not info.is_required() and info.default is not None and info.default != []:
+        elif not info.is_required() and info.default is not None and info.default not in ([], {}, False):
             text = f"{text} [default: {info.default}]"
         fields[field] = (Optional[kind], Field(default=None, description=text))  # noqa: UP045
     return create_model(name, **fields)
+
+
+def _flag_type(kind: Any) -> Any:
+    """What is typed for a setting: of sources the paths, and `name=text` for each entry of a mapping."""
+    return list[str] if get_origin(kind) is dict or kind == list[settings.AnySource] else kind
 
 
 Flags = _optional(settings.RunConfig, "Flags")
@@ -52,7 +57,22 @@ Flags = _optional(settings.RunConfig, "Flags")
 
 def _typed(flags: BaseModel | None) -> dict[str, Any]:
     """What was typed."""
-    return flags.model_dump(exclude_none=True) if flags else {}
+    values = flags.model_dump(exclude_none=True) if flags else {}
+    for name, info in settings.RunConfig.model_fields.items():
+        if name in values and get_origin(info.annotation) is dict:
+            values[name] = dict(_pair(name, text) for text in values[name])
+    return values
+
+
+def _pair(name: str, text: str) -> tuple[str, str]:
+    """`content=prompt` as its two halves; more `=` belong to the second."""
+    left, equals, right = text.partition("=")
+    if not equals or not left.strip():
+        raise ConfigError(f"--{name}", received=repr(text), expected=f"name=text, for example {EXAMPLES[name]}")
+    return left.strip(), right
+
+
+EXAMPLES = {"map": "content=prompt", "fill": "name=Ada"}
 
 
 Json = Annotated[bool, Parameter(negative="", help="Print one JSON object at the end, on standard output.")]

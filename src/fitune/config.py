@@ -9,10 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from fitune.errors import Collector, ConfigError, did_you_mean, shorten
 
@@ -36,15 +46,54 @@ class LoraOptions(Options):
     """Which linear layers: auto (the family's attention projections), all-linear, or names."""
 
 
+class DataSource(Options):
+    """One source of rows, where its path alone does not say enough."""
+
+    path: str
+    """A file, a folder of files, or the id of a data set on the hub."""
+    take: int | None = Field(default=None, ge=1)
+    """So many rows of it, drawn with the seed. Default: all."""
+    weight: float | None = Field(default=None, gt=0)
+    """How often its rows are trained in a pass: 2 is twice each, 0.5 is half of them, drawn by the seed. Default: 1."""
+    format: str | None = None
+    """Its format, where it differs from that of the others."""
+    map: dict[str, str] = {}
+    """What its columns mean, beside what `map` says for all."""
+
+
+AnySource = Annotated[
+    Annotated[str, Tag("path")] | Annotated[DataSource, Tag("source")],
+    Discriminator(lambda value: "source" if isinstance(value, (Mapping, DataSource)) else "path"),
+]
+
+
+def _listed(value: object) -> object:
+    """One number stands for a list of one."""
+    return [value] if isinstance(value, (int, float)) else value
+
+
 class RunConfig(Options):
     """Everything that decides a run. The same config, seed and machine give the same run, bit for bit."""
 
     model: str
     """Model folder, or a hub id."""
-    data: list[str] = Field(min_length=1)
-    """Training files (JSON or JSONL)."""
-    eval_data: list[str] = []
-    """Held-out files. Without them a share of the training rows is held out."""
+    data: list[AnySource] = Field(min_length=1)
+    """Training data: files (JSON, JSONL, CSV, TSV, Parquet), folders of them, ids of data sets on the hub. In YAML also
+    {path, take, weight, format, map}."""
+    eval_data: list[AnySource] = []
+    """Held-out data, as for data. Without it a share of the training rows is held out."""
+    format: str = "auto"
+    """Format of the rows: auto (found by looking at each row), or a name."""
+    map: dict[str, str] = {}
+    """What columns of other names mean: content=prompt summary=completion."""
+    fill: dict[str, str] = {}
+    """Texts for the slots {{name}} in the data: name=Ada."""
+    take: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_listed)] = []
+    """So many rows of each source of data, drawn with the seed; one number, or one for each."""
+    weight: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(_listed)] = []
+    """How often the rows of each source are trained in a pass; one number, or one for each."""
+    skip_bad: bool = False
+    """Leave out rows that cannot be used, and list them, instead of refusing the run."""
     output: str | None = None
     """Run folder. Must be new or empty. Default: runs/<model>-<method>-<number>."""
     template: str = "auto"
@@ -95,6 +144,35 @@ class RunConfig(Options):
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Decides the order of the rows, the initial weights and dropout."""
 
+    @field_validator("take", "weight")
+    @classmethod
+    def _one_or_each(cls, value: list[float], info: ValidationInfo) -> list[float]:
+        sources = len(info.data.get("data", ()))
+        if sources and len(value) not in (0, 1, sources):
+            raise ValueError(f"one number, or one for each of the {sources} sources in data")
+        return value
+
+    def sources(self) -> list[DataSource]:
+        """The training data with all that is said of it; what stands in a source wins over what is said for all."""
+        takes, weights = (_for_each(values, len(self.data)) for values in (self.take, self.weight))
+        return [
+            source.model_copy(update={"take": source.take or take, "weight": source.weight or weight or 1.0})
+            for source, take, weight in zip(map(self._source, self.data), takes, weights, strict=True)
+        ]
+
+    def eval_sources(self) -> list[DataSource]:
+        """The held-out data; `take` and `weight` are for training data."""
+        return [self._source(given) for given in self.eval_data]
+
+    def _source(self, given: str | DataSource) -> DataSource:
+        source = DataSource(path=given) if isinstance(given, str) else given
+        return source.model_copy(update={"format": source.format or self.format, "map": {**self.map, **source.map}})
+
+
+def _for_each(values: list[Any], count: int) -> list[Any]:
+    """One value for each of `count` sources: none, the same, or their own."""
+    return values if len(values) == count else (values or [None]) * count
+
 
 def _locate(path: tuple[str | int, ...]) -> tuple[str, type[BaseModel]]:
     """The setting as the user wrote it, and the group it stands in (pydantic adds union branches to the path)."""
@@ -102,8 +180,14 @@ def _locate(path: tuple[str | int, ...]) -> tuple[str, type[BaseModel]]:
     group: type[BaseModel] = RunConfig
     for part in path:
         info = group.model_fields.get(str(part))
+        if isinstance(part, int) and parts:
+            parts[-1] += f"[{part}]"
+            continue
+        if part == "source" and parts and parts[-1].endswith("]"):
+            group = DataSource
+            continue
         if info is None:
-            if isinstance(part, int) or not parts:
+            if not parts:
                 parts.append(str(part))
             break
         parts.append(str(part))
@@ -125,12 +209,14 @@ def build(values: Mapping[str, Any]) -> RunConfig:
         for item in error.errors():
             name, group = _locate(item["loc"])
             if item["type"] == "extra_forbidden":
-                name = ".".join(map(str, item["loc"]))
+                name = f"{name}.{item['loc'][-1]}" if len(item["loc"]) > 1 else name
                 found[name] = ConfigError(
                     f"unknown setting {name!r}", fix=did_you_mean(str(item["loc"][-1]), group.model_fields)
                 )
             elif item["type"] == "missing":
-                found[name] = ConfigError(f"{name} is missing", fix=f"give --{name.replace('_', '-')}")
+                found[name] = ConfigError(
+                    f"{name} is missing", fix=f"give --{name.replace('_', '-')}" if len(item["loc"]) == 1 else None
+                )
             elif name in found:  # another branch of the same union
                 found[name].expected = f"{found[name].expected}, or: {_wish(item['msg'])}"
             else:
@@ -145,7 +231,7 @@ def build(values: Mapping[str, Any]) -> RunConfig:
 
 def _wish(message: str) -> str:
     """pydantic's `Input should be ...` as what was expected."""
-    return message.removeprefix("Input should be ")
+    return message.removeprefix("Input should be ").removeprefix("Value error, ")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

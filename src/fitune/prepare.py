@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fitune import families, lengths, methods, preflight, rows, templates, tokenizer
+from fitune import families, formats, lengths, methods, preflight, readers, rows, templates, tokenizer
 from fitune.batches import Loader
 from fitune.checkpoint import sha256
-from fitune.config import RunConfig
+from fitune.config import DataSource, RunConfig
 from fitune.console import Watcher
 from fitune.encode import Encoder, encode_all
 from fitune.errors import Collector, ConfigError
@@ -63,13 +63,14 @@ def resolve(config: RunConfig) -> RunConfig:
     problems = Collector()
     with problems.gather():
         methods.find(config.method)
-    for path in [*config.data, *config.eval_data]:
+    changes: dict[str, Any] = {"data": [], "eval_data": []}
+    for name, given in (("data", config.data), ("eval_data", config.eval_data)):
+        for source in given:
+            with problems.gather():
+                changes[name].append(_absolute(source))
+    for source in [*config.sources(), *config.eval_sources()]:
         with problems.gather():
-            next(iter(rows.read_rows(Path(path))), None)
-    changes: dict[str, Any] = {
-        "data": [str(Path(path).resolve()) for path in config.data],
-        "eval_data": [str(Path(path).resolve()) for path in config.eval_data],
-    }
+            formats.check(source.format or "auto", source.map)
     with problems.gather():
         folder = locate(config.model)
         changes["model"] = str(folder.resolve())
@@ -79,6 +80,15 @@ def resolve(config: RunConfig) -> RunConfig:
     problems.raise_any()
     changes["output"] = config.output or _free_folder(folder.name, config.method)
     return config.model_copy(update=changes)
+
+
+def _absolute(source: str | DataSource) -> str | DataSource:
+    """The source with its absolute path, of a data set on the hub that of its snapshot; its first row can be read."""
+    path = readers.locate(source if isinstance(source, str) else source.path)
+    next(readers.read_rows(path), None)
+    # a link's own name is kept: it tells the kind of file, which that of its target may not
+    path = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    return str(path) if isinstance(source, str) else source.model_copy(update={"path": str(path)})
 
 
 def _free_folder(model: str, method: str) -> str:
@@ -102,11 +112,12 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     model_config = read_config(folder)
     words = tokenizer.load(folder)
     report = DataReport()
-    conversations = rows.load(config.data, report)
-    encoder = Encoder(words, templates.choose(config.template, words))
+    conversations = _load(config.sources(), report, config)
+    encoder = Encoder(words, templates.choose(_template(config, conversations), words))
     limit = getattr(model_config, "max_position_embeddings", None) or 1 << 30
     encoder, config = _fit_length(config, encoder, conversations, limit, report)
     train_rows, held_out_rows = _split(conversations, config)
+    train_rows = rows.weigh(train_rows, config.seed, report)
     samples = encode_all(train_rows, encoder, report)
     held_out = encode_all(held_out_rows, encoder, DataReport())
     report.kept += len(held_out) if not config.eval_data else 0
@@ -131,16 +142,32 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
         loader=loader,
         layout=layout,
         held_out=held_out,
-        held_out_rows=held_out_rows,
+        held_out_rows=[row for row in held_out_rows if row.prompt()],  # text has no prompt to show an answer to
         report=report,
         findings=findings,
         memory=estimate(model, model_config, longest_batch=loader.largest(), runtime_mib=runtime),
-        data_sha256={path: sha256(Path(path)) for path in [*config.data, *config.eval_data]},
+        data_sha256=_fingerprint(config),
         total_steps=total,
         eval_every=eval_every,
         save_every=config.save_every or eval_every,
         lr=config.lr or methods.find(config.method).default_lr,
     )
+
+
+def _load(sources: Sequence[DataSource], report: DataReport, config: RunConfig) -> list[Conversation]:
+    return rows.load(sources, report, seed=config.seed, fill=config.fill, skip_bad=config.skip_bad)
+
+
+def _template(config: RunConfig, conversations: Sequence[Conversation]) -> str:
+    """The template's name; where nothing but plain text is trained, auto adds nothing to it."""
+    only_text = all(row.format == "text" for row in conversations)
+    return "plain" if config.template == "auto" and only_text else config.template
+
+
+def _fingerprint(config: RunConfig) -> dict[str, str]:
+    """The SHA-256 of every file that is read: a resumed run must find the same."""
+    sources = [*config.sources(), *config.eval_sources()]
+    return {str(file): sha256(file) for source in sources for file in readers.files(Path(source.path))}
 
 
 def _fit_length(
@@ -165,7 +192,7 @@ def _fit_length(
 def _split(conversations: list[Conversation], config: RunConfig) -> tuple[list[Conversation], list[Conversation]]:
     """Training rows and held-out rows; the split depends on the seed alone."""
     if config.eval_data:
-        return conversations, rows.load(config.eval_data, DataReport())
+        return conversations, _load(config.eval_sources(), DataReport(), config)
     count = min(config.val_rows, round(config.val_share * len(conversations)))
     if config.val_share and len(conversations) > 1:
         count = max(1, count)

@@ -52,12 +52,17 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row of data, whatever its format was. At most the first message is a system message."""
+    """One row of data, whatever its format was. At most the first message is a system message.
+
+    tools: function descriptions in OpenAI's frame, {type: "function", function: {name, description, parameters}}.
+    weight: how often the row is trained in a pass, as its source says.
+    """
 
     messages: tuple[Message, ...]
     source: Source | None = None
     format: str = ""
-    tools: tuple[Mapping[str, Any], ...] = ()  # function descriptions, as OpenAI's API has them
+    tools: tuple[Mapping[str, Any], ...] = ()
+    weight: float = 1.0
 
     def prompt(self) -> tuple[Message, ...]:
         """The messages before the last answer: what a model is asked when this row is a test."""
@@ -162,7 +167,11 @@ class DataReport:
     dropped: int = 0
     skipped_bad: int = 0
     formats: dict[str, int] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)  # the first bad rows that skip_bad left out: file:line:field: what
     unused_columns: dict[str, int] = field(default_factory=dict)
+    unfilled_slots: dict[str, int] = field(default_factory=dict)  # {{name}} that `fill` does not know: in how many rows
+    files: dict[str, int] = field(default_factory=dict)  # usable rows in each file, before `take` and `weight`
+    notes: list[str] = field(default_factory=list)  # what else a user should know of the sources
     tokens: int = 0
     trained_tokens: int = 0
     max_length: int = 0

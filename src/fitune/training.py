@@ -108,7 +108,7 @@ def _tell(job: Job, watch: Watcher) -> None:
     watch.settings(
         {
             "model": c.model,
-            "data": ", ".join(c.data),
+            "data": ", ".join(source.path for source in c.sources()),
             "output": c.output,
             "method": c.method,
             "batch": f"{_batch(c)} x {c.accumulation}, {job.layout}, max length {c.max_length}",
