@@ -22,7 +22,8 @@ TURNS = (
     Message("assistant", "很好"),
 )
 ROW = Conversation(TURNS, Source("f.jsonl", 1), "messages")
-NAMES = ["chat_template", *TABLE]
+# ChatGLM's need ids of their own: test_tokenizers.py
+NAMES = ["chat_template", *(name for name in TABLE if not name.startswith("chatglm"))]
 
 
 def trained_text(encoder: Encoder, sample) -> str:
