@@ -22,7 +22,8 @@ TURNS = (
     Message("assistant", "很好"),
 )
 ROW = Conversation(TURNS, Source("f.jsonl", 1), "messages")
-NAMES = ["chat_template", *TABLE]
+# ChatGLM's need ids of their own: test_tokenizers.py
+NAMES = ["chat_template", *(name for name in TABLE if not name.startswith("chatglm"))]
 
 
 def trained_text(encoder: Encoder, sample) -> str:
@@ -158,11 +159,12 @@ CLEAN = [
 @pytest.mark.parametrize("template", NAMES)
 @pytest.mark.parametrize("rows", CLEAN, ids=range(len(CLEAN)))
 def test_clean_rows_raise_no_alarm(tokenizer, rows, template: str) -> None:
-    levels = {f.rule: f.level for f in preflight.check_data(prepared(tokenizer, 250, rows, template))}
+    levels = {f.rule: f.level for f in preflight.check_data(prepared(tokenizer, 600, rows, template))}
     levels.pop("bpe-boundary")  # counts what encoding apart has mended
     wrong = {rule for rule, level in levels.items() if level != "ok"}
-    # chatml's marks are no tokens of the tiny vocabulary, and that is said
-    assert wrong == ({"stop-token-trained"} if template == "chatml" else set())
+    # the marks of some templates are no tokens of the tiny vocabulary, and that is said
+    stop = choose(template, tokenizer).stop
+    assert wrong == ({"stop-token-trained"} if stop and stop not in tokenizer.get_vocab() else set())
 
 
 def test_a_masked_eos_is_caught(tokenizer) -> None:
@@ -226,5 +228,5 @@ def test_too_many_cut_answers_are_refused_where_a_longer_limit_would_keep_them(t
 
 def test_a_chat_that_would_send_other_tokens_is_caught(tokenizer) -> None:
     p = prepared(tokenizer)
-    p.encoder.prompt = lambda messages: [1, 2, 3]  # type: ignore[method-assign]
+    p.encoder.prompt = lambda messages, tools=(): [1, 2, 3]  # type: ignore[method-assign]
     assert "template-parity: f.jsonl:1: chat would send other tokens" in refused(p)

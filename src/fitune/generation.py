@@ -111,4 +111,4 @@ def answers(
 def _text(tuned: Tuned, ids: list[int]) -> str:
     """The new tokens up to the first stop token, as text."""
     end = next((n for n, i in enumerate(ids) if i in tuned.encoder.stop_ids), len(ids))
-    return str(tuned.tokenizer.decode(ids[:end], skip_special_tokens=True))
+    return tuned.template.answer_text(str(tuned.tokenizer.decode(ids[:end], skip_special_tokens=True)))

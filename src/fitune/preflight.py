@@ -121,10 +121,10 @@ def label_border(p: Prepared) -> Finding:
     The textbook collator masks `seq_len - 1` tokens of the prompt and lets the model shift: it trains the last one.
     """
     for conversation, sample in _pairs(p):
-        prompt = len(p.encoder.prompt(_first_prompt(conversation)))
+        prompt = len(p.encoder.prompt(_prompt_of(p.encoder, conversation), conversation.tools))
         batch = flat([sample], [0])
         first = int(batch.label_rows[0]) + 1
-        if not sample.cut_prompt and not sample.cut_answer and first != prompt:
+        if not sample.cut_prompt and not sample.cut_answer and first != max(1, prompt):
             text = f"{sample.source}: the first label is token {first}, the answer begins at token {prompt}"
             return Finding("label-border", "refuse", text)
     return Finding("label-border", "ok", "the first label of a row is the first token of its answer")
@@ -134,7 +134,7 @@ def bpe_boundary(p: Prepared) -> Finding:
     """How many borders between prompt and answer a tokenizer would merge over, were they encoded together."""
     merged = tried = 0
     for conversation, _ in _pairs(p):
-        segments = p.encoder.template.render(conversation.messages)
+        segments = p.encoder.template.render(conversation.messages, conversation.tools)
         for before, after in pairwise(segments):
             if after.trained and not before.trained and before.text and after.text:
                 ids = [
@@ -160,16 +160,16 @@ def padding_side(p: Prepared) -> Finding:
 
 
 def _pairs(p: Prepared) -> list[tuple[Conversation, Sample]]:
-    """Up to PROBES rows with their samples, evenly over the data."""
+    """Up to PROBES rows with their (last) samples, evenly over the data."""
     by_source = {str(sample.source): sample for sample in p.samples}
     known = [c for c in p.conversations if str(c.source) in by_source]
     return [(c, by_source[str(c.source)]) for c in known[:: max(1, len(known) // PROBES)]]
 
 
-def _first_prompt(conversation: Conversation) -> Sequence[Message]:
-    """The messages before the first answer."""
-    first = next(n for n, message in enumerate(conversation.messages) if message.role == "assistant")
-    return conversation.messages[:first]
+def _prompt_of(encoder: Encoder, conversation: Conversation) -> Sequence[Message]:
+    """The messages before the first answer that the row's (last) sample trains."""
+    turns = encoder.trained_turns(conversation.messages)
+    return conversation.messages[: max(turns) if encoder.template.one_answer_per_sample else min(turns)]
 
 
 def double_bos(p: Prepared) -> Finding:
@@ -186,7 +186,7 @@ def double_bos(p: Prepared) -> Finding:
 def template_parity(p: Prepared) -> Finding:
     """The prompt that chat will send is, token for token, the prompt that was trained."""
     for conversation in p.conversations[:: max(1, len(p.conversations) // PROBES)]:
-        prompt = p.encoder.prompt(conversation.prompt())
+        prompt = p.encoder.prompt(conversation.prompt(), conversation.tools)
         sample = p.encoder.with_max_length(1 << 30).sample(conversation)
         if sample is not None and sample.ids[: len(prompt)].tolist() != prompt:
             return Finding("template-parity", "refuse", f"{conversation.source}: chat would send other tokens")

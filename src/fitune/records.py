@@ -79,7 +79,8 @@ class Segment:
     """A piece of a rendered conversation, encoded apart from its neighbours.
 
     text: what is encoded. literal: part of the template, so special tokens in it are parsed; a user's text is not
-    parsed, so `<|end|>` typed by a user stays text. token: an id that is appended as it is, instead of text.
+    parsed, so `<|end|>` typed by a user stays text. token: the name of an entry of the vocabulary, whose id is appended
+    instead of text. joined: after all encoded as one text with the segment before it (what ChatGLM 1 and 2 expect).
     trained: does the loss see it. turn: which message it belongs to (-1: the frame around them).
     """
 
@@ -88,7 +89,8 @@ class Segment:
     trained: bool = False
     turn: int = -1
     role: str = ""
-    token: int | None = None
+    token: str | None = None
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Sample:
     source: Source | None = None
     cut_prompt: int = 0  # tokens of the prompt that were cut
     cut_answer: int = 0  # tokens of answers that were cut
-    ends_whole: bool = True  # the last answer was not cut, so its stop token is there and trained
+    ends_whole: bool = True  # the last trained answer was not cut, so its stop token is there and trained
+    prompt_length: int = 0  # ids before the first trained one: what a prefix-LM sees both ways
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -2,8 +2,8 @@
 
 In: sources (files, folders, hub ids), each with what is said of it. Out: one Conversation per row, each knowing its
 file and line. `readers` parses files, `formats` understands rows; here is what becomes of them: `take` draws some,
-`weight` repeats them, bad ones are told with file:line:field, all at once, or skipped and listed if so wished. Nothing is
-dropped silently, and columns that no format uses are counted.
+`weight` repeats them, bad ones are told with file:line:field, all at once, or skipped and listed if so wished. Nothing
+is dropped silently, and columns that no format uses are counted.
 """
 
 from __future__ import annotations

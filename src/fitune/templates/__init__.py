@@ -1,0 +1,81 @@
+"""Conversations to segments of text: the one place where a prompt gets its shape.
+
+In: messages, and the tools that they may call. Out: a list of Segments, each either a piece of the template or a piece
+of the user's text, each with the decision whether it is trained. Training and chat call the same `render`: a
+conversation that ends in an answer is a training row, one that does not is a prompt for the model to go on from.
+
+    pieces.py   PieceTemplate, and the table of those that are nothing but pieces of text
+    chatglm.py  ChatGLM 1, 2, 3: rounds that are encoded as one text, and roles that are single ids
+    jinja.py    ChatTemplate, the tokenizer's own
+    user.py     a user's own, from a YAML file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fitune.errors import ConfigError, did_you_mean
+from fitune.templates import chatglm, jinja, pieces, user
+from fitune.templates.base import Template
+from fitune.templates.jinja import ChatTemplate
+from fitune.templates.pieces import PieceTemplate
+
+__all__ = ["TABLE", "ChatTemplate", "PieceTemplate", "Template", "choose", "from_dict"]
+
+TABLE: dict[str, Template] = {template.name: template for template in (*pieces.ROWS, *chatglm.ROWS)}
+
+
+def choose(name: str, tokenizer: Any) -> Template:
+    """The template that a name means for a tokenizer.
+
+    Args:
+        name: `auto` (ChatGLM's, or the tokenizer's own, else alpaca), `chat_template` (the tokenizer's own), a name of
+            the table, or the path of a YAML file.
+        tokenizer: whose own it may be.
+
+    Raises:
+        ConfigError: the name is unknown, or the YAML file cannot be used.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return user.load(Path(name))
+    if name == "auto" and getattr(tokenizer, "family", None) in TABLE:
+        return TABLE[tokenizer.family]  # ChatGLM's ids cannot be written as text, so not by a Jinja template either
+    if name in ("auto", "chat_template"):
+        if tokenizer.chat_template:
+            return ChatTemplate(tokenizer.chat_template, tokenizer, stop=jinja.find_stop(tokenizer))
+        if name == "chat_template":
+            raise ConfigError("template 'chat_template': this tokenizer has none", fix="name one: --template alpaca")
+        return TABLE["alpaca"]
+    if name not in TABLE:
+        known = ["auto", "chat_template", *TABLE]
+        raise ConfigError(
+            f"unknown template {name!r}",
+            received=name,
+            expected=f"{', '.join(known)}, or the path of a .yaml file",
+            fix=did_you_mean(name, known),
+        )
+    return TABLE[name]
+
+
+def from_dict(values: dict[str, Any], tokenizer: Any) -> Template:
+    """The template that a run folder stores.
+
+    Raises:
+        ConfigError: it was stored by another version of fitune.
+    """
+    values = dict(values)
+    kind = values.pop("kind", None)
+    readers: dict[str, Callable[[], Template]] = {
+        "chat_template": lambda: ChatTemplate(values["jinja"], tokenizer, values["stop"]),
+        "pieces": lambda: PieceTemplate(**values),
+        "rounds": lambda: chatglm.RoundTemplate(**values),
+        "roles": lambda: chatglm.RoleTemplate(**values),
+    }
+    try:
+        return readers[str(kind)]()
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            "the stored template cannot be read", received=f"kind {kind!r}, {error}", expected=", ".join(readers)
+        ) from error
