@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,14 +128,14 @@ def prepared(tokenizer, max_length: int = 64, rows=(ROW,), template: str = "auto
     report = DataReport(rows=20, max_length=max_length, lengths={"max": 40, "p99": 40})
     samples = encode_all(rows, encoder, report)
     config = build({"model": "m", "data": ["d"]})
-    values = {"vocabulary": 400, "limit": 256, **changes}
+    values = {"vocabulary": 400, "limit": 1 << 30, "folder": Path(), **changes}
     return preflight.Prepared(config, rows, samples, report, encoder, **values)
 
 
 def refused(p: preflight.Prepared) -> str:
     """What the data rules say when they refuse."""
     with pytest.raises(FituneError) as caught:
-        preflight.check_data(p)
+        preflight.raise_refused(preflight.check_data(p))
     return str(caught.value)
 
 

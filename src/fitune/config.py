@@ -72,6 +72,10 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, (int, float)) else value
 
 
+LengthPolicy = Literal["cut", "drop", "refuse"]
+TrainOn = Literal["all", "last", "tool-calls"]
+
+
 class RunConfig(Options):
     """Everything that decides a run. The same config, seed and machine give the same run, bit for bit."""
 
@@ -100,6 +104,10 @@ class RunConfig(Options):
     """Prompt template: auto (the tokenizer's own, else alpaca), or a name."""
     max_length: int | Literal["auto"] = "auto"
     """Longest row in tokens. Longer rows are cut: activations grow with it."""
+    length_policy: LengthPolicy = "cut"
+    """What becomes of rows longer than max_length: cut (the prompt first, then the answer), drop, or refuse the run."""
+    train_on: TrainOn = "all"
+    """Which answers of a conversation are trained: all, the last one, or those that call a tool."""
     max_lost: float = Field(default=0.05, ge=0, le=1)
     """Share of rows that may lose answer tokens to cutting before the run is refused."""
     val_share: float = Field(default=0.05, ge=0, lt=1)

@@ -10,19 +10,19 @@ answer, which then keeps no stop token (a cut answer must not teach to stop in m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from fitune.errors import ConfigError
+from fitune.config import LengthPolicy, TrainOn
+from fitune.errors import Collector, ConfigError, DataError
 from fitune.records import Conversation, DataReport, Message, Sample, Segment
 from fitune.templates import Template
 from fitune.templates.base import Tools
 from fitune.tokenizer import adds_bos, encode, opens_with_space, single_id
-
-TrainOn = Literal["all", "last", "tool-calls"]
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,11 @@ class Encoder:
         self._opens_with_space = opens_with_space(tokenizer)
         self._literals: dict[tuple[str, bool], list[int]] = {}  # few pieces, and every row has all of them
 
-    def with_max_length(self, max_length: int) -> Encoder:
+    def with_max_length(self, max_length: int | None) -> Encoder:
         """The same encoder, cutting elsewhere."""
-        return Encoder(self.tokenizer, self.template, max_length, self.train_on)
+        other = copy(self)
+        other.max_length = max_length
+        return other
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Ids of a prompt that the model is to go on from."""
@@ -99,6 +101,7 @@ class Encoder:
         pieces = render(conversation.messages)
         whole_trained = sum(len(p.ids) for p in pieces if p.trained)
         whole_length = _length(pieces)
+        needed = _needed(pieces, conversation.messages, choose(conversation.messages))
         if self.max_length is not None and whole_length > self.max_length:
             pieces = self._cut(pieces, self.max_length, render, conversation.messages)
         ids = np.fromiter((i for p in pieces for i in p.ids), np.int32)
@@ -116,6 +119,7 @@ class Encoder:
             cut_answer=lost_answer,
             ends_whole=next(p.role == "stop" for p in reversed(pieces) if p.trained),
             prompt_length=int(mask.argmax()),
+            needed=needed,
         )
 
     def trained_turns(self, messages: Sequence[Message]) -> set[int]:
@@ -218,16 +222,70 @@ def _length(pieces: list[_Piece]) -> int:
     return sum(len(piece.ids) for piece in pieces)
 
 
-def encode_all(conversations: Sequence[Conversation], encoder: Encoder, report: DataReport) -> list[Sample]:
-    """Every row as its samples; what was kept, cut and dropped is counted in `report`, by rows."""
+def _needed(pieces: list[_Piece], messages: Sequence[Message], chosen: set[int]) -> int:
+    """Tokens that must stay so that no answer loses any: an exchange that is dropped takes its answer along."""
+    last = max((turn for turn, message in enumerate(messages) if message.role == "user"), default=0)
+    if any(turn < last for turn in chosen):
+        return _length(pieces)
+
+    def can_go(piece: _Piece) -> bool:
+        return not piece.trained and (piece.content or (piece.role != "system" and 0 <= piece.segments[0].turn < last))
+
+    return sum(len(piece.ids) for piece in pieces if not can_go(piece))
+
+
+def encode_all(
+    conversations: Sequence[Conversation],
+    encoder: Encoder,
+    report: DataReport,
+    *,
+    policy: LengthPolicy = "cut",
+    whole: Sequence[list[Sample]] | None = None,
+) -> list[Sample]:
+    """Every row as its samples; what was kept, cut and dropped is counted in `report`, by rows.
+
+    Args:
+        conversations: the rows.
+        encoder: with its max_length.
+        report: is added to.
+        policy: what becomes of a row that is too long: cut it, drop it, or refuse the run.
+        whole: the samples of each row uncut, where they are at hand already.
+
+    Raises:
+        DataError, Problems: too long rows, under the policy `refuse`.
+    """
+    problems = Collector()
+    limit = encoder.max_length
     samples: list[Sample] = []
-    for conversation in conversations:
-        made = encoder.samples(conversation)
+    for number, conversation in enumerate(conversations):
+        made = encoder.with_max_length(None).samples(conversation) if whole is None else whole[number]
+        if limit is not None and any(len(sample) > limit for sample in made):
+            with problems.gather():
+                made = _too_long(conversation, made, encoder, policy)
         report.dropped += not made
         report.kept += bool(made)
         report.cut_prompt += any(sample.cut_prompt > 0 for sample in made)
         report.cut_answer += any(sample.cut_answer > 0 for sample in made)
         samples += made
+    problems.raise_any()
+    report.samples = len(samples)
     report.tokens = sum(len(sample) for sample in samples)
     report.trained_tokens = sum(int(sample.mask.sum()) for sample in samples)
     return samples
+
+
+def _too_long(conversation: Conversation, made: list[Sample], encoder: Encoder, policy: LengthPolicy) -> list[Sample]:
+    """The samples of a row that is too long, as the policy wants them."""
+    if policy == "drop":
+        return []
+    if policy == "refuse":
+        where = conversation.source
+        raise DataError(
+            "the row is too long",
+            file=where.file if where else None,
+            line=where.line if where else None,
+            received=f"{max(map(len, made))} tokens",
+            expected=f"at most {encoder.max_length} (max_length)",
+            fix="a larger --max-length, or --length-policy cut",
+        )
+    return encoder.samples(conversation)

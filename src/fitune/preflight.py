@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,10 +17,11 @@ import torch
 from fitune.batches import flat
 from fitune.config import RunConfig
 from fitune.encode import Encoder, encode_all
-from fitune.errors import Collector, TrainingError
+from fitune.errors import Collector, TrainingError, shorten
 from fitune.model import causal_lm, trainable, use_attention
 from fitune.records import Conversation, DataReport, Finding, Layout, Message, Sample
 from fitune.step import hidden_states
+from fitune.tokenizer import parity
 
 PROBES = 50  # rows that are looked at by rules which encode again
 PROBE_TOKENS = 48  # a document of the model checks: long enough to matter, short enough to cost nothing
@@ -36,6 +38,7 @@ class Prepared:
     encoder: Encoder
     vocabulary: int
     limit: int  # longest row that the model can hold
+    folder: Path  # where the tokenizer's files are
 
 
 Rule = Callable[[Prepared], Finding]
@@ -44,9 +47,37 @@ Rule = Callable[[Prepared], Finding]
 def rows(p: Prepared) -> Finding:
     """How many rows came in and went out; columns that no format uses are named once."""
     r = p.report
-    unused = f"; columns not used: {', '.join(sorted(r.unused_columns))}" if r.unused_columns else ""
     formats = ", ".join(f"{n:,} {name}" for name, n in r.formats.items())
-    return Finding("rows", "ok", f"{r.rows:,} read ({formats}), {r.kept:,} kept, {r.dropped} dropped{unused}")
+    parts = [f"{r.rows:,} read ({formats}), {r.kept:,} trained, {r.rows - len(p.conversations):,} held out"]
+    if r.dropped:
+        parts.append(f"{r.dropped:,} dropped")
+    if r.samples != r.kept:
+        parts.append(f"as {r.samples:,} samples")
+    if r.unused_columns:
+        parts.append(f"columns not used: {', '.join(sorted(r.unused_columns))}")
+    return Finding("rows", "ok", "; ".join([*parts, *r.notes]))
+
+
+def bad_row(p: Prepared) -> Finding:
+    """Rows that cannot be used refuse the run, or are counted and listed where the user wants them skipped."""
+    r = p.report
+    slots = ", ".join(f"{{{{{name}}}}} in {count:,} rows" for name, count in r.unfilled_slots.items())
+    if r.skipped_bad:
+        listed = "; ".join(r.skipped[:3])
+        return Finding("bad-row", "warn", f"{r.skipped_bad:,} bad rows skipped: {listed}", "mend them in the file")
+    if slots:
+        name = next(iter(r.unfilled_slots))
+        return Finding("bad-row", "warn", f"slots that nothing fills: {slots}", f"--fill {name}=...")
+    return Finding("bad-row", "ok", "every row can be used")
+
+
+def length(p: Prepared) -> Finding:
+    """What the chosen max_length cuts, and what others would."""
+    told = ", ".join(
+        f"{c.name} {c.max_length} ({c.lose_answer:.1%} of answers, {c.cut:.1%} of rows)"
+        for c in p.report.length_choices
+    )
+    return Finding("length", "ok", f"what a max length would cut: {told}")
 
 
 def truncation(p: Prepared) -> Finding:
@@ -55,21 +86,21 @@ def truncation(p: Prepared) -> Finding:
     Refused above `max_lost` where a longer max_length, within what the model can hold, would keep them; where no length
     would, only the user can decide between this model and this data: it is said, and the run goes on.
     """
-    r = p.report
+    r, count = p.report, len(p.conversations)
     lost = r.cut_answer + r.dropped
     text = (
-        f"max length {r.max_length}: {r.cut_prompt} prompts and {r.cut_answer} answers cut "
-        f"(longest row {r.lengths['max']:.0f}); {lost / r.rows:.1%} of the rows lose answer tokens"
+        f"max length {r.max_length}: {r.cut_prompt} prompts and {r.cut_answer} answers cut, {r.dropped} rows dropped "
+        f"(longest {r.lengths['max']:.0f}); {lost / count:.1%} of the rows lose answer tokens"
     )
-    if lost <= p.config.max_lost * r.rows:
+    if lost <= p.config.max_lost * count:
         return Finding("truncation", "warn" if lost else "ok", text)
-    at_most = DataReport(rows=r.rows)
+    at_most = DataReport()
     encode_all(p.conversations, p.encoder.with_max_length(p.limit), at_most)
-    if at_most.cut_answer + at_most.dropped > p.config.max_lost * r.rows:
+    if at_most.cut_answer + at_most.dropped > p.config.max_lost * count:
         return Finding("truncation", "warn", f"{text}; even the model's longest, {p.limit}, would cut too many")
     longer = min(p.limit, int(r.lengths["p99"]))
     return Finding(
-        "truncation", "refuse", text, f"--max-length {longer}, or --max-lost {lost / r.rows:.2f} to accept it"
+        "truncation", "refuse", text, f"--max-length {longer}, or --max-lost {lost / count:.2f} to accept it"
     )
 
 
@@ -195,6 +226,16 @@ def template_parity(p: Prepared) -> Finding:
     )
 
 
+def tokenizer_parity(p: Prepared) -> Finding:
+    """The tokenizer in use splits texts as the folder's sentencepiece file does (FIELD: repeated spaces may not)."""
+    texts = [m.content for c in p.conversations[:: max(1, len(p.conversations) // PROBES)] for m in c.messages]
+    found = parity(p.folder, p.encoder.tokenizer, texts)
+    if found:
+        text = f"{len(found)} of {len(texts)} texts are split unlike sentencepiece does: {shorten(found[0].text, 40)}"
+        return Finding("tokenizer-parity", "warn", text, "training and chat agree; other programs may not")
+    return Finding("tokenizer-parity", "ok", "texts are split as the tokenizer's own file says")
+
+
 def id_range(p: Prepared) -> Finding:
     """Every id has a row in the embedding."""
     highest = max((int(sample.ids.max()) for sample in p.samples), default=0)
@@ -206,6 +247,8 @@ def id_range(p: Prepared) -> Finding:
 
 DATA_RULES: tuple[Rule, ...] = (
     rows,
+    bad_row,
+    length,
     truncation,
     labels_empty,
     eos_supervised,
@@ -215,19 +258,14 @@ DATA_RULES: tuple[Rule, ...] = (
     label_border,
     bpe_boundary,
     padding_side,
+    tokenizer_parity,
     id_range,
 )
 
 
 def check_data(prepared: Prepared) -> list[Finding]:
-    """Run every data rule.
-
-    Raises:
-        TrainingError, Problems: what the rules refuse, all at once.
-    """
-    findings = [rule(prepared) for rule in DATA_RULES]
-    raise_refused(findings)
-    return findings
+    """Run every data rule. What is refused is raised by `raise_refused`."""
+    return [rule(prepared) for rule in DATA_RULES]
 
 
 def trainable_set(model: Any, expected: int) -> Finding:

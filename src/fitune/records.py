@@ -104,6 +104,7 @@ class Sample:
     cut_answer: int = 0  # tokens of answers that were cut
     ends_whole: bool = True  # the last trained answer was not cut, so its stop token is there and trained
     prompt_length: int = 0  # ids before the first trained one: what a prefix-LM sees both ways
+    needed: int = 0  # the shortest max_length that cuts nothing of its answers
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -159,6 +160,16 @@ class Finding:
     fix: str | None = None
 
 
+@dataclass(frozen=True)
+class LengthChoice:
+    """What a max_length would do: shares of the rows that would be cut at all, and that would lose answer tokens."""
+
+    name: str
+    max_length: int
+    cut: float
+    lose_answer: float
+
+
 @dataclass
 class DataReport:
     """What became of the rows between the files and the batches."""
@@ -167,7 +178,7 @@ class DataReport:
     kept: int = 0
     cut_prompt: int = 0
     cut_answer: int = 0
-    dropped: int = 0
+    dropped: int = 0  # nothing to train on was left, or too long for the policy `drop`
     skipped_bad: int = 0
     formats: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)  # the first bad rows that skip_bad left out: file:line:field: what
@@ -178,7 +189,9 @@ class DataReport:
     tokens: int = 0
     trained_tokens: int = 0
     max_length: int = 0
-    lengths: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+    lengths: dict[str, float] = field(default_factory=dict)  # of the uncut samples, in tokens
+    length_choices: list[LengthChoice] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
