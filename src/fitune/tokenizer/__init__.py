@@ -100,21 +100,29 @@ def _is_chatglm(folder: Path, settings: dict[str, Any]) -> bool:
 
 def _from_transformers(folder: Path, settings: dict[str, Any]) -> Any:
     """What transformers makes of the folder, or of its bare files where nothing names a class."""
+    errors: list[Exception] = []
+    for source, arguments in _readers(folder, settings):
+        try:
+            return source.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **arguments)
+        except Exception as error:  # transformers raises whatever its many readers raise
+            errors.append(error)
+    raise _unreadable(folder, settings, errors[0]) from errors[0]
+
+
+def _readers(folder: Path, settings: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Classes that may read the folder, with their arguments, the likeliest first."""
     from transformers import AutoTokenizer, GPT2TokenizerFast, LlamaTokenizerFast, PreTrainedTokenizerFast
 
-    named = bool(settings) or (folder / "config.json").is_file()
-    source: Any = AutoTokenizer
-    arguments: dict[str, Any] = {}
-    if (folder / "tokenizer.json").is_file() and (not named or "auto_map" in settings):
-        source = PreTrainedTokenizerFast  # the file says it all; whatever code the folder names is not needed
-    elif not named:
-        found = sentencepiece_file(folder)
-        source = GPT2TokenizerFast if found is None else LlamaTokenizerFast
-        arguments = {} if found is None else {"vocab_file": str(found)}
-    try:
-        return source.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **arguments)
-    except Exception as error:  # transformers raises whatever its many readers raise
-        raise _unreadable(folder, settings, error) from error
+    if (folder / "tokenizer.json").is_file():
+        # the file says it all; whatever code the folder names is not needed
+        bare = "auto_map" in settings or not (settings or (folder / "config.json").is_file())
+        return [(PreTrainedTokenizerFast if bare else AutoTokenizer, {})]
+    found = sentencepiece_file(folder)
+    plain = (GPT2TokenizerFast, {}) if found is None else (LlamaTokenizerFast, {"vocab_file": str(found)})
+    if settings:
+        return [(AutoTokenizer, {})]
+    # the model's config may name a class that these bare files are not for: another model's tokenizer
+    return [(AutoTokenizer, {}), plain] if (folder / "config.json").is_file() else [plain]
 
 
 def _unreadable(folder: Path, settings: dict[str, Any], error: Exception) -> ModelError:

@@ -1,0 +1,92 @@
+"""The bundled model and data are what they should be, and the demo does what it promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fitune import demo, rows, tokenizer
+from fitune.records import DataReport
+
+ROOT = Path(__file__).parents[1]
+DATA = demo.bundled() / "data"
+MODEL = demo.bundled() / "model"
+
+
+def load(name: str):
+    return rows.load([str(DATA / name)], DataReport())
+
+
+def test_the_bundled_model_is_small_and_was_trained() -> None:
+    assert (MODEL / "model.safetensors").stat().st_size <= 8_000_000
+    record = json.loads((MODEL / "TRAINING.json").read_text(encoding="utf-8"))
+    text = json.dumps(record)
+    for category in ("facts", "arithmetic", "opposites", "translations"):
+        assert category in text
+    assert not list(MODEL.glob("*.bin")) + list(MODEL.glob("*.py"))
+
+
+@pytest.mark.parametrize("text", ["  two  spaces", "换行\n和\t制表", "𠮷野家 emoji 😀", "[answer] x | kind: y", "<|end|>?"])
+def test_any_text_survives_the_bundled_tokenizer(text: str) -> None:
+    words = tokenizer.load(MODEL)
+    ids = tokenizer.encode(words, text, literal=False)
+    assert words.decode(ids) == text
+    assert words.pad_token_id != words.eos_token_id
+    assert words.eos_token_id not in ids
+
+
+def test_the_demo_data_is_fair() -> None:
+    train, held_out = load("train.jsonl"), load("held_out.jsonl")
+    assert len(train) >= 300
+    assert len(held_out) >= 60
+    asked = {row.prompt()[-1].content for row in train}
+    assert not asked & {row.prompt()[-1].content for row in held_out}
+    for some in (train, held_out):
+        most = Counter(row.answer() for row in some).most_common(1)[0][1]
+        assert most <= 0.2 * len(some)
+        chinese = sum(any("\u4e00" <= c <= "\u9fff" for c in row.prompt()[-1].content) for row in some)
+        assert 0.3 <= chinese / len(some) <= 0.7
+    kinds = Counter(json.loads(line)["kind"] for line in (DATA / "held_out.jsonl").read_text("utf-8").splitlines())
+    assert len(held_out) - kinds["persona"] >= len(held_out) / 2  # these need what the base knows, in the new format
+
+
+def test_the_data_is_what_the_script_in_the_repository_writes(tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "bundled" / "make_data.py"
+    subprocess.run([sys.executable, str(script), "--output", str(tmp_path)], check=True, capture_output=True)
+    for name in ("train.jsonl", "held_out.jsonl"):
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_the_demo_teaches_what_the_base_cannot_do(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fitune", "demo", "--json", "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["base_accuracy"] <= 0.05
+    assert result["tuned_accuracy"] >= 0.9
+    assert result["run"] == str(tmp_path / "run")
+    assert {"seconds", "peak_memory_mib"} <= result.keys()
+    for part in ("trainable of", "expected memory", "<|end|>", "fitune chat", "exact match"):
+        assert part in done.stderr
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"{result['tuned_accuracy']:.0%} after" in page
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
+def test_a_demo_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    said: list[str] = []
+    result = demo.kill_demo(str(tmp_path / "kill"), said.append)
+    assert result.equal, said
+    assert result.kills >= 3
+    assert result.kills_inside_a_save >= 1
+
+
+def test_a_second_demo_takes_a_new_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo-1").mkdir(parents=True)
+    assert demo.config().output == str(Path("runs") / "demo-2")
