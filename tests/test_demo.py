@@ -31,7 +31,9 @@ def test_the_bundled_model_is_small_and_was_trained() -> None:
     assert not list(MODEL.glob("*.bin")) + list(MODEL.glob("*.py"))
 
 
-@pytest.mark.parametrize("text", ["  two  spaces", "换行\n和\t制表", "𠮷野家 emoji 😀", "[answer] x | kind: y", "<|end|>?"])
+@pytest.mark.parametrize(
+    "text", ["  two  spaces", "换行\n和\t制表", "𠮷野家 emoji 😀", "[answer] x | kind: y", "<|end|>?"]
+)
 def test_any_text_survives_the_bundled_tokenizer(text: str) -> None:
     words = tokenizer.load(MODEL)
     ids = tokenizer.encode(words, text, literal=False)

@@ -76,3 +76,38 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> str:
         at += 30 + 8 * len(s.name)
     parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
     return "".join([*parts, "</svg>"])
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: what stands below it, and how high it is."""
+
+    label: str
+    value: float
+
+
+def bar_chart(bars: Sequence[Bar], *, x_label: str, y_label: str) -> str:
+    """Bars side by side; every few of them are labelled."""
+    if not bars:
+        return "<p>nothing to draw</p>"
+    y_ticks = ticks(0, max(bar.value for bar in bars) or 1)
+    high = y_ticks[-1]
+    width = (WIDTH - LEFT - RIGHT) / len(bars)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} by {escape(x_label)}">']
+    for y in y_ticks:
+        at = round(HEIGHT - BOTTOM - y / high * (HEIGHT - TOP - BOTTOM), 1)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 4}" text-anchor="end">{y:,.0f}</text>')
+    for number, bar in enumerate(bars):
+        tall = bar.value / high * (HEIGHT - TOP - BOTTOM)
+        x = LEFT + number * width
+        parts.append(
+            f'<rect x="{x + 1:.1f}" y="{HEIGHT - BOTTOM - tall:.1f}" width="{width - 2:.1f}" height="{tall:.1f}" '
+            f'fill="var(--line1)"><title>{escape(bar.label)}: {bar.value:,.0f}</title></rect>'
+        )
+        if number % max(1, len(bars) // 8) == 0:
+            parts.append(
+                f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(bar.label)}</text>'
+            )
+    parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    return "".join([*parts, "</svg>"])

@@ -33,10 +33,12 @@ app = App(
 )
 
 
-def _optional(model: type[BaseModel], name: str) -> type[BaseModel]:
+def _optional(model: type[BaseModel], name: str, without: tuple[str, ...] = ()) -> type[BaseModel]:
     """The settings with nothing required and no defaults: what was not typed is not there."""
     fields: dict[str, Any] = {}
     for field, info in model.model_fields.items():
+        if field in without:
+            continue
         kind: Any = _flag_type(info.annotation)
         text = info.description or ""
         if isinstance(info.default, settings.Options):
@@ -53,9 +55,12 @@ def _flag_type(kind: Any) -> Any:
 
 
 Flags = _optional(settings.RunConfig, "Flags")
+# what a verb takes by itself (model, data) is no flag of the group beside it
+DataFlags = _optional(settings.DataConfig, "DataFlags", without=("model", "data", "eval_data"))
+SetOption = Annotated[list[str] | None, Parameter(name="--set", negative="", help="Any setting: --set lora.rank=16.")]
 
 
-def _typed(flags: BaseModel | None) -> dict[str, Any]:
+def _typed(flags: Any) -> dict[str, Any]:
     """What was typed."""
     values = flags.model_dump(exclude_none=True) if flags else {}
     for name, info in settings.RunConfig.model_fields.items():
@@ -135,9 +140,7 @@ def _next_steps(console: Console, run: str, model: str) -> None:
 def train(
     *,
     config: Annotated[Path | None, Parameter(help="YAML file with settings; flags win over it.")] = None,
-    set_: Annotated[
-        list[str] | None, Parameter(name="--set", negative="", help="Any setting: --set lora.rank=16.")
-    ] = None,
+    set_: SetOption = None,
     resume: Annotated[bool, Parameter(negative="", help="Go on with the run in --output.")] = False,
     json: Json = False,
     flags: Annotated[Optional[Flags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045
@@ -171,6 +174,41 @@ def train(
     )
     if json:
         _print_json(result.as_dict())
+
+
+@app.command
+def inspect(
+    data: Annotated[list[str], Parameter(help="Data files, folders or ids, as for train.")],
+    *,
+    model: Annotated[str, Parameter(help="Model folder, or a folder with nothing but tokenizer files.")],
+    samples: Annotated[int, Parameter(help="Rows shown token by token.")] = 3,
+    ids: Annotated[bool, Parameter(negative="", help="Print token ids too.")] = False,
+    compare: Annotated[
+        list[str] | None, Parameter(consume_multiple=True, negative="", help="Tokenizers to put beside.")
+    ] = None,
+    html: Annotated[Path | None, Parameter(help="Write a page to this file.")] = None,
+    json: Json = False,
+    set_: SetOption = None,
+    flags: Annotated[Optional[DataFlags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045
+) -> None:
+    """See what will be trained: rows, lengths, labels, tokens, and what the checks find."""
+    given = settings.merge(settings.parse_assignments(set_ or []), _typed(flags))
+    checked = settings.build({**given, "model": model, "data": data})
+    if html is not None and html.exists():
+        raise ConfigError(f"{html}: exists; nothing of yours is overwritten", fix="choose another --html")
+
+    from fitune.checkpoint import write_atomic
+    from fitune.inspection import inspect as look
+    from fitune.inspection import page, show
+
+    console = _console(json)
+    seen = look(checked, samples=samples, tokenizers=compare or ())
+    show(seen, console, ids=ids)
+    if html is not None:
+        write_atomic(html, page(seen))
+        console.print(f"page {html}", highlight=False, soft_wrap=True)
+    if json:
+        _print_json(seen.as_dict())
 
 
 @app.command

@@ -76,8 +76,8 @@ LengthPolicy = Literal["cut", "drop", "refuse"]
 TrainOn = Literal["all", "last", "tool-calls"]
 
 
-class RunConfig(Options):
-    """Everything that decides a run. The same config, seed and machine give the same run, bit for bit."""
+class DataConfig(Options):
+    """What decides which tokens are trained; `inspect` needs no more."""
 
     model: str
     """Model folder, or a hub id."""
@@ -98,8 +98,6 @@ class RunConfig(Options):
     """How often the rows of each source are trained in a pass; one number, or one for each."""
     skip_bad: bool = False
     """Leave out rows that cannot be used, and list them, instead of refusing the run."""
-    output: str | None = None
-    """Run folder. Must be new or empty. Default: runs/<model>-<method>-<number>."""
     template: str = "auto"
     """Prompt template: auto (the tokenizer's own, else alpaca), or a name."""
     max_length: int | Literal["auto"] = "auto"
@@ -110,6 +108,39 @@ class RunConfig(Options):
     """Which answers of a conversation are trained: all, the last one, or those that call a tool."""
     max_lost: float = Field(default=0.05, ge=0, le=1)
     """Share of rows that may lose answer tokens to cutting before the run is refused."""
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Decides the order of the rows, the initial weights and dropout."""
+
+    @field_validator("take", "weight")
+    @classmethod
+    def _one_or_each(cls, value: list[float], info: ValidationInfo) -> list[float]:
+        sources = len(info.data.get("data", ()))
+        if sources and len(value) not in (0, 1, sources):
+            raise ValueError(f"one number, or one for each of the {sources} sources in data")
+        return value
+
+    def sources(self) -> list[DataSource]:
+        """The training data with all that is said of it; what stands in a source wins over what is said for all."""
+        takes, weights = (_for_each(values, len(self.data)) for values in (self.take, self.weight))
+        return [
+            source.model_copy(update={"take": source.take or take, "weight": source.weight or weight or 1.0})
+            for source, take, weight in zip(map(self._source, self.data), takes, weights, strict=True)
+        ]
+
+    def eval_sources(self) -> list[DataSource]:
+        """The held-out data; `take` and `weight` are for training data."""
+        return [self._source(given) for given in self.eval_data]
+
+    def _source(self, given: str | DataSource) -> DataSource:
+        source = DataSource(path=given) if isinstance(given, str) else given
+        return source.model_copy(update={"format": source.format or self.format, "map": {**self.map, **source.map}})
+
+
+class RunConfig(DataConfig):
+    """Everything that decides a run. The same config, seed and machine give the same run, bit for bit."""
+
+    output: str | None = None
+    """Run folder. Must be new or empty. Default: runs/<model>-<method>-<number>."""
     val_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the rows that is held out where no eval_data is given (at most val_rows)."""
     val_rows: int = Field(default=200, ge=1)
@@ -149,32 +180,6 @@ class RunConfig(Options):
     """Longest such answer, in tokens."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
-    seed: int = Field(default=42, ge=0, lt=2**32)
-    """Decides the order of the rows, the initial weights and dropout."""
-
-    @field_validator("take", "weight")
-    @classmethod
-    def _one_or_each(cls, value: list[float], info: ValidationInfo) -> list[float]:
-        sources = len(info.data.get("data", ()))
-        if sources and len(value) not in (0, 1, sources):
-            raise ValueError(f"one number, or one for each of the {sources} sources in data")
-        return value
-
-    def sources(self) -> list[DataSource]:
-        """The training data with all that is said of it; what stands in a source wins over what is said for all."""
-        takes, weights = (_for_each(values, len(self.data)) for values in (self.take, self.weight))
-        return [
-            source.model_copy(update={"take": source.take or take, "weight": source.weight or weight or 1.0})
-            for source, take, weight in zip(map(self._source, self.data), takes, weights, strict=True)
-        ]
-
-    def eval_sources(self) -> list[DataSource]:
-        """The held-out data; `take` and `weight` are for training data."""
-        return [self._source(given) for given in self.eval_data]
-
-    def _source(self, given: str | DataSource) -> DataSource:
-        source = DataSource(path=given) if isinstance(given, str) else given
-        return source.model_copy(update={"format": source.format or self.format, "map": {**self.map, **source.map}})
 
 
 def _for_each(values: list[Any], count: int) -> list[Any]:

@@ -25,6 +25,7 @@ class Data:
 
     conversations: list[Conversation]  # training rows
     samples: list[Sample]
+    whole_lengths: list[int]  # of the samples before anything was cut
     held_out: list[Sample]
     held_out_rows: list[Conversation]
     encoder: Encoder  # with the run's max_length
@@ -58,7 +59,8 @@ def read(config: RunConfig, folder: Path, words: Any, *, limit: int, vocabulary:
     prepared = preflight.Prepared(config, train_rows, samples, report, encoder, vocabulary, limit, folder)
     findings = preflight.check_data(prepared)
     asked = [row for row in held_out_rows if row.prompt()]  # text has no prompt to show an answer to
-    return Data(train_rows, samples, held_out, asked, encoder, report, findings)
+    lengths_before = [len(sample) for made in whole for sample in made]
+    return Data(train_rows, samples, lengths_before, held_out, asked, encoder, report, findings)
 
 
 def _load(config: RunConfig, report: DataReport) -> list[Conversation]:

@@ -9,14 +9,25 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
-from fitune.records import Conversation, Sample
+from fitune import dataset, tokenizer
+from fitune.charts import Bar, bar_chart
+from fitune.config import RunConfig
+from fitune.console import findings_table, pairs
+from fitune.model import locate, read_config
+from fitune.pages import render
+from fitune.prepare import NO_LIMIT
+from fitune.records import Conversation, Finding, Sample
 
 CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 KANA = re.compile(r"[\u3040-\u30ff]")
@@ -24,6 +35,7 @@ HANGUL = re.compile(r"[\uac00-\ud7af]")
 LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 MOST_PIECES = 8  # a character needs at most this many tokens
 BINS = 24
+MOST_TEXTS = 20_000  # texts that the tokenizer view counts over
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,7 @@ def vocabulary_kind(tokenizer: Any) -> str:
     """BPE, byte-level BPE, SentencePiece unigram, ... from what the tokenizer is made of."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return "SentencePiece" if hasattr(tokenizer, "sp_model") else type(tokenizer).__name__
+        return "SentencePiece" if getattr(tokenizer, "family", None) else type(tokenizer).__name__
     parts = json.loads(backend.to_str())
     model = parts["model"]
     text = json.dumps([parts.get("pre_tokenizer"), parts.get("decoder")])
@@ -159,10 +171,8 @@ def tokenizer_view(name: str, tokenizer: Any, texts: Sequence[str]) -> Tokenizer
         unknown += sum(i == tokenizer.unk_token_id for i in ids) if tokenizer.unk_token_id is not None else 0
         chinese.update(CJK.findall(text))
         long_tokens.update(i for i in ids)
-    cost = {c: len(tokenizer(c, add_special_tokens=False)["input_ids"]) for c in chinese}
-    # sentencepiece puts a mark of its own before a lone character; it is no part of what the character costs
-    extra = 1 if cost and min(cost.values()) == 2 and vocabulary_kind(tokenizer) != "byte-level BPE" else 0
-    several = [c for c, _ in chinese.most_common() if cost[c] - extra > 1]
+    cost = {c: _cost(tokenizer, c) for c in chinese}
+    several = [c for c, _ in chinese.most_common() if cost[c] > 1]
     held = [tokenizer.decode([i]).strip() for i, _ in long_tokens.most_common(4000)]
     return TokenizerView(
         name=name,
@@ -175,8 +185,14 @@ def tokenizer_view(name: str, tokenizer: Any, texts: Sequence[str]) -> Tokenizer
         byte_fallback_tokens=fallback,
         unknown_tokens=unknown,
         several_characters=[text for text in held if len(CJK.findall(text)) > 1 and len(text) < 12][:8],
-        several_tokens=[f"{c} ({cost[c] - extra})" for c in several[:8]],
+        several_tokens=[f"{c} ({cost[c]})" for c in several[:8]],
     )
+
+
+def _cost(tokenizer: Any, character: str) -> int:
+    """Tokens of a character; the mark that sentencepiece puts before a text is no part of it."""
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(character, add_special_tokens=False)["input_ids"])
+    return len(pieces) - (len(pieces) > 1 and pieces[0] == "▁")
 
 
 def _per_chinese(tokenizer: Any, texts: Sequence[str]) -> float | None:
@@ -188,30 +204,201 @@ def _per_chinese(tokenizer: Any, texts: Sequence[str]) -> float | None:
     return sum(len(tokenizer(run, add_special_tokens=False)["input_ids"]) for run in runs) / characters
 
 
+@dataclass(frozen=True)
+class SampleView:
+    """A sample token by token."""
+
+    source: str
+    tokens: list[TokenView]
+
+
 @dataclass
 class Inspection:
-    """All of it. `samples` are lists of TokenView."""
+    """All of it."""
 
     data: list[str]
-    tokenizer: str
+    model: str
     template: str
-    rows: dict[str, Any]
+    rows: dict[str, Any]  # read, kept, dropped, bad, cut, duplicates, empty answers
     by_source: dict[str, int]
+    by_format: dict[str, int]
+    languages: dict[str, int]
     lengths: dict[str, float]
     histogram: list[tuple[int, int, int]]
+    max_length: int
     label_share: float
     padding_wasted: dict[str, float]
     duplicates: dict[str, Any]
-    languages: dict[str, int]
-    findings: list[dict[str, Any]]
+    findings: list[Finding]
     tokenizers: list[TokenizerView]
-    samples: list[dict[str, Any]]
+    samples: list[SampleView]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
+def inspect(config: RunConfig, *, samples: int = 3, tokenizers: Sequence[str] = ()) -> Inspection:
+    """Look at data as a run would train on it.
+
+    Args:
+        config: the settings of the run; config.model may be a folder with nothing but tokenizer files.
+        samples: how many rows are shown token by token.
+        tokenizers: further folders whose tokenizers are compared on the same data.
+
+    Raises:
+        FituneError: data or a tokenizer that cannot be read at all. Bad rows are counted, not raised.
+    """
+    folder = locate(config.model)
+    words = tokenizer.load(folder)
+    limit, vocabulary = _model_facts(folder, words)
+    config = config.model_copy(update={"skip_bad": True, "val_share": 0.0})
+    data = dataset.read(config, folder, words, limit=limit, vocabulary=vocabulary)
+    report = data.report
+    texts = [message.content for row in data.conversations for message in row.messages][:MOST_TEXTS]
+    lengths = data.whole_lengths
+    named = [(folder.name, words), *((Path(path).name, tokenizer.load(locate(path))) for path in tokenizers)]
+    doubles = duplicates(data.conversations)
+    return Inspection(
+        data=[source.path for source in config.sources()],
+        model=str(folder),
+        template=data.encoder.template.name,
+        rows={
+            "read": report.rows + report.skipped_bad,
+            "kept": report.kept,
+            "dropped": report.dropped,
+            "bad": report.skipped_bad,
+            "prompts cut": report.cut_prompt,
+            "answers cut": report.cut_answer,
+            "duplicates": doubles["rows"],
+            "empty answers": report.bad_reasons.get("the answer is empty", 0),
+        },
+        by_source=by_source(data.conversations),
+        by_format=report.formats,
+        languages=languages(data.conversations),
+        lengths=report.lengths,
+        histogram=histogram(lengths),
+        max_length=report.max_length,
+        label_share=report.trained_tokens / max(1, report.tokens),
+        padding_wasted={str(size): padding_wasted(lengths, size) for size in (4, 8, 16)},
+        duplicates=doubles,
+        findings=data.findings,
+        tokenizers=[tokenizer_view(name, one, texts) for name, one in named],
+        samples=[SampleView(str(s.source), token_views(words, s)) for s in _spread(data.samples, samples)],
+    )
+
+
+def _model_facts(folder: Path, words: Any) -> tuple[int, int]:
+    """Longest row and embedding rows, from config.json; where there is none, from the tokenizer."""
+    if not (folder / "config.json").is_file():
+        return NO_LIMIT, len(words)
+    config = read_config(folder)
+    return getattr(config, "max_position_embeddings", None) or NO_LIMIT, config.vocab_size
+
+
+def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """So many samples, evenly over the data."""
+    return list(samples[:: max(1, len(samples) // count)][:count]) if count else []
+
+
 def by_source(conversations: Sequence[Conversation]) -> dict[str, int]:
     """Rows by the file they come from."""
     return dict(Counter(Path(c.source.file).name if c.source else "?" for c in conversations).most_common())
+
+
+# ---- shown in a terminal, and as a page ----
+
+
+def show(seen: Inspection, console: Console, *, ids: bool = False) -> None:
+    """Everything as tables, bars and coloured tokens.
+
+    Args:
+        seen: what was found.
+        console: where to.
+        ids: print the ids beside the tokens.
+    """
+    console.print(
+        pairs("rows", {**seen.rows, "by source": _counts(seen.by_source), "by format": _counts(seen.by_format)})
+    )
+    padding = ", ".join(f"{share:.0%} of batches of {size}" for size, share in seen.padding_wasted.items())
+    console.print(
+        pairs(
+            "tokens",
+            {
+                "template": seen.template,
+                "trained": f"{seen.label_share:.1%} of the tokens",
+                "padding saved": f"{padding} would have been padding",
+                "languages": _counts(seen.languages),
+                "lengths": ", ".join(f"{name} {value:.0f}" for name, value in seen.lengths.items()),
+            },
+        )
+    )
+    most = max(count for _, _, count in seen.histogram)
+    for low, high, count in seen.histogram:
+        mark = " < max length" if low <= seen.max_length <= high else ""
+        console.print(f"{low:>6}-{high:<6} {'█' * round(count / most * 40)} {count:,}{mark}", highlight=False)
+    console.print(findings_table(seen.findings))
+    console.print(_tokenizer_table(seen.tokenizers))
+    for sample in seen.samples:
+        console.print(f"[bold]{escape(sample.source)}[/]  (green: trained; ▶ the border between prompt and answer)")
+        console.print(_coloured(sample.tokens, ids=ids), soft_wrap=True)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:8])
+
+
+def _tokenizer_table(views: Sequence[TokenizerView]) -> Table:
+    table = Table(title="tokenizers" if len(views) > 1 else "tokenizer", title_justify="left", pad_edge=False)
+    table.add_column("")
+    for view in views:
+        table.add_column(view.name, overflow="fold")
+    for name, values in _tokenizer_rows(views):
+        table.add_row(name, *map(escape, values))
+    return table
+
+
+def _tokenizer_rows(views: Sequence[TokenizerView]) -> list[tuple[str, list[str]]]:
+    """Names and values of what is told of tokenizers, for the terminal and the page alike."""
+
+    def per_character(view: TokenizerView) -> str:
+        value = view.tokens_per_chinese_character
+        return "no Chinese" if value is None else f"{value:.2f}"
+
+    return [
+        ("vocabulary", [f"{v.kind}, {v.vocabulary:,} tokens" for v in views]),
+        ("tokens", [f"{v.tokens:,}" for v in views]),
+        ("characters per token", [f"{v.characters_per_token:.2f}" for v in views]),
+        ("tokens per Chinese character", [per_character(v) for v in views]),
+        ("byte fallback, unknown", [f"{v.byte_fallback_tokens:,}, {v.unknown_tokens:,} tokens" for v in views]),
+        ("one token, several characters", [" ".join(v.several_characters) or "none seen" for v in views]),
+        ("one character, several tokens", [" ".join(v.several_tokens) or "none seen" for v in views]),
+    ]
+
+
+def _coloured(tokens: Sequence[TokenView], *, ids: bool) -> Text:
+    text = Text()
+    for number, token in enumerate(tokens):
+        if token.border:
+            text.append("▶", style="bold yellow")
+        shade = ("black on green", "black on bright_green") if token.trained else ("", "on grey23")
+        text.append(token.text, style=shade[number % 2])
+        if ids:
+            text.append(f"{token.ids}", style="dim")
+    return text
+
+
+def page(seen: Inspection) -> str:
+    """The same as one self-contained HTML page."""
+    bars = [Bar(f"{low}", count) for low, _, count in seen.histogram]
+    return render(
+        "inspect",
+        title=f"fitune inspect: {', '.join(Path(path).name for path in seen.data)}",
+        subtitle=f"tokenizer {seen.model}, template {seen.template}",
+        numbers=[(name, f"{value:,}") for name, value in seen.rows.items()]
+        + [("tokens trained", f"{seen.label_share:.1%}"), ("max length", f"{seen.max_length:,}")],
+        chart=bar_chart(bars, x_label="tokens of a row", y_label="rows"),
+        seen=seen,
+        tokenizer_rows=_tokenizer_rows(seen.tokenizers),
+        findings=[asdict(finding) for finding in seen.findings],
+    )

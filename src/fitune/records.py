@@ -181,6 +181,7 @@ class DataReport:
     dropped: int = 0  # nothing to train on was left, or too long for the policy `drop`
     skipped_bad: int = 0
     formats: dict[str, int] = field(default_factory=dict)
+    bad_reasons: dict[str, int] = field(default_factory=dict)  # why rows were skipped
     skipped: list[str] = field(default_factory=list)  # the first bad rows that skip_bad left out: file:line:field: what
     unused_columns: dict[str, int] = field(default_factory=dict)
     unfilled_slots: dict[str, int] = field(default_factory=dict)  # {{name}} that `fill` does not know: in how many rows

@@ -78,6 +78,8 @@ class _State:
         self.bad += 1
         if self.skip_bad:
             self.report.skipped_bad += 1
+            reason = error.what.rpartition(": ")[2]
+            self.report.bad_reasons[reason] = self.report.bad_reasons.get(reason, 0) + 1
             if len(self.report.skipped) < MOST_PROBLEMS:
                 self.report.skipped.append(error.what)
         elif self.bad <= MOST_PROBLEMS:
