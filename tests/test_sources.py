@@ -217,3 +217,24 @@ def test_the_sources_are_part_of_what_a_run_stores() -> None:
     assert config.model_dump(mode="json")["data"] == [
         "a", {"path": "b", "take": 3, "weight": None, "format": None, "map": {}},
     ]  # fmt: skip
+
+
+def test_bad_held_out_rows_are_listed_too(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    held_out = tiny.write_rows(tmp_path / "held_out.jsonl", 4)
+    with held_out.open("a") as file:
+        file.write('{"prompt": "a"}\n')
+    config = {"data": [str(data_file)], "eval_data": [str(held_out)], "skip_bad": True}
+    report = job(config, model_folder, tmp_path).report
+    assert (report.rows, report.skipped_bad) == (40, 1)
+    assert report.skipped == [f"{held_out}:5:completion: missing (a row of prompt/completion)"]
+
+
+def test_a_link_is_known_by_its_own_name(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "0123abc").write_text("prompt,completion\na,b\n")
+    try:
+        (tmp_path / "a.csv").symlink_to(tmp_path / "0123abc")
+    except OSError:
+        pytest.skip("no links here")
+    assert resolve(build({"model": str(model_folder), "data": [str(tmp_path / "a.csv")]})).data == [
+        str(tmp_path / "a.csv")
+    ]
