@@ -175,3 +175,61 @@ def test_a_yaml_file_gives_settings_and_flags_win(
     stored = (tmp_path / "run" / "config.yaml").read_text()
     assert "rank: 3" in stored
     assert "alpha: 4" in stored
+
+
+def test_sources_come_from_flags(model_folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text("content,summary,id\n" + "".join(f"what is {n}?,I am {{{{name}}}},{n}\n" for n in range(30)))
+    lines = tiny.write_rows(tmp_path / "E:\\d\\b.jsonl", 20)
+    with lines.open("a") as file:
+        file.write("{}\n")
+    arguments = ["train", "--model", model_folder, "--data", table, lines, "--output", tmp_path / "run", "--json"]
+    arguments += ["--map", "content=prompt", "--map", "summary=completion", "--fill", "name=A=B", "--skip-bad"]
+    arguments += ["--take", 15, 10, "--weight", 2, "--max-steps", 1, "--lora.rank", 2, "--sample-prompts", 0]
+    code, _, err = run(arguments, capsys, monkeypatch)
+    assert code == 0, err
+    report = json.loads((tmp_path / "run" / "data.json").read_text())["report"]
+    assert report["formats"] == {"prompt/completion": 15, "messages": 10}
+    assert report["skipped"] == [f"{lines}:21: no known format"]
+    assert report["unused_columns"] == {"id": 30}
+    assert report["unfilled_slots"] == {}
+    assert report["files"] == {str(table): 30, str(lines): 20}
+    assert report["rows"] == 24 * 2 + 1
+    stored = (tmp_path / "run" / "config.yaml").read_text()
+    for part in ("content: prompt", "summary: completion", "name: A=B", "skip_bad: true"):
+        assert part in stored
+    resumed = [
+        "train",
+        "--resume",
+        "--output",
+        tmp_path / "run",
+        "--take",
+        15,
+        10,
+        "--map",
+        "content=prompt",
+        "--skip-bad",
+    ]
+    assert run(resumed, capsys, monkeypatch)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--map", "content"], ["--map", "received: 'content'", "expected: name=text, for example content=prompt"]),
+        (["--fill", "=x"], ["--fill", "received: '=x'", "for example name=Ada"]),
+        (["--format", "alpacca"], ["unknown format 'alpacca'", "did you mean 'alpaca'?"]),
+        (["--format", "alpaca"], [":1:instruction: missing (a row of alpaca)"]),
+        (["--map", "a=promt"], ["unknown field 'promt'", "did you mean 'prompt'?"]),
+        (["--take", 1, 2, 3], ["take: wrong value", "received: [1, 2, 3]", "expected: one number"]),
+        (["--take", 0], ["take[0]: wrong value"]),
+    ],
+)
+def test_a_wrong_source_flag_says_why(
+    flags: list[object], parts: list[str], model_folder: Path, data_file: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    arguments = ["train", "--model", model_folder, "--data", data_file, "--output", tmp_path / "out", *flags]
+    code, _, err = run(arguments, capsys, monkeypatch)
+    assert code == 2
+    for part in parts:
+        assert part in err

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Optional, get_origin
+from typing import Annotated, Any, Optional, get_args, get_origin
 
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
@@ -50,8 +50,14 @@ def _optional(model: type[BaseModel], name: str, without: tuple[str, ...] = ()) 
 
 
 def _flag_type(kind: Any) -> Any:
-    """What is typed for a setting: of sources the paths, and `name=text` for each entry of a mapping."""
-    return list[str] if get_origin(kind) is dict or kind == list[settings.AnySource] else kind
+    """What is typed for a setting: of sources the paths, and `name=text` for each entry of a mapping.
+
+    Bounds inside a list are left to the settings' own check, which tells what is wrong in fitune's words.
+    """
+    if get_origin(kind) is dict or kind == list[settings.AnySource]:
+        return list[str]
+    item = get_args(kind)[0] if get_origin(kind) is list else None
+    return list[get_args(item)[0]] if get_origin(item) is Annotated else kind  # type: ignore[misc]
 
 
 Flags = _optional(settings.RunConfig, "Flags")

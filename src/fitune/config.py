@@ -116,7 +116,8 @@ class DataConfig(Options):
     def _one_or_each(cls, value: list[float], info: ValidationInfo) -> list[float]:
         sources = len(info.data.get("data", ()))
         if sources and len(value) not in (0, 1, sources):
-            raise ValueError(f"one number, or one for each of the {sources} sources in data")
+            each = f", or one for each of the {sources} sources in data" if sources > 1 else ""
+            raise ValueError(f"one number{each}")
         return value
 
     def sources(self) -> list[DataSource]:

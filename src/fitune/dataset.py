@@ -50,7 +50,7 @@ def read(config: RunConfig, folder: Path, words: Any, *, limit: int, vocabulary:
     conversations = _load(config, report)
     shape = templates.choose(_template(config, conversations), words)
     encoder = Encoder(words, shape, train_on=config.train_on)
-    train_rows, held_out_rows = _split(conversations, config)
+    train_rows, held_out_rows = _split(conversations, config, report)
     train_rows = rows.weigh(train_rows, config.seed, report)
     whole = [encoder.samples(row) for row in train_rows]
     encoder = encoder.with_max_length(_length(config, whole, limit, report))
@@ -84,18 +84,24 @@ def _length(config: RunConfig, whole: list[list[Sample]], limit: int, report: Da
     return report.max_length
 
 
-def _split(conversations: list[Conversation], config: RunConfig) -> tuple[list[Conversation], list[Conversation]]:
+def _split(
+    conversations: list[Conversation], config: RunConfig, report: DataReport
+) -> tuple[list[Conversation], list[Conversation]]:
     """Training rows and held-out rows; the split depends on the seed alone."""
     if config.eval_data:
         given = config.model_copy(update={"data": config.eval_data, "take": [], "weight": []})
-        return conversations, _load(given, DataReport())
+        held_out_report = DataReport()
+        held_out = _load(given, held_out_report)
+        report.skipped_bad += held_out_report.skipped_bad  # the counts are of training rows, but what is bad is told
+        report.skipped = [*report.skipped, *held_out_report.skipped][: rows.MOST_PROBLEMS]
+        return conversations, held_out
     count = min(config.val_rows, round(config.val_share * len(conversations)))
     if config.val_share and len(conversations) > 1:
         count = max(1, count)
     order = np.random.default_rng([config.seed, 2**31]).permutation(len(conversations))
-    held_out = set(order[:count].tolist())
-    keep = [c for n, c in enumerate(conversations) if n not in held_out]
-    return keep, [replace(conversations[n], weight=1.0) for n in sorted(held_out)]
+    chosen = set(order[:count].tolist())
+    keep = [c for n, c in enumerate(conversations) if n not in chosen]
+    return keep, [replace(conversations[n], weight=1.0) for n in sorted(chosen)]
 
 
 def _template(config: RunConfig, conversations: list[Conversation]) -> str:

@@ -398,7 +398,7 @@ def _csv_rows(reader: Any, file: str) -> Iterator[tuple[int, list[str]]]:
 def _read_parquet(path: Path) -> Iterator[Item]:
     from pyarrow import parquet
 
-    with _arrow(path, "Parquet"), parquet.ParquetFile(path) as file:
+    with _arrow(path, "Parquet"), parquet.ParquetFile(path, pre_buffer=False) as file:  # else all row groups are held
         yield from _batches(file.iter_batches(batch_size=256), path)
 
 

@@ -56,8 +56,8 @@ def load(
             drawn = _take(rows, source, [seed, TAKE, number], report) if source.take else list(rows)
             weight = source.weight or 1.0
             conversations += drawn if weight == 1 else [replace(row, weight=weight) for row in drawn]
-    if state.bad > MOST_PROBLEMS and not skip_bad:
-        state.problems.problems.append(DataError(f"and {state.bad - MOST_PROBLEMS} more bad rows"))
+    if state.bad > state.told and not skip_bad:
+        state.problems.problems.append(DataError(f"and {state.bad - state.told} more bad rows"))
     state.problems.raise_any()
     _count(conversations, report)
     return conversations
@@ -72,6 +72,8 @@ class _State:
     skip_bad: bool
     problems: Collector = field(default_factory=Collector)
     bad: int = 0
+    told: int = 0
+    shapes: set[tuple[str, str]] = field(default_factory=set)
 
     def refuse(self, error: DataError) -> None:
         """Keep what is wrong with a row."""
@@ -82,8 +84,18 @@ class _State:
             self.report.bad_reasons[reason] = self.report.bad_reasons.get(reason, 0) + 1
             if len(self.report.skipped) < MOST_PROBLEMS:
                 self.report.skipped.append(error.what)
-        elif self.bad <= MOST_PROBLEMS:
+        elif self.told < MOST_PROBLEMS and not self._known(error):
+            if not self.told:
+                error.fix = error.fix or "mend the row, or leave bad rows out with --skip-bad"
+            self.told += 1
             self.problems.problems.append(error)
+
+    def _known(self, error: DataError) -> bool:
+        """A row with the same wrong columns was told of before: a file of them needs no list."""
+        shape = (str(error.file), str(error.received))
+        known = error.field is None and shape in self.shapes
+        self.shapes.add(shape)
+        return known
 
 
 def _rows(source: DataSource, state: _State) -> Iterator[Conversation]:
