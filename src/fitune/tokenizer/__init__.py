@@ -108,13 +108,17 @@ def _from_transformers(folder: Path, settings: dict[str, Any]) -> Any:
     if (folder / "tokenizer.json").is_file() and (not named or "auto_map" in settings):
         source = PreTrainedTokenizerFast  # the file says it all; whatever code the folder names is not needed
     elif not named:
-        found = sentencepiece_file(folder)
-        source = GPT2TokenizerFast if found is None else LlamaTokenizerFast
-        arguments = {} if found is None else {"vocab_file": str(found)}
+        model = sentencepiece_file(folder)
+        source = GPT2TokenizerFast if model is None else LlamaTokenizerFast
+        arguments = {} if model is None else {"vocab_file": str(model)}
     try:
-        return source.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **arguments)
+        found = source.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **arguments)
     except Exception as error:  # transformers raises whatever its many readers raise
         raise _unreadable(folder, settings, error) from error
+    if "legacy" in settings:
+        # transformers 5 does not save it, and without it the copy in a run folder splits text after </s> otherwise
+        found.init_kwargs["legacy"] = settings["legacy"]
+    return found
 
 
 def _unreadable(folder: Path, settings: dict[str, Any], error: Exception) -> ModelError:
