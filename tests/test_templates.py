@@ -474,6 +474,11 @@ def written(encoder: Encoder, template: Template, messages: tuple[Message, ...])
     return "".join(names.get(s.role, s.text) for s in template.render(messages))
 
 
+def squeezed(text: str) -> str:
+    """Without blanks, and without the sign that sentencepiece writes for a blank."""
+    return text.replace(" ", "").replace("▁", "")
+
+
 @given(encoders(), conversations())
 def test_ids_decode_to_the_rendering(encoder: Encoder, messages: tuple[Message, ...]) -> None:
     sample = encoder.sample(Conversation(messages))
@@ -482,7 +487,7 @@ def test_ids_decode_to_the_rendering(encoder: Encoder, messages: tuple[Message, 
     if encoder.tokenizer is PLAIN:
         assert text == wanted
     else:  # the space in front of the text, and the same after special tokens, is this tokenizer's own
-        assert text.replace(" ", "") == wanted.replace(" ", "")
+        assert squeezed(text) == squeezed(wanted)
         assert len(text) <= len(wanted) + 2 * len(messages) + 1
 
 
@@ -492,7 +497,7 @@ def test_what_is_trained_is_the_answers_and_nothing_else(encoder: Encoder, messa
     stop = encoder.tokenizer.convert_ids_to_tokens(encoder.stop_id)
     answers = [m.content for m in messages if m.role == "assistant"]
     trained = encoder.tokenizer.decode(sample.ids[sample.mask])
-    assert trained.replace(" ", "") == "".join(f"{answer}{stop}" for answer in answers).replace(" ", "")
+    assert squeezed(trained) == squeezed("".join(f"{answer}{stop}" for answer in answers))
     assert sample.ids[sample.mask][-1] == encoder.stop_id
     assert int((sample.ids[sample.mask] == encoder.stop_id).sum()) == len(answers)  # none typed by anyone
 
