@@ -7,11 +7,14 @@ the template is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fitune.errors import ModelError
+from jinja2 import TemplateError
+
+from fitune.errors import ConfigError, ModelError
 from fitune.records import Message, Segment
 from fitune.templates.base import Tools, arguments, as_json, joined, no_place_for_tools
 
@@ -33,13 +36,21 @@ class ChatTemplate:
         self.jinja, self.tokenizer, self.stop = jinja, tokenizer, stop
 
     def _text(self, messages: Sequence[Message], tools: Tools, *, generate: bool) -> str:
-        text = self.tokenizer.apply_chat_template(
-            [_as_openai(m) for m in messages],
-            tools=[dict(tool) for tool in tools] or None,
-            chat_template=self.jinja,
-            tokenize=False,
-            add_generation_prompt=generate,
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [_as_openai(m) for m in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=self.jinja,
+                tokenize=False,
+                add_generation_prompt=generate,
+            )
+        except TemplateError as error:
+            raise ConfigError(
+                "the tokenizer's own chat template refuses a conversation",
+                received=f"roles {', '.join(m.role for m in messages)}: {error}",
+                expected="roles in the order that the template wants",
+                fix="mend such rows, or choose a template by name: --template chatml",
+            ) from error
         return str(text)
 
     def render(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
@@ -57,30 +68,33 @@ class ChatTemplate:
             if message.role == "assistant":
                 segments += self._answer(added, message, turn, last=last)
             else:
-                segments += self._marked(added, messages[: turn + 1], start, tools, done)
+                segments += self._prompt(added, messages[: turn + 1], start, tools, done)
             done, start = whole, turn + 1
         return segments
 
-    def _marked(self, text: str, messages: Sequence[Message], start: int, tools: Tools, done: str) -> list[Segment]:
-        """What the messages from `start` on add, with the users' own texts in segments of their own.
+    def _prompt(self, text: str, messages: Sequence[Message], start: int, tools: Tools, done: str) -> list[Segment]:
+        """What messages[start:] add, the users' own texts in segments of their own.
 
-        Where they stand is found by rendering marks in their place: a text such as `a` stands in the template too.
+        Where these stand is seen in a rendering of marks in their place: to look for the texts themselves would find
+        a user's `<|im_start|>` in the template's own.
         """
-        marks = {turn: f"\ue000{turn}\ue001" for turn in range(start, len(messages))}  # private-use characters
-        blank = [replace(messages[turn], content=mark, context="") for turn, mark in marks.items()]
-        frame = self._text([*messages[:start], *blank], tools, generate=True).removeprefix(done)
-        for strip in (False, True):  # many templates strip what they are given
-            segments: list[Segment] = []
-            rest = frame
-            for turn, mark in marks.items():
-                before, _, rest = rest.partition(mark)
-                own = joined(messages[turn]).strip() if strip else joined(messages[turn])
-                segments.append(Segment(before, turn=turn, role=messages[turn].role))
-                segments.append(Segment(own, literal=False, turn=turn, role=messages[turn].role))
-            segments.append(Segment(rest, turn=len(messages) - 1, role=messages[-1].role))
-            if "".join(segment.text for segment in segments) == text:
-                return [segment for segment in segments if segment.text]
-        return _split(text, messages[start:], start)
+        marks = [f"⟦fitune {n}⟧" for n in range(start, len(messages))]
+        marked = [replace(m, content=mark, context="") for m, mark in zip(messages[start:], marks, strict=True)]
+        frame = self._text([*messages[:start], *marked], tools, generate=True).removeprefix(done)
+        frames = re.split("|".join(map(re.escape, marks)), frame)
+        if len(frames) != len(marks) + 1:
+            return _split(text, messages[start:], start)
+        segments: list[Segment] = []
+        for n, (message, before) in enumerate(zip(messages[start:], frames, strict=False), start):
+            texts = (joined(message), joined(message).strip())  # some templates strip
+            own = next((own for own in texts if text.startswith(before + own)), None)
+            if own is None:  # the template rewrites texts: look for what is left of them
+                return [*segments, *_split(text, messages[n:], n)]
+            segments.append(Segment(before, turn=n, role=message.role))
+            segments.append(Segment(own, literal=False, turn=n, role=message.role))
+            text = text[len(before) + len(own) :]
+        segments.append(Segment(text, turn=len(messages) - 1, role=messages[-1].role))
+        return [segment for segment in segments if segment.text]
 
     def _refuse(self, messages: Sequence[Message], tools: Tools) -> None:
         if tools and "tools" not in self.jinja:

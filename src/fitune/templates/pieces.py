@@ -97,13 +97,15 @@ class PieceTemplate:
             raise no_place_for_tools(self.name)
         if text is None and not tools:
             return []
-        parts = [Segment(text, literal=message is None)] if text else []
+        head, _, tail = self.system.partition("{content}")
+        segments = fill(head + "{content}", {"content": text or ""}, role="system")
+        if message is None:  # the template's own text, not a user's
+            segments = [Segment(head + (text or ""), role="system")]
         if tools and self.tools is not None:
             # tools stand below the system's text, or alone
             frame = ("\n\n" if text else "") + self.tools
-            parts += fill(frame, {"tools": "\n".join(as_json(tool) for tool in tools)})
-        before, _, after = self.system.partition("{content}")
-        return [Segment(before, role="system"), *parts, Segment(after, role="system")]
+            segments += fill(frame, {"tools": "\n".join(as_json(tool) for tool in tools)}, role="system")
+        return [s for s in (*segments, Segment(tail, role="system")) if s.text]
 
     def _user(self, message: Message, turn: int, users: int, system: Message | None) -> list[Segment]:
         slots = {"content": message.content, "context": message.context}

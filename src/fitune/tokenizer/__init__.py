@@ -103,9 +103,14 @@ def _from_transformers(folder: Path, settings: dict[str, Any]) -> Any:
     errors: list[Exception] = []
     for source, arguments in _readers(folder, settings):
         try:
-            return source.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **arguments)
+            found = source.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **arguments)
         except Exception as error:  # transformers raises whatever its many readers raise
             errors.append(error)
+            continue
+        if "legacy" in settings:
+            # transformers 5 does not save it, and without it the copy in a run folder splits text after </s> otherwise
+            found.init_kwargs["legacy"] = settings["legacy"]
+        return found
     raise _unreadable(folder, settings, errors[0]) from errors[0]
 
 
