@@ -27,7 +27,7 @@ class Data:
     samples: list[Sample]
     whole_lengths: list[int]  # of the samples before anything was cut
     held_out: list[Sample]
-    held_out_rows: list[Conversation]
+    held_out_rows: list[Conversation]  # those that can be asked, for the answers before and after
     encoder: Encoder  # with the run's max_length
     report: DataReport
     findings: list[Finding]
@@ -58,9 +58,14 @@ def read(config: RunConfig, folder: Path, words: Any, *, limit: int, vocabulary:
     held_out = encode_all(held_out_rows, encoder, DataReport())
     prepared = preflight.Prepared(config, train_rows, samples, report, encoder, vocabulary, limit, folder)
     findings = preflight.check_data(prepared)
-    asked = [row for row in held_out_rows if row.prompt()]  # text has no prompt to show an answer to
+    asked = [row for row in held_out_rows if _can_be_asked(row, encoder)]
     lengths_before = [len(sample) for made in whole for sample in made]
     return Data(train_rows, samples, lengths_before, held_out, asked, encoder, report, findings)
+
+
+def _can_be_asked(row: Conversation, encoder: Encoder) -> bool:
+    """Has the row a prompt (text has none), and is that short enough to be answered?"""
+    return bool(row.prompt()) and len(encoder.prompt(row.prompt(), row.tools)) < (encoder.max_length or 0)
 
 
 def _load(config: RunConfig, report: DataReport) -> list[Conversation]:

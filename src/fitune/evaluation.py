@@ -43,7 +43,7 @@ def exact_match(
     judged = []
     for start in range(0, len(rows), SIDE_BY_SIDE):
         some = rows[start : start + SIDE_BY_SIDE]
-        texts = answers(tuned, [row.prompt() for row in some], Sampling(max_new_tokens=max_new_tokens), base=base)
+        texts = answers(tuned, [row.question() for row in some], Sampling(max_new_tokens=max_new_tokens), base=base)
         judged += [Judged(row.prompt()[-1].content, row.answer(), text) for row, text in zip(some, texts, strict=True)]
     return judged
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
+from fitune.errors import ModelError
 from fitune.model import Tuned, causal_lm, use_attention
-from fitune.records import Message
+from fitune.records import Conversation, Message
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def base_model(tuned: Tuned, *, base: bool) -> AbstractContextManager[Any]:
 def answer(
     tuned: Tuned,
     messages: Sequence[Message],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | None = None,
     *,
     on_text: Callable[[str], None] | None = None,
     base: bool = False,
@@ -63,32 +64,44 @@ def answer(
         on_text: called with each new piece of the answer.
         base: answer as the base model, without what was tuned.
     """
-    return answers(tuned, [messages], sampling, on_text=on_text, base=base)[0]
+    return answers(tuned, [Conversation(tuple(messages))], sampling, on_text=on_text, base=base)[0]
 
 
 @torch.no_grad()
 def answers(
     tuned: Tuned,
-    conversations: Sequence[Sequence[Message]],
-    sampling: Sampling = Sampling(),
+    questions: Sequence[Conversation],
+    sampling: Sampling | None = None,
     *,
     on_text: Callable[[str], None] | None = None,
     base: bool = False,
 ) -> list[str]:
-    """The answers to several conversations, padded on the left and generated side by side."""
-    prompts = [tuned.encoder.prompt(messages) for messages in conversations]
+    """The answers to several conversations, padded on the left and generated side by side.
+
+    Raises:
+        ModelError: a prompt that is longer than the model can hold.
+    """
+    sampling = sampling or Sampling()
+    prompts = [tuned.encoder.prompt(question.messages, question.tools) for question in questions]
     width = max(len(prompt) for prompt in prompts)
+    limit = getattr(causal_lm(tuned.model).config, "max_position_embeddings", None) or 2**31
+    if width >= limit:
+        raise ModelError(
+            "the prompt is longer than the model can hold",
+            received=f"{width} tokens",
+            expected=f"less than {limit}",
+            fix="shorten it; in a chat, /reset forgets what was said",
+        )
     stops = tuned.encoder.stop_ids
     # Padding is told by position (the mask), never by id, so any id will do.
     ids = torch.tensor([[stops[0]] * (width - len(p)) + p for p in prompts], device=tuned.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=tuned.device)
-    limit = getattr(causal_lm(tuned.model).config, "max_position_embeddings", None) or 2**31
     generation = GenerationConfig(
         do_sample=sampling.temperature > 0,
         temperature=sampling.temperature or None,
         top_p=sampling.top_p if sampling.temperature > 0 else None,
         top_k=0 if sampling.temperature > 0 else None,
-        max_new_tokens=max(1, min(sampling.max_new_tokens, limit - width)),
+        max_new_tokens=min(sampling.max_new_tokens, limit - width),
         eos_token_id=stops,
         pad_token_id=stops[0],
     )

@@ -8,7 +8,7 @@ Shapes: T = tokens of a flat batch, L = rows of it that carry a label, D = docum
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -68,6 +68,10 @@ class Conversation:
         """The messages before the last answer: what a model is asked when this row is a test."""
         last = max((i for i, m in enumerate(self.messages) if m.role == "assistant"), default=len(self.messages))
         return self.messages[:last]
+
+    def question(self) -> Conversation:
+        """The conversation up to where the last answer begins, with its tools."""
+        return replace(self, messages=self.prompt())
 
     def answer(self) -> str:
         """The last answer."""

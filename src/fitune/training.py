@@ -146,7 +146,7 @@ def _held_out(job: Job) -> float | None:
 
 
 def _sample_answers(job: Job) -> list[str]:
-    asked = [row.prompt() for row in job.held_out_rows[: job.config.sample_prompts]]
+    asked = [row.question() for row in job.held_out_rows[: job.config.sample_prompts]]
     return answers(job.tuned, asked, Sampling(max_new_tokens=job.config.sample_tokens)) if asked else []
 
 
