@@ -26,7 +26,10 @@ def commands(text: str) -> list[str]:
 def test_every_command_in_the_documents_parses(path: Path) -> None:
     for command in commands(path.read_text(encoding="utf-8")):
         tokens = shlex.split(command)[1:]
-        if tokens[-1] in ("--help", "chat", "train"):
+        if len(tokens) == 1:  # a verb that is spoken of
+            assert tokens[0] in ("--help", *cli.app), command
+            continue
+        if tokens[-1] == "--help":
             continue
         cli.app.parse_args([t for t in tokens if t != "RUN"] + ["RUN"] * ("RUN" in tokens), exit_on_error=False)
 

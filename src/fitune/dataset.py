@@ -51,6 +51,7 @@ def read(config: RunConfig, folder: Path, words: Any, *, limit: int, vocabulary:
     shape = templates.choose(_template(config, conversations), words)
     encoder = Encoder(words, shape, train_on=config.train_on)
     train_rows, held_out_rows = _split(conversations, config, report)
+    report.held_out = len(held_out_rows)
     train_rows = rows.weigh(train_rows, config.seed, report)
     whole = [encoder.samples(row) for row in train_rows]
     encoder = encoder.with_max_length(_length(config, whole, limit, report))

@@ -48,7 +48,7 @@ def rows(p: Prepared) -> Finding:
     """How many rows came in and went out; columns that no format uses are named once."""
     r = p.report
     formats = ", ".join(f"{n:,} {name}" for name, n in r.formats.items())
-    parts = [f"{r.rows:,} read ({formats}), {r.kept:,} trained, {r.rows - len(p.conversations):,} held out"]
+    parts = [f"{r.rows:,} read ({formats}), {r.kept:,} trained, {r.held_out:,} held out"]
     if r.dropped:
         parts.append(f"{r.dropped:,} dropped")
     if r.samples != r.kept:

@@ -179,7 +179,8 @@ class DataReport:
     """What became of the rows between the files and the batches."""
 
     rows: int = 0
-    kept: int = 0
+    kept: int = 0  # rows that are trained
+    held_out: int = 0  # rows for evaluation, from these files or from their own
     cut_prompt: int = 0
     cut_answer: int = 0
     dropped: int = 0  # nothing to train on was left, or too long for the policy `drop`
