@@ -168,7 +168,7 @@ def test_every_file_that_is_read_is_fingerprinted(model_folder: Path, data_file:
         tiny.write_rows(folder / name, 4)
     made = job({"data": [str(data_file), {"path": str(folder), "weight": 2}]}, model_folder, tmp_path)
     assert list(made.data_sha256) == [str(data_file), str(folder / "a.jsonl"), str(folder / "b.jsonl")]
-    assert made.report.rows == made.report.kept
+    assert made.report.rows == made.report.kept + len(made.held_out)
     assert made.report.notes[-1].startswith("weights: 46 rows to train on become ")
 
 

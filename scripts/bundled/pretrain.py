@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tables as t
 import tokenizers
 import torch
 import transformers
+import world
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-import tables as t
-import world
 
 PAD, BOS, END = "<pad>", "<|bos|>", "<|end|>"
 ROLES = ("system", "user", "assistant")

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from pretrain import answers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BUNDLED = Path(__file__).resolve().parents[2] / "src" / "fitune" / "bundled"
 Row = dict[str, Any]
