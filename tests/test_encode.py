@@ -111,6 +111,17 @@ def test_cutting_takes_the_oldest_exchange_then_the_prompt_then_the_answer(token
     assert answer_cut.ids[-1] != encoder.stop_id
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_text_among_conversations_gets_no_frame(tokenizer, name: str) -> None:
+    text = Conversation((Message("assistant", "the capital of Norland"),), Source("f", 1), "text")
+    encoder = Encoder(tokenizer, choose(name, tokenizer))
+    (sample,) = encoder.samples(text)
+    assert tokenizer.decode(sample.ids) == "the capital of Norland<|end|>"
+    assert sample.mask[1:].all()
+    found = preflight.check_data(prepared(tokenizer, 600, [text, ROW], name))
+    assert not [f for f in found if f.level == "refuse"]
+
+
 def test_a_row_with_nothing_left_to_train_is_counted(tokenizer) -> None:
     report = DataReport(rows=1)
     assert encode_all([ROW], Encoder(tokenizer, choose("auto", tokenizer), 3), report) == []

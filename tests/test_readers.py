@@ -19,6 +19,10 @@ JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 CSV = 'prompt,completion\n加 1 2,3\n"say ""hi"",\nplease",hi\n'
 
 
+def packed(text: str) -> bytes:
+    return gzip.compress(text.encode(), mtime=0)
+
+
 def save_to_disk(folder: Path, rows: list[dict], shards: int = 1) -> Path:
     """What `datasets` writes: Arrow streams, and state.json that lists them."""
     folder.mkdir(parents=True)
@@ -49,32 +53,32 @@ def found(path: Path) -> list[tuple[object, int]]:
     return [(row, source.line) for row, source in items]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "lines"),
-    [
-        ("a.jsonl", JSONL, [1, 2]),
-        ("a.ndjson", "\n" + JSONL.replace("\n", "\r\n"), [2, 3]),
-        ("a.json", json.dumps(ROWS), [1, 1]),
-        ("rows.json", JSONL, [1, 2]),  # lines in a .json file, a list in a .jsonl file: the content tells
-        ("rows.jsonl", "\n" + json.dumps(ROWS, indent=1), [3, 7]),
-        ("no_ending", JSONL, [1, 2]),
-        ("rows.data", json.dumps(ROWS), [1, 1]),
-        ("a.jsonl.gz", gzip.compress(JSONL.encode()), [1, 2]),
-        ("packed.json", gzip.compress(JSONL.encode()), [1, 2]),
-        ("bom.jsonl", b"\xef\xbb\xbf" + JSONL.encode(), [1, 2]),
-        ("wide.jsonl", JSONL.encode("utf-16"), [1, 2]),
-        ("big.json", json.dumps(ROWS).encode("utf-16-be").join([b"\xfe\xff", b""]), [1, 1]),
-        ("wider.jsonl", JSONL.encode("utf-32"), [1, 2]),
-        ("a.csv", CSV, [2, 3]),
-        ("A.CSV", b"\xef\xbb\xbf" + CSV.encode(), [2, 3]),
-        ("windows.csv", CSV.replace("\n", "\r\n").replace(",\r\n", ",\n"), [2, 3]),
-        ("wide.csv", CSV.encode("utf-16"), [2, 3]),
-        ("gaps.csv", "\n" + CSV.replace("加", "\n加"), [4, 5]),
-        ("a.csv.gz", gzip.compress(CSV.encode()), [2, 3]),
-        ("a.tsv", 'prompt\tcompletion\n加 1 2\t3\n"say ""hi"",\nplease"\thi\n', [2, 3]),
-        ("a.parquet", ROWS, [1, 2]),
-    ],
-)
+KINDS: list[tuple[str, bytes | str | list[dict], list[int]]] = [
+    ("a.jsonl", JSONL, [1, 2]),
+    ("a.ndjson", "\n" + JSONL.replace("\n", "\r\n"), [2, 3]),
+    ("a.json", json.dumps(ROWS), [1, 1]),
+    ("rows.json", JSONL, [1, 2]),  # lines in a .json file, a list in a .jsonl file: the content tells
+    ("rows.jsonl", "\n" + json.dumps(ROWS, indent=1), [3, 7]),
+    ("no_ending", JSONL, [1, 2]),
+    ("rows.data", json.dumps(ROWS), [1, 1]),
+    ("a.jsonl.gz", packed(JSONL), [1, 2]),
+    ("packed.json", packed(JSONL), [1, 2]),
+    ("bom.jsonl", b"\xef\xbb\xbf" + JSONL.encode(), [1, 2]),
+    ("wide.jsonl", JSONL.encode("utf-16"), [1, 2]),
+    ("big.json", json.dumps(ROWS).encode("utf-16-be").join([b"\xfe\xff", b""]), [1, 1]),
+    ("wider.jsonl", JSONL.encode("utf-32"), [1, 2]),
+    ("a.csv", CSV, [2, 3]),
+    ("A.CSV", b"\xef\xbb\xbf" + CSV.encode(), [2, 3]),
+    ("windows.csv", CSV.replace("\n", "\r\n").replace(",\r\n", ",\n"), [2, 3]),
+    ("wide.csv", CSV.encode("utf-16"), [2, 3]),
+    ("gaps.csv", "\n" + CSV.replace("加", "\n加"), [4, 5]),
+    ("a.csv.gz", packed(CSV), [2, 3]),
+    ("a.tsv", 'prompt\tcompletion\n加 1 2\t3\n"say ""hi"",\nplease"\thi\n', [2, 3]),
+    ("a.parquet", ROWS, [1, 2]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "lines"), KINDS, ids=[name for name, *_ in KINDS])
 def test_every_kind_gives_the_same_rows(tmp_path: Path, name: str, content: bytes | str | list, lines: list) -> None:
     assert found(write(tmp_path / name, content)) == list(zip(ROWS, lines, strict=True))
 
@@ -121,7 +125,7 @@ def test_of_saved_splits_train_is_read_or_the_only_one(tmp_path: Path) -> None:
 
 def test_a_folder_is_read_file_by_file_in_order(tmp_path: Path) -> None:
     for name, content in (
-        ("b.csv", CSV), ("a.jsonl", JSONL), ("deep/c.parquet", ROWS), ("d.jsonl.gz", gzip.compress(JSONL.encode())),
+        ("b.csv", CSV), ("a.jsonl", JSONL), ("deep/c.parquet", ROWS), ("d.jsonl.gz", packed(JSONL)),
         ("SOURCE.txt", "no data"), ("dataset_infos.json", "{}"), (".cache/x.json", "broken"), ("cache.arrow", "broken"),
     ):  # fmt: skip
         write(tmp_path / name, content)
@@ -156,7 +160,7 @@ FAILURES = {
     "nul.csv": ("text\na\0b\n", ":2: a NUL character"),
     "wide_without_bom.json": ("{}\n".encode("utf-16-le"), ":1: a NUL character"),
     "parquet_in_disguise.json": (b"PAR1\0\0\0", ":1: a NUL character"),
-    "cut.jsonl.gz": (gzip.compress(JSONL.encode() * 999)[:-20], "the gzip file is cut off or broken", "fix:"),
+    "cut.jsonl.gz": (packed(JSONL * 999)[:-20], "the gzip file is cut off or broken", "fix:"),
     "broken.jsonl.gz": (b"\x1f\x8b" + b"x" * 50, "the gzip file is cut off or broken", "fix:      download or pack"),
     "cut.parquet": (b"PAR1" + b"x" * 99, "cannot be read as Parquet", "expected: a whole Parquet file", "fix:"),
     "text.parquet": ("hello", "cannot be read as Parquet", "received: "),

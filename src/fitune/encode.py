@@ -20,7 +20,7 @@ import numpy as np
 from fitune.config import LengthPolicy, TrainOn
 from fitune.errors import Collector, ConfigError, DataError
 from fitune.records import Conversation, DataReport, Message, Sample, Segment
-from fitune.templates import Template
+from fitune.templates import TABLE, Template
 from fitune.templates.base import Tools
 from fitune.tokenizer import adds_bos, encode, opens_with_space, single_id
 
@@ -77,7 +77,7 @@ class Encoder:
 
     def samples(self, conversation: Conversation) -> list[Sample]:
         """The samples of a row: one, or one per answer where the template wants that."""
-        if not self.template.one_answer_per_sample:
+        if not self.template.one_answer_per_sample or conversation.format == "text":
             sample = self.sample(conversation)
             return [] if sample is None else [sample]
         answers = sorted(self.trained_turns(conversation.messages))
@@ -89,7 +89,14 @@ class Encoder:
 
         Where the template wants one answer per sample, this is the sample of the last answer.
         """
-        return self._sample(conversation, self.trained_turns)
+        encoder = self._plain() if conversation.format == "text" else self
+        return encoder._sample(conversation, self.trained_turns)
+
+    def _plain(self) -> Encoder:
+        """The same encoder for plain text, which no template frames, beside conversations too."""
+        other = copy(self)
+        other.template, other.stop_id = TABLE["plain"], int(self.tokenizer.eos_token_id)
+        return other
 
     def _sample_last(self, conversation: Conversation) -> Sample | None:
         return self._sample(conversation, lambda messages: {len(messages) - 1})

@@ -193,7 +193,7 @@ def padding_side(p: Prepared) -> Finding:
 def _pairs(p: Prepared) -> list[tuple[Conversation, Sample]]:
     """Up to PROBES rows with their (last) samples, evenly over the data."""
     by_source = {str(sample.source): sample for sample in p.samples}
-    known = [c for c in p.conversations if str(c.source) in by_source]
+    known = [c for c in p.conversations if str(c.source) in by_source and c.format != "text"]
     return [(c, by_source[str(c.source)]) for c in known[:: max(1, len(known) // PROBES)]]
 
 
@@ -217,6 +217,8 @@ def double_bos(p: Prepared) -> Finding:
 def template_parity(p: Prepared) -> Finding:
     """The prompt that chat will send is, token for token, the prompt that was trained."""
     for conversation in p.conversations[:: max(1, len(p.conversations) // PROBES)]:
+        if conversation.format == "text":
+            continue  # nobody asks for it
         prompt = p.encoder.prompt(conversation.prompt(), conversation.tools)
         sample = p.encoder.with_max_length(1 << 30).sample(conversation)
         if sample is not None and sample.ids[: len(prompt)].tolist() != prompt:
