@@ -153,6 +153,10 @@ def test_resume_keeps_its_settings_and_its_data(unbroken: Path, model_folder: Pa
         train(build(settings(model_folder, rows, run)), watch=StopAt(7, crash))
     with pytest.raises(ConfigError, match=r"seed 7 \(the run has 42\)"):
         resume_config(str(run), {"seed": 7})
+    with pytest.raises(ConfigError, match="lora rank=2"):
+        resume_config(str(run), {"lora": {"rank": 2}})
+    same = {"seed": 42, "lora": {"rank": 4}, "take": [], "model": "elsewhere"}
+    assert resume_config(str(run), same) == resume_config(str(run), {})
     rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
     with pytest.raises(RunFolderError, match="the data files changed"):
         train(resume_config(str(run), {}), resume=True)

@@ -20,7 +20,7 @@ import torch
 from fitune import environment, optim, report
 from fitune.batches import in_order
 from fitune.checkpoint import RunFolder, restore_rng
-from fitune.config import RunConfig
+from fitune.config import RunConfig, build, merge
 from fitune.console import Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
 from fitune.generation import Sampling, answers
@@ -90,11 +90,14 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
         ConfigError: a setting differs from the run's.
     """
     stored = RunFolder(output).read_config().model_copy(update={"output": output})
-    differing = []
-    for name, value in given.items():
-        kept = stored.model_dump(mode="json").get(name)
-        if name not in ("output", "model", "data", "eval_data") and kept != value and not isinstance(value, dict):
-            differing.append(f"{name} {value!r} (the run has {kept!r})")
+    paths = ("output", "model", "data", "eval_data")  # the run has them resolved; its data is checked by its SHA-256
+    others = {name: value for name, value in given.items() if name not in paths}
+    wanted = build(merge(stored.model_dump(mode="json"), others))
+    differing = [
+        f"{name} {getattr(wanted, name)} (the run has {getattr(stored, name)})"
+        for name in RunConfig.model_fields
+        if getattr(wanted, name) != getattr(stored, name)
+    ]
     if differing:
         raise ConfigError(
             f"{output}: a resumed run keeps its settings", received="; ".join(differing), fix="leave these flags out"
