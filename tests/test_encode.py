@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from fitune import preflight
 from fitune.config import build
 from fitune.encode import Encoder, encode_all
 from fitune.errors import FituneError, ModelError
-from fitune.records import Conversation, DataReport, Message, Source
+from fitune.records import Conversation, DataReport, Finding, Message, Source
 from fitune.templates import TABLE, ChatTemplate, choose, from_dict
 
 TURNS = (
@@ -206,6 +207,37 @@ def test_padding_in_the_rows_is_caught(tokenizer, side: str) -> None:
     ids = [pad, *one.ids] if side == "left" else [*one.ids, pad]
     spoil(p, 2, ids=ids, mask=[False, *one.mask] if side == "left" else [*one.mask, False])
     assert f"padding-side: f.jsonl:3: padded on the {side}" in refused(p)
+
+
+def test_rows_without_a_label_are_caught(tokenizer) -> None:
+    p = prepared(tokenizer, 3)
+    assert not p.samples
+    assert "labels-empty: 20 rows have no token to train on" in refused(p)
+
+
+def test_skipped_rows_and_unfilled_slots_are_told(tokenizer) -> None:
+    p = prepared(tokenizer)
+    p.report.unfilled_slots["name"] = 4
+    assert preflight.bad_row(p) == Finding(
+        "bad-row", "warn", "slots that nothing fills: {{name}} in 4 rows", "--fill name=..."
+    )
+    p.report.skipped_bad, p.report.skipped = 2, ["f.jsonl:3:output: the answer is empty"]
+    assert preflight.bad_row(p).text == "2 bad rows skipped: f.jsonl:3:output: the answer is empty"
+
+
+def test_a_tokenizer_that_is_not_the_folders_own_is_named(tokenizer, tmp_path: Path) -> None:
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["hello there be brief", "你好 很好"] * 20),
+            model_writer=file,
+            vocab_size=40,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    found = preflight.tokenizer_parity(prepared(tokenizer, folder=tmp_path))
+    assert found.level == "warn"
+    assert "texts are split unlike sentencepiece does: 'be brief'" in found.text
+    assert preflight.tokenizer_parity(prepared(tokenizer)).level == "ok"
 
 
 def test_borders_that_would_merge_are_counted(tokenizer) -> None:
