@@ -105,7 +105,8 @@ def test_no_rule_raises_a_false_alarm_on_real_data(shared: Path, tmp_path: Path)
         settings = {"model": str(model), "data": [str(shared / "data" / file)], "template": template_for(file, words)}
         job = prepare(resolve(build({**settings, **FILES[file], "output": str(tmp_path / "run")})), Watcher())
         levels = {f.rule: f.level for f in job.findings}
-        assert {rule: levels[rule] for rule in quiet} == dict.fromkeys(quiet, "ok"), file
+        right = {"bad-row": "warn"} if file == "alpaca_zh_20k" else {}  # eleven of its answers are empty
+        assert {rule: levels[rule] for rule in quiet} == {**dict.fromkeys(quiet, "ok"), **right}, file
 
 
 def test_the_rule_of_thumb_alone_would_cut_many_answers(shared: Path, tmp_path: Path) -> None:
