@@ -3,7 +3,8 @@
     python scripts/bundled/pretrain.py --output src/fitune/bundled/model
 
 The output folder gets a Llama model with its tokenizer and chat template, and `TRAINING.json` with the settings, the
-loss curve and the held-out accuracy. Needs no network and no GPU; takes about a quarter of an hour on two cores.
+loss curve and the held-out accuracy. Needs no network and no GPU; takes half an hour on two cores that do other work
+too (TRAINING.json has the seconds).
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ import transformers
 import world
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 PAD, BOS, END = "<pad>", "<|bos|>", "<|end|>"
 ROLES = ("system", "user", "assistant")
@@ -114,7 +122,6 @@ def wrap_tokenizer(tokenizer: Tokenizer, positions: int) -> PreTrainedTokenizerF
         bos_token=BOS,
         eos_token=END,
         pad_token=PAD,
-        additional_special_tokens=[token for token in SPECIAL if token not in (PAD, BOS, END)],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=positions,
@@ -319,7 +326,7 @@ def train(
 
 def save(model: LlamaForCausalLM, tokenizer: Any, output: Path) -> None:
     """Write the model and the tokenizer as transformers loads them."""
-    model.generation_config.update(
+    model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -328,7 +335,12 @@ def save(model: LlamaForCausalLM, tokenizer: Any, output: Path) -> None:
     )
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
+    tokenizer.backend_tokenizer.no_padding()  # measuring pads, and the file would remember it
     tokenizer.save_pretrained(output)
+    # The class has another name in newer releases of transformers; this one loads everywhere.
+    path = output / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
