@@ -229,7 +229,7 @@ def template_parity(p: Prepared) -> Finding:
 
 
 def tokenizer_parity(p: Prepared) -> Finding:
-    """The tokenizer in use splits texts as the folder's sentencepiece file does (FIELD: repeated spaces may not)."""
+    """The tokenizer in use splits texts as the folder's sentencepiece file does; repeated spaces are a known trap."""
     texts = [m.content for c in p.conversations[:: max(1, len(p.conversations) // PROBES)] for m in c.messages]
     found = parity(p.folder, p.encoder.tokenizer, texts)
     if found:
