@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from hypothesis import settings
 import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
+os.environ["FITUNE_CACHE"] = tempfile.mkdtemp(prefix="fitune-cache-")  # nor what lies in the user's own cache
+atexit.register(shutil.rmtree, os.environ["FITUNE_CACHE"], ignore_errors=True)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
+import tiny
 from fitune import preflight
 from fitune.config import build
-from fitune.encode import Encoder, encode_all
+from fitune.encode import Encoder
 from fitune.errors import FituneError, ModelError
 from fitune.records import Conversation, DataReport, Finding, Message, Source
 from fitune.templates import TABLE, ChatTemplate, choose, from_dict
@@ -125,7 +126,8 @@ def test_plain_text_among_conversations_gets_no_frame(tokenizer, name: str) -> N
 
 def test_a_row_with_nothing_left_to_train_is_counted(tokenizer) -> None:
     report = DataReport(rows=1)
-    assert encode_all([ROW], Encoder(tokenizer, choose("auto", tokenizer), 3), report) == []
+    samples, _ = tiny.encoded([ROW], Encoder(tokenizer, choose("auto", tokenizer), 3), report)
+    assert len(samples) == 0
     assert report.dropped == 1
 
 
@@ -138,10 +140,12 @@ def prepared(tokenizer, max_length: int = 64, rows=(ROW,), template: str = "auto
     rows = [replace(rows[n % len(rows)], source=Source("f.jsonl", n + 1)) for n in range(20)]
     encoder = Encoder(tokenizer, choose(template, tokenizer), max_length)
     report = DataReport(rows=20, max_length=max_length, lengths={"max": 40, "p99": 40})
-    samples = encode_all(rows, encoder, report)
+    samples, rows_of = tiny.encoded(rows, encoder, report)
     config = build({"model": "m", "data": ["d"]})
     values = {"vocabulary": 400, "limit": 1 << 30, "folder": Path(), **changes}
-    return preflight.Prepared(config, rows, samples, report, encoder, **values)
+    whole = encoder.with_max_length(None)
+    report.lost_at_limit = sum(whole.sample(row).needed > values["limit"] for row in rows)
+    return preflight.Prepared(config, rows, list(samples), report, encoder, **values, rows_of=rows_of)
 
 
 def refused(p: preflight.Prepared) -> str:

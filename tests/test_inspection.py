@@ -13,6 +13,7 @@ from fitune import cli
 from fitune.config import build
 from fitune.encode import Encoder
 from fitune.inspection import (
+    Texts,
     duplicates,
     histogram,
     inspect,
@@ -51,10 +52,10 @@ def test_padding_and_histogram_by_hand() -> None:
 
 
 def test_duplicates_are_found_whole_and_by_prompt() -> None:
-    def row(question: str, answer: str, line: int) -> Conversation:
-        return Conversation((Message("user", question), Message("assistant", answer)), Source("f", line))
-
-    found = duplicates([row("a", "b", 1), row("a", "b", 2), row("a", "c", 3), row("d", "e", 4)])
+    seen = Texts()
+    for question, answer in (("a", "b"), ("a", "b"), ("a", "c"), ("d", "e")):
+        seen.add(Conversation((Message("user", question), Message("assistant", answer))))
+    found = duplicates(seen.whole, seen.prompts, lambda number: Source("f", number + 1))
     assert found == {"rows": 1, "prompts": 2, "examples": [["f:1", "f:2"]]}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fitune.encode import Encoder, encode_all
+import tiny
+from fitune.encode import Encoder
 from fitune.errors import DataError, Problems
 from fitune.lengths import automatic, choices, rule_of_thumb
 from fitune.records import Conversation, DataReport, Message, Source
@@ -44,7 +45,8 @@ def rows() -> list[Conversation]:
 def encoded(tokenizer, limit: int, policy: str) -> tuple[list, DataReport]:
     report = DataReport()
     encoder = Encoder(tokenizer, choose("auto", tokenizer), limit)
-    return encode_all(rows(), encoder, report, policy=policy), report
+    samples, _ = tiny.encoded(rows(), encoder, report, policy)
+    return list(samples), report
 
 
 def test_what_a_row_needs_is_what_cuts_no_answer(tokenizer) -> None:

@@ -15,11 +15,12 @@ import torch
 
 import fitune
 import tiny
-from fitune import checkpoint
-from fitune.checkpoint import MANIFEST, TEMPORARY, RunFolder, is_whole, sha256
+from fitune import files
+from fitune.checkpoint import RunFolder
 from fitune.config import build
 from fitune.console import Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
+from fitune.files import MANIFEST, TEMPORARY, is_whole, sha256
 from fitune.training import resume_config, train
 
 STEPS = {"max_steps": 12, "batch_size": 4, "save_every": 3, "eval_every": 4, "lr": 1e-2, "sample_prompts": 1}
@@ -212,7 +213,7 @@ def test_a_killed_process_resumes_to_the_same_bits(
 
 LIMITED = """
 import resource, sys
-from fitune import checkpoint
+from fitune import files
 from fitune.cli import main
 save = checkpoint.save_file
 def limited(tensors, path):
@@ -289,14 +290,14 @@ def test_optimizer_state_goes_through_files_unchanged(tmp_path: Path) -> None:
 
 def test_writes_are_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "a.json"
-    checkpoint.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
 
     def fail(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", fail)
+    monkeypatch.setattr(files, "sync", fail)
     with pytest.raises(RunFolderError, match="the disk is full"):
-        checkpoint.write_json(path, {"a": 2})
+        files.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
 
 

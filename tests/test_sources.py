@@ -17,6 +17,7 @@ from fitune.errors import ConfigError, DataError, Problems
 from fitune.prepare import prepare, resolve
 from fitune.records import Conversation, DataReport
 from fitune.rows import load, weigh
+from fitune.store import Rows
 
 
 def rows(path: Path, count: int, name: str = "") -> str:
@@ -70,22 +71,28 @@ def test_rows_that_are_not_taken_are_checked_too(tmp_path: Path) -> None:
 def test_weight_is_rows_times_weight(tmp_path: Path, weight: float, expected: int) -> None:
     a, b = rows(tmp_path / "a.jsonl", 10, "a"), rows(tmp_path / "b.jsonl", 7, "b")
     report = DataReport()
-    conversations = load([DataSource(path=a, weight=weight), b], report)
+    sources = [DataSource(path=a, weight=weight), DataSource(path=b)]
+    conversations = load(sources, report)
     assert len(conversations) == 17
-    mixed = weigh(conversations, 3, report)
+
+    def mix(seed: int, report: DataReport) -> Rows:
+        return conversations.view(weigh(conversations.column("source"), sources, seed, report))
+
+    mixed = mix(3, report)
     counts = Counter(prompts(mixed))
     assert len(mixed) == report.rows == expected + 7
     assert all(counts[f"b{n}"] == 1 for n in range(7))
     assert {counts[f"a{n}"] for n in range(10)} <= {int(weight), int(weight) + 1}
     assert report.notes == [f"weights: 17 rows to train on become {expected + 7}"]
-    assert prompts(weigh(conversations, 3, DataReport())) == prompts(mixed)
+    assert prompts(mix(3, DataReport())) == prompts(mixed)
     if weight % 1:
-        assert any(prompts(weigh(conversations, seed, DataReport())) != prompts(mixed) for seed in range(9))
+        assert any(prompts(mix(seed, DataReport())) != prompts(mixed) for seed in range(9))
 
 
 def test_without_weights_nothing_changes(tmp_path: Path) -> None:
-    conversations = load([rows(tmp_path / "a.jsonl", 5)], DataReport())
-    assert weigh(conversations, 1, DataReport()) is conversations
+    source, report = DataSource(path=rows(tmp_path / "a.jsonl", 5)), DataReport()
+    assert weigh(load([source], DataReport()).column("source"), [source], 1, report).tolist() == [0, 1, 2, 3, 4]
+    assert not report.notes
 
 
 def test_each_source_has_its_own_format_and_columns(tmp_path: Path) -> None:

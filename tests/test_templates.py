@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from fitune.batches import flat
-from fitune.encode import Encoder, encode_all
+from fitune.encode import Encoder
 from fitune.errors import ConfigError, DataError, Problems
 from fitune.records import Conversation, DataReport, Message, Segment, ToolCall
 from fitune.templates import TABLE, ChatTemplate, PieceTemplate, Template, choose, from_dict
@@ -371,7 +371,8 @@ def test_train_on(tokenizer: Any, train_on: Any, trained: list[int]) -> None:
 
 def test_a_row_without_what_is_trained_is_dropped(tokenizer: Any) -> None:
     report = DataReport()
-    assert encode_all([Conversation(TALK)], Encoder(tokenizer, TABLE["chatml"], train_on="tool-calls"), report) == []
+    encoder = Encoder(tokenizer, TABLE["chatml"], train_on="tool-calls")
+    assert len(tiny.encoded([Conversation(TALK)], encoder, report)[0]) == 0
     assert (report.kept, report.dropped) == (0, 1)
 
 

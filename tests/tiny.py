@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
@@ -17,6 +20,15 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from fitune import dataset
+from fitune.cache import Cache
+from fitune.config import LengthPolicy
+from fitune.console import Watcher
+from fitune.encode import Encoder
+from fitune.records import Conversation, DataReport
+from fitune.store import Rows, Samples
+from fitune.store import write_rows as write_rows_
 
 CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
@@ -88,6 +100,28 @@ def rows(count: int) -> list[dict[str, Any]]:
         answer = " ".join([str(2 * n)] * (1 + n % 5)) if n % 2 else f"等于 {2 * n}。"
         made.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
     return made
+
+
+def as_rows(conversations: Sequence[Conversation]) -> Rows:
+    """Conversations as they lie on disk."""
+    cache = Cache()
+    folder = cache.entry("rows", "test", lambda path: write_rows_(path, ((0, row) for row in conversations), {}))
+    return Rows(folder, "test", keep=cache)
+
+
+def encoded(
+    conversations: Sequence[Conversation], encoder: Encoder, report: DataReport, policy: LengthPolicy = "cut"
+) -> tuple[Samples, NDArray]:
+    """The samples that a run would train on, and of each the number of its row."""
+    rows, cache = as_rows(conversations), Cache()
+
+    def encode(some: Rows, one: Encoder) -> Samples:
+        return dataset.encode(some, one, cache, "", Watcher())
+
+    whole = encode(rows, encoder.with_max_length(None))
+    samples, of = dataset.fit(whole, np.arange(len(rows)), encoder, policy, encode)
+    dataset.count(samples, of, len(rows), report)
+    return samples, of
 
 
 def write_rows(path: Path, count: int) -> Path:

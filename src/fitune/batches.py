@@ -7,23 +7,27 @@ trained has no label row at all, so there is no ignore index anywhere after this
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fitune.records import Batch, Sample
+from fitune.store import lengths_of
 
 WINDOW = 50  # micro-batches that are sorted by length together
 
 
-def flat(samples: Sequence[Sample], rows: Sequence[int]) -> Batch:
+def flat(samples: Sequence[Sample], rows: Iterable[int]) -> Batch:
     """The rows as one flat batch.
 
     Args:
         samples: all samples.
         rows: which of them, in this order.
     """
+    rows = [int(row) for row in rows]
     chosen = [samples[row] for row in rows]
     lengths = [len(sample) for sample in chosen]
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -37,7 +41,7 @@ def flat(samples: Sequence[Sample], rows: Sequence[int]) -> Batch:
         bounds=bounds,
         label_rows=targets - 1,
         labels=ids[targets],
-        rows=tuple(int(row) for row in rows),
+        rows=tuple(rows),
     )
 
 
@@ -61,63 +65,64 @@ class Loader:
     batch_tokens: int | None = None
     by_length: bool = False
 
-    def order(self, epoch: int) -> list[int]:
+    def order(self, epoch: int) -> NDArray[np.int64]:
         """The rows of an epoch, each exactly once."""
-        random = np.random.default_rng([self.seed, epoch])
-        rows = [int(row) for row in random.permutation(len(self.samples))]
+        rows = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
         if not self.by_length:
             return rows
         # Sorted within windows of many batches: near lengths meet, and no two epochs are alike.
         window = self.batch_size * WINDOW
-        windows = [rows[n : n + window] for n in range(0, len(rows), window)]
-        return [row for some in windows for row in sorted(some, key=lambda row: -len(self.samples[row]))]
+        longest_first = np.lexsort((-lengths_of(self.samples)[rows], np.arange(len(rows)) // window))
+        return rows[longest_first]  # type: ignore[no-any-return]
 
-    def epoch_steps(self, epoch: int) -> list[list[list[int]]]:
-        """The epoch's optimizer steps, each a list of micro-batches, each a list of rows."""
-        micro = self._by_tokens(self.order(epoch)) if self.batch_tokens else self._by_rows(self.order(epoch))
+    def epoch_steps(self, epoch: int) -> list[list[NDArray[np.int64]]]:
+        """The epoch's optimizer steps, each a list of micro-batches, each an array of rows."""
+        micro = self._micro(epoch)
         steps = [micro[n : n + self.accumulation] for n in range(0, len(micro), self.accumulation)]
         if self.by_length:  # the longest first would be an order that teaches; the steps are shuffled again
             np.random.default_rng([self.seed, epoch, 1]).shuffle(steps)
         return steps
 
-    def _by_rows(self, order: list[int]) -> list[list[int]]:
-        return [order[n : n + self.batch_size] for n in range(0, len(order), self.batch_size)]
-
-    def _by_tokens(self, order: list[int]) -> list[list[int]]:
-        micro: list[list[int]] = []
-        room = 0
-        for row in order:
-            length = len(self.samples[row])
-            if not micro or length > room:
-                micro.append([])
-                room = self.batch_tokens or 0
-            micro[-1].append(row)
+    def _micro(self, epoch: int) -> list[NDArray[np.int64]]:
+        order = self.order(epoch)
+        if self.batch_tokens is None:
+            return [order[n : n + self.batch_size] for n in range(0, len(order), self.batch_size)]
+        starts, room = [0], self.batch_tokens
+        for at, length in enumerate(lengths_of(self.samples)[order].tolist()):
+            if length > room and at > starts[-1]:
+                starts.append(at)
+                room = self.batch_tokens
             room -= length
-        return micro
+        return [order[start:end] for start, end in pairwise([*starts, len(order)])]
+
+    def count(self, epoch: int) -> int:
+        """Optimizer steps of an epoch."""
+        micro = len(self._micro(epoch)) if self.batch_tokens else -(-len(self.samples) // self.batch_size)
+        return -(-micro // self.accumulation)
 
     def total_steps(self, epochs: float) -> int:
         """Optimizer steps in so many epochs, at least one."""
-        whole = sum(len(self.epoch_steps(epoch)) for epoch in range(int(epochs)))
+        whole = sum(self.count(epoch) for epoch in range(int(epochs)))
         part = epochs - int(epochs)
-        return max(1, whole + (round(part * len(self.epoch_steps(int(epochs)))) if part else 0))
+        return max(1, whole + (round(part * self.count(int(epochs))) if part else 0))
 
     def steps(self, start: int, end: int) -> Iterator[tuple[float, list[Batch]]]:
         """The optimizer steps start .. end - 1 (from 0, over all epochs), with the epochs that lie behind each."""
         number, epoch = 0, 0
         while number < end:
-            steps = self.epoch_steps(epoch)
+            count = self.count(epoch)
+            steps = self.epoch_steps(epoch) if number + count > start else []
             for at, micro in enumerate(steps):
-                if start <= number < end:
-                    yield epoch + (at + 1) / len(steps), [flat(self.samples, rows) for rows in micro]
-                number += 1
-            epoch += 1
+                if start <= number + at < end:
+                    yield epoch + (at + 1) / count, [flat(self.samples, rows) for rows in micro]
+            number, epoch = number + count, epoch + 1
 
     def largest(self) -> int:
         """Tokens of the largest micro-batch that can come."""
-        lengths = sorted((len(sample) for sample in self.samples), reverse=True)
+        longest = np.sort(lengths_of(self.samples))[::-1]
         if self.batch_tokens:
-            return max(self.batch_tokens, lengths[0])
-        return sum(lengths[: self.batch_size])
+            return max(self.batch_tokens, int(longest[0]))
+        return int(longest[: self.batch_size].sum())
 
 
 def in_order(samples: Sequence[Sample], batch_size: int) -> Iterator[Batch]:

@@ -8,105 +8,30 @@
       adapter/                       the result, in PEFT's format
       answers.json  result.json  report.html       at the end
 
-A checkpoint is written into a temporary folder, each file synced, its manifest of SHA-256 sums last; then the folder is
-renamed. What has no manifest, or does not match it, does not count: resume falls back to the last whole one.
+A checkpoint is a sealed folder (see files.py); resume falls back to the last whole one.
 Files are safetensors and JSON; nothing is ever pickled or unpickled.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fitune import optim
 from fitune.config import RunConfig, build
 from fitune.errors import RunFolderError
+from fitune.files import TEMPORARY, disk, is_whole, seal, sync, write_atomic, write_json
 from fitune.records import StepRecord
-
-MANIFEST = "MANIFEST.json"
-TEMPORARY = ".tmp-"
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextmanager
-def disk(folder: Path) -> Iterator[None]:
-    """A write that fails is told as what it is: a full disk, or a folder that cannot be written."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = _error_number(error)
-        raise RunFolderError(
-            f"{folder}: {'the disk is full' if number in FULL else 'cannot be written'}",
-            received=os.strerror(number) if number else str(error),
-            fix="free some space or choose another --output, then go on with --resume; earlier checkpoints are whole",
-        ) from error
-
-
-def _error_number(error: Exception) -> int | None:
-    """The operating system's number of an error; safetensors, written in Rust, has it in its text."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else None
-
-
-def _sync(path: Path) -> None:
-    """Force a file, or a folder's entries, onto the disk; some systems cannot open a folder."""
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-    try:
-        handle = os.open(path, flags)
-    except OSError:
-        if path.is_dir():
-            return
-        raise
-    try:
-        with suppress(OSError) if path.is_dir() or os.name == "nt" else _nothing():
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    with disk(path.parent):
-        temporary = path.with_name(f"{TEMPORARY}{path.name}")
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON, atomically."""
-    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -260,11 +185,11 @@ class RunFolder:
                 save_file(_rng_state(), temporary / "rng.safetensors")
                 text = json.dumps({"step": step, "optimizer": scalars, **state})
                 (temporary / "state.json").write_text(text, encoding="utf-8")
-                _seal(temporary)
+                seal(temporary)
                 if final.exists():  # a resumed run comes by here again
                     shutil.rmtree(final)
                 temporary.replace(final)
-                _sync(self.checkpoints)
+                sync(self.checkpoints)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
@@ -306,33 +231,10 @@ class RunFolder:
             # embeddings never change here; "auto" would ask the hub about the base model
             model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
             for path in temporary.iterdir():
-                _sync(path)
+                sync(path)
             shutil.rmtree(self.adapter, ignore_errors=True)
             temporary.replace(self.adapter)
-            _sync(self.path)
-
-
-def _seal(folder: Path) -> None:
-    """Sync every file, then write the manifest of their checksums: the marker that the folder is whole."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    for path in files:
-        _sync(path)
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
-
-
-def is_whole(folder: Path) -> bool:
-    """Does the folder have a manifest, and does every file match it?"""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all(
-            (folder / name).stat().st_size == entry["bytes"] and sha256(folder / name) == entry["sha256"]
-            for name, entry in manifest.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+            sync(self.path)
 
 
 def _rng_state() -> dict[str, Tensor]:

@@ -203,12 +203,13 @@ def inspect(
     if html is not None and html.exists():
         raise ConfigError(f"{html}: exists; nothing of yours is overwritten", fix="choose another --html")
 
-    from fitune.checkpoint import write_atomic
+    from fitune.console import Terminal
+    from fitune.files import write_atomic
     from fitune.inspection import inspect as look
     from fitune.inspection import page, show
 
     console = _console(json)
-    seen = look(checked, samples=samples, tokenizers=compare or ())
+    seen = look(checked, samples=samples, tokenizers=compare or (), watch=Terminal(console))
     show(seen, console, ids=ids)
     if html is not None:
         write_atomic(html, page(seen))

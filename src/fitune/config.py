@@ -110,6 +110,9 @@ class DataConfig(Options):
     """Share of rows that may lose answer tokens to cutting before the run is refused."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Decides the order of the rows, the initial weights and dropout."""
+    cache: str = "auto"
+    """Folder where prepared data is kept for the next run: auto (the system's place for caches, or $FITUNE_CACHE), a
+    folder, or none."""
 
     @field_validator("take", "weight")
     @classmethod

@@ -6,6 +6,7 @@ everything here goes to standard error when that is wanted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,9 @@ class Watcher:
     def memory(self, parts: Mapping[str, float]) -> None:
         """Expected memory by component, MiB."""
 
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        """Something that takes long is so far; done == total: it is finished."""
+
     def start(self, total: int, done: int, device: torch.device) -> None:
         """Training begins: `done` of `total` steps are behind it."""
 
@@ -55,11 +59,12 @@ class Terminal(Watcher):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.progress: Progress | None = None
+        self.bar: Progress | None = None
         self.task: TaskID | None = None
         self.tokens, self.seconds, self.total = 0, 0.0, 0
         self.device = torch.device("cpu")
         self.held_out: float | None = None
+        self.preparing: Progress | None = None
 
     def say(self, text: str) -> None:
         """See Watcher."""
@@ -78,11 +83,25 @@ class Terminal(Watcher):
         text = " + ".join(f"{name} {mib:,.0f}" for name, mib in parts.items() if mib >= 0.5)
         self.console.print(f"expected memory [bold]{sum(parts.values()):,.0f} MiB[/] = {text}", highlight=False)
 
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        """See Watcher."""
+        if not self.console.is_terminal:
+            return
+        if self.preparing is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"))
+            self.preparing = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+            self.preparing.start()
+            self.task = self.preparing.add_task(what, total=total)
+        self.preparing.update(self.task or TaskID(0), completed=done, total=total)
+        if done == total:
+            self.preparing.stop()
+            self.preparing = None
+
     def start(self, total: int, done: int, device: torch.device) -> None:
         """See Watcher."""
         self.total, self.device = total, device
         if self.console.is_terminal:
-            self.progress = Progress(
+            self.bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(),
                 TextColumn("{task.description}"),
@@ -90,8 +109,8 @@ class Terminal(Watcher):
                 console=self.console,
                 transient=False,
             )
-            self.progress.start()
-            self.task = self.progress.add_task("", total=total, completed=done)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=total, completed=done)
 
     def step(self, record: StepRecord) -> None:
         """See Watcher."""
@@ -103,16 +122,40 @@ class Terminal(Watcher):
         text += f"  memory {peak_mib(self.device):,.0f} MiB"
         if self.held_out is not None:
             text += f"  held-out {self.held_out:.4f}"
-        if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, completed=record.step, description=text)
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=record.step, description=text)
         elif record.step == 1 or record.step == self.total or record.step % max(1, self.total // 10) == 0:
             self.say(f"step {record.step}/{self.total}  {text}")
 
     def stop(self) -> None:
         """See Watcher."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class Ticker:
+    """Tells a watcher how far something is, now and then.
+
+    Args:
+        watch: who is told.
+        what: what goes on.
+        total: how many there are; None: nobody knows.
+    """
+
+    def __init__(self, watch: Watcher, what: str, total: int | None) -> None:
+        self.watch, self.what, self.total = watch, what, total
+        self.done, self.told = 0, time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        self.done = done
+        if time.monotonic() - self.told > 0.2:
+            self.told = time.monotonic()
+            self.watch.progress(self.what, done, self.total)
+
+    def end(self) -> None:
+        """It is finished."""
+        self.watch.progress(self.what, self.done, self.done)
 
 
 def pairs(title: str, values: Mapping[str, Any]) -> Table:

@@ -1,39 +1,78 @@
 """From the settings to samples: data read, split, encoded, cut and checked.
 
 In: a RunConfig, a tokenizer, what the model can hold. Out: Data. No model is loaded, so `inspect` works with a
-tokenizer folder alone.
+tokenizer folder alone. Rows and samples lie on disk (store.py), in a cache that the next run finds; what is held in
+memory is a few numbers per row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fitune import lengths, preflight, rows, templates
-from fitune.config import RunConfig
-from fitune.encode import Encoder, encode_all
-from fitune.errors import ConfigError
-from fitune.records import Conversation, DataReport, Finding, Sample
+from fitune.cache import Cache, code_version, default_folder, folder_digest, key
+from fitune.config import LengthPolicy, RunConfig
+from fitune.console import Ticker, Watcher
+from fitune.encode import Encoder, encode_rows
+from fitune.errors import Collector, ConfigError, DataError, RunFolderError
+from fitune.records import Conversation, DataReport, Finding
+from fitune.store import Rows, Samples, write_samples
+
+NO_LIMIT = 1 << 30  # tokens, where nothing names a longest row
 
 
 @dataclass
 class Data:
     """What a run trains on, and what the rules found."""
 
-    conversations: list[Conversation]  # training rows
-    samples: list[Sample]
-    whole_lengths: list[int]  # of the samples before anything was cut
-    held_out: list[Sample]
-    held_out_rows: list[Conversation]  # those that can be asked, for the answers before and after
+    conversations: Rows  # training rows, each as often as it is trained
+    samples: Samples
+    whole_lengths: NDArray[np.int64]  # of the samples before anything was cut
+    held_out: Samples
+    held_out_rows: list[Conversation]  # some that can be asked, for the answers before and after
     encoder: Encoder  # with the run's max_length
     report: DataReport
     findings: list[Finding]
 
 
-def read(config: RunConfig, folder: Path, words: Any, *, limit: int, vocabulary: int) -> Data:
+@dataclass
+class _Desk:
+    """What every stage of the preparation needs."""
+
+    config: RunConfig
+    folder: Path  # of the tokenizer
+    words: Any
+    cache: Cache
+    watch: Watcher
+
+    def encoded(self, some: Rows, encoder: Encoder) -> Samples:
+        """The samples of these rows."""
+        return encode(some, encoder, self.cache, self.digest, self.watch)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the tokenizer's files."""
+        return folder_digest(self.folder)
+
+    def cached(self, whole: Samples, encoder: Encoder) -> preflight.Cached | None:
+        """What the stale-cache rule looks at, where anything came from the cache."""
+        if not self.cache.found:
+            return None
+        now = rows.first(self.config.sources(), preflight.PROBES, self.config.fill)
+        return preflight.Cached(whole.rows.base(), now, whole, encoder.with_max_length(None))
+
+
+def read(
+    config: RunConfig, folder: Path, words: Any, *, limit: int, vocabulary: int, watch: Watcher | None = None
+) -> Data:
     """Read and check the data.
 
     Args:
@@ -42,26 +81,63 @@ def read(config: RunConfig, folder: Path, words: Any, *, limit: int, vocabulary:
         words: the tokenizer.
         limit: longest row, in tokens, that the model can hold.
         vocabulary: rows of the model's embedding.
+        watch: is told how far it is.
 
     Raises:
         FituneError: data that cannot be used. What the rules refuse is only found, not raised.
     """
-    report = DataReport()
-    conversations = _load(config, report)
-    shape = templates.choose(_template(config, conversations), words)
-    encoder = Encoder(words, shape, train_on=config.train_on)
-    train_rows, held_out_rows = _split(conversations, config, report)
-    report.held_out = len(held_out_rows)
-    train_rows = rows.weigh(train_rows, config.seed, report)
-    whole = [encoder.samples(row) for row in train_rows]
-    encoder = encoder.with_max_length(_length(config, whole, limit, report))
-    samples = encode_all(train_rows, encoder, report, policy=config.length_policy, whole=whole)
-    held_out = encode_all(held_out_rows, encoder, DataReport())
-    prepared = preflight.Prepared(config, train_rows, samples, report, encoder, vocabulary, limit, folder)
-    findings = preflight.check_data(prepared)
-    asked = [row for row in held_out_rows if _can_be_asked(row, encoder)]
-    lengths_before = [len(sample) for made in whole for sample in made]
-    return Data(train_rows, samples, lengths_before, held_out, asked, encoder, report, findings)
+    watch = watch or Watcher()
+    desk = _Desk(config, folder, words, _cache(config, watch), watch)
+    data = _read(desk, limit, vocabulary)
+    stale = next((finding for finding in data.findings if finding.rule == "stale-cache"), None)
+    if stale is not None and stale.level == "refuse":
+        desk.cache.forget()
+        data = _read(desk, limit, vocabulary)
+        anew = replace(stale, level="fixed", text=f"{stale.text}; it was made anew")
+        data.findings = [anew if finding.rule == stale.rule else finding for finding in data.findings]
+    return data
+
+
+def _cache(config: RunConfig, watch: Watcher) -> Cache:
+    if config.cache == "none":
+        return Cache()
+    if config.cache != "auto":
+        return Cache(Path(config.cache))
+    try:
+        return Cache(default_folder())
+    except RunFolderError as error:
+        watch.say(f"prepared data is not kept for the next run: {error.what}")
+        return Cache()
+
+
+def _read(desk: _Desk, limit: int, vocabulary: int) -> Data:
+    config, report = desk.config, DataReport()
+    all_rows = _load(desk, config, report)
+    shape = templates.choose(_template(config, report), desk.words)
+    encoder = Encoder(desk.words, shape, train_on=config.train_on)
+    whole = desk.encoded(all_rows, encoder)
+    train, held_out, held_out_whole = _split(desk, whole, encoder, report)
+    train = train[rows.weigh(all_rows.column("source")[train], config.sources(), config.seed, report)]
+    before, of = of_rows(whole, train)
+    encoder = encoder.with_max_length(_length(config, before, of, limit, report))
+    samples, of = fit(whole, train, encoder, config.length_policy, desk.encoded)
+    count(samples, of, len(train), report)
+    held_out_samples, _ = fit(held_out_whole, held_out, encoder, "cut", desk.encoded)
+    conversations = all_rows.view(train)
+    prepared = preflight.Prepared(
+        config, conversations, samples, report, encoder, vocabulary, limit, desk.folder, of, desk.cached(whole, encoder)
+    )
+    asked = (row for row in held_out_whole.rows.view(held_out) if _can_be_asked(row, encoder))
+    return Data(
+        conversations=conversations,
+        samples=samples,
+        whole_lengths=before.column("length"),
+        held_out=held_out_samples,
+        held_out_rows=list(islice(asked, config.sample_prompts)),
+        encoder=encoder,
+        report=report,
+        findings=preflight.check_data(prepared),
+    )
 
 
 def _can_be_asked(row: Conversation, encoder: Encoder) -> bool:
@@ -69,11 +145,110 @@ def _can_be_asked(row: Conversation, encoder: Encoder) -> bool:
     return bool(row.prompt()) and len(encoder.prompt(row.prompt(), row.tools)) < (encoder.max_length or 0)
 
 
-def _load(config: RunConfig, report: DataReport) -> list[Conversation]:
-    return rows.load(config.sources(), report, seed=config.seed, fill=config.fill, skip_bad=config.skip_bad)
+def _load(desk: _Desk, config: RunConfig, report: DataReport) -> Rows:
+    told = Ticker(desk.watch, "reading", None)
+    found = rows.load(
+        config.sources(),
+        report,
+        seed=config.seed,
+        fill=config.fill,
+        skip_bad=config.skip_bad,
+        cache=desk.cache,
+        on_row=told,
+    )
+    told.end()
+    return found
 
 
-def _length(config: RunConfig, whole: list[list[Sample]], limit: int, report: DataReport) -> int:
+def encode(rows_: Rows, encoder: Encoder, cache: Cache, tokenizer_digest: str, watch: Watcher) -> Samples:
+    """The samples of all rows, from the cache where they are there."""
+
+    def write(folder: Path) -> None:
+        told = Ticker(watch, "encoding", len(rows_))
+        write_samples(folder, encode_rows(rows_, encoder, told))
+        told.end()
+
+    template = encoder.template.as_dict()
+    decides = (rows_.key, rows_.numbers.tobytes(), tokenizer_digest, template, encoder.train_on, encoder.max_length)
+    return Samples(cache.entry("samples", key(*decides, code_version()), write), rows_, keep=cache)
+
+
+def of_rows(samples: Samples, numbers: NDArray[np.int64]) -> tuple[Samples, NDArray[np.int64]]:
+    """The samples of these rows, in their order, and of each sample which of `numbers` it belongs to."""
+    of = samples.column("row")  # ascending
+    starts, ends = (np.searchsorted(of, numbers, side) for side in ("left", "right"))
+    counts = ends - starts
+    shift = np.repeat(starts - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) if len(numbers) else counts
+    at = np.arange(int(counts.sum())) + shift
+    return samples.view(at), np.repeat(np.arange(len(numbers)), counts)
+
+
+def fit(
+    whole: Samples,
+    numbers: NDArray[np.int64],
+    encoder: Encoder,
+    policy: LengthPolicy,
+    encoded: Callable[[Rows, Encoder], Samples],
+) -> tuple[Samples, NDArray[np.int64]]:
+    """The samples of these rows, none longer than the encoder's max_length; see `of_rows`.
+
+    Args:
+        whole: of all rows, uncut.
+        numbers: which rows.
+        encoder: with the max_length.
+        policy: what becomes of rows that are longer.
+        encoded: gives the samples of some rows, cut.
+
+    Raises:
+        DataError, Problems: too long rows, under the policy `refuse`.
+    """
+    wanted, of = of_rows(whole, numbers)
+    lengths_, rows_ = wanted.column("length"), wanted.column("row")
+    too_long = np.unique(rows_[lengths_ > (encoder.max_length or NO_LIMIT)])
+    if not len(too_long):
+        return wanted, of
+    if policy == "refuse":
+        _refuse(whole, too_long, encoder.max_length)
+    fitted = whole.without(too_long)
+    if policy == "cut":
+        fitted = fitted.joined(encoded(whole.rows.view(too_long), encoder), too_long)
+    return of_rows(fitted, numbers)
+
+
+def _refuse(whole: Samples, too_long: NDArray[np.int64], limit: int | None) -> None:
+    problems = Collector()
+    for row in too_long[: rows.MOST_PROBLEMS]:
+        where = whole.rows.source(int(row))
+        length = int(whole.column("length")[whole.column("row") == row].max())
+        error = DataError(
+            "the row is too long",
+            file=where.file,
+            line=where.line,
+            received=f"{length} tokens",
+            expected=f"at most {limit} (max_length)",
+            fix="a larger --max-length, or --length-policy cut",
+        )
+        problems.problems.append(error)
+    if len(too_long) > rows.MOST_PROBLEMS:
+        problems.problems.append(DataError(f"and {len(too_long) - rows.MOST_PROBLEMS} more rows are too long"))
+    problems.raise_any()
+
+
+def count(samples: Samples, of: NDArray[np.int64], total: int, report: DataReport) -> None:
+    """What was kept, cut and dropped of `total` rows, by rows."""
+
+    def rows_where(name: str) -> int:
+        return len(np.unique(of[samples.column(name) > 0]))
+
+    report.kept = len(np.unique(of))
+    report.dropped = total - report.kept
+    report.cut_prompt, report.cut_answer = rows_where("cut_prompt"), rows_where("cut_answer")
+    report.samples = len(samples)
+    report.tokens = int(samples.column("length").sum())
+    report.trained_tokens = int(samples.column("trained").sum())
+
+
+def _length(config: RunConfig, whole: Samples, of: NDArray[np.int64], limit: int, report: DataReport) -> int:
     """The run's max_length; what it and others would cut goes into the report.
 
     Raises:
@@ -81,36 +256,41 @@ def _length(config: RunConfig, whole: list[list[Sample]], limit: int, report: Da
     """
     if config.max_length != "auto" and config.max_length > limit:
         raise ConfigError("max_length is above what the model can hold", received=config.max_length, expected=limit)
-    all_lengths = [len(sample) for made in whole for sample in made] or [1]
-    needed = [sample.needed for made in whole for sample in made] or [1]
+    all_lengths, needed = (whole.column(name) if len(whole) else np.ones(1) for name in ("length", "needed"))
     auto = lengths.automatic(all_lengths, needed, limit)
     report.max_length = auto if config.max_length == "auto" else config.max_length
     report.lengths = lengths.summary(all_lengths)
     report.length_choices = lengths.choices(all_lengths, needed, limit, report.max_length)
+    report.lost_at_limit = len(np.unique(of[needed > limit])) if len(whole) else 0
     return report.max_length
 
 
 def _split(
-    conversations: list[Conversation], config: RunConfig, report: DataReport
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Training rows and held-out rows; the split depends on the seed alone."""
+    desk: _Desk, whole: Samples, encoder: Encoder, report: DataReport
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Samples]:
+    """Numbers of training rows, numbers of held-out rows, and the samples that the latter are numbers of.
+
+    The split depends on the seed alone.
+    """
+    config, there = desk.config, len(whole.rows)
     if config.eval_data:
         given = config.model_copy(update={"data": config.eval_data, "take": [], "weight": []})
         held_out_report = DataReport()
-        held_out = _load(given, held_out_report)
+        held_out = desk.encoded(_load(desk, given, held_out_report), encoder)
         report.skipped_bad += held_out_report.skipped_bad  # the counts are of training rows, but what is bad is told
         report.skipped = [*report.skipped, *held_out_report.skipped][: rows.MOST_PROBLEMS]
-        return conversations, held_out
-    count = min(config.val_rows, round(config.val_share * len(conversations)))
-    if config.val_share and len(conversations) > 1:
-        count = max(1, count)
-    order = np.random.default_rng([config.seed, 2**31]).permutation(len(conversations))
-    chosen = set(order[:count].tolist())
-    keep = [c for n, c in enumerate(conversations) if n not in chosen]
-    return keep, [replace(conversations[n], weight=1.0) for n in sorted(chosen)]
+        report.held_out = len(held_out.rows)
+        return np.arange(there), np.arange(len(held_out.rows)), held_out
+    wanted = min(config.val_rows, round(config.val_share * there))
+    if config.val_share and there > 1:
+        wanted = max(1, wanted)
+    chosen = np.zeros(there, np.bool_)
+    chosen[np.random.default_rng([config.seed, 2**31]).permutation(there)[:wanted]] = True
+    report.held_out = wanted
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen), whole
 
 
-def _template(config: RunConfig, conversations: list[Conversation]) -> str:
+def _template(config: RunConfig, report: DataReport) -> str:
     """The template's name; where nothing but plain text is trained, auto adds nothing to it."""
-    only_text = all(row.format == "text" for row in conversations)
+    only_text = set(report.formats) == {"text"}
     return "plain" if config.template == "auto" and only_text else config.template

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from fitune import report, rows
-from fitune.checkpoint import TEMPORARY, RunFolder, sha256
+from fitune.checkpoint import RunFolder
 from fitune.config import RunConfig, build
 from fitune.console import Watcher
 from fitune.errors import RunFolderError
 from fitune.evaluation import accuracy, exact_match
+from fitune.files import TEMPORARY, sha256
 from fitune.loading import load
 from fitune.records import DataReport
 from fitune.training import train

@@ -9,31 +9,70 @@ answer, which then keeps no stop token (a cut answer must not teach to stop in m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
 
-from fitune.config import LengthPolicy, TrainOn
-from fitune.errors import Collector, ConfigError, DataError
-from fitune.records import Conversation, DataReport, Message, Sample, Segment
+from fitune.config import TrainOn
+from fitune.errors import ConfigError
+from fitune.records import Conversation, Message, Sample, Segment
 from fitune.templates import TABLE, Template
 from fitune.templates.base import Tools
-from fitune.tokenizer import adds_bos, encode, opens_with_space, single_id
+from fitune.tokenizer import adds_bos, encode, encode_many, opens_with_space, single_id
+
+CHUNK = 1024  # rows whose texts go to the tokenizer in one call
+Known = dict[tuple[str, bool], list[int]]  # ids of texts that were encoded together, by text and `continued`
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Segments that are encoded as one, nearly always a single one. continued: other text stands right before it."""
+
+    segments: tuple[Segment, ...]
+    trained: bool
+    continued: bool = False
+
+    @property
+    def text(self) -> str:
+        """What is encoded."""
+        return "".join(s.text for s in self.segments)
+
+    @property
+    def literal(self) -> bool:
+        """All of it is the template's."""
+        return all(s.literal for s in self.segments)
+
+    @property
+    def content(self) -> bool:
+        """There is text in it that may be cut."""
+        return any(s.text and not s.literal for s in self.segments)
+
+    @property
+    def role(self) -> str:
+        """Of the first segment."""
+        return self.segments[0].role
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Segments that are encoded as one, nearly always a single one. content: text that may be cut."""
+    """A group and its ids, which may have been cut."""
 
     ids: list[int]
-    trained: bool
-    content: bool
-    role: str
-    segments: tuple[Segment, ...]
+    group: _Group
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A sample to be: the encoder it is for, its conversation, the turns that are trained, its groups."""
+
+    encoder: Encoder
+    conversation: Conversation
+    choose: Callable[[Sequence[Message]], set[int]]
+    groups: list[_Group]
 
 
 class Encoder:
@@ -73,24 +112,39 @@ class Encoder:
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Ids of a prompt that the model is to go on from."""
-        return [i for piece in self._pieces(messages, tools, set()) for i in piece.ids]
+        return [i for piece in self._pieces(self._groups(messages, tools, set()), {}) for i in piece.ids]
 
     def samples(self, conversation: Conversation) -> list[Sample]:
         """The samples of a row: one, or one per answer where the template wants that."""
-        if not self.template.one_answer_per_sample or conversation.format == "text":
-            sample = self.sample(conversation)
-            return [] if sample is None else [sample]
-        answers = sorted(self.trained_turns(conversation.messages))
-        rows = [replace(conversation, messages=conversation.messages[: turn + 1]) for turn in answers]
-        return [sample for sample in map(self._sample_last, rows) if sample is not None]
+        return self.samples_of([conversation])[0]
+
+    def samples_of(self, conversations: Sequence[Conversation]) -> list[list[Sample]]:
+        """The samples of many rows; their texts are encoded in one call, side by side on all cores."""
+        drafts = [self._drafts(conversation) for conversation in conversations]
+        groups = [group for row in drafts for draft in row for group in draft.groups]
+        known = self._encode_together(groups)
+        made = [[draft.encoder._finish(draft, known) for draft in row] for row in drafts]
+        return [[sample for sample in row if sample is not None] for row in made]
 
     def sample(self, conversation: Conversation) -> Sample | None:
         """The row as ids and mask, or None where not one trained token is left of it.
 
         Where the template wants one answer per sample, this is the sample of the last answer.
         """
+        draft = self._draft(conversation, self.trained_turns)
+        return draft.encoder._finish(draft, {})
+
+    def _drafts(self, conversation: Conversation) -> list[_Draft]:
+        if not self.template.one_answer_per_sample or conversation.format == "text":
+            return [self._draft(conversation, self.trained_turns)]
+        answers = sorted(self.trained_turns(conversation.messages))
+        rows = [replace(conversation, messages=conversation.messages[: turn + 1]) for turn in answers]
+        return [self._draft(row, lambda messages: {len(messages) - 1}) for row in rows]
+
+    def _draft(self, conversation: Conversation, choose: Callable[[Sequence[Message]], set[int]]) -> _Draft:
         encoder = self._plain() if conversation.format == "text" else self
-        return encoder._sample(conversation, self.trained_turns)
+        groups = encoder._groups(conversation.messages, conversation.tools, choose(conversation.messages))
+        return _Draft(encoder, conversation, choose, groups)
 
     def _plain(self) -> Encoder:
         """The same encoder for plain text, which no template frames, beside conversations too."""
@@ -98,33 +152,37 @@ class Encoder:
         other.template, other.stop_id = TABLE["plain"], int(self.tokenizer.eos_token_id)
         return other
 
-    def _sample_last(self, conversation: Conversation) -> Sample | None:
-        return self._sample(conversation, lambda messages: {len(messages) - 1})
+    def _encode_together(self, groups: Sequence[_Group]) -> Known:
+        """Ids of the groups' texts, those of the template left out."""
+        known: Known = {}
+        for continued in (False, True):
+            texts = list({g.text: None for g in groups if g.content and g.continued == continued})
+            ids = encode_many(self.tokenizer, texts, continued=continued)
+            known.update(((text, continued), one) for text, one in zip(texts, ids, strict=True))
+        return known
 
-    def _sample(self, conversation: Conversation, choose: Callable[[Sequence[Message]], set[int]]) -> Sample | None:
-        def render(messages: Sequence[Message]) -> list[_Piece]:
-            return self._pieces(messages, conversation.tools, choose(messages))
-
-        pieces = render(conversation.messages)
-        whole_trained = sum(len(p.ids) for p in pieces if p.trained)
+    def _finish(self, draft: _Draft, known: Known) -> Sample | None:
+        conversation, choose = draft.conversation, draft.choose
+        pieces = self._pieces(draft.groups, known)
+        whole_trained = sum(len(p.ids) for p in pieces if p.group.trained)
         whole_length = _length(pieces)
         needed = _needed(pieces, conversation.messages, choose(conversation.messages))
         if self.max_length is not None and whole_length > self.max_length:
-            pieces = self._cut(pieces, self.max_length, render, conversation.messages)
+            pieces = self._cut(pieces, self.max_length, conversation, choose)
         ids = np.fromiter((i for p in pieces for i in p.ids), np.int32)
-        mask = np.fromiter((p.trained for p in pieces for _ in p.ids), np.bool_)
+        mask = np.repeat([p.group.trained for p in pieces], [len(p.ids) for p in pieces]).astype(np.bool_)
         if len(mask):
             mask[0] = False  # nothing precedes the first token, so it cannot be predicted
         if not mask.any():
             return None
-        lost_answer = whole_trained - sum(len(p.ids) for p in pieces if p.trained)
+        lost_answer = whole_trained - sum(len(p.ids) for p in pieces if p.group.trained)
         return Sample(
             ids,
             mask,
             source=conversation.source,
             cut_prompt=whole_length - len(ids) - lost_answer,
             cut_answer=lost_answer,
-            ends_whole=next(p.role == "stop" for p in reversed(pieces) if p.trained),
+            ends_whole=next(p.group.role == "stop" for p in reversed(pieces) if p.group.trained),
             prompt_length=int(mask.argmax()),
             needed=needed,
         )
@@ -138,37 +196,35 @@ class Encoder:
             return {turn for turn in answers if messages[turn].tool_calls}
         return set(answers)
 
-    def _pieces(self, messages: Sequence[Message], tools: Tools, chosen: set[int]) -> list[_Piece]:
-        """Ids of the rendering, piece by piece."""
+    def _groups(self, messages: Sequence[Message], tools: Tools, chosen: set[int]) -> list[_Group]:
+        """The rendering, in the groups that are encoded as one."""
         segments = self.template.render(messages, tools)
-        pieces: list[_Piece] = []
+        groups: list[_Group] = []
         after_text = False
         for n, segment in enumerate(segments):
             if segment.joined:
                 continue  # encoded with the one before it
             group = (segment, *takewhile(lambda s: s.joined, segments[n + 1 :]))
-            pieces.append(self._piece(group, chosen, after_text=after_text))
+            trained = segment.trained and segment.turn in chosen
+            groups.append(_Group(group, trained, continued=after_text and self._opens_with_space))
             after_text = bool(segment.text)
-        return pieces
+        return groups
 
-    def _piece(self, group: tuple[Segment, ...], chosen: set[int], *, after_text: bool = False) -> _Piece:
-        first = group[0]
-        continued = after_text and self._opens_with_space
-        trained = first.trained and first.turn in chosen
-        content = any(s.text and not s.literal for s in group)
-        return _Piece(self._ids(group, continued=continued), trained, content, first.role, group)
+    def _pieces(self, groups: Sequence[_Group], known: Known) -> list[_Piece]:
+        return [_Piece(self._ids(group, known), group) for group in groups]
 
-    def _ids(self, group: tuple[Segment, ...], *, continued: bool = False) -> list[int]:
-        first = group[0]
+    def _ids(self, group: _Group, known: Known) -> list[int]:
+        first = group.segments[0]
         if first.role == "bos":
             return [] if self.bos_id is None else [self.bos_id]
         if first.token is not None:
             return [self._token(first.token)]
         if first.role == "stop":
             return [self.stop_id]
-        text = "".join(s.text for s in group)
-        if not all(s.literal for s in group):
-            return encode(self.tokenizer, text, literal=False, continued=continued)
+        text, continued = group.text, group.continued
+        if not group.literal:
+            found = known.get((text, continued))
+            return encode(self.tokenizer, text, literal=False, continued=continued) if found is None else found
         if (text, continued) not in self._literals:
             self._literals[text, continued] = encode(self.tokenizer, text, literal=True, continued=continued)
         return self._literals[text, continued]
@@ -188,10 +244,11 @@ class Encoder:
         self,
         pieces: list[_Piece],
         limit: int,
-        render: Callable[[Sequence[Message]], list[_Piece]],
-        messages: Sequence[Message],
+        conversation: Conversation,
+        choose: Callable[[Sequence[Message]], set[int]],
     ) -> list[_Piece]:
         """A row cut to `limit` tokens: oldest exchanges, then the prompt's text, then the answer's end."""
+        messages = conversation.messages
         system = [m for m in messages if m.role == "system"]
         turns = [m for m in messages if m.role != "system"]
         while _length(pieces) > limit:
@@ -199,30 +256,34 @@ class Encoder:
             if not starts:
                 break
             turns = turns[starts[0] :]
-            pieces = render([*system, *turns])
+            left = [*system, *turns]
+            pieces = self._pieces(self._groups(left, conversation.tools, choose(left)), {})
         for n, piece in enumerate(pieces):  # the prompt's texts, the oldest first, each from its end
             excess = _length(pieces) - limit
-            if piece.content and not piece.trained and excess > 0:
+            if piece.group.content and not piece.group.trained and excess > 0:
                 pieces[n] = self._shorter(piece, max(0, len(piece.ids) - excess))
         while (excess := _length(pieces) - limit) > 0:  # the row's end: first the stop token, then the answer
             last = pieces.pop()
-            if last.role != "stop" and excess < len(last.ids):
+            if last.group.role != "stop" and excess < len(last.ids):
                 pieces.append(replace(last, ids=last.ids[: len(last.ids) - excess]))
         return pieces
 
     def _shorter(self, piece: _Piece, length: int) -> _Piece:
         """The piece in `length` tokens or, where the template's share of it is more, without the user's text."""
-        if len(piece.segments) == 1:
+        group = piece.group
+        if len(group.segments) == 1:
             return replace(piece, ids=piece.ids[:length])
         # encoded as one text with pieces of the template: only the users' texts get shorter, then all is encoded anew
-        segments, ids = list(piece.segments), piece.ids
-        for n, segment in enumerate(segments):
+        ids = piece.ids
+        for n, segment in enumerate(group.segments):
             text = segment.text
             while not segment.literal and text and len(ids) > length:
                 text = text[: max(0, len(text) - (len(ids) - length))]
-                segments[n] = replace(segment, text=text)
-                ids = self._ids(tuple(segments))
-        return replace(piece, ids=ids, segments=tuple(segments))
+                parts = list(group.segments)
+                parts[n] = replace(segment, text=text)
+                group = _Group(tuple(parts), group.trained)
+                ids = self._ids(group, {})
+        return _Piece(ids, group)
 
 
 def _length(pieces: list[_Piece]) -> int:
@@ -235,64 +296,25 @@ def _needed(pieces: list[_Piece], messages: Sequence[Message], chosen: set[int])
     if any(turn < last for turn in chosen):
         return _length(pieces)
 
-    def can_go(piece: _Piece) -> bool:
-        return not piece.trained and (piece.content or (piece.role != "system" and 0 <= piece.segments[0].turn < last))
+    def can_go(group: _Group) -> bool:
+        early = group.role != "system" and 0 <= group.segments[0].turn < last
+        return not group.trained and (group.content or early)
 
-    return sum(len(piece.ids) for piece in pieces if not can_go(piece))
+    return sum(len(piece.ids) for piece in pieces if not can_go(piece.group))
 
 
-def encode_all(
-    conversations: Sequence[Conversation],
-    encoder: Encoder,
-    report: DataReport,
-    *,
-    policy: LengthPolicy = "cut",
-    whole: Sequence[list[Sample]] | None = None,
-) -> list[Sample]:
-    """Every row as its samples; what was kept, cut and dropped is counted in `report`, by rows.
+def encode_rows(
+    rows: Iterable[Conversation], encoder: Encoder, on_row: Callable[[int], None] = lambda done: None
+) -> Iterator[list[Sample]]:
+    """The samples of each row, CHUNK rows at a time.
 
     Args:
-        conversations: the rows.
-        encoder: with its max_length.
-        report: is added to.
-        policy: what becomes of a row that is too long: cut it, drop it, or refuse the run.
-        whole: the samples of each row uncut, where they are at hand already.
-
-    Raises:
-        DataError, Problems: too long rows, under the policy `refuse`.
+        rows: read once.
+        encoder: with or without a max_length.
+        on_row: is told how many rows are done.
     """
-    problems = Collector()
-    limit = encoder.max_length
-    samples: list[Sample] = []
-    for number, conversation in enumerate(conversations):
-        made = encoder.with_max_length(None).samples(conversation) if whole is None else whole[number]
-        if limit is not None and any(len(sample) > limit for sample in made):
-            with problems.gather():
-                made = _too_long(conversation, made, encoder, policy)
-        report.dropped += not made
-        report.kept += bool(made)
-        report.cut_prompt += any(sample.cut_prompt > 0 for sample in made)
-        report.cut_answer += any(sample.cut_answer > 0 for sample in made)
-        samples += made
-    problems.raise_any()
-    report.samples = len(samples)
-    report.tokens = sum(len(sample) for sample in samples)
-    report.trained_tokens = sum(int(sample.mask.sum()) for sample in samples)
-    return samples
-
-
-def _too_long(conversation: Conversation, made: list[Sample], encoder: Encoder, policy: LengthPolicy) -> list[Sample]:
-    """The samples of a row that is too long, as the policy wants them."""
-    if policy == "drop":
-        return []
-    if policy == "refuse":
-        where = conversation.source
-        raise DataError(
-            "the row is too long",
-            file=where.file if where else None,
-            line=where.line if where else None,
-            received=f"{max(map(len, made))} tokens",
-            expected=f"at most {encoder.max_length} (max_length)",
-            fix="a larger --max-length, or --length-policy cut",
-        )
-    return encoder.samples(conversation)
+    remaining, done = iter(rows), 0
+    while some := list(islice(remaining, CHUNK)):
+        yield from encoder.samples_of(some)
+        done += len(some)
+        on_row(done)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,10 +25,10 @@ from rich.text import Text
 from fitune import dataset, tokenizer
 from fitune.charts import Bar, bar_chart
 from fitune.config import RunConfig
-from fitune.console import findings_table, pairs
+from fitune.console import Ticker, Watcher, findings_table, pairs
+from fitune.dataset import NO_LIMIT
 from fitune.model import locate, read_config
 from fitune.pages import render
-from fitune.prepare import NO_LIMIT
 from fitune.records import Conversation, Finding, Sample
 
 CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -35,6 +37,7 @@ HANGUL = re.compile(r"[\uac00-\ud7af]")
 LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 MOST_PIECES = 8  # a character needs at most this many tokens
 BINS = 24
+MOST_EXAMPLES = 5  # groups of equal rows that are shown
 MOST_TEXTS = 20_000  # texts that the tokenizer view counts over
 
 
@@ -78,32 +81,51 @@ def language(text: str) -> str:
     return "zh" if share > 0.7 else "en" if share < 0.1 else "mixed"
 
 
-def languages(conversations: Sequence[Conversation]) -> dict[str, int]:
-    """Rows by language of all their turns together."""
-    counts = Counter(language(" ".join(m.content for m in c.messages)) for c in conversations)
-    return dict(counts.most_common())
+@dataclass
+class Texts:
+    """What is counted over all conversations, in one pass and without keeping them."""
+
+    languages: Counter[str] = field(default_factory=Counter)
+    whole: array[int] = field(default_factory=lambda: array("Q"))  # digests of rows, and of their prompts
+    prompts: array[int] = field(default_factory=lambda: array("Q"))
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, row: Conversation) -> None:
+        """One more row."""
+        self.languages[language(" ".join(m.content for m in row.messages))] += 1
+        self.whole.append(_digest([[m.role, m.content, m.context] for m in row.messages]))
+        self.prompts.append(_digest([[m.role, m.content, m.context] for m in row.prompt()]))
+        if len(self.texts) < MOST_TEXTS:
+            self.texts += [m.content for m in row.messages]
 
 
-def duplicates(conversations: Sequence[Conversation]) -> dict[str, Any]:
-    """Rows that are there more than once, whole or by their prompt alone."""
-    whole: dict[bytes, list[str]] = {}
-    prompts: Counter[bytes] = Counter()
-    for c in conversations:
-        whole.setdefault(_digest([[m.role, m.content, m.context] for m in c.messages]), []).append(str(c.source))
-        prompts[_digest([[m.role, m.content, m.context] for m in c.prompt()])] += 1
-    several = [places for places in whole.values() if len(places) > 1]
+def duplicates(whole: ArrayLike, prompts: ArrayLike, source: Callable[[int], object]) -> dict[str, Any]:
+    """Rows that are there more than once, whole or by their prompt alone.
+
+    Args:
+        whole, prompts: a digest of each row, and of its prompt.
+        source: where a row stands.
+    """
+    rows, prompts = np.asarray(whole), np.asarray(prompts)
+    _, of, counts = np.unique(rows, return_inverse=True, return_counts=True)
+    examples: dict[int, list[str]] = {}
+    for number in np.flatnonzero(counts[of] > 1).tolist():
+        group = int(of[number])
+        if group in examples or len(examples) < MOST_EXAMPLES:
+            examples.setdefault(group, []).append(str(source(number)))
     return {
-        "rows": sum(len(places) - 1 for places in several),
-        "prompts": sum(n - 1 for n in prompts.values() if n > 1),
-        "examples": [places[:4] for places in several[:5]],
+        "rows": len(rows) - len(counts),
+        "prompts": len(prompts) - len(np.unique(prompts)),
+        "examples": [places[:4] for places in examples.values()],
     }
 
 
-def _digest(value: Any) -> bytes:
-    return hashlib.blake2b(json.dumps(value, ensure_ascii=False).encode(), digest_size=16).digest()
+def _digest(value: Any) -> int:
+    digest = hashlib.blake2b(json.dumps(value, ensure_ascii=False).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
-def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+def histogram(lengths: ArrayLike) -> list[tuple[int, int, int]]:
     """(from, to, rows) bins of a round width over the lengths; the last one takes what is longer than the 99.5 %."""
     values = np.asarray(lengths)
     top = int(np.percentile(values, 99.5, method="higher"))
@@ -113,10 +135,12 @@ def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     return [(edges[n], edges[n + 1] - 1, int(count)) for n, count in enumerate(counts)]
 
 
-def padding_wasted(lengths: Sequence[int], batch_size: int) -> float:
+def padding_wasted(lengths: ArrayLike, batch_size: int) -> float:
     """Share of a padded batch's tokens that would be padding, with rows in random order."""
     order = np.random.default_rng(0).permutation(np.asarray(lengths))
-    padded = sum(len(some) * int(some.max()) for some in np.split(order, range(batch_size, len(order), batch_size)))
+    starts = np.arange(0, len(order), batch_size)
+    rows = np.minimum(batch_size, len(order) - starts)
+    padded = int((np.maximum.reduceat(order, starts) * rows).sum())
     return 1 - float(order.sum()) / max(1, padded)
 
 
@@ -238,27 +262,36 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(config: RunConfig, *, samples: int = 3, tokenizers: Sequence[str] = ()) -> Inspection:
+def inspect(
+    config: RunConfig, *, samples: int = 3, tokenizers: Sequence[str] = (), watch: Watcher | None = None
+) -> Inspection:
     """Look at data as a run would train on it.
 
     Args:
         config: the settings of the run; config.model may be a folder with nothing but tokenizer files.
         samples: how many rows are shown token by token.
         tokenizers: further folders whose tokenizers are compared on the same data.
+        watch: is told how far it is.
 
     Raises:
         FituneError: data or a tokenizer that cannot be read at all. Bad rows are counted, not raised.
     """
+    watch = watch or Watcher()
     folder = locate(config.model)
     words = tokenizer.load(folder)
     limit, vocabulary = _model_facts(folder, words)
     config = config.model_copy(update={"skip_bad": True, "val_share": 0.0})
-    data = dataset.read(config, folder, words, limit=limit, vocabulary=vocabulary)
+    data = dataset.read(config, folder, words, limit=limit, vocabulary=vocabulary, watch=watch)
     report = data.report
-    texts = [message.content for row in data.conversations for message in row.messages][:MOST_TEXTS]
+    texts = Texts()
+    told = Ticker(watch, "looking", len(data.conversations))
+    for number, row in enumerate(data.conversations, 1):
+        texts.add(row)
+        told(number)
+    told.end()
     lengths = data.whole_lengths
     named = [(folder.name, words), *((Path(path).name, tokenizer.load(locate(path))) for path in tokenizers)]
-    doubles = duplicates(data.conversations)
+    doubles = duplicates(texts.whole, texts.prompts, data.conversations.source)
     return Inspection(
         data=[source.path for source in config.sources()],
         model=str(folder),
@@ -273,9 +306,9 @@ def inspect(config: RunConfig, *, samples: int = 3, tokenizers: Sequence[str] = 
             "duplicates": doubles["rows"],
             "empty answers": report.bad_reasons.get("the answer is empty", 0),
         },
-        by_source=by_source(data.conversations),
+        by_source=_by_name(data.conversations.files()),
         by_format=report.formats,
-        languages=languages(data.conversations),
+        languages=dict(texts.languages.most_common()),
         lengths=report.lengths,
         histogram=histogram(lengths),
         max_length=report.max_length,
@@ -283,7 +316,7 @@ def inspect(config: RunConfig, *, samples: int = 3, tokenizers: Sequence[str] = 
         padding_wasted={str(size): padding_wasted(lengths, size) for size in (4, 8, 16)},
         duplicates=doubles,
         findings=data.findings,
-        tokenizers=[tokenizer_view(name, one, texts) for name, one in named],
+        tokenizers=[tokenizer_view(name, one, texts.texts[:MOST_TEXTS]) for name, one in named],
         samples=[SampleView(str(s.source), token_views(words, s)) for s in _spread(data.samples, samples)],
     )
 
@@ -301,9 +334,12 @@ def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     return list(samples[:: max(1, len(samples) // count)][:count]) if count else []
 
 
-def by_source(conversations: Sequence[Conversation]) -> dict[str, int]:
-    """Rows by the file they come from."""
-    return dict(Counter(Path(c.source.file).name if c.source else "?" for c in conversations).most_common())
+def _by_name(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts by file, under the files' names alone; of files with one name, together."""
+    named: Counter[str] = Counter()
+    for path, rows in counts.items():
+        named[Path(path).name] += rows
+    return dict(named.most_common())
 
 
 # ---- shown in a terminal, and as a page ----

@@ -6,17 +6,15 @@ behind it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fitune.records import LengthChoice
 
 MOST_LOST = 0.01  # auto is raised until at most this share of the rows loses answer tokens
 
 
-def rule_of_thumb(lengths: Sequence[int]) -> int:
+def rule_of_thumb(lengths: ArrayLike) -> int:
     """Mean without outliers (1.5 x the interquartile range) x 1.5, rounded up to a multiple of 8."""
     values = np.asarray(lengths, dtype=np.float64)
     q1, q3 = np.percentile(values, [25, 75])
@@ -24,7 +22,7 @@ def rule_of_thumb(lengths: Sequence[int]) -> int:
     return _up_to_8(float(inside.mean()) * 1.5)
 
 
-def automatic(lengths: Sequence[int], needed: Sequence[int], limit: int) -> int:
+def automatic(lengths: ArrayLike, needed: ArrayLike, limit: int) -> int:
     """The rule of thumb, raised until at most MOST_LOST of the rows lose answer tokens.
 
     Args:
@@ -37,14 +35,14 @@ def automatic(lengths: Sequence[int], needed: Sequence[int], limit: int) -> int:
     return min(limit, max(rule_of_thumb(lengths), _up_to_8(float(values[-1 - may_lose]))))
 
 
-def summary(lengths: Sequence[int]) -> dict[str, float]:
+def summary(lengths: ArrayLike) -> dict[str, float]:
     """mean, p50, p95, p99 and max."""
     values = np.asarray(lengths)
     p50, p95, p99 = np.percentile(values, [50, 95, 99], method="higher")
     return {"mean": float(values.mean()), "p50": int(p50), "p95": int(p95), "p99": int(p99), "max": int(values.max())}
 
 
-def choices(lengths: Sequence[int], needed: Sequence[int], limit: int, chosen: int) -> list[LengthChoice]:
+def choices(lengths: ArrayLike, needed: ArrayLike, limit: int, chosen: int) -> list[LengthChoice]:
     """What the chosen length, the rule of thumb, auto and the percentiles would each cut; a length is told once."""
     named = {
         "chosen": chosen,

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fitune.batches import flat
 from fitune.config import RunConfig
-from fitune.encode import Encoder, encode_all
+from fitune.encode import Encoder
 from fitune.errors import Collector, TrainingError, shorten
 from fitune.model import causal_lm, trainable, use_attention
-from fitune.records import Conversation, DataReport, Finding, Layout, Message, Sample
+from fitune.records import Conversation, DataReport, Finding, Layout, Message, Sample, Source
 from fitune.step import hidden_states
+from fitune.store import Block, Samples, blocks, ends_whole
 from fitune.tokenizer import parity
 
 PROBES = 50  # rows that are looked at by rules which encode again
@@ -39,6 +42,58 @@ class Prepared:
     vocabulary: int
     limit: int  # longest row that the model can hold
     folder: Path  # where the tokenizer's files are
+    rows_of: NDArray[np.int64]  # of each sample, the number of its conversation, ascending
+    cached: Cached | None = None  # rows and samples as a cache had them, where it had
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What the rules that look at every sample must know of it."""
+        return Facts.of(self.samples, self.encoder.stop_ids)
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What came from the cache, and how to make it anew."""
+
+    rows: Sequence[Conversation]
+    first: Sequence[Conversation]  # as they are read now
+    samples: Samples  # uncut, as they were kept
+    encoder: Encoder  # that does not cut
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of every sample: its first two and last ids (-1: there is none), the last trained one, the highest; and whether
+    a stop token is trained."""
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    last: NDArray[np.int64]
+    last_trained: NDArray[np.int64]
+    highest: NDArray[np.int64]
+    trains_stop: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], stop_ids: Sequence[int]) -> Facts:
+        """Looked up many samples at a time."""
+        parts = [cls._block(block, stop_ids) for block in blocks(samples)]
+        return cls(*(np.concatenate([part[n] for part in parts] or [np.zeros(0, np.int64)]) for n in range(6)))
+
+    @staticmethod
+    def _block(block: Block, stop_ids: Sequence[int]) -> tuple[NDArray[Any], ...]:
+        ids, starts, ends = block.ids, block.starts, block.ends
+        trained = np.flatnonzero(block.mask)
+        last_trained = ids[trained[np.searchsorted(trained, ends) - 1]]
+        stops = np.cumsum(np.concatenate([[0], np.isin(ids, stop_ids) & block.mask]))
+        second = np.where(ends - starts > 1, ids[np.minimum(starts + 1, len(ids) - 1)], -1)
+        return (
+            ids[starts],
+            second,
+            ids[ends - 1],
+            last_trained,
+            np.maximum.reduceat(ids, starts),
+            stops[ends] > stops[starts],
+        )
 
 
 Rule = Callable[[Prepared], Finding]
@@ -94,9 +149,7 @@ def truncation(p: Prepared) -> Finding:
     )
     if lost <= p.config.max_lost * count:
         return Finding("truncation", "warn" if lost else "ok", text)
-    at_most = DataReport()
-    encode_all(p.conversations, p.encoder.with_max_length(p.limit), at_most)
-    if at_most.cut_answer + at_most.dropped > p.config.max_lost * count:
+    if r.lost_at_limit > p.config.max_lost * count:
         return Finding("truncation", "warn", f"{text}; even the model's longest, {p.limit}, would cut too many")
     longer = min(p.limit, int(r.lengths["p99"]))
     return Finding(
@@ -120,23 +173,24 @@ def labels_empty(p: Prepared) -> Finding:
 
 def eos_supervised(p: Prepared) -> Finding:
     """The last trained token of every whole row is a stop token; of a cut row it is not."""
-    wrong = []
-    for sample in p.samples:
-        last = int(sample.ids[sample.mask][-1])
-        if (last in p.encoder.stop_ids) != sample.ends_whole:
-            wrong.append(sample.source)
-    if wrong:
-        return Finding("eos-supervised", "refuse", f"{len(wrong)} rows end wrongly, the first at {wrong[0]}")
-    whole = sum(sample.ends_whole for sample in p.samples)
-    return Finding("eos-supervised", "ok", f"the stop token ends {whole:,} of {len(p.samples):,} rows, trained in each")
+    whole = ends_whole(p.samples)
+    wrong = np.flatnonzero(np.isin(p.facts.last_trained, p.encoder.stop_ids) != whole)
+    if len(wrong):
+        return Finding("eos-supervised", "refuse", f"{len(wrong)} rows end wrongly, the first at {_source(p, wrong)}")
+    text = f"the stop token ends {whole.sum():,} of {len(p.samples):,} rows, trained in each"
+    return Finding("eos-supervised", "ok", text)
+
+
+def _source(p: Prepared, samples: NDArray[np.int64]) -> Source | None:
+    """Where the first of these samples comes from."""
+    return p.samples[int(samples[0])].source
 
 
 def stop_token_trained(p: Prepared) -> Finding:
     """A stop token that no row trains is one the model never learns to say."""
     tokenizer, encoder = p.encoder.tokenizer, p.encoder
     names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in encoder.stop_ids)
-    trained = sum(bool(np.isin(s.ids[s.mask], encoder.stop_ids).any()) for s in p.samples)
-    if p.samples and not trained:
+    if len(p.samples) and not p.facts.trains_stop.any():
         text = f"no row trains a stop token ({names}): the model would never stop"
         return Finding("stop-token-trained", "refuse", text, "a larger --max-length, so that answers are not cut")
     wanted = encoder.template.stop
@@ -183,18 +237,17 @@ def padding_side(p: Prepared) -> Finding:
     pad = p.encoder.tokenizer.pad_token_id
     if pad is None or pad in p.encoder.stop_ids:
         return Finding("padding-side", "ok", "no padding in the rows; the pad token is never looked at")
-    for sample in p.samples:
-        if pad in (sample.ids[0], sample.ids[-1]):
-            side = "left" if sample.ids[0] == pad else "right"
-            return Finding("padding-side", "refuse", f"{sample.source}: padded on the {side}")
+    for side, ids in (("left", p.facts.first), ("right", p.facts.last)):
+        if len(padded := np.flatnonzero(ids == pad)):
+            return Finding("padding-side", "refuse", f"{_source(p, padded)}: padded on the {side}")
     return Finding("padding-side", "ok", "no padding in the rows")
 
 
 def _pairs(p: Prepared) -> list[tuple[Conversation, Sample]]:
     """Up to PROBES rows with their (last) samples, evenly over the data."""
-    by_source = {str(sample.source): sample for sample in p.samples}
-    known = [c for c in p.conversations if str(c.source) in by_source and c.format != "text"]
-    return [(c, by_source[str(c.source)]) for c in known[:: max(1, len(known) // PROBES)]]
+    last = np.flatnonzero(np.append(p.rows_of[1:] != p.rows_of[:-1], len(p.rows_of) > 0))
+    some = [(p.conversations[int(p.rows_of[n])], p.samples[int(n)]) for n in last[:: max(1, len(last) // PROBES)]]
+    return [(conversation, sample) for conversation, sample in some if conversation.format != "text"]
 
 
 def _prompt_of(encoder: Encoder, conversation: Conversation) -> Sequence[Message]:
@@ -206,11 +259,10 @@ def _prompt_of(encoder: Encoder, conversation: Conversation) -> Sequence[Message
 def double_bos(p: Prepared) -> Finding:
     """Two BOS tokens at the start of a row."""
     bos = p.encoder.tokenizer.bos_token_id
-    doubled = [s.source for s in p.samples if bos is not None and len(s) > 1 and s.ids[0] == bos and s.ids[1] == bos]
-    if doubled:
-        return Finding(
-            "double-bos", "refuse", f"{len(doubled)} rows begin with two BOS tokens, the first at {doubled[0]}"
-        )
+    doubled = np.flatnonzero((p.facts.first == p.facts.second) & (p.facts.first == (-2 if bos is None else bos)))
+    if len(doubled):
+        text = f"{len(doubled)} rows begin with two BOS tokens, the first at {_source(p, doubled)}"
+        return Finding("double-bos", "refuse", text)
     return Finding("double-bos", "ok", "no row begins with two BOS tokens")
 
 
@@ -240,15 +292,40 @@ def tokenizer_parity(p: Prepared) -> Finding:
 
 def id_range(p: Prepared) -> Finding:
     """Every id has a row in the embedding."""
-    highest = max((int(sample.ids.max()) for sample in p.samples), default=0)
+    highest = int(p.facts.highest.max(initial=0))
     if highest >= p.vocabulary:
         text = f"token id {highest} is beyond the model's vocabulary of {p.vocabulary}"
         return Finding("id-range", "refuse", text, "the tokenizer belongs to another model")
     return Finding("id-range", "ok", f"all ids are below {p.vocabulary:,}")
 
 
+def stale_cache(p: Prepared) -> Finding:
+    """What a cache kept is what would be made now: its keys tell content and code, this looks at the rows."""
+    if p.cached is None:
+        return Finding("stale-cache", "ok", "the data was read and encoded anew")
+    kept, cached = p.cached.samples, p.cached
+    for row, now in zip(cached.rows, cached.first, strict=False):
+        if row != now:
+            return Finding("stale-cache", "refuse", f"the cached row {row.source} is not what the file holds now")
+    of = kept.column("row")
+    some = np.unique(of[:: max(1, len(of) // PROBES)])
+    for row in some:
+        places = np.flatnonzero(of == row)
+        made = cached.encoder.samples(kept.rows[int(row)])
+        same = len(made) == len(places) and all(
+            np.array_equal(new.ids, kept[int(n)].ids) and np.array_equal(new.mask, kept[int(n)].mask)
+            for new, n in zip(made, places, strict=True)
+        )
+        if not same:
+            return Finding(
+                "stale-cache", "refuse", f"the cached tokens of {kept.rows.source(int(row))} are out of date"
+            )
+    return Finding("stale-cache", "ok", f"from the cache; {len(some)} of its rows encoded again gave the same tokens")
+
+
 DATA_RULES: tuple[Rule, ...] = (
     rows,
+    stale_cache,
     bad_row,
     length,
     truncation,

@@ -11,15 +11,14 @@ from typing import Any
 
 from fitune import dataset, families, formats, methods, preflight, readers, templates, tokenizer
 from fitune.batches import Loader
-from fitune.checkpoint import sha256
 from fitune.config import DataSource, RunConfig
 from fitune.console import Watcher
 from fitune.errors import Collector
+from fitune.files import sha256
 from fitune.memory import Estimate, estimate, resident_mib
 from fitune.model import Tuned, attach, check_weights, load_model, locate, pick_device, read_config, trainable
-from fitune.records import Conversation, DataReport, Finding, Layout, Sample
-
-NO_LIMIT = 1 << 30  # tokens, where a model names no longest row
+from fitune.records import Conversation, DataReport, Finding, Layout
+from fitune.store import Samples
 
 
 @dataclass
@@ -30,7 +29,7 @@ class Job:
     tuned: Tuned
     loader: Loader
     layout: Layout
-    held_out: list[Sample]
+    held_out: Samples
     held_out_rows: list[Conversation]
     report: DataReport
     findings: list[Finding]
@@ -109,8 +108,8 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     folder = Path(config.model)
     model_config = read_config(folder)
     words = tokenizer.load(folder)
-    limit = getattr(model_config, "max_position_embeddings", None) or NO_LIMIT
-    data = dataset.read(config, folder, words, limit=limit, vocabulary=model_config.vocab_size)
+    limit = getattr(model_config, "max_position_embeddings", None) or dataset.NO_LIMIT
+    data = dataset.read(config, folder, words, limit=limit, vocabulary=model_config.vocab_size, watch=watch)
     preflight.raise_refused(data.findings)
     config = config.model_copy(update={"max_length": data.report.max_length})
 

@@ -55,14 +55,12 @@ class Conversation:
     """One row of data, whatever its format was. At most the first message is a system message.
 
     tools: function descriptions in OpenAI's frame, {type: "function", function: {name, description, parameters}}.
-    weight: how often the row is trained in a pass, as its source says.
     """
 
     messages: tuple[Message, ...]
     source: Source | None = None
     format: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
-    weight: float = 1.0
 
     def prompt(self) -> tuple[Message, ...]:
         """The messages before the last answer: what a model is asked when this row is a test."""
@@ -196,6 +194,7 @@ class DataReport:
     trained_tokens: int = 0
     max_length: int = 0
     samples: int = 0
+    lost_at_limit: int = 0  # rows that would lose answer tokens even at the longest that the model can hold
     lengths: dict[str, float] = field(default_factory=dict)  # of the uncut samples, in tokens
     length_choices: list[LengthChoice] = field(default_factory=list)
 

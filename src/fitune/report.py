@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from fitune.charts import Series, line_chart
-from fitune.checkpoint import RunFolder, write_atomic
+from fitune.checkpoint import RunFolder
+from fitune.files import write_atomic
 from fitune.pages import render
 
 

@@ -1,25 +1,32 @@
 """Data to conversations.
 
 In: sources (files, folders, hub ids), each with what is said of it. Out: one Conversation per row, each knowing its
-file and line. `readers` parses files, `formats` understands rows; here is what becomes of them: `take` draws some,
-`weight` repeats them, bad ones are told with file:line:field, all at once, or skipped and listed if so wished. Nothing
-is dropped silently, and columns that no format uses are counted.
+file and line, on disk: read as a stream, and found again in the cache. `readers` parses files, `formats` understands
+rows; here is what becomes of them: `take` draws some, `weight` repeats them, bad ones are told with file:line:field,
+all at once, or skipped and listed if so wished. Nothing is dropped silently; columns that no format uses are counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fitune import formats
+from fitune.cache import Cache, code_version, key
 from fitune.config import DataSource
 from fitune.errors import Collector, DataError
+from fitune.files import sha256
 from fitune.readers import files, locate, read
 from fitune.records import Conversation, DataReport
+from fitune.store import META, Rows, write_rows
 
 MOST_PROBLEMS = 20  # bad rows told in one message, or listed where they are skipped; the rest are counted
 TAKE, WEIGH = 1, 2  # streams of random numbers, apart from each other and from that of the held-out split
@@ -32,8 +39,10 @@ def load(
     seed: int = 0,
     fill: Mapping[str, str] | None = None,
     skip_bad: bool = False,
-) -> list[Conversation]:
-    """The rows of all sources, in order; `take` is done, `weight` is noted in each row for `weigh`.
+    cache: Cache | None = None,
+    on_row: Callable[[int], None] = lambda done: None,
+) -> Rows:
+    """The rows of all sources, in order, on disk; `take` is done, `weight` is left to `weigh`.
 
     Args:
         sources: paths, or sources as `RunConfig.sources` gives them.
@@ -41,26 +50,82 @@ def load(
         seed: decides which rows `take` draws.
         fill: texts for the slots {{name}}.
         skip_bad: leave out bad rows, count and list them in the report.
+        cache: where the rows are kept, and found again; None: a temporary folder.
+        on_row: is told how many rows were read.
 
     Raises:
         ConfigError: an unknown format, or a column map that fits none.
         DataError, Problems: every bad file and row (at most MOST_PROBLEMS, the rest counted).
     """
-    state = _State(report, fill or {}, skip_bad)
-    conversations: list[Conversation] = []
-    for number, given in enumerate(sources):
-        source = DataSource(path=given) if isinstance(given, str) else given
+    asked = [DataSource(path=given) if isinstance(given, str) else given for given in sources]
+    cache = cache or Cache()
+    name = _key(asked, fill or {})
+
+    def read_all(meta: dict[str, Any]) -> Iterator[tuple[int, Conversation]]:
+        return _all(asked, _State(DataReport(), fill or {}, skip_bad), meta)
+
+    def write(folder: Path) -> None:
+        meta: dict[str, Any] = {}
+        write_rows(folder, _told(read_all(meta), on_row), meta)
+        if _key(asked, fill or {}) != name:
+            raise DataError("the data changed while it was read", received=", ".join(s.path for s in asked))
+
+    rows = Rows(cache.entry("rows", name, write), name, keep=cache)
+    counted = _report(rows.folder)
+    if counted.skipped_bad and not skip_bad:  # kept by a run that skipped them; now they are to be told
+        list(read_all({}))
+    _merge(report, counted)
+    rows = _take(rows, asked, seed, report)
+    report.rows += len(rows)
+    report.files = rows.base().files()
+    report.formats = rows.formats()
+    for row in rows.view(np.flatnonzero(rows.column("slots"))):
+        for slot in formats.slots(row):
+            report.unfilled_slots[slot] = report.unfilled_slots.get(slot, 0) + 1
+    return rows
+
+
+def _key(sources: Sequence[DataSource], fill: Mapping[str, str]) -> str:
+    """All that decides what is read: the files' content, and what is said of them. A file that is missing has none."""
+    told = []
+    for source in sources:
+        with suppress(DataError, OSError):
+            found = [[str(file), sha256(file)] for file in files(locate(source.path))]
+            told.append([source.format, source.map, found])
+    return key(told, dict(fill), code_version())
+
+
+def _report(folder: Path) -> DataReport:
+    """What was counted when the rows were read."""
+    return DataReport(**json.loads((folder / META).read_text(encoding="utf-8"))["report"])
+
+
+def _merge(report: DataReport, read: DataReport) -> None:
+    """Add what the reading counted."""
+    report.skipped_bad += read.skipped_bad
+    report.skipped = [*report.skipped, *read.skipped][:MOST_PROBLEMS]
+    for mine, theirs in ((report.bad_reasons, read.bad_reasons), (report.unused_columns, read.unused_columns)):
+        for name, count in theirs.items():
+            mine[name] = mine.get(name, 0) + count
+
+
+def _told(rows: Iterable[Any], on_row: Callable[[int], None]) -> Iterator[Any]:
+    for number, row in enumerate(rows, 1):
+        yield row
+        on_row(number)
+
+
+def _all(sources: Sequence[DataSource], state: _State, meta: dict[str, Any]) -> Iterator[tuple[int, Conversation]]:
+    """Every good row of every source; what is wrong is told when all have been read."""
+    for number, source in enumerate(sources):
         with state.problems.gather():
             formats.check(source.format or "auto", source.map)
-            rows = _rows(source, state)
-            drawn = _take(rows, source, [seed, TAKE, number], report) if source.take else list(rows)
-            weight = source.weight or 1.0
-            conversations += drawn if weight == 1 else [replace(row, weight=weight) for row in drawn]
-    if state.bad > state.told and not skip_bad:
+            for row in _rows(source, state):
+                yield number, row
+    if state.bad > state.told and not state.skip_bad:
         state.problems.problems.append(DataError(f"and {state.bad - state.told} more bad rows"))
     state.problems.raise_any()
-    _count(conversations, report)
-    return conversations
+    meta["report"] = state.report.as_dict()
 
 
 @dataclass
@@ -105,7 +170,6 @@ def _rows(source: DataSource, state: _State) -> Iterator[Conversation]:
         with state.problems.gather():
             for conversation in _file(path, source, state):
                 good += 1
-                state.report.files[str(path)] = state.report.files.get(str(path), 0) + 1
                 yield conversation
     if not good and len(state.problems.problems) == broken:
         received = f"{state.bad - bad} bad rows" if state.bad > bad else "an empty list"
@@ -129,44 +193,53 @@ def _file(path: Path, source: DataSource, state: _State) -> Iterator[Conversatio
         yield formats.fill(conversation, state.fill) if state.fill else conversation
 
 
-def _take(rows: Iterable[Conversation], source: DataSource, seed: list[int], report: DataReport) -> list[Conversation]:
-    """`take` rows, each set of them as likely as any other, in their order (reservoir sampling: no more are held)."""
-    wanted, random = source.take or 0, np.random.default_rng(seed)
-    kept: list[tuple[int, Conversation]] = []
-    for number, row in enumerate(rows):
-        if number < wanted:
-            kept.append((number, row))
-        elif (slot := int(random.integers(number + 1))) < wanted:
-            kept[slot] = (number, row)
-    if len(kept) < wanted:
-        report.notes.append(f"{source.path}: take {wanted}, but it has {len(kept)} rows: all are taken")
-    return [row for _, row in sorted(kept, key=lambda pair: pair[0])]
+def _take(rows: Rows, sources: Sequence[DataSource], seed: int, report: DataReport) -> Rows:
+    """So many rows of each source as it says, each set of them as likely as any other, in their order."""
+    if not any(source.take for source in sources):
+        return rows
+    of = rows.column("source")
+    kept = []
+    for number, source in enumerate(sources):
+        there = np.flatnonzero(of == number)
+        if source.take and source.take < len(there):
+            random = np.random.default_rng([seed, TAKE, number])
+            there = np.sort(random.choice(there, source.take, replace=False))
+        elif source.take and source.take > len(there):
+            report.notes.append(f"{source.path}: take {source.take}, but it has {len(there)} rows: all are taken")
+        kept.append(there)
+    return rows.view(np.concatenate(kept))
 
 
-def _count(conversations: Iterable[Conversation], report: DataReport) -> None:
-    for conversation in conversations:
-        report.rows += 1
-        report.formats[conversation.format] = report.formats.get(conversation.format, 0) + 1
-        for slot in formats.slots(conversation):
-            report.unfilled_slots[slot] = report.unfilled_slots.get(slot, 0) + 1
+def weigh(of: NDArray[np.int64], sources: Sequence[DataSource], seed: int, report: DataReport) -> NDArray[np.int64]:
+    """The rows as often as their sources say: n rows of weight w become w x n, each floor(w) times, or once more.
 
+    Done after rows are held out, so that no copy of a held-out row is trained.
 
-def weigh(conversations: list[Conversation], seed: int, report: DataReport) -> list[Conversation]:
-    """The rows as often as their weights say: n rows of weight w become w x n, each floor(w) times, or once more.
+    Args:
+        of: the number of each row's source.
+        sources: with their weights.
+        seed: decides which rows come once more.
+        report: is told how many there are now.
 
-    Done after rows are held out, so that no copy of a held-out row is trained. The same list where all weights are 1.
+    Returns:
+        Numbers of rows, ascending, each as often as it is trained.
     """
-    if all(row.weight == 1 for row in conversations):
-        return conversations
+    weights = [source.weight or 1.0 for source in sources]
+    times = np.ones(len(of), np.int64)
     random = np.random.default_rng([seed, WEIGH])
-    drawn: list[Conversation] = []
-    for weight, group in groupby(conversations, key=lambda row: row.weight):  # a source's rows stand together
-        rows = list(group)
-        times = np.full(len(rows), int(weight))
-        more = max(1, round(weight * len(rows))) - int(times.sum())
-        times[random.permutation(len(rows))[:more]] += 1
-        drawn += [row for row, count in zip(rows, times.tolist(), strict=True) for _ in range(count)]
-    before, after = len(conversations), len(drawn)
-    report.rows += after - before
-    report.notes.append(f"weights: {before:,} rows to train on become {after:,}")
+    for number, weight in enumerate(weights):
+        there = np.flatnonzero(of == number)
+        if weight != 1 and len(there):
+            times[there] = int(weight)
+            more = max(1, round(weight * len(there))) - int(weight) * len(there)
+            times[random.permutation(there)[:more]] += 1
+    drawn = np.repeat(np.arange(len(of)), times)
+    if any(weight != 1 for weight in weights):
+        report.rows += len(drawn) - len(of)
+        report.notes.append(f"weights: {len(of):,} rows to train on become {len(drawn):,}")
     return drawn
+
+
+def first(sources: Sequence[DataSource], count: int, fill: Mapping[str, str]) -> list[Conversation]:
+    """The first good rows as they are read now: what kept rows must begin with. Bad rows are passed over."""
+    return [row for _, row in islice(_all(sources, _State(DataReport(), fill, skip_bad=True), {}), count)]

@@ -8,7 +8,7 @@ folder that names remote code is told at once what it is: ChatGLM has a tokenize
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,24 @@ def encode(tokenizer: Any, text: str, *, literal: bool, continued: bool = False)
         if whole[: len(front)] == front:
             return whole[len(front) :]
     return _ids(tokenizer, text, literal)
+
+
+def encode_many(tokenizer: Any, texts: Sequence[str], *, continued: bool = False) -> list[list[int]]:
+    """`encode` of many texts that are no part of a template, in one call: fast tokenizers use all cores for it."""
+    if not texts:
+        return []
+    if not continued:
+        return _batch(tokenizer, texts)
+    front, whole = _ids(tokenizer, "\n", literal=False), _batch(tokenizer, [f"\n{text}" for text in texts])
+    return [
+        ids[len(front) :] if ids[: len(front)] == front else encode(tokenizer, text, literal=False, continued=True)
+        for text, ids in zip(texts, whole, strict=True)
+    ]
+
+
+def _batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    found = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    return list(found["input_ids"])
 
 
 def _ids(tokenizer: Any, text: str, literal: bool) -> list[int]:

@@ -1,0 +1,160 @@
+"""Prepared data that is kept, so that the same rows are not read and encoded twice.
+
+In: a key made of everything that decides the content, and a function that writes it. Out: a sealed folder. It is
+written under a name of its own and renamed, so two runs at once never see half of it: the one that comes second takes
+what the first one made. A folder that does not match its checksums is made again. Nothing but prepared data lies here:
+the cache may be deleted whenever no run is going on.
+
+    CACHE/rows-<key>/      see store.py
+    CACHE/samples-<key>/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fitune.files import TEMPORARY, disk, is_whole, seal
+
+DAYS = 30  # what no run has used for so long is removed when something new comes
+FIX = "free some space, choose another folder with --cache, or keep nothing with --cache none"
+CODE = (
+    "readers",
+    "formats",
+    "rows",
+    "encode",
+    "store",
+    "templates",
+    "tokenizer",
+    "records",
+)  # what decides the content
+
+
+def default_folder() -> Path:
+    """FITUNE_CACHE, else the system's place for caches."""
+    if named := os.environ.get("FITUNE_CACHE"):
+        return Path(named)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "fitune" / "data"
+
+
+class Cache:
+    """A folder of sealed folders.
+
+    Args:
+        folder: where; None: a temporary folder that goes with this object.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="fitune-") if folder is None else None
+        self.folder = Path(self._temporary.name) if self._temporary else (folder or Path()).expanduser()
+        self.found: set[str] = set()  # entries that were there already
+        self._used: set[Path] = set()
+        with disk(self.folder, FIX):
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the user's data
+
+    def has(self, kind: str, key: str) -> bool:
+        """Is it there, and whole? Marks it as used."""
+        path = self.path(kind, key)
+        if not is_whole(path):
+            return False
+        with suppress(OSError):
+            os.utime(path)
+        return True
+
+    def path(self, kind: str, key: str) -> Path:
+        """Where it stands or will stand."""
+        return self.folder / f"{kind}-{key}"
+
+    def entry(self, kind: str, key: str, write: Callable[[Path], None]) -> Path:
+        """The folder of that key; `write` fills a new one where there is none.
+
+        Raises:
+            RunFolderError: the disk is full, or the cache cannot be written.
+        """
+        path = self.path(kind, key)
+        self._used.add(path)
+        if self.has(kind, key):
+            self.found.add(path.name)
+            return path
+        self._sweep()
+        with disk(self.folder, FIX):
+            temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.folder))
+            try:
+                write(temporary)
+                seal(temporary)
+                self._publish(temporary, path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return path
+
+    def _publish(self, temporary: Path, path: Path) -> None:
+        """Rename; where another run was faster, its folder is as good."""
+        for _ in range(3):
+            try:
+                temporary.replace(path)
+                return
+            except OSError:
+                if is_whole(path):
+                    return
+                shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+
+    def forget(self) -> None:
+        """Remove every entry that was asked for: one of them turned out wrong."""
+        for path in self._used:
+            shutil.rmtree(path, ignore_errors=True)
+        self.found.clear()
+        self._used.clear()
+
+    def _sweep(self) -> None:
+        """Remove what has not been used for long, and what killed runs left."""
+        now = time.time()
+        for path in self.folder.iterdir():
+            with suppress(OSError):  # another run may remove it at the same time
+                days = (now - path.stat().st_mtime) / 86400
+                ours = path.name.startswith((TEMPORARY, "rows-", "samples-")) and path.is_dir()
+                if ours and days > (1 if path.name.startswith(TEMPORARY) else DAYS):
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def key(*parts: Any) -> str:
+    """A name for everything that decides the content: JSON values, bytes."""
+    found = hashlib.sha256()
+    for part in parts:
+        text = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, ensure_ascii=False).encode()
+        found.update(len(text).to_bytes(8, "little") + text)
+    return found.hexdigest()[:40]
+
+
+def code_version() -> str:
+    """Changes whenever the code that prepares data does, or what it stands on."""
+    found = hashlib.sha256()
+    package = Path(__file__).parent
+    for file in sorted(file for name in CODE for file in [*package.glob(f"{name}.py"), *package.glob(f"{name}/*.py")]):
+        found.update(file.read_bytes())
+    for name in ("transformers", "tokenizers", "sentencepiece", "jinja2"):
+        found.update(metadata.version(name).encode())
+    return found.hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """Of the files that make a tokenizer: every small file of the folder, by name and content."""
+    found = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in (".json", ".model", ".txt", ".jinja", ".tiktoken"):
+            found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()

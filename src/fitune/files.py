@@ -1,0 +1,109 @@
+"""Files that are there whole or not at all.
+
+In: what is to be written. Out: atomic writes, folders sealed with a manifest of SHA-256 sums, and a full disk told as
+what it is. A folder is written under a temporary name, each file synced, its manifest last; then it is renamed. What
+has no manifest, or does not match it, does not count.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fitune.errors import RunFolderError
+
+MANIFEST = "MANIFEST.json"
+TEMPORARY = ".tmp-"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FIX = "free some space or choose another --output, then go on with --resume; earlier checkpoints are whole"
+
+
+@contextmanager
+def disk(folder: Path, fix: str = FIX) -> Iterator[None]:
+    """A write that fails is told as what it is: a full disk, or a folder that cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
+        raise RunFolderError(
+            f"{folder}: {'the disk is full' if number in FULL else 'cannot be written'}",
+            received=os.strerror(number) if number else str(error),
+            fix=fix,
+        ) from error
+
+
+def _error_number(error: Exception) -> int | None:
+    """The operating system's number of an error; safetensors, written in Rust, has it in its text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's entries, onto the disk; some systems cannot open a folder."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+    try:
+        handle = os.open(path, flags)
+    except OSError:
+        if path.is_dir():
+            return
+        raise
+    try:
+        with suppress(OSError) if path.is_dir() or os.name == "nt" else nullcontext():
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
+    with disk(path.parent):
+        temporary = path.with_name(f"{TEMPORARY}{path.name}")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON, atomically."""
+    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Sync every file, then write the manifest of their checksums: the marker that the folder is whole."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in files:
+        sync(path)
+    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def is_whole(folder: Path) -> bool:
+    """Does the folder have a manifest, and does every file match it?"""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return all(
+            (folder / name).stat().st_size == entry["bytes"] and sha256(folder / name) == entry["sha256"]
+            for name, entry in manifest.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
