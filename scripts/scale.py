@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-WORDS = "the capital river north bridge seven green walk bring answer city 北 国 的 首 都 是 米 拉 河 桥 山 问 题 答".split()
+WORDS = [*("the", "capital", "river", "north", "bridge", "seven", "walk", "answer"), *"北国的首都是米拉河桥山问题答"]
 
 
 def rows(count: int) -> Iterator[dict[str, str]]:

@@ -213,7 +213,7 @@ def test_a_killed_process_resumes_to_the_same_bits(
 
 LIMITED = """
 import resource, sys
-from fitune import files
+from fitune import checkpoint
 from fitune.cli import main
 save = checkpoint.save_file
 def limited(tensors, path):

@@ -142,7 +142,8 @@ def _read(desk: _Desk, limit: int, vocabulary: int) -> Data:
 
 def _can_be_asked(row: Conversation, encoder: Encoder) -> bool:
     """Has the row a prompt (text has none), and is that short enough to be answered?"""
-    return bool(row.prompt()) and len(encoder.prompt(row.prompt(), row.tools)) < (encoder.max_length or 0)
+    short = 0 < row.question().characters() <= preflight.PROBE_CHARACTERS
+    return short and len(encoder.prompt(row.prompt(), row.tools)) < (encoder.max_length or 0)
 
 
 def _load(desk: _Desk, config: RunConfig, report: DataReport) -> Rows:

@@ -38,7 +38,8 @@ LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 MOST_PIECES = 8  # a character needs at most this many tokens
 BINS = 24
 MOST_EXAMPLES = 5  # groups of equal rows that are shown
-MOST_TEXTS = 20_000  # texts that the tokenizer view counts over
+MOST_TEXTS = 20_000  # texts that the tokenizer view counts over, and
+MOST_CHARACTERS = 10_000  # of each so much
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Texts:
         self.whole.append(_digest([[m.role, m.content, m.context] for m in row.messages]))
         self.prompts.append(_digest([[m.role, m.content, m.context] for m in row.prompt()]))
         if len(self.texts) < MOST_TEXTS:
-            self.texts += [m.content for m in row.messages]
+            self.texts += [m.content[:MOST_CHARACTERS] for m in row.messages]
 
 
 def duplicates(whole: ArrayLike, prompts: ArrayLike, source: Callable[[int], object]) -> dict[str, Any]:

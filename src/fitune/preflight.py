@@ -27,6 +27,7 @@ from fitune.store import Block, Samples, blocks, ends_whole
 from fitune.tokenizer import parity
 
 PROBES = 50  # rows that are looked at by rules which encode again
+PROBE_CHARACTERS = 20_000  # longer rows are left out there: one of 10 MB takes seconds each time
 PROBE_TOKENS = 48  # a document of the model checks: long enough to matter, short enough to cost nothing
 
 
@@ -247,7 +248,13 @@ def _pairs(p: Prepared) -> list[tuple[Conversation, Sample]]:
     """Up to PROBES rows with their (last) samples, evenly over the data."""
     last = np.flatnonzero(np.append(p.rows_of[1:] != p.rows_of[:-1], len(p.rows_of) > 0))
     some = [(p.conversations[int(p.rows_of[n])], p.samples[int(n)]) for n in last[:: max(1, len(last) // PROBES)]]
-    return [(conversation, sample) for conversation, sample in some if conversation.format != "text"]
+    return [(row, sample) for row, sample in some if row.format != "text" and row.characters() <= PROBE_CHARACTERS]
+
+
+def _some(p: Prepared) -> list[Conversation]:
+    """Up to PROBES rows, evenly over the data."""
+    some = p.conversations[:: max(1, len(p.conversations) // PROBES)]
+    return [row for row in some if row.characters() <= PROBE_CHARACTERS]
 
 
 def _prompt_of(encoder: Encoder, conversation: Conversation) -> Sequence[Message]:
@@ -268,7 +275,7 @@ def double_bos(p: Prepared) -> Finding:
 
 def template_parity(p: Prepared) -> Finding:
     """The prompt that chat will send is, token for token, the prompt that was trained."""
-    for conversation in p.conversations[:: max(1, len(p.conversations) // PROBES)]:
+    for conversation in _some(p):
         if conversation.format == "text":
             continue  # nobody asks for it
         prompt = p.encoder.prompt(conversation.prompt(), conversation.tools)
@@ -282,7 +289,7 @@ def template_parity(p: Prepared) -> Finding:
 
 def tokenizer_parity(p: Prepared) -> Finding:
     """The tokenizer in use splits texts as the folder's sentencepiece file does; repeated spaces are a known trap."""
-    texts = [m.content for c in p.conversations[:: max(1, len(p.conversations) // PROBES)] for m in c.messages]
+    texts = [m.content for c in _some(p) for m in c.messages]
     found = parity(p.folder, p.encoder.tokenizer, texts)
     if found:
         text = f"{len(found)} of {len(texts)} texts are split unlike sentencepiece does: {shorten(found[0].text, 40)}"
@@ -311,6 +318,8 @@ def stale_cache(p: Prepared) -> Finding:
     some = np.unique(of[:: max(1, len(of) // PROBES)])
     for row in some:
         places = np.flatnonzero(of == row)
+        if kept.rows[int(row)].characters() > PROBE_CHARACTERS:
+            continue
         made = cached.encoder.samples(kept.rows[int(row)])
         same = len(made) == len(places) and all(
             np.array_equal(new.ids, kept[int(n)].ids) and np.array_equal(new.mask, kept[int(n)].mask)

@@ -71,6 +71,10 @@ class Conversation:
         """The conversation up to where the last answer begins, with its tools."""
         return replace(self, messages=self.prompt())
 
+    def characters(self) -> int:
+        """Length of all its texts together."""
+        return sum(len(message.content) + len(message.context) for message in self.messages)
+
     def answer(self) -> str:
         """The last answer."""
         return next((m.content for m in reversed(self.messages) if m.role == "assistant"), "")
