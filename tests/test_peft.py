@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import fitune
 import tiny
+from fitune import families, methods
+from fitune.adapters import attach
 from fitune.config import build
 from fitune.errors import ConfigError, ModelError
-from fitune.model import attach, load_model
+from fitune.model import load_model
 from fitune.training import train
 
 IDS = torch.randint(5, 300, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -42,8 +44,9 @@ def test_lora_trains_exactly_its_closed_form_and_changes_nothing_at_the_start(ki
     model = tiny.make_model(kind)
     before = model(IDS).logits
     config = build({"model": "m", "data": ["d"], "lora": {"rank": 3, "targets": targets}})
-    tuned, _, expected = attach(model, config)
-    assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == expected > 0
+    expected = methods.find("lora").expected(model, families.of(model), config)
+    tuned = attach(model, config)
+    assert {name: p.numel() for name, p in tuned.named_parameters() if p.requires_grad} == expected
     assert all("lora_" in name for name, p in tuned.named_parameters() if p.requires_grad)
     assert torch.equal(tuned(IDS).logits, before)
 
@@ -72,7 +75,7 @@ def test_a_published_adapter_has_the_same_logits_as_in_peft(shared: Path, tmp_pa
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     config = build({"model": "m", "data": ["d"]})
-    attach(tiny.make_model("llama"), config)[0].save_pretrained(str(tmp_path / "adapter"))
+    attach(tiny.make_model("llama"), config).save_pretrained(str(tmp_path / "adapter"))
     tiny.make_model("gpt2").save_pretrained(str(tmp_path / "gpt2"))
     with pytest.raises(ModelError, match="adapter"):
         load_model(tmp_path / "gpt2", adapter=tmp_path / "adapter")

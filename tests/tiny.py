@@ -12,10 +12,20 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -64,12 +74,46 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
+FAMILIES = ["llama", "qwen2", "gpt2", "glm", "bloom"]
+UNKNOWN = ["opt", "gpt_neox", "phi3"]  # not in the table: found by their names
+
+
 def make_model(kind: str, seed: int = 0, vocabulary: int = 400) -> Any:
-    """A random model: llama has KV heads < heads and a head width that is not width / heads; gpt2 has a tied head."""
+    """A random model of three blocks. KV heads < heads and a head width that is not width / heads where the family
+    allows it; qwen2, gpt2, bloom and opt have tied heads; biases are random, not zero."""
     torch.manual_seed(seed)
+    model = _make(kind, vocabulary)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def _make(kind: str, vocabulary: int) -> Any:
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=3, n_head=4, n_positions=256, n_inner=64)
-        return GPT2LMHeadModel(config).eval()
+        config = GPT2Config(
+            vocab_size=vocabulary, n_embd=32, n_layer=3, n_head=4, n_positions=256, n_inner=64, initializer_range=0.2
+        )
+        return GPT2LMHeadModel(config)
+    if kind == "bloom":  # six heads: the slopes are no plain powers
+        return BloomForCausalLM(
+            BloomConfig(vocab_size=vocabulary, hidden_size=48, n_layer=3, n_head=6, initializer_range=0.2)
+        )
+    if kind == "opt":
+        return OPTForCausalLM(
+            OPTConfig(
+                vocab_size=vocabulary, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=3,
+                num_attention_heads=4, max_position_embeddings=256, init_std=0.2, dropout=0.0, pad_token_id=0,
+            )
+        )  # fmt: skip
+    if kind == "gpt_neox":
+        return GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                num_attention_heads=4, max_position_embeddings=256, initializer_range=0.2,
+            )
+        )  # fmt: skip
     common = {
         "vocab_size": vocabulary,
         "hidden_size": 32,
@@ -81,8 +125,12 @@ def make_model(kind: str, seed: int = 0, vocabulary: int = 400) -> Any:
         "initializer_range": 0.2,
     }
     if kind == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True)).eval()
-    return LlamaForCausalLM(LlamaConfig(**common, head_dim=12)).eval()
+        return Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True))
+    if kind == "glm":
+        return GlmForCausalLM(GlmConfig(**common, head_dim=12, attention_bias=True, pad_token_id=0))
+    if kind == "phi3":
+        return Phi3ForCausalLM(Phi3Config(**common, pad_token_id=0))
+    return LlamaForCausalLM(LlamaConfig(**common, head_dim=12, tie_word_embeddings=kind == "llama-tied"))
 
 
 def save(kind: str, folder: Path) -> Path:

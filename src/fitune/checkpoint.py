@@ -5,7 +5,7 @@
       tokenizer/                     the tokenizer's files
       steps.jsonl                    one StepRecord a line
       checkpoints/step-000120/       trainable, optimizer and RNG tensors, state.json, MANIFEST.json
-      adapter/                       the result, in PEFT's format
+      adapter/                       the result, in PEFT's format or ours (adapters.py)
       answers.json  result.json  report.html       at the end
 
 A checkpoint is a sealed folder (see files.py); resume falls back to the last whole one.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,7 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """The result, in PEFT's format."""
+        """The result: PEFT's format, or fitune's where PEFT has none (adapters.py)."""
         return self.path / "adapter"
 
     @property
@@ -223,13 +223,16 @@ class RunFolder:
             state=state,
         )
 
-    def save_adapter(self, model: Any) -> None:
-        """The result in PEFT's format, whole or not at all."""
+    def save_adapter(self, save: Callable[[Path], None]) -> None:
+        """The result, whole or not at all.
+
+        Args:
+            save: writes it into the folder that it is given.
+        """
         with disk(self.path):
             temporary = self.path / f"{TEMPORARY}adapter"
             shutil.rmtree(temporary, ignore_errors=True)
-            # embeddings never change here; "auto" would ask the hub about the base model
-            model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+            save(temporary)
             for path in temporary.iterdir():
                 sync(path)
             shutil.rmtree(self.adapter, ignore_errors=True)

@@ -44,6 +44,108 @@ class LoraOptions(Options):
     """Dropout on the input of the update."""
     targets: str | list[str] = "auto"
     """Which linear layers: auto (the family's attention projections), all-linear, or names."""
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Other ranks for some targets: the end of a name, or a regular expression, to a rank."""
+    dora: bool = False
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): magnitudes are trained beside; one more number per output."""
+    rslora: bool = False
+    """rsLoRA (Kalajdzievski 2023, arXiv:2312.03732): scaled by alpha / sqrt(rank), so that high ranks learn."""
+    init: Literal["default", "pissa"] = "default"
+    """default: B = 0, nothing changes at the start. pissa: the base's largest singular vectors (arXiv:2404.02948)."""
+    b_rate: float = Field(default=1.0, gt=0)
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the matrices B learn so many times faster; 16 is usual there."""
+    save: list[str] = []
+    """Modules trained whole beside it: embeddings, head, or names. They cost 16 bytes a parameter."""
+
+
+class FreezeOptions(Options):
+    """Training only some of the base's own parameters. The backward pass stops at the first of them."""
+
+    blocks: int = Field(default=2, ge=0)
+    """The last so many transformer blocks."""
+    tensors: int | None = Field(default=None, ge=1)
+    """In place of blocks: the last so many parameter tensors."""
+    patterns: list[str] = []
+    """In place of blocks: parameters whose names contain a match of one of these regular expressions."""
+    head: bool = False
+    """The output head too."""
+    norm: bool = False
+    """The final norm too."""
+
+
+class TailOptions(Options):
+    """New layers at the end, zero at the start, so that training begins at the base model exactly."""
+
+    kind: Literal["block", "mlp"] = "block"
+    """block: copies of transformer blocks whose outputs begin at zero (LLaMA Pro, Wu et al. 2024, arXiv:2401.02415).
+    mlp: a small residual MLP behind the final norm."""
+    blocks: int = Field(default=2, ge=1)
+    """How many new blocks."""
+    interleaved: bool = False
+    """Spread over the depth in place of all behind the last one."""
+    width: int | None = Field(default=None, ge=1)
+    """Inner width of the MLP. Default: a quarter of the model's."""
+    head: bool = False
+    """Train the output head too."""
+
+
+class BitfitOptions(Options):
+    """BitFit (Ben Zaken et al. 2022, arXiv:2106.10199): the bias terms alone."""
+
+    add: bool = False
+    """Give the projections of a model without biases some, zero at the start."""
+
+
+class PromptOptions(Options):
+    """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): trained vectors before the input; tokens x width."""
+
+    tokens: int = Field(default=20, ge=1)
+    """How many virtual tokens. Each makes every row one token longer."""
+    init: Literal["vocab", "random", "text"] = "vocab"
+    """They begin as tokens of the vocabulary drawn by the seed, at random, or as the words of `text`."""
+    text: str = ""
+    """A prompt in words, for init=text; repeated or cut to the number of tokens."""
+
+
+class PTuningOptions(Options):
+    """P-tuning (Liu et al. 2021, arXiv:2103.10385): virtual tokens through a trained encoder."""
+
+    tokens: int = Field(default=20, ge=1)
+    """How many virtual tokens."""
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    """What the vectors go through."""
+    width: int | None = Field(default=None, ge=1)
+    """Inner width of the encoder. Default: the model's."""
+
+
+class PrefixOptions(Options):
+    """Prefix tuning (Li & Liang 2021, arXiv:2101.00190; P-Tuning v2, arXiv:2110.07602): keys and values per layer."""
+
+    tokens: int = Field(default=20, ge=1)
+    """How many prefix tokens. Trainable: tokens x layers x 2 x width of the keys."""
+    projection: bool = False
+    """Make them by a trained MLP; steadier, and many times more parameters."""
+    width: int | None = Field(default=None, ge=1)
+    """Inner width of that MLP. Default: the model's."""
+
+
+class BottleneckOptions(Options):
+    """Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751). Each: 2 x width x model width + both biases."""
+
+    kind: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
+    """houlsby: after attention and MLP; pfeiffer: after the MLP (arXiv:2005.00247); parallel: beside the MLP
+    (arXiv:2110.04366)."""
+    width: int = Field(default=64, ge=1)
+    """Inner width."""
+    activation: Literal["relu", "gelu", "silu"] = "gelu"
+    """What stands between its two layers."""
+
+
+class Ia3Options(Options):
+    """IA3 (Liu et al. 2022, arXiv:2205.05638): trained factors on keys, values and the MLP's inner activations."""
+
+    targets: str | list[str] = "auto"
+    """Which linear layers: auto (keys, values and the MLP's output layer), or names."""
 
 
 class DataSource(Options):
@@ -150,8 +252,26 @@ class RunConfig(DataConfig):
     val_rows: int = Field(default=200, ge=1)
     """Most rows that are held out from the training data."""
     method: str = "lora"
-    """How to tune."""
+    """How to tune: full, freeze, tail, bitfit, prompt, p-tuning, prefix, adapter, lora, ia3, or peft:TYPE for any other
+    method of PEFT. `fitune methods` tells what each trains."""
+    adapter: str | None = None
+    """Go on from what was tuned before: a run folder, or its adapter folder. It must be of the same method."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the computation, and of the frozen weights: bf16 takes half the bytes. What is trained is float32 in both."""
+    checkpointing: bool | Annotated[int, Field(ge=1)] = False
+    """Keep no activations inside blocks, compute them again in the backward pass: less memory, a third more work. A
+    number n: in every nth block only."""
     lora: LoraOptions = LoraOptions()
+    freeze: FreezeOptions = FreezeOptions()
+    tail: TailOptions = TailOptions()
+    bitfit: BitfitOptions = BitfitOptions()
+    prompt: PromptOptions = PromptOptions()
+    p_tuning: PTuningOptions = PTuningOptions()
+    prefix: PrefixOptions = PrefixOptions()
+    bottleneck: BottleneckOptions = BottleneckOptions()
+    ia3: Ia3Options = Ia3Options()
+    peft: dict[str, Any] = {}
+    """Settings of PEFT's own config, for the method peft:TYPE."""
     batch_size: int = Field(default=8, ge=1)
     """Rows per micro-batch. Activations grow with it."""
     batch_tokens: int | None = Field(default=None, ge=1)

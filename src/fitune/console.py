@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ class Watcher:
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """The resolved settings."""
+
+    def groups(self, parts: Sequence[tuple[str, int, int]]) -> None:
+        """(part of the model, trainable, total) parameters."""
 
     def findings(self, findings: Sequence[Finding]) -> None:
         """What the preflight rules found."""
@@ -73,6 +77,10 @@ class Terminal(Watcher):
     def settings(self, values: Mapping[str, Any]) -> None:
         """See Watcher."""
         self.console.print(pairs("settings", values))
+
+    def groups(self, parts: Sequence[tuple[str, int, int]]) -> None:
+        """See Watcher."""
+        self.console.print(groups_table(parts))
 
     def findings(self, findings: Sequence[Finding]) -> None:
         """See Watcher."""
@@ -163,6 +171,22 @@ def pairs(title: str, values: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in values.items():
         table.add_row(f"[cyan]{escape(str(name))}[/]", escape(str(value)))
+    return table
+
+
+def groups_table(parts: Sequence[tuple[str, int, int]]) -> Table:
+    """Frozen, trainable and all parameters by part; neighbouring blocks with the same numbers are one line."""
+    table = Table(title="parameters", title_justify="left", box=None, pad_edge=False)
+    table.add_column("part", style="cyan")
+    for name in ("frozen", "trainable", "total"):
+        table.add_column(name, justify="right")
+    for (trained, total), some in groupby(parts, key=lambda part: (part[1], part[2])):
+        names = [name for name, _, _ in some]
+        several = len(names) > 1
+        name = f"{names[0]} ... {names[-1]}, each" if several else names[0]
+        table.add_row(escape(name), *(f"{n:,}" for n in (total - trained, trained, total)))
+    trained, total = sum(part[1] for part in parts), sum(part[2] for part in parts)
+    table.add_row("all", *(f"{n:,}" for n in (total - trained, trained, total)), style="bold")
     return table
 
 

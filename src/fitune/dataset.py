@@ -35,7 +35,7 @@ class Data:
 
     conversations: Rows  # training rows, each as often as it is trained
     samples: Samples
-    whole_lengths: NDArray[np.int64]  # of the samples before anything was cut
+    whole_lengths: NDArray[Any]  # of the samples before anything was cut
     held_out: Samples
     held_out_rows: list[Conversation]  # some that can be asked, for the answers before and after
     encoder: Encoder  # with the run's max_length
@@ -174,7 +174,7 @@ def encode(rows_: Rows, encoder: Encoder, cache: Cache, tokenizer_digest: str, w
     return Samples(cache.entry("samples", key(*decides, code_version()), write), rows_, keep=cache)
 
 
-def of_rows(samples: Samples, numbers: NDArray[np.int64]) -> tuple[Samples, NDArray[np.int64]]:
+def of_rows(samples: Samples, numbers: NDArray[Any]) -> tuple[Samples, NDArray[Any]]:
     """The samples of these rows, in their order, and of each sample which of `numbers` it belongs to."""
     of = samples.column("row")  # ascending
     starts, ends = (np.searchsorted(of, numbers, side) for side in ("left", "right"))
@@ -186,11 +186,11 @@ def of_rows(samples: Samples, numbers: NDArray[np.int64]) -> tuple[Samples, NDAr
 
 def fit(
     whole: Samples,
-    numbers: NDArray[np.int64],
+    numbers: NDArray[Any],
     encoder: Encoder,
     policy: LengthPolicy,
     encoded: Callable[[Rows, Encoder], Samples],
-) -> tuple[Samples, NDArray[np.int64]]:
+) -> tuple[Samples, NDArray[Any]]:
     """The samples of these rows, none longer than the encoder's max_length; see `of_rows`.
 
     Args:
@@ -216,7 +216,7 @@ def fit(
     return of_rows(fitted, numbers)
 
 
-def _refuse(whole: Samples, too_long: NDArray[np.int64], limit: int | None) -> None:
+def _refuse(whole: Samples, too_long: NDArray[Any], limit: int | None) -> None:
     problems = Collector()
     for row in too_long[: rows.MOST_PROBLEMS]:
         where = whole.rows.source(int(row))
@@ -235,7 +235,7 @@ def _refuse(whole: Samples, too_long: NDArray[np.int64], limit: int | None) -> N
     problems.raise_any()
 
 
-def count(samples: Samples, of: NDArray[np.int64], total: int, report: DataReport) -> None:
+def count(samples: Samples, of: NDArray[Any], total: int, report: DataReport) -> None:
     """What was kept, cut and dropped of `total` rows, by rows."""
 
     def rows_where(name: str) -> int:
@@ -249,7 +249,7 @@ def count(samples: Samples, of: NDArray[np.int64], total: int, report: DataRepor
     report.trained_tokens = int(samples.column("trained").sum())
 
 
-def _length(config: RunConfig, whole: Samples, of: NDArray[np.int64], limit: int, report: DataReport) -> int:
+def _length(config: RunConfig, whole: Samples, of: NDArray[Any], limit: int, report: DataReport) -> int:
     """The run's max_length; what it and others would cut goes into the report.
 
     Raises:
@@ -268,7 +268,7 @@ def _length(config: RunConfig, whole: Samples, of: NDArray[np.int64], limit: int
 
 def _split(
     desk: _Desk, whole: Samples, encoder: Encoder, report: DataReport
-) -> tuple[NDArray[np.int64], NDArray[np.int64], Samples]:
+) -> tuple[NDArray[Any], NDArray[Any], Samples]:
     """Numbers of training rows, numbers of held-out rows, and the samples that the latter are numbers of.
 
     The split depends on the seed alone.

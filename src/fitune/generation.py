@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
+from fitune.adapters import disabled
 from fitune.errors import ModelError
-from fitune.model import Tuned, causal_lm, use_attention
+from fitune.model import Tuned, causal_lm, computing, use_attention
 from fitune.records import Conversation, Message
 
 
@@ -43,7 +44,7 @@ class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers has no type
 
 def base_model(tuned: Tuned, *, base: bool) -> AbstractContextManager[Any]:
     """Inside, the model answers as its base does (if `base`)."""
-    return tuned.model.disable_adapter() if base and hasattr(tuned.model, "disable_adapter") else nullcontext()
+    return disabled(tuned.model) if base else nullcontext()
 
 
 @torch.no_grad()
@@ -110,7 +111,7 @@ def answers(
     training = tuned.model.training
     tuned.model.eval()
     use_attention(tuned.model, "sdpa")
-    with base_model(tuned, base=base):
+    with base_model(tuned, base=base), computing(tuned.model):
         out = tuned.model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -7,15 +7,17 @@ parameters trainable. config.json is read by us before any Auto class sees it: c
 from __future__ import annotations
 
 import json
+import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fitune import families, methods
-from fitune.config import RunConfig
+from fitune import adapters, families
 from fitune.encode import Encoder
 from fitune.errors import ModelError
 from fitune.families import Family
@@ -32,6 +34,7 @@ CODE_KEYS = (
 )
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -139,18 +142,19 @@ def load_model(
 
     Args:
         folder: a transformers model folder, or a hub id.
-        precision: fp32.
-        adapter: a PEFT adapter folder to put on it.
+        precision: fp32 or bf16, of its weights and of what is computed.
+        adapter: an adapter folder to put on it, PEFT's or fitune's.
         device: where it computes.
 
     Returns:
-        A transformers model (with an adapter: a PeftModel) in eval mode; takes input_ids, gives `.logits`, generates.
+        A transformers model (with PEFT's adapter: a PeftModel) in eval mode; takes input_ids, gives `.logits`,
+        generates.
 
     Raises:
         ModelError: the folder or the adapter cannot be used.
     """
-    if precision != "fp32":
-        raise ModelError(f"precision {precision!r}", expected="fp32")
+    if precision not in DTYPES:
+        raise ModelError(f"precision {precision!r}", expected=", ".join(DTYPES))
     path = locate(str(folder))
     config = read_config(path)
     check_weights(path)
@@ -158,11 +162,10 @@ def load_model(
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=config,
-            dtype=torch.float32,
+            dtype=DTYPES[precision],
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
     except Exception as error:  # safetensors, shapes, memory: each is told as it is
@@ -173,50 +176,23 @@ def load_model(
             f"{path}: {len(missing)} tensors are not in the weights (they would be random)",
             received=", ".join(missing[:5]),
         )
-    if adapter is not None:
-        model = _put_adapter(model, Path(adapter))
-    return model.to(device).eval()
+    return ready(model.to(device), precision, adapter)
 
 
-def _put_adapter(model: Any, folder: Path) -> Any:
-    """The model with a PEFT adapter from a folder; every tensor of it must find its place."""
-    from peft import PeftModel
-    from safetensors import safe_open
+def ready(model: Any, precision: str = "fp32", adapter: str | Path | None = None) -> Any:
+    """A transformers model made fit for flat batches and for its precision, with an adapter if there is one.
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder}: no {name}", expected="a PEFT adapter folder (safetensors)")
-    try:
-        wrapped = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
-    except Exception as error:
-        raise ModelError(
-            f"{folder}: does not fit this base model", received=" ".join(str(error).split())[:400]
-        ) from error
-    from peft import get_peft_model_state_dict
-
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        stored = set(file.keys())
-    # "auto" would ask the hub about the base model
-    wanted = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    if stored != wanted:
-        raise ModelError(
-            f"{folder}: the adapter's tensors are not this model's",
-            received=f"unknown: {sorted(stored - wanted)[:3]}, missing: {sorted(wanted - stored)[:3]}",
-        )
-    return wrapped
-
-
-def attach(model: Any, config: RunConfig) -> tuple[Any, Family, int]:
-    """The model with the config's method on it, frozen except for the method's parameters.
-
-    Returns:
-        The model, its family, and how many parameters the method's closed form says are trainable.
+    Raises:
+        ModelError: the adapter cannot be used.
     """
-    family = families.find(model.config.model_type)
-    method = methods.find(config.method)
-    expected = method.expected(model, family, config)
-    torch.manual_seed(config.seed)  # the method's random start is part of the seed
-    return method.attach(model, family, config), family, expected
+    model.fitune_compute = DTYPES[precision]
+    if model.config.model_type in families.TABLE:
+        families.TABLE[model.config.model_type].make_flat(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if adapter is not None:
+        model = adapters.put(model, Path(adapter))
+    return model.eval()
 
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -229,9 +205,27 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def use_attention(model: Any, name: str) -> None:
-    """Switch the attention: FLAT for flat batches, sdpa for generation. Read back, since some models only warn."""
+def computing(model: Any) -> AbstractContextManager[Any]:
+    """Inside, layers compute in the model's precision, whatever their weights are kept in."""
+    dtype = causal_lm(model).fitune_compute
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
+
+
+def use_attention(model: Any, name: str, bounds: Tensor | None = None, prefix: Any = None) -> None:
+    """Switch the attention: FLAT for flat batches, sdpa for generation. Read back, since some models only warn.
+
+    Args:
+        model: any.
+        name: FLAT or sdpa.
+        bounds, prefix: for models whose blocks hand no keywords through (BLOOM).
+    """
     inner = causal_lm(model)
+    if hasattr(inner, "flat_state"):
+        inner.flat_state.bounds, inner.flat_state.prefix = bounds, prefix
+        inner.config._attn_implementation = FLAT if name == FLAT else "eager"
+        return
     if inner.config._attn_implementation != name:
         inner.set_attn_implementation(name)
         if inner.config._attn_implementation != name:
@@ -258,4 +252,45 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-__all__ = ["FLAT", "Tuned", "attach", "load_model", "locate", "read_config", "trainable", "use_attention"]
+def checkpoint_blocks(model: Any, family: Family, every: bool | int) -> None:
+    """Activation checkpointing: keep nothing inside blocks, compute it again in the backward pass.
+
+    Args:
+        model: with its method attached.
+        family: names its blocks.
+        every: all blocks (True), every nth (a number), or none (False).
+
+    Raises:
+        ModelError: the model's blocks cannot do it.
+    """
+    inner = causal_lm(model)
+    if not every:
+        return
+    if not inner.supports_gradient_checkpointing:
+        raise ModelError(f"{type(inner).__name__}: cannot checkpoint activations", fix="leave out --checkpointing")
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for number, block in enumerate(family.block_list(inner)):
+        block.gradient_checkpointing = (number + 1) % int(every) == 0  # type: ignore[assignment]
+
+
+def groups(model: Any, family: Family) -> list[tuple[str, int, int]]:
+    """(name, trainable, total) parameters of each part: embedding, blocks one by one, norm, head, and what is new."""
+    inner = causal_lm(model)
+    prefix = next((name for name, module in model.named_modules() if module is inner), "")
+    start = f"{prefix}." if prefix else ""
+    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+    paths = {id(module): name for name, module in model.named_modules()}
+    parts = {f"{paths[id(embedding)]}.": "embedding", f"{start}{family.final_norm}.": "final norm"}
+    if head is not None:
+        parts[f"{paths[id(head)]}."] = "head"
+    counts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        block = re.match(rf"{re.escape(start + family.blocks)}\.(\d+)\.", name)
+        found = next((part for path, part in parts.items() if name.startswith(path)), name.split(".")[0])
+        part = f"block {block[1]}" if block else found
+        trained, total = counts.get(part, (0, 0))
+        counts[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+    return [(part, trained, total) for part, (trained, total) in counts.items()]
+
+
+__all__ = ["FLAT", "Tuned", "load_model", "locate", "read_config", "trainable", "use_attention"]

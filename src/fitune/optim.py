@@ -7,7 +7,7 @@ is no schedule to save. Optimizer states become a flat table of tensors plus JSO
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,24 @@ from torch import Tensor
 from fitune.config import RunConfig
 
 
-def make(parameters: Mapping[str, torch.nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); vectors (norms, biases) are never decayed."""
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+def make(
+    parameters: Mapping[str, torch.nn.Parameter], config: RunConfig, rates: Callable[[str], float] = lambda name: 1.0
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); vectors (norms, biases) are never decayed.
+
+    Args:
+        parameters: what is trained, by name.
+        config: the settings.
+        rates: the learning rate of a parameter, in times of the run's.
+    """
+    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault((parameter.ndim >= 2, rates(name)), []).append(parameter)
+    made = [
+        {"params": some, "weight_decay": config.weight_decay if decays else 0.0, "times": times}
+        for (decays, times), some in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]
+    return torch.optim.AdamW(made, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
@@ -41,9 +53,9 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group this learning rate."""
+    """Give every group this learning rate, times its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["times"]
 
 
 def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> list[str]:

@@ -9,14 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fitune import dataset, families, formats, methods, preflight, readers, templates, tokenizer
+from fitune import adapters, dataset, families, formats, methods, preflight, readers, templates, tokenizer
 from fitune.batches import Loader
 from fitune.config import DataSource, RunConfig
 from fitune.console import Watcher
-from fitune.errors import Collector
+from fitune.errors import Collector, ConfigError
 from fitune.files import sha256
 from fitune.memory import Estimate, estimate, resident_mib
-from fitune.model import Tuned, attach, check_weights, load_model, locate, pick_device, read_config, trainable
+from fitune.model import (
+    Tuned,
+    check_weights,
+    checkpoint_blocks,
+    groups,
+    load_model,
+    locate,
+    pick_device,
+    read_config,
+    trainable,
+)
 from fitune.records import Conversation, DataReport, Finding, Layout
 from fitune.store import Samples
 
@@ -45,6 +55,10 @@ class Job:
         """How many parameters are trained."""
         return sum(p.numel() for p in trainable(self.tuned.model).values())
 
+    def groups(self) -> list[tuple[str, int, int]]:
+        """(part, trainable, total) of each part of the model."""
+        return groups(self.tuned.model, self.tuned.family)
+
     @property
     def total(self) -> int:
         """How many parameters there are."""
@@ -59,7 +73,9 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     problems = Collector()
     with problems.gather():
-        methods.find(config.method)
+        methods.find(config.method).check(config)
+    with problems.gather():
+        _own_settings(config)
     changes: dict[str, Any] = {"data": [], "eval_data": []}
     for name, given in (("data", config.data), ("eval_data", config.eval_data)):
         for source in given:
@@ -71,12 +87,33 @@ def resolve(config: RunConfig) -> RunConfig:
     with problems.gather():
         folder = locate(config.model)
         changes["model"] = str(folder.resolve())
-        families.find(read_config(folder).model_type)
+        read_config(folder)
         check_weights(folder)
         templates.choose(config.template, tokenizer.load(folder))
     problems.raise_any()
+    if config.adapter is not None:
+        with problems.gather():
+            changes["adapter"] = str(adapters.locate(config.adapter).resolve())
+    problems.raise_any()
     changes["output"] = config.output or _free_folder(folder.name, config.method)
     return config.model_copy(update=changes)
+
+
+def _own_settings(config: RunConfig) -> None:
+    """Settings of another method than the run's would do nothing.
+
+    Raises:
+        ConfigError: some were given.
+    """
+    own = methods.find(config.method).options
+    plain = type(config)(model=config.model, data=config.data)
+    for group in sorted({method.options or "" for method in methods.TABLE.values()} | {"peft"}):
+        if group and group != own and getattr(config, group) != getattr(plain, group):
+            whose = next((m.name for m in methods.TABLE.values() if m.options == group), "peft:TYPE")
+            raise ConfigError(
+                f"settings of {group} are given, but the method is {config.method}",
+                fix=f"leave them out, or --method {whose}",
+            )
 
 
 def _absolute(source: str | DataSource) -> str | DataSource:
@@ -115,11 +152,19 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
 
     runtime = resident_mib()
     device = pick_device(config.device)
-    base = load_model(folder, device=str(device))
-    model, family, expected = attach(base, config)
+    method = methods.find(config.method)
+    base = load_model(folder, precision=config.precision, device=str(device))
+    if config.precision != "fp32" and not method.low_precision_base:
+        base = base.float()  # all of it is trained, so all of it is float32; what is computed is not
+    family = families.of(base)
+    expected = method.expected(base, family, config)
+    model = adapters.attach(base, config)
+    if config.adapter is not None:
+        adapters.load_into(model, adapters.locate(config.adapter))
+    checkpoint_blocks(model, family, config.checkpointing)
     samples = data.samples
     layout, leak = preflight.packing_leak(model, samples, config.layout)
-    model_findings = [preflight.trainable_set(model, expected), leak]
+    model_findings = [preflight.family_found(family), preflight.trainable_set(model, expected), leak]
     preflight.raise_refused(model_findings)
     by_length = layout == "padded"
     loader = Loader(samples, config.batch_size, config.accumulation, config.seed, config.batch_tokens, by_length)

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fitune.errors import TrainingError
 from fitune.kernels.attention import FLAT
 from fitune.kernels.loss import label_loss
-from fitune.model import causal_lm, trainable, use_attention
+from fitune.methods import virtual
+from fitune.model import causal_lm, computing, trainable, use_attention
 from fitune.records import Batch, Layout
 
 
@@ -33,34 +35,84 @@ class StepResult:
 
 
 def hidden_states(model: Any, batch: Batch, layout: Layout) -> Tensor:
-    """(T, W): the last hidden states of all tokens of a batch.
+    """(T, W): the last hidden states of all tokens of a batch; those of virtual tokens before them are left out.
 
     Args:
         model: with or without a method's wrapper.
         batch: flat, as always; what the model gets depends on the layout.
         layout: flat (all documents in one row, attention per document), padded (a row each, padded on the right and
             masked by position), documents (a forward each: for models that neither of the others suits).
+
+    Raises:
+        NotImplementedError: a prefix in another layout than flat.
     """
+    before = virtual.of(model)
+    with computing(model):
+        if layout == "flat":
+            return _flat(model, batch, before)
+        if before is not None and before.prefix is not None:
+            raise NotImplementedError("a prefix needs flat batches")
+        return _separate(model, batch, before, padded=layout == "padded")
+
+
+def _flat(model: Any, batch: Batch, before: virtual.Virtual | None) -> Tensor:
     inner = causal_lm(model)
     device = next(inner.parameters()).device
-    ids = torch.from_numpy(batch.ids).to(device)
-    use_attention(model, FLAT if layout == "flat" else "sdpa")
-    if layout == "flat":
-        out: Tensor = inner.base_model(
-            input_ids=ids[None],
-            position_ids=torch.from_numpy(batch.positions)[None].to(device),
-            cu_seq_lens_q=torch.from_numpy(batch.bounds),
-            use_cache=False,
-        ).last_hidden_state[0]
-        return out
-    documents = ids.split([int(end - start) for start, end in pairwise(batch.bounds)])
-    if layout == "documents":
-        outs = [inner.base_model(input_ids=one[None], use_cache=False).last_hidden_state[0] for one in documents]
-        return torch.cat(outs)
-    padded = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in documents], batch_first=True)
-    states = inner.base_model(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state
-    return states[mask.bool()]  # type: ignore[no-any-return]
+    ids, positions = (torch.from_numpy(values).to(device) for values in (batch.ids, batch.positions))
+    bounds, inputs, keep = torch.from_numpy(batch.bounds), {"input_ids": ids[None]}, None
+    extra: dict[str, Any] = {}
+    if before is not None and before.prefix is not None:
+        positions, extra = positions + before.count, {"prefix": before.prefix}
+    elif before is not None:
+        embedded, keep, bounds, positions = _laid_before(inner, ids, batch, before)
+        inputs = {"inputs_embeds": embedded[None]}
+    use_attention(model, FLAT, bounds, extra.get("prefix"))
+    out: Tensor = inner.base_model(
+        **inputs, position_ids=positions[None], cu_seq_lens_q=bounds, use_cache=False, **extra
+    ).last_hidden_state[0]
+    return out if keep is None else out[keep]
+
+
+def _laid_before(
+    inner: Any, ids: Tensor, batch: Batch, before: virtual.Virtual
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Embeddings with the virtual ones before each document, places of the real tokens, bounds, positions."""
+    documents = _embedded(inner, ids, batch, before)
+    lengths = [len(document) for document in documents]
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device)
+    return torch.cat(documents), torch.nonzero(positions >= before.count)[:, 0], bounds, positions
+
+
+def _embedded(inner: Any, ids: Tensor, batch: Batch, before: virtual.Virtual) -> list[Tensor]:
+    """Each document's embeddings behind the virtual ones."""
+    words = inner.get_input_embeddings()(ids)
+    start = cast(Tensor, before.embeddings).to(words.dtype)
+    return [torch.cat([start, document]) for document in _documents(words, batch)]
+
+
+def _documents(values: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    return torch.split(values, [int(end - start) for start, end in pairwise(batch.bounds)])
+
+
+def _separate(model: Any, batch: Batch, before: virtual.Virtual | None, *, padded: bool) -> Tensor:
+    """Documents in rows of their own: padded side by side, or one after the other."""
+    inner = causal_lm(model)
+    ids = torch.from_numpy(batch.ids).to(next(inner.parameters()).device)
+    use_attention(model, "sdpa")
+    skip = 0 if before is None else before.count
+    name = "input_ids" if before is None else "inputs_embeds"
+    documents = list(_documents(ids, batch)) if before is None else _embedded(inner, ids, batch, before)
+    if not padded:
+        outs = [inner.base_model(**{name: one[None]}, use_cache=False).last_hidden_state[0] for one in documents]
+        return torch.cat([out[skip:] for out in outs])
+    rows = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
+    ones = [torch.ones(len(one), dtype=torch.long, device=ids.device) for one in documents]
+    mask = torch.nn.utils.rnn.pad_sequence(ones, batch_first=True)
+    states = inner.base_model(**{name: rows}, attention_mask=mask, use_cache=False).last_hidden_state
+    real = mask.bool()
+    real[:, :skip] = False
+    return states[real]  # type: ignore[no-any-return]
 
 
 def label_hidden(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
@@ -74,7 +126,8 @@ def loss_sum(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
     inner = causal_lm(model)
     hidden = label_hidden(model, batch, layout)
     labels = torch.from_numpy(batch.labels).to(hidden.device)
-    return label_loss(inner.get_output_embeddings(), hidden, labels, inner.config.vocab_size)
+    with computing(model):
+        return label_loss(inner.get_output_embeddings(), hidden, labels, inner.config.vocab_size)
 
 
 def training_step(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +33,7 @@ from fitune.records import Conversation, Message, Sample, Source, ToolCall
 
 LINES, COLUMNS, META = "rows.jsonl", "columns.safetensors", "meta.json"
 SHARD_TOKENS = 1 << 20  # tokens of a shard, about: ids and mask of it are held while it is written or read through
+OPEN_SHARDS = 3
 BLOCK = 4096  # samples that are looked at together
 
 
@@ -55,7 +57,7 @@ def write_rows(folder: Path, rows: Iterable[tuple[int, Conversation]], meta: Map
     """
     files: dict[str, int] = {}
     formats: dict[str, int] = {}
-    columns = {"start": array("q"), "file": array("i"), "line": array("q"), "format": array("i"), "source": array("i")}
+    columns = {"start": array("q"), "file": array("i"), "line": array("i"), "format": array("i"), "source": array("i")}
     waits = array("b")
     at = 0
     with (folder / LINES).open("wb") as out:
@@ -75,7 +77,7 @@ def write_rows(folder: Path, rows: Iterable[tuple[int, Conversation]], meta: Map
             out.write(line)
             at += len(line)
     columns["start"].append(at)
-    arrays = {name: np.array(values, np.int64) for name, values in columns.items()}
+    arrays = {name: np.asarray(values) for name, values in columns.items()}  # 4 or 8 bytes a number
     save_file({**arrays, "slots": np.array(waits, np.bool_)}, folder / COLUMNS)
     text = json.dumps({"files": list(files), "formats": list(formats), **meta}, ensure_ascii=False)
     (folder / META).write_text(text, encoding="utf-8")
@@ -96,7 +98,7 @@ class Rows(Sequence[Conversation]):
         self._columns = load_file(folder / COLUMNS)
         self.numbers: NDArray[np.int64] = np.arange(len(self._columns["start"]) - 1)
 
-    def view(self, index: NDArray[np.int64]) -> Rows:
+    def view(self, index: NDArray[Any]) -> Rows:
         """These of the rows, in this order; a number may come several times."""
         return self._with(self.numbers[index])
 
@@ -145,7 +147,7 @@ class Rows(Sequence[Conversation]):
     def __iter__(self) -> Iterator[Conversation]:
         return self._read(self.numbers)
 
-    def _read(self, index: NDArray[np.int64]) -> Iterator[Conversation]:
+    def _read(self, index: NDArray[Any]) -> Iterator[Conversation]:
         with (self.folder / LINES).open("rb") as file:
             for at in index:
                 yield self._row(file, int(at))
@@ -178,7 +180,7 @@ def write_samples(folder: Path, made: Iterable[Sequence[Sample]]) -> None:
         folder: empty.
         made: the samples of row 0, of row 1, ...; read once.
     """
-    columns = {name: array("q") for name in ("row", "shard", "start", "length", "trained", *FACTS)}
+    columns = {name: array("i") for name in ("row", "shard", "start", "length", "trained", *FACTS)}
     shard: list[Sample] = []
     number = at = 0
 
@@ -203,7 +205,7 @@ def write_samples(folder: Path, made: Iterable[Sequence[Sample]]) -> None:
         if at >= SHARD_TOKENS:
             flush()
     flush()
-    save_file({name: np.array(values, np.int64) for name, values in columns.items()}, folder / COLUMNS)
+    save_file({name: np.asarray(values) for name, values in columns.items()}, folder / COLUMNS)
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -230,7 +232,7 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, folder: Path, rows: Rows, keep: object = None) -> None:
         self.rows, self._keep = rows, [keep]
-        self._columns: dict[str, NDArray[np.int64]] = load_file(folder / COLUMNS)
+        self._columns: dict[str, NDArray[np.int32]] = load_file(folder / COLUMNS)
         self._shards = [_shard(folder, n) for n in range(int(self._columns["shard"].max(initial=-1)) + 1)]
 
     def view(self, index: NDArray[Any]) -> Samples:
@@ -240,15 +242,15 @@ class Samples(Sequence[Sample]):
         other._columns = {name: column[index] for name, column in self._columns.items()}
         return other
 
-    def without(self, gone: NDArray[np.int64]) -> Samples:
+    def without(self, gone: NDArray[Any]) -> Samples:
         """Without the samples of some rows."""
         return self.view(~np.isin(self.column("row"), gone))
 
-    def joined(self, other: Samples, of: NDArray[np.int64]) -> Samples:
+    def joined(self, other: Samples, of: NDArray[Any]) -> Samples:
         """With samples from elsewhere, all in the order of the rows; row n of `other` is row of[n] here."""
         theirs = {
             **other._columns,
-            "row": of[other.column("row")],
+            "row": of[other.column("row")].astype(np.int32),
             "shard": other.column("shard") + len(self._shards),
         }
         order = np.argsort(np.concatenate([self.column("row"), theirs["row"]]), kind="stable")
@@ -258,7 +260,7 @@ class Samples(Sequence[Sample]):
         both._shards = [*self._shards, *other._shards]
         return both
 
-    def column(self, name: str) -> NDArray[np.int64]:
+    def column(self, name: str) -> NDArray[np.int32]:
         """row, length, trained, cut_prompt, cut_answer, ends_whole, prompt_length or needed, of each sample."""
         return self._columns[name]
 
@@ -288,14 +290,17 @@ class Samples(Sequence[Sample]):
 
     def pieces(self, numbers: Iterable[int]) -> Iterator[tuple[int, NDArray[np.int32], NDArray[np.bool_]]]:
         """Number, ids and mask of many samples."""
-        held, shard = -1, {}
+        held: OrderedDict[int, dict[str, NDArray[Any]]] = OrderedDict()  # rows that were cut lie in shards of their own
         starts, lengths, shards = (self._columns[name].tolist() for name in ("start", "length", "shard"))
         for at in numbers:
-            if shards[at] != held:
-                held = shards[at]
-                shard = load_file(self._shards[held])
+            shard = shards[at]
+            if shard not in held:
+                held[shard] = load_file(self._shards[shard])
+                if len(held) > OPEN_SHARDS:
+                    held.popitem(last=False)
+            held.move_to_end(shard)
             piece = slice(starts[at], starts[at] + lengths[at])
-            yield at, shard["ids"][piece], shard["mask"][piece]
+            yield at, held[shard]["ids"][piece].copy(), held[shard]["mask"][piece].copy()  # a view would keep it all
 
     def _sample(self, at: int, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> Sample:
         facts = {name: int(self._columns[name][at]) for name in FACTS}
@@ -303,9 +308,9 @@ class Samples(Sequence[Sample]):
         return Sample(ids, mask, source=self.rows.source(int(self._columns["row"][at])), **facts)  # type: ignore[arg-type]
 
 
-def lengths_of(samples: Sequence[Sample]) -> NDArray[np.int64]:
+def lengths_of(samples: Sequence[Sample]) -> NDArray[np.int32]:
     """The lengths of samples, wherever they are."""
-    return samples.column("length") if isinstance(samples, Samples) else np.array([len(s) for s in samples], np.int64)
+    return samples.column("length") if isinstance(samples, Samples) else np.array([len(s) for s in samples], np.int32)
 
 
 def ends_whole(samples: Sequence[Sample]) -> NDArray[np.bool_]:

@@ -13,11 +13,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from fitune import environment, optim, report
+from fitune import adapters, environment, methods, optim, report
 from fitune.batches import in_order
 from fitune.checkpoint import RunFolder, restore_rng
 from fitune.config import RunConfig, build, merge
@@ -90,7 +91,8 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
         ConfigError: a setting differs from the run's.
     """
     stored = RunFolder(output).read_config().model_copy(update={"output": output})
-    paths = ("output", "model", "data", "eval_data")  # the run has them resolved; its data is checked by its SHA-256
+    # the run has them resolved, and its data is checked by its SHA-256; where prepared data is kept decides nothing
+    paths = ("output", "model", "data", "eval_data", "adapter", "cache")
     others = {name: value for name, value in given.items() if name not in paths}
     wanted = build(merge(stored.model_dump(mode="json"), others))
     differing = [
@@ -118,9 +120,10 @@ def _tell(job: Job, watch: Watcher) -> None:
             "steps": f"{job.total_steps} ({len(job.loader.epoch_steps(0))} in the first epoch)",
             "learning rate": f"{job.lr:g}, warm-up {c.warmup:.0%}, cosine to 0",
             "parameters": f"{job.trainable:,} trainable of {job.total:,} ({job.trainable / job.total:.4%})",
-            "device": f"{job.tuned.device}, float32, seed {c.seed}",
+            "device": f"{job.tuned.device}, {c.precision}, seed {c.seed}",
         }
     )
+    watch.groups(job.groups())
     watch.findings(job.findings)
     watch.memory(job.memory.parts())
 
@@ -136,7 +139,9 @@ def _begin(run: RunFolder, job: Job) -> None:
     run.write("environment", environment.describe())
     run.write("template", job.tuned.template.as_dict())
     job.tuned.tokenizer.save_pretrained(str(run.tokenizer))
-    run.write("plan", {"expected_mib": job.memory.parts(), "trainable": job.trainable, "total": job.total})
+    parts = {name: {"trainable": trained, "total": total} for name, trained, total in job.groups()}
+    plan = {"expected_mib": job.memory.parts(), "trainable": job.trainable, "total": job.total, "parts": parts}
+    run.write("plan", plan)
     findings = [asdict(finding) for finding in job.findings]
     run.write("data", {"sha256": job.data_sha256, "report": job.report.as_dict(), "findings": findings})
     run.write("before", {"held_out_loss": _held_out(job), "answers": _sample_answers(job)})
@@ -164,7 +169,7 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
     """Steps, evaluations and checkpoints, from wherever the run stands to its end."""
     config, model = job.config, job.tuned.model
     parameters = trainable(model)
-    optimizer = optim.make(parameters, config)
+    optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
     torch.manual_seed(config.seed)
     start, best = _restore(run, parameters, optimizer, watch) if resume else (0, (None, None))
     run.truncate_steps(start)
@@ -221,7 +226,7 @@ def _restore(
 
 def _finish(run: RunFolder, job: Job) -> Result:
     """The adapter, the answers after, result.json and the report."""
-    run.save_adapter(job.tuned.model)
+    run.save_adapter(partial(adapters.save, job.tuned.model))
     records, before = run.read_steps(), run.read("before")
     asked = job.held_out_rows[: job.config.sample_prompts]
     after = _sample_answers(job)

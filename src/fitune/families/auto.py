@@ -29,7 +29,8 @@ def find(model: Any) -> Family:
     path, blocks = _blocks(model)
     block = blocks[0]
     linear = [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    attention = next((name for name, _ in block.named_children() if "attn" in name or "attention" in name), None)
+    parts = {name.split(".")[0] for name in linear}
+    attention = next((name for name in sorted(parts) if "attn" in name or "attention" in name), None)
     if attention is None:
         raise _unknown(model, "the attention of a block", [name for name, _ in block.named_children()])
     inside = [name for name in linear if name.startswith(f"{attention}.")]
@@ -70,7 +71,9 @@ def _blocks(model: Any) -> tuple[str, nn.ModuleList]:
 def _final_norm(model: Any, blocks: str) -> str:
     """The last norm beside the list of blocks."""
     parent = blocks.rpartition(".")[0]
-    names = [name for name, module in model.get_submodule(parent).named_children() if "norm" in type(module).__name__.lower()]
+    names = [
+        name for name, module in model.get_submodule(parent).named_children() if "norm" in type(module).__name__.lower()
+    ]
     if not names:
         raise _unknown(model, "the final norm", [name for name, _ in model.get_submodule(parent).named_children()])
     return f"{parent}.{names[-1]}" if parent else names[-1]

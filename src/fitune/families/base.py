@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+def _nothing(model: Any) -> None:
+    return None
 
 
 @dataclass(frozen=True)
 class Family:
     """Names of an architecture's parts, as they stand in its state dict.
 
-    blocks: path of the list of transformer blocks, from the causal-LM class. attention, mlp: names of the linear layers
-    inside a block. lora_targets: what `targets: auto` means, the attention projections that Hu et al. (2021) tuned.
+    blocks, final_norm: paths from the causal-LM class. All others are paths from a block: attention and mlp are its
+    modules (mlp None: its layers stand in the block itself), qkv and mlp_in the linear layers that read the hidden
+    states, out and mlp_out those that write them. lora_targets: what `targets: auto` means, the attention projections
+    that Hu et al. (2021) tuned. bias_flags: settings of the config that give every projection a bias, where it has
+    some. make_flat: replaces what keeps an instance from running flat batches. found: by looking at the model.
     """
 
     model_type: str
     blocks: str
-    attention: tuple[str, ...]
-    mlp: tuple[str, ...]
+    attention: str
+    qkv: tuple[str, ...]
+    out: str
+    mlp: str | None
+    mlp_in: tuple[str, ...]
+    mlp_out: str
+    final_norm: str
     lora_targets: tuple[str, ...]
+    bias_flags: tuple[str, ...] = ()
+    make_flat: Callable[[Any], None] = _nothing
+    found: bool = False
+
+    def block_list(self, model: Any) -> nn.ModuleList:
+        """The transformer blocks of a causal LM."""
+        blocks = model.get_submodule(self.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def projections(self) -> tuple[str, ...]:
+        """Every linear layer of a block."""
+        return (*self.qkv, self.out, *self.mlp_in, self.mlp_out)
+
+    def describe(self) -> str:
+        """The names in one line."""
+        parts = f"blocks {self.blocks}, attention {', '.join((*self.qkv, self.out))}"
+        return f"{parts}, MLP {', '.join((*self.mlp_in, self.mlp_out))}, final norm {self.final_norm}"

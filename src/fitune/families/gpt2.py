@@ -5,7 +5,12 @@ from fitune.families.base import Family
 FAMILY = Family(
     model_type="gpt2",
     blocks="transformer.h",
-    attention=("c_attn", "attn.c_proj"),
-    mlp=("c_fc", "mlp.c_proj"),
+    attention="attn",
+    qkv=("attn.c_attn",),
+    out="attn.c_proj",
+    mlp="mlp",
+    mlp_in=("mlp.c_fc",),
+    mlp_out="mlp.c_proj",
+    final_norm="transformer.ln_f",
     lora_targets=("c_attn",),
 )

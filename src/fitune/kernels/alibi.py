@@ -2,8 +2,9 @@
 
 In: BLOOM's attention module. Out: one that shares its layers and names. In a flat batch every document attends to
 itself alone, through SDPA with the bias slope x position of the key; otherwise the original runs. The bounds of the
-documents, and the prefix of prefix-tuning, reach it through the model's own `FlatState`: BLOOM's blocks hand no keywords
-through. They stay set until the next forward, so that a checkpointed block finds them again in the backward pass.
+documents, and the prefix of prefix-tuning, reach it through the model's own `FlatState`: BLOOM's blocks hand no
+keywords through. They stay set until the next forward, so that a checkpointed block finds them again in the backward
+pass.
 
 Shapes: H = heads, T = tokens of all documents, L = of one, E = head width, k = prefix tokens.
 """
@@ -27,6 +28,10 @@ class FlatState:
 
     bounds: Tensor | None = None
     prefix: list[tuple[Tensor, Tensor]] | None = None
+
+    def __deepcopy__(self, memo: object) -> FlatState:
+        """A copied block belongs to the same model."""
+        return self
 
 
 class AlibiAttention(BloomAttention):  # type: ignore[misc]  # transformers has no types
@@ -87,4 +92,5 @@ class AlibiAttention(BloomAttention):  # type: ignore[misc]  # transformers has 
         ones = torch.ones(1, width, device=keys.device, dtype=torch.int64)
         bias = build_alibi_tensor(ones, self.num_heads, keys.dtype)[None]  # (1, H, 1, k + L)
         later = torch.ones(length, width, dtype=torch.bool, device=keys.device).triu(width - length + 1)
-        return bias.expand(1, -1, length, -1).masked_fill(later, torch.finfo(keys.dtype).min)
+        masked: Tensor = bias.expand(1, -1, length, -1).masked_fill(later, torch.finfo(keys.dtype).min)
+        return masked

@@ -9,8 +9,9 @@ Shapes: B = 1, H = query heads, K = key/value heads, T = tokens of all documents
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ def flat_attention(
     cu_seq_lens_q: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    prefix: Sequence[tuple[Tensor, Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention per document; the signature is transformers' attention interface.
@@ -39,6 +41,7 @@ def flat_attention(
     Args:
         cu_seq_lens_q: (D + 1,) bounds of the documents, on the CPU, so that slicing by them never waits for a GPU.
         sliding_window: a token sees this many tokens, itself included.
+        prefix: of each layer, keys and values (1, K, k, E) that stand before every document (prefix-tuning).
 
     Returns:
         (1, T, H, E), and no attention weights.
@@ -55,17 +58,21 @@ def flat_attention(
         raise NotImplementedError("soft-capped attention in a flat batch")
     grouped = query.shape[1] != key.shape[1]
     bounds = cu_seq_lens_q.tolist()
+    before = None if prefix is None else [t.to(query.dtype) for t in prefix[cast(int, module.layer_idx)]]
     outputs = []
     for start, end in pairwise(bounds):
-        window = _window(end - start, sliding_window, query.device)
+        keys, values = key[:, :, start:end], value[:, :, start:end]
+        if before is not None:
+            keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
+        mask = _mask(end - start, keys.shape[2], sliding_window, query.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
-                attn_mask=window,
+                keys,
+                values,
+                attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=window is None,
+                is_causal=mask is None,
                 scale=scaling,
                 enable_gqa=grouped,
             )
@@ -73,13 +80,12 @@ def flat_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _window(length: int, width: int | None, device: torch.device) -> Tensor | None:
-    """(length, length) mask of a sliding window, or None where the document fits into it."""
-    if width is None or length <= width:
+def _mask(length: int, keys: int, width: int | None, device: torch.device) -> Tensor | None:
+    """(length, keys): which keys a token sees, the last one being its own; None: plain causal attention."""
+    if length == keys and (width is None or length <= width):
         return None
-    at = torch.arange(length, device=device)
-    distance = at[:, None] - at[None, :]
-    return (distance >= 0) & (distance < width)
+    distance = torch.arange(keys - length, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
+    return (distance >= 0) & (distance < (width or keys))
 
 
 AttentionInterface.register(FLAT, flat_attention)

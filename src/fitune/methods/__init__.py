@@ -6,10 +6,13 @@ In: a method's name. Out: a Method, which attaches trainable parameters to a mod
 from __future__ import annotations
 
 from fitune.errors import ConfigError, did_you_mean
-from fitune.methods import lora
+from fitune.methods import adapter, bitfit, freeze, full, ia3, lora, other, p_tuning, prefix, prompt, tail
 from fitune.methods.base import Method
 
-TABLE: dict[str, Method] = {method.name: method for method in (lora.METHOD,)}
+TABLE: dict[str, Method] = {
+    module.METHOD.name: module.METHOD
+    for module in (full, freeze, tail, bitfit, prompt, p_tuning, prefix, adapter, lora, ia3)
+}
 
 __all__ = ["TABLE", "Method", "find"]
 
@@ -20,6 +23,8 @@ def find(name: str) -> Method:
     Raises:
         ConfigError: there is none.
     """
+    if name.startswith(other.START):
+        return other.find(name)
     if name not in TABLE:
-        raise ConfigError(f"unknown method {name!r}", fix=did_you_mean(name, TABLE))
+        raise ConfigError(f"unknown method {name!r}", fix=did_you_mean(name, [*TABLE, f"{other.START}TYPE"]))
     return TABLE[name]

@@ -1,0 +1,251 @@
+"""What was tuned, as files: saving it, putting it on a base, switching between several, and turning it off.
+
+In: a model with a method on it. Out: a folder. Methods that PEFT knows are saved in PEFT's format. Ours (full, freeze,
+tail, bitfit, adapter) are saved as the trainable tensors by name, with the settings that attach them again:
+
+    adapter_config.json   adapter_model.safetensors     PEFT's
+    encoder.safetensors                                 what P-tuning and a projected prefix train, to go on from
+    fitune_adapter.json   adapter_model.safetensors     ours
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fitune import families, methods
+from fitune.config import RunConfig, build
+from fitune.errors import ConfigError, ModelError
+from fitune.methods import adapter as bottleneck
+from fitune.methods import lora
+
+PEFT_CONFIG, OWN_CONFIG = "adapter_config.json", "fitune_adapter.json"
+WEIGHTS, ENCODER = "adapter_model.safetensors", "encoder.safetensors"
+
+
+def attach(model: Any, config: RunConfig) -> Any:
+    """The model with the config's method on it; what is trained is remembered, so that it can be saved and turned off.
+
+    Raises:
+        ConfigError: the settings do not fit the model.
+    """
+    method = methods.find(config.method)
+    torch.manual_seed(config.seed)  # the method's random start is part of the seed
+    model = method.attach(model, families.of(model), config)
+    if not isinstance(model, PeftModel):
+        model.fitune_method = {"method": method.name, **_options(method, config)}
+    return model
+
+
+def _options(method: methods.Method, config: RunConfig) -> dict[str, Any]:
+    return {method.options: getattr(config, method.options).model_dump(mode="json")} if method.options else {}
+
+
+def trained(model: Any) -> dict[str, Tensor]:
+    """The trainable tensors by name, on the CPU."""
+    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()  # an LSTM takes another way with gradients, and its bits are to be those of inference
+def save(model: Any, folder: Path) -> None:
+    """Everything that was tuned, as files; see the module's text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not isinstance(model, PeftModel):
+        save_file(trained(model), folder / WEIGHTS)
+        (folder / OWN_CONFIG).write_text(json.dumps(model.fitune_method, indent=1), encoding="utf-8")
+        return
+    as_lora = lora.pissa_as_lora(model, get_peft_model_state_dict(model, save_embedding_layers=False))
+    if as_lora is not None:
+        tensors, config = as_lora
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+        return
+    # embeddings never change here; "auto" would ask the hub about the base model
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    if len(trained(model)) > 1 and model._is_prompt_learning:
+        save_file(trained(model), folder / ENCODER)
+
+
+def put(model: Any, folder: Path) -> Any:
+    """The model with what a folder holds; every tensor must find its place.
+
+    Raises:
+        ModelError: the folder holds no adapter, or one for another model.
+    """
+    own, peft = (folder / OWN_CONFIG).is_file(), (folder / PEFT_CONFIG).is_file()
+    if not (own or peft) or not (folder / WEIGHTS).is_file():
+        missing = WEIGHTS if own or peft else PEFT_CONFIG
+        raise ModelError(f"{folder}: no {missing}", expected="an adapter folder (safetensors), PEFT's or fitune's")
+    return _put_own(model, folder) if own else _put_peft(model, folder)
+
+
+def read_own(folder: Path) -> RunConfig:
+    """The settings that attach what a folder of ours holds.
+
+    Raises:
+        ModelError: the file is broken.
+    """
+    path = folder / OWN_CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return build({"model": str(folder), "data": ["-"], **values})
+    except (OSError, ValueError, TypeError, ConfigError) as error:
+        raise ModelError(f"{path}: broken", received=" ".join(str(error).split())[:200]) from None
+
+
+def _put_own(model: Any, folder: Path) -> Any:
+    model = attach(model, read_own(folder))
+    model.fitune_start = {name: tensor.clone() for name, tensor in trained(model).items()}  # for disabled()
+    load_into(model, folder)
+    return model
+
+
+def _put_peft(model: Any, folder: Path) -> Any:
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+    except Exception as error:  # PEFT raises many kinds; each is told as it is
+        raise ModelError(
+            f"{folder}: does not fit this base model", received=" ".join(str(error).split())[:400]
+        ) from error
+    _same_names(folder, set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)))
+    return wrapped
+
+
+def _same_names(folder: Path, wanted: set[str]) -> None:
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        stored = set(file.keys())
+    if stored != wanted:
+        raise ModelError(
+            f"{folder}: the adapter's tensors are not this model's",
+            received=f"unknown: {sorted(stored - wanted)[:3]}, missing: {sorted(wanted - stored)[:3]}",
+            fix="the same base model, method and settings as it was trained with",
+        )
+
+
+def locate(path: str) -> Path:
+    """The adapter folder that a path means: itself, or that of a run.
+
+    Raises:
+        ModelError: there is none.
+    """
+    folder = Path(path).expanduser()
+    for place in (folder, folder / "adapter"):
+        if (place / WEIGHTS).is_file():
+            return place
+    raise ModelError(f"{path}: no adapter here", expected=f"a run folder, or a folder with {WEIGHTS}")
+
+
+@torch.no_grad()
+def load_into(model: Any, folder: Path) -> None:
+    """Give a model whose method is attached the values of an adapter folder, to go on from.
+
+    Raises:
+        ModelError: it was made by another method or with other settings.
+    """
+    if isinstance(model, PeftModel) and not (folder / ENCODER).is_file():
+        _load_peft(model, folder)
+        return
+    stored = load_file(folder / (ENCODER if isinstance(model, PeftModel) else WEIGHTS))
+    mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _same_shapes(folder, mine, stored)
+    for name, parameter in mine.items():
+        parameter.copy_(stored[name])
+
+
+def _load_peft(model: Any, folder: Path) -> None:
+    if not (folder / PEFT_CONFIG).is_file():
+        raise _other(folder, [OWN_CONFIG])
+    stored = load_file(folder / WEIGHTS)
+    mine = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _same_shapes(folder, mine, stored)
+    set_peft_model_state_dict(model, stored)
+
+
+def _same_shapes(folder: Path, mine: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    shapes = [{name: tuple(tensor.shape) for name, tensor in some.items()} for some in (mine, stored)]
+    differing = sorted(name for name in {*mine, *stored} if shapes[0].get(name) != shapes[1].get(name))
+    if differing:
+        raise _other(folder, differing)
+
+
+def _other(folder: Path, differing: list[str]) -> ModelError:
+    return ModelError(
+        f"{folder}: was trained by another method, or with other settings",
+        received=f"differing: {', '.join(differing[:4])}",
+        expected="the method, targets, ranks and sizes of this run",
+        fix="give the same --method and its settings",
+    )
+
+
+# ---- several side by side, and none ----
+
+
+def add(model: Any, folder: Path, name: str) -> None:
+    """One more adapter of the same kind beside the one that is there; it is active from now on.
+
+    Raises:
+        ModelError: it is of another kind, or does not fit.
+    """
+    if isinstance(model, PeftModel) and (folder / PEFT_CONFIG).is_file():
+        try:
+            model.load_adapter(str(folder), name, local_files_only=True)
+        except Exception as error:
+            raise ModelError(f"{folder}: does not fit beside", received=" ".join(str(error).split())[:300]) from error
+        model.set_adapter(name)
+        return
+    if not (folder / OWN_CONFIG).is_file() or not any(bottleneck.wrappers(model)):
+        raise ModelError(f"{folder}: cannot stand beside what is there", expected="an adapter of the same kind")
+    bottleneck.add(model, families.of(model), read_own(folder).bottleneck, name)
+    stored = load_file(folder / WEIGHTS)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, value in stored.items():
+            parameters[key.replace(f".adapters.{bottleneck.DEFAULT}.", f".adapters.{name}.")].copy_(value)
+
+
+def switch(model: Any, name: str) -> None:
+    """Make the adapter of that name the active one."""
+    if isinstance(model, PeftModel):
+        model.set_adapter(name)
+    else:
+        bottleneck.switch(model, name)
+
+
+@contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """Inside, the model is its base."""
+    if isinstance(model, PeftModel):
+        model.fitune_disabled = True
+        try:
+            with model.disable_adapter():
+                yield
+        finally:
+            model.fitune_disabled = False
+        return
+    start = getattr(model, "fitune_start", None)
+    if start is None:
+        yield
+        return
+    now = {name: p for name, p in model.named_parameters() if name in start}
+    kept = {name: p.data for name, p in now.items()}
+    active = [(layer, layer.active) for layer in bottleneck.wrappers(model)]
+    try:
+        for name, parameter in now.items():
+            parameter.data = start[name].to(parameter.device)
+        bottleneck.switch(model, None)
+        yield
+    finally:
+        for name, parameter in now.items():
+            parameter.data = kept[name]
+        for layer, name_ in active:
+            layer.active = name_

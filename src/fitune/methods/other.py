@@ -1,0 +1,71 @@
+"""Any other method of PEFT by its type: `peft:VERA`, `peft:LOHA`, ... with the settings of its own config in `peft`.
+
+In: a model. Out: the model as PEFT wraps it. What is trained, and how many parameters, is PEFT's to say.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
+
+from fitune.config import RunConfig
+from fitune.errors import ConfigError, did_you_mean
+from fitune.families import Family
+from fitune.methods.base import Method, short, targets
+
+START = "peft:"
+
+
+class Other(Method):
+    """See the module's text."""
+
+    trains = "as PEFT's method of that type; settings in peft (--set peft.r=4)"
+    options = "peft"
+    default_lr = 1e-3
+    why_lr = "most of PEFT's methods train few parameters that start at no change"
+    same_at_start = False  # not promised: it is PEFT's to say
+
+    def __init__(self, kind: str) -> None:
+        self.name = f"{START}{kind}"  # type: ignore[misc]
+        self.kind = kind
+
+    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+        """See Method.attach."""
+        maker = PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]  # type: ignore[index]
+        given = dict(config.peft)
+        if "target_modules" in inspect.signature(maker).parameters:
+            names = targets(model, given.pop("target_modules", "auto"), family.lora_targets, "peft.target_modules")
+            given["target_modules"] = short(names, model)
+        try:
+            return get_peft_model(model, maker(task_type="CAUSAL_LM", **given))
+        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+            raise ConfigError(
+                f"{self.name}: PEFT does not take it",
+                received=" ".join(str(error).split())[:300],
+                fix="--set peft.KEY=...",
+            ) from error
+
+    def expected(self, model: Any, family: Family, config: RunConfig) -> None:
+        """Only PEFT knows."""
+
+    def check(self, config: RunConfig) -> None:
+        """The settings must be those of PEFT's config."""
+        known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]).parameters  # type: ignore[index]
+        for name in config.peft:
+            if name not in known:
+                raise ConfigError(f"peft.{name}: {self.kind} has no such setting", fix=did_you_mean(name, known))
+
+
+def find(name: str) -> Other:
+    """The method that `peft:TYPE` means.
+
+    Raises:
+        ConfigError: PEFT has none of that type.
+    """
+    kind = name.removeprefix(START).upper()
+    known = {str(getattr(one, "value", one)) for one in PEFT_TYPE_TO_CONFIG_MAPPING}
+    if kind not in known:
+        raise ConfigError(f"unknown method {name!r}", fix=did_you_mean(kind, known))
+    return Other(kind)

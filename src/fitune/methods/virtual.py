@@ -1,0 +1,49 @@
+"""Virtual tokens of prompt-, P- and prefix-tuning, for flat batches: every document gets its own.
+
+In: a model as PEFT wraps it. Out: what stands before each document, made once for a whole batch. PEFT's own forward
+puts them before each row of a padded batch; in a flat batch it would put them before the first document alone.
+
+Shapes: k = virtual tokens, W = width, K = key heads, E = head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftType
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """embeddings: (k, W), before the input; or prefix: of each layer keys and values, (1, K, k, E)."""
+
+    count: int
+    embeddings: Tensor | None = None
+    prefix: list[tuple[Tensor, Tensor]] | None = None
+
+
+def of(model: Any) -> Virtual | None:
+    """What stands before each document; None where nothing does."""
+    if not getattr(model, "_is_prompt_learning", False) or getattr(model, "fitune_disabled", False):
+        return None
+    config = model.active_peft_config
+    made = _encoded(model)
+    if config.peft_type != PeftType.PREFIX_TUNING:
+        return Virtual(config.num_virtual_tokens, embeddings=made)
+    layers, heads = config.num_layers, config.num_attention_heads
+    by_layer = made.view(config.num_virtual_tokens, 2 * layers, heads, -1)
+    split = by_layer.permute(1, 2, 0, 3)[:, None].unbind()  # 2 x layers times (1, K, k, E)
+    return Virtual(config.num_virtual_tokens, prefix=list(zip(split[::2], split[1::2], strict=True)))
+
+
+def _encoded(model: Any) -> Tensor:
+    """(k, ...): what the encoder gives, or where PEFT loaded it for inference, what it gave."""
+    encoder = model.prompt_encoder[model.active_adapter]
+    if model.active_peft_config.inference_mode:
+        weight: Tensor = encoder.embedding.weight
+        return weight
+    tokens = model.prompt_tokens[model.active_adapter].to(encoder.embedding.weight.device)
+    out: Tensor = encoder(tokens[None, : model.active_peft_config.num_virtual_tokens])[0]
+    return out

@@ -1,0 +1,212 @@
+"""One contract for every method on every family: see each check's own text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import tiny
+from fitune import adapters, families, methods, optim, preflight
+from fitune.batches import flat
+from fitune.config import RunConfig, build
+from fitune.errors import ConfigError, RunFolderError
+from fitune.merging import merged
+from fitune.model import causal_lm, checkpoint_blocks, computing, load_model, ready, trainable, use_attention
+from fitune.records import Sample
+from fitune.step import loss_sum, training_step
+
+# What is tried of each method: its settings. `peft:` types stand for all the others.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "freeze": {"method": "freeze", "freeze": {"blocks": 1, "norm": True}},
+    "freeze-tensors": {"method": "freeze", "freeze": {"tensors": 4}},
+    "freeze-patterns": {"method": "freeze", "freeze": {"patterns": [r"\.1\..*(q_proj|query_key|c_attn|qkv_proj)"]}},
+    "tail": {"method": "tail", "tail": {"blocks": 2}},
+    "tail-interleaved": {"method": "tail", "tail": {"blocks": 2, "interleaved": True}},
+    "tail-mlp": {"method": "tail", "tail": {"kind": "mlp"}},
+    "bitfit": {"method": "bitfit"},
+    "bitfit-add": {"method": "bitfit", "bitfit": {"add": True}},
+    "prompt": {"method": "prompt", "prompt": {"tokens": 5}},
+    "prompt-random": {"method": "prompt", "prompt": {"tokens": 5, "init": "random"}},
+    "p-tuning": {"method": "p-tuning", "p_tuning": {"tokens": 5}},
+    "p-tuning-lstm": {"method": "p-tuning", "p_tuning": {"tokens": 5, "encoder": "lstm", "width": 24}},
+    "prefix": {"method": "prefix", "prefix": {"tokens": 5}},
+    "prefix-projected": {"method": "prefix", "prefix": {"tokens": 5, "projection": True, "width": 24}},
+    "houlsby": {"method": "adapter", "bottleneck": {"width": 8}},
+    "pfeiffer": {"method": "adapter", "bottleneck": {"kind": "pfeiffer", "width": 8, "activation": "relu"}},
+    "parallel": {"method": "adapter", "bottleneck": {"kind": "parallel", "width": 8, "activation": "silu"}},
+    "lora": {"method": "lora", "lora": {"rank": 4}},
+    "lora-all": {"method": "lora", "lora": {"rank": 4, "targets": "all-linear", "b_rate": 16, "rslora": True}},
+    "lora-dora": {"method": "lora", "lora": {"rank": 4, "dora": True}},
+    "lora-pissa": {"method": "lora", "lora": {"rank": 4, "init": "pissa"}},
+    "ia3": {"method": "ia3"},
+    "peft:LOHA": {"method": "peft:LOHA", "peft": {"r": 4}},
+    "peft:VERA": {"method": "peft:VERA", "peft": {"r": 4}},
+}  # fmt: skip
+REFUSED = {
+    ("bitfit", "llama"): "has no bias terms",
+    ("bitfit", "llama-tied"): "has no bias terms",
+    ("bitfit", "phi3"): "has no bias terms",
+    ("parallel", "opt"): "this model's MLP is no module of its own",
+    ("peft:LOHA", "gpt2"): "PEFT does not take it",  # no Conv1D
+}
+KINDS = [*tiny.FAMILIES, "llama-tied", *tiny.UNKNOWN]
+QUICK_BF16 = ("llama", "bloom")
+IDS = torch.randint(5, 300, (1, 14), generator=torch.Generator().manual_seed(0))
+
+
+def cases() -> Iterator[Any]:
+    for variant in VARIANTS:
+        for kind in KINDS:
+            for precision in ("fp32", "bf16"):
+                quick = precision == "fp32" or kind in QUICK_BF16
+                yield pytest.param(variant, kind, precision, marks=[] if quick else pytest.mark.full)
+
+
+def config_for(variant: str, precision: str = "fp32", **changes: Any) -> RunConfig:
+    return build({"model": "m", "data": ["d"], "precision": precision, **VARIANTS[variant], **changes})
+
+
+def make_base(kind: str, precision: str, method: methods.Method | None = None) -> Any:
+    model = tiny.make_model(kind)
+    if precision == "bf16":
+        model = model.to(torch.bfloat16)
+        if method is not None and not method.low_precision_base:
+            model = model.float()
+    return ready(model, precision)
+
+
+def samples() -> list[Sample]:
+    random = np.random.default_rng(3)
+    made = []
+    for length in (7, 1, 12, 5, 9):
+        mask = np.arange(length) >= length // 2
+        mask[0] = False
+        made.append(Sample(random.integers(5, 300, length).astype(np.int32), mask))
+    return made
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Of the model's own forward, without what virtual tokens give."""
+    model.eval()
+    use_attention(model, "sdpa")
+    with torch.no_grad(), computing(model):
+        return model(input_ids=IDS).logits[:, -IDS.shape[1] :].float()
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Of one batch, in training mode, dropout the same every time."""
+    model.train()
+    torch.manual_seed(0)
+    (loss_sum(model, flat(samples(), range(5))) / 9).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize(("variant", "kind", "precision"), cases())
+def test_contract(variant: str, kind: str, precision: str, tmp_path: Path) -> None:
+    config = config_for(variant, precision)
+    method = methods.find(config.method)
+    method.check(config)
+    base = make_base(kind, precision, method)
+    family = families.of(base)
+    if (variant, kind) in REFUSED:
+        with pytest.raises(ConfigError, match=REFUSED[variant, kind]):
+            adapters.attach(base, config)
+        return
+    exact, close = (0.0, 1e-5) if precision == "fp32" else (2e-2, 2e-2)
+    before = logits(base)
+    scale = float(before.abs().max())
+    expected = method.expected(base, family, config)
+    model = adapters.attach(base, config)
+
+    # what is trained is, by name and size, the closed form, and float32
+    found = preflight.trainable_set(model, expected)
+    assert found.level == "ok", found.text
+    # nothing changes at the start where that is promised
+    if method.same_at_start:
+        assert (logits(model) - before).abs().max() <= (max(close, 1e-5) if "pissa" in variant else exact) * scale
+    # a flat batch is the same as separate documents, in the method's own forward
+    two = [s for s in samples() if len(s) > 1]
+    layout, finding = preflight.packing_leak(model, two, "flat")
+    assert layout == "flat", finding.text
+    model.eval()
+    with torch.no_grad():
+        leak = preflight._leak(model, two, "flat")
+    assert leak.difference <= (1e-5 if precision == "fp32" else 5e-2)
+    assert leak.moved <= 1e-6
+
+    # a finite gradient reaches every trainable tensor, and the same one with checkpointing
+    plain = gradients(model)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in plain.values())
+    checkpoint_blocks(model, family, True)
+    for name, gradient in gradients(model).items():
+        size = max(float(plain[name].abs().max()), 1e-6)
+        assert (gradient - plain[name]).abs().max() <= (1e-6 if precision == "fp32" else 2e-2) * size, name
+
+    # after two steps every trainable tensor has changed, and every frozen one is bit-identical
+    start = state(model)
+    optimizer = optim.make(trainable(model), config, lambda name: method.rates(config, name))
+    optim.set_rate(optimizer, 1e-2)
+    model.train()
+    for _ in range(2):
+        training_step(model, [flat(samples(), range(5))], optimizer, 1.0)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, start[name]) != parameter.requires_grad, name
+
+    # what is saved and loaded again has the same logits, and turned off it is the base
+    after = logits(model)
+    assert (after - before).abs().max() > 1e-3
+    adapters.save(model, tmp_path / "saved")
+    assert all(path.suffix in (".safetensors", ".json", ".md") for path in (tmp_path / "saved").iterdir())
+    loaded = ready(make_base(kind, precision, method), precision, tmp_path / "saved")
+    if "pissa" in variant:  # saved as a plain LoRA of twice the rank
+        assert (logits(loaded) - after).abs().max() <= max(close, 1e-4) * scale
+    else:
+        assert torch.equal(logits(loaded), after)
+    with adapters.disabled(loaded):
+        assert torch.equal(logits(loaded), before)
+        layout, finding = preflight.packing_leak(loaded, two, "flat")
+        assert layout == "flat", finding.text
+    assert (logits(loaded) - after).abs().max() <= max(close, 1e-4) * scale
+
+    # PEFT loads what it knows, with the same logits
+    if isinstance(loaded, PeftModel):
+        theirs = PeftModel.from_pretrained(make_base(kind, precision), str(tmp_path / "saved")).eval()
+        theirs.fitune_compute = causal_lm(loaded).fitune_compute
+        assert torch.equal(logits(theirs), logits(loaded))
+
+    # it merges into a plain model with the same logits, or says why not
+    if precision == "bf16":
+        return
+    if method.merge_problem(causal_lm(loaded), family, config) is not None or variant.startswith(("peft:", "prompt")):
+        if not variant.startswith("peft:"):
+            with pytest.raises(RunFolderError, match=r"cannot be merged: .{10}"):
+                merged(loaded, family, config)
+        return
+    done = merged(loaded, family, config)
+    done.save_pretrained(str(tmp_path / "plain"))
+    tiny.make_tokenizer().save_pretrained(str(tmp_path / "plain"))
+    again = AutoModelForCausalLM.from_pretrained(str(tmp_path / "plain"), dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (again(IDS).logits - after).abs().max() <= 1e-5 * max(1.0, float(after.abs().max())) * 10
+
+
+def test_load_model_does_it_all_from_a_folder(tmp_path: Path) -> None:
+    folder = tiny.save("bloom", tmp_path / "model")
+    model = adapters.attach(load_model(folder), config_for("houlsby"))
+    adapters.save(model, tmp_path / "saved")
+    loaded = load_model(folder, adapter=tmp_path / "saved")
+    assert torch.equal(logits(loaded), logits(load_model(folder)))
