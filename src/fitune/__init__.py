@@ -11,7 +11,18 @@ from importlib import import_module, metadata
 from typing import Any
 
 __version__ = metadata.version("fitune")
-__all__ = ["FituneError", "Result", "Tuned", "__version__", "generate", "load", "load_model", "train"]
+__all__ = [
+    "FituneError",
+    "Merged",
+    "Result",
+    "Tuned",
+    "__version__",
+    "generate",
+    "load",
+    "load_model",
+    "merge",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,12 +11,13 @@ from fitune.console import Watcher
 from fitune.errors import ConfigError
 from fitune.generation import Sampling, answer
 from fitune.loading import load as _load
+from fitune.merging import Merged, merge
 from fitune.model import Tuned, load_model
 from fitune.records import Message
 from fitune.training import Result, resume_config
 from fitune.training import train as _train
 
-__all__ = ["Result", "Tuned", "generate", "load", "load_model", "train"]
+__all__ = ["Merged", "Result", "Tuned", "generate", "load", "load_model", "merge", "train"]
 
 
 def train(*, resume: bool = False, watch: Watcher | None = None, **settings: Any) -> Result:

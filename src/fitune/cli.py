@@ -66,24 +66,36 @@ DataFlags = _optional(settings.DataConfig, "DataFlags", without=("model", "data"
 SetOption = Annotated[list[str] | None, Parameter(name="--set", negative="", help="Any setting: --set lora.rank=16.")]
 
 
-def _typed(flags: Any) -> dict[str, Any]:
+def _typed(flags: Any, group: type[BaseModel] = settings.RunConfig) -> dict[str, Any]:
     """What was typed."""
     values = flags.model_dump(exclude_none=True) if flags else {}
-    for name, info in settings.RunConfig.model_fields.items():
-        if name in values and get_origin(info.annotation) is dict:
-            values[name] = dict(_pair(name, text) for text in values[name])
-    return values
+    return _with_mappings(values, group)
+
+
+def _with_mappings(values: dict[str, Any], group: type[BaseModel]) -> dict[str, Any]:
+    """`name=text` as entries of a mapping; numbers and the like are read as in YAML where texts are not wanted."""
+    out = dict(values)
+    for name, info in group.model_fields.items():
+        if name not in out:
+            continue
+        if isinstance(info.default, settings.Options):
+            out[name] = _with_mappings(out[name], type(info.default))
+        elif get_origin(info.annotation) is dict:
+            pairs = dict(_pair(name, text) for text in out[name])
+            as_text = get_args(info.annotation)[1] is str
+            out[name] = pairs if as_text else {key: settings.value_of(text) for key, text in pairs.items()}
+    return out
 
 
 def _pair(name: str, text: str) -> tuple[str, str]:
     """`content=prompt` as its two halves; more `=` belong to the second."""
     left, equals, right = text.partition("=")
     if not equals or not left.strip():
-        raise ConfigError(f"--{name}", received=repr(text), expected=f"name=text, for example {EXAMPLES[name]}")
+        raise ConfigError(f"--{name}", received=repr(text), expected=f"name=value, for example {EXAMPLES[name]}")
     return left.strip(), right
 
 
-EXAMPLES = {"map": "content=prompt", "fill": "name=Ada"}
+EXAMPLES = {"map": "content=prompt", "fill": "name=Ada", "ranks": "q_proj=16", "peft": "r=4"}
 
 
 Json = Annotated[bool, Parameter(negative="", help="Print one JSON object at the end, on standard output.")]
@@ -249,6 +261,48 @@ def chat(
     if sys.stdin.isatty():
         console.print(HELP)
     talk(_lines(), Chat(tuned, sampling, system=system), other, console)
+
+
+@app.command
+def merge(
+    run: Annotated[str, Parameter(help="A finished run.")],
+    *,
+    output: Annotated[Path, Parameter(help="Folder of the plain model; must be new or empty.")],
+    dtype: Annotated[str, Parameter(help="Of its weights: auto (as the base's), fp32, bf16 or fp16.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Make a run's model a plain one, which transformers loads without fitune or PEFT."""
+    from fitune.merging import merge as run_merge
+
+    console = _console(json)
+    done = run_merge(run, output, dtype=dtype)
+    console.print(
+        f"{done.folder}: {done.dtype}; relative error of the logits {done.merge_error:.1e} by merging, "
+        f"{done.rounding_error:.1e} as written",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"talk to it   fitune chat {done.folder}", highlight=False, soft_wrap=True)
+    if json:
+        _print_json(done.as_dict())
+
+
+@app.command
+def methods(
+    *,
+    model: Annotated[
+        str | None, Parameter(help="Folder or hub id; only its config.json is read. [default: Llama-3.2-1B's shape]")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The ways of tuning: what each trains, how much that is, whether it merges."""
+    from fitune.console import methods_table
+    from fitune.overview import EXAMPLE, overview
+
+    rows = overview(model)
+    _console(json).print(methods_table(rows, model or EXAMPLE))
+    if json:
+        _print_json({"model": model or EXAMPLE, "methods": [row.as_dict() for row in rows]})
 
 
 def _lines() -> Iterator[str]:

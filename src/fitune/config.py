@@ -262,14 +262,23 @@ class RunConfig(DataConfig):
     """Keep no activations inside blocks, compute them again in the backward pass: less memory, a third more work. A
     number n: in every nth block only."""
     lora: LoraOptions = LoraOptions()
+    """Settings of the method lora."""
     freeze: FreezeOptions = FreezeOptions()
+    """Settings of the method freeze."""
     tail: TailOptions = TailOptions()
+    """Settings of the method tail."""
     bitfit: BitfitOptions = BitfitOptions()
+    """Settings of the method bitfit."""
     prompt: PromptOptions = PromptOptions()
+    """Settings of the method prompt."""
     p_tuning: PTuningOptions = PTuningOptions()
+    """Settings of the method p-tuning."""
     prefix: PrefixOptions = PrefixOptions()
+    """Settings of the method prefix."""
     bottleneck: BottleneckOptions = BottleneckOptions()
+    """Settings of the method adapter."""
     ia3: Ia3Options = Ia3Options()
+    """Settings of the method ia3."""
     peft: dict[str, Any] = {}
     """Settings of PEFT's own config, for the method peft:TYPE."""
     batch_size: int = Field(default=8, ge=1)
@@ -401,19 +410,24 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         name, equals, text = assignment.partition("=")
         if not equals or not name.strip():
             raise ConfigError("--set", received=repr(assignment), expected="key=value, for example lora.rank=16")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        # YAML 1.1 reads 1e-4 as text; every user of this field means a number
-        if isinstance(value, str):
-            with suppress(ValueError):
-                value = float(value)
-        nested = value
+        nested = value_of(text)
         for part in reversed(name.strip().split(".")):
             nested = {part: nested}
         values = merge(values, nested)
     return values
+
+
+def value_of(text: str) -> Any:
+    """A value as YAML has it; what is no YAML is text."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    # YAML 1.1 reads 1e-4 as text; every user of this field means a number
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

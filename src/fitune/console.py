@@ -174,6 +174,23 @@ def pairs(title: str, values: Mapping[str, Any]) -> Table:
     return table
 
 
+def methods_table(rows: Sequence[Any], model: str) -> Table:
+    """Of each method (overview.Overview) a line."""
+    table = Table(title=f"ways of tuning, figures for {model}", title_justify="left", box=None, pad_edge=False)
+    table.add_column("method", style="cyan", no_wrap=True)
+    table.add_column("trains", ratio=3, overflow="fold")
+    for name in ("parameters", "MiB", "merges", "rate"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("where", ratio=1, overflow="fold")
+    for row in rows:
+        known = row.trainable is not None
+        figures = (f"{row.trainable:,}", f"{row.training_bytes / 2**20:,.0f}") if known else ("-", "-")
+        merges = "yes" if row.merges else "no"
+        where = row.families if known or not row.note else f"{row.families}; {row.note}"
+        table.add_row(row.name, escape(row.trains), *figures, merges, f"{row.default_lr:g}", escape(where))
+    return table
+
+
 def groups_table(parts: Sequence[tuple[str, int, int]]) -> Table:
     """Frozen, trainable and all parameters by part; neighbouring blocks with the same numbers are one line."""
     table = Table(title="parameters", title_justify="left", box=None, pad_edge=False)

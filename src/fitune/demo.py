@@ -31,14 +31,11 @@ from fitune.records import DataReport
 from fitune.training import train
 
 KILLS = 3
+COMMON: dict[str, Any] = {"epochs": 6.0, "batch_size": 8, "sample_prompts": 0, "seed": 42}  # whatever the method
 SETTINGS: dict[str, Any] = {
     "method": "lora",
     "lora": {"rank": 16, "alpha": 32.0, "targets": "all-linear"},
     "lr": 2e-3,
-    "epochs": 6.0,
-    "batch_size": 8,
-    "sample_prompts": 0,
-    "seed": 42,
 }
 
 
@@ -65,14 +62,16 @@ def bundled() -> Path:
 
 
 def config(output: str | None = None, **changes: Any) -> RunConfig:
-    """The demo's settings."""
+    """The demo's settings; another method comes with settings of its own."""
+    method = {} if "method" in changes else SETTINGS
     return build(
         {
             "model": str(bundled() / "model"),
             "data": [str(bundled() / "data" / "train.jsonl")],
             "eval_data": [str(bundled() / "data" / "held_out.jsonl")],
             "output": output or _free(),
-            **SETTINGS,
+            **COMMON,
+            **method,
             **changes,
         }
     )

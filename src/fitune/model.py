@@ -205,9 +205,14 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def compute_dtype(model: Any) -> torch.dtype:
+    """What the layers of a model compute in; of a model that was not loaded here, float32."""
+    return getattr(causal_lm(model), "fitune_compute", torch.float32)  # type: ignore[no-any-return]
+
+
 def computing(model: Any) -> AbstractContextManager[Any]:
     """Inside, layers compute in the model's precision, whatever their weights are kept in."""
-    dtype = causal_lm(model).fitune_compute
+    dtype = compute_dtype(model)
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(next(model.parameters()).device.type, dtype=dtype)

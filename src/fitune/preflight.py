@@ -21,7 +21,7 @@ from fitune.config import RunConfig
 from fitune.encode import Encoder
 from fitune.errors import Collector, TrainingError, shorten
 from fitune.families import Family
-from fitune.model import causal_lm, computing, trainable, use_attention
+from fitune.model import causal_lm, compute_dtype, computing, trainable, use_attention
 from fitune.records import Conversation, DataReport, Finding, Layout, Message, Sample, Source
 from fitune.step import hidden_states
 from fitune.store import Block, Samples, blocks, ends_whole
@@ -471,7 +471,7 @@ def _leak(model: Any, samples: Sequence[Sample], layout: Layout) -> Leak:
     scale = max(float(expected.abs().max()), 1e-6)
     difference = float((packed - expected).abs().max()) / scale
     moved = float((packed[len(first) :] - changed[len(first) :]).abs().max()) / scale
-    return Leak(difference, moved, TOLERANCE[inner.fitune_compute])
+    return Leak(difference, moved, TOLERANCE[compute_dtype(model)])
 
 
 def _shortened(sample: Sample) -> Sample:

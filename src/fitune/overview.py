@@ -1,0 +1,106 @@
+"""The ways of tuning side by side: what each trains, what that takes, whether it merges, where it works.
+
+In: the shape of a model (its config alone). Out: a row per method. No weights are needed: the model is built without
+storage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fitune import families, methods
+from fitune.config import build
+from fitune.errors import ConfigError, ModelError
+from fitune.model import locate, read_config
+
+BYTES = 16  # of a trained parameter in float32: itself, its gradient, Adam's two states
+EXAMPLE = "the shape of Llama-3.2-1B"
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One method. trainable: None where the model cannot carry it (`note` says why), or only PEFT knows."""
+
+    name: str
+    trains: str
+    trainable: int | None
+    share: float | None
+    training_bytes: int | None
+    merges: bool
+    families: str
+    default_lr: float
+    why_lr: str
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def example() -> Any:
+    """Llama-3.2-1B's config (its model card: 1.23 billion parameters)."""
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+
+
+def without_weights(config: Any) -> Any:
+    """A causal LM of that shape that takes no memory.
+
+    Raises:
+        ModelError: it is no causal LM.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ModelError(
+            f"model_type {config.model_type!r} is no causal language model", received=str(error)[:200]
+        ) from error
+
+
+def overview(model: str | None = None) -> list[Overview]:
+    """A row per method, with its own default settings.
+
+    Args:
+        model: a folder or hub id, of which only config.json is read; None: the shape of Llama-3.2-1B.
+    """
+    config = example() if model is None else read_config(Path(locate(model)))
+    base = without_weights(config)
+    total = sum(p.numel() for p in base.parameters())
+    return [_row(method, base, total) for method in methods.TABLE.values()]
+
+
+def _row(method: methods.Method, base: Any, total: int) -> Overview:
+    config = build({"model": "m", "data": ["d"], "method": method.name})
+    family = families.of(base)
+    note, trainable = "", None
+    try:
+        trainable = method.count(base, family, config)
+    except (ConfigError, ModelError) as error:
+        note = error.what
+    problem = method.merge_problem(base, family, config)
+    return Overview(
+        name=method.name,
+        trains=method.trains,
+        trainable=trainable,
+        share=None if trainable is None else trainable / total,
+        training_bytes=None if trainable is None else BYTES * trainable,
+        merges=problem is None,
+        families=method.families,
+        default_lr=method.default_lr,
+        why_lr=method.why_lr,
+        note=note or (f"does not merge: {problem}" if problem else ""),
+    )
