@@ -1,9 +1,9 @@
 """Every method on the demo's task, side by side: `python scripts/compare_methods.py results/methods.json [METHOD ...]`.
 
 Each one trains the bundled model on the bundled data in a process of its own, with the demo's settings and the method's
-own default learning rate times NARROW, and answers the demo's held-out prompts. Written down: exact match, trainable share, seconds
-of training, peak memory of the process, bytes of the adapter. Seconds depend on the machine; compare them within one
-record only.
+own default learning rate times NARROW, and answers the demo's held-out prompts. Written down: exact match, trainable
+share, seconds of training, peak memory of the process, bytes of the adapter. Seconds depend on the machine; compare
+them within one record only.
 """
 
 from __future__ import annotations

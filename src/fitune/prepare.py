@@ -74,7 +74,6 @@ def resolve(config: RunConfig) -> RunConfig:
     problems = Collector()
     with problems.gather():
         methods.find(config.method).check(config)
-    with problems.gather():
         _own_settings(config)
     changes: dict[str, Any] = {"data": [], "eval_data": []}
     for name, given in (("data", config.data), ("eval_data", config.eval_data)):

@@ -1,0 +1,423 @@
+"""Ways of tuning: published counts, work not done, runs that resume, adapters that go on and stand side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, BloomConfig
+
+import fitune
+import tiny
+from fitune import adapters, cli, families, methods, preflight
+from fitune.batches import flat
+from fitune.checkpoint import RunFolder
+from fitune.config import build
+from fitune.console import Watcher
+from fitune.errors import ConfigError, ModelError, RunFolderError
+from fitune.files import sha256
+from fitune.loading import load
+from fitune.merging import merge
+from fitune.model import groups, load_model, ready, use_attention
+from fitune.overview import example, overview, without_weights
+from fitune.records import Message
+from fitune.step import hidden_states
+from fitune.training import resume_config, train
+from test_contract import IDS, KINDS, VARIANTS, config_for, logits, samples
+
+
+def config(method: str, **changes: Any):
+    return build({"model": "m", "data": ["d"], "method": method, **changes})
+
+
+# ---- counts that others have published ----
+
+BLOOM = BloomConfig(vocab_size=46145, hidden_size=2048, n_layer=24, n_head=16)
+PUBLISHED = [
+    ("full", {}, 1_303_111_680),
+    ("bitfit", {}, 544_768),
+    ("prompt", {"prompt": {"tokens": 7}}, 14_336),
+    ("p-tuning", {"p_tuning": {"tokens": 10}}, 12_609_536),
+    ("p-tuning", {"p_tuning": {"tokens": 10, "encoder": "lstm"}}, 193_030_144),
+    ("prefix", {"prefix": {"tokens": 10}}, 983_040),
+    ("prefix", {"prefix": {"tokens": 10, "projection": True}}, 205_641_728),
+]
+
+
+@pytest.mark.parametrize(("method", "changes", "count"), PUBLISHED)
+def test_bloom_1b4_zh_trains_as_many_as_published(method: str, changes: dict, count: int) -> None:
+    base = without_weights(BLOOM)
+    assert sum(p.numel() for p in base.parameters()) == 1_303_111_680
+    assert methods.find(method).count(base, families.of(base), config(method, **changes)) == count
+
+
+def test_llama_32_1b_with_lora_on_q_and_v() -> None:
+    base = without_weights(example())
+    lora = methods.find("lora").count(base, families.of(base), config("lora"))
+    total = lora + sum(p.numel() for p in base.parameters())
+    assert (lora, total, f"{lora / total:.4%}") == (851_968, 1_236_666_368, "0.0689%")
+
+
+def test_the_table_of_methods_has_every_method_and_its_figures(tmp_path: Path, capsys, monkeypatch) -> None:
+    rows = {row.name: row for row in overview()}
+    assert list(rows) == ["full", "freeze", "tail", "bitfit", "prompt", "p-tuning", "prefix", "adapter", "lora", "ia3"]
+    assert rows["lora"].training_bytes == 16 * 851_968
+    assert rows["bitfit"].trainable is None
+    assert "has no bias terms" in rows["bitfit"].note
+    assert [row.name for row in rows.values() if not row.merges] == ["prompt", "p-tuning", "prefix", "adapter"]
+    assert all(row.why_lr and row.default_lr > 0 and row.trains for row in rows.values())
+    folder = tiny.save("bloom", tmp_path / "bloom")
+    (folder / "model.safetensors").unlink()  # no weights are needed
+    monkeypatch.setattr(sys, "argv", ["fitune", "methods", "--model", str(folder), "--json"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    out, err = capsys.readouterr()
+    assert {row["name"]: row["trainable"] for row in json.loads(out)["methods"]}["bitfit"] > 0
+    assert "low-rank" in err
+
+
+# ---- families ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_family_names_parts_that_are_there(kind: str) -> None:
+    model = tiny.make_model(kind)
+    family = families.of(model)
+    assert family.found == (kind in tiny.UNKNOWN)
+    blocks = family.block_list(model)
+    assert len(blocks) == 3
+    for block in blocks:
+        for name in family.projections():
+            assert block.get_submodule(name).weight.ndim == 2
+    linear = {
+        name for name, module in blocks[0].named_modules() if hasattr(module, "weight") and module.weight.ndim == 2
+    }
+    assert linear == set(family.projections())
+    assert "norm" in type(model.get_submodule(family.final_norm)).__name__.lower()
+    said = preflight.family_found(family)
+    assert said.level == ("warn" if kind in tiny.UNKNOWN else "ok")
+    assert family.blocks in said.text
+
+
+def test_a_model_whose_names_say_nothing_is_refused_with_what_is_missing() -> None:
+    model = tiny.make_model("llama")
+    for block in model.model.layers:
+        block.something = block.self_attn
+        del block.self_attn
+    model.config.model_type = "strange"
+    with pytest.raises(ModelError, match="its names do not show the attention of a block"):
+        families.of(model)
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_bloom_in_a_flat_batch_is_bloom_alone(length: int) -> None:
+    """Logits of each document, within 1e-5; and a bias that is not the document's own would be noticed."""
+    model = ready(tiny.make_model("bloom"))
+    made = [*samples(), *(s for s in samples() for _ in range(length // 20))]
+    batch = flat(made, range(len(made)))
+    with torch.no_grad():
+        together = model.lm_head(hidden_states(model, batch, "flat"))
+        use_attention(model, "sdpa")
+        alone = torch.cat([model(torch.from_numpy(s.ids)[None].long()).logits[0] for s in made])
+        assert (together - alone).abs().max() < 1e-5
+        leaking = model(torch.from_numpy(batch.ids)[None]).logits[0]
+    assert (leaking - alone).abs().max() > 1e-2
+
+
+# ---- what is trained, and what is not worked on ----
+
+
+def test_the_backward_pass_stops_at_the_first_trainable_block() -> None:
+    """Counted FLOPs: frozen blocks cost a forward pass and nothing else."""
+
+    def work(**freeze: Any) -> int:
+        model = adapters.attach(ready(tiny.make_model("llama")), config("freeze", freeze=freeze))
+        with FlopCounterMode(display=False) as counter:
+            hidden_states(model, flat(samples(), range(5)), "flat").sum().backward()
+        return counter.get_total_flops()
+
+    def forward() -> int:
+        model = ready(tiny.make_model("llama"))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            hidden_states(model, flat(samples(), range(5)), "flat")
+        return counter.get_total_flops()
+
+    per_block = forward() / 3
+    one, two, three = work(blocks=1), work(blocks=2), work(blocks=3)
+    # each block that is trained costs its two backward products, twice its forward; attention a little more
+    assert 1.9 * per_block < two - one < 2.6 * per_block
+    assert two - one == three - two
+
+
+def test_groups_add_up_and_name_every_part() -> None:
+    model = adapters.attach(ready(tiny.make_model("llama")), config("freeze", freeze={"blocks": 1, "head": True}))
+    parts = groups(model, families.of(model))
+    assert [name for name, _, _ in parts] == ["embedding", "block 0", "block 1", "block 2", "final norm", "head"]
+    assert [trained > 0 for _, trained, _ in parts] == [False, False, False, True, False, True]
+    assert sum(total for _, _, total in parts) == sum(p.numel() for p in model.parameters())
+    wrapped = adapters.attach(ready(tiny.make_model("gpt2")), config("lora"))
+    parts = groups(wrapped, families.of(wrapped.get_base_model()))
+    assert sum(trained for _, trained, _ in parts) == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "kind", "message"),
+    [
+        ("freeze", {"freeze": {"blocks": 9}}, "llama", "freeze.blocks: more than there are"),
+        ("freeze", {"freeze": {"tensors": 900}}, "llama", "freeze.tensors: more than there are"),
+        ("freeze", {"freeze": {"blocks": 0}}, "llama", "nothing would be trained"),
+        ("freeze", {"freeze": {"patterns": ["k_porj"]}}, "llama", "did you mean 'k_proj'?"),
+        ("freeze", {"freeze": {"patterns": ["("]}}, "llama", "is no regular expression"),
+        ("freeze", {"freeze": {"head": True}}, "qwen2", "output head is its embedding"),
+        ("tail", {"tail": {"head": True}}, "gpt2", "output head is its embedding"),
+        ("bitfit", {}, "llama", "--bitfit.add"),
+        ("lora", {"lora": {"targets": ["q_porj"]}}, "llama", "did you mean 'q_proj'?"),
+        ("lora", {"lora": {"ranks": {"up_proj": 4}}}, "llama", "lora.ranks: 'up_proj' matches no target"),
+        ("lora", {"lora": {"save": ["nothing"]}}, "llama", "lora.save: this model has no module 'nothing'"),
+        ("ia3", {"ia3": {"targets": ["v_porj"]}}, "llama", "did you mean 'v_proj'?"),
+        ("peft:LOHA", {"peft": {"target_modules": "q_porj"}}, "llama", "did you mean 'q_proj'?"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_an_error_that_helps(
+    method: str, changes: dict, kind: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        adapters.attach(ready(tiny.make_model(kind)), config(method, **changes))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "lroa"}, "did you mean 'lora'?"),
+        ({"method": "peft:LOHAA"}, "did you mean 'LOHA'?"),
+        ({"method": "peft:LOHA", "peft": {"rr": 4}}, "peft.rr: LOHA has no such setting"),
+        ({"method": "lora", "lora": {"init": "pissa", "dora": True}}, "goes neither with dora nor with ranks"),
+        ({"method": "prompt", "prompt": {"init": "text"}}, "prompt.init=text and prompt.text belong together"),
+        ({"method": "full", "lora": {"rank": 4}}, "settings of lora are given, but the method is full"),
+        ({"adapter": "nowhere"}, "nowhere: no adapter here"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told_before_anything_is_loaded(
+    values: dict, message: str, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises((ConfigError, ModelError)) as caught:
+        train(build({"model": str(model_folder), "data": [str(data_file)], "output": str(tmp_path / "run"), **values}))
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lora_options_reach_peft() -> None:
+    options = {"rank": 4, "targets": ["q_proj", "v_proj"], "ranks": {"v_proj": 2}, "save": ["head", "embeddings"]}
+    model = adapters.attach(ready(tiny.make_model("llama")), config("lora", lora=options))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    assert {shape[0] for name, shape in shapes.items() if "q_proj.lora_A" in name} == {4}
+    assert {shape[0] for name, shape in shapes.items() if "v_proj.lora_A" in name} == {2}
+    assert sum("modules_to_save" in name for name in shapes) == 2
+    plus = methods.find("lora")
+    faster = config("lora", lora={"b_rate": 16})
+    assert plus.rates(faster, "x.lora_B.default.weight") == 16
+    assert plus.rates(faster, "x.lora_A.default.weight") == 1
+
+
+def test_a_prompt_begins_as_its_words(model_folder: Path) -> None:
+    options = {"tokens": 6, "init": "text", "text": "hi"}
+    model = adapters.attach(load_model(model_folder), build(
+        {"model": str(model_folder), "data": ["d"], "method": "prompt", "prompt": options}
+    ))  # fmt: skip
+    ids = tiny.make_tokenizer()("hi")["input_ids"]
+    words = model.get_input_embeddings().weight
+    expected = torch.stack([words[ids[n % len(ids)]] for n in range(6)])
+    assert torch.equal(model.prompt_encoder["default"].embedding.weight, expected)
+    with pytest.raises(ConfigError, match=r"prompt\.text has more tokens"):
+        adapters.attach(load_model(model_folder), build(
+            {"model": str(model_folder), "data": ["d"], "method": "prompt",
+             "prompt": {"tokens": 2, "init": "text", "text": "北国的首都是米拉吗"}}
+        ))  # fmt: skip
+
+
+# ---- whole runs ----
+
+STEPS = {"max_steps": 5, "batch_size": 4, "save_every": 2, "eval_every": 5, "lr": 1e-2, "sample_prompts": 1}
+
+
+class Crash(Exception):
+    pass
+
+
+class CrashAt(Watcher):
+    def __init__(self, step: int) -> None:
+        self.at = step
+
+    def step(self, record) -> None:
+        if record.step == self.at:
+            raise Crash
+
+
+def settings(variant: str, model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    values = {"model": str(model), "data": [str(data)], "output": str(output), "sample_tokens": 4, **STEPS}
+    return {**values, **VARIANTS[variant], **changes}
+
+
+def digest(run: Path) -> str:
+    return sha256(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ("bitfit", "freeze-tensors", "prompt-random")])
+def test_a_run_resumed_in_mid_epoch_is_the_unbroken_one(
+    variant: str, model_folder: Path, tmp_path: Path, data_file: Path
+) -> None:
+    changes: dict[str, Any] = {}
+    if VARIANTS[variant]["method"] == "lora" and "dora" not in variant:
+        changes["lora"] = {**VARIANTS[variant]["lora"], "dropout": 0.2}
+    if variant == "p-tuning-lstm":
+        changes["checkpointing"] = True
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(build(settings(variant, model_folder, data_file, whole, **changes)))
+    with pytest.raises(Crash):
+        train(build(settings(variant, model_folder, data_file, broken, **changes)), watch=CrashAt(3))
+    torch.manual_seed(99)
+    train(resume_config(str(broken), {}), resume=True)
+    assert digest(whole) == digest(broken)
+    records = [[(r.loss, r.grad_norm, r.held_out_loss) for r in RunFolder(run).read_steps()] for run in (whole, broken)]
+    assert records[0] == records[1]
+    encoder = whole / "adapter" / "encoder.safetensors"
+    assert encoder.is_file() == (variant in ("p-tuning", "p-tuning-lstm", "prefix-projected"))
+    if encoder.is_file():
+        assert sha256(encoder) == sha256(broken / "adapter" / "encoder.safetensors")
+    tuned = load(whole)
+    assert isinstance(fitune.generate(tuned, "你好", max_new_tokens=3), str)
+    assert isinstance(fitune.generate(tuned, "你好", max_new_tokens=3, base=True), str)
+    plain = load(model_folder)
+    assert fitune.generate(tuned, "hello", max_new_tokens=8, base=True) == fitune.generate(
+        plain, "hello", max_new_tokens=8
+    )
+
+
+def test_a_resume_that_restores_only_what_peft_saves_would_be_noticed(
+    model_folder: Path, tmp_path: Path, data_file: Path, monkeypatch
+) -> None:
+    """The trap of P-tuning: the encoder is part of the state, not only what it gives."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(build(settings("p-tuning", model_folder, data_file, whole)))
+    with pytest.raises(Crash):
+        train(build(settings("p-tuning", model_folder, data_file, broken)), watch=CrashAt(3))
+    read = RunFolder.load
+
+    def forgetful(self: RunFolder, path: Path):
+        loaded = read(self, path)
+        for name, tensor in loaded.trainable.items():
+            if "mlp_head" in name:
+                tensor.mul_(0.5)
+        return loaded
+
+    monkeypatch.setattr(RunFolder, "load", forgetful)
+    train(resume_config(str(broken), {}), resume=True)
+    assert digest(whole) != digest(broken)
+
+
+@pytest.mark.parametrize("variant", ["lora", "houlsby", "p-tuning", "prefix-projected", "freeze", "ia3"])
+def test_training_goes_on_from_an_adapter(variant: str, model_folder: Path, tmp_path: Path, data_file: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    done = train(build(settings(variant, model_folder, data_file, first)))
+    again = train(build(settings(variant, model_folder, data_file, second, adapter=str(first), max_steps=1)))
+    assert again.held_out_loss_before == pytest.approx(done.held_out_loss_after, abs=1e-6)
+    assert again.held_out_loss_before != done.held_out_loss_before
+    assert digest(first) != digest(second)
+    other = {"ia3": "lora", "lora": "houlsby"}.get(variant, "ia3")
+    with pytest.raises(ModelError, match="was trained by another method, or with other settings"):
+        train(build(settings(other, model_folder, data_file, tmp_path / "third", adapter=str(first))))
+
+
+def test_an_adapter_of_another_rank_is_refused(model_folder: Path, tmp_path: Path, data_file: Path) -> None:
+    train(build(settings("lora", model_folder, data_file, tmp_path / "first")))
+    changes = {"adapter": str(tmp_path / "first" / "adapter"), "lora": {"rank": 8}}
+    with pytest.raises(ModelError, match="differing"):
+        train(build(settings("lora", model_folder, data_file, tmp_path / "second", **changes)))
+
+
+@pytest.mark.parametrize("variant", ["lora", "houlsby", "ia3"])
+def test_adapters_stand_side_by_side(variant: str, model_folder: Path, tmp_path: Path) -> None:
+    """Two of one kind on one base: each gives what it gives alone, and turned off they are the base."""
+    for seed in (1, 2):
+        model = adapters.attach(load_model(model_folder), config_for(variant, seed=seed))
+        with torch.no_grad():
+            torch.manual_seed(seed)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+        adapters.save(model, tmp_path / str(seed))
+    alone = [logits(load_model(model_folder, adapter=tmp_path / str(seed))) for seed in (1, 2)]
+    both = load_model(model_folder, adapter=tmp_path / "1")
+    base = logits(load_model(model_folder))
+    assert torch.equal(logits(both), alone[0])
+    adapters.add(both, tmp_path / "2", "second")
+    assert torch.equal(logits(both), alone[1])
+    adapters.switch(both, "default")
+    assert torch.equal(logits(both), alone[0])
+    with adapters.disabled(both):
+        assert torch.equal(logits(both), base)
+    adapters.switch(both, "second")
+    assert torch.equal(logits(both), alone[1])
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
+
+
+# ---- merging ----
+
+
+@pytest.mark.parametrize("variant", ["lora", "tail-interleaved", "bitfit-add", "lora-pissa", "full"])
+def test_a_merged_run_is_a_plain_model(variant: str, model_folder: Path, tmp_path: Path, data_file: Path) -> None:
+    run, target = tmp_path / "run", tmp_path / "merged"
+    train(build(settings(variant, model_folder, data_file, run, template="alpaca")))
+    done = merge(run, target)
+    assert done.dtype == "fp32"
+    assert done.merge_error < 1e-5
+    assert done.rounding_error < 1e-5
+    plain = AutoModelForCausalLM.from_pretrained(str(target), dtype=torch.float32).eval()
+    tuned = load(run)
+    with torch.no_grad():
+        assert (plain(IDS).logits - logits(tuned.model)).abs().max() < 1e-4
+    if variant == "tail-interleaved":
+        assert plain.config.num_hidden_layers == 5
+    again = load(target)
+    assert again.template.name == "alpaca"  # the template that it was trained with
+    assert again.encoder.prompt([Message("user", "a")]) == tuned.encoder.prompt([Message("user", "a")])
+    assert fitune.generate(again, "hello", max_new_tokens=5) == fitune.generate(tuned, "hello", max_new_tokens=5)
+    with pytest.raises(RunFolderError, match="nothing of yours is overwritten"):
+        merge(run, target)
+    assert merge(run, tmp_path / "half", dtype="bf16").rounding_error > 1e-4
+    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_what_cannot_be_merged_says_why(
+    model_folder: Path, tmp_path: Path, data_file: Path, capsys, monkeypatch
+) -> None:
+    run = tmp_path / "run"
+    train(build(settings("houlsby", model_folder, data_file, run)))
+    monkeypatch.setattr(sys, "argv", ["fitune", "merge", str(run), "--output", str(tmp_path / "merged")])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert "adapter cannot be merged: its activation function" in err
+    assert "fix:" in err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merge_on_the_command_line(model_folder: Path, tmp_path: Path, data_file: Path, capsys, monkeypatch) -> None:
+    train(build(settings("lora", model_folder, data_file, tmp_path / "run")))
+    arguments = ["merge", tmp_path / "run", "--output", tmp_path / "merged", "--dtype", "bf16", "--json"]
+    monkeypatch.setattr(sys, "argv", ["fitune", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["dtype"] == "bf16"
+    assert "relative error of the logits" in err
