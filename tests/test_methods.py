@@ -27,7 +27,7 @@ from fitune.merging import merge
 from fitune.model import groups, load_model, ready, use_attention
 from fitune.overview import example, overview, without_weights
 from fitune.records import Message
-from fitune.step import hidden_states
+from fitune.step import hidden_states, loss_sum
 from fitune.training import resume_config, train
 from test_contract import IDS, KINDS, VARIANTS, config_for, logits, samples
 
@@ -421,3 +421,72 @@ def test_merge_on_the_command_line(model_folder: Path, tmp_path: Path, data_file
     out, err = capsys.readouterr()
     assert json.loads(out)["dtype"] == "bf16"
     assert "relative error of the logits" in err
+
+
+# ---- new tokens ----
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # a head of its own, and a tied one
+@pytest.mark.parametrize("variant", ["lora", "prefix", "p-tuning", "houlsby", "freeze", "full", "tail", "ia3"])
+def test_new_tokens_are_trained_beside_any_method_and_saved(variant: str, kind: str, tmp_path: Path) -> None:
+    model, data, run = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run"
+    tiny.make_tokenizer().save_pretrained(str(model))  # 345 tokens: llama has rows to spare, qwen2 gets more
+    tiny.make_model(kind, vocabulary=400 if kind == "llama" else 345).save_pretrained(str(model))
+    rows = [{"prompt": f"what is {n}?", "completion": f"<think>two{n}</think> {n}"} for n in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = settings(variant, model, data, run, new_tokens=["<think>", "</think>"], max_steps=3)
+    train(build(values))
+    tuned = load(run)
+    ids = [tuned.tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>")]
+    assert tuned.tokenizer("a<think>b", add_special_tokens=False)["input_ids"].count(ids[0]) == 1
+    trained = load_file(run / "adapter" / "new_tokens.safetensors")
+    assert {name: tuple(t.shape) for name, t in trained.items()} == dict.fromkeys(
+        ["embedding"] if kind == "qwen2" else ["embedding", "head"], (2, 32)
+    )
+    probe = torch.tensor([[5, ids[0], 9, ids[1]]])
+    with torch.no_grad():
+        inner = tuned.model.get_base_model() if hasattr(tuned.model, "get_base_model") else tuned.model
+        assert torch.equal(inner.get_input_embeddings()(probe)[0, 1], trained["embedding"][0])
+    again = tmp_path / "again"
+    with pytest.raises(Crash):
+        train(build({**values, "output": str(again)}), watch=CrashAt(2))
+    train(resume_config(str(again), {}), resume=True)
+    assert digest(run) == digest(again)
+    assert sha256(run / "adapter" / "new_tokens.safetensors") == sha256(again / "adapter" / "new_tokens.safetensors")
+    on = train(build({**values, "output": str(tmp_path / "on"), "adapter": str(run), "max_steps": 1}))
+    done = json.loads((run / "result.json").read_text())
+    assert on.held_out_loss_before == pytest.approx(done["held_out_loss_after"], abs=1e-6)
+    if variant in ("prefix", "p-tuning", "houlsby"):
+        return
+    target = tmp_path / "merged"
+    assert merge(run, target).merge_error < 1e-5
+    plain = AutoModelForCausalLM.from_pretrained(str(target), dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (plain(probe).logits - tuned.model(input_ids=probe).logits).abs().max() < 1e-4
+
+
+def test_only_the_rows_of_new_tokens_change(tmp_path: Path, data_file: Path) -> None:
+    from fitune.methods import new_tokens
+
+    words, model = tiny.make_tokenizer(), ready(tiny.make_model("qwen2"))
+    before = model.model.embed_tokens.weight.detach().clone()
+    added = new_tokens.extend(words, ["<think>", "北国"])
+    assert added[0].pieces == tuple(tiny.make_tokenizer()("<think>")["input_ids"])
+    new_tokens.add_rows(model, added)
+    tuned = adapters.attach(model, config("lora"))
+    rows = new_tokens.rows(tuned.get_base_model())["embedding"]
+    assert torch.allclose(rows[0], before[list(added[0].pieces)].mean(dim=0))
+    start = rows.detach().clone()
+    loss_sum(tuned, flat(samples(), range(5))).backward()
+    assert rows.grad is not None
+    assert rows.grad.abs().sum() > 0  # through the tied head, though no sample has the token
+    with torch.no_grad():
+        rows.add_(rows.grad)
+    assert not torch.equal(rows, start)
+    assert torch.equal(tuned.get_base_model().model.embed_tokens.weight[: len(before)], before)
+    assert not tuned.get_base_model().model.embed_tokens.weight.requires_grad
+
+
+def test_tokens_that_a_tokenizer_cannot_take_are_refused() -> None:
+    with pytest.raises(ConfigError, match="new_tokens: wrong value"):
+        config("lora", new_tokens=["<a>", "<a>"])

@@ -6,6 +6,7 @@ tail, bitfit, adapter) are saved as the trainable tensors by name, with the sett
     adapter_config.json   adapter_model.safetensors     PEFT's
     encoder.safetensors                                 what P-tuning and a projected prefix train, to go on from
     fitune_adapter.json   adapter_model.safetensors     ours
+    new_tokens.json       new_tokens.safetensors        rows of new tokens, beside any method
 """
 
 from __future__ import annotations
@@ -26,14 +27,19 @@ from fitune import families, methods
 from fitune.config import RunConfig, build
 from fitune.errors import ConfigError, ModelError
 from fitune.methods import adapter as bottleneck
-from fitune.methods import lora
+from fitune.methods import lora, new_tokens
 
 PEFT_CONFIG, OWN_CONFIG = "adapter_config.json", "fitune_adapter.json"
 WEIGHTS, ENCODER = "adapter_model.safetensors", "encoder.safetensors"
+NEW_ROWS, NEW_IDS = "new_tokens.safetensors", "new_tokens.json"
 
 
 def attach(model: Any, config: RunConfig) -> Any:
     """The model with the config's method on it; what is trained is remembered, so that it can be saved and turned off.
+
+    Args:
+        model: the base; rows of new tokens, where there are some, are trained beside.
+        config: names the method, and has its settings.
 
     Raises:
         ConfigError: the settings do not fit the model.
@@ -43,22 +49,44 @@ def attach(model: Any, config: RunConfig) -> Any:
     model = method.attach(model, families.of(model), config)
     if not isinstance(model, PeftModel):
         model.fitune_method = {"method": method.name, **_options(method, config)}
+    new_tokens.train_rows(_inner(model))
     return model
+
+
+def _inner(model: Any) -> Any:
+    """The transformers model inside PEFT's."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def row_sizes(model: Any) -> dict[str, int]:
+    """Names and sizes of the rows of new tokens, as the whole model calls them."""
+    mine = {id(p): p.numel() for p in new_tokens.rows(_inner(model)).values()}
+    return {name: mine[id(p)] for name, p in model.named_parameters() if id(p) in mine}
 
 
 def _options(method: methods.Method, config: RunConfig) -> dict[str, Any]:
     return {method.options: getattr(config, method.options).model_dump(mode="json")} if method.options else {}
 
 
+def _parameters(model: Any) -> dict[str, Tensor]:
+    """The method's trainable parameters by name; rows of new tokens are kept apart."""
+    apart = row_sizes(model)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and name not in apart}
+
+
 def trained(model: Any) -> dict[str, Tensor]:
-    """The trainable tensors by name, on the CPU."""
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    """The values of the method's trainable parameters by name, on the CPU."""
+    return {name: p.detach().cpu().contiguous() for name, p in _parameters(model).items()}
 
 
 @torch.no_grad()  # an LSTM takes another way with gradients, and its bits are to be those of inference
 def save(model: Any, folder: Path) -> None:
     """Everything that was tuned, as files; see the module's text."""
     folder.mkdir(parents=True, exist_ok=True)
+    inner = _inner(model)
+    if new_tokens.ids(inner):
+        save_file({name: p.cpu().contiguous() for name, p in new_tokens.rows(inner).items()}, folder / NEW_ROWS)
+        (folder / NEW_IDS).write_text(json.dumps(new_tokens.ids(inner)), encoding="utf-8")
     if not isinstance(model, PeftModel):
         save_file(trained(model), folder / WEIGHTS)
         (folder / OWN_CONFIG).write_text(json.dumps(model.fitune_method, indent=1), encoding="utf-8")
@@ -86,7 +114,20 @@ def put(model: Any, folder: Path) -> Any:
     if not (own or peft) or not (folder / WEIGHTS).is_file():
         missing = WEIGHTS if own or peft else PEFT_CONFIG
         raise ModelError(f"{folder}: no {missing}", expected="an adapter folder (safetensors), PEFT's or fitune's")
+    if (folder / NEW_IDS).is_file():
+        ids = json.loads((folder / NEW_IDS).read_text(encoding="utf-8"))
+        new_tokens.add_rows(model, [new_tokens.NewToken("", i, (0,)) for i in ids])
+        _load_rows(model, folder)
     return _put_own(model, folder) if own else _put_peft(model, folder)
+
+
+@torch.no_grad()
+def _load_rows(model: Any, folder: Path) -> None:
+    mine = new_tokens.rows(_inner(model))
+    stored = load_file(folder / NEW_ROWS) if (folder / NEW_ROWS).is_file() else {}
+    _same_shapes(folder, mine, stored)
+    for name, parameter in mine.items():
+        parameter.copy_(stored[name])
 
 
 def read_own(folder: Path) -> RunConfig:
@@ -152,11 +193,13 @@ def load_into(model: Any, folder: Path) -> None:
     Raises:
         ModelError: it was made by another method or with other settings.
     """
+    if new_tokens.ids(_inner(model)) or (folder / NEW_ROWS).is_file():
+        _load_rows(model, folder)
     if isinstance(model, PeftModel) and not (folder / ENCODER).is_file():
         _load_peft(model, folder)
         return
     stored = load_file(folder / (ENCODER if isinstance(model, PeftModel) else WEIGHTS))
-    mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    mine = _parameters(model)
     _same_shapes(folder, mine, stored)
     for name, parameter in mine.items():
         parameter.copy_(stored[name])
@@ -224,6 +267,16 @@ def switch(model: Any, name: str) -> None:
 @contextmanager
 def disabled(model: Any) -> Iterator[None]:
     """Inside, the model is its base."""
+    new_tokens.turn(_inner(model), on=False)
+    try:
+        with _method_disabled(model):
+            yield
+    finally:
+        new_tokens.turn(_inner(model), on=True)
+
+
+@contextmanager
+def _method_disabled(model: Any) -> Iterator[None]:
     if isinstance(model, PeftModel):
         model.fitune_disabled = True
         try:

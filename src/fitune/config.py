@@ -202,6 +202,8 @@ class DataConfig(Options):
     """Leave out rows that cannot be used, and list them, instead of refusing the run."""
     template: str = "auto"
     """Prompt template: auto (the tokenizer's own, else alpaca), or a name."""
+    new_tokens: list[str] = []
+    """Tokens that the vocabulary gets, each one id: their rows are trained beside any method, and saved."""
     max_length: int | Literal["auto"] = "auto"
     """Longest row in tokens. Longer rows are cut: activations grow with it."""
     length_policy: LengthPolicy = "cut"
@@ -215,6 +217,13 @@ class DataConfig(Options):
     cache: str = "auto"
     """Folder where prepared data is kept for the next run: auto (the system's place for caches, or $FITUNE_CACHE), a
     folder, or none."""
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value) or not all(token.strip() for token in value):
+            raise ValueError("texts, each once, none of them blank")
+        return value
 
     @field_validator("take", "weight")
     @classmethod

@@ -59,8 +59,8 @@ class _Desk:
 
     @cached_property
     def digest(self) -> str:
-        """Of the tokenizer's files."""
-        return folder_digest(self.folder)
+        """Of the tokenizer's files, and of the tokens that it got."""
+        return folder_digest(self.folder) + key(self.config.new_tokens)
 
     def cached(self, whole: Samples, encoder: Encoder) -> preflight.Cached | None:
         """What the stale-cache rule looks at, where anything came from the cache."""

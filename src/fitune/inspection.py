@@ -27,6 +27,7 @@ from fitune.charts import Bar, bar_chart
 from fitune.config import RunConfig
 from fitune.console import Ticker, Watcher, findings_table, pairs
 from fitune.dataset import NO_LIMIT
+from fitune.methods import new_tokens
 from fitune.model import locate, read_config
 from fitune.pages import render
 from fitune.records import Conversation, Finding, Sample
@@ -280,6 +281,8 @@ def inspect(
     watch = watch or Watcher()
     folder = locate(config.model)
     words = tokenizer.load(folder)
+    if config.new_tokens:
+        new_tokens.extend(words, config.new_tokens)
     limit, vocabulary = _model_facts(folder, words)
     config = config.model_copy(update={"skip_bad": True, "val_share": 0.0})
     data = dataset.read(config, folder, words, limit=limit, vocabulary=vocabulary, watch=watch)
@@ -327,7 +330,7 @@ def _model_facts(folder: Path, words: Any) -> tuple[int, int]:
     if not (folder / "config.json").is_file():
         return NO_LIMIT, len(words)
     config = read_config(folder)
-    return getattr(config, "max_position_embeddings", None) or NO_LIMIT, config.vocab_size
+    return getattr(config, "max_position_embeddings", None) or NO_LIMIT, max(config.vocab_size, len(words))
 
 
 def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:

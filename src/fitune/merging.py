@@ -25,6 +25,7 @@ from fitune.errors import RunFolderError
 from fitune.families import Family
 from fitune.files import TEMPORARY, disk, sync
 from fitune.loading import TEMPLATE, load
+from fitune.methods import new_tokens
 from fitune.model import causal_lm
 from fitune.records import Message
 
@@ -100,6 +101,7 @@ def merged(model: Any, family: Family, config: RunConfig) -> Any:
         )
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
+    new_tokens.write_in(model)
     if config.method == "bitfit" and config.bitfit.add:
         for flag in family.bias_flags:
             setattr(model.config, flag, True)

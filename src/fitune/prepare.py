@@ -16,6 +16,7 @@ from fitune.console import Watcher
 from fitune.errors import Collector, ConfigError
 from fitune.files import sha256
 from fitune.memory import Estimate, estimate, resident_mib
+from fitune.methods import new_tokens
 from fitune.model import (
     Tuned,
     check_weights,
@@ -144,8 +145,10 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     folder = Path(config.model)
     model_config = read_config(folder)
     words = tokenizer.load(folder)
+    added = new_tokens.extend(words, config.new_tokens) if config.new_tokens else []
     limit = getattr(model_config, "max_position_embeddings", None) or dataset.NO_LIMIT
-    data = dataset.read(config, folder, words, limit=limit, vocabulary=model_config.vocab_size, watch=watch)
+    vocabulary = max([model_config.vocab_size, *(token.id + 1 for token in added)])
+    data = dataset.read(config, folder, words, limit=limit, vocabulary=vocabulary, watch=watch)
     preflight.raise_refused(data.findings)
     config = config.model_copy(update={"max_length": data.report.max_length})
 
@@ -156,8 +159,12 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     if config.precision != "fp32" and not method.low_precision_base:
         base = base.float()  # all of it is trained, so all of it is float32; what is computed is not
     family = families.of(base)
+    if added:
+        new_tokens.add_rows(base, added)
     expected = method.expected(base, family, config)
     model = adapters.attach(base, config)
+    if expected is not None and added:
+        expected |= adapters.row_sizes(model)
     if config.adapter is not None:
         adapters.load_into(model, adapters.locate(config.adapter))
     checkpoint_blocks(model, family, config.checkpointing)

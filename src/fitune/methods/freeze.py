@@ -12,6 +12,7 @@ from fitune.config import RunConfig
 from fitune.errors import ConfigError
 from fitune.families import Family
 from fitune.methods.base import Method, head_names, matching, train_only
+from fitune.methods.new_tokens import NAME as NEW_ROWS
 
 
 class Freeze(Method):
@@ -34,7 +35,8 @@ class Freeze(Method):
         Raises:
             ConfigError: more blocks or tensors than there are, a pattern that matches nothing, or nothing at all.
         """
-        options, sizes = config.freeze, {name: p.numel() for name, p in model.named_parameters()}
+        options = config.freeze
+        sizes = {name: p.numel() for name, p in model.named_parameters() if not name.endswith(f".{NEW_ROWS}")}
         names = list(sizes)
         if options.patterns:
             chosen = set(matching(names, options.patterns, "freeze.patterns"))
