@@ -217,7 +217,7 @@ def test_sources_come_from_flags(model_folder: Path, tmp_path: Path, capsys, mon
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--map", "content"], ["--map", "received: 'content'", "expected: name=text, for example content=prompt"]),
+        (["--map", "content"], ["--map", "received: 'content'", "expected: name=value, for example content=prompt"]),
         (["--fill", "=x"], ["--fill", "received: '=x'", "for example name=Ada"]),
         (["--format", "alpacca"], ["unknown format 'alpacca'", "did you mean 'alpaca'?"]),
         (["--format", "alpaca"], [":1:instruction: missing (a row of alpaca)"]),

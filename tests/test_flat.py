@@ -159,15 +159,12 @@ def run_step(model, batches: list[Batch]) -> dict[str, torch.Tensor]:
 
 
 def test_a_step_that_is_not_finite_is_not_applied() -> None:
-    from fitune.errors import TrainingError
-
     model, data = tiny.make_model("llama"), samples()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     before = {n: p.clone() for n, p in model.named_parameters() if "norm.weight" not in n}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with pytest.raises(TrainingError, match="not finite; the step was not applied"):
-        training_step(model, [flat(data, range(9))], optimizer, 1.0)
+    assert not training_step(model, [flat(data, range(9))], optimizer, 1.0).finite
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     assert all(p.grad is None for p in model.parameters())
 

@@ -45,6 +45,27 @@ def flat(samples: Sequence[Sample], rows: Iterable[int]) -> Batch:
     )
 
 
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """The batch as so many smaller ones (at most one a document), every document whole in one of them."""
+    documents = len(batch.rows)
+    edges = np.unique(np.linspace(0, documents, min(parts, documents) + 1).round().astype(int))
+    made = []
+    for first, last in pairwise(edges.tolist()):
+        start, end = int(batch.bounds[first]), int(batch.bounds[last])
+        here = (batch.label_rows >= start) & (batch.label_rows < end)
+        made.append(
+            Batch(
+                ids=batch.ids[start:end],
+                positions=batch.positions[start:end],
+                bounds=batch.bounds[first : last + 1] - start,
+                label_rows=batch.label_rows[here] - start,
+                labels=batch.labels[here],
+                rows=batch.rows[first:last],
+            )
+        )
+    return made
+
+
 @dataclass(frozen=True)
 class Loader:
     """Deterministic batches: what a step holds follows from the seed and the step's number alone.

@@ -148,7 +148,7 @@ class RunFolder:
         records = []
         for line in self.steps.read_text(encoding="utf-8").splitlines():
             with suppress(ValueError, TypeError):
-                records.append(StepRecord(**json.loads(line)))
+                records.append(StepRecord.from_dict(json.loads(line)))
         return records
 
     def truncate_steps(self, last: int) -> None:
@@ -170,7 +170,7 @@ class RunFolder:
         Raises:
             RunFolderError: the disk is full, or the folder cannot be written; earlier checkpoints stay.
         """
-        final = self.checkpoints / f"step-{step:06d}"
+        final = self.checkpoint(step)
         temporary = self.checkpoints / f"{TEMPORARY}{final.name}"
         tensors, scalars = optim.state_tensors(optimizer, parameters)
         with disk(self.checkpoints):
@@ -182,7 +182,7 @@ class RunFolder:
                     temporary / "trainable.safetensors",
                 )
                 save_file(tensors, temporary / "optimizer.safetensors")
-                save_file(_rng_state(), temporary / "rng.safetensors")
+                save_file(rng_state(), temporary / "rng.safetensors")
                 text = json.dumps({"step": step, "optimizer": scalars, **state})
                 (temporary / "state.json").write_text(text, encoding="utf-8")
                 seal(temporary)
@@ -200,6 +200,15 @@ class RunFolder:
         for leftover in self.checkpoints.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after so many steps stands or will stand."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def newest_name(self) -> str:
+        """The newest checkpoint, for a message."""
+        found = sorted(self.checkpoints.glob("step-*"))
+        return str(found[-1]) if found else "none yet"
+
     def whole_checkpoints(self) -> list[Path]:
         """Checkpoints whose files match their manifest, the newest first."""
         return [path for path in sorted(self.checkpoints.glob("step-*"), reverse=True) if is_whole(path)]
@@ -208,7 +217,7 @@ class RunFolder:
         """Remove all checkpoints but the newest `keep_last` and the best one."""
         steps = sorted(self.checkpoints.glob("step-*"), reverse=True)
         for path in steps[keep_last:]:
-            if path.name != f"step-{best or 0:06d}":
+            if path != self.checkpoint(best or 0):
                 shutil.rmtree(path, ignore_errors=True)
 
     def load(self, path: Path) -> Loaded:
@@ -240,7 +249,7 @@ class RunFolder:
             sync(self.path)
 
 
-def _rng_state() -> dict[str, Tensor]:
+def rng_state() -> dict[str, Tensor]:
     """The random number generators that training draws from."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -249,7 +258,7 @@ def _rng_state() -> dict[str, Tensor]:
 
 
 def restore_rng(state: Mapping[str, Tensor]) -> None:
-    """Put back what `_rng_state` gave."""
+    """Put back what `rng_state` gave."""
     torch.set_rng_state(state["cpu"])
     gpus = [state[name] for name in sorted(state) if name.startswith("cuda")]
     if gpus and len(gpus) == torch.cuda.device_count():

@@ -307,13 +307,23 @@ class RunConfig(DataConfig):
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm."""
+    """Decoupled weight decay of matrices."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this norm; 0: they are not."""
+    optimizer: str = "adamw"
+    """adamw, adamw-foreach, adamw-8bit, paged-adamw-8bit, adafactor, lion, lion-8bit or sgd. States take 8 bytes a
+    trained parameter with adamw, 2 in 8 bits, 4 with lion and sgd, 1 with lion-8bit, next to none with adafactor."""
+    optimizer_in_backward: bool = False
+    """For the method full: update each parameter as soon as its gradient is there, and drop the gradient. 4 bytes a
+    parameter less."""
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between held-out evaluations. Default: five times a run."""
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints. Default: as eval_every."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop early, after so many evaluations in a row without a better held-out loss; the result is then the best."""
+    final: Literal["last", "best"] = "last"
+    """What the result is: the weights after the last step, or those with the best held-out loss."""
     keep_last: int = Field(default=2, ge=1)
     """How many of the newest checkpoints are kept, besides the best one."""
     sample_prompts: int = Field(default=3, ge=0)

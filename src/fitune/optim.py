@@ -1,39 +1,183 @@
-"""Optimizer and learning rate.
+"""Optimizers and the learning rate.
 
-In: trainable parameters, a config. Out: AdamW, and a learning rate that is a pure function of the step, so that there
-is no schedule to save. Optimizer states become a flat table of tensors plus JSON, never a pickle.
+In: trainable parameters, a config. Out: an optimizer of the table, and a learning rate that is a pure function of the
+step, so that there is no schedule to save. States become a flat table of tensors plus JSON, never a pickle.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fitune.config import RunConfig
+from fitune.errors import ConfigError, did_you_mean
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An optimizer: bytes of its states per trained parameter, and its rate in times of AdamW's."""
+
+    name: str
+    state_bytes: float
+    make: Callable[[Groups], torch.optim.Optimizer]
+    why: str
+    rate: float = 1.0
+
+
+def _adamw(groups: Groups, **how: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, **how)  # type: ignore[arg-type]
+
+
+def _bitsandbytes(name: str) -> Callable[[Groups], torch.optim.Optimizer]:
+    def make(groups: Groups) -> torch.optim.Optimizer:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise ConfigError(
+                f"the optimizer {name} needs bitsandbytes, which is not installed",
+                fix="pip install bitsandbytes, or --optimizer adafactor",
+            ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on a CPU nothing is paged, and it says so at every tensor
+            made: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, lr=1e-3)
+        return made
+
+    return make
+
+
+# AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. 8-bit states: Dettmers et al. 2022, arXiv:2110.02861. Adafactor:
+# Shazeer & Stern 2018, arXiv:1804.04235. Lion: Chen et al. 2023, arXiv:2302.06675 (rates 3 to 10 times smaller).
+TABLE: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("adamw", 8, partial(_adamw, fused=True), "the usual one, in one fused kernel"),
+        Kind("adamw-foreach", 8, partial(_adamw, foreach=True), "the same, with a larger peak in the step"),
+        Kind("adamw-8bit", 2.03, _bitsandbytes("AdamW8bit"), "states in 8 bits, a quarter of the memory"),
+        Kind("paged-adamw-8bit", 2.03, _bitsandbytes("PagedAdamW8bit"), "the same, moved out of a full GPU's memory"),
+        Kind("adafactor", 0.01, partial(torch.optim.Adafactor, lr=1e-3), "sums of rows and columns for its state"),
+        Kind("lion", 4, _bitsandbytes("Lion"), "one state, steps by sign", rate=0.2),
+        Kind("lion-8bit", 1.02, _bitsandbytes("Lion8bit"), "one state in 8 bits", rate=0.2),
+        Kind("sgd", 4, partial(torch.optim.SGD, lr=0.0, momentum=0.9), "one state, momentum 0.9", rate=100),
+    )
+}
+
+
+def find(name: str) -> Kind:
+    """The optimizer of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in TABLE:
+        raise ConfigError(f"unknown optimizer {name!r}", fix=did_you_mean(name, TABLE))
+    return TABLE[name]
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError for an unknown optimizer, or for what does not go with one in the backward pass."""
+    find(config.optimizer)
+    if not config.optimizer_in_backward:
+        return
+    wrong = []
+    if config.method != "full":
+        wrong.append(f"method {config.method} (it is for full)")
+    if config.accumulation > 1:
+        wrong.append(f"accumulation {config.accumulation} (gradients are gone before the next micro-batch)")
+    if config.max_grad_norm > 0:
+        wrong.append(f"max_grad_norm {config.max_grad_norm} (the norm of all is known only when all are updated)")
+    if wrong:
+        raise ConfigError(
+            "optimizer_in_backward does not go with these settings",
+            received="; ".join(wrong),
+            fix="--method full --accumulation 1 --max-grad-norm 0, or leave it out",
+        )
 
 
 def make(
     parameters: Mapping[str, torch.nn.Parameter], config: RunConfig, rates: Callable[[str], float] = lambda name: 1.0
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); vectors (norms, biases) are never decayed.
+    """The config's optimizer; vectors (norms, biases) are never decayed.
 
     Args:
         parameters: what is trained, by name.
         config: the settings.
         rates: the learning rate of a parameter, in times of the run's.
     """
+    kind = find(config.optimizer)
+    if config.optimizer_in_backward:
+        return InBackward({name: kind.make(_groups({name: p}, config, rates)) for name, p in parameters.items()})
+    return kind.make(_groups(parameters, config, rates))
+
+
+def _groups(parameters: Mapping[str, torch.nn.Parameter], config: RunConfig, rates: Callable[[str], float]) -> Groups:
     groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         groups.setdefault((parameter.ndim >= 2, rates(name)), []).append(parameter)
-    made = [
+    return [
         {"params": some, "weight_decay": config.weight_decay if decays else 0.0, "times": times}
         for (decays, times), some in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    return torch.optim.AdamW(made, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+class InBackward(torch.optim.Optimizer):
+    """An optimizer for each parameter, which updates it in the backward pass and drops its gradient at once: at no time
+    are all gradients there. A gradient that is not finite is not applied.
+
+    Args:
+        each: an optimizer for each parameter, by name.
+    """
+
+    def __init__(self, each: Mapping[str, torch.optim.Optimizer]) -> None:
+        self.each = dict(each)
+        self.bad: list[str] = []
+        self.squares = 0.0
+        self.param_groups = [group for one in each.values() for group in one.param_groups]
+        for name, one in each.items():
+            (parameter,) = one.param_groups[0]["params"]
+            parameter.register_post_accumulate_grad_hook(self._updater(name, one))
+
+    def _updater(self, name: str, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
+        def update(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            norm = float(parameter.grad.norm())
+            if math.isfinite(norm):
+                self.squares += norm * norm
+                optimizer.step()
+            else:
+                self.bad.append(name)
+            parameter.grad = None
+
+        return update
+
+    @property
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+        """Of all parameters."""
+        return {p: s for one in self.each.values() for p, s in one.state.items()}
+
+    def of(self, parameter: Any) -> torch.optim.Optimizer:
+        """The optimizer of a parameter."""
+        return next(one for one in self.each.values() if one.param_groups[0]["params"][0] is parameter)
+
+    def taken(self) -> tuple[float, list[str]]:
+        """Norm of the gradients since the last call, and the names of those that were not finite."""
+        found = math.sqrt(self.squares) if not self.bad else math.nan, list(self.bad)
+        self.squares, self.bad = 0.0, []
+        return found
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Every update is made already."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Every gradient is gone already."""
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
@@ -58,26 +202,20 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["times"]
 
 
-def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> list[str]:
-    """Parameter names in the optimizer's own numbering."""
-    by_id = {id(p): name for name, p in parameters.items()}
-    return [by_id[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
 def state_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state as tensors named `parameter|key`, and what is no tensor."""
-    names = _names(optimizer, parameters)
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for number, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            name = f"{names[number]}|{key}"
+    states = optimizer.state
+    for name, parameter in parameters.items():
+        for key, value in states.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[name] = value.detach().cpu().contiguous()
-            else:
-                scalars[name] = value
+                # bitsandbytes' tensors share memory, which safetensors refuses
+                tensors[f"{name}|{key}"] = value.detach().cpu().contiguous().clone()
+            elif value is not None:
+                scalars[f"{name}|{key}"] = value
     return tensors, scalars
 
 
@@ -88,9 +226,11 @@ def load_state(
     scalars: Mapping[str, Any],
 ) -> None:
     """Put back what `state_tensors` gave."""
-    number_of = {name: number for number, name in enumerate(_names(optimizer, parameters))}
-    state: dict[int, dict[str, Any]] = {}
+    on_device = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for name, value in {**tensors, **scalars}.items():
-        parameter, _, key = name.rpartition("|")
-        state.setdefault(number_of[parameter], {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        named, _, key = name.rpartition("|")
+        parameter = parameters[named]
+        if isinstance(value, Tensor) and (key != "step" or id(parameter) in on_device):
+            value = value.to(parameter.device)
+        holder = optimizer.of(parameter) if isinstance(optimizer, InBackward) else optimizer
+        holder.state[parameter][key] = value

@@ -431,16 +431,14 @@ class Leak:
         return self.difference <= self.allowed and self.moved <= MOVED
 
     def __str__(self) -> str:
-        return (
-            f"differs {self.difference:.1e} from separate documents, of which another document moves {self.moved:.1e}"
-        )
+        return f"{self.difference:.1e} from separate documents, {self.moved:.1e} moved by another one"
 
 
 def _leak_finding(layout: Layout, measured: Mapping[Layout, Leak]) -> Finding:
     if len(measured) == 1:
         return Finding("packing-leak", "ok", f"{layout} batches: {measured[layout]}")
-    leaking = ", ".join(f"{name} {leak}" for name, leak in measured.items() if not leak.passes)
-    return Finding("packing-leak", "fixed", f"running {layout}: {measured[layout]}; not {leaking}")
+    leaking = ", ".join(f"{name} leaks ({leak})" for name, leak in measured.items() if not leak.passes)
+    return Finding("packing-leak", "fixed", f"{leaking}; running {layout}: {measured[layout]}")
 
 
 def _leak(model: Any, samples: Sequence[Sample], layout: Layout) -> Leak:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fitune import adapters, dataset, families, formats, methods, preflight, readers, templates, tokenizer
+from fitune import adapters, dataset, families, formats, methods, optim, preflight, readers, templates, tokenizer
 from fitune.batches import Loader
 from fitune.config import DataSource, RunConfig
 from fitune.console import Watcher
@@ -28,7 +28,7 @@ from fitune.model import (
     read_config,
     trainable,
 )
-from fitune.records import Conversation, DataReport, Finding, Layout
+from fitune.records import Conversation, DataReport, Finding, Layout, Source
 from fitune.store import Samples
 
 
@@ -56,6 +56,10 @@ class Job:
         """How many parameters are trained."""
         return sum(p.numel() for p in trainable(self.tuned.model).values())
 
+    def source(self, row: int) -> Source | None:
+        """Where a training sample stands in the user's files."""
+        return self.loader.samples[row].source
+
     def groups(self) -> list[tuple[str, int, int]]:
         """(part, trainable, total) of each part of the model."""
         return groups(self.tuned.model, self.tuned.family)
@@ -76,6 +80,8 @@ def resolve(config: RunConfig) -> RunConfig:
     with problems.gather():
         methods.find(config.method).check(config)
         _own_settings(config)
+    with problems.gather():
+        optim.check(config)
     changes: dict[str, Any] = {"data": [], "eval_data": []}
     for name, given in (("data", config.data), ("eval_data", config.eval_data)):
         for source in given:
@@ -190,7 +196,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
         total_steps=total,
         eval_every=eval_every,
         save_every=config.save_every or eval_every,
-        lr=config.lr or methods.find(config.method).default_lr,
+        lr=config.lr or method.default_lr * optim.find(config.optimizer).rate,
     )
 
 

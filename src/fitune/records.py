@@ -7,6 +7,7 @@ Shapes: T = tokens of a flat batch, L = rows of it that carry a label, D = docum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -150,10 +151,17 @@ class StepRecord:
     targets: int  # tokens that were trained
     seconds: float
     held_out_loss: float | None = None
+    applied: bool = True  # False: loss or gradient was not finite, and no weight changed
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON, which has no word for what is not finite: null."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StepRecord:
+        """Back from JSON."""
+        known = {k: math.nan if v is None and k != "held_out_loss" else v for k, v in values.items()}
+        return cls(**known)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

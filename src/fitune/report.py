@@ -42,7 +42,7 @@ def write(run: RunFolder) -> None:
         held_out = [(0.0, result["held_out_loss_before"]), *held_out]
     loss_chart = line_chart(
         [
-            Series("training", [(r.step, r.loss) for r in records], "--line1"),
+            Series("training", [(r.step, r.loss) for r in records if r.applied], "--line1"),
             Series("held-out", held_out, "--line2", marks=True),
         ],
         x_label="step",

@@ -7,8 +7,9 @@ micro-batch and their lengths never change it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, cast
 
@@ -16,22 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fitune.errors import TrainingError
 from fitune.kernels.attention import FLAT
 from fitune.kernels.loss import label_loss
 from fitune.methods import virtual
 from fitune.model import causal_lm, computing, trainable, use_attention
+from fitune.optim import InBackward
 from fitune.records import Batch, Layout
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: per target token. grad_norm: before clipping. tokens, targets: of the whole step."""
+    """loss: per target token. grad_norm: before clipping. tokens, targets: of all rows. finite: it was applied."""
 
     loss: float
     grad_norm: float
     tokens: int
     targets: int
+    finite: bool = True
 
 
 def hidden_states(model: Any, batch: Batch, layout: Layout) -> Tensor:
@@ -143,33 +145,48 @@ def training_step(
         model: in training mode.
         micro_batches: all rows of the step.
         optimizer: with its learning rate set.
-        max_grad_norm: gradients are scaled down to this norm.
+        max_grad_norm: gradients are scaled down to this norm; 0: they are not.
         layout: how documents go through the model.
 
-    Raises:
-        TrainingError: the loss or the gradient is not finite; the step is not applied.
+    Returns:
+        Its figures. Where loss or gradient is not finite, nothing was applied.
     """
     # ---- training step -------------------------------------------------------------------------------------------
+    made = make_gradients(model, micro_batches, optimizer, layout, [])
+    return apply_gradients(model, made, optimizer, max_grad_norm)
+    # --------------------------------------------------------------------------------------------------------------
+
+
+def make_gradients(
+    model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, layout: Layout, reached: list[Batch]
+) -> StepResult:
+    """The first half of a step: gradients of sum(loss) / target tokens of the step; no norm yet.
+
+    Args:
+        model, micro_batches, optimizer, layout: as for `training_step`.
+        reached: holds, whatever happens, the micro-batch that was worked on last.
+    """
     targets = sum(batch.targets for batch in micro_batches)
     total = 0.0
     for batch in micro_batches:
+        reached[:] = [batch]
         loss = loss_sum(model, batch, layout)
         (loss / targets).backward()
         total += loss.item()
-    parameters = trainable(model)
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm).item()
-    mean = total / targets
-    if not (torch.isfinite(torch.tensor([mean, norm])).all()):
-        optimizer.zero_grad(set_to_none=True)
-        raise TrainingError(
-            "the loss or the gradient is not finite; the step was not applied",
-            received=f"loss {mean}, gradient norm {norm}, rows {[row for b in micro_batches for row in b.rows][:16]}",
-            fix="a lower --lr; the last checkpoint is good",
-        )
-    optimizer.step()
+    return StepResult(total / targets, 0.0, sum(len(batch.ids) for batch in micro_batches), targets)
+
+
+def apply_gradients(model: Any, made: StepResult, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> StepResult:
+    """The second half of a step: clip and update, or drop gradients that are not finite."""
+    if isinstance(optimizer, InBackward):
+        norm, _ = optimizer.taken()
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), max_grad_norm or float("inf")).item()
+    done = replace(made, grad_norm=norm, finite=math.isfinite(made.loss) and math.isfinite(norm))
+    if done.finite:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    # --------------------------------------------------------------------------------------------------------------
-    return StepResult(mean, norm, sum(len(batch.ids) for batch in micro_batches), targets)
+    return done
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import torch
 
 from fitune import adapters, environment, methods, optim, report
 from fitune.batches import in_order
-from fitune.checkpoint import RunFolder, restore_rng
+from fitune.checkpoint import Loaded, RunFolder, restore_rng
 from fitune.config import RunConfig, build, merge
 from fitune.console import Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
@@ -29,7 +29,8 @@ from fitune.memory import peak_mib
 from fitune.model import trainable
 from fitune.prepare import Job, prepare, resolve
 from fitune.records import StepRecord
-from fitune.step import held_out_loss, training_step
+from fitune.recovery import careful_step, check_finite
+from fitune.step import held_out_loss
 
 
 @dataclass(frozen=True)
@@ -165,66 +166,126 @@ def _check_same_data(run: RunFolder, job: Job) -> None:
         )
 
 
+@dataclass
+class _State:
+    """What a run must remember beside weights, optimizer and random numbers; part of every checkpoint."""
+
+    step: int = 0
+    best: tuple[int | None, float | None] = (None, None)  # step and held-out loss
+    worse: int = 0  # evaluations since then
+    bad: int = 0  # steps in a row that were not finite
+    parts: int = 1  # in which each micro-batch goes through the model, so that it fits
+
+    def as_dict(self) -> dict[str, Any]:
+        """For state.json, which has the step already."""
+        return {name: value for name, value in asdict(self).items() if name != "step"}
+
+    def patience_is_over(self, config: RunConfig) -> bool:
+        """Too many evaluations without a better loss."""
+        return config.patience is not None and self.worse >= config.patience
+
+    def evaluated(self, loss: float | None) -> None:
+        """A held-out loss was measured at this step."""
+        if loss is None:
+            return
+        better = self.best[1] is None or loss < self.best[1]
+        self.best, self.worse = ((self.step, loss), 0) if better else (self.best, self.worse + 1)
+
+
 def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: threading.Event) -> Result:
     """Steps, evaluations and checkpoints, from wherever the run stands to its end."""
     config, model = job.config, job.tuned.model
     parameters = trainable(model)
     optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
     torch.manual_seed(config.seed)
-    start, best = _restore(run, parameters, optimizer, watch) if resume else (0, (None, None))
-    run.truncate_steps(start)
+    state = _restore(run, parameters, optimizer, watch) if resume else _State()
+    run.truncate_steps(state.step)
     model.train()
-    watch.start(job.total_steps, start, job.tuned.device)
+    watch.start(job.total_steps, state.step, job.tuned.device)
     try:
-        for step, (epoch, micro_batches) in enumerate(job.loader.steps(start, job.total_steps), start + 1):
+        end = state.step if state.patience_is_over(config) else job.total_steps
+        for epoch, micro_batches in job.loader.steps(state.step, end):
             began = time.perf_counter()
-            rate = optim.learning_rate(step - 1, job.total_steps, job.lr, config.warmup)
+            rate = optim.learning_rate(state.step, job.total_steps, job.lr, config.warmup)
+            state.step += 1
             optim.set_rate(optimizer, rate)
-            done = training_step(model, micro_batches, optimizer, config.max_grad_norm, job.layout)
+            done, state.parts = careful_step(
+                model, micro_batches, optimizer, config.max_grad_norm, job.layout, state.parts, job.source, watch.say
+            )
             seconds = time.perf_counter() - began
-            last = step == job.total_steps
-            loss = _held_out(job) if step % job.eval_every == 0 or last else None
-            if loss is not None and (best[1] is None or loss < best[1]):
-                best = (step, loss)
+            last = state.step == job.total_steps
+            loss = _held_out(job) if state.step % job.eval_every == 0 or last else None
+            state.evaluated(loss)
+            early = state.patience_is_over(config)
             record = StepRecord(
-                step, epoch, done.loss, rate, done.grad_norm, done.tokens, done.targets, seconds, held_out_loss=loss
+                state.step,
+                epoch,
+                done.loss,
+                rate,
+                done.grad_norm,
+                done.tokens,
+                done.targets,
+                seconds,
+                loss,
+                done.finite,
             )
             run.append_step(record)
             watch.step(record)
-            if step % job.save_every == 0 or last or best[0] == step or stopped.is_set():
-                run.save(step, parameters, optimizer, {"best": best})
-                run.prune(config.keep_last, best[0])
+            where = {"sources": job.source, "checkpoint": run.newest_name()}
+            state.bad = check_finite(model, state.bad, done, micro_batches, job.layout, where)
+            due = state.step % job.save_every == 0 or last or early or state.best[0] == state.step
+            if stopped.is_set() or (due and not state.bad):
+                run.save(state.step, parameters, optimizer, state.as_dict())
+                run.prune(config.keep_last, state.best[0])
+            if early:
+                watch.say(f"stopped early: no better held-out loss in {state.worse} evaluations")
+                break
             if stopped.is_set() and not last:
                 raise Interrupted(
-                    f"stopped after step {step} of {job.total_steps}; everything is saved in {run.path}",
+                    f"stopped after step {state.step} of {job.total_steps}; everything is saved in {run.path}",
                     fix=f"go on with: fitune train --resume --output {run.path}",
                 )
     finally:
         watch.stop()
-    return _finish(run, job)
+    if config.final == "best" or config.patience is not None:
+        _back_to_best(run, parameters, state, watch)
+        return _finish(run, job, state.best[1])
+    return _finish(run, job, run.read_steps()[-1].held_out_loss)
+
+
+def _back_to_best(run: RunFolder, parameters: dict[str, torch.nn.Parameter], state: _State, watch: Watcher) -> None:
+    """Put the weights with the best held-out loss back."""
+    if state.best[0] is None or state.best[0] == state.step:
+        return
+    _put(run.load(run.checkpoint(state.best[0])), parameters)
+    watch.say(f"the result is step {state.best[0]}, with the best held-out loss, {state.best[1]:.4f}")
+
+
+@torch.no_grad()
+def _put(loaded: Loaded, parameters: dict[str, torch.nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(loaded.trainable[name])
 
 
 def _restore(
     run: RunFolder, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, watch: Watcher
-) -> tuple[int, tuple[int | None, float | None]]:
+) -> _State:
     """Put the newest whole checkpoint back; says so. Without one the run starts anew."""
     whole = run.whole_checkpoints()
     if not whole:
         watch.say("no whole checkpoint yet: starting from the first step")
-        return 0, (None, None)
+        return _State()
     loaded = run.load(whole[0])
     if loaded.trainable.keys() != parameters.keys():
         raise RunFolderError(f"{whole[0]}: holds other parameters than this run", fix="start a new run")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(loaded.trainable[name])
+    _put(loaded, parameters)
     optim.load_state(optimizer, parameters, loaded.optimizer, loaded.optimizer_scalars)
     restore_rng(loaded.rng)
     watch.say(f"going on from {whole[0].name}")
-    return loaded.step, tuple(loaded.state["best"])
+    return _State(**{**loaded.state, "step": loaded.step, "best": tuple(loaded.state["best"])})
 
 
-def _finish(run: RunFolder, job: Job) -> Result:
+def _finish(run: RunFolder, job: Job, held_out: float | None) -> Result:
     """The adapter, the answers after, result.json and the report."""
     run.save_adapter(partial(adapters.save, job.tuned.model))
     records, before = run.read_steps(), run.read("before")
@@ -238,13 +299,14 @@ def _finish(run: RunFolder, job: Job) -> Result:
         ],
     )
     seconds = sum(record.seconds for record in records)
+    finite = [record for record in records if record.applied] or records
     result = Result(
         run=str(run.path),
         steps=len(records),
-        first_loss=records[0].loss,
-        last_loss=records[-1].loss,
+        first_loss=finite[0].loss,
+        last_loss=finite[-1].loss,
         held_out_loss_before=before["held_out_loss"],
-        held_out_loss_after=records[-1].held_out_loss,
+        held_out_loss_after=held_out,
         trainable_parameters=job.trainable,
         total_parameters=job.total,
         real_tokens_per_second=sum(record.tokens for record in records) / max(seconds, 1e-9),

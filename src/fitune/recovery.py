@@ -1,0 +1,189 @@
+"""Steps that do not fit, and steps that are not finite.
+
+In: the micro-batches of a step. Out: the step's result, or an error that says which rows, and what would help. A step
+that runs out of memory is done again from where it began (gradients dropped, random numbers put back, no weight had
+changed) with every micro-batch in twice as many parts: the objective is a sum over the whole step, and stays the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fitune import optim
+from fitune.batches import split
+from fitune.checkpoint import restore_rng, rng_state
+from fitune.errors import TrainingError
+from fitune.model import causal_lm, trainable
+from fitune.records import Batch, Layout, Source
+from fitune.step import StepResult, apply_gradients, loss_sum, make_gradients
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
+MOST_BAD = 3  # steps in a row that are not finite
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did an allocation fail, on a GPU or in main memory?"""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
+
+
+def careful_step(
+    model: Any,
+    micro_batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    layout: Layout,
+    parts: int,
+    sources: Callable[[int], Source | None],
+    say: Callable[[str], None],
+) -> tuple[StepResult, int]:
+    """One optimizer step that survives running out of memory.
+
+    Args:
+        model, micro_batches, optimizer, max_grad_norm, layout: as for `training_step`.
+        parts: in how many parts each micro-batch goes through the model.
+        sources: where a row stands.
+        say: is told when micro-batches are halved.
+
+    Returns:
+        The step's result, and the parts that fit, for the steps that follow.
+
+    Raises:
+        TrainingError: a single row does not fit, or the optimizer's states do not.
+    """
+    while True:
+        pieces = [piece for batch in micro_batches for piece in split(batch, parts)]
+        before, reached = rng_state(), [pieces[0]]
+        try:
+            made = make_gradients(model, pieces, optimizer, layout, reached)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            told = " ".join(str(error).split())[:200]
+        else:
+            return _apply(model, made, optimizer, max_grad_norm), parts
+        _forget(optimizer)  # outside of `except`: the error would keep the tensors of its frames alive
+        if isinstance(optimizer, optim.InBackward):
+            raise TrainingError(
+                "out of memory; with optimizer_in_backward a step cannot be done again",
+                received=told,
+                fix="a smaller --batch-size; the last checkpoint is good",
+            )
+        if len(reached[0].rows) == 1:
+            raise _does_not_fit(reached[0], sources, told)
+        restore_rng(before)
+        parts *= 2
+        most = max(len(piece.rows) for batch in micro_batches for piece in split(batch, parts))
+        say(f"out of memory: the step is done again with micro-batches of at most {most} rows, to the same objective")
+
+
+def _apply(model: Any, made: StepResult, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> StepResult:
+    try:
+        return apply_gradients(model, made, optimizer, max_grad_norm)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        told = " ".join(str(error).split())[:200]
+    _forget(optimizer)
+    raise TrainingError(
+        "the optimizer's states do not fit into memory",
+        received=told,
+        fix="--optimizer adamw-8bit or adafactor; the last checkpoint is good",
+    )
+
+
+def _forget(optimizer: torch.optim.Optimizer) -> None:
+    """Drop gradients and whatever the failed step left."""
+    optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _does_not_fit(batch: Batch, sources: Callable[[int], Source | None], told: str) -> TrainingError:
+    row, length = batch.rows[0], len(batch.ids)
+    return TrainingError(
+        f"one row alone does not fit into memory: {sources(row)}, {length:,} tokens",
+        received=told,
+        expected="a row whose activations fit beside the weights",
+        fix=f"--max-length {max(8, length // 2 // 8 * 8)}, --checkpointing, or --precision bf16; "
+        "the last checkpoint is good",
+    )
+
+
+def check_finite(
+    model: Any, bad: int, done: StepResult, micro_batches: Sequence[Batch], layout: Layout, where: Mapping[str, Any]
+) -> int:
+    """How many steps in a row were not finite; their weights were not changed.
+
+    Args:
+        model: in training mode.
+        bad: so many before this one.
+        done: what the step gave.
+        micro_batches: its rows.
+        layout: how documents go through the model.
+        where: `sources` of rows, and the `checkpoint` that is good.
+
+    Raises:
+        TrainingError: MOST_BAD in a row.
+    """
+    if done.finite:
+        return 0
+    if bad + 1 < MOST_BAD:
+        return bad + 1
+    first, rows = first_non_finite(model, micro_batches, layout)
+    told = ", ".join(str(where["sources"](row)) for row in rows[:8])
+    raise TrainingError(
+        f"{MOST_BAD} steps in a row were not finite, so the run stops; none of them was applied",
+        received=f"loss {done.loss}, gradient norm {done.grad_norm}; first non-finite: {first}; rows {told}",
+        expected="finite losses and gradients",
+        fix=f"a lower --lr, or --precision fp32; look at these rows; the last good checkpoint is {where['checkpoint']}",
+    )
+
+
+def first_non_finite(model: Any, micro_batches: Sequence[Batch], layout: Layout) -> tuple[str, tuple[int, ...]]:
+    """What is the first to be NaN or infinite (a weight, an output, a gradient), and the rows that show it."""
+    rows = tuple(row for batch in micro_batches for row in batch.rows)
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"the weight {name}", rows
+    found: list[str] = []
+    hooks = [
+        module.register_forward_hook(_watch(name, found))
+        for name, module in causal_lm(model).named_modules()
+        if name and not list(module.children())
+    ]
+    try:
+        for batch in micro_batches:
+            _one_backward(model, batch, layout)
+            if found:
+                return f"the output of {found[0]}", batch.rows
+            wrong = [n for n, p in trainable(model).items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+            if wrong:
+                return f"the gradient of {wrong[-1]}", batch.rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+    return "nothing when they are run again", rows
+
+
+def _watch(name: str, found: list[str]) -> Callable[..., None]:
+    def look(module: torch.nn.Module, inputs: object, output: object) -> None:
+        tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, torch.Tensor)]
+        if not found and any(t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors):
+            found.append(name)
+
+    return look
+
+
+def _one_backward(model: Any, batch: Batch, layout: Layout) -> None:
+    loss = loss_sum(model, batch, layout)
+    if math.isfinite(loss.item()):
+        loss.backward()
