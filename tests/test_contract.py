@@ -166,6 +166,13 @@ def test_contract(variant: str, kind: str, precision: str, tmp_path: Path) -> No
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, start[name]) != parameter.requires_grad, name
 
+    # what was trained does not let documents see each other either
+    model.eval()
+    with torch.no_grad():
+        leak = preflight._leak(model, two, "flat")
+    assert leak.difference <= (1e-5 if precision == "fp32" else 5e-2)
+    assert leak.moved <= 1e-6
+
     # what is saved and loaded again has the same logits, and turned off it is the base
     after = logits(model)
     assert (after - before).abs().max() > 1e-3

@@ -66,7 +66,11 @@ def test_llama_32_1b_with_lora_on_q_and_v() -> None:
 
 def test_the_table_of_methods_has_every_method_and_its_figures(tmp_path: Path, capsys, monkeypatch) -> None:
     rows = {row.name: row for row in overview()}
-    assert list(rows) == ["full", "freeze", "tail", "bitfit", "prompt", "p-tuning", "prefix", "adapter", "lora", "ia3"]
+    assert list(rows) == [
+        "full", "freeze", "tail", "bitfit", "bitfit, bitfit.add", "prompt", "p-tuning", "prefix", "adapter", "lora",
+        "ia3", "peft:TYPE",
+    ]  # fmt: skip
+    assert "VERA" in rows["peft:TYPE"].note
     assert rows["lora"].training_bytes == 16 * 851_968
     assert rows["bitfit"].trainable is None
     assert "has no bias terms" in rows["bitfit"].note
@@ -181,6 +185,7 @@ def test_groups_add_up_and_name_every_part() -> None:
         ("lora", {"lora": {"targets": ["q_porj"]}}, "llama", "did you mean 'q_proj'?"),
         ("lora", {"lora": {"ranks": {"up_proj": 4}}}, "llama", "lora.ranks: 'up_proj' matches no target"),
         ("lora", {"lora": {"save": ["nothing"]}}, "llama", "lora.save: this model has no module 'nothing'"),
+        ("lora", {"lora": {"save": ["lm_head"]}}, "qwen2", "output head is its embedding"),
         ("ia3", {"ia3": {"targets": ["v_porj"]}}, "llama", "did you mean 'v_proj'?"),
         ("peft:LOHA", {"peft": {"target_modules": "q_porj"}}, "llama", "did you mean 'q_proj'?"),
     ],
@@ -203,6 +208,9 @@ def test_what_does_not_fit_the_model_is_an_error_that_helps(
         ({"method": "prompt", "prompt": {"init": "text"}}, "prompt.init=text and prompt.text belong together"),
         ({"method": "full", "lora": {"rank": 4}}, "settings of lora are given, but the method is full"),
         ({"adapter": "nowhere"}, "nowhere: no adapter here"),
+        ({"method": "freeze", "freeze": {"tensors": 2, "patterns": ["q"]}}, "freeze: tensors and patterns are given"),
+        ({"method": "peft:ADALORA"}, "needs more than plain training steps"),
+        ({"new_tokens": ["<a>"], "lora": {"save": ["head"]}}, "new_tokens and lora.save do not go together"),
     ],
 )
 def test_settings_that_do_not_go_together_are_told_before_anything_is_loaded(
@@ -339,7 +347,7 @@ def test_training_goes_on_from_an_adapter(variant: str, model_folder: Path, tmp_
 def test_an_adapter_of_another_rank_is_refused(model_folder: Path, tmp_path: Path, data_file: Path) -> None:
     train(build(settings("lora", model_folder, data_file, tmp_path / "first")))
     changes = {"adapter": str(tmp_path / "first" / "adapter"), "lora": {"rank": 8}}
-    with pytest.raises(ModelError, match="differing"):
+    with pytest.raises(ModelError, match=r"differing"):
         train(build(settings("lora", model_folder, data_file, tmp_path / "second", **changes)))
 
 
@@ -490,3 +498,91 @@ def test_only_the_rows_of_new_tokens_change(tmp_path: Path, data_file: Path) -> 
 def test_tokens_that_a_tokenizer_cannot_take_are_refused() -> None:
     with pytest.raises(ConfigError, match="new_tokens: wrong value"):
         config("lora", new_tokens=["<a>", "<a>"])
+
+
+# ---- what was once wrong ----
+
+
+def test_batched_answers_of_virtual_tokens_are_the_answers_one_by_one(model_folder: Path, tmp_path: Path) -> None:
+    from fitune.encode import Encoder
+    from fitune.generation import Sampling, answers
+    from fitune.model import Tuned
+    from fitune.records import Conversation
+    from fitune.templates import choose
+
+    words = tiny.make_tokenizer()
+    for variant in ("prompt", "prefix"):
+        model = adapters.attach(load_model(model_folder), config_for(variant))
+        template = choose("auto", words)
+        tuned = Tuned(model, words, template, Encoder(words, template), families.of(model.get_base_model()))
+        asked = [Conversation((Message("user", text),)) for text in ("hi", "the capital of Norland is", "北国")]
+        sampling = Sampling(max_new_tokens=8)
+        assert answers(tuned, asked, sampling) == [answers(tuned, [one], sampling)[0] for one in asked]
+
+
+def test_going_on_with_another_scale_is_refused(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """Alpha changes what was learned, and no shape shows it."""
+    train(build(settings("lora", model_folder, data_file, tmp_path / "first")))
+    changes = {"adapter": str(tmp_path / "first"), "lora": {"rank": 4, "alpha": 64}}
+    with pytest.raises(ModelError, match=r"lora_alpha 16\.0"):
+        train(build(settings("lora", model_folder, data_file, tmp_path / "second", **changes)))
+
+
+def test_a_base_without_new_tokens_never_says_them(model_folder: Path) -> None:
+    from fitune.methods import new_tokens
+
+    words, model = tiny.make_tokenizer(), ready(tiny.make_model("gpt2", vocabulary=340))
+    new_tokens.add_rows(model, new_tokens.extend(words, ["<think>"]))
+    tuned = adapters.attach(model, config("lora"))
+    with adapters.disabled(tuned):
+        assert logits(tuned)[..., -1].max() == float("-inf")
+    assert logits(tuned)[..., -1].max() > float("-inf")
+
+
+def test_an_unknown_adapter_name_is_refused(model_folder: Path) -> None:
+    model = adapters.attach(load_model(model_folder), config_for("houlsby"))
+    with pytest.raises(ModelError, match="did you mean 'default'"):
+        adapters.switch(model, "defualt")
+
+
+def test_rows_leave_room_for_virtual_tokens(tmp_path: Path) -> None:
+    model = tiny.save("gpt2", tmp_path / "model")  # 256 positions and no more
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "two plus " * 200, "completion": "five"} for _ in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = train(build(settings("prompt", model, data, tmp_path / "run", max_length=251)))
+    assert done.steps == 5
+    with pytest.raises(ConfigError, match="above what the model can hold"):
+        train(build(settings("prompt", model, data, tmp_path / "other", max_length=252)))
+
+
+def test_a_resumed_run_finds_the_same_weights_and_template(tmp_path: Path, data_file: Path) -> None:
+    model, run = tiny.save("llama", tmp_path / "model"), tmp_path / "run"
+    with pytest.raises(Crash):
+        train(build(settings("lora", model, data_file, run)), watch=CrashAt(3))
+    settings_file = model / "tokenizer_config.json"
+    values = json.loads(settings_file.read_text())
+    settings_file.write_text(json.dumps({**values, "note": "changed"}))
+    with pytest.raises(RunFolderError, match="the tokenizer changed since this run began"):
+        train(resume_config(str(run), {}), resume=True)
+    settings_file.write_text(json.dumps(values))
+    tiny.make_model("llama", seed=5).to(torch.bfloat16).save_pretrained(str(model))
+    with pytest.raises(RunFolderError, match="the base's weights"):
+        train(resume_config(str(run), {}), resume=True)
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_a_window_or_a_rope_that_depends_on_length_is_probed_with_whole_rows(layout: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = ready(LlamaForCausalLM(LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=32, rope_parameters=rope, initializer_range=0.2,
+    )))  # fmt: skip
+    long, short = (torch.randint(5, 300, (n,)).numpy().astype("int32") for n in (120, 10))
+    data = [samples()[0].__class__(ids, ids > 0) for ids in (long, short)]
+    _, finding = preflight.packing_leak(model, data, layout)
+    assert finding.level == "refuse", finding.text
+    assert preflight.packing_leak(model, data)[0] == "documents"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fitune import families, methods
 from fitune.config import RunConfig, build
-from fitune.errors import ConfigError, ModelError
+from fitune.errors import ConfigError, ModelError, did_you_mean
 from fitune.methods import adapter as bottleneck
 from fitune.methods import lora, new_tokens
 
@@ -193,11 +193,21 @@ def load_into(model: Any, folder: Path) -> None:
     Raises:
         ModelError: it was made by another method or with other settings.
     """
-    if new_tokens.ids(_inner(model)) or (folder / NEW_ROWS).is_file():
+    here = new_tokens.ids(_inner(model))
+    theirs = json.loads((folder / NEW_IDS).read_text(encoding="utf-8")) if (folder / NEW_IDS).is_file() else []
+    if here != theirs:
+        raise ModelError(
+            f"{folder}: has other new tokens than this run",
+            received=f"ids {theirs or 'none'}",
+            expected=f"ids {here or 'none'}",
+            fix="give the same --new-tokens",
+        )
+    if here:
         _load_rows(model, folder)
     if isinstance(model, PeftModel) and not (folder / ENCODER).is_file():
         _load_peft(model, folder)
         return
+    _same_settings(folder, model)
     stored = load_file(folder / (ENCODER if isinstance(model, PeftModel) else WEIGHTS))
     mine = _parameters(model)
     _same_shapes(folder, mine, stored)
@@ -208,10 +218,44 @@ def load_into(model: Any, folder: Path) -> None:
 def _load_peft(model: Any, folder: Path) -> None:
     if not (folder / PEFT_CONFIG).is_file():
         raise _other(folder, [OWN_CONFIG])
+    _same_settings(folder, model)
     stored = load_file(folder / WEIGHTS)
     mine = get_peft_model_state_dict(model, save_embedding_layers=False)
     _same_shapes(folder, mine, stored)
     set_peft_model_state_dict(model, stored)
+
+
+# what may differ between a stored adapter and one that goes on from it: it changes nothing that was learned
+FREE = {
+    "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type",
+    "init_lora_weights", "init_weights", "lora_dropout", "init_ia3_weights", "encoder_dropout", "target_modules",
+    "modules_to_save", "prompt_tuning_init", "feedforward_modules",
+}  # fmt: skip
+
+
+def _same_settings(folder: Path, model: Any) -> None:
+    """Raises ModelError where a setting that the shapes do not show differs: a scale, an activation function."""
+    if isinstance(model, PeftModel):
+        mine = model.peft_config[model.active_adapter].to_dict()
+        stored = _read_json(folder / PEFT_CONFIG)
+    else:
+        mine, stored = model.fitune_method, _read_json(folder / OWN_CONFIG)
+    plain = json.loads(json.dumps(mine, default=lambda value: getattr(value, "value", str(value))))
+    differing = [
+        f"{name} {stored.get(name)} (this run: {plain.get(name)})"
+        for name in sorted({*plain, *stored} - FREE)
+        if (stored.get(name) or None) != (plain.get(name) or None)
+    ]
+    if differing:
+        raise _other(folder, differing)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        values = {}
+    return values if isinstance(values, dict) else {}
 
 
 def _same_shapes(folder: Path, mine: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
@@ -239,6 +283,8 @@ def add(model: Any, folder: Path, name: str) -> None:
     Raises:
         ModelError: it is of another kind, or does not fit.
     """
+    if (folder / NEW_IDS).is_file() or new_tokens.ids(_inner(model)):
+        raise ModelError(f"{folder}: adapters with new tokens stand alone", fix="load it by itself")
     if isinstance(model, PeftModel) and (folder / PEFT_CONFIG).is_file():
         try:
             model.load_adapter(str(folder), name, local_files_only=True)
@@ -257,8 +303,16 @@ def add(model: Any, folder: Path, name: str) -> None:
 
 
 def switch(model: Any, name: str) -> None:
-    """Make the adapter of that name the active one."""
-    if isinstance(model, PeftModel):
+    """Make the adapter of that name the active one.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    peft = isinstance(model, PeftModel)
+    known = set(model.peft_config) if peft else {n for layer in bottleneck.wrappers(model) for n in layer.adapters}
+    if name not in known:
+        raise ModelError(f"no adapter {name!r} here", fix=did_you_mean(name, known) if known else None)
+    if peft:
         model.set_adapter(name)
     else:
         bottleneck.switch(model, name)

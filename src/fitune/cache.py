@@ -5,8 +5,8 @@ written under a name of its own and renamed, so two runs at once never see half 
 what the first one made. A folder that does not match its checksums is made again. Nothing but prepared data lies here:
 the cache may be deleted whenever no run is going on.
 
-    CACHE/rows-<key>/      see store.py
-    CACHE/samples-<key>/
+    CACHE/rows-<key>-<n>/      see store.py
+    CACHE/samples-<key>-<n>/   what is made anew gets the next number: another run may be reading the one before
 """
 
 from __future__ import annotations
@@ -63,21 +63,23 @@ class Cache:
         self.folder = Path(self._temporary.name) if self._temporary else (folder or Path()).expanduser()
         self.found: set[str] = set()  # entries that were there already
         self._used: set[Path] = set()
+        self._forgotten: set[Path] = set()
         with disk(self.folder, FIX):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the user's data
 
-    def has(self, kind: str, key: str) -> bool:
-        """Is it there, and whole? Marks it as used."""
-        path = self.path(kind, key)
-        if not is_whole(path):
-            return False
-        with suppress(OSError):
-            os.utime(path)
-        return True
+    def newest(self, kind: str, key: str) -> Path | None:
+        """The newest whole entry of that key; marks it as used."""
+        for path in reversed(self._all(kind, key)):
+            if path not in self._forgotten and is_whole(path):
+                with suppress(OSError):
+                    os.utime(path)
+                return path
+        return None
 
-    def path(self, kind: str, key: str) -> Path:
-        """Where it stands or will stand."""
-        return self.folder / f"{kind}-{key}"
+    def _all(self, kind: str, key: str) -> list[Path]:
+        """Every entry of that key, the oldest first."""
+        found = self.folder.glob(f"{kind}-{key}-*")
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def entry(self, kind: str, key: str, write: Callable[[Path], None]) -> Path:
         """The folder of that key; `write` fills a new one where there is none.
@@ -85,10 +87,10 @@ class Cache:
         Raises:
             RunFolderError: the disk is full, or the cache cannot be written.
         """
-        path = self.path(kind, key)
-        self._used.add(path)
-        if self.has(kind, key):
+        path = self.newest(kind, key)
+        if path is not None:
             self.found.add(path.name)
+            self._used.add(path)
             return path
         self._sweep()
         with disk(self.folder, FIX):
@@ -96,27 +98,31 @@ class Cache:
             try:
                 write(temporary)
                 seal(temporary)
-                self._publish(temporary, path)
+                path = self._publish(temporary, kind, key)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+        self._used.add(path)
         return path
 
-    def _publish(self, temporary: Path, path: Path) -> None:
-        """Rename; where another run was faster, its folder is as good."""
-        for _ in range(3):
+    def _publish(self, temporary: Path, kind: str, key: str) -> Path:
+        """Rename to the next number; where another run was faster, its folder is as good."""
+        for _ in range(10):
+            if (other := self.newest(kind, key)) is not None:
+                return other
+            last = self._all(kind, key)
+            number = int(last[-1].name.rpartition("-")[2]) + 1 if last else 1
+            path = self.folder / f"{kind}-{key}-{number}"
             try:
                 temporary.replace(path)
-                return
+                return path
             except OSError:
-                if is_whole(path):
-                    return
-                shutil.rmtree(path, ignore_errors=True)
-        temporary.replace(path)
+                continue  # another run took the number
+        raise OSError(f"cannot publish {path}")
 
     def forget(self) -> None:
-        """Remove every entry that was asked for: one of them turned out wrong."""
-        for path in self._used:
-            shutil.rmtree(path, ignore_errors=True)
+        """Do not use again what was asked for so far: some of it turned out wrong. It stays where it is for whoever is
+        reading it, until it is swept."""
+        self._forgotten |= self._used
         self.found.clear()
         self._used.clear()
 

@@ -4,6 +4,7 @@
       config.yaml  environment.json  template.json  plan.json  data.json  before.json  at the start
       tokenizer/                     the tokenizer's files
       steps.jsonl                    one StepRecord a line
+      checks.json                    what was found while it ran
       checkpoints/step-000120/       trainable, optimizer and RNG tensors, state.json, MANIFEST.json
       adapter/                       the result, in PEFT's format or ours (adapters.py)
       answers.json  result.json  report.html       at the end

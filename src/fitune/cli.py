@@ -10,6 +10,7 @@ from __future__ import annotations
 import json as jsonlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -63,7 +64,10 @@ def _flag_type(kind: Any) -> Any:
 Flags = _optional(settings.RunConfig, "Flags")
 # what a verb takes by itself (model, data) is no flag of the group beside it
 DataFlags = _optional(settings.DataConfig, "DataFlags", without=("model", "data", "eval_data"))
-SetOption = Annotated[list[str] | None, Parameter(name="--set", negative="", help="Any setting: --set lora.rank=16.")]
+SetOption = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative="", consume_multiple=True, help="Any settings: --set lora.rank=16 seed=1."),
+]
 
 
 def _typed(flags: Any, group: type[BaseModel] = settings.RunConfig) -> dict[str, Any]:
@@ -179,9 +183,12 @@ def train(
     if checked is None:
         checked = resume_config(values["output"], values)
     result = run_training(checked, resume=resume, watch=Terminal(console))
-    before, after = result.held_out_loss_before, result.held_out_loss_after
-    if before is not None and after is not None:
-        console.print(f"held-out loss {before:.4f} before, [bold]{after:.4f}[/] after", highlight=False)
+    base, before, after = result.base_held_out_loss, result.held_out_loss_before, result.held_out_loss_after
+    if base is not None and before is not None and after is not None:
+        of_base = f"{base:.4f} of the base, " if base != before else ""
+        console.print(f"held-out loss {of_base}{before:.4f} before, [bold]{after:.4f}[/] after", highlight=False)
+        if after > base:
+            console.print("[yellow]the base model does better on the held-out rows than what was tuned[/]")
     console.print(
         f"{result.steps} steps, {result.real_tokens_per_second:,.0f} real tokens/s, peak memory "
         f"{result.peak_memory_mib:,.0f} MiB ({result.expected_memory_mib:,.0f} expected)",
@@ -269,13 +276,14 @@ def merge(
     *,
     output: Annotated[Path, Parameter(help="Folder of the plain model; must be new or empty.")],
     dtype: Annotated[str, Parameter(help="Of its weights: auto (as the base's), fp32, bf16 or fp16.")] = "auto",
+    force: Annotated[bool, Parameter(negative="", help="Write it though its logits have drifted.")] = False,
     json: Json = False,
 ) -> None:
     """Make a run's model a plain one, which transformers loads without fitune or PEFT."""
     from fitune.merging import merge as run_merge
 
     console = _console(json)
-    done = run_merge(run, output, dtype=dtype)
+    done = run_merge(run, output, dtype=dtype, force=force)
     console.print(
         f"{done.folder}: {done.dtype}; relative error of the logits {done.merge_error:.1e} by merging, "
         f"{done.rounding_error:.1e} as written",
@@ -330,12 +338,20 @@ def main() -> None:
     except FituneError as error:
         _fail(str(error), error.exit_code)
     except CycloptsError as error:
-        _fail(" ".join(str(error).split()) + "\n  fix:      fitune --help", 2)
+        verb = next((word for word in sys.argv[1:2] if word in app), "")
+        _fail(f"{_told(error)}\n  fix:      fitune {verb}{' ' if verb else ''}--help", 2)
     except KeyboardInterrupt:
         _fail("stopped", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+
+
+def _told(error: CycloptsError) -> str:
+    """The error in one line; of pydantic's own words, only what is wrong."""
+    text = " ".join(str(error).split())
+    found = re.search(r"nullable\[\w+\] (\S+) (.*?) \[type=\w+, input_value=(.*?), input_type", text)
+    return f"--{found[1]}: {found[2]}, received {found[3]}" if found else text
 
 
 def _quiet() -> None:
@@ -344,6 +360,8 @@ def _quiet() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT lays virtual tokens before each row itself when it generates; nothing is packed there
+    warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
 
 
 def _fail(text: str, code: int) -> None:

@@ -178,16 +178,16 @@ def methods_table(rows: Sequence[Any], model: str) -> Table:
     """Of each method (overview.Overview) a line."""
     table = Table(title=f"ways of tuning, figures for {model}", title_justify="left", box=None, pad_edge=False)
     table.add_column("method", style="cyan", no_wrap=True)
-    table.add_column("trains", ratio=3, overflow="fold")
+    table.add_column("trains", ratio=1)
     for name in ("parameters", "MiB", "merges", "rate"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("where", ratio=1, overflow="fold")
     for row in rows:
         known = row.trainable is not None
         figures = (f"{row.trainable:,}", f"{row.training_bytes / 2**20:,.0f}") if known else ("-", "-")
         merges = "yes" if row.merges else "no"
-        where = row.families if known or not row.note else f"{row.families}; {row.note}"
-        table.add_row(row.name, escape(row.trains), *figures, merges, f"{row.default_lr:g}", escape(where))
+        table.add_row(row.name, escape(row.trains), *figures, merges, f"{row.default_lr:g}")
+    table.caption = "\n".join(escape(f"{row.name}: {row.note}") for row in rows if row.note)
+    table.caption_justify = "left"
     return table
 
 

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from fitune.adapters import disabled
 from fitune.errors import ModelError
+from fitune.methods import virtual
 from fitune.model import Tuned, causal_lm, computing, use_attention
 from fitune.records import Conversation, Message
 
@@ -83,9 +84,14 @@ def answers(
         ModelError: a prompt that is longer than the model can hold.
     """
     sampling = sampling or Sampling()
+    before = virtual.of(tuned.model) if not base else None
+    if before is not None and len(questions) > 1:
+        # side by side, padding would stand between the virtual tokens and the prompt, as it never does in training
+        return [answers(tuned, [one], sampling, on_text=on_text)[0] for one in questions]
     prompts = [tuned.encoder.prompt(question.messages, question.tools) for question in questions]
     width = max(len(prompt) for prompt in prompts)
     limit = getattr(causal_lm(tuned.model).config, "max_position_embeddings", None) or 2**31
+    limit -= before.count if before is not None else 0
     if width >= limit:
         raise ModelError(
             "the prompt is longer than the model can hold",

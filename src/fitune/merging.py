@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fitune import methods
+from fitune import methods, preflight
 from fitune.checkpoint import RunFolder
 from fitune.config import RunConfig
 from fitune.encode import Encoder
@@ -27,7 +28,7 @@ from fitune.files import TEMPORARY, disk, sync
 from fitune.loading import TEMPLATE, load
 from fitune.methods import new_tokens
 from fitune.model import causal_lm
-from fitune.records import Message
+from fitune.records import Finding, Message
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE = ("Hello, world!", "你好，世界", "1 + 1 = 2")
@@ -47,13 +48,14 @@ class Merged:
         return asdict(self)
 
 
-def merge(run: str | Path, output: str | Path, *, dtype: str = "auto") -> Merged:
+def merge(run: str | Path, output: str | Path, *, dtype: str = "auto", force: bool = False) -> Merged:
     """Write a run's model as a plain one.
 
     Args:
         run: a finished run.
         output: a folder that is not there yet, or is empty.
         dtype: of its weights: auto (as the base's are stored), fp32, bf16 or fp16.
+        force: write it though its logits have drifted from the tuned model's.
 
     Raises:
         RunFolderError: the run is not finished, its method cannot be merged, or the folder is not empty.
@@ -72,11 +74,28 @@ def merge(run: str | Path, output: str | Path, *, dtype: str = "auto") -> Merged
         before = tuned.model(input_ids=probe).logits[:, -probe.shape[1] :]
         plain = merged(tuned.model, tuned.family, config)
         error = _relative(plain(input_ids=probe).logits, before)
-    _write(plain.to(DTYPES[chosen]), tuned.tokenizer, folder.read("template"), target)
-    written = AutoModelForCausalLM.from_pretrained(str(target), dtype=torch.float32, trust_remote_code=False).eval()
-    with torch.no_grad():
-        rounding = _relative(written(input_ids=probe).logits, before)
+
+    def drift(folder: Path) -> float:
+        written = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
+        with torch.no_grad():
+            rounding = _relative(written.eval()(input_ids=probe).logits, before)
+        if not force:
+            preflight.raise_refused([merge_drift(error, rounding, chosen)])
+        return rounding
+
+    rounding = _write(plain.to(DTYPES[chosen]), tuned.tokenizer, folder.read("template"), target, drift)
     return Merged(str(target), chosen, error, rounding)
+
+
+DRIFT = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}  # of the largest logit, as written
+
+
+def merge_drift(error: float, rounding: float, dtype: str) -> Finding:
+    """A merged model gives the tuned model's logits: in float32 nearly exactly, rounded to 16 bits nearly so."""
+    text = f"logits are off by {error:.1e} through merging, by {rounding:.1e} as written in {dtype}"
+    if error > DRIFT["fp32"] or rounding > DRIFT[dtype]:
+        return Finding("merge-drift", "refuse", text, "--dtype fp32; --force writes it all the same")
+    return Finding("merge-drift", "ok", text)
 
 
 def merged(model: Any, family: Family, config: RunConfig) -> Any:
@@ -126,8 +145,8 @@ def _stored_dtype(folder: Path) -> str:
     return names.get(stored, "fp32")
 
 
-def _write(model: Any, tokenizer: Any, template: dict[str, Any], target: Path) -> None:
-    """The model's folder, whole or not at all."""
+def _write(model: Any, tokenizer: Any, template: dict[str, Any], target: Path, check: Callable[[Path], float]) -> float:
+    """The model's folder, whole and checked, or not at all; what the check measured."""
     temporary = target.with_name(f"{TEMPORARY}{target.name}")
     with disk(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,11 +155,13 @@ def _write(model: Any, tokenizer: Any, template: dict[str, Any], target: Path) -
             model.save_pretrained(str(temporary), safe_serialization=True)
             tokenizer.save_pretrained(str(temporary))
             (temporary / TEMPLATE).write_text(json.dumps(template, ensure_ascii=False), encoding="utf-8")
+            found = check(temporary)
             for path in temporary.iterdir():
                 sync(path)
             if target.exists():
                 target.rmdir()
             temporary.replace(target)
             sync(target.parent)
+            return found
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fitune import adapters, families
@@ -203,6 +203,29 @@ def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
 def causal_lm(model: Any) -> Any:
     """The transformers model inside a method's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class ScaledHead(nn.Module):
+    """An output head with what some models do to its scores: a factor (Granite, Cohere), a soft cap (Gemma 2)."""
+
+    def __init__(self, head: nn.Module, factor: float, cap: float | None) -> None:
+        super().__init__()
+        self.head, self.factor, self.cap = head, factor, cap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., W) to (..., V)."""
+        scores: Tensor = self.head(hidden) * self.factor
+        return scores if self.cap is None else torch.tanh(scores / self.cap) * self.cap
+
+
+def output_head(model: Any) -> nn.Module:
+    """From last hidden states to the logits that the model's own forward gives."""
+    inner = causal_lm(model)
+    head: nn.Module = inner.get_output_embeddings()
+    config = inner.config
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return head if factor == 1.0 and cap is None else ScaledHead(head, factor, cap)
 
 
 def compute_dtype(model: Any) -> torch.dtype:

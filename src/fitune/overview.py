@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fitune import families, methods
 from fitune.config import build
 from fitune.errors import ConfigError, ModelError
+from fitune.methods import other
 from fitune.model import locate, read_config
 
 BYTES = 16  # of a trained parameter in float32: itself, its gradient, Adam's two states
@@ -80,11 +82,28 @@ def overview(model: str | None = None) -> list[Overview]:
     config = example() if model is None else read_config(Path(locate(model)))
     base = without_weights(config)
     total = sum(p.numel() for p in base.parameters())
-    return [_row(method, base, total) for method in methods.TABLE.values()]
+    rows = [_row(method, base, total, {}) for method in methods.TABLE.values()]
+    at = next(n for n, row in enumerate(rows) if row.name == "bitfit")
+    if rows[at].trainable is None:
+        rows.insert(at + 1, _row(methods.TABLE["bitfit"], base, total, {"bitfit": {"add": True}}))
+    return [*rows, _others()]
 
 
-def _row(method: methods.Method, base: Any, total: int) -> Overview:
-    config = build({"model": "m", "data": ["d"], "method": method.name})
+def _others() -> Overview:
+    """All that PEFT has beside."""
+    known = sorted(str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
+    kinds = ", ".join(kind for kind in known if kind not in (*other.NEEDS_MORE, *OURS))
+    return Overview(
+        "peft:TYPE", other.Other.trains, None, None, None, True, "as PEFT", other.Other.default_lr, other.Other.why_lr,
+        f"types: {kinds}",
+    )  # fmt: skip
+
+
+OURS = ("LORA", "IA3", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # by names of their own
+
+
+def _row(method: methods.Method, base: Any, total: int, settings: dict[str, Any]) -> Overview:
+    config = build({"model": "m", "data": ["d"], "method": method.name, **settings})
     family = families.of(base)
     note, trainable = "", None
     try:
@@ -93,7 +112,7 @@ def _row(method: methods.Method, base: Any, total: int) -> Overview:
         note = error.what
     problem = method.merge_problem(base, family, config)
     return Overview(
-        name=method.name,
+        name=method.name if not settings else f"{method.name}, {', '.join(f'{k}.add' for k in settings)}",
         trains=method.trains,
         trainable=trainable,
         share=None if trainable is None else trainable / total,

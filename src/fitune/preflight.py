@@ -5,7 +5,8 @@ In: what was prepared. Out: Findings. `refuse` stops the run before it costs any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -19,12 +20,12 @@ from numpy.typing import NDArray
 from fitune.batches import flat
 from fitune.config import RunConfig
 from fitune.encode import Encoder
-from fitune.errors import Collector, TrainingError, shorten
+from fitune.errors import Collector, ModelError, TrainingError, shorten
 from fitune.families import Family
-from fitune.model import causal_lm, compute_dtype, computing, trainable, use_attention
+from fitune.model import causal_lm, compute_dtype, computing, output_head, trainable, use_attention
 from fitune.records import Conversation, DataReport, Finding, Layout, Message, Sample, Source
 from fitune.step import hidden_states
-from fitune.store import Block, Samples, blocks, ends_whole
+from fitune.store import Block, Samples, blocks, ends_whole, lengths_of
 from fitune.tokenizer import parity
 
 PROBES = 50  # rows that are looked at by rules which encode again
@@ -406,13 +407,32 @@ def packing_leak(model: Any, samples: Sequence[Sample], wanted: str = "auto") ->
     training = model.training
     model.eval()
     try:
-        measured: dict[Layout, Leak] = {}
-        for layout in LAYOUTS if wanted == "auto" else (cast(Layout, wanted),):
-            measured[layout] = _leak(model, samples, layout)
-            if measured[layout].passes:
-                return layout, _leak_finding(layout, measured)
+        with _perturbed(model):
+            return _first_that_passes(model, samples, wanted)
     finally:
         model.train(training)
+
+
+@contextmanager
+def _perturbed(model: Any) -> Iterator[None]:
+    """Inside, trainable tensors that are all zero are not: what they are going to let through is seen now."""
+    zero = [p for p in trainable(model).values() if not bool(p.any())]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    for parameter in zero:
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    try:
+        yield
+    finally:
+        for parameter in zero:
+            parameter.zero_()
+
+
+def _first_that_passes(model: Any, samples: Sequence[Sample], wanted: str) -> tuple[Layout, Finding]:
+    measured: dict[Layout, Leak] = {}
+    for layout in LAYOUTS if wanted == "auto" else (cast(Layout, wanted),):
+        measured[layout] = _leak(model, samples, layout)
+        if measured[layout].passes:
+            return layout, _leak_finding(layout, measured)
     text = ", ".join(f"{layout} {leak}" for layout, leak in measured.items())
     return "documents", Finding("packing-leak", "refuse", f"documents of a batch see each other: {text}")
 
@@ -444,9 +464,9 @@ def _leak_finding(layout: Layout, measured: Mapping[Layout, Leak]) -> Finding:
 def _leak(model: Any, samples: Sequence[Sample], layout: Layout) -> Leak:
     """Infinity where the model cannot run so at all."""
     inner = causal_lm(model)
-    first, second = (_shortened(samples[n % len(samples)]) for n in (0, 1))
+    first, second = _probes(samples, inner.config)
     other = replace(first, ids=first.ids[::-1].copy())  # another first document of the same length
-    head = inner.get_output_embeddings()
+    head = output_head(model)
 
     def together(start: Sample) -> torch.Tensor:
         hidden = hidden_states(model, flat([start, second], [0, 1]), layout)
@@ -456,9 +476,10 @@ def _leak(model: Any, samples: Sequence[Sample], layout: Layout) -> Leak:
 
     try:
         packed, changed = together(first), together(other)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, ModelError):
         return Leak(float("inf"), float("inf"), 0.0)
-    use_attention(model, "sdpa")
+    with suppress(ModelError):  # a model without SDPA runs in its own way
+        use_attention(model, "sdpa")
     device = packed.device
     with computing(model):  # the outer model's own forward: PEFT puts virtual tokens there, and their logits come first
         alone = [
@@ -470,6 +491,25 @@ def _leak(model: Any, samples: Sequence[Sample], layout: Layout) -> Leak:
     difference = float((packed - expected).abs().max()) / scale
     moved = float((packed[len(first) :] - changed[len(first) :]).abs().max()) / scale
     return Leak(difference, moved, TOLERANCE[compute_dtype(model)])
+
+
+def _probes(samples: Sequence[Sample], config: Any) -> tuple[Sample, Sample]:
+    """Two documents. Where something depends on their length (windows, chunks, rope that changes with it), the longest
+    and the shortest as they are; else any two, shortened."""
+    if not _depends_on_length(config):
+        return _shortened(samples[0]), _shortened(samples[1 % len(samples)])
+    lengths = lengths_of(samples)
+    return samples[int(lengths.argmax())], samples[int(lengths.argmin())]
+
+
+def _depends_on_length(config: Any) -> bool:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+    return bool(
+        getattr(config, "sliding_window", None)
+        or getattr(config, "attention_chunk_size", None)
+        or kinds & {"dynamic", "longrope"}
+    )
 
 
 def _shortened(sample: Sample) -> Sample:

@@ -9,8 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fitune import adapters, dataset, families, formats, methods, optim, preflight, readers, templates, tokenizer
+from fitune import (
+    adapters,
+    dataset,
+    families,
+    formats,
+    guards,
+    methods,
+    optim,
+    preflight,
+    readers,
+    templates,
+    tokenizer,
+)
 from fitune.batches import Loader
+from fitune.cache import folder_digest, key
 from fitune.config import DataSource, RunConfig
 from fitune.console import Watcher
 from fitune.errors import Collector, ConfigError
@@ -46,6 +59,7 @@ class Job:
     findings: list[Finding]
     memory: Estimate
     data_sha256: dict[str, str]
+    inputs: dict[str, Any]  # of weights, tokenizer, template and adapter: what a resumed run must find again
     total_steps: int
     eval_every: int
     save_every: int
@@ -154,6 +168,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     added = new_tokens.extend(words, config.new_tokens) if config.new_tokens else []
     limit = getattr(model_config, "max_position_embeddings", None) or dataset.NO_LIMIT
     vocabulary = max([model_config.vocab_size, *(token.id + 1 for token in added)])
+    limit -= methods.find(config.method).virtual_tokens(config)
     data = dataset.read(config, folder, words, limit=limit, vocabulary=vocabulary, watch=watch)
     preflight.raise_refused(data.findings)
     config = config.model_copy(update={"max_length": data.report.max_length})
@@ -168,6 +183,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     if added:
         new_tokens.add_rows(base, added)
     expected = method.expected(base, family, config)
+    before = guards.start_of(base, data.samples) if method.same_at_start else None
     model = adapters.attach(base, config)
     if expected is not None and added:
         expected |= adapters.row_sizes(model)
@@ -176,7 +192,18 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     checkpoint_blocks(model, family, config.checkpointing)
     samples = data.samples
     layout, leak = preflight.packing_leak(model, samples, config.layout)
-    model_findings = [preflight.family_found(family), preflight.trainable_set(model, expected), leak]
+    probe = guards.probe(samples)
+    intact = guards.base_intact(folder)
+    sets = [preflight.trainable_set(model, expected), guards.quantised_trainable(model)]
+    model_findings = [preflight.family_found(family), intact, *sets, leak]
+    preflight.raise_refused(model_findings)
+    highest = max([int(probe.ids.max()), *(token.id for token in added)])
+    if before is not None and config.adapter is None:
+        model_findings.append(guards.same_at_start(model, before, samples))
+    model_findings += [guards.embeddings(model, highest), guards.nan_hidden(model, probe, layout)]
+    preflight.raise_refused(model_findings)  # what is not finite would fail the next ones too
+    model_findings += [guards.grad_reaches(model, probe, layout), guards.accumulation_equality(model, probe, layout)]
+    model_findings += [_disk_space(config, model), guards.eval_memory(model)]
     preflight.raise_refused(model_findings)
     by_length = layout == "padded"
     loader = Loader(samples, config.batch_size, config.accumulation, config.seed, config.batch_tokens, by_length)
@@ -193,11 +220,30 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
         findings=[*data.findings, *model_findings],
         memory=estimate(model, model_config, longest_batch=loader.largest(), runtime_mib=runtime),
         data_sha256=_fingerprint(config),
+        inputs=_inputs(config, folder, data.encoder.template.as_dict()),
         total_steps=total,
         eval_every=eval_every,
         save_every=config.save_every or eval_every,
         lr=config.lr or method.default_lr * optim.find(config.optimizer).rate,
     )
+
+
+def _inputs(config: RunConfig, folder: Path, template: dict[str, Any]) -> dict[str, Any]:
+    """Names of things that decide a run beside its data, with digests of them."""
+    found = {
+        "the base's weights": guards.shard_facts(folder),
+        "the tokenizer": folder_digest(folder),
+        "the template": key(template),
+    }
+    if config.adapter is not None:
+        found["the adapter"] = guards.shard_facts(Path(config.adapter))
+    return found
+
+
+def _disk_space(config: RunConfig, model: Any) -> Finding:
+    count = sum(p.numel() for p in trainable(model).values())
+    each = int(count * (4 + optim.find(config.optimizer).state_bytes))
+    return guards.disk_space(Path(str(config.output)), each, config.keep_last + 2)  # the best, and one being written
 
 
 def _fingerprint(config: RunConfig) -> dict[str, str]:

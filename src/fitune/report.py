@@ -22,6 +22,7 @@ def _numbers(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     share = result["trainable_parameters"] / result["total_parameters"]
     return [
+        ("held-out loss of the base", loss(result["base_held_out_loss"])),
         ("held-out loss before", loss(result["held_out_loss_before"])),
         ("held-out loss after", loss(result["held_out_loss_after"])),
         ("trainable parameters", f"{result['trainable_parameters']:,} ({share:.2%})"),
@@ -60,7 +61,7 @@ def write(run: RunFolder) -> None:
         score=score and f"exact match {score['base_accuracy']:.0%} before, {score['tuned_accuracy']:.0%} after",
         memory=plan["expected_mib"],
         result=result,
-        findings=data["findings"],
+        findings=[*data["findings"], *(run.read("checks") if run.has("checks") else [])],
         settings=yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False),
         environment=yaml.safe_dump(run.read("environment"), allow_unicode=True, sort_keys=False),
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from fitune.kernels.attention import FLAT
 from fitune.kernels.loss import label_loss
 from fitune.methods import virtual
-from fitune.model import causal_lm, computing, trainable, use_attention
+from fitune.model import causal_lm, computing, output_head, trainable, use_attention
 from fitune.optim import InBackward
 from fitune.records import Batch, Layout
 
@@ -129,7 +129,7 @@ def loss_sum(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
     hidden = label_hidden(model, batch, layout)
     labels = torch.from_numpy(batch.labels).to(hidden.device)
     with computing(model):
-        return label_loss(inner.get_output_embeddings(), hidden, labels, inner.config.vocab_size)
+        return label_loss(output_head(model), hidden, labels, inner.config.vocab_size)
 
 
 def training_step(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fitune import adapters, environment, methods, optim, report
+from fitune import adapters, environment, guards, methods, optim, preflight, report
 from fitune.batches import in_order
 from fitune.checkpoint import Loaded, RunFolder, restore_rng
 from fitune.config import RunConfig, build, merge
@@ -28,9 +28,9 @@ from fitune.generation import Sampling, answers
 from fitune.memory import peak_mib
 from fitune.model import trainable
 from fitune.prepare import Job, prepare, resolve
-from fitune.records import StepRecord
+from fitune.records import Finding, StepRecord
 from fitune.recovery import careful_step, check_finite
-from fitune.step import held_out_loss
+from fitune.step import StepResult, held_out_loss
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Result:
     steps: int
     first_loss: float
     last_loss: float
-    held_out_loss_before: float | None
+    base_held_out_loss: float | None  # of the model without the method
+    held_out_loss_before: float | None  # with it, before the first step: virtual tokens change the model at once
     held_out_loss_after: float | None
     trainable_parameters: int
     total_parameters: int
@@ -144,8 +145,15 @@ def _begin(run: RunFolder, job: Job) -> None:
     plan = {"expected_mib": job.memory.parts(), "trainable": job.trainable, "total": job.total, "parts": parts}
     run.write("plan", plan)
     findings = [asdict(finding) for finding in job.findings]
-    run.write("data", {"sha256": job.data_sha256, "report": job.report.as_dict(), "findings": findings})
-    run.write("before", {"held_out_loss": _held_out(job), "answers": _sample_answers(job)})
+    run.write(
+        "data",
+        {"sha256": job.data_sha256, "inputs": job.inputs, "report": job.report.as_dict(), "findings": findings},
+    )
+    before = _held_out(job)
+    with adapters.disabled(job.tuned.model):
+        base = before if methods.find(job.config.method).same_at_start else _held_out(job)
+        answers_of_base = _sample_answers(job)
+    run.write("before", {"base_held_out_loss": base, "held_out_loss": before, "answers": answers_of_base})
 
 
 def _held_out(job: Job) -> float | None:
@@ -163,6 +171,13 @@ def _check_same_data(run: RunFolder, job: Job) -> None:
     if run.has("data") and run.read("data")["sha256"] != job.data_sha256:
         raise RunFolderError(
             f"{run.path}: the data files changed since this run began", fix="restore them, or start a new run"
+        )
+    stored = run.read("data").get("inputs", {}) if run.has("data") else {}
+    changed = sorted(name for name, value in stored.items() if job.inputs.get(name) != value)
+    if changed:
+        raise RunFolderError(
+            f"{run.path}: {', '.join(changed)} changed since this run began",
+            fix="restore what lies in the model's folder, or start a new run",
         )
 
 
@@ -200,6 +215,7 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
     torch.manual_seed(config.seed)
     state = _restore(run, parameters, optimizer, watch) if resume else _State()
     run.truncate_steps(state.step)
+    started, bits = state.step, guards.fingerprint(model)
     model.train()
     watch.start(job.total_steps, state.step, job.tuned.device)
     try:
@@ -217,21 +233,12 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
             loss = _held_out(job) if state.step % job.eval_every == 0 or last else None
             state.evaluated(loss)
             early = state.patience_is_over(config)
-            record = StepRecord(
-                state.step,
-                epoch,
-                done.loss,
-                rate,
-                done.grad_norm,
-                done.tokens,
-                done.targets,
-                seconds,
-                loss,
-                done.finite,
-            )
+            record = _record(state.step, epoch, done, rate, seconds, loss)
             run.append_step(record)
             watch.step(record)
             where = {"sources": job.source, "checkpoint": run.newest_name()}
+            if state.step == started + 2 and done.finite:
+                _note(run, watch, guards.frozen_intact(bits, model, rate))
             state.bad = check_finite(model, state.bad, done, micro_batches, job.layout, where)
             due = state.step % job.save_every == 0 or last or early or state.best[0] == state.step
             if stopped.is_set() or (due and not state.bad):
@@ -249,8 +256,15 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
         watch.stop()
     if config.final == "best" or config.patience is not None:
         _back_to_best(run, parameters, state, watch)
-        return _finish(run, job, state.best[1])
-    return _finish(run, job, run.read_steps()[-1].held_out_loss)
+        return _finish(run, job, watch, state.best[1])
+    return _finish(run, job, watch, run.read_steps()[-1].held_out_loss)
+
+
+def _record(
+    step: int, epoch: float, done: StepResult, rate: float, seconds: float, held_out: float | None
+) -> StepRecord:
+    figures = (done.loss, rate, done.grad_norm, done.tokens, done.targets, seconds, held_out, done.finite)
+    return StepRecord(step, epoch, *figures)
 
 
 def _back_to_best(run: RunFolder, parameters: dict[str, torch.nn.Parameter], state: _State, watch: Watcher) -> None:
@@ -276,8 +290,9 @@ def _restore(
         watch.say("no whole checkpoint yet: starting from the first step")
         return _State()
     loaded = run.load(whole[0])
-    if loaded.trainable.keys() != parameters.keys():
-        raise RunFolderError(f"{whole[0]}: holds other parameters than this run", fix="start a new run")
+    found = [guards.partial_checkpoint(run), guards.resume_identity(loaded, parameters, len(run.read_steps()))]
+    for finding in found:
+        _note(run, watch, finding)
     _put(loaded, parameters)
     optim.load_state(optimizer, parameters, loaded.optimizer, loaded.optimizer_scalars)
     restore_rng(loaded.rng)
@@ -285,9 +300,20 @@ def _restore(
     return _State(**{**loaded.state, "step": loaded.step, "best": tuple(loaded.state["best"])})
 
 
-def _finish(run: RunFolder, job: Job, held_out: float | None) -> Result:
+def _note(run: RunFolder, watch: Watcher, finding: Finding) -> None:
+    """A check that was made while the run went on: for the report, and told where it is not well."""
+    noted = run.read("checks") if run.has("checks") else []
+    run.write("checks", [*noted, asdict(finding)])
+    if finding.level != "ok":
+        watch.findings([finding])
+    preflight.raise_refused([finding])
+
+
+def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) -> Result:
     """The adapter, the answers after, result.json and the report."""
     run.save_adapter(partial(adapters.save, job.tuned.model))
+    saved = guards.saved_complete(job.tuned.model, run.adapter, guards.probe(job.loader.samples), job.layout)
+    _note(run, watch, saved)
     records, before = run.read_steps(), run.read("before")
     asked = job.held_out_rows[: job.config.sample_prompts]
     after = _sample_answers(job)
@@ -305,6 +331,7 @@ def _finish(run: RunFolder, job: Job, held_out: float | None) -> Result:
         steps=len(records),
         first_loss=finite[0].loss,
         last_loss=finite[-1].loss,
+        base_held_out_loss=before["base_held_out_loss"],
         held_out_loss_before=before["held_out_loss"],
         held_out_loss_after=held_out,
         trainable_parameters=job.trainable,

@@ -28,6 +28,8 @@ def find(model: Any) -> Family:
     """
     path, blocks = _blocks(model)
     block = blocks[0]
+    if any(parameter.ndim > 2 for parameter in block.parameters()):
+        raise _unknown(model, "one MLP per block: it is a mixture of experts", [n for n, _ in block.named_parameters()])
     linear = [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     parts = {name.split(".")[0] for name in linear}
     attention = next((name for name in sorted(parts) if "attn" in name or "attention" in name), None)
@@ -40,6 +42,10 @@ def find(model: Any) -> Family:
     qkv = tuple(name for name in inside if name != out)
     values = [_leaf(name) for name in qkv if _leaf(name) in VALUES]
     queries = [_leaf(name) for name in qkv if _leaf(name) in ("q_proj", "query")]
+    for number, other in enumerate(blocks):
+        missing = [name for name in (*inside, *outside) if name not in dict(other.named_modules())]
+        if missing:
+            raise _unknown(model, f"the same parts in every block (block {number} has no {missing[0]})", missing)
     return Family(
         model_type=model.config.model_type,
         blocks=path,
@@ -96,5 +102,6 @@ def _unknown(model: Any, what: str, names: list[str]) -> ModelError:
     return ModelError(
         f"model type {model.config.model_type!r} is not in the table, and its names do not show {what}",
         received=", ".join(names[:12]),
-        fix="name the layers yourself: --method lora --lora.targets all-linear",
+        expected="a decoder of equal blocks, each with attention and one MLP",
+        fix="this version cannot tune it",
     )

@@ -54,6 +54,10 @@ class Method:
         """The learning rate of a parameter, in times of the run's."""
         return 1.0
 
+    def virtual_tokens(self, config: RunConfig) -> int:
+        """Positions that it takes before every row."""
+        return 0
+
     def merge_problem(self, model: Any, family: Family, config: RunConfig) -> str | None:
         """Why this model cannot become a plain one."""
         return self.cannot_merge

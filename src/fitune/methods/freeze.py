@@ -24,6 +24,17 @@ class Freeze(Method):
     default_lr = 5e-5
     why_lr = "whole weights move, but few of them: between full tuning and LoRA"
 
+    def check(self, config: RunConfig) -> None:
+        """Blocks, tensors and patterns are three ways to say the same thing."""
+        options = config.freeze
+        given = [
+            *(["blocks"] if "blocks" in options.model_fields_set and options.blocks != 2 else []),
+            *(["tensors"] if options.tensors is not None else []),
+            *(["patterns"] if options.patterns else []),
+        ]
+        if len(given) > 1:
+            raise ConfigError(f"freeze: {' and '.join(given)} are given", expected="one of blocks, tensors, patterns")
+
     def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
         """See Method.attach."""
         train_only(model, self.expected(model, family, config))

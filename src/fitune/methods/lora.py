@@ -89,6 +89,11 @@ class Lora(Method):
         """PiSSA's saved form is a plain LoRA, which has no magnitudes."""
         if config.lora.init == "pissa" and (config.lora.dora or config.lora.ranks):
             raise ConfigError("lora.init=pissa goes neither with dora nor with ranks", fix="leave one of them out")
+        if config.new_tokens and config.lora.save:
+            raise ConfigError(
+                "new_tokens and lora.save do not go together: both would train rows of the same matrices",
+                fix="leave one of them out",
+            )
 
     def rates(self, config: RunConfig, name: str) -> float:
         """LoRA+: B learns faster."""
@@ -125,8 +130,11 @@ def _saved_paths(model: Any, config: RunConfig) -> list[str]:
             hits = [name for name, module in paths.items() if module is model.get_input_embeddings()]
         else:
             hits = [name for name in paths if name == wanted or name.endswith(f".{wanted}")]
+            if any(paths[name] in (model.get_output_embeddings(), model.get_input_embeddings()) for name in hits):
+                head_names(model, f"lora.save={wanted}")
         if not hits:
-            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in paths if not name[-1].isdigit()}))
+            own = (name for name, module in paths.items() if any(True for _ in module.parameters(recurse=False)))
+            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in own}))
             raise ConfigError(f"lora.save: this model has no module {wanted!r}", expected=f"embeddings, head, {leaves}")
         found += hits
     return list(dict.fromkeys(found))
@@ -167,6 +175,11 @@ def _start_pissa(layer: Any) -> None:
     layer.register_forward_hook(take_off)
 
 
+def is_pissa(model: Any) -> bool:
+    """Did this LoRA begin as PiSSA, so that it is saved in another form?"""
+    return any(hasattr(layer, "pissa_start") for layer in _layers(model))
+
+
 def pissa_as_lora(model: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], LoraConfig] | None:
     """A trained PiSSA as a plain LoRA of twice the rank: A = [A; A0], B = [B, -B0]; None where it is no PiSSA.
 
@@ -174,7 +187,7 @@ def pissa_as_lora(model: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tenso
         model: as `attach` gave it.
         state: its adapter's tensors, by PEFT's names.
     """
-    if not any(hasattr(layer, "pissa_start") for layer in _layers(model)):
+    if not is_pissa(model):
         return None
     config = model.peft_config["default"]
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)

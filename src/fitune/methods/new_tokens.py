@@ -62,8 +62,8 @@ def add_rows(model: Any, tokens: Sequence[NewToken]) -> None:
     highest = max(token.id for token in tokens)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
-    if highest >= embedding.weight.shape[0]:
-        there = embedding.weight.shape[0]
+    there = embedding.weight.shape[0]
+    if highest >= there:
         model.resize_token_embeddings(highest + 1, mean_resizing=False)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -78,6 +78,10 @@ def add_rows(model: Any, tokens: Sequence[NewToken]) -> None:
         head.register_parameter(NAME, getattr(embedding, NAME))
     for module in (embedding, head):
         module.new_ids, module.new_rows_on = ids, True
+        module.rows_before = there
+    some = torch.arange(min(8, there), device=ids.device)
+    # some models scale what comes out of their embedding, by the square root of the width for example
+    embedding.new_scale = float(embedding(some).float().norm() / embedding.weight[some].float().norm())
     embedding.register_forward_hook(_embed)
     head.register_forward_hook(_score)
 
@@ -86,14 +90,16 @@ def _embed(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     if not module.new_rows_on:
         return output
     place = inputs[0][..., None] == module.new_ids  # (..., n)
-    rows = module.new_rows[place.int().argmax(dim=-1)].to(output.dtype)
+    rows = (module.new_rows * module.new_scale)[place.int().argmax(dim=-1)].to(output.dtype)
     return torch.where(place.any(dim=-1, keepdim=True), rows, output)
 
 
 def _score(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     if not module.new_rows_on:
-        return output
-    scores = nn.functional.linear(inputs[0].to(module.new_rows.dtype), module.new_rows)
+        beyond = module.new_ids[module.new_ids >= module.rows_before]  # the base has no such token
+        return output.index_fill(-1, beyond, float("-inf"))
+    bias = module.bias[module.new_ids] if getattr(module, "bias", None) is not None else None
+    scores = nn.functional.linear(inputs[0].to(module.new_rows.dtype), module.new_rows, bias)
     return output.index_copy(-1, module.new_ids, scores.to(output.dtype))
 
 

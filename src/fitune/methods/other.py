@@ -16,6 +16,15 @@ from fitune.families import Family
 from fitune.methods.base import Method, short, targets
 
 START = "peft:"
+NEEDS_MORE = {
+    "ADALORA": "it moves ranks between layers by calls of its own, and adds a term to the loss",
+    "CPT": "it has a loss of its own",
+    "MULTITASK_PROMPT_TUNING": "every row needs the number of its task",
+    "POLY": "every row needs the number of its task",
+    "XLORA": "it mixes adapters that must be there already",
+    "CARTRIDGE": "it learns from another model's answers",
+    "TRAINABLE_TOKENS": "use --new-tokens",
+}
 
 
 class Other(Method):
@@ -51,7 +60,9 @@ class Other(Method):
         """Only PEFT knows."""
 
     def check(self, config: RunConfig) -> None:
-        """The settings must be those of PEFT's config."""
+        """The settings must be those of PEFT's config, and the type one that plain training steps are enough for."""
+        if self.kind in NEEDS_MORE:
+            raise ConfigError(f"{self.name} needs more than plain training steps: {NEEDS_MORE[self.kind]}")
         known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]).parameters  # type: ignore[index]
         for name in config.peft:
             if name not in known:

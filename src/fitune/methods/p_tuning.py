@@ -41,6 +41,10 @@ class PTuning(Method):
         )
         return in_float32(wrapped)
 
+    def virtual_tokens(self, config: RunConfig) -> int:
+        """See Method.virtual_tokens."""
+        return config.p_tuning.tokens
+
     def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
         """The vectors; of the MLP three layers, of the LSTM two bidirectional ones and two layers behind."""
         options, outer = config.p_tuning, _width(model)

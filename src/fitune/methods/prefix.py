@@ -47,6 +47,10 @@ class Prefix(Method):
                 wrapped.prompt_encoder["default"].embedding.weight.mul_(START)
         return in_float32(wrapped)
 
+    def virtual_tokens(self, config: RunConfig) -> int:
+        """See Method.virtual_tokens."""
+        return config.prefix.tokens
+
     def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
         """tokens x layers x 2 x key heads x head width; projected: tokens x that width, and the MLP's two layers."""
         options = config.prefix

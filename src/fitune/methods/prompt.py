@@ -41,6 +41,10 @@ class Prompt(Method):
             wrapped.prompt_encoder["default"].embedding.weight.copy_(start)
         return wrapped
 
+    def virtual_tokens(self, config: RunConfig) -> int:
+        """See Method.virtual_tokens."""
+        return config.prompt.tokens
+
     def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
         """tokens x width."""
         return {f"{ENCODER}.embedding.weight": config.prompt.tokens * model.get_input_embeddings().weight.shape[1]}

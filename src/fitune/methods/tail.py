@@ -93,6 +93,11 @@ class Tail(Method):
                     "the identity",
                     fix="--tail.kind mlp, or --method lora",
                 )
+            if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
+                raise ConfigError(
+                    "tail: this model scales its attention by the layer's number, so a longer one is another model",
+                    fix="--tail.kind mlp, or --method lora",
+                )
             blocks = family.block_list(model)
             for place, copied in _places(model, family, options):
                 for name, parameter in blocks[copied].named_parameters():
@@ -125,27 +130,33 @@ def grow(model: Any, family: Family, places: list[tuple[int, int]]) -> None:
     """Put the new blocks in and number all of them; the config says how many there are."""
     blocks = family.block_list(model)
     old = list(blocks)
-    made = [deepcopy(old[copied]) for _, copied in places]
+    # the copies share the config: what is switched there (the attention of flat batches) must reach them too
+    made = [deepcopy(old[copied], {id(model.config): model.config}) for _, copied in places]
     for block in made:
         for name in (family.out, family.mlp_out):
             for parameter in block.get_submodule(name).parameters():
                 with torch.no_grad():
                     parameter.zero_()
-    kinds = getattr(model.config, "layer_types", None)
-    order, types = list(old), list(kinds) if kinds else None
-    for (place, copied), block in zip(places, made, strict=True):
+    order = list(old)
+    for (place, _), block in zip(places, made, strict=True):
         order.insert(place, block)
-        if types is not None and kinds is not None:
-            types.insert(place, kinds[copied])
     del blocks[:]
     blocks.extend(order)
     for number, block in enumerate(blocks):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number  # type: ignore[assignment]  # where its keys and values lie in a cache
-    if types is not None:
-        model.config.layer_types = types
+    for name, values in _per_layer(model.config, len(old)).items():
+        grown = list(values)
+        for place, copied in places:
+            grown.insert(place, values[copied])
+        setattr(model.config, name, grown)
     model.config.num_hidden_layers = len(order)
+
+
+def _per_layer(config: Any, layers: int) -> dict[str, list[Any]]:
+    """The config's lists that say something of each layer, such as layer_types."""
+    return {name: value for name, value in config.to_dict().items() if isinstance(value, list) and len(value) == layers}
 
 
 def _width(model: Any) -> int:

@@ -1,0 +1,364 @@
+"""Rules about the model, the run and its files: each a function named as in the report.
+
+In: a model with its method, probe rows, folders. Out: Findings, as in preflight.py. Before the first step: base-intact,
+nan-hidden, embeddings, quantised-trainable, grad-reaches, accumulation-equality, disk-space, eval-memory. During it:
+frozen-intact. When a run goes on: resume-identity, partial-checkpoint. At its end: saved-complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fitune import adapters
+from fitune.batches import flat, split
+from fitune.checkpoint import Loaded, RunFolder, restore_rng, rng_state
+from fitune.files import MANIFEST
+from fitune.kernels.loss import chunk_rows
+from fitune.methods import lora
+from fitune.model import INDEX, causal_lm, compute_dtype, trainable
+from fitune.preflight import PROBE_TOKENS
+from fitune.records import Batch, Finding, Layout, Sample
+from fitune.recovery import first_non_finite
+from fitune.step import hidden_states, loss_sum
+
+AGAIN = "the checkpoints are whole: fitune train --resume --output RUN saves again"
+SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest gradient: two ways to the same sum
+
+
+def probe_row(samples: Sequence[Sample]) -> Sample:
+    """The first sample, shortened."""
+    return replace(samples[0], ids=samples[0].ids[-PROBE_TOKENS:], mask=samples[0].mask[-PROBE_TOKENS:])
+
+
+def probe(samples: Sequence[Sample]) -> Batch:
+    """Three short documents to try things on, each with something to learn."""
+    made = []
+    for n in range(min(3, len(samples))):
+        sample = samples[n]
+        short = replace(sample, ids=sample.ids[-PROBE_TOKENS:], mask=sample.mask[-PROBE_TOKENS:].copy())
+        short.mask[-1] = True
+        made.append(short if len(short) > 1 else sample)
+    return flat(made, range(len(made)))
+
+
+# ---- before the first step ----
+
+
+def shard_facts(folder: Path) -> dict[str, list[Any]]:
+    """Of each shard of a model: bytes, and the SHA-256 of its header (names, shapes, places of all tensors)."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = stream.read(size) if size < 1 << 30 else b""
+        found[file.name] = [file.stat().st_size, hashlib.sha256(header).hexdigest()]
+    return found
+
+
+def base_intact(folder: Path, known: Mapping[str, Any] | None = None) -> Finding:
+    """Every shard is as long as its header says, all of the index are there, and they are those of the run's start.
+
+    Args:
+        folder: the base model.
+        known: what `shard_facts` gave when the run began.
+    """
+    wrong = [text for file in sorted(folder.glob("*.safetensors")) if (text := _broken(file))]
+    if (folder / INDEX).is_file():
+        listed = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        wrong += [f"{name} is missing" for name in sorted(listed) if not (folder / name).is_file()]
+    if wrong:
+        return Finding("base-intact", "refuse", "; ".join(wrong), "download the model again")
+    facts = shard_facts(folder)
+    if known is not None and dict(known) != facts:
+        changed = sorted(name for name in {*known, *facts} if known.get(name) != facts.get(name))
+        text = f"the base model changed since this run began: {', '.join(changed)}"
+        return Finding("base-intact", "refuse", text, "restore it, or start a new run")
+    total = sum(size for size, _ in facts.values())
+    return Finding("base-intact", "ok", f"{len(facts)} files of weights, {total:,} bytes, as long as they say")
+
+
+def _broken(file: Path) -> str | None:
+    """What is wrong with a safetensors file, by its own header."""
+    there = file.stat().st_size
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if size > there - 8:
+            return f"{file.name} is cut off: {there:,} bytes"
+        try:
+            header = json.loads(stream.read(size))
+        except ValueError:
+            return f"{file.name} has no readable header"
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    expected = 8 + size + end
+    return None if there == expected else f"{file.name} has {there:,} bytes, its header says {expected:,}"
+
+
+def nan_hidden(model: Any, batch: Batch, layout: Layout) -> Finding:
+    """A weight or an activation that is not finite makes every loss NaN, which some trainers log as 0."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            fine = bool(hidden_states(model, batch, layout).isfinite().all())
+        bad = [n for n, p in model.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
+        first = (
+            "" if fine and not bad else (f"the weight {bad[0]}" if bad else first_non_finite(model, [batch], layout)[0])
+        )
+    finally:
+        model.train(training)
+    if first:
+        return Finding("nan-hidden", "refuse", f"the model is not finite before training: {first}", "--precision fp32")
+    return Finding(
+        "nan-hidden", "ok", "weights and hidden states are finite; every step is checked before it is applied"
+    )
+
+
+def embeddings(model: Any, highest: int) -> Finding:
+    """Embedding and head have the same rows, enough for every id, and are one tensor where the config says so."""
+    inner = causal_lm(model)
+    words, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    rows, scores = int(words.weight.shape[0]), int(head.weight.shape[0])
+    if rows != scores:
+        return Finding("embeddings", "refuse", f"the embedding has {rows:,} rows, the output head {scores:,}")
+    if highest >= rows:
+        return Finding("embeddings", "refuse", f"token id {highest:,} has no row: the embedding has {rows:,}")
+    tied = bool(getattr(inner.config, "tie_word_embeddings", False))
+    if tied != (words.weight.data_ptr() == head.weight.data_ptr()):
+        said = "says they are one" if tied else "says they are two"
+        text = f"embedding and head are {'two tensors' if tied else 'one tensor'}, the config {said}"
+        return Finding("embeddings", "warn", text)
+    return Finding("embeddings", "ok", f"{rows:,} rows, the head {'is the embedding' if tied else 'has its own'}")
+
+
+@torch.no_grad()
+def start_of(model: Any, samples: Sequence[Sample]) -> Tensor:
+    """What the first probe row gives before a method is put on: (T, W)."""
+    model.eval()
+    return hidden_states(model, flat([probe_row(samples)], [0]), "documents").float()
+
+
+def same_at_start(model: Any, before: Tensor, samples: Sequence[Sample]) -> Finding:
+    """A method that promises no change at the start makes none."""
+    difference = float((start_of(model, samples) - before).abs().max() / before.abs().max())
+    if difference > SAME[compute_dtype(model)]:
+        text = f"the method changes the model before the first step, by {difference:.1e} of the largest value"
+        return Finding("same-at-start", "refuse", text, "another --method: this model's blocks are not as they seem")
+    return Finding("same-at-start", "ok", f"nothing changes before the first step ({difference:.1e})")
+
+
+def quantised_trainable(model: Any) -> Finding:
+    """Only floating-point tensors can be trained; gradients of quantized ones would be lost."""
+    wrong = [n for n, p in trainable(model).items() if not p.is_floating_point() or hasattr(p, "quant_state")]
+    if wrong:
+        text = f"{len(wrong)} quantized tensors are to be trained, the first {wrong[0]}"
+        return Finding("quantised-trainable", "refuse", text, "--method lora, or another that leaves the base frozen")
+    return Finding("quantised-trainable", "ok", "every trainable tensor is floating point")
+
+
+def _gradients(model: Any, pieces: Sequence[Batch], layout: Layout) -> dict[str, Tensor | None]:
+    """Of the mean over all targets, without dropout; nothing of the model or the random numbers is left changed."""
+    training, before = model.training, rng_state()
+    model.eval()
+    targets = sum(piece.targets for piece in pieces)
+    try:
+        for piece in pieces:
+            (loss_sum(model, piece, layout) / targets).backward()
+        return {name: p.grad for name, p in trainable(model).items()}
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+        restore_rng(before)
+
+
+def grad_reaches(model: Any, batch: Batch, layout: Layout) -> Finding:
+    """A first backward pass: a finite gradient reaches every trainable tensor. In training mode, as the run will be."""
+    training, before = model.training, rng_state()
+    model.train()
+    try:
+        (loss_sum(model, batch, layout) / batch.targets).backward()
+        found = trainable(model)
+        none = [name for name, p in found.items() if p.grad is None]
+        bad = [name for name, p in found.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        none, bad = list(trainable(model)), []
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+        restore_rng(before)
+    if none or bad:
+        text = f"no gradient reaches {len(none)} trainable tensors" if none else f"{len(bad)} gradients are not finite"
+        return Finding("grad-reaches", "refuse", f"{text}, the first of {(none or bad)[0]}")
+    return Finding("grad-reaches", "ok", f"a finite gradient reaches all {len(found)} trainable tensors")
+
+
+def accumulation_equality(model: Any, batch: Batch, layout: Layout) -> Finding:
+    """Micro-batches give the gradient of the whole: sum over target tokens, whatever the pieces."""
+    whole, pieces = _gradients(model, [batch], layout), _gradients(model, split(batch, len(batch.rows)), layout)
+    worst = 0.0
+    for name, gradient in whole.items():
+        other = pieces[name]
+        if gradient is None or other is None:
+            continue
+        scale = max(float(gradient.abs().max()), 1e-6)
+        worst = max(worst, float((gradient - other).abs().max()) / scale)
+    allowed = SAME[compute_dtype(model)]
+    if worst > allowed:
+        text = f"micro-batches change the gradient by {worst:.1e} of its largest value, above {allowed}"
+        return Finding(
+            "accumulation-equality", "refuse", text, "--batch-size so that accumulation is 1, or --layout padded"
+        )
+    return Finding(
+        "accumulation-equality", "ok", f"micro-batches change the gradient by {worst:.1e} of its largest value"
+    )
+
+
+def disk_space(folder: Path, trained_bytes: int, keep: int, free: int | None = None) -> Finding:
+    """The checkpoints that will be there at once, and the result, fit on the disk.
+
+    Args:
+        folder: the run folder, which may not be there yet.
+        trained_bytes: of weights and optimizer states.
+        keep: checkpoints that are kept, the best one and the one that is being written included.
+        free: bytes; None: asks the system.
+    """
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    there = shutil.disk_usage(place).free if free is None else free
+    needed = trained_bytes * (keep + 1)
+    text = f"{needed / 2**20:,.0f} MiB for {keep} checkpoints and the result, {there / 2**20:,.0f} MiB free"
+    if needed > there:
+        return Finding("disk-space", "refuse", text, "free some space, --keep-last 1, or another --output")
+    return Finding("disk-space", "ok", text)
+
+
+def eval_memory(model: Any) -> Finding:
+    """Held-out losses never hold the logits of a batch: the head sees label rows, a chunk at a time."""
+    vocabulary = causal_lm(model).config.vocab_size
+    rows = chunk_rows(vocabulary)
+    mib = 2 * rows * vocabulary * 4 / 2**20
+    return Finding("eval-memory", "ok", f"logits of at most {rows:,} rows at once ({mib:,.0f} MiB with their gradient)")
+
+
+# ---- while it runs ----
+
+
+@torch.no_grad()
+def fingerprint(model: Any) -> dict[str, tuple[int, bool]]:
+    """Of each parameter an exact sum over its bits, and whether it is trained."""
+    sums = {}
+    for name, p in model.named_parameters():
+        data = p.detach().contiguous().view(-1)
+        bits = data.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
+        weights = torch.arange(1, 1025, device=bits.device).repeat(-(-bits.numel() // 1024))[: bits.numel()]
+        sums[name] = (int((bits.to(torch.int64) * weights).sum()), p.requires_grad)
+    return sums
+
+
+def frozen_intact(before: Mapping[str, tuple[int, bool]], model: Any, rate: float) -> Finding:
+    """After two steps: every frozen tensor has the bits that it had, and what is trained has changed."""
+    now = fingerprint(model)
+    moved = [n for n, (value, trained) in before.items() if not trained and now[n][0] != value]
+    still = [n for n, (value, trained) in before.items() if trained and now[n][0] == value]
+    if moved:
+        text = f"{len(moved)} frozen tensors changed, the first {moved[0]}"
+        return Finding("frozen-intact", "refuse", text, "this is an error of fitune: please report it")
+    if still and rate > 0:
+        return Finding(
+            "frozen-intact", "warn", f"{len(still)} trained tensors have not changed in two steps: {still[0]}"
+        )
+    frozen = sum(not trained for _, trained in before.values())
+    return Finding(
+        "frozen-intact", "ok", f"after two steps {frozen} frozen tensors have the same bits, the rest changed"
+    )
+
+
+# ---- when a run goes on ----
+
+
+def partial_checkpoint(run: RunFolder) -> Finding:
+    """Checkpoints that are not whole do not count; the newest whole one does."""
+    every = sorted(run.checkpoints.glob("step-*"), reverse=True)
+    whole = run.whole_checkpoints()
+    broken = [path.name for path in every if path not in whole]
+    if broken:
+        use = whole[0].name if whole else "the beginning"
+        return Finding(
+            "partial-checkpoint",
+            "fixed",
+            f"{', '.join(broken)} not whole (no matching {MANIFEST}): going on from {use}",
+        )
+    return Finding("partial-checkpoint", "ok", f"{len(every)} checkpoints, all whole")
+
+
+def resume_identity(loaded: Loaded, parameters: Mapping[str, Tensor], steps: int) -> Finding:
+    """A checkpoint has every trained tensor in its shape, the optimizer's states for them, the random numbers, and
+    belongs to as many steps as were logged."""
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    stored = {name: tuple(t.shape) for name, t in loaded.trainable.items()}
+    wrong = sorted(name for name in {*shapes, *stored} if shapes.get(name) != stored.get(name))
+    if wrong:
+        return Finding(
+            "resume-identity", "refuse", f"other trained tensors than this run's: {wrong[:3]}", "start a new run"
+        )
+    without = [
+        n for n in shapes if not any(k.startswith(f"{n}|") for k in (*loaded.optimizer, *loaded.optimizer_scalars))
+    ]
+    if without and loaded.step > 0:
+        return Finding("resume-identity", "refuse", f"no optimizer state for {without[0]}", "start a new run")
+    if "cpu" not in loaded.rng:
+        return Finding("resume-identity", "refuse", "the random numbers' state is missing", "start a new run")
+    if steps < loaded.step:
+        text = f"{steps} steps are logged, the checkpoint is of step {loaded.step}"
+        return Finding("resume-identity", "refuse", text, "restore steps.jsonl, or start a new run")
+    return Finding("resume-identity", "ok", f"step {loaded.step}: weights, optimizer, random numbers and order of rows")
+
+
+# ---- at the end ----
+
+
+@torch.no_grad()
+def saved_complete(model: Any, folder: Path, batch: Batch, layout: Layout) -> Finding:
+    """What was saved, read back, is what was trained: names, shapes, values, and the hidden states that it gives."""
+    stored = load_file(folder / adapters.WEIGHTS)
+    mine = _as_saved(model)
+    shapes = [{name: tuple(t.shape) for name, t in some.items()} for some in (stored, mine)]
+    wrong = sorted(name for name in {*stored, *mine} if shapes[0].get(name) != shapes[1].get(name))
+    wrong += [name for name, value in mine.items() if name not in wrong and not torch.equal(stored[name], value.cpu())]
+    if wrong:
+        return Finding("saved-complete", "refuse", f"saved otherwise than trained: {wrong[:3]}", AGAIN)
+    text = f"{len(stored)} tensors read back from {folder.name}, equal to the last bit"
+    as_lora = isinstance(model, PeftModel) and lora.is_pissa(model)  # it was saved in another form
+    if not as_lora:
+        training = model.training
+        model.eval()
+        before = hidden_states(model, batch, layout)
+        adapters.load_into(model, folder)
+        same = torch.equal(before, hidden_states(model, batch, layout))
+        model.train(training)
+        if not same:
+            return Finding(
+                "saved-complete", "refuse", "read back, it gives other hidden states", "save again: --resume"
+            )
+        text += "; they give the same hidden states"
+    return Finding("saved-complete", "ok", text)
+
+
+def _as_saved(model: Any) -> dict[str, Tensor]:
+    """The tensors that the folder should hold."""
+    if not isinstance(model, PeftModel):
+        return adapters.trained(model)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    changed = lora.pissa_as_lora(model, state)
+    return state if changed is None else changed[0]
