@@ -61,6 +61,8 @@ def test_what_the_package_promises_is_there() -> None:
         assert getattr(fitune, name) is not None
     assert callable(fitune.train)
     importlib.import_module("fitune.training")
+    importlib.import_module("fitune.evaluation")
+    importlib.import_module("fitune.merging")
     assert callable(fitune.train)  # a verb stays a function whatever is imported
 
 

@@ -12,11 +12,13 @@ from typing import Any
 
 __version__ = metadata.version("fitune")
 __all__ = [
+    "Evaluation",
     "FituneError",
     "Merged",
     "Result",
     "Tuned",
     "__version__",
+    "evaluate",
     "generate",
     "load",
     "load_model",

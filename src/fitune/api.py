@@ -9,6 +9,7 @@ from typing import Any
 from fitune.config import build
 from fitune.console import Watcher
 from fitune.errors import ConfigError
+from fitune.evaluation import Evaluation, evaluate
 from fitune.generation import Sampling, answer
 from fitune.loading import load as _load
 from fitune.merging import Merged, merge
@@ -17,7 +18,7 @@ from fitune.records import Message
 from fitune.training import Result, resume_config
 from fitune.training import train as _train
 
-__all__ = ["Merged", "Result", "Tuned", "generate", "load", "load_model", "merge", "train"]
+__all__ = ["Evaluation", "Merged", "Result", "Tuned", "evaluate", "generate", "load", "load_model", "merge", "train"]
 
 
 def train(*, resume: bool = False, watch: Watcher | None = None, **settings: Any) -> Result:

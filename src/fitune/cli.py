@@ -270,6 +270,48 @@ def chat(
     talk(_lines(), Chat(tuned, sampling, system=system), other, console)
 
 
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[str, Parameter(help="Run folder, model folder or hub id.")],
+    *,
+    data: Annotated[list[str], Parameter(consume_multiple=True, help="Held-out data: files, folders or hub ids.")],
+    take: Annotated[int | None, Parameter(help="So many rows of each, drawn with a fixed seed.")] = None,
+    map_: Annotated[
+        list[str] | None,
+        Parameter(name="--map", consume_multiple=True, negative="", help="What columns mean: content=prompt ..."),
+    ] = None,
+    loss_only: Annotated[bool, Parameter(negative="", help="Generate no answers.")] = False,
+    max_tokens: Annotated[int, Parameter(help="Longest answer, in tokens.")] = 256,
+    samples: Annotated[int, Parameter(help="Rows shown, base against tuned.")] = 5,
+    template: Annotated[str, Parameter(help="Prompt template of a model folder; a run brings its own.")] = "auto",
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, ...")] = "auto",
+    json: Json = False,
+) -> None:
+    """Measure a run beside its base, or a model: loss, perplexity, exact match, BLEU-4, ROUGE-L."""
+    columns = dict(_pair("map", text) for text in map_ or [])
+    from fitune.console import Terminal, answers_table, scores_table
+    from fitune.evaluation import evaluate as run_evaluation
+
+    console = _console(json)
+    found = run_evaluation(
+        run,
+        data,
+        take=take,
+        answer=not loss_only,
+        max_new_tokens=max_tokens,
+        samples=samples,
+        template=template,
+        columns=columns,
+        device=device,
+        watch=Terminal(console),
+    )
+    if found.samples:
+        console.print(answers_table(found.samples))
+    console.print(scores_table(found))
+    if json:
+        _print_json(found.as_dict())
+
+
 @app.command
 def merge(
     run: Annotated[str, Parameter(help="A finished run.")],

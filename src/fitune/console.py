@@ -191,6 +191,23 @@ def methods_table(rows: Sequence[Any], model: str) -> Table:
     return table
 
 
+def scores_table(found: Any) -> Table:
+    """An evaluation.Evaluation: the base beside what was tuned."""
+    title = f"{found.rows:,} rows, {found.target_tokens:,} target tokens, {found.asked:,} prompts answered"
+    title += f", {found.too_long:,} too long to be" if found.too_long else ""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    columns = [("base", found.base), ("tuned", found.scores)] if found.base else [("model", found.scores)]
+    table.add_column("", style="cyan")
+    for name, _ in columns:
+        table.add_column(name, justify="right")
+    shown = {"loss": "{:.4f}", "perplexity": "{:,.2f}", "exact_match": "{:.1%}", "bleu4": "{:.2f}", "rouge_l": "{:.4f}"}
+    for name, form in shown.items():
+        values = [getattr(scores, name) for _, scores in columns]
+        if values[0] is not None:
+            table.add_row(name.replace("_", " "), *(form.format(value) for value in values))
+    return table
+
+
 def groups_table(parts: Sequence[tuple[str, int, int]]) -> Table:
     """Frozen, trainable and all parameters by part; neighbouring blocks with the same numbers are one line."""
     table = Table(title="parameters", title_justify="left", box=None, pad_edge=False)

@@ -1,18 +1,39 @@
-"""Held-out questions to a score: exact match of greedy answers.
+"""Held-out rows to figures: loss and perplexity, exact match, BLEU-4 and ROUGE-L, the base beside the tuned model.
 
-In: a model, conversations with expected answers. Out: one Judged per row.
+In: a run or a model, data. Out: an Evaluation. Losses go through the head a chunk of rows at a time, answers are greedy
+and generated a few side by side, so nothing of the whole set is held but texts. BLEU is sacrebleu's, ROUGE-L
+rouge-score's; Chinese counts by character, so neither needs a word list.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from fitune import dataset, preflight, rows
+from fitune.adapters import disabled
+from fitune.batches import in_order
+from fitune.cache import Cache
+from fitune.config import DataSource
+from fitune.console import Ticker, Watcher
+from fitune.dataset import NO_LIMIT
+from fitune.errors import DataError
 from fitune.generation import Sampling, answers
-from fitune.model import Tuned
-from fitune.records import Conversation
+from fitune.loading import load
+from fitune.model import Tuned, causal_lm
+from fitune.records import Conversation, DataReport
+from fitune.step import held_out_loss
+from fitune.store import Rows
 
 SIDE_BY_SIDE = 16  # prompts that are answered together
+CJK = "\u3400-\u9fff\uf900-\ufaff"
+UNITS = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")  # a Chinese character, or a word of anything else
 
 
 @dataclass(frozen=True)
@@ -51,3 +72,159 @@ def exact_match(
 def accuracy(judged: Sequence[Judged]) -> float:
     """Share of right answers, 0 to 1."""
     return sum(one.right for one in judged) / len(judged)
+
+
+# ---- whole data sets ----
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one model. loss: per target token. exact_match, rouge_l: 0 to 1. bleu4: 0 to 100."""
+
+    loss: float
+    perplexity: float
+    exact_match: float | None = None
+    bleu4: float | None = None
+    rouge_l: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured; `base` where something was tuned on it."""
+
+    model: str
+    rows: int
+    asked: int  # rows whose prompts were answered
+    too_long: int  # rows whose prompt leaves no room for an answer
+    target_tokens: int
+    scores: Scores
+    base: Scores | None
+    samples: list[dict[str, str]] = field(default_factory=list)  # prompt, expected, base, tuned
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def evaluate(
+    run_or_model: str | Path,
+    data: Sequence[str | DataSource],
+    *,
+    take: int | None = None,
+    answer: bool = True,
+    max_new_tokens: int = 256,
+    samples: int = 5,
+    template: str = "auto",
+    columns: dict[str, str] | None = None,
+    device: str = "auto",
+    watch: Watcher | None = None,
+) -> Evaluation:
+    """Measure a run, beside its base, or a model.
+
+    Args:
+        run_or_model: a run folder, a model folder or a hub id.
+        data: files, folders or hub ids; each row ends in the expected answer.
+        take: so many rows of each source, drawn with a fixed seed.
+        answer: generate answers too; without, only losses.
+        max_new_tokens: longest answer.
+        samples: rows that are shown.
+        template: of a model folder; a run brings its own.
+        columns: what columns of other names mean.
+        device: auto, cpu, cuda, ...
+        watch: is told how far it is.
+
+    Raises:
+        FituneError: the run, the model or the data cannot be used.
+    """
+    watch = watch or Watcher()
+    tuned = load(run_or_model, device=device, template=template)
+    report = DataReport()
+    sources = [DataSource(path=one) if isinstance(one, str) else one for one in data]
+    sources = [
+        one.model_copy(update={"take": take or one.take, "map": {**(columns or {}), **one.map}}) for one in sources
+    ]
+    there = rows.load(sources, report, skip_bad=False)
+    limit = getattr(causal_lm(tuned.model).config, "max_position_embeddings", None) or NO_LIMIT
+    encoder = tuned.encoder.with_max_length(limit)
+    cache = Cache()
+    held_out = dataset.encode(there, encoder, cache, "", watch)
+    if not len(held_out):
+        raise DataError("no row has a token to measure", file=sources[0].path, received=f"{len(there)} rows")
+    asked, too_long = _askable(there, tuned, limit) if answer else ([], 0)
+    layout, found = preflight.packing_leak(tuned.model, held_out)
+    preflight.raise_refused([found])
+    has_base = _is_tuned(tuned)
+
+    def scores(*, base: bool) -> tuple[Scores, list[Judged]]:
+        if base:
+            with disabled(tuned.model):
+                loss = held_out_loss(tuned.model, in_order(held_out, 8), layout)
+        else:
+            loss = held_out_loss(tuned.model, in_order(held_out, 8), layout)
+        told = Ticker(watch, "answering (base)" if base else "answering", len(asked))
+        judged: list[Judged] = []
+        for start in range(0, len(asked), SIDE_BY_SIDE):
+            some = asked[start : start + SIDE_BY_SIDE]
+            judged += exact_match(tuned, some, max_new_tokens=max_new_tokens, base=base)
+            told(len(judged))
+        told.end()
+        return _scores(loss, judged), judged
+
+    mine, judged = scores(base=False)
+    base, of_base = scores(base=True) if has_base else (None, judged)
+    shown = [
+        {"prompt": a.prompt, "expected": a.expected, "before": b.answer, "after": a.answer}
+        for a, b in list(zip(judged, of_base, strict=True))[:samples]
+    ]
+    targets = int(held_out.column("trained").sum())
+    return Evaluation(str(run_or_model), len(there), len(asked), too_long, targets, mine, base, shown)
+
+
+def _askable(there: Rows, tuned: Tuned, limit: int) -> tuple[list[Conversation], int]:
+    """Rows that have a prompt, and room behind it; how many have none."""
+    asked, too_long = [], 0
+    for row in there:
+        if not row.prompt() or not row.answer():
+            continue
+        if len(tuned.encoder.prompt(row.prompt(), row.tools)) < limit - 8:
+            asked.append(row)
+        else:
+            too_long += 1
+    return asked, too_long
+
+
+def _is_tuned(tuned: Tuned) -> bool:
+    return hasattr(tuned.model, "peft_config") or hasattr(tuned.model, "fitune_method")
+
+
+def _scores(loss: float, judged: Sequence[Judged]) -> Scores:
+    perplexity = math.exp(min(loss, 700))
+    if not judged:
+        return Scores(loss, perplexity)
+    got, expected = [one.answer for one in judged], [one.expected for one in judged]
+    return Scores(loss, perplexity, accuracy(judged), bleu4(got, expected), rouge_l(got, expected))
+
+
+def bleu4(got: Sequence[str], expected: Sequence[str]) -> float:
+    """Corpus BLEU up to 4-grams, 0 to 100 (Papineni et al. 2002; sacrebleu). Chinese by character where most is."""
+    import sacrebleu
+
+    chinese = sum(len(re.findall(f"[{CJK}]", text)) for text in expected)
+    words = sum(len(UNITS.findall(text)) for text in expected)
+    kind = "zh" if chinese * 2 > words else "13a"
+    return float(sacrebleu.corpus_bleu(list(got), [list(expected)], tokenize=kind).score)
+
+
+class _Units:
+    """rouge-score's tokenizer: Chinese characters and words."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return UNITS.findall(text.lower())
+
+
+def rouge_l(got: Sequence[str], expected: Sequence[str]) -> float:
+    """Mean F-measure of the longest common subsequence, 0 to 1 (Lin 2004; rouge-score)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_Units())
+    return float(np.mean([scorer.score(e, g)["rougeL"].fmeasure for g, e in zip(got, expected, strict=True)]))
