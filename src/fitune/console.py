@@ -22,6 +22,8 @@ from fitune.records import Finding, StepRecord
 
 MARKS = {"ok": "[green]ok[/]", "fixed": "[cyan]fixed[/]", "warn": "[yellow]warn[/]", "refuse": "[red]refused[/]"}
 
+TOLD = ("rows", "length", "labels-empty", "trainable-set")  # figures that a user wants to see though all is well
+
 
 class Watcher:
     """Hears what a run does. This one stays silent; Terminal shows it."""
@@ -83,8 +85,13 @@ class Terminal(Watcher):
         self.console.print(groups_table(parts))
 
     def findings(self, findings: Sequence[Finding]) -> None:
-        """See Watcher."""
-        self.console.print(findings_table(findings))
+        """See Watcher. What is well is named in a few lines; the report tells all of it."""
+        told = [finding for finding in findings if finding.level != "ok" or finding.rule in TOLD]
+        if told:
+            self.console.print(findings_table(told))
+        well = [finding.rule for finding in findings if finding not in told]
+        if well:
+            self.console.print(f"[green]ok[/] {', '.join(well)}", highlight=False)
 
     def memory(self, parts: Mapping[str, float]) -> None:
         """See Watcher."""

@@ -205,6 +205,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     model_findings += [guards.grad_reaches(model, probe, layout), guards.accumulation_equality(model, probe, layout)]
     model_findings += [_disk_space(config, model), guards.eval_memory(model)]
     preflight.raise_refused(model_findings)
+    states = optim.find(config.optimizer).state_bytes
     by_length = layout == "padded"
     loader = Loader(samples, config.batch_size, config.accumulation, config.seed, config.batch_tokens, by_length)
     total = config.max_steps or loader.total_steps(config.epochs)
@@ -218,7 +219,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
         held_out_rows=data.held_out_rows,
         report=data.report,
         findings=[*data.findings, *model_findings],
-        memory=estimate(model, model_config, longest_batch=loader.largest(), runtime_mib=runtime),
+        memory=estimate(model, model_config, longest_batch=loader.largest(), runtime_mib=runtime, state_bytes=states),
         data_sha256=_fingerprint(config),
         inputs=_inputs(config, folder, data.encoder.template.as_dict()),
         total_steps=total,

@@ -47,7 +47,7 @@ class Estimate:
         }
 
 
-def estimate(model: Any, config: Any, *, longest_batch: int, runtime_mib: float) -> Estimate:
+def estimate(model: Any, config: Any, *, longest_batch: int, runtime_mib: float, state_bytes: float = 8) -> Estimate:
     """See the module's text.
 
     Args:
@@ -55,6 +55,7 @@ def estimate(model: Any, config: Any, *, longest_batch: int, runtime_mib: float)
         config: the transformers config.
         longest_batch: tokens of the largest micro-batch that can come.
         runtime_mib: what the process holds without the model.
+        state_bytes: of the optimizer, for each trained parameter.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -65,7 +66,7 @@ def estimate(model: Any, config: Any, *, longest_batch: int, runtime_mib: float)
     return Estimate(
         weights=weights / MIB,
         gradients=4 * trained / MIB,
-        optimizer=8 * trained / MIB,
+        optimizer=state_bytes * trained / MIB,
         activations=longest_batch * per_token / MIB,
         logits=2 * 4 * rows * config.vocab_size / MIB,
         runtime=runtime_mib,
