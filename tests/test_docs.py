@@ -73,3 +73,17 @@ def test_the_loop_stays_small() -> None:
     from fitune import training
 
     assert len(inspect.getsource(training._loop).splitlines()) <= 60
+
+
+@pytest.mark.parametrize(("page", "results"), [("methods", "methods.json"), ("memory", "savers.json")])
+def test_tables_in_the_documents_are_those_of_the_results(page: str, results: str) -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("results_table", ROOT / "scripts" / "results_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for language in ("", ".zh-CN"):
+        text = (ROOT / "docs" / f"{page}{language}.md").read_text(encoding="utf-8")
+        assert "\n".join(module.lines(ROOT / "results" / results)) in text

@@ -22,7 +22,13 @@ from fitune.records import Finding, StepRecord
 
 MARKS = {"ok": "[green]ok[/]", "fixed": "[cyan]fixed[/]", "warn": "[yellow]warn[/]", "refuse": "[red]refused[/]"}
 
-TOLD = ("rows", "length", "labels-empty", "stop-token-trained", "trainable-set")  # figures that a user wants to see though all is well
+TOLD = (
+    "rows",
+    "length",
+    "labels-empty",
+    "stop-token-trained",
+    "trainable-set",
+)  # figures that a user wants to see though all is well
 
 
 class Watcher:

@@ -1,0 +1,37 @@
+"""A file of results as a Markdown table: `python scripts/results_table.py results/methods.json`.
+
+docs/ shows these tables; a test checks that they are those of the files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def lines(path: Path) -> list[str]:
+    """The table of methods.json or of savers.json."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if "methods" in record:
+        head = ["", "exact match", "trained", "share", "rate", "seconds", "peak MiB", "adapter KiB"]
+        rows = [_method(name, row) for name, row in record["methods"].items()]
+    else:
+        head = ["", "memory, MiB", "memory ratio", "seconds a step", "time ratio", "against"]
+        rows = [_saver(name, row) for name, row in record["savers"].items()]
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _method(name: str, row: dict[str, Any]) -> list[str]:
+    figures = [f"{row['accuracy']:.1%}", f"{row['trainable']:,}", f"{row['share']:.2%}", f"{row['lr']:g}"]
+    return [name, *figures, f"{row['seconds']:.0f}", f"{row['peak_mib']}", f"{row['adapter_bytes'] / 1024:,.0f}"]
+
+
+def _saver(name: str, row: dict[str, Any]) -> list[str]:
+    ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("memory_ratio", "time_ratio")]
+    return [name, f"{row['peak_mib']}", ratios[0], f"{row['seconds_a_step']:.2f}", ratios[1], row.get("against", "")]
+
+
+if __name__ == "__main__":
+    print("\n".join(lines(Path(sys.argv[1]))))
