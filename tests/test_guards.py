@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from fitune import adapters, guards, optim, preflight
+from fitune import adapters, families, guards, optim, preflight
 from fitune.batches import flat
 from fitune.checkpoint import RunFolder
 from fitune.config import build
 from fitune.console import Watcher
 from fitune.errors import ModelError, Problems, TrainingError
 from fitune.merging import merge_drift
-from fitune.model import load_model, ready, trainable
-from fitune.step import training_step
+from fitune.model import checkpoint_blocks, load_model, ready, trainable
+from fitune.step import hidden_states, training_step
 from fitune.training import resume_config, train
-from test_contract import KINDS, REFUSED, VARIANTS, config_for, samples
+from test_contract import KINDS, REFUSED, VARIANTS, config_for, gradients, samples
 from test_methods import Crash, CrashAt
 
 
@@ -182,6 +182,11 @@ def test_load_strict(model_folder: Path, tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="would be random"):
         load_model(folder)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(64, 32)
+    tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(64, 32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="have no place in the model"):
+        load_model(folder)
     adapters.save(make(), tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     stored.pop(next(iter(stored)))
@@ -322,3 +327,36 @@ def test_a_leaking_batch_is_refused_where_that_layout_is_asked_for() -> None:
     layout, found = preflight.packing_leak(model, two)
     assert (layout, found.level) == ("padded", "fixed")
     assert flat(two, [0, 1]).bounds.tolist() == [0, 7, 19]
+
+
+@pytest.mark.parametrize(
+    ("every", "flags"), [(True, [1, 1, 1]), (1, [1, 1, 1]), (2, [0, 1, 0]), (3, [0, 0, 1]), (False, [0] * 3)]
+)
+def test_checkpointing_every_nth_block_gives_the_same_gradients(every: bool | int, flags: list[int]) -> None:
+    plain = gradients(make())
+    model = make()
+    inner = model.get_base_model()
+    checkpoint_blocks(model, families.of(inner), every)
+    assert [int(block.gradient_checkpointing) for block in inner.model.layers] == flags
+    for name, gradient in gradients(model).items():
+        assert (gradient - plain[name]).abs().max() <= 1e-6 * max(1.0, float(plain[name].abs().max())), name
+
+
+def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
+    """Bytes saved for backward, counted: the fewer blocks keep theirs, the fewer there are."""
+
+    def saved(every: bool | int) -> int:
+        model = make("full")
+        checkpoint_blocks(model, families.of(model), every)
+        total = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden_states(model, BATCH, "flat")
+        return total
+
+    assert saved(True) < saved(2) < saved(False)

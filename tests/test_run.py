@@ -174,9 +174,12 @@ def test_nothing_of_the_user_is_overwritten(unbroken: Path, model_folder: Path, 
     assert again.steps == 12
 
 
-def test_ctrl_c_saves_and_the_run_goes_on(unbroken: Path, model_folder: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on(
+    number: int, unbroken: Path, model_folder: Path, data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    stop = StopAt(5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    stop = StopAt(5, lambda: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted, match=r"stopped after step 5 of 12; everything is saved") as caught:
         train(build(settings(model_folder, data, run)), watch=stop)
     assert caught.value.exit_code == 130

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,13 +171,34 @@ def load_model(
         )
     except Exception as error:  # safetensors, shapes, memory: each is told as it is
         raise ModelError(f"{path}: cannot be loaded", received=" ".join(str(error).split())[:400]) from error
-    missing = sorted(info["missing_keys"])
+    load_strict(path, info)
+    return ready(model.to(device), precision, adapter)
+
+
+# buffers that older versions of transformers wrote, and that every model computes by itself
+HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
+
+
+def load_strict(path: Path, info: Mapping[str, Any]) -> None:
+    """Every tensor of the model is in the weights, in its shape, and every tensor of the weights has its place.
+
+    Raises:
+        ModelError: some would be random, or would be thrown away.
+    """
+    missing, left = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         raise ModelError(
             f"{path}: {len(missing)} tensors are not in the weights (they would be random)",
             received=", ".join(missing[:5]),
         )
-    return ready(model.to(device), precision, adapter)
+    left = [name for name in left if not name.endswith(HARMLESS)]
+    if left or info.get("mismatched_keys"):
+        wrong = left or [str(one) for one in info["mismatched_keys"]]
+        raise ModelError(
+            f"{path}: {len(wrong)} tensors of the weights have no place in the model that config.json describes",
+            received=", ".join(map(str, wrong[:5])),
+            fix="config.json and the weights belong to different models: download both again",
+        )
 
 
 def ready(model: Any, precision: str = "fp32", adapter: str | Path | None = None) -> Any:
