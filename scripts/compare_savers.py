@@ -1,8 +1,8 @@
 """What each memory saver takes and costs, on one model: `python scripts/compare_savers.py results/savers.json`.
 
-A random Llama of 29 million parameters is trained for a few steps in a process of its own for each saver. Written down:
-peak memory of the process beyond what it holds before the model, seconds a step, the loss of the last step. Seconds
-depend on the machine; compare them within one record only.
+A random Llama of some ten million parameters is trained for a few steps in a process of its own for each saver. Written
+down: peak memory of the process beyond what it holds before the model, seconds a step, the loss of the last step.
+Seconds depend on the machine; compare them within one record only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAVERS: dict[str, tuple[dict[str, Any], str]] = {
     "full, checkpointing": ({**FULL, "checkpointing": True}, "full"),
     "full, checkpointing 2": ({**FULL, "checkpointing": 2}, "full"),
     "full, accumulation 4 x 4 rows": ({**FULL, "batch_size": 4, "accumulation": 4}, "full"),
-    "full, max length 128": ({**FULL, "max_length": 128, "max_lost": 1.0}, "full"),
+    "full, max length 96": ({**FULL, "max_length": 96, "max_lost": 1.0}, "full"),
     "full, adamw-foreach": ({**FULL, "optimizer": "adamw-foreach"}, "full"),
     "full, adamw-8bit": ({**FULL, "optimizer": "adamw-8bit"}, "full"),
     "full, paged-adamw-8bit": ({**FULL, "optimizer": "paged-adamw-8bit"}, "full"),
@@ -38,11 +38,11 @@ SAVERS: dict[str, tuple[dict[str, Any], str]] = {
     "lora, checkpointing": ({"method": "lora", "checkpointing": True}, "lora"),
     "lora, bf16": ({"method": "lora", "precision": "bf16"}, "lora"),
 }
-STEPS = 4
+STEPS = 3
 
 
 def make(folder: Path) -> None:
-    """The model, with the bundled tokenizer, and rows of about 240 tokens."""
+    """The model, with the bundled tokenizer, and rows of about 200 tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,12 +52,12 @@ def make(folder: Path) -> None:
     words = tokenizer.load(bundled() / "model")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=1024,
+        vocab_size=len(words), hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=3, max_position_embeddings=1024,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(str(folder / "model"))
     words.save_pretrained(str(folder / "model"))
-    rows = [{"prompt": f"{n} + {n}?", "completion": "the river and the bridge of Norland " * 24} for n in range(80)]
+    rows = [{"prompt": f"{n} + {n}?", "completion": "the river and the bridge of Norland " * 16} for n in range(80)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
