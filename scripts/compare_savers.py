@@ -24,7 +24,6 @@ SAVERS: dict[str, tuple[dict[str, Any], str]] = {
     "full, checkpointing": ({**FULL, "checkpointing": True}, "full"),
     "full, checkpointing 2": ({**FULL, "checkpointing": 2}, "full"),
     "full, accumulation 4 x 4 rows": ({**FULL, "batch_size": 4, "accumulation": 4}, "full"),
-    "full, max length 96": ({**FULL, "max_length": 96, "max_lost": 1.0}, "full"),
     "full, adamw-foreach": ({**FULL, "optimizer": "adamw-foreach"}, "full"),
     "full, adamw-8bit": ({**FULL, "optimizer": "adamw-8bit"}, "full"),
     "full, paged-adamw-8bit": ({**FULL, "optimizer": "paged-adamw-8bit"}, "full"),
