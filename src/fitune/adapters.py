@@ -28,6 +28,7 @@ from fitune.config import RunConfig, build
 from fitune.errors import ConfigError, ModelError, did_you_mean
 from fitune.methods import adapter as bottleneck
 from fitune.methods import lora, new_tokens
+from fitune.precision import DTYPES
 
 PEFT_CONFIG, OWN_CONFIG = "adapter_config.json", "fitune_adapter.json"
 WEIGHTS, ENCODER = "adapter_model.safetensors", "encoder.safetensors"
@@ -50,7 +51,19 @@ def attach(model: Any, config: RunConfig) -> Any:
     if not isinstance(model, PeftModel):
         model.fitune_method = {"method": method.name, **_options(method, config)}
     new_tokens.train_rows(_inner(model))
+    _cast_trained(model, DTYPES[config.trainable_dtype])
     return model
+
+
+def _cast_trained(model: Any, dtype: torch.dtype) -> None:
+    """Methods leave what they train in float32; where less was asked for, the rest of a norm follows."""
+    if dtype == torch.float32:
+        return
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        for parameter in own:
+            if parameter.requires_grad or (parameter.dtype == torch.float32 and any(p.requires_grad for p in own)):
+                parameter.data = parameter.data.to(dtype)
 
 
 def _inner(model: Any) -> Any:

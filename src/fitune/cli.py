@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Optional, get_args, get_origin
+from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
@@ -42,12 +42,30 @@ def _optional(model: type[BaseModel], name: str, without: tuple[str, ...] = ()) 
             continue
         kind: Any = _flag_type(info.annotation)
         text = info.description or ""
+        if isinstance(info.default, settings.QuantOptions):
+            fields |= _quant_flags(type(info.default))
+            continue
         if isinstance(info.default, settings.Options):
             kind = _optional(type(info.default), f"{name}_{field}")
         elif not info.is_required() and info.default is not None and info.default not in ([], {}, False):
             text = f"{text} [default: {info.default}]"
         fields[field] = (Optional[kind], Field(default=None, description=text))  # noqa: UP045
     return create_model(name, **fields)
+
+
+QUANT = "quant__"
+
+
+def _quant_flags(group: type[BaseModel]) -> dict[str, Any]:
+    """`--quant nf4` beside `--quant.kind` and the like: a group whose first setting has the group's own name."""
+    fields: dict[str, Any] = {}
+    for field, info in group.model_fields.items():
+        kind = Literal["none", "int8", "nf4", "fp4"] if field == "name" else info.annotation
+        flag = "--quant" if field == "name" else f"--quant.{field}"
+        default = f" [default: {info.default}]" if info.default not in ([], "none") else ""
+        typed = Annotated[Optional[kind], Parameter(name=flag)]  # type: ignore[valid-type]  # noqa: UP045
+        fields[QUANT + field] = (typed, Field(default=None, description=f"{info.description}{default}"))
+    return fields
 
 
 def _flag_type(kind: Any) -> Any:
@@ -73,6 +91,9 @@ SetOption = Annotated[
 def _typed(flags: Any, group: type[BaseModel] = settings.RunConfig) -> dict[str, Any]:
     """What was typed."""
     values = flags.model_dump(exclude_none=True) if flags else {}
+    quant = {name.removeprefix(QUANT): values.pop(name) for name in list(values) if name.startswith(QUANT)}
+    if quant:
+        values["quant"] = quant
     return _with_mappings(values, group)
 
 

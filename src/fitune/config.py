@@ -148,6 +148,33 @@ class Ia3Options(Options):
     """Which linear layers: auto (keys, values and the MLP's output layer), or names."""
 
 
+class QuantOptions(Options):
+    """Frozen weights of linear layers in few bits; embedding, norms and output head stay as they are."""
+
+    name: Literal["none", "int8", "nf4"] = "none"
+    """int8: LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), 1 byte a weight. nf4: QLoRA's 4 bits (Dettmers et al.
+    2023, arXiv:2305.14314), 0.516 bytes."""
+    kind: Literal["nf4", "fp4"] = "nf4"
+    """Which 16 values 4 bits stand for: those of NormalFloat, or those of a float of 4 bits."""
+    double: bool = True
+    """Quantize the scales of the blocks of 64 weights too: 0.516 bytes a weight in place of 0.5625."""
+    storage: Literal["uint8", "fp32", "bf16", "fp16"] = "uint8"
+    """As which dtype the packed 4-bit weights lie in memory; the bytes are the same."""
+    threshold: float = Field(default=6.0, ge=0)
+    """int8 on a GPU: input columns with a value above it are computed in the compute dtype. On a CPU, where inputs are
+    not quantized, it does nothing."""
+    skip: list[str] = []
+    """Linear layers that stay as they are: names, or ends of names. The output head always does."""
+
+
+def _quant(value: object) -> object:
+    """`nf4` stands for {name: nf4}, `fp4` for its other kind."""
+    group = {"name": value} if isinstance(value, str) else value
+    if isinstance(group, Mapping) and group.get("name") == "fp4":
+        return {**group, "name": "nf4", "kind": "fp4"}
+    return group
+
+
 class DataSource(Options):
     """One source of rows, where its path alone does not say enough."""
 
@@ -265,8 +292,17 @@ class RunConfig(DataConfig):
     method of PEFT. `fitune methods` tells what each trains."""
     adapter: str | None = None
     """Go on from what was tuned before: a run folder, or its adapter folder. It must be of the same method."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the computation, and of the frozen weights: bf16 takes half the bytes. What is trained is float32 in both."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the computation, and of the frozen weights: 16 bits take half the bytes. auto: what this machine computes fast
+    without losing range, measured once on a CPU; the choice and its reason are told."""
+    storage_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the frozen weights, where it is to differ from that of the computation: bf16 beside --precision fp32 halves
+    the weights on a machine without fast bf16."""
+    trainable_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of what is trained, its gradients and the optimizer's states. 16 bits lose small updates; float16 also needs an
+    epsilon of 1e-4 or more."""
+    quant: Annotated[QuantOptions, BeforeValidator(_quant)] = QuantOptions()
+    """Quantized frozen weights: none, int8 or nf4 (QLoRA)."""
     checkpointing: bool | Annotated[int, Field(ge=1)] = False
     """Keep no activations inside blocks, compute them again in the backward pass: less memory, a third more work. A
     number n: in every nth block only."""
@@ -313,6 +349,8 @@ class RunConfig(DataConfig):
     optimizer: str = "adamw"
     """adamw, adamw-foreach, adamw-8bit, paged-adamw-8bit, adafactor, lion, lion-8bit or sgd. States take 8 bytes a
     trained parameter with adamw, 2 in 8 bits, 4 with lion and sgd, 1 with lion-8bit, next to none with adafactor."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Of adamw in all its forms: what is added to the root of the second moment."""
     optimizer_in_backward: bool = False
     """For the method full: update each parameter as soon as its gradient is there, and drop the gradient. 4 bytes a
     parameter less."""
@@ -453,6 +491,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over` on top, group by group."""
     out = dict(base)
     for key, value in over.items():
+        if key == "quant" and isinstance(out.get(key), (str, Mapping)):
+            out[key], value = _quant(out[key]), _quant(value)
         both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
         out[key] = merge(out[key], value) if both else value
     return out

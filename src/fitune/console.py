@@ -46,6 +46,9 @@ class Watcher:
     def findings(self, findings: Sequence[Finding]) -> None:
         """What the preflight rules found."""
 
+    def kept(self, parts: Sequence[Any]) -> None:
+        """What lies in which dtype (precision.Kept)."""
+
     def memory(self, parts: Mapping[str, float]) -> None:
         """Expected memory by component, MiB."""
 
@@ -98,6 +101,10 @@ class Terminal(Watcher):
         well = [finding.rule for finding in findings if finding not in told]
         if well:
             self.console.print(f"[green]ok[/] {', '.join(well)}", highlight=False)
+
+    def kept(self, parts: Sequence[Any]) -> None:
+        """See Watcher."""
+        self.console.print(kept_table(parts))
 
     def memory(self, parts: Mapping[str, float]) -> None:
         """See Watcher."""
@@ -184,6 +191,19 @@ def pairs(title: str, values: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in values.items():
         table.add_row(f"[cyan]{escape(str(name))}[/]", escape(str(value)))
+    return table
+
+
+def kept_table(parts: Sequence[Any]) -> Table:
+    """What lies in which dtype, and what was cast or not quantized."""
+    table = Table(title="weights in memory", title_justify="left", box=None, pad_edge=False)
+    table.add_column("part", style="cyan", no_wrap=True)
+    table.add_column("dtype", no_wrap=True)
+    for name in ("weights", "KiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", ratio=1)
+    for part in parts:
+        table.add_row(part.part, part.dtype, f"{part.weights:,}", f"{part.bytes / 1024:,.1f}", escape(part.note))
     return table
 
 

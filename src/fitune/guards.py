@@ -1,8 +1,9 @@
 """Rules about the model, the run and its files: each a function named as in the report.
 
 In: a model with its method, probe rows, folders. Out: Findings, as in preflight.py. Before the first step: base-intact,
-nan-hidden, embeddings, quantised-trainable, grad-reaches, accumulation-equality, disk-space, eval-memory. During it:
-frozen-intact. When a run goes on: resume-identity, partial-checkpoint. At its end: saved-complete.
+nan-hidden, embeddings, quantised-trainable, fp16-master, fp16-range, grad-reaches, accumulation-equality, disk-space,
+eval-memory. During it: frozen-intact. When a run goes on: resume-identity, partial-checkpoint. At its end:
+saved-complete.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fitune import adapters
+from fitune import adapters, optim, quant
 from fitune.batches import flat, split
 from fitune.checkpoint import Loaded, RunFolder, restore_rng, rng_state
 from fitune.files import MANIFEST
@@ -33,7 +34,11 @@ from fitune.recovery import first_non_finite
 from fitune.step import hidden_states, loss_sum
 
 AGAIN = "the checkpoints are whole: fitune train --resume --output RUN saves again"
-SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest gradient: two ways to the same sum
+SAME = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}  # of the largest gradient: two ways to the same sum
 
 
 def probe_row(samples: Sequence[Sample]) -> Sample:
@@ -111,7 +116,14 @@ def nan_hidden(model: Any, batch: Batch, layout: Layout) -> Finding:
     try:
         with torch.no_grad():
             fine = bool(hidden_states(model, batch, layout).isfinite().all())
-        bad = [n for n, p in model.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
+        packed = {
+            id(layer.weight) for _, layer in quant.layers(model)
+        }  # their bits are no floats, whatever they lie in
+        bad = [
+            n
+            for n, p in model.named_parameters()
+            if p.is_floating_point() and id(p) not in packed and not bool(p.isfinite().all())
+        ]
         first = (
             "" if fine and not bad else (f"the weight {bad[0]}" if bad else first_non_finite(model, [batch], layout)[0])
         )
@@ -164,6 +176,62 @@ def quantised_trainable(model: Any) -> Finding:
         text = f"{len(wrong)} quantized tensors are to be trained, the first {wrong[0]}"
         return Finding("quantised-trainable", "refuse", text, "--method lora, or another that leaves the base frozen")
     return Finding("quantised-trainable", "ok", "every trainable tensor is floating point")
+
+
+def fp16_master(model: Any, optimizer: torch.optim.Optimizer) -> Finding:
+    """Weights that are trained in float16 need an epsilon that is not next to zero in it: Adam divides by it. In 16
+    bits small updates are lost; float32 keeps them."""
+    low = {name: p for name, p in trainable(model).items() if p.dtype != torch.float32}
+    if not low:
+        return Finding("fp16-master", "ok", "what is trained is float32, with its gradients and states")
+    halves = {id(p) for p in low.values() if p.dtype == torch.float16}
+    epsilons = [
+        float(group["eps"])
+        for group in optimizer.param_groups
+        if isinstance(group.get("eps"), float) and any(id(p) in halves for p in group["params"])
+    ]
+    if epsilons and min(epsilons) < optim.LEAST:
+        text = f"{len(halves)} trained tensors are float16, and epsilon is {min(epsilons):g}, which ruins them"
+        return Finding("fp16-master", "refuse", text, f"--trainable-dtype fp32, or --epsilon {optim.LEAST:g}")
+    kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in low.values()}))
+    return Finding("fp16-master", "warn", f"trained in {kinds}: small updates are lost", "--trainable-dtype fp32")
+
+
+FP16_HIGHEST = 65504.0
+CLOSE = 0.5  # of it: a row that is longer than the probe may go beyond
+
+
+def fp16_range(model: Any, batch: Batch, layout: Layout) -> Finding:
+    """In float16 everything must stay below 65,504: no weight is beyond, and no output of a layer is close to it."""
+    if compute_dtype(model) != torch.float16:
+        return Finding("fp16-range", "ok", "nothing is computed in float16")
+    largest: dict[str, float] = {}
+
+    def look(name: str) -> Any:
+        def hook(module: Any, inputs: object, output: object) -> None:
+            out = output[0] if isinstance(output, tuple) else output
+            if isinstance(out, Tensor) and out.is_floating_point():
+                largest[name] = max(largest.get(name, 0.0), float(out.abs().nan_to_num(nan=float("inf")).max()))
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(n)) for n, m in causal_lm(model).named_modules() if not list(m.children())]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            hidden_states(model, batch, layout)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    name = max(largest, key=lambda key: largest[key])
+    text = f"the largest output is {largest[name]:,.0f} of {FP16_HIGHEST:,.0f}, of {name}"
+    if largest[name] >= FP16_HIGHEST:
+        return Finding("fp16-range", "refuse", text, "--precision bf16, which has float32's range, or fp32")
+    if largest[name] > CLOSE * FP16_HIGHEST:
+        return Finding("fp16-range", "warn", text, "--precision bf16 or fp32")
+    return Finding("fp16-range", "ok", text)
 
 
 def _gradients(model: Any, pieces: Sequence[Batch], layout: Layout) -> dict[str, Tensor | None]:
@@ -255,7 +323,10 @@ def eval_memory(model: Any) -> Finding:
 def fingerprint(model: Any) -> dict[str, tuple[int, bool]]:
     """Of each parameter an exact sum over its bits, and whether it is trained."""
     sums = {}
-    for name, p in model.named_parameters():
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    for name, layer in quant.layers(model):
+        tensors |= {f"{name}|scales {n}": scales for n, scales in enumerate(quant.constants(layer))}
+    for name, p in tensors.items():
         data = p.detach().contiguous().view(-1)
         bits = data.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
         weights = torch.arange(1, 1025, device=bits.device).repeat(-(-bits.numel() // 1024))[: bits.numel()]

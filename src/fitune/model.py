@@ -17,12 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
-from fitune import adapters, families
+from fitune import adapters, families, quant
+from fitune.config import QuantOptions
 from fitune.encode import Encoder
 from fitune.errors import ModelError
 from fitune.families import Family
 from fitune.kernels.attention import FLAT
+from fitune.kernels.frozen import keep_stored
+from fitune.kernels.norm import replace_norms
+from fitune.precision import DTYPES
 from fitune.templates import Template
 
 # Keys of config.json that choose code to run (CVE-2026-4372 is one of them). Who trains chooses, not the folder.
@@ -35,7 +40,7 @@ CODE_KEYS = (
 )
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass
@@ -107,12 +112,67 @@ def read_config(folder: Path) -> Any:
             "it works only with Python code from its folder, which fitune never runs" if "auto_map" in values else None
         )
         raise ModelError(f"{path}: model_type {kind!r} is unknown to transformers", received=reason)
-    if "quantization_config" in values:
-        raise ModelError(f"{folder}: holds a quantized model", expected="the original weights (fp32, bf16 or fp16)")
+    _check_quantized(folder, values.get("quantization_config"))
     try:
         return CONFIG_MAPPING[kind].from_dict({k: v for k, v in values.items() if k not in CODE_KEYS})
     except Exception as error:  # each config class checks itself in its own way
         raise ModelError(f"{path}: wrong values", received=" ".join(str(error).split())[:300]) from error
+
+
+def _check_quantized(folder: Path, found: Any) -> None:
+    """A folder may hold a model quantized by bitsandbytes; what others pack cannot be read."""
+    if found is not None and (not isinstance(found, dict) or found.get("quant_method") != "bitsandbytes"):
+        kind = found.get("quant_method") if isinstance(found, dict) else found
+        raise ModelError(
+            f"{folder}: holds a model quantized by {kind}",
+            expected="weights in fp32, bf16 or fp16, or quantized by bitsandbytes",
+            fix="take the original model, with --quant nf4 or int8 if it is to be small",
+        )
+
+
+def quantized_as(config: Any) -> QuantOptions:
+    """How the weights of a folder are quantized already, by its config."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return QuantOptions()
+    values = found if isinstance(found, dict) else found.to_dict()
+    skip = values.get("llm_int8_skip_modules") or []
+    if values.get("load_in_8bit"):
+        return QuantOptions(name="int8", threshold=values.get("llm_int8_threshold", 6.0), skip=skip)
+    return QuantOptions(
+        name="nf4",
+        kind=values.get("bnb_4bit_quant_type", "fp4"),
+        double=values.get("bnb_4bit_use_double_quant", False),
+        skip=skip,
+    )
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """As what most of a folder's weights are stored; what is no float of 16 or 32 bits does not count."""
+    counts: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"] in STORED:
+                start, end = entry["data_offsets"]
+                counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + end - start
+    return STORED[max(counts, key=lambda kind: counts[kind])] if counts else torch.float32
+
+
+def without_weights(config: Any) -> Any:
+    """A causal LM of that shape that takes no memory.
+
+    Raises:
+        ModelError: it is no causal LM.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ModelError(
+            f"model_type {config.model_type!r} is no causal language model", received=str(error)[:200]
+        ) from error
 
 
 def check_weights(folder: Path) -> None:
@@ -137,15 +197,26 @@ def check_weights(folder: Path) -> None:
 
 
 def load_model(
-    folder: str | Path, *, precision: str = "fp32", adapter: str | Path | None = None, device: str = "cpu"
+    folder: str | Path,
+    *,
+    precision: str = "fp32",
+    adapter: str | Path | None = None,
+    device: str = "cpu",
+    quantize: QuantOptions = quant.PLAIN,
+    storage: str = "auto",
+    plain: bool = False,
 ) -> Any:
     """A model from a folder, for inference.
 
     Args:
         folder: a transformers model folder, or a hub id.
-        precision: fp32 or bf16, of its weights and of what is computed.
+        precision: fp32, bf16 or fp16, of its weights and of what is computed.
         adapter: an adapter folder to put on it, PEFT's or fitune's.
         device: where it computes.
+        quantize: how its linear layers are quantized while they are read, one at a time; a folder that holds a
+            quantized model stays as it is.
+        storage: dtype of its weights, where it is to differ from the precision.
+        plain: make quantized layers plain again, with the values that they stand for.
 
     Returns:
         A transformers model (with PEFT's adapter: a PeftModel) in eval mode; takes input_ids, gives `.logits`,
@@ -159,20 +230,54 @@ def load_model(
     path = locate(str(folder))
     config = read_config(path)
     check_weights(path)
+    options = quantized_as(config)
+    how: dict[str, Any] = {"dtype": DTYPES[precision if storage == "auto" else storage]}
+    if options.name == "none" and quantize.name != "none":
+        options = quantize
+        how["quantization_config"] = _quantizing(config, options, precision)
+    if options.name != "none":
+        quant.find(options.name)  # says so where bitsandbytes is missing
+        # the values must not depend on the precision of the run: a merge, in float32, must find the same ones
+        how["dtype"], how["device_map"] = stored_dtype(path), {"": device}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=config,
-            dtype=DTYPES[precision],
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **how,
         )
     except Exception as error:  # safetensors, shapes, memory: each is told as it is
         raise ModelError(f"{path}: cannot be loaded", received=" ".join(str(error).split())[:400]) from error
     load_strict(path, info)
-    return ready(model.to(device), precision, adapter)
+    if options.name == "none":
+        model = model.to(device)
+    else:
+        _adopt(model, options.name, precision, storage)
+    if plain:
+        quant.dequantize(model, DTYPES[precision])
+        quant.forget(model)
+    return ready(model, precision, adapter)
+
+
+def _quantizing(config: Any, options: QuantOptions, precision: str) -> Any:
+    """What transformers' loader is told; the head, tied or not, stays as it is."""
+    shape = without_weights(config)
+    layers = set(quant.planned(shape, options))
+    linear = {name for name, module in shape.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    return quant.find(options.name).settings(options, DTYPES[precision], sorted(linear - layers))
+
+
+def _adopt(model: Any, name: str, precision: str, storage: str) -> None:
+    """One path for the quantized layers, and the run's dtype for everything else, one tensor after the other."""
+    quant.adopt(model, name, DTYPES[precision])
+    kept = DTYPES[precision if storage == "auto" else storage]
+    packed = {id(layer.weight) for _, layer in quant.layers(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in packed and parameter.is_floating_point():
+            parameter.data = parameter.data.to(kept)
 
 
 # buffers that older versions of transformers wrote, and that every model computes by itself
@@ -207,7 +312,11 @@ def ready(model: Any, precision: str = "fp32", adapter: str | Path | None = None
     Raises:
         ModelError: the adapter cannot be used.
     """
-    model.fitune_compute = DTYPES[precision]
+    model.fitune_compute = compute = DTYPES[precision]
+    if compute == torch.float32:
+        keep_stored(model, compute)
+    else:
+        replace_norms(model, compute)
     if model.config.model_type in families.TABLE:
         families.TABLE[model.config.model_type].make_flat(model)
     for parameter in model.parameters():
@@ -339,7 +448,8 @@ def groups(model: Any, family: Family) -> list[tuple[str, int, int]]:
         found = next((part for path, part in parts.items() if name.startswith(path)), name.split(".")[0])
         part = f"block {block[1]}" if block else found
         trained, total = counts.get(part, (0, 0))
-        counts[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+        count = quant.numel(parameter)
+        counts[part] = (trained + count * parameter.requires_grad, total + count)
     return [(part, trained, total) for part, (trained, total) in counts.items()]
 
 

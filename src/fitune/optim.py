@@ -24,21 +24,26 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Kind:
-    """An optimizer: bytes of its states per trained parameter, and its rate in times of AdamW's."""
+    """An optimizer: bytes of its states per trained parameter (where that is float32), and its rate in times of
+    AdamW's. epsilon: it has one."""
 
     name: str
     state_bytes: float
-    make: Callable[[Groups], torch.optim.Optimizer]
+    make: Callable[..., torch.optim.Optimizer]
     why: str
     rate: float = 1.0
+    epsilon: bool = False
 
 
-def _adamw(groups: Groups, **how: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, **how)  # type: ignore[arg-type]
+LEAST = 1e-4  # the least epsilon that float16 weights survive: smaller ones were finite and ruined, or NaN
 
 
-def _bitsandbytes(name: str) -> Callable[[Groups], torch.optim.Optimizer]:
-    def make(groups: Groups) -> torch.optim.Optimizer:
+def _adamw(groups: Groups, *, eps: float, **how: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=eps, **how)  # type: ignore[arg-type]
+
+
+def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
+    def make(groups: Groups, **how: float) -> torch.optim.Optimizer:
         try:
             import bitsandbytes
         except ImportError as error:
@@ -48,7 +53,7 @@ def _bitsandbytes(name: str) -> Callable[[Groups], torch.optim.Optimizer]:
             ) from error
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on a CPU nothing is paged, and it says so at every tensor
-            made: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, lr=1e-3)
+            made: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, lr=1e-3, **how)
         return made
 
     return make
@@ -59,10 +64,16 @@ def _bitsandbytes(name: str) -> Callable[[Groups], torch.optim.Optimizer]:
 TABLE: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("adamw", 8, partial(_adamw, fused=True), "the usual one, in one fused kernel"),
-        Kind("adamw-foreach", 8, partial(_adamw, foreach=True), "the same, with a larger peak in the step"),
-        Kind("adamw-8bit", 2.03, _bitsandbytes("AdamW8bit"), "states in 8 bits, a quarter of the memory"),
-        Kind("paged-adamw-8bit", 2.03, _bitsandbytes("PagedAdamW8bit"), "the same, moved out of a full GPU's memory"),
+        Kind("adamw", 8, partial(_adamw, fused=True), "the usual one, in one fused kernel", epsilon=True),
+        Kind("adamw-foreach", 8, partial(_adamw, foreach=True), "the same, a larger peak in the step", epsilon=True),
+        Kind("adamw-8bit", 2.03, _bitsandbytes("AdamW8bit"), "states in 8 bits, a quarter of the memory", epsilon=True),
+        Kind(
+            "paged-adamw-8bit",
+            2.03,
+            _bitsandbytes("PagedAdamW8bit"),
+            "the same, moved out of a full GPU's memory",
+            epsilon=True,
+        ),
         Kind("adafactor", 0.01, partial(torch.optim.Adafactor, lr=1e-3), "sums of rows and columns for its state"),
         Kind("lion", 4, _bitsandbytes("Lion"), "one state, steps by sign", rate=0.2),
         Kind("lion-8bit", 1.02, _bitsandbytes("Lion8bit"), "one state in 8 bits", rate=0.2),
@@ -83,8 +94,18 @@ def find(name: str) -> Kind:
 
 
 def check(config: RunConfig) -> None:
-    """Raises ConfigError for an unknown optimizer, or for what does not go with one in the backward pass."""
-    find(config.optimizer)
+    """Raises ConfigError for an unknown optimizer, an epsilon that float16 does not survive, or what does not go with
+    an optimizer in the backward pass."""
+    kind = find(config.optimizer)
+    if config.epsilon != type(config).model_fields["epsilon"].default and not kind.epsilon:
+        raise ConfigError(f"epsilon {config.epsilon:g} with {kind.name}, which has none", fix="leave it out")
+    if config.trainable_dtype == "fp16" and kind.epsilon and config.epsilon < LEAST:
+        raise ConfigError(
+            "float16 weights do not survive this epsilon: it is zero, or next to it, in their precision",
+            received=f"trainable_dtype fp16, optimizer {kind.name}, epsilon {config.epsilon:g}",
+            expected=f"epsilon {LEAST:g} or more",
+            fix=f"--trainable-dtype fp32, which is right beside --precision fp16; or --epsilon {LEAST:g}",
+        )
     if not config.optimizer_in_backward:
         return
     wrong = []
@@ -113,9 +134,10 @@ def make(
         rates: the learning rate of a parameter, in times of the run's.
     """
     kind = find(config.optimizer)
+    how = {"eps": config.epsilon} if kind.epsilon else {}
     if config.optimizer_in_backward:
-        return InBackward({name: kind.make(_groups({name: p}, config, rates)) for name, p in parameters.items()})
-    return kind.make(_groups(parameters, config, rates))
+        return InBackward({name: kind.make(_groups({name: p}, config, rates), **how) for name, p in parameters.items()})
+    return kind.make(_groups(parameters, config, rates), **how)
 
 
 def _groups(parameters: Mapping[str, torch.nn.Parameter], config: RunConfig, rates: Callable[[str], float]) -> Groups:

@@ -10,15 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from fitune import families, methods
 from fitune.config import build
 from fitune.errors import ConfigError, ModelError
 from fitune.methods import other
-from fitune.model import locate, read_config
+from fitune.model import locate, read_config, without_weights
 
 BYTES = 16  # of a trained parameter in float32: itself, its gradient, Adam's two states
 EXAMPLE = "the shape of Llama-3.2-1B"
@@ -56,21 +55,6 @@ def example() -> Any:
         head_dim=64,
         tie_word_embeddings=True,
     )
-
-
-def without_weights(config: Any) -> Any:
-    """A causal LM of that shape that takes no memory.
-
-    Raises:
-        ModelError: it is no causal LM.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        raise ModelError(
-            f"model_type {config.model_type!r} is no causal language model", received=str(error)[:200]
-        ) from error
 
 
 def overview(model: str | None = None) -> list[Overview]:

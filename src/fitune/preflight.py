@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fitune import quant
 from fitune.batches import flat
 from fitune.config import RunConfig
 from fitune.encode import Encoder
@@ -365,29 +366,34 @@ def family_found(family: Family) -> Finding:
     return Finding("family", "warn", f"{family.model_type} is not in the table; by its names: {family.describe()}")
 
 
-def trainable_set(model: Any, expected: Mapping[str, int] | None) -> Finding:
-    """The trainable parameters are, by name and size, those of the method's closed form, in float32."""
+def trainable_set(model: Any, expected: Mapping[str, int] | None, dtype: torch.dtype = torch.float32) -> Finding:
+    """The trainable parameters are, by name and size, those of the method's closed form, in the dtype asked for."""
     parameters = trainable(model)
     sizes = {name: p.numel() for name, p in parameters.items()}
-    count, total = sum(sizes.values()), sum(p.numel() for p in model.parameters())
+    count, total = sum(sizes.values()), sum(quant.numel(p) for p in model.parameters())
     if expected is not None and sizes != dict(expected):
         differing = sorted(n for n in sizes.keys() | expected.keys() if sizes.get(n) != expected.get(n))
         text = f"{count:,} parameters are trainable, {sum(expected.values()):,} expected; differing: {differing[:3]}"
         return Finding("trainable-set", "refuse", text)
     if not parameters:
         return Finding("trainable-set", "refuse", "nothing is trainable")
-    low = [name for name, p in parameters.items() if p.dtype != torch.float32]
+    kind = str(dtype).removeprefix("torch.")
+    low = [name for name, p in parameters.items() if p.dtype != dtype]
     if low:
-        return Finding("trainable-set", "refuse", f"{len(low)} trainable tensors are not float32, the first {low[0]}")
+        return Finding("trainable-set", "refuse", f"{len(low)} trainable tensors are not {kind}, the first {low[0]}")
     return Finding(
-        "trainable-set", "ok", f"{count:,} of {total:,} parameters trainable ({count / total:.4%}), all float32"
+        "trainable-set", "ok", f"{count:,} of {total:,} parameters trainable ({count / total:.4%}), all {kind}"
     )
 
 
 # ---- how documents go through the model ----
 
 MOVED = 1e-3  # of the largest logit: what a change of one document may move in another, in any precision
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # between ways to compute; in float32 the table's are at 1e-6
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}  # between ways to compute; in float32 the table's are at 1e-6
 LAYOUTS: tuple[Layout, ...] = ("flat", "padded", "documents")
 
 

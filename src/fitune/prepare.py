@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fitune import (
     adapters,
     dataset,
@@ -17,7 +19,9 @@ from fitune import (
     guards,
     methods,
     optim,
+    precision,
     preflight,
+    quant,
     readers,
     templates,
     tokenizer,
@@ -38,8 +42,11 @@ from fitune.model import (
     load_model,
     locate,
     pick_device,
+    quantized_as,
     read_config,
+    stored_dtype,
     trainable,
+    without_weights,
 )
 from fitune.records import Conversation, DataReport, Finding, Layout, Source
 from fitune.store import Samples
@@ -57,6 +64,7 @@ class Job:
     held_out_rows: list[Conversation]
     report: DataReport
     findings: list[Finding]
+    kept: list[precision.Kept]
     memory: Estimate
     data_sha256: dict[str, str]
     inputs: dict[str, Any]  # of weights, tokenizer, template and adapter: what a resumed run must find again
@@ -81,7 +89,7 @@ class Job:
     @property
     def total(self) -> int:
         """How many parameters there are."""
-        return sum(p.numel() for p in self.tuned.model.parameters())
+        return sum(quant.numel(p) for p in self.tuned.model.parameters())
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -114,9 +122,27 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.adapter is not None:
         with problems.gather():
             changes["adapter"] = str(adapters.locate(config.adapter).resolve())
+    with problems.gather():
+        config = precision.resolve(config, pick_device(config.device))
+        _quant_settings(config, read_config(folder))
     problems.raise_any()
     changes["output"] = config.output or _free_folder(folder.name, config.method)
     return config.model_copy(update=changes)
+
+
+def _quant_settings(config: RunConfig, model_config: Any) -> None:
+    """Settings of a quantizer without one do nothing; neither do they on a model that is quantized already."""
+    options = config.quant
+    if options.name == "none" and options != quant.PLAIN:
+        raise ConfigError("settings of quant are given, but nothing is quantized", fix="--quant nf4 or int8")
+    there = quantized_as(model_config)
+    if there.name != "none" and options.name not in ("none", there.name):
+        raise ConfigError(
+            f"--quant {options.name}: this model is quantized already, as {there.name}",
+            fix="leave --quant out, or take the original model",
+        )
+    if options.name != "none":
+        quant.find(options.name)
 
 
 def _own_settings(config: RunConfig) -> None:
@@ -176,9 +202,14 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     runtime = resident_mib()
     device = pick_device(config.device)
     method = methods.find(config.method)
-    base = load_model(folder, precision=config.precision, device=str(device))
-    if config.precision != "fp32" and not method.low_precision_base:
-        base = base.float()  # all of it is trained, so all of it is float32; what is computed is not
+    _check_quantized(config, method, model_config, device)
+    base = load_model(
+        folder,
+        precision=config.precision,
+        device=str(device),
+        quantize=config.quant,
+        storage=config.storage_dtype if method.low_precision_base else config.trainable_dtype,
+    )
     family = families.of(base)
     if added:
         new_tokens.add_rows(base, added)
@@ -194,8 +225,13 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     layout, leak = preflight.packing_leak(model, samples, config.layout)
     probe = guards.probe(samples)
     intact = guards.base_intact(folder)
-    sets = [preflight.trainable_set(model, expected), guards.quantised_trainable(model)]
-    model_findings = [preflight.family_found(family), intact, *sets, leak]
+    dtype = precision.DTYPES[config.trainable_dtype]
+    sets = [preflight.trainable_set(model, expected, dtype), guards.quantised_trainable(model)]
+    stored = stored_dtype(folder)
+    dtypes = [precision.speed(config, device), precision.weights_kept(model, stored)]
+    optimizer = optim.make(trainable(model), config)
+    dtypes += [guards.fp16_master(model, optimizer), guards.fp16_range(model, probe, layout)]
+    model_findings = [preflight.family_found(family), intact, *sets, *dtypes, leak]
     preflight.raise_refused(model_findings)
     highest = max([int(probe.ids.max()), *(token.id for token in added)])
     if before is not None and config.adapter is None:
@@ -219,6 +255,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
         held_out_rows=data.held_out_rows,
         report=data.report,
         findings=[*data.findings, *model_findings],
+        kept=precision.kept(model, stored),
         memory=estimate(model, model_config, longest_batch=loader.largest(), runtime_mib=runtime, state_bytes=states),
         data_sha256=_fingerprint(config),
         inputs=_inputs(config, folder, data.encoder.template.as_dict()),
@@ -227,6 +264,22 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
         save_every=config.save_every or eval_every,
         lr=config.lr or method.default_lr * optim.find(config.optimizer).rate,
     )
+
+
+def _check_quantized(config: RunConfig, method: methods.Method, model_config: Any, device: torch.device) -> None:
+    """What cannot be tuned on quantized weights is refused before any are read."""
+    options = quantized_as(model_config)
+    options = options if options.name != "none" else config.quant
+    if options.name == "none":
+        return
+    shape = without_weights(model_config)
+    there = methods.Quantized(quant.planned(shape, options), options.name, device.type)
+    reason = method.quant_problem(shape, families.of(shape), config, there)
+    if reason is not None:
+        raise ConfigError(
+            f"{method.name} does not go with quant {options.name}: {reason}",
+            fix="--method lora, or another that leaves the base frozen; or leave --quant out",
+        )
 
 
 def _inputs(config: RunConfig, folder: Path, template: dict[str, Any]) -> dict[str, Any]:

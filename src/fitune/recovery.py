@@ -20,7 +20,7 @@ from fitune.checkpoint import restore_rng, rng_state
 from fitune.errors import TrainingError
 from fitune.model import causal_lm, trainable
 from fitune.records import Batch, Layout, Source
-from fitune.step import StepResult, apply_gradients, loss_sum, make_gradients
+from fitune.step import LossScale, StepResult, apply_gradients, loss_sum, make_gradients
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 MOST_BAD = 3  # steps in a row that are not finite
@@ -40,14 +40,17 @@ def careful_step(
     max_grad_norm: float,
     layout: Layout,
     parts: int,
+    scale: LossScale,
     sources: Callable[[int], Source | None],
     say: Callable[[str], None],
 ) -> tuple[StepResult, int]:
-    """One optimizer step that survives running out of memory.
+    """One optimizer step that survives running out of memory, and float16 gradients beyond their range.
 
     Args:
         model, micro_batches, optimizer, max_grad_norm, layout: as for `training_step`.
         parts: in how many parts each micro-batch goes through the model.
+        scale: of the loss. Gradients that are not finite under it halve it, and the step is done again: no row is
+            lost, and no step counts as bad for it.
         sources: where a row stands.
         say: is told when micro-batches are halved.
 
@@ -57,17 +60,24 @@ def careful_step(
     Raises:
         TrainingError: a single row does not fit, or the optimizer's states do not.
     """
+    began = scale.value
     while True:
         pieces = [piece for batch in micro_batches for piece in split(batch, parts)]
         before, reached = rng_state(), [pieces[0]]
         try:
-            made = make_gradients(model, pieces, optimizer, layout, reached)
+            made = make_gradients(model, pieces, layout, reached, scale.value)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             told = " ".join(str(error).split())[:200]
         else:
-            return _apply(model, made, optimizer, max_grad_norm), parts
+            done = _apply(model, made, optimizer, max_grad_norm, scale.value)
+            if done.finite or not math.isfinite(done.loss) or not scale.lower():
+                scale.value = scale.value if done.finite else began  # what no scale mends is not the scale's fault
+                scale.passed()
+                return done, parts
+            restore_rng(before)
+            continue
         _forget(optimizer)  # outside of `except`: the error would keep the tensors of its frames alive
         if isinstance(optimizer, optim.InBackward):
             raise TrainingError(
@@ -83,9 +93,11 @@ def careful_step(
         say(f"out of memory: the step is done again with micro-batches of at most {most} rows, to the same objective")
 
 
-def _apply(model: Any, made: StepResult, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> StepResult:
+def _apply(
+    model: Any, made: StepResult, optimizer: torch.optim.Optimizer, max_grad_norm: float, scale: float
+) -> StepResult:
     try:
-        return apply_gradients(model, made, optimizer, max_grad_norm)
+        return apply_gradients(model, made, optimizer, max_grad_norm, scale)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

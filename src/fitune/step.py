@@ -25,6 +25,33 @@ from fitune.optim import InBackward
 from fitune.records import Batch, Layout
 
 
+@dataclass
+class LossScale:
+    """The factor on a float16 loss that keeps small gradients from becoming zero (Micikevicius et al. 2018,
+    arXiv:1710.03740); always a power of two, so that taking it off again changes no bit. 1: none.
+
+    value: now. fine: steps since it changed.
+    """
+
+    START, HIGHEST, PATIENCE = 2.0**16, 2.0**24, 2000
+
+    value: float = 1.0
+    fine: int = 0
+
+    def lower(self) -> bool:
+        """Half of it, after gradients that are not finite; False: it is 1 already, so they would stay so."""
+        if self.value <= 1:
+            return False
+        self.value, self.fine = self.value / 2, 0
+        return True
+
+    def passed(self) -> None:
+        """A step was finite; after many of them it is doubled."""
+        self.fine += 1
+        if self.value > 1 and self.fine >= self.PATIENCE:
+            self.value, self.fine = min(2 * self.value, self.HIGHEST), 0
+
+
 @dataclass(frozen=True)
 class StepResult:
     """loss: per target token. grad_norm: before clipping. tokens, targets: of all rows. finite: it was applied."""
@@ -138,6 +165,7 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
     layout: Layout = "flat",
+    scale: float = 1.0,
 ) -> StepResult:
     """One optimizer step over some micro-batches.
 
@@ -147,23 +175,24 @@ def training_step(
         optimizer: with its learning rate set.
         max_grad_norm: gradients are scaled down to this norm; 0: they are not.
         layout: how documents go through the model.
+        scale: the loss is multiplied by it before the backward pass, and the gradients are divided by it after.
 
     Returns:
         Its figures. Where loss or gradient is not finite, nothing was applied.
     """
     # ---- training step -------------------------------------------------------------------------------------------
-    made = make_gradients(model, micro_batches, optimizer, layout, [])
-    return apply_gradients(model, made, optimizer, max_grad_norm)
+    made = make_gradients(model, micro_batches, layout, [], scale)
+    return apply_gradients(model, made, optimizer, max_grad_norm, scale)
     # --------------------------------------------------------------------------------------------------------------
 
 
 def make_gradients(
-    model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, layout: Layout, reached: list[Batch]
+    model: Any, micro_batches: Sequence[Batch], layout: Layout, reached: list[Batch], scale: float = 1.0
 ) -> StepResult:
-    """The first half of a step: gradients of sum(loss) / target tokens of the step; no norm yet.
+    """The first half of a step: gradients of scale x sum(loss) / target tokens of the step; no norm yet.
 
     Args:
-        model, micro_batches, optimizer, layout: as for `training_step`.
+        model, micro_batches, layout, scale: as for `training_step`.
         reached: holds, whatever happens, the micro-batch that was worked on last.
     """
     targets = sum(batch.targets for batch in micro_batches)
@@ -171,13 +200,19 @@ def make_gradients(
     for batch in micro_batches:
         reached[:] = [batch]
         loss = loss_sum(model, batch, layout)
-        (loss / targets).backward()
+        (loss * (scale / targets)).backward()
         total += loss.item()
     return StepResult(total / targets, 0.0, sum(len(batch.ids) for batch in micro_batches), targets)
 
 
-def apply_gradients(model: Any, made: StepResult, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> StepResult:
-    """The second half of a step: clip and update, or drop gradients that are not finite."""
+def apply_gradients(
+    model: Any, made: StepResult, optimizer: torch.optim.Optimizer, max_grad_norm: float, scale: float = 1.0
+) -> StepResult:
+    """The second half of a step: take off the scale, clip and update; or drop gradients that are not finite."""
+    if scale != 1:
+        for parameter in trainable(model).values():
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
     if isinstance(optimizer, InBackward):
         norm, _ = optimizer.taken()
     else:

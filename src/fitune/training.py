@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from fitune import adapters, environment, guards, methods, optim, preflight, report
+from fitune import adapters, environment, guards, methods, optim, precision, preflight, report
 from fitune.batches import in_order
 from fitune.checkpoint import Loaded, RunFolder, restore_rng
 from fitune.config import RunConfig, build, merge
@@ -30,7 +30,7 @@ from fitune.model import trainable
 from fitune.prepare import Job, prepare, resolve
 from fitune.records import Finding, StepRecord
 from fitune.recovery import careful_step, check_finite
-from fitune.step import StepResult, held_out_loss
+from fitune.step import LossScale, StepResult, held_out_loss
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,12 @@ def _tell(job: Job, watch: Watcher) -> None:
             "steps": f"{job.total_steps} ({len(job.loader.epoch_steps(0))} in the first epoch)",
             "learning rate": f"{job.lr:g}, warm-up {c.warmup:.0%}, cosine to 0",
             "parameters": f"{job.trainable:,} trainable of {job.total:,} ({job.trainable / job.total:.4%})",
-            "device": f"{job.tuned.device}, {c.precision}, seed {c.seed}",
+            "device": f"{job.tuned.device}, seed {c.seed}",
+            "precision": precision.describe(c),
         }
     )
     watch.groups(job.groups())
+    watch.kept(job.kept)
     watch.findings(job.findings)
     watch.memory(job.memory.parts())
 
@@ -142,7 +144,14 @@ def _begin(run: RunFolder, job: Job) -> None:
     run.write("template", job.tuned.template.as_dict())
     job.tuned.tokenizer.save_pretrained(str(run.tokenizer))
     parts = {name: {"trainable": trained, "total": total} for name, trained, total in job.groups()}
-    plan = {"expected_mib": job.memory.parts(), "trainable": job.trainable, "total": job.total, "parts": parts}
+    kept = [part.as_dict() for part in job.kept]
+    plan = {
+        "expected_mib": job.memory.parts(),
+        "trainable": job.trainable,
+        "total": job.total,
+        "parts": parts,
+        "kept": kept,
+    }
     run.write("plan", plan)
     findings = [asdict(finding) for finding in job.findings]
     run.write(
@@ -190,6 +199,7 @@ class _State:
     worse: int = 0  # evaluations since then
     bad: int = 0  # steps in a row that were not finite
     parts: int = 1  # in which each micro-batch goes through the model, so that it fits
+    scale: LossScale = field(default_factory=LossScale)  # of float16 losses
 
     def as_dict(self) -> dict[str, Any]:
         """For state.json, which has the step already."""
@@ -213,7 +223,8 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
     parameters = trainable(model)
     optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
     torch.manual_seed(config.seed)
-    state = _restore(run, parameters, optimizer, watch) if resume else _State()
+    state = _restore(run, parameters, optimizer, watch) if resume else None
+    state = state or _State(scale=LossScale(LossScale.START if precision.scaled(config) else 1.0))
     run.truncate_steps(state.step)
     started, bits = state.step, guards.fingerprint(model)
     model.train()
@@ -226,7 +237,15 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
             state.step += 1
             optim.set_rate(optimizer, rate)
             done, state.parts = careful_step(
-                model, micro_batches, optimizer, config.max_grad_norm, job.layout, state.parts, job.source, watch.say
+                model,
+                micro_batches,
+                optimizer,
+                config.max_grad_norm,
+                job.layout,
+                state.parts,
+                state.scale,
+                job.source,
+                watch.say,
             )
             seconds = time.perf_counter() - began
             last = state.step == job.total_steps
@@ -283,12 +302,12 @@ def _put(loaded: Loaded, parameters: dict[str, torch.nn.Parameter]) -> None:
 
 def _restore(
     run: RunFolder, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, watch: Watcher
-) -> _State:
-    """Put the newest whole checkpoint back; says so. Without one the run starts anew."""
+) -> _State | None:
+    """Put the newest whole checkpoint back; says so. None: there is none, the run starts anew."""
     whole = run.whole_checkpoints()
     if not whole:
         watch.say("no whole checkpoint yet: starting from the first step")
-        return _State()
+        return None
     loaded = run.load(whole[0])
     found = [guards.partial_checkpoint(run), guards.resume_identity(loaded, parameters, len(run.read_steps()))]
     for finding in found:
@@ -297,7 +316,8 @@ def _restore(
     optim.load_state(optimizer, parameters, loaded.optimizer, loaded.optimizer_scalars)
     restore_rng(loaded.rng)
     watch.say(f"going on from {whole[0].name}")
-    return _State(**{**loaded.state, "step": loaded.step, "best": tuple(loaded.state["best"])})
+    state = {**loaded.state, "step": loaded.step, "best": tuple(loaded.state["best"])}
+    return _State(**{**state, "scale": LossScale(**state.get("scale", {}))})
 
 
 def _note(run: RunFolder, watch: Watcher, finding: Finding) -> None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from fitune.errors import ConfigError, did_you_mean
 from fitune.methods import adapter, bitfit, freeze, full, ia3, lora, other, p_tuning, prefix, prompt, tail
-from fitune.methods.base import Method
+from fitune.methods.base import Method, Quantized
 
 TABLE: dict[str, Method] = {
     module.METHOD.name: module.METHOD
     for module in (full, freeze, tail, bitfit, prompt, p_tuning, prefix, adapter, lora, ia3)
 }
 
-__all__ = ["TABLE", "Method", "find"]
+__all__ = ["TABLE", "Method", "Quantized", "find"]
 
 
 def find(name: str) -> Method:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
@@ -12,6 +13,15 @@ from transformers.pytorch_utils import Conv1D
 from fitune.config import RunConfig
 from fitune.errors import ConfigError, did_you_mean
 from fitune.families import Family
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What will be quantized: names of layers. kind: int8 or nf4. device: cpu, cuda, ..."""
+
+    names: Sequence[str]
+    kind: str
+    device: str
 
 
 class Method:
@@ -58,6 +68,17 @@ class Method:
         """Positions that it takes before every row."""
         return 0
 
+    def quant_problem(self, model: Any, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
+        """Why it cannot be put on quantized weights.
+
+        Args:
+            model: the plain base, without weights.
+            family: its family.
+            config: the run's settings.
+            quantized: what will be quantized, and where.
+        """
+        return None
+
     def merge_problem(self, model: Any, family: Family, config: RunConfig) -> str | None:
         """Why this model cannot become a plain one."""
         return self.cannot_merge
@@ -66,15 +87,25 @@ class Method:
 LINEAR = (nn.Linear, Conv1D)
 
 
+def trains_quantized(names: Iterable[str], quantized: Quantized) -> str | None:
+    """The reason where one of the parameters belongs to a layer that will be quantized; biases do not count."""
+    wrong = [name for name in names if name.rpartition(".")[0] in set(quantized.names) and not name.endswith(".bias")]
+    if not wrong:
+        return None
+    return f"it trains {len(wrong)} weights that are quantized, and those have no gradient ({wrong[0]}, ...)"
+
+
 def is_linear(module: nn.Module) -> bool:
     """A linear layer, GPT-2's kind too."""
     return isinstance(module, LINEAR)
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
+    """Inputs and outputs of a linear layer, quantized or not."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
     rows, columns = module.weight.shape  # type: ignore[misc]
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)  # type: ignore[has-type]
+    return rows, columns  # type: ignore[has-type]
 
 
 def linear_names(model: Any) -> list[str]:

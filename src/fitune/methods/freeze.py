@@ -11,7 +11,7 @@ from typing import Any
 from fitune.config import RunConfig
 from fitune.errors import ConfigError
 from fitune.families import Family
-from fitune.methods.base import Method, head_names, matching, train_only
+from fitune.methods.base import Method, Quantized, head_names, matching, train_only, trains_quantized
 from fitune.methods.new_tokens import NAME as NEW_ROWS
 
 
@@ -68,6 +68,10 @@ class Freeze(Method):
         if not chosen:
             raise ConfigError("freeze: nothing would be trained", fix="freeze.blocks=2, or freeze.head=true")
         return {name: sizes[name] for name in names if name in chosen}
+
+    def quant_problem(self, model: Any, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
+        """Norms, head and embedding may be trained, the weights of quantized layers not."""
+        return trains_quantized(self.expected(model, family, config), quantized)
 
 
 METHOD = Freeze()

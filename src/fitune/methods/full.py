@@ -9,7 +9,7 @@ from typing import Any
 
 from fitune.config import RunConfig
 from fitune.families import Family
-from fitune.methods.base import Method, train_only
+from fitune.methods.base import Method, Quantized, train_only, trains_quantized
 
 
 class Full(Method):
@@ -29,6 +29,10 @@ class Full(Method):
     def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
         """All of them; a tied head counts once."""
         return {name: p.numel() for name, p in model.named_parameters()}
+
+    def quant_problem(self, model: Any, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
+        """It trains every weight."""
+        return trains_quantized(self.expected(model, family, config), quantized)
 
 
 METHOD = Full()

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from fitune.config import RunConfig
 from fitune.errors import ConfigError
 from fitune.families import Family
-from fitune.methods.base import Method, head_names, short, sizes, targets
+from fitune.methods.base import Method, Quantized, head_names, short, sizes, targets, trains_quantized
 
 PREFIX = "base_model.model."
 EXACT = 1024  # narrower weights are decomposed exactly, wider ones by a randomised algorithm (Halko et al. 2011)
@@ -94,6 +94,16 @@ class Lora(Method):
                 "new_tokens and lora.save do not go together: both would train rows of the same matrices",
                 fix="leave one of them out",
             )
+
+    def quant_problem(self, model: Any, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
+        """PiSSA needs the weights themselves; DoRA on int8 dies at its second step on a CPU; whole modules are trained
+        only where they are plain."""
+        if config.lora.init == "pissa":
+            return "lora.init=pissa begins with singular vectors of the weights, which are not there in full"
+        if config.lora.dora and quantized.kind == "int8" and quantized.device == "cpu":
+            return "lora.dora on int8 fails at the second step on a CPU (--quant nf4 takes it)"
+        saved = [f"{path}.weight" for path in _saved_paths(model, config)]
+        return trains_quantized(saved, quantized)
 
     def rates(self, config: RunConfig, name: str) -> float:
         """LoRA+: B learns faster."""

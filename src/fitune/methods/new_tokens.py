@@ -19,6 +19,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from fitune.errors import ConfigError
+from fitune.kernels.frozen import keep_stored
 from fitune.tokenizer import encode, single_id
 
 NAME = "new_rows"
@@ -70,6 +71,8 @@ def add_rows(model: Any, tokens: Sequence[NewToken]) -> None:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for module in (embedding, head):
             module.weight[there:] = 0  # they only need to be there; at random they would differ from run to run
+        if getattr(model, "fitune_compute", None) == torch.float32:
+            keep_stored(model, torch.float32)  # what was made anew has forgotten how it computes
     ids = torch.tensor([token.id for token in tokens], device=embedding.weight.device)
     for module in (embedding,) if tied else (embedding, head):
         mean = [module.weight[list(token.pieces)].float().mean(dim=0) for token in tokens]

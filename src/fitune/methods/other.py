@@ -6,6 +6,7 @@ In: a model. Out: the model as PEFT wraps it. What is trained, and how many para
 from __future__ import annotations
 
 import inspect
+from importlib.util import find_spec
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
@@ -13,9 +14,10 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
 from fitune.config import RunConfig
 from fitune.errors import ConfigError, did_you_mean
 from fitune.families import Family
-from fitune.methods.base import Method, short, targets
+from fitune.methods.base import Method, Quantized, short, targets
 
 START = "peft:"
+VIRTUAL_TOKENS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "LN_TUNING")  # and what trains norms alone
 NEEDS_MORE = {
     "ADALORA": "it moves ranks between layers by calls of its own, and adds a term to the loss",
     "CPT": "it has a loss of its own",
@@ -55,6 +57,12 @@ class Other(Method):
                 received=" ".join(str(error).split())[:300],
                 fix="--set peft.KEY=...",
             ) from error
+
+    def quant_problem(self, model: Any, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
+        """PEFT says of some types how they lie on quantized layers; virtual tokens touch no layer."""
+        if self.kind in VIRTUAL_TOKENS or find_spec(f"peft.tuners.{self.kind.lower()}.bnb") is not None:
+            return None
+        return "PEFT has no layers of this type for quantized weights"
 
     def expected(self, model: Any, family: Family, config: RunConfig) -> None:
         """Only PEFT knows."""

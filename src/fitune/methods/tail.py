@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fitune import quant
 from fitune.config import RunConfig, TailOptions
 from fitune.errors import ConfigError
 from fitune.families import Family
@@ -101,7 +102,7 @@ class Tail(Method):
             blocks = family.block_list(model)
             for place, copied in _places(model, family, options):
                 for name, parameter in blocks[copied].named_parameters():
-                    found[f"{family.blocks}.{place}.{name}"] = parameter.numel()
+                    found[f"{family.blocks}.{place}.{name}"] = quant.numel(parameter)
         if options.head:
             head = model.get_output_embeddings()
             found |= {
@@ -133,6 +134,7 @@ def grow(model: Any, family: Family, places: list[tuple[int, int]]) -> None:
     # the copies share the config: what is switched there (the attention of flat batches) must reach them too
     made = [deepcopy(old[copied], {id(model.config): model.config}) for _, copied in places]
     for block in made:
+        quant.dequantize(block)  # what is new is trained, so it is plain
         for name in (family.out, family.mlp_out):
             for parameter in block.get_submodule(name).parameters():
                 with torch.no_grad():

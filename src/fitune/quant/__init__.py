@@ -1,0 +1,141 @@
+"""Quantized frozen weights: each quantizer one file, found by the name that users type. QLoRA is `lora` on `nf4`.
+
+In: a model whose linear layers bitsandbytes holds. Out: the same with one path for training and evaluation; what its
+layers hold; the plain model that they stand for. bitsandbytes is imported only where a model is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fitune.config import QuantOptions
+from fitune.errors import ConfigError, did_you_mean
+from fitune.kernels.frozen import Frozen
+
+if TYPE_CHECKING:
+    from fitune.quant.base import Quantizer
+
+NAMES = ("int8", "nf4")
+PLAIN = QuantOptions()
+
+
+def find(name: str) -> Quantizer:
+    """The quantizer of that name.
+
+    Raises:
+        ConfigError: there is none, or bitsandbytes is not installed.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"unknown quantizer {name!r}", fix=did_you_mean(name, NAMES))
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"quant {name} needs bitsandbytes, which is not installed", fix="pip install bitsandbytes")
+    found: Quantizer = import_module(f"fitune.quant.{name}").QUANTIZER
+    return found
+
+
+def head_name(model: Any) -> list[str]:
+    """The output head's name, which is never quantized, in a list; empty where there is no head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is head and name]
+
+
+def planned(model: Any, options: QuantOptions) -> list[str]:
+    """Linear layers of a plain model that would be quantized.
+
+    Args:
+        model: weights are not needed.
+        options: the settings.
+
+    Raises:
+        ConfigError: a name in `skip` matches no linear layer.
+    """
+    if options.name == "none":
+        return []
+    linear = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    skipped = set(head_name(model))
+    for wanted in options.skip:
+        hits = {name for name in linear if name == wanted or name.endswith(f".{wanted}") or f".{wanted}." in name}
+        if not hits:
+            leaves = {name.rpartition(".")[2] for name in linear}
+            raise ConfigError(
+                f"quant.skip: {wanted!r} matches no linear layer of this model",
+                expected=", ".join(sorted(leaves)),
+                fix=did_you_mean(wanted, leaves),
+            )
+        skipped |= hits
+    return [name for name in linear if name not in skipped]
+
+
+def is_quantized(module: object) -> bool:
+    """Is this a linear layer in few bits?"""
+    return hasattr(module, "source_cls") and isinstance(module, Frozen)
+
+
+def layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every quantized layer by name."""
+    yield from ((name, module) for name, module in model.named_modules() if is_quantized(module))
+
+
+def adopt(model: Any, name: str, compute: torch.dtype) -> None:
+    """Give every layer of bitsandbytes in a model the one path."""
+    quantizer = find(name)
+    for module in model.modules():
+        if isinstance(module, quantizer.base):
+            quantizer.adopt(module, compute)
+    model.fitune_quant = name
+
+
+def name_of(model: Any) -> str:
+    """How a causal LM is quantized: none, int8, nf4."""
+    return getattr(model, "fitune_quant", "none")
+
+
+def constants(layer: Any) -> list[Tensor]:
+    """The scales of a quantized layer."""
+    name = next(name for name in NAMES if find_spec("bitsandbytes") and isinstance(layer, find(name).base))
+    return find(name).constants(layer)
+
+
+def numel(parameter: Tensor) -> int:
+    """How many weights a parameter holds, packed or not."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
+
+
+def plain_layer(layer: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The plain linear layer that a quantized one stands for, of the class it was made from."""
+    weight, bias = layer.plain_weight(dtype), layer.bias
+    with torch.device("meta"):
+        made: nn.Module = (
+            Conv1D(weight.shape[0], weight.shape[1])
+            if layer.source_cls is Conv1D
+            else nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        )
+    made.weight = nn.Parameter(weight.T.contiguous() if layer.source_cls is Conv1D else weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return made.train(layer.training)
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Make every quantized layer of a model, or of a part of one, a plain one."""
+    for name, layer in list(layers(model)):
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain_layer(layer, dtype))
+
+
+def forget(model: Any) -> None:
+    """A model whose layers are plain again is an ordinary one, to transformers and PEFT too."""
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.fitune_quant = "none"

@@ -1,0 +1,70 @@
+"""int8 weights by bitsandbytes (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339); the reference is absmax.py.
+
+On a CUDA GPU the product is LLM.int8()'s: inputs are quantized too, but for columns over the threshold. On any other
+device bitsandbytes trains with plain inputs and evaluates with quantized ones cast to float16, so that a held-out loss
+measures another function; here the inputs are never quantized there: 8-bit weights, products in the compute dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+from transformers import BitsAndBytesConfig
+
+from fitune.config import QuantOptions
+from fitune.kernels.frozen import Frozen
+from fitune.quant.base import Quantizer
+
+
+class Int8Linear(Frozen, bnb.nn.Linear8bitLt):  # type: ignore[misc]  # bitsandbytes has no types
+    """See the module's text."""
+
+    state: Any
+
+    def scales(self) -> Tensor:
+        """(out,): the largest value of each row of the weight."""
+        scales: Tensor = self.weight.SCB if self.state.SCB is None else self.state.SCB
+        return scales
+
+    def plain_weight(self, dtype: torch.dtype) -> Tensor:
+        """See Frozen."""
+        values: Tensor = self.weight.data.to(dtype)
+        return values * (self.scales() / 127).to(dtype)[:, None]
+
+    def product(self, x: Tensor) -> Tensor:
+        """See Frozen."""
+        if x.device.type != "cuda":
+            return Frozen.product(self, x)
+        if self.weight.CB is not None:
+            self.init_8bit_state()  # type: ignore[operator]
+        out: Tensor = bnb.matmul(x, self.weight, state=self.state)
+        return out
+
+
+class Int8(Quantizer):
+    """See the module's text."""
+
+    name = "int8"
+    base = bnb.nn.Linear8bitLt
+
+    def settings(self, options: QuantOptions, compute: torch.dtype, skip: list[str]) -> BitsAndBytesConfig:
+        """See Quantizer."""
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=options.threshold, llm_int8_skip_modules=skip)
+
+    def adopt(self, layer: Any, compute: torch.dtype) -> None:
+        """See Quantizer."""
+        layer.__class__, layer.compute = Int8Linear, compute
+
+    def constants(self, layer: Any) -> list[Tensor]:
+        """See Quantizer."""
+        return [layer.scales()]
+
+    def bytes_per_weight(self, options: QuantOptions) -> float:
+        """One, and four for each row."""
+        return 1.0
+
+
+QUANTIZER = Int8()

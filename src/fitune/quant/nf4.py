@@ -1,0 +1,117 @@
+"""4-bit weights by bitsandbytes: NormalFloat (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), or a float of 4 bits.
+
+A weight becomes the nearest of 16 values, scaled by the largest of its block of 64. NormalFloat's values are quantiles
+of the normal distribution, so that each is used equally often. With double quantization the scales, less their mean,
+become 8 bits in blocks of 256. `reference` and `plain` say the same in a few lines, for tests and for readers.
+
+bitsandbytes' own layer packs its weight anew for CPUs with AVX512-BF16 when it first evaluates: later training loses
+gradient, merging gives garbage, and the state dict changes. Here there is one path, and the weight is never packed.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import Tensor
+from transformers import BitsAndBytesConfig
+
+from fitune.config import QuantOptions
+from fitune.kernels.frozen import Frozen
+from fitune.quant.base import Quantizer
+
+BLOCK = 64
+OFFSET = 0.9677083  # 1 - (1/32 + 1/30) / 2: the outermost quantile, where the normal distribution is still finite
+STORAGE = {"uint8": torch.uint8, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def quantiles() -> Tensor:
+    """(16,): NormalFloat's values, from -1 to 1: 8 quantiles of each half, zero once."""
+    upper = torch.special.ndtri(torch.linspace(OFFSET, 0.5, 9, dtype=torch.float64))[:-1]
+    lower = -torch.special.ndtri(torch.linspace(OFFSET, 0.5, 8, dtype=torch.float64))[:-1]
+    values = torch.cat([lower, torch.zeros(1, dtype=torch.float64), upper]).sort().values
+    return (values / values.max()).float()
+
+
+def reference(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the nearest values, and the scale of each block.
+
+    Args:
+        weight: any shape; the last block may be shorter.
+        values: (16,), as `quantiles` gives them.
+
+    Returns:
+        (blocks, BLOCK) uint8, zeros behind the end counted as such, and (blocks,).
+    """
+    flat = weight.float().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(dim=1)
+    unit = blocks / torch.where(scales == 0, torch.ones_like(scales), scales)[:, None]
+    borders = (values[1:] + values[:-1]) / 2
+    return torch.bucketize(unit, borders).to(torch.uint8), scales
+
+
+def plain(numbers: Tensor, scales: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """The weight that numbers and scales stand for, in its shape."""
+    return (values[numbers.long()] * scales[:, None]).flatten()[: shape.numel()].view(shape)
+
+
+def single_scales(numbers: Tensor, code: Tensor, outer: Tensor, mean: Tensor, block: int = 256) -> Tensor:
+    """The scales behind double quantization: `code[number] x outer scale of its block + mean`."""
+    return code[numbers.long()] * outer.repeat_interleave(block)[: len(numbers)] + mean
+
+
+class Nf4Linear(Frozen, bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbytes has no types
+    """See the module's text."""
+
+    def plain_weight(self, dtype: torch.dtype) -> Tensor:
+        """See Frozen; made in this dtype at once, without a float32 copy beside."""
+        state = copy(self.weight.quant_state)
+        state.dtype = dtype
+        return dequantize_4bit(self.weight.data, state)  # type: ignore[no-any-return]
+
+    def product(self, x: Tensor) -> Tensor:
+        """See Frozen."""
+        if x.device.type != "cuda":
+            return Frozen.product(self, x)
+        out: Tensor = bnb.matmul_4bit(x, self.weight.t(), quant_state=self.weight.quant_state)
+        return out
+
+
+class Nf4(Quantizer):
+    """See the module's text."""
+
+    name = "nf4"
+    base = bnb.nn.Linear4bit
+
+    def settings(self, options: QuantOptions, compute: torch.dtype, skip: list[str]) -> BitsAndBytesConfig:
+        """See Quantizer."""
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=options.kind,
+            bnb_4bit_use_double_quant=options.double,
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_quant_storage=STORAGE[options.storage],
+            llm_int8_skip_modules=skip,
+        )
+
+    def adopt(self, layer: Any, compute: torch.dtype) -> None:
+        """See Quantizer."""
+        layer.__class__, layer.compute = Nf4Linear, compute
+        layer.compute_dtype, layer.compute_type_is_set = compute, True
+        layer.support_avx512bf16_for_cpu = False
+
+    def constants(self, layer: Any) -> list[Tensor]:
+        """See Quantizer."""
+        state = layer.weight.quant_state
+        return [state.absmax, *([state.state2.absmax] if state.nested else [])]
+
+    def bytes_per_weight(self, options: QuantOptions) -> float:
+        """Half a byte, and the scales: 4 bytes for 64 weights; doubly quantized 1, and 4 for 256 of those."""
+        return 0.5 + (1 / BLOCK + 4 / (BLOCK * 256) if options.double else 4 / BLOCK)
+
+
+QUANTIZER = Nf4()
