@@ -20,7 +20,7 @@ from fitune.console import Watcher
 from fitune.errors import ConfigError, TrainingError
 from fitune.model import ready, trainable
 from fitune.records import Source
-from fitune.step import loss_sum, training_step
+from fitune.step import LossScale, loss_sum, training_step
 from fitune.training import resume_config, train
 from test_contract import samples
 from test_methods import Crash, CrashAt, digest
@@ -56,7 +56,7 @@ def fails_above(model: Any, tokens: int, error: BaseException) -> list[int]:
 def careful(model: Any, optimizer: Any, batches: list, parts: int = 1, said: list[str] | None = None):
     said = [] if said is None else said
     return recovery.careful_step(
-        model, batches, optimizer, 1.0, "flat", parts, lambda row: Source("f.jsonl", row + 1), said.append
+        model, batches, optimizer, 1.0, "flat", parts, LossScale(), lambda row: Source("f.jsonl", row + 1), said.append
     )
 
 

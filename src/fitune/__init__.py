@@ -15,6 +15,7 @@ __all__ = [
     "Evaluation",
     "FituneError",
     "Merged",
+    "QuantizedModel",
     "Result",
     "Tuned",
     "__version__",
@@ -23,6 +24,7 @@ __all__ = [
     "load",
     "load_model",
     "merge",
+    "quantize",
     "train",
 ]
 

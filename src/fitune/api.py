@@ -14,11 +14,25 @@ from fitune.generation import Sampling, answer
 from fitune.loading import load as _load
 from fitune.merging import Merged, merge
 from fitune.model import Tuned, load_model
+from fitune.quantizing import QuantizedModel, quantize
 from fitune.records import Message
 from fitune.training import Result, resume_config
 from fitune.training import train as _train
 
-__all__ = ["Evaluation", "Merged", "Result", "Tuned", "evaluate", "generate", "load", "load_model", "merge", "train"]
+__all__ = [
+    "Evaluation",
+    "Merged",
+    "QuantizedModel",
+    "Result",
+    "Tuned",
+    "evaluate",
+    "generate",
+    "load",
+    "load_model",
+    "merge",
+    "quantize",
+    "train",
+]
 
 
 def train(*, resume: bool = False, watch: Watcher | None = None, **settings: Any) -> Result:
@@ -48,15 +62,24 @@ def train(*, resume: bool = False, watch: Watcher | None = None, **settings: Any
     return _train(build(settings), watch=watch)
 
 
-def load(run_or_model: str | Path, *, device: str = "auto", template: str = "auto") -> Tuned:
+def load(
+    run_or_model: str | Path,
+    *,
+    device: str = "auto",
+    template: str = "auto",
+    precision: str | None = None,
+    quant: str | None = None,
+) -> Tuned:
     """A run, or a model folder, to talk to. See fitune.generate.
 
     Args:
         run_or_model: a run folder, a model folder or a hub id.
         device: auto, cpu, cuda, ...
         template: for a model folder; a run brings its own.
+        precision: fp32, bf16, fp16 or auto. Default: the run's own; of a model folder fp32.
+        quant: none, int8, nf4 or fp4. Default: as in the run; of a model folder none.
     """
-    return _load(run_or_model, device=device, template=template)
+    return _load(run_or_model, device=device, template=template, precision=precision, quant=quant)
 
 
 def generate(

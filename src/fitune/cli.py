@@ -60,10 +60,10 @@ def _quant_flags(group: type[BaseModel]) -> dict[str, Any]:
     """`--quant nf4` beside `--quant.kind` and the like: a group whose first setting has the group's own name."""
     fields: dict[str, Any] = {}
     for field, info in group.model_fields.items():
-        kind = Literal["none", "int8", "nf4", "fp4"] if field == "name" else info.annotation
+        kind: Any = Literal["none", "int8", "nf4", "fp4"] if field == "name" else info.annotation
         flag = "--quant" if field == "name" else f"--quant.{field}"
         default = f" [default: {info.default}]" if info.default not in ([], "none") else ""
-        typed = Annotated[Optional[kind], Parameter(name=flag)]  # type: ignore[valid-type]  # noqa: UP045
+        typed = Annotated[Optional[kind], Parameter(name=flag)]  # noqa: UP045
         fields[QUANT + field] = (typed, Field(default=None, description=f"{info.description}{default}"))
     return fields
 
@@ -124,6 +124,13 @@ EXAMPLES = {"map": "content=prompt", "fill": "name=Ada", "ranks": "q_proj=16", "
 
 
 Json = Annotated[bool, Parameter(negative="", help="Print one JSON object at the end, on standard output.")]
+
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"] | None, Parameter(help="[default: the run's own; of a model folder fp32]")
+]
+Quant = Annotated[
+    Literal["none", "int8", "nf4", "fp4"] | None, Parameter(help="[default: the run's own; of a model folder none]")
+]
 
 
 def _console(json: bool) -> Console:
@@ -269,6 +276,8 @@ def chat(
     max_tokens: Annotated[int, Parameter(help="Longest answer, in tokens.")] = 256,
     seed: Annotated[int | None, Parameter(help="Makes drawing repeatable.")] = None,
     template: Annotated[str, Parameter(help="Prompt template of a model folder; a run brings its own.")] = "auto",
+    precision: Precision = None,
+    quant: Quant = None,
     device: Annotated[str, Parameter(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Talk to a run; works in a pipe too: echo 你好 | fitune chat RUN."""
@@ -283,7 +292,7 @@ def chat(
     from fitune.loading import load
 
     console = Console()
-    tuned = load(run, device=device, template=template)
+    tuned = load(run, device=device, template=template, precision=precision, quant=quant)
     sampling = Sampling(temperature, top_p, max_tokens, seed)
     other = Chat(tuned, sampling, system=system, base=True) if compare else None
     if sys.stdin.isatty():
@@ -305,6 +314,8 @@ def evaluate(
     max_tokens: Annotated[int, Parameter(help="Longest answer, in tokens.")] = 256,
     samples: Annotated[int, Parameter(help="Rows shown, base against tuned.")] = 5,
     template: Annotated[str, Parameter(help="Prompt template of a model folder; a run brings its own.")] = "auto",
+    precision: Precision = None,
+    quant: Quant = None,
     device: Annotated[str, Parameter(help="auto, cpu, cuda, ...")] = "auto",
     json: Json = False,
 ) -> None:
@@ -324,6 +335,8 @@ def evaluate(
         template=template,
         columns=columns,
         device=device,
+        precision=precision,
+        quant=quant,
         watch=Terminal(console),
     )
     if found.samples:
@@ -340,13 +353,21 @@ def merge(
     output: Annotated[Path, Parameter(help="Folder of the plain model; must be new or empty.")],
     dtype: Annotated[str, Parameter(help="Of its weights: auto (as the base's), fp32, bf16 or fp16.")] = "auto",
     force: Annotated[bool, Parameter(negative="", help="Write it though its logits have drifted.")] = False,
+    onto: Annotated[
+        str | None, Parameter(help="For a quantized base: put it on `original`, or a folder's weights, and measure.")
+    ] = None,
+    requantize: Annotated[
+        bool, Parameter(negative="", help="Quantize the merged model as the base was, and measure.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Make a run's model a plain one, which transformers loads without fitune or PEFT."""
     from fitune.merging import merge as run_merge
 
     console = _console(json)
-    done = run_merge(run, output, dtype=dtype, force=force)
+    done = run_merge(run, output, dtype=dtype, force=force, onto=onto, requantize=requantize)
+    if done.drift is not None:
+        console.print(f"[yellow]drift[/] {done.drift.told()}", highlight=False, soft_wrap=True)
     console.print(
         f"{done.folder}: {done.dtype}; relative error of the logits {done.merge_error:.1e} by merging, "
         f"{done.rounding_error:.1e} as written",
@@ -356,6 +377,48 @@ def merge(
     console.print(f"talk to it   fitune chat {done.folder}", highlight=False, soft_wrap=True)
     if json:
         _print_json(done.as_dict())
+
+
+@app.command
+def quantize(
+    model: Annotated[str, Parameter(help="Model folder or hub id.")],
+    *,
+    quant: Annotated[Literal["int8", "nf4", "fp4"], Parameter(help="How.")] = "nf4",
+    double: Annotated[bool, Parameter(help="4 bits: quantize the scales too.")] = True,
+    output: Annotated[Path, Parameter(help="Folder of the quantized model; must be new or empty.")],
+    json: Json = False,
+) -> None:
+    """Write a model with quantized linear layers, and tell what that costs layer by layer."""
+    from fitune.console import quantized_table
+    from fitune.quantizing import quantize as run_quantize
+
+    console = _console(json)
+    options = settings.quant_options(quant).model_copy(update={"double": double})
+    done = run_quantize(model, output, quant=options)
+    console.print(quantized_table(done))
+    console.print(
+        f"{done.folder}: {done.bytes_before / 2**20:,.1f} MiB of weights before, {done.bytes_after / 2**20:,.1f} now; "
+        f"picture {Path(done.folder) / 'quantization.html'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if json:
+        _print_json(done.as_dict())
+
+
+@app.command
+def doctor(*, json: Json = False) -> None:
+    """Is this machine fit to fine-tune? Exit code 1 where something is broken, with what mends it."""
+    from fitune.console import doctor_table
+    from fitune.doctor import doctor as examine
+
+    found = examine()
+    _console(json).print(doctor_table(found))
+    broken = [check for check in found if check.level == "broken"]
+    if json:
+        _print_json({"ok": not broken, "checks": [check.as_dict() for check in found]})
+    if broken:
+        raise SystemExit(1)
 
 
 @app.command

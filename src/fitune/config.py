@@ -175,6 +175,18 @@ def _quant(value: object) -> object:
     return group
 
 
+def quant_options(name: str) -> QuantOptions:
+    """The settings that a quantizer's name stands for.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known = ("none", "int8", "nf4", "fp4")
+    if name not in known:
+        raise ConfigError(f"quant {name!r}", expected=", ".join(known), fix=did_you_mean(name, known))
+    return QuantOptions.model_validate(_quant(name))
+
+
 class DataSource(Options):
     """One source of rows, where its path alone does not say enough."""
 

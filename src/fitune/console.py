@@ -194,6 +194,29 @@ def pairs(title: str, values: Mapping[str, Any]) -> Table:
     return table
 
 
+def doctor_table(checks: Sequence[Any]) -> Table:
+    """What `fitune doctor` found (doctor.Check)."""
+    marks = {**MARKS, "broken": "[red]broken[/]"}
+    table = Table(title="this machine", title_justify="left", show_header=False, box=None, pad_edge=False)
+    for check in checks:
+        fix = f" (fix: {check.fix})" if check.fix else ""
+        table.add_row(marks[check.level], f"[cyan]{escape(check.name)}[/]", escape(check.text + fix))
+    return table
+
+
+def quantized_table(done: Any) -> Table:
+    """Of each quantized layer (quantizing.QuantizedModel) a line."""
+    table = Table(title=f"layers as {done.quant}", title_justify="left", box=None, pad_edge=False)
+    table.add_column("layer", style="cyan")
+    for name in ("weights", "mean error", "largest", "outlier columns"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in done.layers:
+        outliers = "-" if layer.outliers is None else f"{layer.outliers} of {layer.inputs}"
+        errors = (f"{layer.mean_error:.2%}", f"{layer.max_error:.2%}")
+        table.add_row(escape(layer.name), f"{layer.weights:,}", *errors, outliers)
+    return table
+
+
 def kept_table(parts: Sequence[Any]) -> Table:
     """What lies in which dtype, and what was cast or not quantized."""
     table = Table(title="weights in memory", title_justify="left", box=None, pad_edge=False)

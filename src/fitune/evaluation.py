@@ -117,6 +117,8 @@ def evaluate(
     template: str = "auto",
     columns: dict[str, str] | None = None,
     device: str = "auto",
+    precision: str | None = None,
+    quant: str | None = None,
     watch: Watcher | None = None,
 ) -> Evaluation:
     """Measure a run, beside its base, or a model.
@@ -131,13 +133,14 @@ def evaluate(
         template: of a model folder; a run brings its own.
         columns: what columns of other names mean.
         device: auto, cpu, cuda, ...
+        precision, quant: as for `load`; a run has its own.
         watch: is told how far it is.
 
     Raises:
         FituneError: the run, the model or the data cannot be used.
     """
     watch = watch or Watcher()
-    tuned = load(run_or_model, device=device, template=template)
+    tuned = load(run_or_model, device=device, template=template, precision=precision, quant=quant)
     report = DataReport()
     sources = [DataSource(path=one) if isinstance(one, str) else one for one in data]
     sources = [

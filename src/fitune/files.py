@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -107,3 +108,29 @@ def is_whole(folder: Path) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def check_new(target: Path) -> None:
+    """Raises RunFolderError where something lies there already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunFolderError(f"{target}: is not empty; nothing of yours is overwritten", fix="choose another --output")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes its place and name only when everything went well."""
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    with disk(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in temporary.iterdir():
+                sync(path)
+            if target.exists():
+                target.rmdir()
+            temporary.replace(target)
+            sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,36 +1,41 @@
 """A run to a plain model: what was tuned becomes part of the base's weights.
 
 In: a run. Out: a model folder that transformers loads without fitune or PEFT. The logits are compared with the tuned
-model's, before the weights are rounded to 16 bits and after, on the model that was written.
+model's, before the weights are rounded to 16 bits and after, on the model that was written. A base that was quantized
+while it was tuned is made plain with its own values first: merging into the 16-bit original, or quantizing the sum
+again, gives another model, and how far off it is gets measured.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from fitune import methods, preflight
+from fitune import dataset, methods, preflight
+from fitune import quant as quants
+from fitune.batches import in_order
 from fitune.checkpoint import RunFolder
 from fitune.config import RunConfig
 from fitune.encode import Encoder
-from fitune.errors import RunFolderError
+from fitune.errors import FituneError, RunFolderError
 from fitune.families import Family
-from fitune.files import TEMPORARY, disk, sync
+from fitune.files import check_new, whole_folder
 from fitune.loading import TEMPLATE, load
 from fitune.methods import new_tokens
-from fitune.model import causal_lm
+from fitune.model import Tuned, causal_lm, load_model, output_head, quantized_as, read_config, stored_dtype
+from fitune.precision import DTYPES, NAMES
 from fitune.records import Finding, Message
+from fitune.step import label_hidden
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE = ("Hello, world!", "你好，世界", "1 + 1 = 2")
 
 
@@ -42,49 +47,168 @@ class Merged:
     dtype: str
     merge_error: float  # in float32
     rounding_error: float  # of the folder as it was written
+    drift: Drift | None = None  # where the weights are other ones than the run was trained on
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def merge(run: str | Path, output: str | Path, *, dtype: str = "auto", force: bool = False) -> Merged:
-    """Write a run's model as a plain one.
+@dataclass(frozen=True)
+class Drift:
+    """How far a merged model is from the tuned one, over target tokens of held-out rows."""
+
+    kl: float  # of the tuned model's distributions from the merged one's, nats per token
+    agreement: float  # share of tokens that both think most likely
+    loss_before: float
+    loss_after: float
+    tokens: int
+
+    def told(self) -> str:
+        """In one line."""
+        return (
+            f"over {self.tokens:,} held-out tokens: KL {self.kl:.2e} nats, top-1 agreement {self.agreement:.1%}, "
+            f"loss {self.loss_before:.4f} before and {self.loss_after:.4f} after"
+        )
+
+
+def merge(
+    run: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "auto",
+    force: bool = False,
+    onto: str | None = None,
+    requantize: bool = False,
+) -> Merged:
+    """Write a run's model as a plain one. A quantized base is made plain first, with the values that it was tuned on.
 
     Args:
         run: a finished run.
         output: a folder that is not there yet, or is empty.
         dtype: of its weights: auto (as the base's are stored), fp32, bf16 or fp16.
         force: write it though its logits have drifted from the tuned model's.
+        onto: for a run on a quantized base: `original`, or a folder, whose weights take the place of those that the
+            run was tuned on. The drift is measured; needs `force`.
+        requantize: quantize the merged model again, as the run's base was. The drift is measured; needs `force`.
 
     Raises:
         RunFolderError: the run is not finished, its method cannot be merged, or the folder is not empty.
     """
     target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunFolderError(f"{target}: is not empty; nothing of yours is overwritten", fix="choose another --output")
+    check_new(target)
     folder = RunFolder(run)
     config = folder.read_config()
     if dtype not in ("auto", *DTYPES):
         raise RunFolderError("--dtype", received=dtype, expected=f"auto, {', '.join(DTYPES)}")
+    _check_ways(config, onto, requantize=requantize)
     tuned = load(run, device="cpu", precision="fp32")
-    chosen = _stored_dtype(Path(config.model)) if dtype == "auto" else dtype
-    probe = _probe(tuned.encoder)
+    chosen = NAMES[stored_dtype(Path(config.model))] if dtype == "auto" else dtype
     with torch.no_grad():
-        before = tuned.model(input_ids=probe).logits[:, -probe.shape[1] :]
-        plain = merged(tuned.model, tuned.family, config)
+        before = tuned.model(input_ids=(probe := _probe(tuned.encoder))).logits[:, -probe.shape[1] :]
+        plain = merged(_plain(run, config, tuned, onto), tuned.family, config)
         error = _relative(plain(input_ids=probe).logits, before)
+    other = onto is not None or requantize
+    drift = _drift(folder, config, tuned, _again(plain, config, requantize=requantize)) if other else None
+    if drift is not None and not force:
+        raise RunFolderError(
+            f"these are other weights than the run was tuned on: {drift.told()}",
+            fix="leave out --onto and --requantize, which merges exactly; --force writes it all the same",
+        )
 
-    def drift(folder: Path) -> float:
-        written = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
+    def check(written: Path) -> float:
+        again = load_model(written, precision="fp32")
         with torch.no_grad():
-            rounding = _relative(written.eval()(input_ids=probe).logits, before)
+            rounding = _relative(again(input_ids=probe).logits, before)
         if not force:
             preflight.raise_refused([merge_drift(error, rounding, chosen)])
         return rounding
 
-    rounding = _write(plain.to(DTYPES[chosen]), tuned.tokenizer, folder.read("template"), target, drift)
-    return Merged(str(target), chosen, error, rounding)
+    plain = plain.to(DTYPES[chosen])
+    write = partial(_requantized, plain, config) if requantize else partial(_saved, plain)
+    rounding = _write(write, tuned.tokenizer, folder.read("template"), target, check)
+    return Merged(str(target), chosen, error, rounding, drift)
+
+
+def _check_ways(config: RunConfig, onto: str | None, *, requantize: bool) -> None:
+    """Raises RunFolderError where the base is not quantized, or both ways are asked for."""
+    quantized = config.quant.name != "none" or quantized_as(read_config(Path(config.model))).name != "none"
+    if (onto is not None or requantize) and not quantized:
+        raise RunFolderError("--onto and --requantize are for runs on a quantized base", fix="leave them out")
+    if onto is not None and requantize:
+        raise RunFolderError("--onto and --requantize do not go together", fix="leave one of them out")
+    if requantize and config.quant.name == "none":
+        raise RunFolderError(
+            "--requantize: this run's base was quantized before, by settings that the run does not know",
+            fix="merge it, then: fitune quantize FOLDER --quant nf4",
+        )
+    if onto == "original" and config.quant.name == "none":
+        raise RunFolderError(
+            "--onto original: this run's base is a quantized folder", fix="--onto FOLDER, the original"
+        )
+
+
+def _plain(run: str | Path, config: RunConfig, tuned: Tuned, onto: str | None) -> Any:
+    """The model to merge: the tuned one, or where its base is quantized the same on plain weights."""
+    if onto is None and not any(True for _ in quants.layers(tuned.model)):
+        return tuned.model
+    if onto is None:
+        return load(run, device="cpu", precision="fp32", plain=True).model
+    base = config.model if onto == "original" else onto
+    return load_model(base, precision="fp32", adapter=RunFolder(run).adapter)
+
+
+def _again(plain: Any, config: RunConfig, *, requantize: bool) -> Any:
+    """The merged model as it will be: itself, or quantized again."""
+    if not requantize:
+        return plain
+    with tempfile.TemporaryDirectory() as place:
+        plain.save_pretrained(place, safe_serialization=True)
+        return load_model(place, precision="fp32", quant=config.quant)
+
+
+def _saved(model: Any, folder: Path) -> None:
+    model.save_pretrained(str(folder), safe_serialization=True)
+
+
+def _requantized(model: Any, config: RunConfig, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        _saved(model, Path(place))
+        _saved(load_model(place, precision="fp32", quant=config.quant), folder)
+
+
+MOST_ROWS = 50  # held-out rows that a drift is measured on
+
+
+@torch.no_grad()
+def _drift(folder: RunFolder, config: RunConfig, tuned: Tuned, other: Any) -> Drift:
+    """The distributions of both models over the run's own held-out rows.
+
+    Raises:
+        RunFolderError: the run has none, or its data is gone.
+    """
+    limit = int(config.max_length)
+    try:
+        rows = dataset.read(config, folder.tokenizer, tuned.tokenizer, limit=limit, vocabulary=1 << 30).held_out
+    except FituneError as error:
+        raise RunFolderError(
+            "the run's data cannot be read, so no drift can be measured", received=error.what
+        ) from None
+    if not len(rows):
+        raise RunFolderError("this run holds no rows out, so no drift can be measured")
+    batches = list(in_order([rows[n] for n in range(min(len(rows), MOST_ROWS))], 1))
+    kl, agree, losses, tokens = 0.0, 0, [0.0, 0.0], 0
+    for batch in batches:
+        labels = torch.from_numpy(batch.labels)
+        scores = [
+            torch.log_softmax(output_head(model)(label_hidden(model.eval(), batch, "documents")).float(), dim=-1)
+            for model in (tuned.model, other)
+        ]
+        kl += float((scores[0].exp() * (scores[0] - scores[1])).sum())
+        agree += int((scores[0].argmax(-1) == scores[1].argmax(-1)).sum())
+        losses = [a - float(b.gather(1, labels[:, None]).sum()) for a, b in zip(losses, scores, strict=True)]
+        tokens += len(labels)
+    return Drift(kl / tokens, agree / tokens, losses[0] / tokens, losses[1] / tokens, tokens)
 
 
 DRIFT = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}  # of the largest logit, as written
@@ -137,31 +261,16 @@ def _relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-def _stored_dtype(folder: Path) -> str:
-    """How the base's weights are stored; what has no name here is written in float32."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stored = str(values.get("dtype") or values.get("torch_dtype") or "float32")
-    names = {"bfloat16": "bf16", "float16": "fp16"}
-    return names.get(stored, "fp32")
-
-
-def _write(model: Any, tokenizer: Any, template: dict[str, Any], target: Path, check: Callable[[Path], float]) -> float:
+def _write(
+    write: Callable[[Path], None],
+    tokenizer: Any,
+    template: dict[str, Any],
+    target: Path,
+    check: Callable[[Path], float],
+) -> float:
     """The model's folder, whole and checked, or not at all; what the check measured."""
-    temporary = target.with_name(f"{TEMPORARY}{target.name}")
-    with disk(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            model.save_pretrained(str(temporary), safe_serialization=True)
-            tokenizer.save_pretrained(str(temporary))
-            (temporary / TEMPLATE).write_text(json.dumps(template, ensure_ascii=False), encoding="utf-8")
-            found = check(temporary)
-            for path in temporary.iterdir():
-                sync(path)
-            if target.exists():
-                target.rmdir()
-            temporary.replace(target)
-            sync(target.parent)
-            return found
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(target) as folder:
+        write(folder)
+        tokenizer.save_pretrained(str(folder))
+        (folder / TEMPLATE).write_text(json.dumps(template, ensure_ascii=False), encoding="utf-8")
+        return check(folder)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fitune import adapters, families, quant
-from fitune.config import QuantOptions
+from fitune import adapters, families
+from fitune import quant as quants
+from fitune.config import QuantOptions, quant_options
 from fitune.encode import Encoder
 from fitune.errors import ModelError
 from fitune.families import Family
@@ -202,7 +203,7 @@ def load_model(
     precision: str = "fp32",
     adapter: str | Path | None = None,
     device: str = "cpu",
-    quantize: QuantOptions = quant.PLAIN,
+    quant: QuantOptions | str = quants.PLAIN,
     storage: str = "auto",
     plain: bool = False,
 ) -> Any:
@@ -213,8 +214,8 @@ def load_model(
         precision: fp32, bf16 or fp16, of its weights and of what is computed.
         adapter: an adapter folder to put on it, PEFT's or fitune's.
         device: where it computes.
-        quantize: how its linear layers are quantized while they are read, one at a time; a folder that holds a
-            quantized model stays as it is.
+        quant: how its linear layers are quantized while they are read, one at a time: int8, nf4, fp4, or all the
+            settings. A folder that holds a quantized model stays as it is.
         storage: dtype of its weights, where it is to differ from the precision.
         plain: make quantized layers plain again, with the values that they stand for.
 
@@ -232,11 +233,12 @@ def load_model(
     check_weights(path)
     options = quantized_as(config)
     how: dict[str, Any] = {"dtype": DTYPES[precision if storage == "auto" else storage]}
-    if options.name == "none" and quantize.name != "none":
-        options = quantize
+    wanted = quant_options(quant) if isinstance(quant, str) else quant
+    if options.name == "none" and wanted.name != "none":
+        options = wanted
         how["quantization_config"] = _quantizing(config, options, precision)
     if options.name != "none":
-        quant.find(options.name)  # says so where bitsandbytes is missing
+        quants.find(options.name)  # says so where bitsandbytes is missing
         # the values must not depend on the precision of the run: a merge, in float32, must find the same ones
         how["dtype"], how["device_map"] = stored_dtype(path), {"": device}
     try:
@@ -257,24 +259,24 @@ def load_model(
     else:
         _adopt(model, options.name, precision, storage)
     if plain:
-        quant.dequantize(model, DTYPES[precision])
-        quant.forget(model)
+        quants.dequantize(model, DTYPES[precision])
+        quants.forget(model)
     return ready(model, precision, adapter)
 
 
 def _quantizing(config: Any, options: QuantOptions, precision: str) -> Any:
     """What transformers' loader is told; the head, tied or not, stays as it is."""
     shape = without_weights(config)
-    layers = set(quant.planned(shape, options))
+    layers = set(quants.planned(shape, options))
     linear = {name for name, module in shape.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    return quant.find(options.name).settings(options, DTYPES[precision], sorted(linear - layers))
+    return quants.find(options.name).settings(options, DTYPES[precision], sorted(linear - layers))
 
 
 def _adopt(model: Any, name: str, precision: str, storage: str) -> None:
     """One path for the quantized layers, and the run's dtype for everything else, one tensor after the other."""
-    quant.adopt(model, name, DTYPES[precision])
+    quants.adopt(model, name, DTYPES[precision])
     kept = DTYPES[precision if storage == "auto" else storage]
-    packed = {id(layer.weight) for _, layer in quant.layers(model)}
+    packed = {id(layer.weight) for _, layer in quants.layers(model)}
     for parameter in model.parameters():
         if id(parameter) not in packed and parameter.is_floating_point():
             parameter.data = parameter.data.to(kept)
@@ -448,7 +450,7 @@ def groups(model: Any, family: Family) -> list[tuple[str, int, int]]:
         found = next((part for path, part in parts.items() if name.startswith(path)), name.split(".")[0])
         part = f"block {block[1]}" if block else found
         trained, total = counts.get(part, (0, 0))
-        count = quant.numel(parameter)
+        count = quants.numel(parameter)
         counts[part] = (trained + count * parameter.requires_grad, total + count)
     return [(part, trained, total) for part, (trained, total) in counts.items()]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,27 +86,25 @@ def choose(device: torch.device) -> tuple[str, str]:
     return chosen, told
 
 
-def rates(device: torch.device, *, again: bool = False) -> dict[str, float]:
+def rates(device: torch.device) -> dict[str, float]:
     """GFLOP/s of a matrix product in each precision; measured once on a machine and kept, so that a choice made by
-    them is the same in every run.
-
-    Args:
-        device: where.
-        again: measure though it was done before.
-    """
+    them is the same in every run."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}-{_cpu()}"
     key = f"{hardware}-torch{torch.__version__}-{torch.get_num_threads()}"
     path = default_folder() / "rates.json"
     known = _read(path)
-    if not again and key in known:
+    if key in known:
         return known[key]
-    known[key] = {name: _rate(dtype, device) for name, dtype in DTYPES.items()}
-    try:
+    known[key] = measure(device)
+    with suppress(OSError):  # then it is measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(known, indent=1))
-    except OSError:
-        pass  # it is measured again next time
     return known[key]
+
+
+def measure(device: torch.device) -> dict[str, float]:
+    """GFLOP/s of a matrix product in each precision, now."""
+    return {name: _rate(dtype, device) for name, dtype in DTYPES.items()}
 
 
 def _cpu() -> str:
@@ -199,10 +198,12 @@ def kept(model: Any, stored: torch.dtype | None = None) -> list[Kept]:
             part, dtype, extra = _part(module, name, parameter, head), str(parameter.dtype).split(".")[1], 0
             note = ""
             if quant.is_quantized(module) and name == "weight":
-                dtype, extra = quantized, sum(t.numel() * t.element_size() for t in quant.constants(module))
+                state = getattr(parameter, "quant_state", None)
+                dtype = quantized if state is None else state.quant_type
+                extra = sum(t.numel() * t.element_size() for t in quant.constants(module))
             elif not parameter.requires_grad and stored is not None and parameter.dtype != stored:
                 note = f"cast from {str(stored).split('.')[1]}"
-            if quantized != "none" and part in UNQUANTIZED and dtype != quantized:
+            if quantized != "none" and part in UNQUANTIZED and not quant.is_quantized(module):
                 note = f"not quantized: {UNQUANTIZED[part]}" + (f"; {note}" if note else "")
             figures = found.setdefault((part, dtype, note), [0, 0, 0])
             figures[0] += 1

@@ -207,7 +207,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
         folder,
         precision=config.precision,
         device=str(device),
-        quantize=config.quant,
+        quant=config.quant,
         storage=config.storage_dtype if method.low_precision_base else config.trainable_dtype,
     )
     family = families.of(base)
@@ -229,8 +229,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     sets = [preflight.trainable_set(model, expected, dtype), guards.quantised_trainable(model)]
     stored = stored_dtype(folder)
     dtypes = [precision.speed(config, device), precision.weights_kept(model, stored)]
-    optimizer = optim.make(trainable(model), config)
-    dtypes += [guards.fp16_master(model, optimizer), guards.fp16_range(model, probe, layout)]
+    dtypes.append(guards.fp16_range(model, probe, layout))
     model_findings = [preflight.family_found(family), intact, *sets, *dtypes, leak]
     preflight.raise_refused(model_findings)
     highest = max([int(probe.ids.max()), *(token.id for token in added)])

@@ -222,6 +222,7 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
     config, model = job.config, job.tuned.model
     parameters = trainable(model)
     optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
+    _note(run, watch, guards.fp16_master(model, optimizer))
     torch.manual_seed(config.seed)
     state = _restore(run, parameters, optimizer, watch) if resume else None
     state = state or _State(scale=LossScale(LossScale.START if precision.scaled(config) else 1.0))
@@ -236,17 +237,8 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
             rate = optim.learning_rate(state.step, job.total_steps, job.lr, config.warmup)
             state.step += 1
             optim.set_rate(optimizer, rate)
-            done, state.parts = careful_step(
-                model,
-                micro_batches,
-                optimizer,
-                config.max_grad_norm,
-                job.layout,
-                state.parts,
-                state.scale,
-                job.source,
-                watch.say,
-            )
+            how = (config.max_grad_norm, job.layout, state.parts, state.scale, job.source, watch.say)
+            done, state.parts = careful_step(model, micro_batches, optimizer, *how)
             seconds = time.perf_counter() - began
             last = state.step == job.total_steps
             loss = _held_out(job) if state.step % job.eval_every == 0 or last else None

@@ -34,6 +34,10 @@ class Quantizer:
         """Give a layer of bitsandbytes the one path."""
         raise NotImplementedError
 
+    def make(self, weight: Tensor, options: QuantOptions, device: torch.device) -> Any:
+        """A quantized layer from a plain weight (out, in), which computes in float32."""
+        raise NotImplementedError
+
     def constants(self, layer: Any) -> list[Tensor]:
         """The scales of a layer."""
         raise NotImplementedError

@@ -11,7 +11,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from fitune.config import QuantOptions
@@ -57,6 +57,16 @@ class Int8(Quantizer):
     def adopt(self, layer: Any, compute: torch.dtype) -> None:
         """See Quantizer."""
         layer.__class__, layer.compute = Int8Linear, compute
+
+    def make(self, weight: Tensor, options: QuantOptions, device: torch.device) -> Any:
+        """See Quantizer."""
+        layer = bnb.nn.Linear8bitLt(
+            weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=options.threshold
+        )
+        layer.weight = bnb.nn.Int8Params(weight, requires_grad=False)
+        layer, layer.source_cls = layer.to(device), nn.Linear
+        self.adopt(layer, torch.float32)
+        return layer
 
     def constants(self, layer: Any) -> list[Tensor]:
         """See Quantizer."""

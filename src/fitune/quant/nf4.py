@@ -16,7 +16,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from fitune.config import QuantOptions
@@ -103,6 +103,28 @@ class Nf4(Quantizer):
         layer.__class__, layer.compute = Nf4Linear, compute
         layer.compute_dtype, layer.compute_type_is_set = compute, True
         layer.support_avx512bf16_for_cpu = False
+
+    def make(self, weight: Tensor, options: QuantOptions, device: torch.device) -> Any:
+        """See Quantizer."""
+        layer = bnb.nn.Linear4bit(
+            weight.shape[1],
+            weight.shape[0],
+            bias=False,
+            compress_statistics=options.double,
+            quant_type=options.kind,
+            quant_storage=STORAGE[options.storage],
+        )
+        layer.weight = bnb.nn.Params4bit(
+            weight,
+            requires_grad=False,
+            compress_statistics=options.double,
+            quant_type=options.kind,
+            quant_storage=STORAGE[options.storage],
+            module=layer,
+        )
+        layer, layer.source_cls = layer.to(device), nn.Linear
+        self.adopt(layer, torch.float32)
+        return layer
 
     def constants(self, layer: Any) -> list[Tensor]:
         """See Quantizer."""

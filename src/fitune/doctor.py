@@ -1,0 +1,181 @@
+"""Is this machine fit to fine-tune: versions, processors, memory, dtypes, a real 4-bit step, the disk.
+
+In: nothing. Out: a list of checks, each with what was found and, where something is broken, what mends it.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from fitune import quant
+from fitune.cache import default_folder
+from fitune.config import quant_options
+from fitune.errors import ConfigError
+from fitune.precision import choose, measure
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
+LEAST_FREE = 2**30  # bytes of disk below which hardly a run's checkpoints fit
+
+
+@dataclass(frozen=True)
+class Check:
+    """level: ok, warn (works, with a loss), broken."""
+
+    name: str
+    level: Literal["ok", "warn", "broken"]
+    text: str
+    fix: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def doctor() -> list[Check]:
+    """Every check, in the order in which one leans on the other; one that fails unexpectedly is broken, not a crash."""
+    found: list[Check] = []
+    for check in (_python, _versions, _devices, _memory, _bf16, _bitsandbytes, _rates, _disk):
+        try:
+            found += check()
+        except Exception as error:  # whatever is wrong with a machine is what this verb is to tell
+            name = check.__name__.removeprefix("_")
+            found.append(Check(name, "broken", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+    return found
+
+
+def _python() -> Iterator[Check]:
+    fine = sys.version_info >= (3, 11)
+    yield Check(
+        "python",
+        "ok" if fine else "broken",
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "" if fine else "Python 3.11 or newer",
+    )
+
+
+def tested() -> dict[str, str]:
+    """The versions that fitune was tested with, by package."""
+    here = Path(__file__)
+    for file in (here.parent / "constraints.txt", here.parents[2] / "constraints.txt"):
+        if file.is_file():
+            lines = re.findall(r"^([\w.-]+)==([\w.+-]+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            return {name.lower().replace("_", "-"): version for name, version in lines}
+    return {}
+
+
+def _versions() -> Iterator[Check]:
+    known = tested()
+    for name in PACKAGES:
+        try:
+            there = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield Check(name, "broken", "not installed", f"pip install {name}")
+            continue
+        wanted = known.get(name)
+        if wanted is None or there.split("+")[0] == wanted:
+            yield Check(name, "ok", there)
+        else:
+            yield Check(name, "warn", f"{there}; tested with {wanted}", f"pip install {name}=={wanted}")
+
+
+def _devices() -> Iterator[Check]:
+    if torch.cuda.is_available():
+        kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        for number in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(number)
+            major, minor = torch.cuda.get_device_capability(number)
+            text = f"{torch.cuda.get_device_name(number)}, {kind}, compute capability {major}.{minor}"
+            yield Check(f"gpu {number}", "ok", f"{text}, {free / 2**30:,.1f} of {total / 2**30:,.1f} GiB free")
+    elif torch.version.cuda or torch.version.hip:
+        yield Check(
+            "gpu",
+            "broken",
+            "this torch is built for a GPU, and finds none",
+            "install the driver (nvidia-smi must work), or torch for the CPU: pip install torch --index-url "
+            "https://download.pytorch.org/whl/cpu",
+        )
+    elif torch.backends.mps.is_available():
+        yield Check("gpu", "ok", "MPS (Apple); fitune is not tested on it")
+    else:
+        yield Check("gpu", "ok", "none; everything runs on the CPU")
+
+
+def _memory() -> Iterator[Check]:
+    memory = psutil.virtual_memory()
+    text = f"{memory.available / 2**30:,.1f} of {memory.total / 2**30:,.1f} GiB free, {psutil.cpu_count()} processors"
+    yield Check("memory", "ok", f"{text}, {torch.get_num_threads()} torch threads")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _bf16() -> Iterator[Check]:
+    device = _device()
+    a = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
+    right = bool(((a @ a) == 64).all())
+    chosen, why = choose(device)
+    if not right:
+        yield Check("bf16", "broken", "a product in bf16 is wrong", "--precision fp32; reinstall torch")
+    else:
+        yield Check("bf16", "ok", f"computes; --precision auto takes {chosen}: {why}")
+
+
+def _bitsandbytes() -> Iterator[Check]:
+    """A real step through 4-bit and 8-bit weights: the product, and the gradient that goes through it."""
+    for name in quant.NAMES:
+        try:
+            quantizer = quant.find(name)
+        except ConfigError as error:
+            yield Check(name, "broken", error.what, error.fix or "")
+            continue
+        yield _quantized_step(name, quantizer)
+
+
+def _quantized_step(name: str, quantizer: Any) -> Check:
+    device, fix = _device(), "pip install --force-reinstall bitsandbytes; without it --quant none works"
+    torch.manual_seed(0)
+    weight, x = torch.randn(128, 256) / 16, torch.randn(4, 256, device=device, requires_grad=True)
+    try:
+        layer = quantizer.make(weight, quant_options(name), device)
+        out = layer(x)
+        out.sum().backward()
+    except Exception as error:
+        return Check(name, "broken", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", fix)
+    assert x.grad is not None
+    expected = x.detach() @ weight.T.to(device)
+    out = out.detach()
+    off = float((out - expected).norm() / expected.norm())
+    grad = float((x.grad - weight.to(device).sum(0)).norm() / weight.sum(0).norm())
+    text = f"forward and backward on {device.type}: output off by {off:.1%}, gradient by {grad:.1%}"
+    bound = 0.2 if name == "nf4" else 0.05
+    return Check(name, "ok", text) if max(off, grad) < bound else Check(name, "broken", text, fix)
+
+
+def _rates() -> Iterator[Check]:
+    device = _device()
+    measured = measure(device)
+    text = ", ".join(f"{name} {rate:,.1f}" for name, rate in measured.items())
+    yield Check("matrix products", "ok", f"GFLOP/s on {device.type}: {text}")
+
+
+def _disk() -> Iterator[Check]:
+    places: dict[str, Callable[[], Path]] = {"disk": Path.cwd, "cache": default_folder}
+    for name, where in places.items():
+        place = next(parent for parent in (where(), *where().parents) if parent.exists())
+        free = shutil.disk_usage(place).free
+        level: Literal["ok", "broken"] = "ok" if free >= LEAST_FREE else "broken"
+        yield Check(
+            name, level, f"{free / 2**30:,.1f} GiB free at {where()}", "" if level == "ok" else "free some space"
+        )
