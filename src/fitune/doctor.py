@@ -138,7 +138,7 @@ def _bitsandbytes() -> Iterator[Check]:
         try:
             quantizer = quant.find(name)
         except ConfigError as error:
-            yield Check(name, "broken", error.what, error.fix or "")
+            yield Check(name, "broken", f"{error.what}: {error.received or ''}".rstrip(": "), error.fix or "")
             continue
         yield _quantized_step(name, quantizer)
 

@@ -36,7 +36,14 @@ def find(name: str) -> Quantizer:
         raise ConfigError(f"unknown quantizer {name!r}", fix=did_you_mean(name, NAMES))
     if find_spec("bitsandbytes") is None:
         raise ConfigError(f"quant {name} needs bitsandbytes, which is not installed", fix="pip install bitsandbytes")
-    found: Quantizer = import_module(f"fitune.quant.{name}").QUANTIZER
+    try:
+        found: Quantizer = import_module(f"fitune.quant.{name}").QUANTIZER
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"quant {name} needs bitsandbytes, which cannot be imported",
+            received=" ".join(str(error).split())[:300],
+            fix="pip install --force-reinstall bitsandbytes; without it --quant none works",
+        ) from error
     return found
 
 
@@ -89,6 +96,8 @@ def adopt(model: Any, name: str, compute: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, quantizer.base):
             quantizer.adopt(module, compute)
+            # the loader has put the weight behind the bias; "the last tensors" are to be those of the plain model
+            module._parameters["bias"] = module._parameters.pop("bias")
     model.fitune_quant = name
 
 
@@ -138,4 +147,11 @@ def forget(model: Any) -> None:
             delattr(model, name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    # and its files have no packed weights to unpack; transformers cannot turn that around when it saves
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        one
+        for one in conversions
+        if not any(type(op).__name__.startswith("Bnb") for op in getattr(one, "operations", []))
+    ] or None
     model.fitune_quant = "none"
