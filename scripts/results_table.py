@@ -12,11 +12,15 @@ from typing import Any
 
 
 def lines(path: Path) -> list[str]:
-    """The table of methods.json or of savers.json."""
+    """The table of methods.json, savers.json or precision.json."""
     record = json.loads(path.read_text(encoding="utf-8"))
     if "methods" in record:
         head = ["", "exact match", "trained", "share", "rate", "seconds", "peak MiB", "adapter KiB"]
         rows = [_method(name, row) for name, row in record["methods"].items()]
+    elif "precisions" in record:
+        head = ["", "frozen weights, KiB", "exact match", "gain kept", "real model: gain kept", "peak MiB", "seconds"]
+        real = record.get("real", {}).get("precisions", {})
+        rows = [_precision(name, row, real.get(name)) for name, row in record["precisions"].items()]
     else:
         head = ["", "memory, MiB", "memory ratio", "seconds a step", "time ratio", "against"]
         rows = [_saver(name, row) for name, row in record["savers"].items()]
@@ -26,6 +30,12 @@ def lines(path: Path) -> list[str]:
 def _method(name: str, row: dict[str, Any]) -> list[str]:
     figures = [f"{row['accuracy']:.1%}", f"{row['trainable']:,}", f"{row['share']:.2%}", f"{row['lr']:g}"]
     return [name, *figures, f"{row['seconds']:.0f}", f"{row['peak_mib']}", f"{row['adapter_bytes'] / 1024:,.0f}"]
+
+
+def _precision(name: str, row: dict[str, Any], real: dict[str, Any] | None) -> list[str]:
+    kept = "" if real is None else f"{real['gain_kept']:.1%}"
+    figures = [f"{row['frozen_bytes'] / 1024:,.0f}", f"{row['accuracy']:.1%}", f"{row['gain_kept']:.1%}", kept]
+    return [name, *figures, f"{row['peak_mib']}", f"{row['seconds']:.0f}"]
 
 
 def _saver(name: str, row: dict[str, Any]) -> list[str]:

@@ -71,6 +71,8 @@ REFUSED = {
     ("bitfit", "llama-tied"): "has no bias terms",
     ("bitfit", "phi3"): "has no bias terms",
     ("parallel", "opt"): "this model's MLP is no module of its own",
+    ("tail", "chatglm"): "the residual stream passes a norm",
+    ("tail-interleaved", "chatglm"): "the residual stream passes a norm",
     ("peft:LOHA", "gpt2"): "PEFT does not take it",  # no Conv1D
 }
 KINDS = [*tiny.FAMILIES, "llama-tied", *tiny.UNKNOWN]

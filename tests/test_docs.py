@@ -75,7 +75,7 @@ def test_the_loop_stays_small() -> None:
     assert len(inspect.getsource(training._loop).splitlines()) <= 60
 
 
-@pytest.mark.parametrize(("page", "results"), [("methods", "methods.json"), ("memory", "savers.json")])
+@pytest.mark.parametrize(("page", "results"), [("methods", "methods.json"), ("memory", "savers.json"), ("precision", "precision.json")])
 def test_tables_in_the_documents_are_those_of_the_results(page: str, results: str) -> None:
     import importlib.util
 

@@ -36,6 +36,7 @@ from fitune.cache import Cache
 from fitune.config import LengthPolicy
 from fitune.console import Watcher
 from fitune.encode import Encoder
+from fitune.families.chatglm_model import ChatGLMConfig, ChatGLMForConditionalGeneration
 from fitune.records import Conversation, DataReport
 from fitune.store import Rows, Samples
 from fitune.store import write_rows as write_rows_
@@ -74,7 +75,7 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-FAMILIES = ["llama", "qwen2", "gpt2", "glm", "bloom"]
+FAMILIES = ["llama", "qwen2", "gpt2", "glm", "bloom", "chatglm"]
 UNKNOWN = ["opt", "gpt_neox", "phi3"]  # not in the table: found by their names
 
 
@@ -100,6 +101,14 @@ def _make(kind: str, vocabulary: int) -> Any:
         return BloomForCausalLM(
             BloomConfig(vocab_size=vocabulary, hidden_size=48, n_layer=3, n_head=6, initializer_range=0.2)
         )
+    if kind == "chatglm":
+        return ChatGLMForConditionalGeneration(
+            ChatGLMConfig(
+                vocab_size=vocabulary, hidden_size=48, num_layers=3, num_attention_heads=4, inner_hidden_size=96,
+                max_sequence_length=256, bos_token_id=6, eos_token_id=1, mask_token_id=8, gmask_token_id=7,
+                pad_token_id=0, initializer_range=0.2,
+            )
+        )  # fmt: skip
     if kind == "opt":
         return OPTForCausalLM(
             OPTConfig(

@@ -27,7 +27,7 @@ from fitune.checkpoint import Loaded, RunFolder, restore_rng, rng_state
 from fitune.files import MANIFEST
 from fitune.kernels.loss import chunk_rows
 from fitune.methods import lora
-from fitune.model import INDEX, causal_lm, compute_dtype, trainable
+from fitune.model import INDEX, causal_lm, compute_dtype, trainable, weight_files
 from fitune.preflight import PROBE_TOKENS
 from fitune.records import Batch, Finding, Layout, Sample
 from fitune.recovery import first_non_finite
@@ -63,7 +63,7 @@ def probe(samples: Sequence[Sample]) -> Batch:
 def shard_facts(folder: Path) -> dict[str, list[Any]]:
     """Of each shard of a model: bytes, and the SHA-256 of its header (names, shapes, places of all tensors)."""
     found = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = stream.read(size) if size < 1 << 30 else b""
@@ -78,7 +78,7 @@ def base_intact(folder: Path, known: Mapping[str, Any] | None = None) -> Finding
         folder: the base model.
         known: what `shard_facts` gave when the run began.
     """
-    wrong = [text for file in sorted(folder.glob("*.safetensors")) if (text := _broken(file))]
+    wrong = [text for file in weight_files(folder) if (text := _broken(file))]
     if (folder / INDEX).is_file():
         listed = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         wrong += [f"{name} is missing" for name in sorted(listed) if not (folder / name).is_file()]

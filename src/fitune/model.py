@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GlmForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fitune import adapters, families
@@ -24,7 +25,7 @@ from fitune import quant as quants
 from fitune.config import QuantOptions, quant_options
 from fitune.encode import Encoder
 from fitune.errors import ModelError
-from fitune.families import Family
+from fitune.families import Family, original
 from fitune.kernels.attention import FLAT
 from fitune.kernels.frozen import keep_stored
 from fitune.kernels.norm import replace_norms
@@ -108,6 +109,8 @@ def read_config(folder: Path) -> Any:
         raise ModelError(
             f"{path}: no model_type", received=f"keys {sorted(values)[:8]}", expected='"model_type": "llama"'
         )
+    if kind == original.TYPE:
+        return original.config_of({k: v for k, v in values.items() if k not in CODE_KEYS})
     if kind not in CONFIG_MAPPING:
         reason = (
             "it works only with Python code from its folder, which fitune never runs" if "auto_map" in values else None
@@ -148,10 +151,20 @@ def quantized_as(config: Any) -> QuantOptions:
     )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that hold a model: the one file, or the shards of its index. Others may lie beside them."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(folder / shard for shard in shards)
+    return sorted(folder.glob("*.safetensors"))
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
     """As what most of a folder's weights are stored; what is no float of 16 or 32 bits does not count."""
     counts: dict[str, int] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         for name, entry in header.items():
@@ -178,11 +191,9 @@ def without_weights(config: Any) -> Any:
 
 def check_weights(folder: Path) -> None:
     """Raises ModelError unless the folder holds safetensors, each shard of its index included."""
-    if (folder / WEIGHTS).is_file():
-        return
-    if (folder / INDEX).is_file():
-        shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    files = weight_files(folder)
+    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelError(
                 f"{folder}: weights are missing", received=f"{', '.join(missing)} not there", expected=INDEX
@@ -242,15 +253,7 @@ def load_model(
         # the values must not depend on the precision of the run: a merge, in float32, must find the same ones
         how["dtype"], how["device_map"] = stored_dtype(path), {"": device}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            config=config,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **how,
-        )
+        model, info = _read(path, config, how)
     except Exception as error:  # safetensors, shapes, memory: each is told as it is
         raise ModelError(f"{path}: cannot be loaded", received=" ".join(str(error).split())[:400]) from error
     load_strict(path, info)
@@ -262,6 +265,35 @@ def load_model(
         quants.dequantize(model, DTYPES[precision])
         quants.forget(model)
     return ready(model, precision, adapter)
+
+
+def _read(path: Path, config: Any, how: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """transformers' model, and what it says of missing and left-over tensors."""
+    how = {**how, "config": config, "output_loading_info": True}
+    if is_original(path):
+        # tensors are mapped, not read: each is copied, and quantized, when its turn comes
+        found: tuple[Any, dict[str, Any]] = GlmForCausalLM.from_pretrained(
+            None, state_dict=dict(original.tensors(stored_tensors(path), config)), **how
+        )
+        return found
+    loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        str(path), trust_remote_code=False, use_safetensors=True, local_files_only=True, **how
+    )
+    return loaded
+
+
+def is_original(folder: Path) -> bool:
+    """Does a folder hold a ChatGLM2 or 3 in its published layout?"""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return values.get("model_type") == original.TYPE and not original.is_first(values)
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a folder's weights, mapped into memory."""
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tensors.get_tensor(name)
 
 
 def _quantizing(config: Any, options: QuantOptions, precision: str) -> Any:

@@ -27,7 +27,7 @@ from fitune.charts import Series, line_chart
 from fitune.config import QuantOptions, quant_options
 from fitune.errors import FituneError, ModelError
 from fitune.files import check_new, whole_folder
-from fitune.model import load_model, locate, quantized_as, read_config
+from fitune.model import load_model, locate, quantized_as, read_config, weight_files
 from fitune.pages import render
 from fitune.quant.absmax import outlier_columns
 
@@ -98,7 +98,7 @@ def _beside(model: Any, folder: Path) -> Iterator[tuple[str, Any, Tensor]]:
     prefix = f"{model.base_model_prefix}."
     by_file |= {key.removeprefix(prefix): name for key, name in by_file.items()}  # some files leave it out
     found: dict[str, tuple[Path, str]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with safe_open(file, "pt") as tensors:
             found |= {by_file[key]: (file, key) for key in tensors.keys() if key in by_file}  # noqa: SIM118
     for name, layer in layers.items():
@@ -183,4 +183,4 @@ def _kind(options: QuantOptions) -> str:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(folder))

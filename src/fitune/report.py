@@ -60,6 +60,7 @@ def write(run: RunFolder) -> None:
         answers=answers,
         score=score and f"exact match {score['base_accuracy']:.0%} before, {score['tuned_accuracy']:.0%} after",
         memory=plan["expected_mib"],
+        kept=plan.get("kept", []),
         result=result,
         findings=[*data["findings"], *(run.read("checks") if run.has("checks") else [])],
         settings=yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False),

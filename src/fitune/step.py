@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fitune.kernels.attention import FLAT
 from fitune.kernels.loss import label_loss
@@ -90,11 +91,14 @@ def _flat(model: Any, batch: Batch, before: virtual.Virtual | None) -> Tensor:
     ids, positions = (torch.from_numpy(values).to(device) for values in (batch.ids, batch.positions))
     bounds, inputs, keep = torch.from_numpy(batch.bounds), {"input_ids": ids[None]}, None
     extra: dict[str, Any] = {}
+    laid = 0  # virtual tokens that stand in the batch itself
     if before is not None and before.prefix is not None:
         positions, extra = positions + before.count, {"prefix": before.prefix}
     elif before is not None:
         embedded, keep, bounds, positions = _laid_before(inner, ids, batch, before)
-        inputs = {"inputs_embeds": embedded[None]}
+        inputs, laid = {"inputs_embeds": embedded[None]}, before.count
+    if hasattr(inner.base_model, "flat_positions"):  # a model that makes its positions from the ids, ChatGLM's first
+        positions = inner.base_model.flat_positions(ids, batch.bounds.tolist(), laid)
     use_attention(model, FLAT, bounds, extra.get("prefix"))
     out: Tensor = inner.base_model(
         **inputs, position_ids=positions[None], cu_seq_lens_q=bounds, use_cache=False, **extra
@@ -132,16 +136,33 @@ def _separate(model: Any, batch: Batch, before: virtual.Virtual | None, *, padde
     skip = 0 if before is None else before.count
     name = "input_ids" if before is None else "inputs_embeds"
     documents = list(_documents(ids, batch)) if before is None else _embedded(inner, ids, batch, before)
+    places = _own_positions(inner, ids, batch, skip)
     if not padded:
-        outs = [inner.base_model(**{name: one[None]}, use_cache=False).last_hidden_state[0] for one in documents]
+        outs = [
+            inner.base_model(**{name: one[None]}, use_cache=False, **place).last_hidden_state[0]
+            for one, place in zip(documents, places, strict=True)
+        ]
         return torch.cat([out[skip:] for out in outs])
     rows = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
     ones = [torch.ones(len(one), dtype=torch.long, device=ids.device) for one in documents]
     mask = torch.nn.utils.rnn.pad_sequence(ones, batch_first=True)
-    states = inner.base_model(**{name: rows}, attention_mask=mask, use_cache=False).last_hidden_state
+    extra = {}
+    if places[0]:
+        width = rows.shape[1]
+        padded_places = [F.pad(p["position_ids"], (0, width - p["position_ids"].shape[-1])) for p in places]
+        extra = {"position_ids": torch.cat(padded_places)}
+    states = inner.base_model(**{name: rows}, attention_mask=mask, use_cache=False, **extra).last_hidden_state
     real = mask.bool()
     real[:, :skip] = False
     return states[real]  # type: ignore[no-any-return]
+
+
+def _own_positions(inner: Any, ids: Tensor, batch: Batch, before: int) -> list[dict[str, Tensor]]:
+    """Of each document its positions (1, 2, L), for a model that makes them from the ids; nothing for others."""
+    if not hasattr(inner.base_model, "flat_positions"):
+        return [{} for _ in batch.rows]
+    each = [inner.base_model.flat_positions(one, [0, len(one)], before) for one in _documents(ids, batch)]
+    return [{"position_ids": one[None]} for one in each]
 
 
 def label_hidden(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:

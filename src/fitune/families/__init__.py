@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fitune.families import auto, bloom, glm, gpt2, llama, qwen2
+from fitune.families import auto, bloom, chatglm, glm, gpt2, llama, qwen2
 from fitune.families.base import Family
 
 TABLE: dict[str, Family] = {
-    family.model_type: family for family in (llama.FAMILY, qwen2.FAMILY, gpt2.FAMILY, glm.FAMILY, bloom.FAMILY)
+    family.model_type: family
+    for family in (llama.FAMILY, qwen2.FAMILY, gpt2.FAMILY, glm.FAMILY, bloom.FAMILY, chatglm.FAMILY)
 }
 
 __all__ = ["TABLE", "Family", "of"]
