@@ -13,6 +13,7 @@ from typing import Any
 __version__ = metadata.version("fitune")
 __all__ = [
     "Evaluation",
+    "Exported",
     "FituneError",
     "Merged",
     "QuantizedModel",
@@ -20,6 +21,7 @@ __all__ = [
     "Tuned",
     "__version__",
     "evaluate",
+    "export",
     "generate",
     "load",
     "load_model",

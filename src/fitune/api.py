@@ -10,6 +10,7 @@ from fitune.config import build
 from fitune.console import Watcher
 from fitune.errors import ConfigError
 from fitune.evaluation import Evaluation, evaluate
+from fitune.exporting import Exported, export
 from fitune.generation import Sampling, answer
 from fitune.loading import load as _load
 from fitune.merging import Merged, merge
@@ -21,11 +22,13 @@ from fitune.training import train as _train
 
 __all__ = [
     "Evaluation",
+    "Exported",
     "Merged",
     "QuantizedModel",
     "Result",
     "Tuned",
     "evaluate",
+    "export",
     "generate",
     "load",
     "load_model",

@@ -380,6 +380,24 @@ def merge(
 
 
 @app.command
+def export(
+    model: Annotated[str, Parameter(help="Model folder, such as `fitune merge` writes.")],
+    *,
+    output: Annotated[Path, Parameter(help="Folder of the exported model; must be new or empty.")],
+    to: Annotated[Literal["original"], Parameter(help="original: ChatGLM2's and 3's published layout.")] = "original",
+    json: Json = False,
+) -> None:
+    """Write a model in another layout, tensors bit for bit."""
+    from fitune.exporting import export as run_export
+
+    done = run_export(model, output, to=to)
+    text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
+    _console(json).print(text, highlight=False, soft_wrap=True)
+    if json:
+        _print_json(done.as_dict())
+
+
+@app.command
 def quantize(
     model: Annotated[str, Parameter(help="Model folder or hub id.")],
     *,
