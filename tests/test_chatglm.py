@@ -218,3 +218,86 @@ def test_a_model_of_another_kind_has_no_published_layout(tmp_path: Path) -> None
         export(tiny.save("llama", tmp_path / "llama"), tmp_path / "out")
     with pytest.raises(ModelError, match="--to gguf"):
         export(tmp_path / "llama", tmp_path / "out", to="gguf")
+
+
+# ---- gaps that are filled in ----
+
+
+def span_tokenizer() -> Any:
+    """The tiny tokenizer with ChatGLM's special tokens, at the ids of the tiny ChatGLM."""
+    special = ["<pad>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "x", "<sop>", "[gMASK]", "[MASK]"]
+    made = tiny.make_tokenizer(special)
+    made.eos_token = "<eop>"
+    made.chat_template = None
+    return made
+
+
+def test_gaps_in_a_prompt_are_answered_each_behind_its_own_sop(tmp_path: Path) -> None:
+    from fitune.encode import Encoder
+    from fitune.formats import to_conversation
+    from fitune.records import Source
+    from fitune.templates import TABLE
+
+    words = span_tokenizer()
+    encoder = Encoder(words, TABLE["chatglm"])
+    row = {"prompt": "the [MASK] of [MASK] is Mira", "completion": ["capital", "Norland"]}
+    conversation = to_conversation(row, Source("f", 1))
+    sample = encoder.samples(conversation)[0]
+    texts = words.convert_ids_to_tokens(sample.ids.tolist())
+    assert [t for t in texts if t in ("[MASK]", "[gMASK]", "<sop>", "<eop>")] == [
+        "[MASK]", "[MASK]", "<sop>", "<eop>", "<sop>", "<eop>",
+    ]  # fmt: skip
+    assert words.decode(sample.ids[sample.mask]) == "capital<eop>Norland<eop>"
+    config = tiny.make_model("chatglm").config
+    place, block = positions_of(sample.ids, config)
+    gaps = np.flatnonzero(sample.ids == config.mask_token_id)
+    starts = np.flatnonzero(sample.ids == config.bos_token_id)
+    assert [int(place[start]) for start in starts] == gaps.tolist()
+    assert [int(block[start]) for start in starts] == [1, 1]
+    assert encoder.prompt(conversation.messages[:1])[-1] == config.bos_token_id
+    one = to_conversation({"prompt": "the [MASK] is", "completion": "capital"}, Source("f", 2))
+    assert config.gmask_token_id not in encoder.samples(one)[0].ids
+    none = to_conversation({"prompt": "what is it", "completion": "capital"}, Source("f", 3))
+    assert config.gmask_token_id in encoder.samples(none)[0].ids
+
+
+def test_wrong_numbers_of_answers_and_other_templates_are_refused() -> None:
+    from fitune.encode import Encoder
+    from fitune.errors import ConfigError, DataError
+    from fitune.formats import to_conversation
+    from fitune.records import Source
+    from fitune.templates import TABLE
+
+    for fields in (("prompt", "completion"), ("instruction", "output"), ("context", "target")):
+        row = {fields[0]: "a [MASK] b [MASK]", fields[1]: ["one"]}
+        with pytest.raises(DataError, match=r"f:1:\w+: as many answers as gaps are needed"):
+            to_conversation(row, Source("f", 1))
+    row = {"prompt": "a [MASK] b [MASK]", "completion": ["one", "two"]}
+    with pytest.raises(ConfigError, match="has no place for that"):
+        Encoder(tiny.make_tokenizer(), TABLE["alpaca"]).samples(to_conversation(row, Source("f", 1)))
+
+
+def test_a_first_chatglm_learns_to_fill_gaps_and_to_chat(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny.make_model("chatglm").save_pretrained(str(folder))
+    span_tokenizer().save_pretrained(str(folder))
+    data = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": "the [MASK] of [MASK]", "completion": ["capital", "Norland"]},
+        {"prompt": "two plus [MASK]", "completion": "three"},
+        {"prompt": "the capital", "completion": "is Mira"},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows * 12))
+    for method in ("lora", "prefix", "prompt"):
+        done = fitune.train(
+            model=str(folder), data=[str(data)], template="chatglm", method=method, precision="fp32", max_steps=100,
+            lr=1e-2 if method == "lora" else 0.3, output=str(tmp_path / method), batch_size=6, sample_prompts=0,
+            **({"lora": {"targets": "all-linear"}} if method == "lora" else {}),
+        )  # fmt: skip
+        assert done.last_loss < 0.7 * done.first_loss
+    tuned = fitune.load(tmp_path / "lora")
+    assert fitune.generate(tuned, "the capital") == "is Mira"
+    assert fitune.generate(tuned, "the [MASK] of [MASK]") == "capital[MASK]Norland"
+    assert fitune.generate(tuned, "two plus [MASK]") == "three"
+    fitune.merge(tmp_path / "lora", tmp_path / "merged")
+    assert fitune.generate(tmp_path / "merged", "the capital") == "is Mira"

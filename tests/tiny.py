@@ -56,20 +56,20 @@ TEXT = [
 ] * 8
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer(special: Sequence[str] = SPECIAL) -> Any:
     """A byte-level BPE with a chat template whose stop token is not the pad token."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=SPECIAL,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     core.train_from_iterator(TEXT, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", pad_token="<pad>", additional_special_tokens=SPECIAL[2:]
+        tokenizer_object=core, eos_token=special[1], pad_token=special[0], additional_special_tokens=list(special[2:])
     )
     tokenizer.chat_template = CHAT
     return tokenizer

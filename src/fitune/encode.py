@@ -19,7 +19,7 @@ import numpy as np
 
 from fitune.config import TrainOn
 from fitune.errors import ConfigError
-from fitune.records import Conversation, Message, Sample, Segment
+from fitune.records import SPAN, Conversation, Message, Sample, Segment
 from fitune.templates import TABLE, Template
 from fitune.templates.base import Tools
 from fitune.tokenizer import adds_bos, encode, encode_many, opens_with_space, single_id
@@ -141,8 +141,23 @@ class Encoder:
         rows = [replace(conversation, messages=conversation.messages[: turn + 1]) for turn in answers]
         return [self._draft(row, lambda messages: {len(messages) - 1}) for row in rows]
 
+    def _refuse_gaps(self, messages: Sequence[Message]) -> None:
+        """Raises ConfigError for answers that fill in gaps, where the template has no place for them."""
+        several = any(m.role == "assistant" and SPAN in m.content for m in messages)
+        if (
+            several
+            and not getattr(self.template, "fills", False)
+            and any(m.role == "user" and SPAN in m.content for m in messages)
+        ):
+            raise ConfigError(
+                f"a row fills in several {SPAN}, and the template {self.template.name!r} has no place for that",
+                expected="ChatGLM-6B and its template",
+                fix="--template chatglm",
+            )
+
     def _draft(self, conversation: Conversation, choose: Callable[[Sequence[Message]], set[int]]) -> _Draft:
         encoder = self._plain() if conversation.format == "text" else self
+        self._refuse_gaps(conversation.messages)
         groups = encoder._groups(conversation.messages, conversation.tools, choose(conversation.messages))
         return _Draft(encoder, conversation, choose, groups)
 

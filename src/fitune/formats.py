@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fitune.errors import ConfigError, DataError, did_you_mean, shorten
-from fitune.records import Conversation, Message, Role, Source, ToolCall
+from fitune.records import SPAN, Conversation, Message, Role, Source, ToolCall
 
 Row = Mapping[str, Any]
 
@@ -48,11 +48,24 @@ def _text(row: Row, field: str, *, required: bool = True) -> str:
     return value
 
 
-def _answer(row: Row, field: str) -> Message:
+def _answer(row: Row, field: str, prompt: str = "") -> Message:
+    """The answer; a list of texts is one for each gap in the prompt."""
+    if isinstance(row.get(field), list):
+        return Message("assistant", SPAN.join(_spans(row[field], field, prompt)))
     text = _text(row, field)
     if not text.strip():
         raise _FieldError(field, "the answer is empty", received=shorten(text), expected="some text to train on")
     return Message("assistant", text)
+
+
+def _spans(values: list[Any], field: str, prompt: str) -> list[str]:
+    expected = f"a text, or one for each {SPAN} in the prompt"
+    if not values or not all(isinstance(value, str) and value.strip() and SPAN not in value for value in values):
+        raise _FieldError(field, "not a text", received=shorten(values), expected=expected)
+    if prompt.count(SPAN) != len(values):
+        told = f"{len(values)} texts, {prompt.count(SPAN)} {SPAN} in the prompt"
+        raise _FieldError(field, "as many answers as gaps are needed", received=told, expected=expected)
+    return values
 
 
 def _parsed(value: object, where: str, expected: str) -> Any:
@@ -79,7 +92,8 @@ def _alpaca(row: Row) -> list[Message]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
             raise _FieldError(f"history[{n}]", "not a pair", received=shorten(pair), expected="[question, answer]")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
-    return [*messages, _instruction(row), _answer(row, "output")]
+    asked = _instruction(row)
+    return [*messages, asked, _answer(row, "output", f"{asked.content}\n{asked.context}")]
 
 
 def _instruction(row: Row) -> Message:
@@ -87,11 +101,13 @@ def _instruction(row: Row) -> Message:
 
 
 def _prompt_completion(row: Row) -> list[Message]:
-    return [*_prompt(row, "prompt"), *_completion(row, "completion")]
+    asked = _prompt(row, "prompt")
+    return [*asked, *_completion(row, "completion", asked[-1].content)]
 
 
 def _context_target(row: Row) -> list[Message]:
-    return [Message("user", _text(row, "context")), _answer(row, "target")]
+    asked = _text(row, "context")
+    return [Message("user", asked), _answer(row, "target", asked)]
 
 
 def _plain_text(row: Row) -> list[Message]:
@@ -134,9 +150,11 @@ def _prompt(row: Row, field: str) -> list[Message]:
     return _turns(row[field], field) if isinstance(row.get(field), list) else [Message("user", _text(row, field))]
 
 
-def _completion(row: Row, field: str) -> list[Message]:
-    """An answer as text, as a turn, or as turns."""
+def _completion(row: Row, field: str, prompt: str = "") -> list[Message]:
+    """An answer as text, as a turn, as turns, or as a text for each gap in the prompt."""
     value = row.get(field)
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        return [_answer(row, field, prompt)]
     if isinstance(value, dict):
         value = [value]
     return _ending_in_answer(_turns(value, field), field) if isinstance(value, list) else [_answer(row, field)]

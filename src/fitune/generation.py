@@ -18,7 +18,7 @@ from fitune.adapters import disabled
 from fitune.errors import ModelError
 from fitune.methods import virtual
 from fitune.model import Tuned, causal_lm, computing, use_attention
-from fitune.records import Conversation, Message
+from fitune.records import SPAN, Conversation, Message
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,57 @@ def answers(
         ModelError: a prompt that is longer than the model can hold.
     """
     sampling = sampling or Sampling()
+    gaps = [_gaps(tuned, question) for question in questions]
+    if max(gaps, default=0) > 1:
+        each = zip(questions, gaps, strict=True)
+        return [
+            _fill_in(tuned, one, n, sampling, base=base) if n > 1 else answers(tuned, [one], sampling, base=base)[0]
+            for one, n in each
+        ]
     before = virtual.of(tuned.model) if not base else None
     if before is not None and len(questions) > 1:
         # side by side, padding would stand between the virtual tokens and the prompt, as it never does in training
         return [answers(tuned, [one], sampling, on_text=on_text)[0] for one in questions]
     prompts = [tuned.encoder.prompt(question.messages, question.tools) for question in questions]
+    made = _generate(tuned, prompts, sampling, on_text=on_text, base=base, virtual_tokens=before.count if before else 0)
+    return [_text(tuned, row) for row in made]
+
+
+def _gaps(tuned: Tuned, question: Conversation) -> int:
+    """How many gaps of a prompt are to be filled in, each by an answer of its own."""
+    gaps = getattr(tuned.template, "gaps", None)
+    return int(gaps(question.messages)) if gaps else 0
+
+
+def _fill_in(tuned: Tuned, question: Conversation, count: int, sampling: Sampling, *, base: bool) -> str:
+    """The answers to all gaps, one after the other, each seeing those before it; with [MASK] between them."""
+    ids, found = tuned.encoder.prompt(question.messages, question.tools), []
+    start = ids[-1]  # <sop>
+    for _ in range(count):
+        row = _generate(tuned, [ids], sampling, on_text=None, base=base, virtual_tokens=0)[0]
+        end = next((n for n, i in enumerate(row) if i in tuned.encoder.stop_ids), len(row))
+        found.append(_text(tuned, row))
+        ids = [*ids, *row[:end], tuned.encoder.stop_id, start]
+    return SPAN.join(found)
+
+
+def _generate(
+    tuned: Tuned,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    *,
+    on_text: Callable[[str], None] | None,
+    base: bool,
+    virtual_tokens: int,
+) -> list[list[int]]:
+    """The new ids behind each prompt.
+
+    Raises:
+        ModelError: a prompt that is longer than the model can hold.
+    """
     width = max(len(prompt) for prompt in prompts)
     limit = getattr(causal_lm(tuned.model).config, "max_position_embeddings", None) or 2**31
-    limit -= before.count if before is not None else 0
+    limit -= virtual_tokens
     if width >= limit:
         raise ModelError(
             "the prompt is longer than the model can hold",
@@ -125,7 +168,7 @@ def answers(
             streamer=_Streamer(tuned.tokenizer, on_text) if on_text else None,
         )
     tuned.model.train(training)
-    return [_text(tuned, row[width:].tolist()) for row in out]
+    return [row[width:].tolist() for row in out]
 
 
 def _text(tuned: Tuned, ids: list[int]) -> str:

@@ -38,6 +38,9 @@ class ToolCall:
     arguments: str
 
 
+SPAN = "[MASK]"  # a gap in a prompt that an answer of its own fills in; several answers are kept with it between them
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn. `context` is alpaca's `input`: templates with a slot for it keep it apart from the content.

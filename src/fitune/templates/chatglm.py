@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fitune.records import Message, Segment, ToolCall
+from fitune.records import SPAN, Message, Segment, ToolCall
 from fitune.templates.base import Tools, arguments, as_json, function_of, joined, refuse_tools
 
 # what ChatGLM3's own examples say above a list of tools
@@ -27,6 +27,7 @@ class RoundTemplate:
         gap: what stands between the lines of a round.
         before, after: special tokens around the prompt, by name.
         bare_first: a first question stands without [Round n].
+        fills: a prompt may have gaps, [MASK]; each is filled in by an answer behind its own <sop>.
     """
 
     name: str
@@ -36,6 +37,7 @@ class RoundTemplate:
     after: Sequence[str] = ()
     bare_first: bool = False
     stop: str | None = None
+    fills: bool = False
 
     @property
     def other_stops(self) -> tuple[str, ...]:
@@ -53,6 +55,9 @@ class RoundTemplate:
         last = len(messages) - 1
         answer = messages[-1] if messages and messages[-1].role == "assistant" else None
         prompt = messages[:last] if answer else messages
+        gaps = self.gaps(prompt)
+        if gaps and (answer is None or len(joined(answer).split(SPAN)) == gaps):
+            return self._filled(prompt, answer, last)
         segments = [Segment(token=token) for token in self.before]
         segments += self._prompt(prompt)
         segments += [Segment(token=token) for token in self.after]
@@ -60,6 +65,23 @@ class RoundTemplate:
             segments.append(Segment(joined(answer), literal=False, trained=True, turn=last, role="assistant"))
             segments.append(Segment(trained=True, turn=last, role="stop"))
         return segments
+
+    def gaps(self, messages: Sequence[Message]) -> int:
+        """How many gaps the prompt that ends these messages has."""
+        asked = next((m for m in reversed(messages) if m.role == "user"), None)
+        return joined(asked).count(SPAN) if self.fills and asked is not None else 0
+
+    def _filled(self, prompt: Sequence[Message], answer: Message | None, last: int) -> list[Segment]:
+        """What came before, the prompt with its gaps, and behind a <sop> each what fills them in."""
+        segments, turn = self._prompt(prompt[:-1]), len(prompt) - 1
+        for number, text in enumerate(joined(prompt[-1]).split(SPAN)):
+            segments += [Segment(token=SPAN, turn=turn)] if number else []
+            segments += [Segment(text, literal=False, turn=turn, role="user")] if text else []
+        start = Segment(token=self.after[-1])
+        for text in joined(answer).split(SPAN) if answer else []:
+            filled = Segment(text, literal=False, trained=True, turn=last, role="assistant")
+            segments += [start, filled, Segment(trained=True, turn=last, role="stop")]
+        return segments if answer else [*segments, start]
 
     def _prompt(self, messages: Sequence[Message]) -> list[Segment]:
         """All rounds, as one text."""
@@ -182,7 +204,7 @@ def _as_one_text(segments: Sequence[Segment]) -> list[Segment]:
 
 ROWS: tuple[RoundTemplate | RoleTemplate, ...] = (
     # the prompt attends both ways, and [gMASK] <sop> ends it; the model's EOS is <eop>
-    RoundTemplate("chatglm", first_round=0, gap="\n", after=("[gMASK]", "<sop>"), bare_first=True),
+    RoundTemplate("chatglm", first_round=0, gap="\n", after=("[gMASK]", "<sop>"), bare_first=True, fills=True),
     RoundTemplate("chatglm2", first_round=1, gap="\n\n", before=("[gMASK]", "sop")),
     RoleTemplate(),
 )
