@@ -75,7 +75,9 @@ REFUSED = {
     ("tail-interleaved", "chatglm"): "the residual stream passes a norm",
     ("peft:LOHA", "gpt2"): "PEFT does not take it",  # no Conv1D
 }
-KINDS = [*tiny.FAMILIES, "llama-tied", *tiny.UNKNOWN]
+KINDS = [*tiny.FAMILIES, "llama-tied", *tiny.MORE, *tiny.UNKNOWN]
+LATER = (*tiny.MORE, "olmo2")  # of these the quick run tries a few methods only
+FEW = ("full", "freeze", "lora", "lora-all", "prefix", "tail", "houlsby", "prompt")
 QUICK = {
     ("bf16", "none"): ("llama", "bloom"),
     ("fp16", "none"): ("llama",),
@@ -101,7 +103,8 @@ def cases() -> Iterator[Any]:
     nf4's."""
     for variant, kind in product(VARIANTS, KINDS):
         for precision, quant in (("fp32", "none"), *QUICK):
-            quick = (precision, quant) == ("fp32", "none") or kind in QUICK[precision, quant]
+            plain = (precision, quant) == ("fp32", "none") and (kind not in LATER or variant in FEW)
+            quick = plain or kind in QUICK.get((precision, quant), ())
             name = f"{variant}-{kind}-{precision}" + (f"-{quant}" if quant != "none" else "")
             marks = [] if quick else pytest.mark.full
             yield pytest.param(variant, kind, precision, quant, id=name, marks=marks)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -24,8 +25,6 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -76,7 +75,9 @@ def make_tokenizer(special: Sequence[str] = SPECIAL) -> Any:
 
 
 FAMILIES = ["llama", "qwen2", "gpt2", "glm", "bloom", "chatglm"]
-UNKNOWN = ["opt", "gpt_neox", "phi3"]  # not in the table: found by their names
+MORE = ["mistral", "qwen3", "gpt_neox", "opt", "gemma2", "gemma3", "phi3", "glm4"]
+UNKNOWN = ["phi", "olmo2"]  # not in the table: found by their names
+PARTIAL = ["qwen3_moe", "mixtral", "gpt_oss", "qwen3_next", "qwen3_5"]  # experts, or blocks of several kinds
 
 
 def make_model(kind: str, seed: int = 0, vocabulary: int = 400) -> Any:
@@ -133,13 +134,55 @@ def _make(kind: str, vocabulary: int) -> Any:
         "max_position_embeddings": 256,
         "initializer_range": 0.2,
     }
+    if kind in SHAPES:
+        return _other(kind, common)
     if kind == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True))
     if kind == "glm":
         return GlmForCausalLM(GlmConfig(**common, head_dim=12, attention_bias=True, pad_token_id=0))
-    if kind == "phi3":
-        return Phi3ForCausalLM(Phi3Config(**common, pad_token_id=0))
     return LlamaForCausalLM(LlamaConfig(**common, head_dim=12, tie_word_embeddings=kind == "llama-tied"))
+
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts": 4}
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+# transformers' classes, and what is set beside the common sizes: windows of 8, so that documents are longer than them
+SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"head_dim": 12, "sliding_window": 8}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 12, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2ForCausalLM", "Gemma2Config",
+        {"head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 5.0,
+         "final_logit_softcapping": 30.0},
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM", "Gemma3TextConfig",
+        {"head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {"pad_token_id": 0, "sliding_window": 8}),
+    "glm4": ("Glm4ForCausalLM", "Glm4Config", {"head_dim": 12, "attention_bias": True, "pad_token_id": 0}),
+    "phi": ("PhiForCausalLM", "PhiConfig", {"num_key_value_heads": 4}),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {}),
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", {}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"head_dim": 12, **EXPERTS}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "GptOssForCausalLM", "GptOssConfig",
+        {"head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM", "Qwen3NextConfig",
+        {"head_dim": 12, "num_hidden_layers": 4, "shared_expert_intermediate_size": 32, **EXPERTS, **LINEAR},
+    ),
+    "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {"head_dim": 12, "num_hidden_layers": 4, **LINEAR}),
+}  # fmt: skip
+
+
+def _other(kind: str, common: dict[str, Any]) -> Any:
+    model, config, extra = SHAPES[kind]
+    return getattr(transformers, model)(getattr(transformers, config)(**{**common, **extra}))
 
 
 def save(kind: str, folder: Path) -> Path:

@@ -253,7 +253,7 @@ def _same_settings(folder: Path, model: Any) -> None:
         stored = _read_json(folder / PEFT_CONFIG)
     else:
         mine, stored = model.fitune_method, _read_json(folder / OWN_CONFIG)
-    plain = json.loads(json.dumps(mine, default=lambda value: getattr(value, "value", str(value))))
+    plain = json.loads(json.dumps(mine, default=_plain))
     differing = [
         f"{name} {stored.get(name)} (this run: {plain.get(name)})"
         for name in sorted({*plain, *stored} - FREE)
@@ -261,6 +261,11 @@ def _same_settings(folder: Path, model: Any) -> None:
     ]
     if differing:
         raise _other(folder, differing)
+
+
+def _plain(value: Any) -> Any:
+    """PEFT's enums and sets as they stand in a file."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", str(value))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

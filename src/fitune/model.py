@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -356,6 +356,8 @@ def ready(model: Any, precision: str = "fp32", adapter: str | Path | None = None
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if adapter is not None:
+        with suppress(ModelError):  # whoever needs it will be told
+            families.of(model)
         model = adapters.put(model, Path(adapter))
     return model.eval()
 
@@ -411,7 +413,7 @@ def use_attention(model: Any, name: str, bounds: Tensor | None = None, prefix: A
 
     Args:
         model: any.
-        name: FLAT or sdpa.
+        name: FLAT or sdpa; a model whose scores SDPA cannot compute takes transformers' own way.
         bounds, prefix: for models whose blocks hand no keywords through (BLOOM).
     """
     inner = causal_lm(model)
@@ -419,6 +421,8 @@ def use_attention(model: Any, name: str, bounds: Tensor | None = None, prefix: A
         inner.flat_state.bounds, inner.flat_state.prefix = bounds, prefix
         inner.config._attn_implementation = FLAT if name == FLAT else "eager"
         return
+    if name == "sdpa" and not getattr(type(inner), "_supports_sdpa", True):
+        name = "eager"
     if inner.config._attn_implementation != name:
         inner.set_attn_implementation(name)
         if inner.config._attn_implementation != name:

@@ -7,21 +7,40 @@ from __future__ import annotations
 
 from typing import Any
 
-from fitune.families import auto, bloom, chatglm, glm, gpt2, llama, qwen2
+from fitune.families import (
+    auto,
+    bloom,
+    chatglm,
+    gemma2,
+    gemma3,
+    glm,
+    glm4,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from fitune.families.base import Family
 
 TABLE: dict[str, Family] = {
-    family.model_type: family
-    for family in (llama.FAMILY, qwen2.FAMILY, gpt2.FAMILY, glm.FAMILY, bloom.FAMILY, chatglm.FAMILY)
+    module.FAMILY.model_type: module.FAMILY
+    for module in (bloom, chatglm, gemma2, gemma3, glm, glm4, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3)
 }
 
 __all__ = ["TABLE", "Family", "of"]
 
 
 def of(model: Any) -> Family:
-    """The family of a causal LM.
+    """The family of a causal LM. It is remembered, since a method put on it later hides its layers' names.
 
     Raises:
         ModelError: it is not in the table, and its names do not show its parts.
     """
-    return TABLE.get(model.config.model_type) or auto.find(model)
+    if getattr(model, "fitune_family", None) is None:
+        model.fitune_family = TABLE.get(model.config.model_type) or auto.find(model)
+    found: Family = model.fitune_family
+    return found

@@ -17,6 +17,8 @@ from fitune.families.base import Family
 
 OUT = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj", "linear_out")
 MLP_OUT = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "proj", "fc_2", "linear_2")
+QUERIES = ("q_proj", "query")
+RECURRENT = ("in_proj_qkvz", "in_proj_qkv")  # of layers with linear attention
 VALUES = ("v_proj", "value", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
 
 
@@ -28,9 +30,9 @@ def find(model: Any) -> Family:
     """
     path, blocks = _blocks(model)
     block = blocks[0]
-    if any(parameter.ndim > 2 for parameter in block.parameters()):
-        raise _unknown(model, "one MLP per block: it is a mixture of experts", [n for n, _ in block.named_parameters()])
-    linear = [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    if why := _partial(blocks):
+        return _part_of(model, path, blocks, why)
+    linear = [name for name, module in block.named_modules() if _is_linear(module)]
     parts = {name.split(".")[0] for name in linear}
     attention = next((name for name in sorted(parts) if "attn" in name or "attention" in name), None)
     if attention is None:
@@ -41,11 +43,7 @@ def find(model: Any) -> Family:
     mlp_out = _pick(model, outside, MLP_OUT, "the MLP's output layer")
     qkv = tuple(name for name in inside if name != out)
     values = [_leaf(name) for name in qkv if _leaf(name) in VALUES]
-    queries = [_leaf(name) for name in qkv if _leaf(name) in ("q_proj", "query")]
-    for number, other in enumerate(blocks):
-        missing = [name for name in (*inside, *outside) if name not in dict(other.named_modules())]
-        if missing:
-            raise _unknown(model, f"the same parts in every block (block {number} has no {missing[0]})", missing)
+    queries = [_leaf(name) for name in qkv if _leaf(name) in QUERIES]
     return Family(
         model_type=model.config.model_type,
         blocks=path,
@@ -59,6 +57,43 @@ def find(model: Any) -> Family:
         lora_targets=tuple(dict.fromkeys([*queries, *values])) or tuple(map(_leaf, qkv)),
         found=True,
     )
+
+
+def _partial(blocks: nn.ModuleList) -> str:
+    """Why these blocks have no one MLP and no one attention in common; empty where they do."""
+    names = [{name for name, module in block.named_modules() if _is_linear(module)} for block in blocks]
+    experts = any(parameter.ndim > 2 and "conv" not in name for name, parameter in blocks.named_parameters())
+    several = any(".experts." in name for name in names[0])
+    differ = any(other != names[0] for other in names)
+    reasons = [*(["are mixtures of experts"] if experts or several else []), *(["differ"] if differ else [])]
+    return " and ".join(reasons)
+
+
+def _part_of(model: Any, path: str, blocks: nn.ModuleList, why: str) -> Family:
+    """What can be said of such a model: its blocks, its norm, and which layers `targets: auto` means."""
+    linear = [(name, _leaf(name)) for block in blocks for name, module in block.named_modules() if _is_linear(module)]
+    attention = sorted({name.split(".")[0] for name, _ in linear if "attn" in name or "attention" in name})
+    known = [leaf for leaf in (*QUERIES, *VALUES, *RECURRENT) if any(leaf == other for _, other in linear)]
+    if not attention or not known:
+        raise _unknown(model, "the attention of a block", sorted({leaf for _, leaf in linear}))
+    return Family(
+        model_type=model.config.model_type,
+        blocks=path,
+        attention=attention[-1],
+        qkv=(),
+        out="",
+        mlp=None,
+        mlp_in=(),
+        mlp_out="",
+        final_norm=_final_norm(model, path),
+        lora_targets=tuple(known),
+        found=True,
+        partial=why,
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def _blocks(model: Any) -> tuple[str, nn.ModuleList]:

@@ -90,6 +90,7 @@ class Adapter(Method):
 
 def _places(model: Any, family: Family, options: BottleneckOptions) -> list[str]:
     """The layers that get adapters."""
+    family.whole("adapter")
     if options.kind == "parallel" and family.mlp is None:
         raise ConfigError(
             "bottleneck.kind=parallel: this model's MLP is no module of its own",

@@ -63,6 +63,7 @@ class Bitfit(Method):
 
 def _without_bias(model: Any, family: Family) -> list[str]:
     """Projections that have no bias."""
+    family.whole("bitfit.add")
     names = (
         f"{family.blocks}.{n}.{name}" for n in range(len(family.block_list(model))) for name in family.projections()
     )

@@ -54,6 +54,7 @@ def _is_feedforward(name: str, family: Family) -> bool:
 
 
 def _targets(model: Any, family: Family, config: RunConfig) -> list[str]:
+    family.whole("ia3")
     return targets(model, config.ia3.targets, [*_keys_values(family), family.mlp_out], "ia3.targets")
 
 

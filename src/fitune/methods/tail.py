@@ -99,6 +99,7 @@ class Tail(Method):
                     "tail: this model scales its attention by the layer's number, so a longer one is another model",
                     fix="--tail.kind mlp, or --method lora",
                 )
+            family.whole("tail")
             blocks = family.block_list(model)
             for place, copied in _places(model, family, options):
                 for name, parameter in blocks[copied].named_parameters():
