@@ -64,6 +64,10 @@ def make(version: int, folder: Path, tokenizer: Path | None, seed: int = 0) -> P
     for name in TOKENIZER if tokenizer is not None else ():
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and version > 1:  # 2 and 3 share a vocabulary; the name tells which prompts it is for
+        named = {**json.loads(settings.read_text(encoding="utf-8")), "name_or_path": values["_name_or_path"]}
+        settings.write_text(json.dumps(named, indent=1), encoding="utf-8")
     return folder
 
 

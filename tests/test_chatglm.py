@@ -18,6 +18,9 @@ from fitune.exporting import export
 from fitune.families import original
 from fitune.families.chatglm_model import positions_of
 from fitune.model import load_model, read_config
+from fitune.records import Message
+
+ROOT = Path(__file__).parents[1]
 
 VERSIONS = ("chatglm-6b", "chatglm2-6b", "chatglm3-6b")
 
@@ -218,6 +221,59 @@ def test_a_model_of_another_kind_has_no_published_layout(tmp_path: Path) -> None
         export(tiny.save("llama", tmp_path / "llama"), tmp_path / "out")
     with pytest.raises(ModelError, match="--to gguf"):
         export(tmp_path / "llama", tmp_path / "out", to="gguf")
+
+
+# ---- the published vocabularies and tokenizers ----
+
+
+def maker() -> Any:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("make_chatglm", ROOT / "scripts" / "make_chatglm.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.make
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_published_layouts_with_their_tokenizers_train_and_chat(version: int, shared: Path, tmp_path: Path) -> None:
+    words = shared / "tokenizers" / ("chatglm1" if version == 1 else "chatglm2")
+    folder = maker()(version, tmp_path / "model", words)
+    name = {1: "chatglm", 2: "chatglm2", 3: "chatglm3"}[version]
+    data = shared / "data" / ("glaive_toolcall_zh_demo.json" if version == 3 else "advertisegen_dev/dev.json")
+    columns = {} if version == 3 else {"map": {"content": "prompt", "summary": "completion"}}
+    done = fitune.train(
+        model=str(folder), data=[str(data)], take=24, max_length=160, max_lost=1.0, batch_size=4, max_steps=8, lr=2e-2,
+        precision="fp32", lora={"targets": "all-linear"}, sample_prompts=0, skip_bad=True, device="cpu",
+        output=str(tmp_path / "run"), **columns,
+    )  # fmt: skip
+    assert done.last_loss < done.first_loss
+    assert done.held_out_loss_after is not None
+    assert done.held_out_loss_before is not None
+    assert done.held_out_loss_after < done.held_out_loss_before
+    tuned = fitune.load(tmp_path / "run")
+    assert tuned.template.name == name
+    assert len(tuned.model.get_base_model().get_input_embeddings().weight) == (130_528 if version == 1 else 65_024)
+    asked = [Message("user", "你好"), Message("assistant", "你好！"), Message("user", "再见")]
+    tools = ({"type": "function", "function": {"name": "now", "description": "time", "parameters": {}}},)
+    ids = tuned.encoder.prompt(asked, tools if version == 3 else ())
+    roles = tuned.tokenizer.convert_ids_to_tokens(ids)
+    if version == 1:
+        assert roles[-2:] == ["[gMASK]", "<sop>"]
+        assert tuned.encoder.stop_ids == [130_005]
+    elif version == 2:
+        assert roles[:2] == ["[gMASK]", "sop"]
+    else:
+        assert [r for r in roles if r.startswith("<|")] == [
+            "<|system|>", "<|user|>", "<|assistant|>", "<|user|>", "<|assistant|>",
+        ]  # fmt: skip
+        assert '"name": "now"' in tuned.tokenizer.decode(ids)
+        stops = tuned.tokenizer.convert_ids_to_tokens(tuned.encoder.stop_ids)
+        assert {"<|user|>", "<|observation|>"} <= set(stops)
+    fitune.generate(tuned, "你好", max_new_tokens=4)
 
 
 # ---- gaps that are filled in ----
