@@ -53,7 +53,7 @@ def mistakes(model_folder: Path, data_file: Path, tmp_path: Path) -> dict[str, t
         "empty data": ([*m, "--data", empty, *o], ["no rows"]),
         "no answer": ([*m, "--data", no_answer, *o], [":1:output: the answer is empty"]),
         "no weights": (["--model", no_weights, *d, *o], ["no weights", "expected: model.safetensors"]),
-        "pickles": (["--model", pickled, *d, *o], ["pytorch_model.bin (pickles run code when loaded)"]),
+        "pickles": (["--model", pickled, *d, *o], ["pytorch_model.bin", "download the model again"]),
         "remote code": (["--model", remote, *d, *o], ["which fitune never runs"]),
         "no model": (["--model", "nowhere", *d, *o], ["nowhere: no such folder"]),
         "unknown method": ([*m, *d, *o, "--method", "lroa"], ["unknown method 'lroa'", "did you mean 'lora'?"]),

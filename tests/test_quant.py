@@ -22,11 +22,12 @@ from fitune.config import QuantOptions, build, quant_options
 from fitune.errors import ConfigError, ModelError, Problems, RunFolderError
 from fitune.kernels.frozen import Frozen
 from fitune.merging import merge
-from fitune.model import load_model, ready, stored_dtype
+from fitune.model import load_model, ready
 from fitune.quant import absmax, nf4
 from fitune.quantizing import quantize
 from fitune.step import loss_sum
 from fitune.training import train
+from fitune.weights import stored_dtype
 from test_contract import IDS, config_for, gradients, logits, samples
 
 WEIGHT = torch.randn(48, 80, generator=torch.Generator().manual_seed(1)) / 8

@@ -12,6 +12,7 @@ from typing import Any
 
 __version__ = metadata.version("fitune")
 __all__ = [
+    "Converted",
     "Evaluation",
     "Exported",
     "FituneError",
@@ -20,6 +21,7 @@ __all__ = [
     "Result",
     "Tuned",
     "__version__",
+    "convert",
     "evaluate",
     "export",
     "generate",

@@ -8,6 +8,7 @@ from typing import Any
 
 from fitune.config import build
 from fitune.console import Watcher
+from fitune.converting import Converted, convert
 from fitune.errors import ConfigError
 from fitune.evaluation import Evaluation, evaluate
 from fitune.exporting import Exported, export
@@ -21,12 +22,14 @@ from fitune.training import Result, resume_config
 from fitune.training import train as _train
 
 __all__ = [
+    "Converted",
     "Evaluation",
     "Exported",
     "Merged",
     "QuantizedModel",
     "Result",
     "Tuned",
+    "convert",
     "evaluate",
     "export",
     "generate",

@@ -380,6 +380,23 @@ def merge(
 
 
 @app.command
+def convert(
+    model: Annotated[str, Parameter(help="Folder with old .bin weights.")],
+    *,
+    output: Annotated[Path, Parameter(help="Folder with safetensors; must be new or empty.")],
+    json: Json = False,
+) -> None:
+    """Write old .bin weights as safetensors, without unpickling them."""
+    from fitune.converting import convert as run_convert
+
+    done = run_convert(model, output)
+    text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
+    _console(json).print(text, highlight=False, soft_wrap=True)
+    if json:
+        _print_json(done.as_dict())
+
+
+@app.command
 def export(
     model: Annotated[str, Parameter(help="Model folder, such as `fitune merge` writes.")],
     *,

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GlmConfig
 
+from fitune import weights
 from fitune.errors import ModelError
 from fitune.families import original
 from fitune.files import check_new, whole_folder
-from fitune.model import INDEX, WEIGHTS, check_weights, locate, quantized_as, read_config, weight_files
+from fitune.model import locate, quantized_as, read_config
 
 LAYOUTS = ("original",)
 SHARD = 4 * 2**30  # bytes of a file
@@ -61,7 +62,7 @@ def export(model: str | Path, output: str | Path, *, to: str = "original", shard
             f"{folder}: is a run", expected="a model", fix=f"fitune merge {folder} --output MERGED, then that"
         )
     config = read_config(folder)
-    check_weights(folder)
+    weights.check(folder)
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if values.get("model_type") == original.TYPE:
         raise ModelError(f"{folder}: is in its published layout already")
@@ -76,8 +77,8 @@ def export(model: str | Path, output: str | Path, *, to: str = "original", shard
         text = json.dumps(original.published_config(config), ensure_ascii=False, indent=2)
         (place / "config.json").write_text(text, encoding="utf-8")
         for file in folder.iterdir():
-            weights = file.suffix in (".safetensors", ".bin") or ".index." in file.name
-            if file.is_file() and not weights and file.name not in ("config.json", "generation_config.json"):
+            of_weights = file.suffix in (".safetensors", ".bin") or ".index." in file.name
+            if file.is_file() and not of_weights and file.name not in ("config.json", "generation_config.json"):
                 shutil.copyfile(file, place / file.name)
     return Exported(str(target), count, files)
 
@@ -85,7 +86,7 @@ def export(model: str | Path, output: str | Path, *, to: str = "original", shard
 def _write(folder: Path, place: Path, config: GlmConfig, shard: int) -> tuple[int, int]:
     """Tensors into files of at most so many bytes; how many there are of both."""
     where: dict[str, Path] = {}
-    for file in weight_files(folder):
+    for file in weights.files(folder):
         with safe_open(file, "pt") as tensors:
             where |= dict.fromkeys(tensors.keys(), file)
 
@@ -112,7 +113,7 @@ def _write(folder: Path, place: Path, config: GlmConfig, shard: int) -> tuple[in
             size = 0
         held[name], size, total = tensor.contiguous(), size + count, total + count
     flush()
-    names = [WEIGHTS] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(len(shards))]
+    names = [weights.SAFE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(len(shards))]
     for number, name in enumerate(names):
         (place / f"part-{number}").rename(place / name)
     if len(names) > 1:
@@ -120,7 +121,7 @@ def _write(folder: Path, place: Path, config: GlmConfig, shard: int) -> tuple[in
             "metadata": {"total_size": total},
             "weight_map": {t: n for n, s in zip(names, shards, strict=True) for t in s},
         }
-        (place / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (place / weights.SAFE_INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return sum(len(one) for one in shards), len(shards)
 
 

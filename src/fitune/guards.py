@@ -8,8 +8,6 @@ saved-complete.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,13 +19,13 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fitune import adapters, optim, quant
+from fitune import adapters, optim, quant, weights
 from fitune.batches import flat, split
 from fitune.checkpoint import Loaded, RunFolder, restore_rng, rng_state
 from fitune.files import MANIFEST
 from fitune.kernels.loss import chunk_rows
 from fitune.methods import lora
-from fitune.model import INDEX, causal_lm, compute_dtype, trainable, weight_files
+from fitune.model import causal_lm, compute_dtype, trainable
 from fitune.preflight import PROBE_TOKENS
 from fitune.records import Batch, Finding, Layout, Sample
 from fitune.recovery import first_non_finite
@@ -60,53 +58,23 @@ def probe(samples: Sequence[Sample]) -> Batch:
 # ---- before the first step ----
 
 
-def shard_facts(folder: Path) -> dict[str, list[Any]]:
-    """Of each shard of a model: bytes, and the SHA-256 of its header (names, shapes, places of all tensors)."""
-    found = {}
-    for file in weight_files(folder):
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = stream.read(size) if size < 1 << 30 else b""
-        found[file.name] = [file.stat().st_size, hashlib.sha256(header).hexdigest()]
-    return found
-
-
 def base_intact(folder: Path, known: Mapping[str, Any] | None = None) -> Finding:
     """Every shard is as long as its header says, all of the index are there, and they are those of the run's start.
 
     Args:
         folder: the base model.
-        known: what `shard_facts` gave when the run began.
+        known: what `weights.facts` gave when the run began.
     """
-    wrong = [text for file in weight_files(folder) if (text := _broken(file))]
-    if (folder / INDEX).is_file():
-        listed = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        wrong += [f"{name} is missing" for name in sorted(listed) if not (folder / name).is_file()]
+    wrong = weights.broken(folder)
     if wrong:
         return Finding("base-intact", "refuse", "; ".join(wrong), "download the model again")
-    facts = shard_facts(folder)
+    facts = weights.facts(folder)
     if known is not None and dict(known) != facts:
         changed = sorted(name for name in {*known, *facts} if known.get(name) != facts.get(name))
         text = f"the base model changed since this run began: {', '.join(changed)}"
         return Finding("base-intact", "refuse", text, "restore it, or start a new run")
     total = sum(size for size, _ in facts.values())
     return Finding("base-intact", "ok", f"{len(facts)} files of weights, {total:,} bytes, as long as they say")
-
-
-def _broken(file: Path) -> str | None:
-    """What is wrong with a safetensors file, by its own header."""
-    there = file.stat().st_size
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if size > there - 8:
-            return f"{file.name} is cut off: {there:,} bytes"
-        try:
-            header = json.loads(stream.read(size))
-        except ValueError:
-            return f"{file.name} has no readable header"
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    expected = 8 + size + end
-    return None if there == expected else f"{file.name} has {there:,} bytes, its header says {expected:,}"
 
 
 def nan_hidden(model: Any, batch: Batch, layout: Layout) -> Finding:

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fitune import dataset, methods, preflight
+from fitune import dataset, methods, preflight, weights
 from fitune import quant as quants
 from fitune.batches import in_order
 from fitune.checkpoint import RunFolder
@@ -31,7 +31,7 @@ from fitune.families import Family
 from fitune.files import check_new, whole_folder
 from fitune.loading import TEMPLATE, load
 from fitune.methods import new_tokens
-from fitune.model import Tuned, causal_lm, load_model, output_head, quantized_as, read_config, stored_dtype
+from fitune.model import Tuned, causal_lm, load_model, output_head, quantized_as, read_config
 from fitune.precision import DTYPES, NAMES
 from fitune.records import Finding, Message
 from fitune.step import label_hidden
@@ -103,7 +103,7 @@ def merge(
         raise RunFolderError("--dtype", received=dtype, expected=f"auto, {', '.join(DTYPES)}")
     _check_ways(config, onto, requantize=requantize)
     tuned = load(run, device="cpu", precision="fp32")
-    chosen = NAMES[stored_dtype(Path(config.model))] if dtype == "auto" else dtype
+    chosen = NAMES[weights.stored_dtype(Path(config.model))] if dtype == "auto" else dtype
     with torch.no_grad():
         before = tuned.model(input_ids=(probe := _probe(tuned.encoder))).logits[:, -probe.shape[1] :]
         plain = merged(_plain(run, config, tuned, onto), tuned.family, config)

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GlmForCausalLM
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GlmForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fitune import adapters, families
+from fitune import adapters, families, weights
 from fitune import quant as quants
 from fitune.config import QuantOptions, quant_options
 from fitune.encode import Encoder
@@ -40,9 +39,6 @@ CODE_KEYS = (
     "_experts_implementation",
     "experts_implementation",
 )
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass
@@ -151,29 +147,6 @@ def quantized_as(config: Any) -> QuantOptions:
     )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that hold a model: the one file, or the shards of its index. Others may lie beside them."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(folder / shard for shard in shards)
-    return sorted(folder.glob("*.safetensors"))
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """As what most of a folder's weights are stored; what is no float of 16 or 32 bits does not count."""
-    counts: dict[str, int] = {}
-    for file in weight_files(folder):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] in STORED:
-                start, end = entry["data_offsets"]
-                counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + end - start
-    return STORED[max(counts, key=lambda kind: counts[kind])] if counts else torch.float32
-
-
 def without_weights(config: Any) -> Any:
     """A causal LM of that shape that takes no memory.
 
@@ -187,25 +160,6 @@ def without_weights(config: Any) -> Any:
         raise ModelError(
             f"model_type {config.model_type!r} is no causal language model", received=str(error)[:200]
         ) from error
-
-
-def check_weights(folder: Path) -> None:
-    """Raises ModelError unless the folder holds safetensors, each shard of its index included."""
-    files = weight_files(folder)
-    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ModelError(
-                f"{folder}: weights are missing", received=f"{', '.join(missing)} not there", expected=INDEX
-            )
-        return
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    raise ModelError(
-        f"{folder}: no weights",
-        received=f"{', '.join(pickles)} (pickles run code when loaded)" if pickles else "no *.safetensors",
-        expected=f"{WEIGHTS}, or {INDEX} with its shards",
-        fix="download the safetensors version of the model" if pickles else "copy the weights into the folder",
-    )
 
 
 def load_model(
@@ -241,7 +195,9 @@ def load_model(
         raise ModelError(f"precision {precision!r}", expected=", ".join(DTYPES))
     path = locate(str(folder))
     config = read_config(path)
-    check_weights(path)
+    weights.check(path)
+    if wrong := weights.broken(path):
+        raise ModelError(f"{path}: {'; '.join(wrong[:5])}", fix="download the model again")
     options = quantized_as(config)
     how: dict[str, Any] = {"dtype": DTYPES[precision if storage == "auto" else storage]}
     wanted = quant_options(quant) if isinstance(quant, str) else quant
@@ -251,7 +207,7 @@ def load_model(
     if options.name != "none":
         quants.find(options.name)  # says so where bitsandbytes is missing
         # the values must not depend on the precision of the run: a merge, in float32, must find the same ones
-        how["dtype"], how["device_map"] = stored_dtype(path), {"": device}
+        how["dtype"], how["device_map"] = weights.stored_dtype(path), {"": device}
     try:
         model, info = _read(path, config, how)
     except Exception as error:  # safetensors, shapes, memory: each is told as it is
@@ -273,9 +229,13 @@ def _read(path: Path, config: Any, how: Mapping[str, Any]) -> tuple[Any, dict[st
     if is_original(path):
         # tensors are mapped, not read: each is copied, and quantized, when its turn comes
         found: tuple[Any, dict[str, Any]] = GlmForCausalLM.from_pretrained(
-            None, state_dict=dict(original.tensors(stored_tensors(path), config)), **how
+            None, state_dict=dict(original.tensors(weights.tensors(path), config)), **how
         )
         return found
+    if weights.is_bin(path):
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        unpacked: tuple[Any, dict[str, Any]] = kind.from_pretrained(None, state_dict=dict(weights.tensors(path)), **how)
+        return unpacked
     loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
         str(path), trust_remote_code=False, use_safetensors=True, local_files_only=True, **how
     )
@@ -286,14 +246,6 @@ def is_original(folder: Path) -> bool:
     """Does a folder hold a ChatGLM2 or 3 in its published layout?"""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return values.get("model_type") == original.TYPE and not original.is_first(values)
-
-
-def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a folder's weights, mapped into memory."""
-    for file in weight_files(folder):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                yield name, tensors.get_tensor(name)
 
 
 def _quantizing(config: Any, options: QuantOptions, precision: str) -> Any:

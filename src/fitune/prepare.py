@@ -25,6 +25,7 @@ from fitune import (
     readers,
     templates,
     tokenizer,
+    weights,
 )
 from fitune.batches import Loader
 from fitune.cache import folder_digest, key
@@ -36,7 +37,6 @@ from fitune.memory import Estimate, estimate, resident_mib
 from fitune.methods import new_tokens
 from fitune.model import (
     Tuned,
-    check_weights,
     checkpoint_blocks,
     groups,
     load_model,
@@ -44,7 +44,6 @@ from fitune.model import (
     pick_device,
     quantized_as,
     read_config,
-    stored_dtype,
     trainable,
     without_weights,
 )
@@ -116,7 +115,7 @@ def resolve(config: RunConfig) -> RunConfig:
         folder = locate(config.model)
         changes["model"] = str(folder.resolve())
         read_config(folder)
-        check_weights(folder)
+        weights.check(folder)
         templates.choose(config.template, tokenizer.load(folder))
     problems.raise_any()
     if config.adapter is not None:
@@ -227,7 +226,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     intact = guards.base_intact(folder)
     dtype = precision.DTYPES[config.trainable_dtype]
     sets = [preflight.trainable_set(model, expected, dtype), guards.quantised_trainable(model)]
-    stored = stored_dtype(folder)
+    stored = weights.stored_dtype(folder)
     dtypes = [precision.speed(config, device), precision.weights_kept(model, stored)]
     dtypes.append(guards.fp16_range(model, probe, layout))
     model_findings = [preflight.family_found(family), intact, *sets, *dtypes, leak]
@@ -284,12 +283,12 @@ def _check_quantized(config: RunConfig, method: methods.Method, model_config: An
 def _inputs(config: RunConfig, folder: Path, template: dict[str, Any]) -> dict[str, Any]:
     """Names of things that decide a run beside its data, with digests of them."""
     found = {
-        "the base's weights": guards.shard_facts(folder),
+        "the base's weights": weights.facts(folder),
         "the tokenizer": folder_digest(folder),
         "the template": key(template),
     }
     if config.adapter is not None:
-        found["the adapter"] = guards.shard_facts(Path(config.adapter))
+        found["the adapter"] = weights.facts(Path(config.adapter))
     return found
 
 

@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from fitune import quant as quants
-from fitune import tokenizer
+from fitune import tokenizer, weights
 from fitune.charts import Series, line_chart
 from fitune.config import QuantOptions, quant_options
 from fitune.errors import FituneError, ModelError
 from fitune.files import check_new, whole_folder
-from fitune.model import load_model, locate, quantized_as, read_config, weight_files
+from fitune.model import load_model, locate, quantized_as, read_config
 from fitune.pages import render
 from fitune.quant.absmax import outlier_columns
 
@@ -98,7 +98,7 @@ def _beside(model: Any, folder: Path) -> Iterator[tuple[str, Any, Tensor]]:
     prefix = f"{model.base_model_prefix}."
     by_file |= {key.removeprefix(prefix): name for key, name in by_file.items()}  # some files leave it out
     found: dict[str, tuple[Path, str]] = {}
-    for file in weight_files(folder):
+    for file in weights.files(folder):
         with safe_open(file, "pt") as tensors:
             found |= {by_file[key]: (file, key) for key in tensors.keys() if key in by_file}  # noqa: SIM118
     for name, layer in layers.items():
@@ -154,8 +154,8 @@ def _write(model: Any, folder: Path, target: Path, layers: list[LayerError], opt
     with whole_folder(target) as place:
         model.save_pretrained(str(place), safe_serialization=True)
         for file in folder.iterdir():  # tokenizer, template, licence: what belongs to the model and is no weight
-            weights = file.suffix in (".safetensors", ".bin") or ".index." in file.name
-            if file.is_file() and not weights and not (place / file.name).exists():
+            of_weights = file.suffix in (".safetensors", ".bin") or ".index." in file.name
+            if file.is_file() and not of_weights and not (place / file.name).exists():
                 shutil.copyfile(file, place / file.name)
         table = [asdict(layer) for layer in layers]
         (place / "quantization.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
@@ -183,4 +183,4 @@ def _kind(options: QuantOptions) -> str:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in weight_files(folder))
+    return sum(file.stat().st_size for file in weights.files(folder))
