@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 import fitune
 import tiny
-from fitune import adapters, cli, families, methods, preflight
+from fitune import adapters, catalog, cli, families, methods, preflight
 from fitune.batches import flat
 from fitune.checkpoint import RunFolder
 from fitune.config import build
@@ -25,7 +25,7 @@ from fitune.files import sha256
 from fitune.loading import load
 from fitune.merging import merge
 from fitune.model import groups, load_model, ready, use_attention
-from fitune.overview import example, overview, without_weights
+from fitune.overview import overview, shape_of, without_weights
 from fitune.records import Message
 from fitune.step import hidden_states, loss_sum
 from fitune.training import resume_config, train
@@ -58,7 +58,7 @@ def test_bloom_1b4_zh_trains_as_many_as_published(method: str, changes: dict, co
 
 
 def test_llama_32_1b_with_lora_on_q_and_v() -> None:
-    base = without_weights(example())
+    base = without_weights(shape_of(catalog.find("llama-3.2-1b").config))
     lora = methods.find("lora").count(base, families.of(base), config("lora"))
     total = lora + sum(p.numel() for p in base.parameters())
     assert (lora, total, f"{lora / total:.4%}") == (851_968, 1_236_666_368, "0.0689%")

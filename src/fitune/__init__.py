@@ -13,6 +13,7 @@ from typing import Any
 __version__ = metadata.version("fitune")
 __all__ = [
     "Converted",
+    "Downloaded",
     "Evaluation",
     "Exported",
     "FituneError",
@@ -22,6 +23,7 @@ __all__ = [
     "Tuned",
     "__version__",
     "convert",
+    "download",
     "evaluate",
     "export",
     "generate",

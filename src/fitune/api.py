@@ -13,6 +13,7 @@ from fitune.errors import ConfigError
 from fitune.evaluation import Evaluation, evaluate
 from fitune.exporting import Exported, export
 from fitune.generation import Sampling, answer
+from fitune.hub import Downloaded, download
 from fitune.loading import load as _load
 from fitune.merging import Merged, merge
 from fitune.model import Tuned, load_model
@@ -23,6 +24,7 @@ from fitune.training import train as _train
 
 __all__ = [
     "Converted",
+    "Downloaded",
     "Evaluation",
     "Exported",
     "Merged",
@@ -30,6 +32,7 @@ __all__ = [
     "Result",
     "Tuned",
     "convert",
+    "download",
     "evaluate",
     "export",
     "generate",

@@ -380,6 +380,31 @@ def merge(
 
 
 @app.command
+def download(
+    model: Annotated[str, Parameter(help="org/name on the hub, ms:org/name on ModelScope, or a name of the catalog.")],
+    *,
+    json: Json = False,
+) -> None:
+    """Fetch a model into the cache, or what is missing of it; name@revision pins one."""
+    os.environ.pop("TQDM_DISABLE", None)  # a transfer is what one wants to see the bar of
+    from fitune import catalog
+    from fitune.console import transfer_bar
+    from fitune.hub import download as fetch
+
+    console = _console(json)
+    entry = catalog.get(model)
+    with transfer_bar(console) as on_bytes:
+        done = fetch(entry.id if entry is not None else model, on_bytes=on_bytes)
+    console.print(
+        f"{done.id} at {done.revision}: {done.files} files, {done.bytes / 2**20:,.1f} MiB, in {done.folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if json:
+        _print_json(done.as_dict())
+
+
+@app.command
 def convert(
     model: Annotated[str, Parameter(help="Folder with old .bin weights.")],
     *,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GlmForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fitune import adapters, families, weights
+from fitune import adapters, catalog, families, hub, weights
 from fitune import quant as quants
 from fitune.config import QuantOptions, quant_options
 from fitune.encode import Encoder
-from fitune.errors import ModelError
+from fitune.errors import ModelError, did_you_mean
 from fitune.families import Family, original
 from fitune.kernels.attention import FLAT
 from fitune.kernels.frozen import keep_stored
@@ -57,8 +58,12 @@ class Tuned:
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
 
-def locate(model: str) -> Path:
-    """The folder of a model: a local one, or one fetched from the hub by its id.
+def locate(model: str, only: Sequence[str] = ()) -> Path:
+    """The folder of a model: a local one, or one fetched from a hub by its id, or by its name in the catalog.
+
+    Args:
+        model: a folder, `org/name`, `ms:org/name`, or a name such as llama-3.2-1b.
+        only: of a hub's model these files alone.
 
     Raises:
         ModelError: neither is there.
@@ -68,23 +73,14 @@ def locate(model: str) -> Path:
         return folder
     if folder.exists():
         raise ModelError(f"{model}: is a file", expected="a model folder with config.json and *.safetensors")
-    parts = model.split("/")
-    if len(parts) != 2 or not all(parts) or model.startswith((".", "~")) or "\\" in model:
+    entry = catalog.get(model)
+    if entry is None and hub.parse(model) is None:
         raise ModelError(
             f"{model}: no such folder",
-            expected="a model folder, or a hub id such as Qwen/Qwen2.5-0.5B",
-            fix="check --model",
+            expected="a model folder, a hub id such as Qwen/Qwen2.5-0.5B, or a name of the catalog",
+            fix=did_you_mean(model.lower(), catalog.entries()) or "check --model",
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
-    except Exception as error:  # the hub client raises many kinds; each is told as it is
-        raise ModelError(
-            f"{model}: no such folder, and the hub does not give it",
-            received=" ".join(str(error).split())[:300],
-            fix="check the spelling and the network, or download it by hand and give the folder",
-        ) from error
+    return Path(hub.download(entry.id if entry is not None else model, only=only).folder)
 
 
 def read_config(folder: Path) -> Any:
@@ -105,18 +101,47 @@ def read_config(folder: Path) -> Any:
         raise ModelError(
             f"{path}: no model_type", received=f"keys {sorted(values)[:8]}", expected='"model_type": "llama"'
         )
-    if kind == original.TYPE:
-        return original.config_of({k: v for k, v in values.items() if k not in CODE_KEYS})
-    if kind not in CONFIG_MAPPING:
-        reason = (
-            "it works only with Python code from its folder, which fitune never runs" if "auto_map" in values else None
+    if kind != original.TYPE and kind not in CONFIG_MAPPING:
+        code = "it works only with Python code from its folder, which fitune never runs"
+        raise ModelError(
+            f"{path}: model_type {kind!r} is unknown to transformers",
+            received=code if "auto_map" in values else None,
+            fix=_nearest(kind),
         )
-        raise ModelError(f"{path}: model_type {kind!r} is unknown to transformers", received=reason)
     _check_quantized(folder, values.get("quantization_config"))
     try:
-        return CONFIG_MAPPING[kind].from_dict({k: v for k, v in values.items() if k not in CODE_KEYS})
+        return shape_of(values)
+    except ModelError:
+        raise
     except Exception as error:  # each config class checks itself in its own way
         raise ModelError(f"{path}: wrong values", received=" ".join(str(error).split())[:300]) from error
+
+
+# What people had when their model needed its own code, and the family that is native today
+SUCCESSORS = {
+    **dict.fromkeys(("baichuan", "internlm", "internlm2", "xverse", "yi", "aquila", "deepseek", "minicpm"), "llama"),
+    **dict.fromkeys(("orion", "telechat", "skywork"), "llama"),
+    **{"qwen": "qwen2", "phi-msft": "phi3", "phi3small": "phi3", "refinedweb": "falcon", "glm-130b": "glm"},
+}
+
+
+def _nearest(kind: str) -> str:
+    """The native family that is nearest to an unknown one."""
+    close = get_close_matches(kind.lower(), [*families.TABLE, *CONFIG_MAPPING.keys()], n=1, cutoff=0.75)
+    near = SUCCESSORS.get(kind.lower()) or (close[0] if close else "llama")
+    return f"take a model of a native family: nearest is {near!r}; or a version of this one in transformers' own layout"
+
+
+def shape_of(values: Mapping[str, Any]) -> Any:
+    """The config of a model from the values of a config.json, without what names code.
+
+    Raises:
+        ModelError: a ChatGLM that differs from the published ones.
+    """
+    plain = {name: value for name, value in values.items() if name not in CODE_KEYS}
+    if plain["model_type"] == original.TYPE:
+        return original.config_of(plain)
+    return CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
 
 
 def _check_quantized(folder: Path, found: Any) -> None:

@@ -7,20 +7,18 @@ storage.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import LlamaConfig
 
-from fitune import families, methods
+from fitune import catalog, families, methods
 from fitune.config import build
 from fitune.errors import ConfigError, ModelError
 from fitune.methods import other
-from fitune.model import locate, read_config, without_weights
+from fitune.model import locate, read_config, shape_of, without_weights
 
 BYTES = 16  # of a trained parameter in float32: itself, its gradient, Adam's two states
-EXAMPLE = "the shape of Llama-3.2-1B"
+EXAMPLE = "llama-3.2-1b"
 
 
 @dataclass(frozen=True)
@@ -43,27 +41,14 @@ class Overview:
         return asdict(self)
 
 
-def example() -> Any:
-    """Llama-3.2-1B's config (its model card: 1.23 billion parameters)."""
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
-
-
 def overview(model: str | None = None) -> list[Overview]:
     """A row per method, with its own default settings.
 
     Args:
-        model: a folder or hub id, of which only config.json is read; None: the shape of Llama-3.2-1B.
+        model: a name of the catalog; or a folder or hub id, of which only config.json is read; None: Llama-3.2-1B.
     """
-    config = example() if model is None else read_config(Path(locate(model)))
+    entry = catalog.get(model or EXAMPLE)
+    config = shape_of(entry.config) if entry is not None else read_config(locate(str(model), only=["config.json"]))
     base = without_weights(config)
     total = sum(p.numel() for p in base.parameters())
     rows = [_row(method, base, total, {}) for method in methods.TABLE.values()]

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fitune import adapters, environment, guards, methods, optim, precision, preflight, report
+from fitune import adapters, environment, guards, hub, methods, optim, precision, preflight, report
 from fitune.batches import in_order
 from fitune.checkpoint import Loaded, RunFolder, restore_rng
 from fitune.config import RunConfig, build, merge
@@ -151,6 +152,7 @@ def _begin(run: RunFolder, job: Job) -> None:
         "total": job.total,
         "parts": parts,
         "kept": kept,
+        "model_revision": hub.revision_of(Path(job.config.model)),
     }
     run.write("plan", plan)
     findings = [asdict(finding) for finding in job.findings]

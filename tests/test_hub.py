@@ -1,0 +1,330 @@
+"""Models from hubs: a small server on loopback that breaks, lies, refuses and dawdles, and folders that want code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlparse
+
+import pytest
+
+import tiny
+from fitune import hub
+from fitune.errors import ModelError
+from fitune.model import locate, read_config
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Server(ThreadingHTTPServer):
+    """What the hubs' addresses give for one model, with faults to plant."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.faults, self.asked, self.served = folder, {}, [], {}
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def files(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if path.is_file())
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(head=True)
+
+    def do_GET(self) -> None:
+        self._answer(head=False)
+
+    def _answer(self, *, head: bool) -> None:
+        url = urlparse(self.path)
+        self.server.asked.append((self.command, url.path, self.headers.get("Range")))
+        if time.sleep(self.server.faults.get("slow", 0)):
+            return
+        if "gated" in url.path:
+            self._send(401, b"{}", head, {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"})
+        elif "nothing" in url.path:
+            self._send(404, b"{}", head, {"X-Error-Code": "RepoNotFound"})
+        elif url.path.startswith("/api/models/org/name/tree/"):
+            tree = [
+                {
+                    "type": "file",
+                    "path": p.name,
+                    "size": p.stat().st_size,
+                    "oid": hashlib.sha1(p.read_bytes()).hexdigest(),
+                }
+                for p in self.server.files()
+            ]
+            self._json(tree, head)
+        elif url.path.startswith("/api/models/org/name"):
+            siblings = [{"rfilename": p.name, "size": p.stat().st_size} for p in self.server.files()]
+            if "refs" in url.path or "@" in url.path:
+                self._send(404, b"{}", head)
+                return
+            self._json({"id": "org/name", "sha": SHA, "siblings": siblings, "private": False, "tags": []}, head)
+        elif url.path.startswith("/org/name/resolve/"):
+            self._file(self.server.folder / url.path.rpartition("/")[2], head)
+        elif url.path == "/api/v1/models/org/name/repo/files":
+            found = [
+                {
+                    "Path": p.name,
+                    "Size": p.stat().st_size,
+                    "Type": "blob",
+                    "Sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
+                }
+                for p in self.server.files()
+            ]
+            self._json({"Code": 200, "Data": {"Files": found}}, head)
+        elif url.path == "/api/v1/models/org/name/repo":
+            self._file(self.server.folder / parse_qs(url.query)["FilePath"][0], head)
+        else:
+            self._send(404, b"{}", head)
+
+    def _json(self, value: Any, head: bool) -> None:
+        self._send(200, json.dumps(value).encode(), head, {"Content-Type": "application/json"})
+
+    def _file(self, path: Path, head: bool) -> None:
+        data = path.read_bytes()
+        whole, status = len(data), 200
+        start = 0
+        if asked := self.headers.get("Range"):
+            start, status = int(asked.removeprefix("bytes=").split("-")[0]), 206
+        more = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
+        if status == 206:
+            more["Content-Range"] = f"bytes {start}-{whole - 1}/{whole}"
+        served = self.server.served.setdefault(path.name, 0)
+        self.server.served[path.name] += not head
+        if path.suffix == ".safetensors" and not head:
+            if self.server.faults.get("breaks", 0) > served:  # the line goes dead in the middle
+                self.send_response(status)
+                for name, value in {**more, "Content-Length": str(whole - start)}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data[start : start + (whole - start) // 2])
+                self.wfile.flush()
+                self.close_connection = True
+                self.connection.close()
+                return
+            if "damaged" in self.server.faults:
+                data = data[:-4] + b"\0\1\2\3"
+            if "long" in self.server.faults:
+                data += bytes(100)
+        self._send(status, data[start:], head, more)
+
+    def _send(self, status: int, data: bytes, head: bool, more: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(more or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if not head:
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    folder = tiny.save("llama", tmp_path / "source")
+    (folder / "pytorch_model.bin").write_bytes(b"never fetched beside safetensors")
+    (folder / "modeling_evil.py").write_text("raise SystemExit")
+    made = Server(folder)
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+def fetch(server: Server, home: Path, *arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
+    """`fitune download` in a process of its own, with the server in the hubs' place."""
+    env = {
+        **os.environ, "HF_ENDPOINT": server.address, "MODELSCOPE_ENDPOINT": server.address, "HF_HOME": str(home / "hf"),
+        "FITUNE_CACHE": str(home / "cache" / "data"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **environment,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "fitune", "download", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
+
+
+@pytest.mark.parametrize("name", ["org/name", "ms:org/name"])
+def test_a_model_is_fetched_once_and_only_what_it_needs(name: str, server: Server, tmp_path: Path) -> None:
+    code, told, error = fetch(server, tmp_path, name)
+    assert code == 0, error
+    folder = Path(told["folder"])
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= there
+    assert not there & {"pytorch_model.bin", "modeling_evil.py"}
+    assert (folder / "model.safetensors").read_bytes() == (server.folder / "model.safetensors").read_bytes()
+    assert told["revision"] == (SHA if name == "org/name" else "master")
+    assert hub.revision_of(folder) == told["revision"]
+    before = server.served["model.safetensors"]
+    assert fetch(server, tmp_path, name)[0] == 0
+    assert server.served["model.safetensors"] == before  # nothing twice
+    code, offline, error = fetch(server, tmp_path, name, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert code == 0, error
+    assert offline["folder"] == told["folder"]
+
+
+@pytest.mark.parametrize("name", ["org/name", "ms:org/name"])
+def test_a_transfer_that_breaks_is_gone_on_with(name: str, server: Server, tmp_path: Path) -> None:
+    # the hub's client writes ten MB at a time: what is to be gone on with must be longer
+    (server.folder / "model.safetensors").write_bytes(os.urandom(30 << 20))
+    server.faults["breaks"] = 2
+    for _ in range(4):
+        code, told, _ = fetch(server, tmp_path, name)
+        if code == 0:
+            break
+    assert code == 0
+    ranges = [asked for _, path, asked in server.asked if asked and asked != "bytes=0-" and asked != "bytes=0-0"]
+    assert ranges, "it began anew each time"
+    fetched = Path(told["folder"]) / "model.safetensors"
+    assert fetched.read_bytes() == (server.folder / "model.safetensors").read_bytes()
+
+
+def test_a_damaged_or_a_long_file_never_takes_its_place(server: Server, tmp_path: Path) -> None:
+    for fault, message in (("damaged", "arrived damaged"), ("long", "does not arrive")):
+        server.faults = {fault: True}
+        code, _, error = fetch(server, tmp_path / fault, "ms:org/name")
+        assert code == 2
+        assert message in error
+        assert "Traceback" not in error
+        assert not list((tmp_path / fault).rglob("model.safetensors"))
+    server.faults = {}
+    assert fetch(server, tmp_path / "damaged", "ms:org/name")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("org/nothing", "the hub does not give it"),
+        ("org/gated", "the hub wants permission for it"),
+        ("ms:org/nothing", "no such model, or no such revision"),
+        ("ms:org/gated", "it wants permission"),
+        ("no-id-at-all", "no id of a hub"),
+    ],
+)
+def test_what_a_hub_refuses_is_one_message(name: str, message: str, server: Server, tmp_path: Path) -> None:
+    code, _, error = fetch(server, tmp_path, name)
+    assert code == 2
+    assert error.count("error: ") == 1
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_slow_server_is_waited_for(server: Server, tmp_path: Path) -> None:
+    server.faults["slow"] = 0.5
+    assert fetch(server, tmp_path, "ms:org/name")[0] == 0
+
+
+def test_a_server_that_is_not_there(tmp_path: Path, server: Server) -> None:
+    for name in ("org/name", "ms:org/name"):
+        gone = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_ENDPOINT": "http://127.0.0.1:9"}
+        code, _, error = fetch(server, tmp_path, name, **gone)
+        assert code == 2
+        assert "Traceback" not in error
+        code, _, error = fetch(server, tmp_path, name, HF_HUB_OFFLINE="1")
+        assert code == 2
+        assert "not in the cache, and HF_HUB_OFFLINE is set" in error
+
+
+def test_the_disk_is_checked_first(tmp_path: Path) -> None:
+    hub.check_room(tmp_path / "not" / "there", 1000, "org/name")
+    with pytest.raises(ModelError, match=r"org/name: does not fit on the disk[\s\S]*1 MiB free[\s\S]*expected: 9 MiB"):
+        hub.check_room(tmp_path, 9 * 2**20, "org/name", free=2**20)
+
+
+def test_names_of_hubs() -> None:
+    assert hub.parse("Qwen/Qwen2.5-0.5B") == ("hf", "Qwen/Qwen2.5-0.5B", None)
+    assert hub.parse("ms:Qwen/Qwen2.5-0.5B@v1.0") == ("ms", "Qwen/Qwen2.5-0.5B", "v1.0")
+    assert hub.parse("org/name@refs/pr/1") == ("hf", "org/name", "refs/pr/1")
+    for name in ("./a/b", "../b", "~/a", "/a/b", "a\\b", "a", "a/b/c", "org/"):
+        assert hub.parse(name) is None
+    with pytest.raises(ModelError, match=r"did you mean 'llama-3\.2-1b'"):
+        locate("llama-3.2-1bb")
+
+
+def test_methods_of_a_hubs_model_fetch_its_config_alone(server: Server, tmp_path: Path) -> None:
+    env = {
+        **os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1", "COLUMNS": "200",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "fitune", "methods", "--model", "org/name", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" not in server.served
+    assert server.served["config.json"] == 1
+
+
+# ---- folders that want code ----
+
+
+def test_a_model_that_wants_code_is_refused_though_a_terminal_says_yes(tmp_path: Path, data_file: Path) -> None:
+    """At a terminal that answers y to every question, nothing of the folder is executed."""
+    folder = tiny.save("llama", tmp_path / "model")
+    trace = tmp_path / "trace"
+    evil = f"open({str(trace)!r}, 'w').write('ran')\n"
+    (folder / "modeling_evil.py").write_text(evil)
+    (folder / "tokenization_evil.py").write_text(evil)
+    config = json.loads((folder / "config.json").read_text())
+    wants = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "modeling_evil.Model")
+    for kind in ("baichuan", "llama"):
+        changed = {**config, "model_type": kind, "auto_map": wants}
+        (folder / "config.json").write_text(json.dumps(changed))
+        words = json.loads((folder / "tokenizer_config.json").read_text())
+        words["auto_map"] = {"AutoTokenizer": ["tokenization_evil.Words", None]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(words))
+        given = ["--model", str(folder), "--data", str(data_file), "--max-steps", "1", "--sample-prompts", "0"]
+        command = [sys.executable, "-m", "fitune", "train", *given, "--output", str(tmp_path / f"run-{kind}")]
+        code, told = at_a_terminal(command)
+        assert not trace.exists()
+        assert "Traceback" not in told
+        if kind == "llama":  # native: its code is not needed, and not looked at
+            assert code == 0
+            continue
+        assert code == 2
+        assert "it works only with Python code from its folder, which fitune never runs" in " ".join(told.split())
+        assert "nearest is 'llama'" in told
+
+
+def at_a_terminal(command: list[str]) -> tuple[int, str]:
+    """Run a command at a terminal on which somebody types y and Enter all the time."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    os.close(theirs)
+    stop = threading.Event()
+
+    def type_yes() -> None:
+        while not stop.is_set():
+            os.write(ours, b"y\n")
+            stop.wait(0.2)
+
+    typing = threading.Thread(target=type_yes, daemon=True)
+    typing.start()
+    told, _ = process.communicate(timeout=300)
+    stop.set()
+    typing.join()
+    os.close(ours)
+    return process.returncode, told
+
+
+def test_an_unknown_kind_names_the_nearest_native_one(tmp_path: Path) -> None:
+    for kind, near in (("baichuan", "llama"), ("qwen", "qwen2"), ("mistrall", "mistral"), ("gemma2x", "gemma2")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(ModelError, match=f"nearest is '{near}'"):
+            read_config(tmp_path)
