@@ -271,6 +271,22 @@ def test_methods_of_a_hubs_model_fetch_its_config_alone(server: Server, tmp_path
     assert server.served["config.json"] == 1
 
 
+def test_the_revision_is_kept_in_the_run(server: Server, data_file: Path, tmp_path: Path) -> None:
+    from fitune.checkpoint import RunFolder
+    from fitune.config import build
+    from fitune.training import train
+
+    folder = tmp_path / "models--org--name" / "snapshots" / SHA
+    folder.mkdir(parents=True)
+    for path in server.files():
+        (folder / path.name).write_bytes(path.read_bytes())
+    run = tmp_path / "run"
+    train(
+        build({"model": str(folder), "data": [str(data_file)], "max_steps": 1, "output": str(run), "sample_prompts": 0})
+    )
+    assert RunFolder(run).read("plan")["model_revision"] == SHA
+
+
 # ---- folders that want code ----
 
 

@@ -388,8 +388,8 @@ def download(
     """Fetch a model into the cache, or what is missing of it; name@revision pins one."""
     os.environ.pop("TQDM_DISABLE", None)  # a transfer is what one wants to see the bar of
     from fitune import catalog
-    from fitune.console import transfer_bar
     from fitune.hub import download as fetch
+    from fitune.hub import transfer_bar
 
     console = _console(json)
     entry = catalog.get(model)

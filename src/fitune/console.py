@@ -7,8 +7,7 @@ everything here goes to standard error when that is wanted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -193,25 +192,6 @@ def pairs(title: str, values: Mapping[str, Any]) -> Table:
     for name, value in values.items():
         table.add_row(f"[cyan]{escape(str(name))}[/]", escape(str(value)))
     return table
-
-
-@contextmanager
-def transfer_bar(console: Console) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Inside, a function that shows how far a file is; nothing where nobody watches."""
-    if not console.is_terminal:
-        yield None
-        return
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), console=console
-    ) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def on_bytes(file: str, done: int, total: int) -> None:
-            if file not in tasks:
-                tasks[file] = bar.add_task(file, total=total)
-            bar.update(tasks[file], completed=done)
-
-        yield on_bytes
 
 
 def doctor_table(checks: Sequence[Any]) -> Table:

@@ -16,11 +16,15 @@ import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from fitune.cache import default_folder
 from fitune.errors import ModelError
@@ -111,6 +115,25 @@ def check_room(folder: Path, needed: int, name: str, free: int | None = None) ->
             expected=f"{needed / 2**20:,.0f} MiB",
             fix="free some space, or name another place: HF_HOME (hub), FITUNE_CACHE (ModelScope)",
         )
+
+
+@contextmanager
+def transfer_bar(console: Console) -> Iterator[OnBytes | None]:
+    """Inside, a function that shows how far a file is; nothing where nobody watches."""
+    if not console.is_terminal:
+        yield None
+        return
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), console=console
+    ) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def on_bytes(file: str, done: int, total: int) -> None:
+            if file not in tasks:
+                tasks[file] = bar.add_task(file, total=total)
+            bar.update(tasks[file], completed=done)
+
+        yield on_bytes
 
 
 # ---- Hugging Face ----
