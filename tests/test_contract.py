@@ -69,7 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 REFUSED = {
     ("bitfit", "llama"): "has no bias terms",
     ("bitfit", "llama-tied"): "has no bias terms",
-    ("bitfit", "phi3"): "has no bias terms",
+    **{("bitfit", kind): "has no bias terms" for kind in ("phi3", "mistral", "qwen3", "gemma2", "gemma3", "olmo2")},
     ("parallel", "opt"): "this model's MLP is no module of its own",
     ("tail", "chatglm"): "the residual stream passes a norm",
     ("tail-interleaved", "chatglm"): "the residual stream passes a norm",

@@ -60,7 +60,8 @@ def _answer(row: Row, field: str, prompt: str = "") -> Message:
 
 def _spans(values: list[Any], field: str, prompt: str) -> list[str]:
     expected = f"a text, or one for each {SPAN} in the prompt"
-    if not values or not all(isinstance(value, str) and value.strip() and SPAN not in value for value in values):
+    texts = all(isinstance(value, str) and value.strip() and SPAN not in value for value in values)
+    if not values or not texts or SPAN not in prompt:
         raise _FieldError(field, "not a text", received=shorten(values), expected=expected)
     if prompt.count(SPAN) != len(values):
         told = f"{len(values)} texts, {prompt.count(SPAN)} {SPAN} in the prompt"

@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from fitune.families import llama
 
-FAMILY = replace(llama.FAMILY, model_type="qwen3", bias_flags=("attention_bias",))
+FAMILY = replace(llama.FAMILY, model_type="qwen3", bias_flags=())
