@@ -223,6 +223,19 @@ def test_a_model_of_another_kind_has_no_published_layout(tmp_path: Path) -> None
         export(tmp_path / "llama", tmp_path / "out", to="gguf")
 
 
+def test_a_published_folder_is_never_there_in_full_while_it_is_quantized(tmp_path: Path) -> None:
+    """Tensors are renamed and split as views of a mapped file; each is copied when its turn comes."""
+    from fitune import precision
+    from test_quant import _peak
+
+    folder = small(tmp_path, num_layers=16, hidden_size=256, ffn_hidden_size=512, kv_channels=64)
+    peak, model = _peak(lambda: load_model(folder, quant="nf4"), folder)
+    packed = sum(part.bytes for part in precision.kept(model))
+    whole = (folder / "model.safetensors").stat().st_size
+    assert packed < whole / 4
+    assert peak <= packed + 2 * (2 * 512 * 256 * 4) + 2**20
+
+
 # ---- the published vocabularies and tokenizers ----
 
 

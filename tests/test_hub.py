@@ -205,6 +205,9 @@ def test_a_damaged_or_a_long_file_never_takes_its_place(server: Server, tmp_path
         assert message in error
         assert "Traceback" not in error
         assert not list((tmp_path / fault).rglob("model.safetensors"))
+    code, _, error = fetch(server, tmp_path / "hf", "org/name")  # by the hub's own client, of another size than it says
+    assert code == 2
+    assert "Traceback" not in error
     server.faults = {}
     assert fetch(server, tmp_path / "damaged", "ms:org/name")[0] == 0
 

@@ -361,3 +361,44 @@ def test_whole_or_refused(kind: str, fault: str, message: str, tmp_path: Path, d
     with pytest.raises(fitune.FituneError, match=message):
         fitune.train(model=str(folder), data=[str(data_file)], max_steps=1, output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def vocabulary(kind: str, tmp_path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Path:
+    """An old folder of a model whose tensors and config were changed."""
+    new = tiny.save(kind, tmp_path / "new")
+    tensors = {name: value.clone() for name, value in tiny.make_model(kind).state_dict().items()}
+    config = json.loads((new / "config.json").read_text())
+    change(tensors, config)
+    (new / "config.json").write_text(json.dumps(config))
+    return as_bins(new, tmp_path / "old", tensors, shards=1)
+
+
+def test_a_tied_head_need_not_be_in_the_file(tmp_path: Path) -> None:
+    folder = vocabulary("llama-tied", tmp_path, lambda tensors, config: tensors.pop("lm_head.weight"))
+    model = load_model(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(logits(model), logits(tiny.make_model("llama-tied")))
+
+
+def test_a_head_of_its_own_must_be_there(tmp_path: Path) -> None:
+    folder = vocabulary("llama", tmp_path, lambda tensors, config: tensors.pop("lm_head.weight"))
+    with pytest.raises(ModelError, match=r"1 tensors are not in the weights[\s\S]*lm_head"):
+        load_model(folder)
+
+
+def test_padded_vocabularies_and_resized_embeddings(tmp_path: Path) -> None:
+    def padded(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([tensors[name], torch.zeros(48, 32)])
+        config["vocab_size"] = 448  # more rows than the tokenizer has ids
+
+    model = load_model(vocabulary("llama", tmp_path / "a", padded))
+    assert len(model.get_input_embeddings().weight) == 448
+    assert torch.equal(logits(model)[..., :400], logits(tiny.make_model("llama")))
+
+    def resized(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        padded(tensors, config)
+        config["vocab_size"] = 400  # somebody resized the embedding and forgot the config
+
+    with pytest.raises(ModelError, match=r"have no place in the model|cannot be loaded"):
+        load_model(vocabulary("llama", tmp_path / "b", resized))
