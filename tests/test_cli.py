@@ -58,6 +58,7 @@ def mistakes(model_folder: Path, data_file: Path, tmp_path: Path) -> dict[str, t
         "no model": (["--model", "nowhere", *d, *o], ["nowhere: no such folder"]),
         "unknown method": ([*m, *d, *o, "--method", "lroa"], ["unknown method 'lroa'", "did you mean 'lora'?"]),
         "unknown flag": ([*m, *d, *o, "--bath-size", 3], ["--bath-size", "Did you mean --batch-size?"]),
+        "unknown quantizer": ([*m, *d, *o, "--quant", "nf5"], ["--quant", "'nf4'", "received 'nf5'"]),
         "unknown setting": ([*m, *d, *o, "--set", "sede=3"], ["unknown setting 'sede'", "did you mean 'seed'?"]),
         "unknown template": ([*m, *d, *o, "--template", "alpacca"], ["did you mean 'alpaca'?"]),
         "wrong value": ([*m, *d, *o, "--batch-size", "many"], ["batch_size", "many"]),
@@ -75,7 +76,7 @@ def mistakes(model_folder: Path, data_file: Path, tmp_path: Path) -> dict[str, t
 
 NAMES = [
     "missing file", "malformed row", "empty data", "no answer", "no weights", "pickles", "remote code", "no model",
-    "unknown method", "unknown flag", "unknown setting", "unknown template", "wrong value", "not an integer",
+    "unknown method", "unknown flag", "unknown quantizer", "unknown setting", "unknown template", "wrong value", "not an integer",
     "bad target", "too long", "no device", "nothing given", "two at once", "resume what", "resume nothing", "no config",
 ]  # fmt: skip
 

@@ -535,7 +535,7 @@ def main() -> None:
 
 def _told(error: CycloptsError) -> str:
     """The error in one line; of pydantic's own words, only what is wrong."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).replace(f"{QUANT}name", "quant").replace(QUANT, "quant.")
     found = re.search(r"nullable\[\w+\] (\S+) (.*?) \[type=\w+, input_value=(.*?), input_type", text)
     return f"--{found[1]}: {found[2]}, received {found[3]}" if found else text
 

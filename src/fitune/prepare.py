@@ -276,7 +276,7 @@ def _check_quantized(config: RunConfig, method: methods.Method, model_config: An
     if reason is not None:
         raise ConfigError(
             f"{method.name} does not go with quant {options.name}: {reason}",
-            fix="--method lora, or another that leaves the base frozen; or leave --quant out",
+            fix="a method and settings that leave the base's weights alone (plain lora is one), or leave --quant out",
         )
 
 
