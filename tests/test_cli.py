@@ -76,7 +76,8 @@ def mistakes(model_folder: Path, data_file: Path, tmp_path: Path) -> dict[str, t
 
 NAMES = [
     "missing file", "malformed row", "empty data", "no answer", "no weights", "pickles", "remote code", "no model",
-    "unknown method", "unknown flag", "unknown quantizer", "unknown setting", "unknown template", "wrong value", "not an integer",
+    "unknown method", "unknown flag", "unknown quantizer", "unknown setting", "unknown template", "wrong value",
+    "not an integer",
     "bad target", "too long", "no device", "nothing given", "two at once", "resume what", "resume nothing", "no config",
 ]  # fmt: skip
 
