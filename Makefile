@@ -27,11 +27,11 @@ test-full: install
 install: .venv/installed
 
 # torch first and by its exact version, so that no other package picks a build of its own.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml src/fitune/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' src/fitune/constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint src/fitune/constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

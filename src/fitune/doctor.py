@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,12 +67,9 @@ def _python() -> Iterator[Check]:
 
 def tested() -> dict[str, str]:
     """The versions that fitune was tested with, by package."""
-    here = Path(__file__)
-    for file in (here.parent / "constraints.txt", here.parents[2] / "constraints.txt"):
-        if file.is_file():
-            lines = re.findall(r"^([\w.-]+)==([\w.+-]+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            return {name.lower().replace("_", "-"): version for name, version in lines}
-    return {}
+    text = files("fitune").joinpath("constraints.txt").read_text(encoding="utf-8")
+    lines = re.findall(r"^([\w.-]+)==([\w.+-]+)$", text, re.MULTILINE)
+    return {name.lower().replace("_", "-"): version for name, version in lines}
 
 
 def _versions() -> Iterator[Check]:
