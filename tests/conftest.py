@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -13,10 +14,14 @@ import torch
 from hypothesis import settings
 
 import tiny
+from fitune import precision
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 os.environ["FITUNE_CACHE"] = tempfile.mkdtemp(prefix="fitune-cache-")  # nor what lies in the user's own cache
 atexit.register(shutil.rmtree, os.environ["FITUNE_CACHE"], ignore_errors=True)
+# `precision: auto` means float32 in the tests, on whatever machine they run
+SLOW = {precision.machine(torch.device("cpu")): {"fp32": 100.0, "bf16": 1.0, "fp16": 1.0}}
+Path(os.environ["FITUNE_CACHE"], precision.RATES).write_text(json.dumps(SLOW))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 

@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 def planted(monkeypatch: pytest.MonkeyPatch, folder: Path, **rates: float) -> None:
     """A machine that was measured to be so fast."""
     monkeypatch.setenv("FITUNE_CACHE", str(folder))
-    key = f"{__import__('platform').machine()}-{precision._cpu()}-torch{torch.__version__}-{torch.get_num_threads()}"
+    key = precision.machine(CPU)
     (folder / "rates.json").write_text(json.dumps({key: rates}))
 
 

@@ -29,6 +29,7 @@ from fitune.records import Finding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FASTER = 1.5  # bf16 must be so many times faster than float32 on a CPU to be chosen there
+RATES = "rates.json"  # where they are kept, in the cache
 SLOWER = 0.5  # below this share of float32's rate a precision is worth a warning
 
 
@@ -89,9 +90,7 @@ def choose(device: torch.device) -> tuple[str, str]:
 def rates(device: torch.device) -> dict[str, float]:
     """GFLOP/s of a matrix product in each precision; measured once on a machine and kept, so that a choice made by
     them is the same in every run."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}-{_cpu()}"
-    key = f"{hardware}-torch{torch.__version__}-{torch.get_num_threads()}"
-    path = default_folder() / "rates.json"
+    key, path = machine(device), default_folder() / RATES
     known = _read(path)
     if key in known:
         return known[key]
@@ -100,6 +99,12 @@ def rates(device: torch.device) -> dict[str, float]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(known, indent=1))
     return known[key]
+
+
+def machine(device: torch.device) -> str:
+    """What rates belong to: hardware, torch, threads."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}-{_cpu()}"
+    return f"{hardware}-torch{torch.__version__}-{torch.get_num_threads()}"
 
 
 def measure(device: torch.device) -> dict[str, float]:
