@@ -188,6 +188,12 @@ def test_the_ratio_of_the_32k_models(tmp_path: Path) -> None:
     second = read_config(small(tmp_path / "two", rope_ratio=50, _name_or_path="THUDM/chatglm2-6b-32k"))
     assert second.rope_parameters["rope_type"] == "linear"
     assert second.rope_parameters["factor"] == 50
+    from transformers import GlmForCausalLM
+
+    angles = [GlmForCausalLM(config).model.rotary_emb.inv_freq for config in (second, third)]
+    powers = torch.arange(0, 4, 2) / 4  # half of a head of 8, two by two
+    assert torch.allclose(angles[0], 1 / 10_000**powers / 50)
+    assert torch.allclose(angles[1], 1 / 500_000**powers)
     assert original.published_config(third)["rope_ratio"] == 50
     assert original.published_config(second)["rope_ratio"] == 50
     for config in (second, third):
