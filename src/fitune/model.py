@@ -248,6 +248,26 @@ def load_model(
     return ready(model, precision, adapter)
 
 
+def outline(config: Any, *, precision: str, quant: QuantOptions = quants.PLAIN, storage: str = "auto") -> Any:
+    """The model that `load_model` would give, on meta: every shape and dtype, and no values.
+
+    Args:
+        config: the transformers config.
+        precision, quant, storage: as for `load_model`.
+    """
+    model = without_weights(config)
+    options = quantized_as(config)
+    options = options if options.name != "none" else quant
+    if options.name != "none":
+        quants.empty(model, options)
+        _adopt(model, options.name, precision, storage)
+    else:
+        kept = DTYPES[precision if storage == "auto" else storage]
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(kept)
+    return ready(model, precision)
+
+
 def _read(path: Path, config: Any, how: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """transformers' model, and what it says of missing and left-over tensors."""
     how = {**how, "config": config, "output_loading_info": True}

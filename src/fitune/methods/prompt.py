@@ -65,15 +65,16 @@ ENCODER = "prompt_encoder.default"
 def in_float32(wrapped: Any) -> Any:
     """The model whose encoder of virtual tokens computes in float32 whatever the rest does: what PEFT saves is computed
     so, and not every processor has an LSTM in bf16."""
-    encoder, kind = wrapped.prompt_encoder["default"], next(wrapped.parameters()).device.type
-    before: list[bool] = []
+    encoder = wrapped.prompt_encoder["default"]
+    before: list[tuple[str, bool]] = []
 
     def enter(*_: object) -> None:
-        before.append(torch.is_autocast_enabled(kind))
+        kind = next(encoder.parameters()).device.type
+        before.append((kind, torch.is_autocast_enabled(kind)))
         torch.set_autocast_enabled(kind, False)
 
     def leave(*_: object) -> None:
-        torch.set_autocast_enabled(kind, before.pop())
+        torch.set_autocast_enabled(*before.pop())
 
     encoder.register_forward_pre_hook(enter)
     encoder.register_forward_hook(leave, always_call=True)

@@ -101,6 +101,18 @@ def adopt(model: Any, name: str, compute: torch.dtype) -> None:
     model.fitune_quant = name
 
 
+def empty(model: Any, options: QuantOptions) -> None:
+    """Make the linear layers of a model on meta what they would be once loaded quantized, without values."""
+    quantizer = find(options.name)
+    for name in planned(model, options):
+        parent, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(name)
+        made = quantizer.empty(layer, options)
+        made.bias, made.source_cls = layer.bias, type(layer)
+        setattr(model.get_submodule(parent), leaf, made)
+    setattr(model, "is_loaded_in_8bit" if options.name == "int8" else "is_loaded_in_4bit", True)
+
+
 def name_of(model: Any) -> str:
     """How a causal LM is quantized: none, int8, nf4."""
     return getattr(model, "fitune_quant", "none")

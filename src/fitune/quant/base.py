@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from fitune.config import QuantOptions
 
 
+def sizes(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs of a plain linear layer, GPT-2's kind too."""
+    rows, columns = layer.weight.shape
+    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
+
+
 class Quantizer:
     """Keeps the frozen weights of linear layers in few bits.
 
@@ -36,6 +42,10 @@ class Quantizer:
 
     def make(self, weight: Tensor, options: QuantOptions, device: torch.device) -> Any:
         """A quantized layer from a plain weight (out, in), which computes in float32."""
+        raise NotImplementedError
+
+    def empty(self, layer: Any, options: QuantOptions) -> Any:
+        """The quantized layer that a linear one on meta would become, without values; not yet adopted."""
         raise NotImplementedError
 
     def constants(self, layer: Any) -> list[Tensor]:

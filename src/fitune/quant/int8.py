@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig
 
 from fitune.config import QuantOptions
 from fitune.kernels.frozen import Frozen
-from fitune.quant.base import Quantizer
+from fitune.quant.base import Quantizer, sizes
 
 
 class Int8Linear(Frozen, bnb.nn.Linear8bitLt):  # type: ignore[misc]  # bitsandbytes has no types
@@ -67,6 +67,16 @@ class Int8(Quantizer):
         layer, layer.source_cls = layer.to(device), nn.Linear
         self.adopt(layer, torch.float32)
         return layer
+
+    def empty(self, layer: Any, options: QuantOptions) -> Any:
+        """See Quantizer."""
+        inputs, outputs = sizes(layer)
+        how = {"has_fp16_weights": False, "threshold": options.threshold, "device": "meta"}
+        made = bnb.nn.Linear8bitLt(inputs, outputs, bias=False, **how)
+        values = torch.empty(outputs, inputs, dtype=torch.int8, device="meta")
+        scales = torch.empty(outputs, dtype=torch.float32, device="meta")
+        made.weight = bnb.nn.Int8Params(values, requires_grad=False, SCB=scales)
+        return made
 
     def constants(self, layer: Any) -> list[Tensor]:
         """See Quantizer."""

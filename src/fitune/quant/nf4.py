@@ -15,13 +15,13 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from fitune.config import QuantOptions
 from fitune.kernels.frozen import Frozen
-from fitune.quant.base import Quantizer
+from fitune.quant.base import Quantizer, sizes
 
 BLOCK = 64
 OFFSET = 0.9677083  # 1 - (1/32 + 1/30) / 2: the outermost quantile, where the normal distribution is still finite
@@ -81,6 +81,22 @@ class Nf4Linear(Frozen, bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbyte
         return out
 
 
+def _empty_state(shape: torch.Size, blocks: int, options: QuantOptions) -> QuantState:
+    """The scales of a weight without values, as `quantize_4bit` makes them."""
+
+    def numbers(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(count, dtype=dtype, device="meta")
+
+    def state(scales: Tensor, code: int, block: int, **how: Any) -> QuantState:
+        return QuantState(scales, code=numbers(code), blocksize=block, dtype=torch.float32, **how)
+
+    if not options.double:
+        return state(numbers(blocks), 16, BLOCK, shape=shape, quant_type=options.kind)
+    outer = state(numbers(-(-blocks // 256)), 256, 256)
+    inner = {"shape": shape, "quant_type": options.kind, "offset": numbers(1)[0], "state2": outer}
+    return state(numbers(blocks, torch.uint8), 16, BLOCK, **inner)
+
+
 class Nf4(Quantizer):
     """See the module's text."""
 
@@ -125,6 +141,18 @@ class Nf4(Quantizer):
         layer, layer.source_cls = layer.to(device), nn.Linear
         self.adopt(layer, torch.float32)
         return layer
+
+    def empty(self, layer: Any, options: QuantOptions) -> Any:
+        """See Quantizer."""
+        inputs, outputs = sizes(layer)
+        storage = STORAGE[options.storage]
+        kind = {"compress_statistics": options.double, "quant_type": options.kind, "quant_storage": storage}
+        made = bnb.nn.Linear4bit(inputs, outputs, bias=False, device="meta", **kind)
+        count = inputs * outputs
+        packed = torch.empty((count + 1) // (2 * storage.itemsize), 1, dtype=storage, device="meta")
+        state = _empty_state(torch.Size((outputs, inputs)), -(-count // BLOCK), options)
+        made.weight = bnb.nn.Params4bit(packed, quant_state=state, bnb_quantized=True, module=made, **kind)
+        return made
 
     def constants(self, layer: Any) -> list[Tensor]:
         """See Quantizer."""

@@ -1,0 +1,373 @@
+"""What a piece of work allocates, storage by storage, without doing it.
+
+In: code that runs on tensors. Out: the order of its allocations and releases, each with its size, phase, module and
+operation. The tensors are shadows: they say that they lie on a CPU, so that autocast, attention and fused kernels choose
+as they do there, but they hold nothing; every operation runs on the meta device, where only shapes exist. Small integer
+tensors (positions, bounds, masks of padding) are real, so that code that looks into them decides rightly. On real
+tensors the same tracer measures.
+
+What no shape tells (memory inside a kernel, numbers that decide) stands in `overrides.py`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fitune.memory import overrides
+
+REAL = 2**16  # elements up to which integer tensors are computed
+META = torch.device("meta")
+
+# ---- categories ----
+WEIGHTS, CONSTANTS, TRAINABLE = "frozen weights", "quantization constants", "trainable weights"
+GRADIENTS, STATES, ACTIVATIONS = "gradients", "optimizer states", "activations"
+LOSS, PLAIN, OTHER = "logits and loss", "dequantized and cast weights", "temporaries"
+CATEGORIES = (WEIGHTS, CONSTANTS, TRAINABLE, GRADIENTS, STATES, ACTIVATIONS, LOSS, PLAIN, OTHER)
+
+
+@dataclass(slots=True)
+class Block:
+    """A storage. phase, module, op: where it was made; born, freed: at which event (None: it is still there).
+
+    category: where that is known from the start; region: forward, loss or backward of a step, or none of them.
+    """
+
+    bytes: int
+    phase: str
+    region: str
+    module: str
+    op: str
+    born: int
+    freed: int | None = None
+    category: str = ""
+
+
+class Shadow(torch.Tensor):
+    """A tensor that holds nothing; `inner`, on meta, has its shape and storage."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor, requires_grad: bool = False) -> Shadow:
+        made: Shadow = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=torch.device("cpu"),
+            requires_grad=requires_grad,
+        )
+        made.inner = inner
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        """Work on shadows is the tracer's; outside of it there is none."""
+        raise RuntimeError(f"{func}: a shadow outside of its tracer")
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        return f"Shadow({tuple(self.shape)}, {self.dtype})"
+
+
+class Building(TorchDispatchMode):
+    """Inside, a model is built on meta by code that reads values: it gets those of a healthy run."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        answer = overrides.SUPPOSED.get(func)
+        if answer is not None and any(isinstance(one, Tensor) and one.device == META for one in args):
+            return answer(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class Tracer(TorchDispatchMode):
+    """Sees every allocation of what runs inside.
+
+    Args:
+        target: cpu or cuda: whose kernels' own memory is counted.
+
+    `events` are (number of a block, bytes), negative where it is freed; `blocks` by that number; `phases` say at which
+    event each began.
+    """
+
+    def __init__(self, target: str = "cpu") -> None:
+        super().__init__()
+        self.target = target
+        self.blocks: list[Block] = []
+        self.events: list[tuple[int, int]] = []
+        self.phases: list[tuple[int, str]] = []
+        self.phase = self.region = self.module = ""
+        self._live: dict[int, tuple[int, Any]] = {}  # of a storage: its block, and what tells of its end
+        self._open = True
+
+    # ---- where we are ----
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Inside, allocations belong to this phase."""
+        self.phase, self.region = phase, ""
+        self.phases.append((len(self.events), phase))
+        try:
+            yield
+        finally:
+            self.phase = self.region = ""
+
+    @contextmanager
+    def inside(self, model: nn.Module, body: nn.Module) -> Iterator[None]:
+        """Inside, allocations know which module is at work, and whether it is forward, loss or backward.
+
+        Args:
+            model: all of it.
+            body: the part of it that gives the last hidden states; what comes behind it is the loss.
+        """
+        stack: list[str] = []
+
+        def enter(name: str, module: nn.Module, inputs: object) -> None:
+            stack.append(self.module)
+            self.module = name
+            if module is body:
+                self.region = "forward"
+
+        def leave(module: nn.Module, inputs: object, output: Any) -> None:
+            self.module = stack.pop() if stack else ""
+            if module is body:
+                self.region = "loss"
+                last = getattr(output, "last_hidden_state", None)
+                if last is not None and last.requires_grad:
+                    last.register_hook(backward)
+
+        def backward(grad: Tensor) -> None:
+            self.region = "backward"
+
+        hooks: list[Any] = []
+        for name, module in model.named_modules():
+            hooks.append(module.register_forward_pre_hook(partial(enter, name)))
+            hooks.append(module.register_forward_hook(leave, always_call=True))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.module = self.region = ""
+
+    def _gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.own(parameter.grad, GRADIENTS)
+
+    # ---- storages ----
+
+    def own(self, tensor: Tensor, category: str) -> Block:
+        """Give the storage of a tensor its category; from now on it is counted."""
+        block = self.blocks[self._see(tensor.inner if isinstance(tensor, Shadow) else tensor, "")]
+        block.category = category
+        return block
+
+    def _see(self, tensor: Tensor, op: str) -> int:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._live.get(key)
+        if known is not None:
+            return known[0]
+        number, size = len(self.blocks), storage.nbytes()
+        self.blocks.append(Block(size, self.phase, self.region, self.module, op, len(self.events)))
+        self.events.append((number, size))
+        self._live[key] = (number, weakref.ref(storage, partial(self._freed, key)))
+        return number
+
+    def _freed(self, key: int, _: object) -> None:
+        number, _ref = self._live.pop(key)
+        if self._open:
+            self._release(number)
+
+    def _release(self, number: int) -> None:
+        block = self.blocks[number]
+        block.freed = len(self.events)
+        self.events.append((number, -block.bytes))
+
+    def close(self) -> None:
+        """From now on nothing is recorded."""
+        self._open = False
+
+    # ---- operations ----
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        found = _Tensors()
+        inner = [found.unwrap(one) for one in args]
+        inner_kwargs = {name: found.unwrap(one) for name, one in kwargs.items()}
+        if not found.shadows and (found.reals or not _becomes_shadow(func, args, kwargs)):
+            from_outside = {t.untyped_storage()._cdata for t in found.reals.values()} - self._live.keys()
+            out = func(*args, **kwargs)
+            self._count(func, args, kwargs, out, from_outside)
+            return out
+        if func in overrides.SUPPOSED:
+            return overrides.SUPPOSED[func](*args, **kwargs)
+        if found.reals:
+            inner, inner_kwargs = [found.to_meta(one) for one in inner], found.to_meta(inner_kwargs)
+        if "device" in inner_kwargs or not found.shadows:
+            inner_kwargs["device"] = META
+        out = overrides.STANDS_IN.get(func, func)(*inner, **inner_kwargs)
+        self._count(func, inner, inner_kwargs, out)
+        return found.wrap(out)
+
+    def _count(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, outside: Set[int] = frozenset()
+    ) -> None:
+        """Args: outside: storages that torch did not allocate, such as numpy's."""
+        name = func._schema.name
+        own = overrides.INSIDE.get(name)
+        if own is not None:
+            self._inside_kernel(own(self.target, args, kwargs, out), name)
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, Tensor) and (not outside or one.untyped_storage()._cdata not in outside):
+                self._see(one, name)
+        if name in CASTS and args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
+            self._cast(args[0], out)
+
+    def _cast(self, source: Tensor, out: Tensor) -> None:
+        """A weight made plain, or cast, for a product."""
+        known = self._live.get(source.untyped_storage()._cdata)
+        if known is None or self.blocks[known[0]].category not in (WEIGHTS, TRAINABLE):
+            return
+        made = self.blocks[self._live[out.untyped_storage()._cdata][0]]
+        made.category = made.category or PLAIN
+
+    def _inside_kernel(self, sizes: Sequence[int], op: str) -> None:
+        """Memory that a kernel takes for itself, beside its outputs, and gives back."""
+        first = len(self.blocks)
+        for size in sizes:
+            if size:
+                number = len(self.blocks)
+                self.blocks.append(Block(size, self.phase, self.region, self.module, op, len(self.events)))
+                self.blocks[number].category = OTHER
+                self.events.append((number, size))
+        for number in range(first, len(self.blocks)):
+            self._release(number)
+
+
+CASTS = {"aten::_to_copy", "bitsandbytes::dequantize_4bit", "aten::dequantize"}
+
+
+class _Tensors:
+    """The tensors among the arguments of one operation: shadows, and real ones."""
+
+    def __init__(self) -> None:
+        self.shadows: dict[int, Shadow] = {}  # by the id of what is inside
+        self.reals: dict[int, Tensor] = {}  # by the id of their stand-in
+
+    def unwrap(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, Tensor):
+            if isinstance(value, Shadow):
+                self.shadows[id(value.inner)] = value
+                return value.inner
+            if value.device == META:  # beside the parameters, as PEFT keeps the numbers of its virtual tokens
+                self.shadows[id(value)] = Shadow(value)
+                return value
+            self.reals[id(value)] = value
+            return value
+        if kind is list or kind is tuple:
+            return kind([self.unwrap(one) for one in value])
+        return value
+
+    def to_meta(self, value: Any) -> Any:
+        """Of real tensors beside shadows the shapes alone."""
+        kind = type(value)
+        if kind is list or kind is tuple:
+            return kind([self.to_meta(one) for one in value])
+        if kind is dict:
+            return {name: self.to_meta(one) for name, one in value.items()}
+        if isinstance(value, Tensor) and value.device != META:
+            made = value.to(META)
+            self.reals[id(made)] = value  # so that what is written into a real tensor is that tensor
+            return made
+        return value
+
+    def wrap(self, out: Any) -> Any:
+        kind = type(out)
+        if isinstance(out, Tensor):
+            known: Tensor | None = self.shadows.get(id(out))
+            known = self.reals.get(id(out)) if known is None else known
+            return Shadow(out) if known is None else known
+        if kind is list or kind is tuple:
+            return kind([self.wrap(one) for one in out])
+        return out
+
+
+def _becomes_shadow(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Does an operation without tensors make a tensor of floats, or a large one?"""
+    schema = func._schema
+    if not any(one.name == "device" for one in schema.arguments):
+        return False
+    dtype = kwargs.get("dtype")
+    if dtype is None:
+        numbers = [one for one in args if isinstance(one, (int, float))]
+        if schema.name not in ("aten::arange", "aten::full") or any(isinstance(one, float) for one in numbers):
+            return True
+    elif dtype.is_floating_point:
+        return True
+    count = 1
+    if schema.name == "aten::arange":
+        count = int(max((abs(one) for one in args if isinstance(one, (int, float))), default=0))
+    elif args and isinstance(args[0], (list, tuple)):
+        for size in args[0]:
+            count *= size
+    return count > REAL
+
+
+def shadows(model: nn.Module, tracer: Tracer) -> None:
+    """Turn a model on meta into shadows, each counted: frozen, trainable, constants of quantized weights.
+
+    Args:
+        model: parameters and buffers on meta; tensors that share storage stay one.
+        tracer: counts them.
+    """
+    made: dict[int, tuple[Any, Tensor]] = {}  # with the tensor itself, so that no other gets its id
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for key, tensor in store.items():
+                if tensor is not None:
+                    if id(tensor) not in made:
+                        category = TRAINABLE if tensor.requires_grad else WEIGHTS
+                        made[id(tensor)] = _shadow(tensor, tracer, category), tensor
+                    store[key] = made[id(tensor)][0]
+
+
+def _shadow(tensor: Tensor, tracer: Tracer, category: str) -> Any:
+    """One tensor; a parameter stays one, and what is remembered beside it becomes a shadow too."""
+    made: Any = Shadow(tensor.detach().to(META), requires_grad=tensor.requires_grad)
+    tracer.own(made, category)
+    if isinstance(tensor, nn.Parameter):
+        made._is_param = True
+    constants: Callable[[Any], Any] = partial(_shadow_constants, tracer=tracer)
+    made.__dict__.update({name: constants(value) for name, value in tensor.__dict__.items()})
+    return made
+
+
+def _shadow_constants(value: Any, tracer: Tracer) -> Any:
+    """Scales and codes beside a quantized weight: tensors, or an object of bitsandbytes that holds some."""
+    if isinstance(value, Tensor):
+        return _shadow(value, tracer, CONSTANTS)
+    if type(value).__name__ != "QuantState":
+        return value
+    there = copy(value)
+    for name, one in vars(value).items():
+        setattr(there, name, _shadow_constants(one, tracer))
+    return there
