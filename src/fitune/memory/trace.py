@@ -223,7 +223,8 @@ class Tracer(TorchDispatchMode):
             inner, inner_kwargs = [found.to_meta(one) for one in inner], found.to_meta(inner_kwargs)
         if "device" in inner_kwargs or not found.shadows:
             inner_kwargs["device"] = META
-        out = overrides.STANDS_IN.get(func, func)(*inner, **inner_kwargs)
+        stand_in = overrides.STANDS_IN.get(func)
+        out = stand_in(self.target, *inner, **inner_kwargs) if stand_in else func(*inner, **inner_kwargs)
         self._count(func, inner, inner_kwargs, out)
         return found.wrap(out)
 
@@ -339,35 +340,40 @@ def shadows(model: nn.Module, tracer: Tracer) -> None:
         model: parameters and buffers on meta; tensors that share storage stay one.
         tracer: counts them.
     """
-    made: dict[int, tuple[Any, Tensor]] = {}  # with the tensor itself, so that no other gets its id
+    maker = _Shadows(tracer)
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for key, tensor in store.items():
                 if tensor is not None:
-                    if id(tensor) not in made:
-                        category = TRAINABLE if tensor.requires_grad else WEIGHTS
-                        made[id(tensor)] = _shadow(tensor, tracer, category), tensor
-                    store[key] = made[id(tensor)][0]
+                    store[key] = maker.of(tensor, TRAINABLE if tensor.requires_grad else WEIGHTS)
 
 
-def _shadow(tensor: Tensor, tracer: Tracer, category: str) -> Any:
-    """One tensor; a parameter stays one, and what is remembered beside it becomes a shadow too."""
-    made: Any = Shadow(tensor.detach().to(META), requires_grad=tensor.requires_grad)
-    tracer.own(made, category)
-    if isinstance(tensor, nn.Parameter):
-        made._is_param = True
-    constants: Callable[[Any], Any] = partial(_shadow_constants, tracer=tracer)
-    made.__dict__.update({name: constants(value) for name, value in tensor.__dict__.items()})
-    return made
+class _Shadows:
+    """Shadows of tensors, each made once."""
 
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer = tracer
+        self.made: dict[int, tuple[Any, Tensor]] = {}  # with the tensor itself, so that no other gets its id
 
-def _shadow_constants(value: Any, tracer: Tracer) -> Any:
-    """Scales and codes beside a quantized weight: tensors, or an object of bitsandbytes that holds some."""
-    if isinstance(value, Tensor):
-        return _shadow(value, tracer, CONSTANTS)
-    if type(value).__name__ != "QuantState":
-        return value
-    there = copy(value)
-    for name, one in vars(value).items():
-        setattr(there, name, _shadow_constants(one, tracer))
-    return there
+    def of(self, tensor: Tensor, category: str) -> Any:
+        """One tensor's; a parameter stays one, and what is remembered beside it becomes a shadow too."""
+        if id(tensor) in self.made:
+            return self.made[id(tensor)][0]
+        made: Any = Shadow(tensor.detach().to(META), requires_grad=tensor.requires_grad)
+        self.tracer.own(made, category)
+        if isinstance(tensor, nn.Parameter):
+            made._is_param = True
+        made.__dict__.update({name: self.constants(value) for name, value in tensor.__dict__.items()})
+        self.made[id(tensor)] = made, tensor
+        return made
+
+    def constants(self, value: Any) -> Any:
+        """Scales and codes beside a quantized weight: tensors, or an object of bitsandbytes that holds some."""
+        if isinstance(value, Tensor):
+            return self.of(value, CONSTANTS)
+        if type(value).__name__ != "QuantState":
+            return value
+        there = copy(value)
+        for name, one in vars(value).items():
+            setattr(there, name, self.constants(one))
+        return there
