@@ -11,16 +11,18 @@ What no shape tells (memory inside a kernel, numbers that decide) stands in `ove
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitune.memory import overrides
@@ -82,17 +84,30 @@ class Shadow(torch.Tensor):
         return f"Shadow({tuple(self.shape)}, {self.dtype})"
 
 
-class Building(TorchDispatchMode):
+class _Mode(TorchDispatchMode):
+    """Inside, what is looked for in a tensor without values is found everywhere."""
+
+    def __enter__(self) -> Any:
+        self._patch = fx_config.patch(meta_nonzero_assume_all_nonzero=True)
+        self._patch.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.__exit__(*error)
+
+
+class Building(_Mode):
     """Inside, a model is built on meta by code that reads values: it gets those of a healthy run."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         answer = overrides.SUPPOSED.get(func)
         if answer is not None and any(isinstance(one, Tensor) and one.device == META for one in args):
             return answer(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return overrides.BUILDING.get(func, func)(*args, **(kwargs or {}))
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(_Mode):
     """Sees every allocation of what runs inside.
 
     Args:
@@ -312,25 +327,22 @@ class _Tensors:
         return out
 
 
+# What code looks into: masks, positions, bounds, the codes of bitsandbytes. Of these small ones are computed.
+LOOKED_INTO = {f"aten::{name}" for name in ("arange", "full", "linspace", "ones", "scalar_tensor", "zeros")}
+
+
 def _becomes_shadow(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Does an operation without tensors make a tensor of floats, or a large one?"""
+    """Does an operation without tensors make one that is to be a shadow?"""
     schema = func._schema
     if not any(one.name == "device" for one in schema.arguments):
         return False
     dtype = kwargs.get("dtype")
-    if dtype is None:
-        numbers = [one for one in args if isinstance(one, (int, float))]
-        if schema.name not in ("aten::arange", "aten::full") or any(isinstance(one, float) for one in numbers):
-            return True
-    elif dtype.is_floating_point:
+    if schema.name not in LOOKED_INTO and (dtype is None or dtype.is_floating_point):
         return True
-    count = 1
-    if schema.name == "aten::arange":
-        count = int(max((abs(one) for one in args if isinstance(one, (int, float))), default=0))
-    elif args and isinstance(args[0], (list, tuple)):
-        for size in args[0]:
-            count *= size
-    return count > REAL
+    if schema.name in ("aten::arange", "aten::linspace"):
+        return max((abs(one) for one in args if isinstance(one, (int, float))), default=0) > REAL
+    shape = args[0] if args and isinstance(args[0], (list, tuple)) else ()
+    return math.prod(shape) > REAL
 
 
 def shadows(model: nn.Module, tracer: Tracer) -> None:
@@ -348,6 +360,12 @@ def shadows(model: nn.Module, tracer: Tracer) -> None:
                     store[key] = maker.of(tensor, TRAINABLE if tensor.requires_grad else WEIGHTS)
 
 
+@cache
+def _kind(name: str) -> type[Shadow]:
+    """Shadows of weights that bitsandbytes packed are called as those are: PEFT knows them by this name."""
+    return type(name, (Shadow,), {}) if name in ("Params4bit", "Int8Params") else Shadow
+
+
 class _Shadows:
     """Shadows of tensors, each made once."""
 
@@ -359,7 +377,7 @@ class _Shadows:
         """One tensor's; a parameter stays one, and what is remembered beside it becomes a shadow too."""
         if id(tensor) in self.made:
             return self.made[id(tensor)][0]
-        made: Any = Shadow(tensor.detach().to(META), requires_grad=tensor.requires_grad)
+        made: Any = _kind(type(tensor).__name__)(tensor.detach().to(META), requires_grad=tensor.requires_grad)
         self.tracer.own(made, category)
         if isinstance(tensor, nn.Parameter):
             made._is_param = True

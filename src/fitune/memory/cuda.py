@@ -1,0 +1,102 @@
+"""What torch does otherwise on a CUDA GPU than on a CPU, for a trace whose shadows say that they lie on a CPU.
+
+In: calls of torch's functions while a `Cuda` is entered. Out: the operations that a GPU would run: fused attention as
+torch chooses it there, and autocast's list of functions that compute in float32. Nothing here computes values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+aten = torch.ops.aten
+HALF = (torch.bfloat16, torch.float16)
+FLASH_WIDTH = 256  # the widest head of torch's flash attention (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)
+
+# https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32"
+FLOAT32 = frozenset(
+    getattr(place, name)
+    for place in (torch, F, Tensor)
+    for name in (
+        "__pow__", "__rdiv__", "__rpow__", "__rtruediv__", "acos", "asin", "binary_cross_entropy_with_logits", "cosh",
+        "cross_entropy", "cumprod", "cumsum", "dist", "erfinv", "exp", "expm1", "group_norm", "layer_norm", "log",
+        "log10", "log_softmax", "log1p", "log2", "nll_loss", "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt",
+        "sinh", "softmax", "softmin", "softplus", "sum", "renorm", "tan",
+    )
+    if hasattr(place, name)
+)  # fmt: skip
+
+
+class Cuda(TorchFunctionMode):
+    """See the module's text."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return attention(*args, **kwargs)
+        if func is Tensor.backward:  # blocks that are recomputed call functions inside of it, which are to come here
+            with self:
+                return _engine_run_backward(
+                    (args[0],), (torch.ones_like(args[0]),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
+        if func in FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args = [_wide(one) for one in args]
+            kwargs = {name: _wide(one) for name, one in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+
+def attention(
+    query: Tensor,  # (B, H, L, E)
+    key: Tensor,  # (B, K, S, E)
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention as torch runs it on a GPU: flash in 16 bits without a mask, else memory-efficient; the latter takes
+    no grouped heads, and a mask of numbers whose rows are whole multiples of 16 (sdp_utils.cpp, attention.cpp)."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = (one.to(dtype) for one in (query, key, value))
+    width = query.shape[-1]
+    if attn_mask is None and query.dtype in HALF and width <= FLASH_WIDTH:
+        if rest := -width % 8:
+            query, key, value = (F.pad(one, (0, rest)) for one in (query, key, value))
+        out: Tensor = aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale or width**-0.5
+        )[0]
+        return out[..., :width] if width % 8 else out
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+    bias = None if attn_mask is None else _bias(attn_mask, query, key)
+    learns = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    found: Tensor = aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, learns, dropout_p, is_causal, scale=scale
+    )[0]
+    return found
+
+
+def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A mask as the memory-efficient kernel wants it."""
+    if mask.dtype == torch.bool:
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        mask = torch.where(mask, zero, torch.full_like(zero, -torch.inf))
+    keys = mask.shape[-1]
+    if rest := -keys % 16:
+        mask = F.pad(mask, (0, rest))[..., :keys]
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
