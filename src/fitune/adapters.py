@@ -52,7 +52,17 @@ def attach(model: Any, config: RunConfig) -> Any:
         model.fitune_method = {"method": method.name, **_options(method, config)}
     new_tokens.train_rows(_inner(model))
     _cast_trained(model, DTYPES[config.trainable_dtype])
+    _no_copies(model)
     return model
+
+
+def _no_copies(model: Any) -> None:
+    """PEFT's layers cast their input to the dtype of their weights, float32, and autocast casts it back: a copy of the
+    input for each adapted layer, with the values that the input has anyway. They take it as it is."""
+    if getattr(_inner(model), "fitune_compute", torch.float32) != torch.float32:
+        for module in model.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
 
 
 def _cast_trained(model: Any, dtype: torch.dtype) -> None:

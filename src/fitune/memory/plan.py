@@ -1,29 +1,43 @@
-"""What a run will take, before it runs."""
+"""What a run will take, before it runs.
+
+In: a resolved config, the model's config, the micro-batches of some steps. Out: a Plan: the most of each phase by
+category, where the peak is and of what it is made, what CUDA's caching allocator makes of it, and whether it fits. The
+run's own code goes over shadows (trace.py); no weight is read.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from fitune import adapters, families, methods, optim, precision
+from fitune import adapters, families, methods, optim, precision, quant
 from fitune.config import RunConfig
-from fitune.memory import trace
-from fitune.memory.trace import Building, Tracer
+from fitune.memory import allocator, device, trace
+from fitune.memory.closed import closed
+from fitune.memory.cuda import Cuda
+from fitune.memory.trace import Block, Building, Tracer
 from fitune.methods import new_tokens
 from fitune.model import causal_lm, checkpoint_blocks, outline, trainable
 from fitune.records import Batch, Layout
 from fitune.step import LossScale, apply_gradients, held_out_loss, make_gradients
+
+MIB = 2**20
+POINTS = 160  # of a timeline
+PHASES = ("load", "forward", "loss", "backward", "update", "evaluation", "checkpoint")
 
 
 @dataclass(frozen=True)
 class Work:
     """What a run asks of memory.
 
-    config: resolved. shape: the model's transformers config. steps: micro-batches of some optimizer steps, the one with
-    the largest among them. held_out: the largest batch of an evaluation. added: new tokens.
+    config: resolved. shape: the model's transformers config. steps: micro-batches of optimizer steps, in order; the
+    largest that will come is among them. held_out: the largest batch of an evaluation. added: new tokens.
     """
 
     config: RunConfig
@@ -33,12 +47,85 @@ class Work:
     layout: Layout = "flat"
     added: Sequence[Any] = field(default_factory=list)
 
+    @property
+    def largest(self) -> Batch:
+        """The micro-batch with the most tokens."""
+        return max((batch for step in self.steps for batch in step), key=lambda batch: len(batch.ids))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The most that a phase takes, and what it is made of, in bytes."""
+
+    phase: str
+    bytes: int
+    parts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes, in bytes.
+
+    how: trace, or closed form and why. phases: the most of each. peak: the most of all, largest: of what it is made,
+    as [{"what", "count", "bytes"}]. allocated: by the allocator's count. reserved: from the GPU, with fragmentation;
+    smallest: the least with which it goes through, giving cached memory back when needed; both None on a CPU.
+    outside: beside the tensors. needed: all of it. budget, spare, fits: of the device, None where nobody said how much
+    there is. closed: the same by closed forms.
+    """
+
+    model: str
+    method: str
+    precision: str
+    quant: str
+    device: str
+    gpu: str | None
+    how: str
+    why: str
+    tokens: int
+    rows: int
+    max_length: int | None
+    trainable: int
+    total: int
+    phases: list[Moment]
+    peak: Moment
+    largest: list[dict[str, Any]]
+    timeline: list[dict[str, Any]]
+    allocated: int
+    reserved: int | None
+    reserved_expandable: int | None
+    smallest: int | None
+    outside: dict[str, int]
+    needed: int
+    budget: int | None
+    closed: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def spare(self) -> int | None:
+        """What would be left of the budget; negative: what is missing."""
+        return None if self.budget is None else self.budget - self.needed
+
+    @property
+    def fits(self) -> bool | None:
+        """Is there room for it?"""
+        return None if self.spare is None else self.spare >= 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        values = asdict(self)
+        values["peak"]["largest"] = values.pop("largest")
+        return {**values, "spare": self.spare, "fits": self.fits}
+
+
+# ---- tracing ----
+
 
 def without_values(work: Work) -> Any:
     """The model of a run with its method on it, on meta."""
     config = work.config
     method = methods.find(config.method)
     storage = config.storage_dtype if method.low_precision_base else config.trainable_dtype
+    state = torch.get_rng_state()
     with Building(), torch.device("meta"):
         base = outline(work.shape, precision=config.precision, quant=config.quant, storage=storage)
         family = families.of(base)
@@ -46,22 +133,31 @@ def without_values(work: Work) -> Any:
             new_tokens.add_rows(base, work.added)
         model = adapters.attach(base, config)
         checkpoint_blocks(model, family, config.checkpointing)
+    torch.set_rng_state(state)
     return model
 
 
-def traced(work: Work, target: str = "cpu") -> Tracer:
-    """Everything that the run's steps, an evaluation and a checkpoint allocate."""
-    config = work.config
-    model = without_values(work)
+def traced(model: Any, work: Work, target: str = "cpu") -> Tracer:
+    """Everything that the steps, an evaluation and a checkpoint allocate.
+
+    Args:
+        model: as `without_values` gave it; it is of no use afterwards.
+        work: what goes over it.
+        target: cpu or cuda.
+    """
     tracer = Tracer(target)
-    with tracer.during("load"):
-        trace.shadows(model, tracer)
-    run(model, work, tracer)
+    state = torch.get_rng_state()
+    tracer.at("load")
+    trace.shadows(model, tracer)
+    tracer.at("")
+    with Cuda() if target == "cuda" else nullcontext():
+        go(model, work, tracer)
     tracer.close()
+    torch.set_rng_state(state)
     return tracer
 
 
-def run(model: Any, work: Work, tracer: Tracer) -> None:
+def go(model: Any, work: Work, tracer: Tracer) -> None:
     """The steps, the evaluation and the checkpoint of a piece of work, on shadows or for real."""
     config = work.config
     model.train()
@@ -69,13 +165,15 @@ def run(model: Any, work: Work, tracer: Tracer) -> None:
     scale = LossScale.START if precision.scaled(config) else 1.0
     with tracer, tracer.inside(model, causal_lm(model).base_model):
         optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
-        for number, micro_batches in enumerate(work.steps, start=1):
-            with tracer.during(f"step {number}"):
+        for micro_batches in work.steps:
+            with tracer.during("step"):
                 made = make_gradients(model, micro_batches, work.layout, [], scale)
-            with tracer.during(f"update {number}"):
+            with tracer.during("update"):
                 apply_gradients(model, made, optimizer, config.max_grad_norm, scale)
-            for tensor in _tensors(optimizer.state):
-                tracer.own(tensor, trace.STATES)
+            for states in optimizer.state.values():
+                for value in states.values():
+                    if isinstance(value, torch.Tensor):
+                        tracer.own(value, trace.STATES)
         if work.held_out is not None:
             with tracer.during("evaluation"):
                 held_out_loss(model, [work.held_out], work.layout)
@@ -83,5 +181,203 @@ def run(model: Any, work: Work, tracer: Tracer) -> None:
             optim.state_tensors(optimizer, parameters)
 
 
-def _tensors(state: Any) -> list[torch.Tensor]:
-    return [value for one in state.values() for value in one.values() if isinstance(value, torch.Tensor)]
+# ---- what a trace says ----
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The most of each phase, the peak, what it is made of, and the timeline."""
+
+    phases: list[Moment]
+    peak: Moment
+    largest: list[dict[str, Any]]
+    timeline: list[dict[str, Any]]
+
+
+def usage(tracer: Tracer) -> Usage:
+    """See Usage."""
+    spans = _spans(tracer)
+    totals, tops = _totals(tracer, spans)
+    highest = max(tops, key=lambda phase: totals[tops[phase]])
+    step = max(1, len(totals) // POINTS)
+    points = sorted({max(range(at, min(at + step, len(totals))), key=totals.__getitem__)
+                     for at in range(0, len(totals), step)} | set(tops.values()))  # fmt: skip
+    parts = _parts_at(tracer, points)
+    phases = [Moment(phase, totals[at], parts[at]) for phase, at in tops.items()]
+    timeline = [
+        {"at": at / max(1, len(totals) - 1), "phase": _phase_at(spans, at), "parts": parts[at]} for at in points
+    ]
+    return Usage(phases, next(m for m in phases if m.phase == highest), _largest(tracer, tops[highest]), timeline)
+
+
+def _spans(tracer: Tracer) -> list[tuple[int, str]]:
+    """(first event, phase) of each stretch of the course, in the words of PHASES."""
+    found: list[tuple[int, str]] = [(0, "load")]
+    for at, phase, region in tracer.course:
+        name = (region or "forward") if phase == "step" else phase
+        if name and name != found[-1][1]:
+            found.append((at, name))
+    return found
+
+
+def _phase_at(spans: Sequence[tuple[int, str]], event: int) -> str:
+    return next(phase for at, phase in reversed(spans) if at <= event)
+
+
+def _totals(tracer: Tracer, spans: Sequence[tuple[int, str]]) -> tuple[list[int], dict[str, int]]:
+    """Bytes after each event, and of each phase the event with the most."""
+    totals: list[int] = []
+    now = 0
+    for _, size in tracer.events:
+        now += size
+        totals.append(now)
+    tops: dict[str, int] = {}
+    ends = [at for at, _ in spans[1:]] + [len(totals)]
+    for (start, phase), end in zip(spans, ends, strict=True):
+        if end > start:
+            top = max(range(start, end), key=totals.__getitem__)
+            if phase not in tops or totals[top] > totals[tops[phase]]:
+                tops[phase] = top
+    return totals, {phase: tops[phase] for phase in PHASES if phase in tops}
+
+
+def _parts_at(tracer: Tracer, events: Sequence[int]) -> dict[int, dict[str, int]]:
+    """Bytes by category after each of some events."""
+    now: Counter[str] = Counter()
+    found: dict[int, dict[str, int]] = {}
+    wanted = iter([*events, -1])
+    target = next(wanted)
+    for number, (key, size) in enumerate(tracer.events):
+        now[tracer.blocks[key].kind] += size
+        if number == target:
+            found[number] = {name: now[name] for name in trace.CATEGORIES if now[name]}
+            target = next(wanted)
+    return found
+
+
+def _largest(tracer: Tracer, event: int, most: int = 12) -> list[dict[str, Any]]:
+    """What is there at an event: storages of the same kind together, the largest first."""
+    sizes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for block in tracer.blocks:
+        if block.born <= event and (block.freed is None or block.freed > event):
+            name = _name(block)
+            sizes[name] += block.bytes
+            counts[name] += 1
+    return [{"what": name, "count": counts[name], "bytes": size} for name, size in sizes.most_common(most)]
+
+
+def _name(block: Block) -> str:
+    if block.kind in (trace.WEIGHTS, trace.CONSTANTS, trace.TRAINABLE, trace.GRADIENTS, trace.STATES):
+        return block.kind
+    where = block.module.rpartition(".")[2]
+    return f"{block.kind}: {where + ' ' if where else ''}{block.op.rpartition('::')[2]}"
+
+
+# ---- the plan ----
+
+
+def plan(work: Work, where: device.Device, *, name: str, outside: Mapping[str, int] | None = None) -> Plan:
+    """The plan of a run.
+
+    Args:
+        work: what it does.
+        where: it is to fit.
+        name: of the model, for people.
+        outside: bytes beside the tensors, where they are known better than by the calibration.
+    """
+    model = without_values(work)
+    batch = work.largest
+    forms = closed(model, work.config, len(batch.ids), batch.targets)
+    trained = sum(p.numel() for p in trainable(model).values())
+    total = sum(quant.numel(p) for p in model.parameters())
+    try:
+        tracer = traced(model, work, where.kind)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        seen, figures = _by_forms(forms), {}
+        how, why = "closed form", f"this model cannot be traced ({told})"
+    else:
+        seen, how, why = usage(tracer), "trace", ""
+        figures = _allocator(tracer, where) if where.kind == "cuda" else {}
+    beside = dict(outside if outside is not None else _outside(where))
+    allocated = figures.get("allocated", seen.peak.bytes)
+    inside = figures.get("smallest", allocated)
+    config = work.config
+    return Plan(
+        model=name,
+        method=config.method,
+        precision=config.precision,
+        quant=config.quant.name,
+        device=where.kind,
+        gpu=where.name if where.kind == "cuda" else None,
+        how=how,
+        why=why,
+        tokens=len(batch.ids),
+        rows=len(batch.rows),
+        max_length=None if config.max_length == "auto" else config.max_length,
+        trainable=trained,
+        total=total,
+        phases=seen.phases,
+        peak=seen.peak,
+        largest=seen.largest,
+        timeline=seen.timeline,
+        allocated=allocated,
+        reserved=figures.get("reserved"),
+        reserved_expandable=figures.get("reserved_expandable"),
+        smallest=figures.get("smallest"),
+        outside=beside,
+        needed=inside + sum(beside.values()),
+        budget=where.budget,
+        closed=forms,
+        notes=_notes(seen.peak, forms, how, why),
+    )
+
+
+def _by_forms(forms: Mapping[str, int]) -> Usage:
+    peak = Moment("loss", sum(forms.values()), dict(forms))
+    return Usage([peak], peak, [{"what": name, "count": 1, "bytes": size} for name, size in forms.items()], [])
+
+
+FAR = 0.35  # share by which closed forms and trace may differ before it is told
+
+
+def _notes(peak: Moment, forms: Mapping[str, int], how: str, why: str) -> list[str]:
+    if how != "trace":
+        return [f"by closed forms, which may be a third off: {why}"]
+    total = sum(forms.values())
+    if abs(total / max(1, peak.bytes) - 1) <= FAR:
+        return []
+    return [
+        f"closed forms give {total / MIB:,.0f} MiB, the trace {peak.bytes / MIB:,.0f}: this model keeps other things than "
+        "a plain gated transformer"
+    ]
+
+
+def _outside(where: device.Device) -> dict[str, int]:
+    """What no tensor holds. The workspaces go through the allocator, and are counted there."""
+    return {"CUDA context": device.calibration(where.name).context} if where.kind == "cuda" else {}
+
+
+def _allocator(tracer: Tracer, where: device.Device) -> dict[str, int]:
+    """What CUDA's caching allocator makes of the events of a trace."""
+    events = with_workspaces(tracer, device.calibration(where.name).workspace)
+    plain, expandable = allocator.replay(events), allocator.replay(events, expandable=True)
+    return {
+        "allocated": plain.allocated,
+        "reserved": plain.reserved,
+        "reserved_expandable": expandable.reserved,
+        "smallest": allocator.smallest_budget(events),
+    }
+
+
+def with_workspaces(tracer: Tracer, size: int) -> list[allocator.Event]:
+    """The events, with cuBLAS' workspaces behind the weights: one for each thread that multiplies."""
+    loaded = next((at for at, phase, _ in tracer.course if phase not in ("", "load")), len(tracer.events))
+    first = len(tracer.blocks)
+    return [*tracer.events[:loaded], (first, size), (first + 1, size), *tracer.events[loaded:]]
+
+
+def with_budget(made: Plan, budget: int | None) -> Plan:
+    """The same plan against another budget."""
+    return replace(made, budget=budget)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
@@ -51,7 +52,19 @@ class Block:
     op: str
     born: int
     freed: int | None = None
+    freed_region: str = ""
     category: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Its category, where it is not known from the start by where it was made and how long it lived."""
+        if self.category:
+            return self.category
+        if self.region == "loss":
+            return LOSS
+        kept = self.region == "forward" and self.freed_region != "forward"
+        recomputed = self.region == "backward" and self.module != ""
+        return ACTIVATIONS if kept or recomputed else OTHER
 
 
 class Shadow(torch.Tensor):
@@ -72,6 +85,10 @@ class Shadow(torch.Tensor):
         )
         made.inner = inner
         return made
+
+    def tolist(self) -> Any:
+        """A list of its shape, for code that must have one."""
+        return np.zeros(tuple(self.shape), float if self.dtype.is_floating_point else int).tolist()
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -113,8 +130,8 @@ class Tracer(_Mode):
     Args:
         target: cpu or cuda: whose kernels' own memory is counted.
 
-    `events` are (number of a block, bytes), negative where it is freed; `blocks` by that number; `phases` say at which
-    event each began.
+    `events` are (number of a block, bytes), negative where it is freed; `blocks` by that number; `course` says from
+    which event on which phase and region it was.
     """
 
     def __init__(self, target: str = "cpu") -> None:
@@ -122,7 +139,7 @@ class Tracer(_Mode):
         self.target = target
         self.blocks: list[Block] = []
         self.events: list[tuple[int, int]] = []
-        self.phases: list[tuple[int, str]] = []
+        self.course: list[tuple[int, str, str]] = []
         self.phase = self.region = self.module = ""
         self._live: dict[int, tuple[int, Any]] = {}  # of a storage: its block, and what tells of its end
         self._open = True
@@ -132,12 +149,16 @@ class Tracer(_Mode):
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Inside, allocations belong to this phase."""
-        self.phase, self.region = phase, ""
-        self.phases.append((len(self.events), phase))
+        self.at(phase)
         try:
             yield
         finally:
-            self.phase = self.region = ""
+            self.at("")
+
+    def at(self, phase: str, region: str = "") -> None:
+        """From now on it is this phase, and region of it."""
+        self.phase, self.region = phase, region
+        self.course.append((len(self.events), phase, region))
 
     @contextmanager
     def inside(self, model: nn.Module, body: nn.Module) -> Iterator[None]:
@@ -153,18 +174,18 @@ class Tracer(_Mode):
             stack.append(self.module)
             self.module = name
             if module is body:
-                self.region = "forward"
+                self.at(self.phase, "forward")
 
         def leave(module: nn.Module, inputs: object, output: Any) -> None:
             self.module = stack.pop() if stack else ""
             if module is body:
-                self.region = "loss"
+                self.at(self.phase, "loss")
                 last = getattr(output, "last_hidden_state", None)
                 if last is not None and last.requires_grad:
                     last.register_hook(backward)
 
         def backward(grad: Tensor) -> None:
-            self.region = "backward"
+            self.at(self.phase, "backward")
 
         hooks: list[Any] = []
         for name, module in model.named_modules():
@@ -178,7 +199,8 @@ class Tracer(_Mode):
         finally:
             for hook in hooks:
                 hook.remove()
-            self.module = self.region = ""
+            self.module = ""
+            self.at("")
 
     def _gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -211,7 +233,7 @@ class Tracer(_Mode):
 
     def _release(self, number: int) -> None:
         block = self.blocks[number]
-        block.freed = len(self.events)
+        block.freed, block.freed_region = len(self.events), self.region
         self.events.append((number, -block.bytes))
 
     def close(self) -> None:

@@ -1,0 +1,105 @@
+"""Memory by closed forms: the explanation of a plan, its cross-check, and what is left where a trace fails.
+
+In: a model on meta with its method, the tokens of the largest micro-batch. Out: bytes by category. Weights, gradients
+and optimizer states are exact. Activations: what a gated transformer block keeps of each token, counted in widths: W of
+the model, Q of all query heads, K of all key heads, M of the MLP.
+
+    two norms keep their inputs            2 W
+    attention keeps q, k, v, its output    2 Q + 2 K      (and 4 bytes for each head)
+    a gated MLP keeps gate, up, and act    3 M            (others their inner layer twice: 2 M)
+    inputs of trained linear layers        W in front of q, k, v and of gate and up, M in front of down
+
+each in the dtype of the computation, in blocks at or above the first trained parameter. With checkpointing a block
+keeps its input (W), and one block at a time all of it. Logits go in chunks of 32 MiB in float32, three at a time:
+logits, their log-softmax and its gradient.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fitune import families, optim, quant
+from fitune.config import RunConfig
+from fitune.kernels.loss import chunk_rows
+from fitune.memory import trace
+from fitune.methods.prefix import key_width
+from fitune.model import causal_lm, trainable
+from fitune.precision import DTYPES
+
+
+def closed(model: Any, config: RunConfig, tokens: int, labels: int) -> dict[str, int]:
+    """Bytes by category (trace.CATEGORIES).
+
+    Args:
+        model: with its method, on meta or real.
+        config: resolved.
+        tokens: of the largest micro-batch.
+        labels: of them those with a label.
+    """
+    trained = trainable(model)
+    size = DTYPES[config.trainable_dtype].itemsize
+    count = sum(p.numel() for p in trained.values())
+    frozen = {id(p): p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad}
+    constants = sum(t.numel() * t.element_size() for _, layer in quant.layers(model) for t in quant.constants(layer))
+    shape = causal_lm(model).config
+    found = {
+        trace.WEIGHTS: sum(frozen.values()),
+        trace.CONSTANTS: constants,
+        trace.TRAINABLE: count * size,
+        trace.GRADIENTS: count * size,
+        trace.STATES: int(count * optim.find(config.optimizer).state_bytes * size / 4),
+        trace.ACTIVATIONS: tokens * _per_token(model, config, shape),
+        trace.LOSS: 12 * min(labels, chunk_rows(shape.vocab_size)) * shape.vocab_size + 8 * labels * shape.hidden_size,
+    }
+    return {name: int(value) for name, value in found.items() if value}
+
+
+def _per_token(model: Any, config: RunConfig, shape: Any) -> float:
+    """Bytes that the backward pass keeps of a token, in all blocks."""
+    item = DTYPES[config.precision].itemsize
+    family = families.of(causal_lm(model))
+    blocks = list(family.block_list(causal_lm(model)))
+    width = shape.hidden_size
+    whole = [_block(block, shape) for block in blocks]
+    first = _first_trained(model, family.blocks, len(blocks))
+    kept = whole[first:]
+    if config.checkpointing:
+        every = int(config.checkpointing)
+        inside = [size for number, size in enumerate(whole) if number >= first and (number + 1) % every]
+        return item * (width * (len(kept) - len(inside)) + sum(inside) + max(kept, default=0))
+    return float(item * sum(kept))
+
+
+def _block(block: Any, shape: Any) -> float:
+    """Numbers that a block keeps of a token."""
+    width = shape.hidden_size
+    inner = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or 4 * width
+    heads = shape.num_attention_heads
+    queries = heads * (getattr(shape, "head_dim", None) or width // heads)
+    gated = any(name.rpartition(".")[2].startswith("gate") for name, _ in block.named_modules())
+    kept = 2 * width + 2 * queries + 2 * key_width(_Shape(shape)) + (3 if gated else 2) * inner + 2 * heads
+    trained = [name for name, p in block.named_parameters() if p.requires_grad]
+    attention = any(re.search(r"q_proj|k_proj|v_proj|query|c_attn|qkv", name) for name in trained)
+    output = any(re.search(r"down_proj|fc2|dense_4h|c_proj", name) for name in trained)
+    into = any(re.search(r"gate|up_proj|fc1|dense_h_to_4h|c_fc", name) for name in trained)
+    return kept + width * (attention + into) + inner * output
+
+
+class _Shape:
+    """A config where a model is expected."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+def _first_trained(model: Any, blocks: str, count: int) -> int:
+    """The number of the first block in which, or before which, something is trained."""
+    numbers = []
+    for name in trainable(model):
+        found = re.search(rf"{re.escape(blocks)}\.(\d+)\.", name)
+        if found is None and not re.search(r"lm_head|norm|mlp_tail|output", name.rpartition(".")[0]):
+            return 0
+        if found is not None:
+            numbers.append(int(found[1]))
+    return min(numbers, default=count)
