@@ -382,6 +382,8 @@ class RunConfig(DataConfig):
     """Longest such answer, in tokens."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    force: bool = False
+    """Run though the plan says that it does not fit."""
 
 
 def _for_each(values: list[Any], count: int) -> list[Any]:

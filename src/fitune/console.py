@@ -49,8 +49,8 @@ class Watcher:
     def kept(self, parts: Sequence[Any]) -> None:
         """What lies in which dtype (precision.Kept)."""
 
-    def memory(self, parts: Mapping[str, float]) -> None:
-        """Expected memory by component, MiB."""
+    def plan(self, plan: Any) -> None:
+        """What the run will take (memory.plan.Plan)."""
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """Something that takes long is so far; done == total: it is finished."""
@@ -106,10 +106,16 @@ class Terminal(Watcher):
         """See Watcher."""
         self.console.print(kept_table(parts))
 
-    def memory(self, parts: Mapping[str, float]) -> None:
+    def plan(self, plan: Any) -> None:
         """See Watcher."""
+        parts = {name: count / 2**20 for name, count in {**plan.peak.parts, **plan.outside}.items()}
         text = " + ".join(f"{name} {mib:,.0f}" for name, mib in parts.items() if mib >= 0.5)
-        self.console.print(f"expected memory [bold]{sum(parts.values()):,.0f} MiB[/] = {text}", highlight=False)
+        self.console.print(
+            f"expected memory [bold]{plan.needed / 2**20:,.0f} MiB[/], most in the {plan.peak.phase}: {text}",
+            highlight=False,
+        )
+        for note in plan.notes:
+            self.console.print(f"[yellow]{escape(note)}[/]", highlight=False)
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """See Watcher."""

@@ -31,9 +31,11 @@ from fitune.batches import Loader
 from fitune.cache import folder_digest, key
 from fitune.config import DataSource, RunConfig
 from fitune.console import Watcher
-from fitune.errors import Collector, ConfigError
+from fitune.errors import Collector, ConfigError, TrainingError
 from fitune.files import sha256
-from fitune.memory import Estimate, estimate, resident_mib
+from fitune.memory import device as devices
+from fitune.memory import plan as plans
+from fitune.memory import resident_mib, steps
 from fitune.methods import new_tokens
 from fitune.model import (
     Tuned,
@@ -64,7 +66,8 @@ class Job:
     report: DataReport
     findings: list[Finding]
     kept: list[precision.Kept]
-    memory: Estimate
+    plan: plans.Plan
+    work: plans.Work  # what the plan went over
     data_sha256: dict[str, str]
     inputs: dict[str, Any]  # of weights, tokenizer, template and adapter: what a resumed run must find again
     total_steps: int
@@ -198,10 +201,12 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     preflight.raise_refused(data.findings)
     config = config.model_copy(update={"max_length": data.report.max_length})
 
-    runtime = resident_mib()
     device = pick_device(config.device)
     method = methods.find(config.method)
     _check_quantized(config, method, model_config, device)
+    work = _work(config, model_config, data, added, steps.likely_layout(config.layout, model_config))
+    plan = _planned(work, device, folder.name)
+    _refuse_what_cannot_fit(plan, config)
     base = load_model(
         folder,
         precision=config.precision,
@@ -222,6 +227,9 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     checkpoint_blocks(model, family, config.checkpointing)
     samples = data.samples
     layout, leak = preflight.packing_leak(model, samples, config.layout)
+    if layout != work.layout:
+        work = _work(config, model_config, data, added, layout)
+        plan = _planned(work, device, folder.name)
     probe = guards.probe(samples)
     intact = guards.base_intact(folder)
     dtype = precision.DTYPES[config.trainable_dtype]
@@ -239,9 +247,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     model_findings += [guards.grad_reaches(model, probe, layout), guards.accumulation_equality(model, probe, layout)]
     model_findings += [_disk_space(config, model), guards.eval_memory(model)]
     preflight.raise_refused(model_findings)
-    states = optim.find(config.optimizer).state_bytes
-    by_length = layout == "padded"
-    loader = Loader(samples, config.batch_size, config.accumulation, config.seed, config.batch_tokens, by_length)
+    loader = _loader(config, samples, layout)
     total = config.max_steps or loader.total_steps(config.epochs)
     eval_every = config.eval_every or max(1, -(-total // 5))
     return Job(
@@ -254,7 +260,8 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
         report=data.report,
         findings=[*data.findings, *model_findings],
         kept=precision.kept(model, stored),
-        memory=estimate(model, model_config, longest_batch=loader.largest(), runtime_mib=runtime, state_bytes=states),
+        plan=plan,
+        work=work,
         data_sha256=_fingerprint(config),
         inputs=_inputs(config, folder, data.encoder.template.as_dict()),
         total_steps=total,
@@ -262,6 +269,36 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
         save_every=config.save_every or eval_every,
         lr=config.lr or method.default_lr * optim.find(config.optimizer).rate,
     )
+
+
+def _loader(config: RunConfig, samples: Samples, layout: Layout) -> Loader:
+    by_length = layout == "padded"
+    return Loader(samples, config.batch_size, config.accumulation, config.seed, config.batch_tokens, by_length)
+
+
+def _work(config: RunConfig, shape: Any, data: dataset.Data, added: list[Any], layout: Layout) -> plans.Work:
+    """What the run asks of memory."""
+    loader = _loader(config, data.samples, layout)
+    deciding = steps.deciding(loader, config.max_steps or loader.total_steps(config.epochs))
+    held_out = steps.largest_held_out(data.held_out, config.batch_size)
+    return plans.Work(config, shape, deciding, held_out, layout, added)
+
+
+def _planned(work: plans.Work, device: torch.device, name: str) -> plans.Plan:
+    """The plan on this machine; on a CPU what the process holds already is part of it."""
+    runtime = int(resident_mib() * plans.MIB)
+    outside = {"Python, torch and data": runtime} if device.type == "cpu" else None
+    return plans.plan(work, devices.here(device.type), name=name, outside=outside)
+
+
+def _refuse_what_cannot_fit(plan: plans.Plan, config: RunConfig) -> None:
+    if plan.fits is False and not config.force:
+        raise TrainingError(
+            f"the plan says that this does not fit: it misses by {plans.size(-(plan.spare or 0))}",
+            received=f"{plans.size(plan.needed)} needed, {plans.size(plan.budget or 0)} there; {plans.made_of(plan)}",
+            fix="a smaller --batch-size or --max-length, --checkpointing, --quant nf4, --optimizer adamw-8bit; "
+            "or --force, to try it anyway",
+        )
 
 
 def _check_quantized(config: RunConfig, method: methods.Method, model_config: Any, device: torch.device) -> None:

@@ -27,6 +27,7 @@ from fitune.console import Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
 from fitune.generation import Sampling, answers
 from fitune.memory import peak_mib
+from fitune.memory import plan as plans
 from fitune.model import trainable
 from fitune.prepare import Job, prepare, resolve
 from fitune.records import Finding, StepRecord
@@ -130,7 +131,7 @@ def _tell(job: Job, watch: Watcher) -> None:
     watch.groups(job.groups())
     watch.kept(job.kept)
     watch.findings(job.findings)
-    watch.memory(job.memory.parts())
+    watch.plan(job.plan)
 
 
 def _batch(config: RunConfig) -> str:
@@ -147,7 +148,8 @@ def _begin(run: RunFolder, job: Job) -> None:
     parts = {name: {"trainable": trained, "total": total} for name, trained, total in job.groups()}
     kept = [part.as_dict() for part in job.kept]
     plan = {
-        "expected_mib": job.memory.parts(),
+        **job.plan.as_dict(),
+        "expected_mib": expected(job),
         "trainable": job.trainable,
         "total": job.total,
         "parts": parts,
@@ -165,6 +167,11 @@ def _begin(run: RunFolder, job: Job) -> None:
         base = before if methods.find(job.config.method).same_at_start else _held_out(job)
         answers_of_base = _sample_answers(job)
     run.write("before", {"base_held_out_loss": base, "held_out_loss": before, "answers": answers_of_base})
+
+
+def expected(job: Job) -> dict[str, float]:
+    """MiB by component: the plan's peak, and what no tensor holds."""
+    return {name: count / plans.MIB for name, count in {**job.plan.peak.parts, **job.plan.outside}.items()}
 
 
 def _held_out(job: Job) -> float | None:
@@ -352,7 +359,7 @@ def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) ->
         total_parameters=job.total,
         real_tokens_per_second=sum(record.tokens for record in records) / max(seconds, 1e-9),
         peak_memory_mib=peak_mib(job.tuned.device),
-        expected_memory_mib=job.memory.total,
+        expected_memory_mib=job.plan.needed / plans.MIB,
         seconds=seconds,
     )
     run.write("result", result.as_dict())

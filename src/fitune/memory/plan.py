@@ -378,6 +378,18 @@ def with_workspaces(tracer: Tracer, size: int) -> list[allocator.Event]:
     return [*tracer.events[:loaded], (first, size), (first + 1, size), *tracer.events[loaded:]]
 
 
+def size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / MIB:,.0f} MiB"
+
+
+def made_of(made: Plan, most: int = 3) -> str:
+    """Where the peak is, and what it is made of, in words."""
+    parts = sorted(made.peak.parts.items(), key=lambda item: -item[1])[:most]
+    told = ", ".join(f"{name} {count / max(1, made.peak.bytes):.0%}" for name, count in parts)
+    return f"the peak is in the {made.peak.phase}: {told}"
+
+
 def with_budget(made: Plan, budget: int | None) -> Plan:
     """The same plan against another budget."""
     return replace(made, budget=budget)

@@ -141,6 +141,7 @@ class Tracer(_Mode):
         self.events: list[tuple[int, int]] = []
         self.course: list[tuple[int, str, str]] = []
         self.phase = self.region = self.module = ""
+        self._results: dict[Any, Any] = {}  # of operations that were asked before
         self._live: dict[int, tuple[int, Any]] = {}  # of a storage: its block, and what tells of its end
         self._open = True
 
@@ -260,10 +261,27 @@ class Tracer(_Mode):
             inner, inner_kwargs = [found.to_meta(one) for one in inner], found.to_meta(inner_kwargs)
         if "device" in inner_kwargs or not found.shadows:
             inner_kwargs["device"] = META
-        stand_in = overrides.STANDS_IN.get(func)
-        out = stand_in(self.target, *inner, **inner_kwargs) if stand_in else func(*inner, **inner_kwargs)
+        out = self._on_meta(func, inner, inner_kwargs)
         self._count(func, inner, inner_kwargs, out)
         return found.wrap(out)
+
+    def _on_meta(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The operation on meta. What it gives depends on shapes alone, so of each kind it is asked for once: blocks
+        repeat, and for many operations torch works shapes out in Python."""
+        key = (func, _key(args), _key(kwargs)) if _makes_new(func) else None
+        known = self._results.get(key) if key is not None else None
+        if known:
+            made = [like if spec is None else torch.empty_strided(*spec[:2], dtype=spec[2], device=META)
+                    for like, spec in known[1]]  # fmt: skip
+            return made[0] if known[0] is None else known[0](made)
+        stand_in = overrides.STANDS_IN.get(func)
+        out = stand_in(self.target, *args, **kwargs) if stand_in else func(*args, **kwargs)
+        if key is not None and known is None:
+            kind = type(out) if isinstance(out, (tuple, list)) else None
+            outs = out if kind else (out,)
+            again = _are_new(outs, args)
+            self._results[key] = (kind, [_spec(one) for one in outs]) if again else False
+        return out
 
     def _count(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, outside: Set[int] = frozenset()
@@ -298,6 +316,43 @@ class Tracer(_Mode):
                 self.events.append((number, size))
         for number in range(first, len(self.blocks)):
             self._release(number)
+
+
+@cache
+def _makes_new(func: Any) -> bool:
+    """Does an operation give new tensors, and nothing else that a shape does not decide?"""
+    schema = func._schema
+    return bool(schema.returns) and not schema.is_mutable and all(one.alias_info is None for one in schema.returns)
+
+
+def _are_new(outs: Sequence[Any], args: Sequence[Any]) -> bool:
+    """Are results whole storages of their own? Some operations (_unsafe_view) do not say that they give a view."""
+    given = [t for one in args for t in (one if isinstance(one, (list, tuple)) else (one,)) if isinstance(t, Tensor)]
+    theirs = {tensor.untyped_storage()._cdata for tensor in given}
+    return all(
+        tensor.untyped_storage()._cdata not in theirs
+        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        for tensor in outs
+        if isinstance(tensor, Tensor)
+    )
+
+
+def _key(value: Any) -> Any:
+    """What decides the shape of a result, hashable."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.size(), value.stride()
+    if isinstance(value, (list, tuple)):
+        return tuple([_key(one) for one in value])
+    if isinstance(value, Mapping):
+        return tuple([(name, _key(one)) for name, one in value.items()])
+    return type(value), value
+
+
+def _spec(value: Any) -> tuple[Any, Any]:
+    """A result as it can be made again: a value, or size, stride and dtype of a tensor."""
+    if isinstance(value, Tensor):
+        return None, (value.size(), value.stride(), value.dtype)
+    return value, None
 
 
 CASTS = {"aten::_to_copy", "bitsandbytes::dequantize_4bit", "aten::dequantize"}

@@ -1,0 +1,75 @@
+"""Which steps of a run decide its memory: the first, and the one with the largest micro-batch.
+
+In: a loader, or only a number of rows and their length. Out: the micro-batches of those steps, for a plan to go over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fitune.batches import Loader, flat, in_order
+from fitune.records import Batch, Layout, Sample
+from fitune.store import lengths_of
+
+LOOK = 200_000  # steps that are looked through; a run of more repeats itself
+RECURRENT = ("linear_attention", "recurrent", "mamba", "conv")  # layers that carry a state from token to token
+
+
+def deciding(loader: Loader, total: int) -> list[list[Batch]]:
+    """Micro-batches of the first step, and of the one with the largest micro-batch behind it: that one, and one before
+    it where there is one, whose gradients are there by then.
+
+    Args:
+        loader: gives the steps.
+        total: how many there are.
+    """
+    lengths = lengths_of(loader.samples).astype(np.int64)
+    first: list[NDArray[np.int64]] = []
+    best: list[NDArray[np.int64]] = []
+    most = -1
+    for number, step in enumerate(islice(_steps(loader), min(total, LOOK))):
+        sizes = [int(lengths[rows].sum()) for rows in step]
+        largest = int(np.argmax(sizes))
+        # behind another micro-batch it meets gradients: at the same size that takes more
+        chosen = step[largest - 1 : largest + 1] if largest else step[:2]
+        if number == 0:
+            first = chosen
+        elif sizes[largest] > most:
+            most, best = sizes[largest], chosen
+    return [[flat(loader.samples, rows) for rows in step] for step in (first, best) if step]
+
+
+def _steps(loader: Loader) -> Iterator[list[NDArray[np.int64]]]:
+    epoch = 0
+    while True:
+        yield from loader.epoch_steps(epoch)
+        epoch += 1
+
+
+def largest_held_out(samples: Sequence[Sample], batch_size: int) -> Batch | None:
+    """The evaluation's batch with the most tokens."""
+    lengths = lengths_of(samples)
+    if not len(lengths):
+        return None
+    sums = [int(lengths[at : at + batch_size].sum()) for at in range(0, len(lengths), batch_size)]
+    return next(islice(in_order(samples, batch_size), int(np.argmax(sums)), None))
+
+
+def made_up(rows: int, length: int, vocabulary: int) -> Batch:
+    """A micro-batch of rows that are all as long as can be, every token but the first with a label."""
+    mask = np.arange(length) > 0
+    ids = (np.arange(length) % max(1, vocabulary)).astype(np.int32)
+    return flat([Sample(ids, mask)], [0] * rows)
+
+
+def likely_layout(wanted: str, shape: Any) -> Layout:
+    """The layout that a run will have, before the model is there to be probed: flat, but for recurrent layers."""
+    if wanted != "auto":
+        return wanted  # type: ignore[return-value]
+    kinds = getattr(shape, "layer_types", None) or ()
+    return "padded" if any(kind in RECURRENT for kind in kinds) else "flat"
