@@ -18,6 +18,7 @@ __all__ = [
     "Exported",
     "FituneError",
     "Merged",
+    "Plan",
     "QuantizedModel",
     "Result",
     "Tuned",
@@ -30,6 +31,7 @@ __all__ = [
     "load",
     "load_model",
     "merge",
+    "plan",
     "quantize",
     "train",
 ]

@@ -16,7 +16,9 @@ from fitune.generation import Sampling, answer
 from fitune.hub import Downloaded, download
 from fitune.loading import load as _load
 from fitune.merging import Merged, merge
+from fitune.memory.plan import Plan
 from fitune.model import Tuned, load_model
+from fitune.planning import plan
 from fitune.quantizing import QuantizedModel, quantize
 from fitune.records import Message
 from fitune.training import Result, resume_config
@@ -28,6 +30,7 @@ __all__ = [
     "Evaluation",
     "Exported",
     "Merged",
+    "Plan",
     "QuantizedModel",
     "Result",
     "Tuned",
@@ -39,6 +42,7 @@ __all__ = [
     "load",
     "load_model",
     "merge",
+    "plan",
     "quantize",
     "train",
 ]

@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 36
 LETTER = 12  # the size of the text that stacked charts leave room for
 BEYOND = 2.5  # a limit so many times as high as all that is drawn would flatten it: it is named, not drawn
-LABEL_ROWS = 3  # of the spans below an area chart; a label that finds no room in them is left out
+LABEL_ROWS = 4  # of the spans below an area chart; a label that finds no room in them is left out
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ class StackedBar:
 
 @dataclass(frozen=True)
 class Limit:
-    """A value that should not be passed."""
+    """A value that should not be passed, and what is said of it, such as "budget 24.0 GiB"."""
 
-    name: str
+    text: str
     value: float
 
 
@@ -203,7 +203,7 @@ def stacked_bars(
     low = top + len(bars) * (tall + gap)
     parts = []
     if limit:
-        parts += _limit_name(limit, f"{limit.name} {limit.value:{form}} {unit}", high, left, room, top)
+        parts += _limit_name(limit, high, left, room, top)
     for at, text in _places(high, room):
         parts.append(f'<line class="grid" x1="{left + at:.1f}" x2="{left + at:.1f}" y1="{top}" y2="{low}"/>')
         text += f" {unit}" if at == 0 else ""
@@ -279,8 +279,7 @@ def area_chart(
         _, down = place(at[0], limit.value)
         parts.append(f'<line class="limit" {_DASHED} x1="{left:.1f}" x2="{width - RIGHT}" y1="{down}" y2="{down}"/>')
     if limit:
-        text = f"{limit.name} {limit.value:{form}} {unit}" + ("" if limit.value <= high else ", beyond the axis")
-        entries.append((text, ""))
+        entries.append((limit.text + ("" if limit.value <= high else ", beyond the axis"), ""))
     if peak:
         parts += _pointer(peak, place(peak.at, peak.value), left, width - RIGHT, top)
     legend, whole = _legend(entries, width, low_end + 10)
@@ -335,13 +334,13 @@ def _pieces(bar: StackedBar, left: float, y: float, tall: float, scale: float, u
     return pieces
 
 
-def _limit_name(limit: Limit, text: str, high: float, left: float, room: float, top: float) -> list[str]:
+def _limit_name(limit: Limit, high: float, left: float, room: float, top: float) -> list[str]:
     """The words above the line of a limit."""
     if limit.value > high:
-        return [f'<text x="{left + room:.1f}" y="{top - 6}" text-anchor="end">{escape(text)} →</text>']
-    at, half = left + limit.value / high * room, text_width(text) / 2
+        return [f'<text x="{left + room:.1f}" y="{top - 6}" text-anchor="end">{escape(limit.text)} →</text>']
+    at, half = left + limit.value / high * room, text_width(limit.text) / 2
     at = min(max(at, half), left + room + RIGHT - half)
-    return [f'<text x="{at:.1f}" y="{top - 6}" text-anchor="middle">{escape(text)}</text>']
+    return [f'<text x="{at:.1f}" y="{top - 6}" text-anchor="middle">{escape(limit.text)}</text>']
 
 
 def _limit_line(limit: Limit | None, high: float, left: float, room: float, top: float, low: float) -> list[str]:

@@ -466,6 +466,120 @@ def quantize(
         _print_json(done.as_dict())
 
 
+PlanFlags = _optional(settings.RunConfig, "PlanFlags", without=("model", "data", "output", "force"))
+
+
+@app.command
+def plan(
+    model: Annotated[
+        str | None, Parameter(help="Name of the catalog (llama-3.1-8b), config.json, model folder or hub id.")
+    ] = None,
+    *,
+    data: Annotated[
+        list[str] | None, Parameter(consume_multiple=True, negative="", help="Data files, folders or ids, as for train.")
+    ] = None,
+    gpu: Annotated[
+        str | None, Parameter(help="A size (24GB), a GPU (rtx-4090), this-machine. [default: this machine]")
+    ] = None,
+    tokenizer: Annotated[Path | None, Parameter(help="Tokenizer folder, for a model that is not here.")] = None,
+    verify: Annotated[
+        bool, Parameter(negative="", help="Run three steps on this machine and compare; needs the model and data.")
+    ] = False,
+    calibrate: Annotated[
+        bool, Parameter(negative="", help="Measure what this machine's GPU takes beside tensors, and keep it.")
+    ] = False,
+    prove: Annotated[
+        bool, Parameter(negative="", help="Show what was predicted of published runs, beside what was measured.")
+    ] = False,
+    html: Annotated[Path | None, Parameter(help="Write a page to this file.")] = None,
+    json: Json = False,
+    set_: SetOption = None,
+    flags: Annotated[Optional[PlanFlags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045
+) -> None:
+    """What a run takes before it runs, and whether that fits. Nothing but a config.json is ever fetched."""
+    if html is not None and html.exists():
+        raise ConfigError(f"{html}: exists; nothing of yours is overwritten", fix="choose another --html")
+    if sum((verify, calibrate, prove)) > 1:
+        raise ConfigError("--verify, --calibrate and --prove are three things", fix="one at a time")
+    console = _console(json)
+    if prove or calibrate:
+        _print_figures(_proof(console) if prove else _calibration(console), json)
+        return
+    if model is None:
+        raise ConfigError("plan: of which model?", expected="a name such as llama-3.1-8b, a folder, or a hub id")
+    given = settings.merge(settings.parse_assignments(set_ or []), _typed(flags))
+    if verify:
+        _print_figures(_verified(model, data, given, console), json)
+        return
+
+    from fitune.console import Terminal
+    from fitune.files import write_atomic
+    from fitune.planning import plan as make_plan
+    from fitune.planview import page, plan_bar, plan_table, plan_timeline, verdict
+
+    words = str(tokenizer) if tokenizer is not None else None
+    made = make_plan(model, data=data or (), gpu=gpu, words=words, watch=Terminal(console), **given)
+    seen = made.as_dict()
+    console.print(plan_table(seen))
+    console.print(plan_bar(seen, min(console.width, 100)))
+    console.print(plan_timeline(seen, min(console.width, 100), 10))
+    for note in made.notes:
+        console.print(f"[yellow]{note}[/]", highlight=False)
+    console.print(verdict(seen), highlight=False)
+    if html is not None:
+        write_atomic(html, page(seen))
+        console.print(f"page {html}", highlight=False, soft_wrap=True)
+    _print_figures(seen, json)
+
+
+def _print_figures(values: dict[str, Any], json: bool) -> None:
+    if json:
+        _print_json(values)
+
+
+def _verified(model: str, data: list[str] | None, given: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Three steps for real, beside their plan."""
+    if not data:
+        raise ConfigError("--verify: with which data?", fix="add --data FILE")
+    checked = settings.build({**given, "model": model, "data": data})
+    from fitune.console import Terminal
+    from fitune.planning import verify
+    from fitune.planview import compare_table
+
+    found = verify(checked, Terminal(console))
+    console.print(compare_table(found.rows))
+    console.print(compare_table(found.phases))
+    console.print(
+        f"predicted {found.predicted / 2**20:,.1f} MiB, really allocated {found.allocated / 2**20:,.1f}: "
+        f"[bold]{found.error:+.2%}[/]",
+        highlight=False,
+    )
+    return found.as_dict()
+
+
+def _calibration(console: Console) -> dict[str, Any]:
+    from datetime import date
+
+    from fitune.memory.device import calibrate
+
+    found = calibrate(date.today().isoformat())
+    console.print(
+        f"{found['gpu']}: context {found['context'] / 2**20:,.0f} MiB, a workspace {found['workspace'] / 2**20:,.1f} MiB; "
+        f"kept in {found['file']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return found
+
+
+def _proof(console: Console) -> dict[str, Any]:
+    from fitune.proof import proof, proof_table
+
+    found = proof()
+    console.print(proof_table(found))
+    return found
+
+
 @app.command
 def doctor(*, json: Json = False) -> None:
     """Is this machine fit to fine-tune? Exit code 1 where something is broken, with what mends it."""

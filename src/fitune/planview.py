@@ -1,8 +1,8 @@
 """A memory plan as a person sees it: sentences, tables and drawings in the terminal, and a page.
 
 In: a plan, a plain mapping as JSON has it; its sizes are bytes. Out: a verdict, renderables for rich, an HTML page. The
-words are the same everywhere. What is drawn besides tensors: fragmentation (what the allocator reserves beyond them)
-and what lies outside of the allocator, both grey.
+words are the same everywhere. What is drawn besides tensors is grey: what else the allocator has given out (workspaces,
+and sizes rounded up), fragmentation (what it reserves beyond that), and what lies outside of the allocator.
 """
 
 from __future__ import annotations
@@ -48,8 +48,13 @@ LOOKS = {  # in the order of stacking
     "temporaries": Look("--temporaries", "#b3b342", "x"),
 }
 CATEGORIES = tuple(LOOKS)
-FRAGMENTATION, OUTSIDE, TEMPORARIES = "fragmentation", "outside", "temporaries"
-GREYS = {FRAGMENTATION: Look("--fragmentation", "#9a9da3", "%"), OUTSIDE: Look("--outside", "#6b7078", "#")}
+BESIDE, FRAGMENTATION, OUTSIDE = "workspaces and rounding", "fragmentation", "outside"
+TEMPORARIES = "temporaries"
+GREYS = {
+    BESIDE: Look("--beside", "#c4c7cc", "+"),
+    FRAGMENTATION: Look("--fragmentation", "#9a9da3", "%"),
+    OUTSIDE: Look("--outside", "#6b7078", "#"),
+}
 SMALL = 0.0005  # of the peak: what is never more joins the temporaries in a table
 BLOCKS = " ▁▂▃▄▅▆▇█"
 MIB, GIB = 2**20, 2**30
@@ -123,7 +128,9 @@ def _fragmentation(plan: Plan) -> int:
 
 def _all(plan: Plan) -> dict[str, int]:
     """What the plan needs, by what it is needed for."""
-    return {**_stack(plan["peak"]["parts"]), FRAGMENTATION: _fragmentation(plan), OUTSIDE: _outside(plan)}
+    stack = _stack(plan["peak"]["parts"])
+    beside = max(int(plan["allocated"]) - sum(stack.values()), 0)
+    return {**stack, BESIDE: beside, FRAGMENTATION: _fragmentation(plan), OUTSIDE: _outside(plan)}
 
 
 def _look(name: str) -> Look:
@@ -161,8 +168,12 @@ def _where(plan: Plan) -> str:
     place = PLACES.get(peak["phase"], f"in the {peak['phase']}")
     shares = {name: size / max(peak["bytes"], 1) for name, size in _stack(peak["parts"]).items()}
     most = sorted(shares, key=lambda name: -shares[name])[:3]
-    told = [f"{name} {shares[name]:.0%}".replace("%", " %") for name in most if shares[name] >= 0.1]
+    told = [f"{name} {_percent(shares[name], '.0f')}" for name in most if shares[name] >= 0.1]
     return f"the peak is {place}" + (f": {', '.join(told)}" if told else "")
+
+
+def _percent(share: float, form: str) -> str:
+    return f"{100 * share:{form}} %"
 
 
 # ---- tables ----
@@ -220,7 +231,7 @@ def compare_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         predicted, measured = row["predicted"], row["measured"]
         off = (predicted - measured) / MIB
-        percent = f"{(predicted - measured) / measured:+.1%}".rstrip("%") if measured else "-"
+        percent = f"{100 * (predicted - measured) / measured:+.1f}" if measured else "-"
         sizes = (f"{predicted / MIB:,.1f}", f"{measured / MIB:,.1f}", f"{off:+,.1f}")
         table.add_row(escape(str(row["what"])), *sizes, percent)
     return table
@@ -424,14 +435,15 @@ def page(plan: Plan) -> str:
     """The plan as a page that needs nothing from elsewhere: verdict, drawings, tables and notes."""
     name = str(plan["model"]).replace("\\", "/").rpartition("/")[2]
     quant = "" if plan["quant"] == "none" else f", frozen weights as {plan['quant']}"
+    rows = f", rows up to {plan['max_length']:,} tokens" if plan["max_length"] else ""
     device = plan["gpu"] or plan["device"]
     how = "traced" if plan["how"] == "trace" else f"by closed forms{_because(plan)}"
     return render(
         "plan",
         title=f"fitune: memory of {plan['method']} on {name}",
-        subtitle=f"{plan['precision']}{quant}, rows up to {plan['max_length']:,} tokens, {device}; {how}",
+        subtitle=f"{plan['precision']}{quant}{rows}, {device}; {how}",
         numbers=_numbers(plan),
-        verdict=verdict(plan),
+        verdict=verdict(plan).replace(" %", "\N{NO-BREAK SPACE}%"),
         level="" if plan["fits"] is None else "ok" if plan["fits"] else "refuse",
         bars=[_bars(plan, width) for width in (WIDE, NARROW)],
         timeline=[_area(plan, width) for width in (WIDE, NARROW)] if len(plan.get("timeline") or []) > 1 else [],
@@ -457,13 +469,14 @@ def _numbers(plan: Plan) -> list[tuple[str, str]]:
         numbers += [("budget", unit.named(plan["budget"])), (name, unit.named(abs(plan["spare"])))]
     return [
         *numbers,
-        (f"trained, {share:.2%} of all", f"{plan['trainable']:,}"),
+        (f"trained, {_percent(share, '.2f')} of all", f"{plan['trainable']:,}"),
         (f"tokens at once, in {plan['rows']:,} {'row' if plan['rows'] == 1 else 'rows'}", f"{plan['tokens']:,}"),
     ]
 
 
 def _limit(plan: Plan) -> Limit | None:
-    return None if plan["budget"] is None else Limit("budget", plan["budget"] / unit_of(plan).size)
+    budget, unit = plan["budget"], unit_of(plan)
+    return None if budget is None else Limit(f"budget {unit.named(budget)}", budget / unit.size)
 
 
 def _bars(plan: Plan, width: int) -> str:
@@ -527,6 +540,6 @@ def _closed(plan: Plan) -> list[tuple[str, str, str, str]]:
     for name in dict.fromkeys([*CATEGORIES, *plan["closed"]]):
         closed, traced = plan["closed"].get(name), max(stack.get(name, 0) for stack in stacks)
         if closed or traced:
-            off = f"{(closed - traced) / traced:+.1%}" if traced and closed is not None else ""
+            off = _percent((closed - traced) / traced, "+.1f") if traced and closed is not None else ""
             rows.append((name, "" if closed is None else cell(closed), cell(traced), off))
     return rows

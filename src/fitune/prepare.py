@@ -103,14 +103,14 @@ def resolve(config: RunConfig) -> RunConfig:
     problems = Collector()
     with problems.gather():
         methods.find(config.method).check(config)
-        _own_settings(config)
+        own_settings(config)
     with problems.gather():
         optim.check(config)
     changes: dict[str, Any] = {"data": [], "eval_data": []}
     for name, given in (("data", config.data), ("eval_data", config.eval_data)):
         for source in given:
             with problems.gather():
-                changes[name].append(_absolute(source))
+                changes[name].append(absolute(source))
     for source in [*config.sources(), *config.eval_sources()]:
         with problems.gather():
             formats.check(source.format or "auto", source.map)
@@ -126,13 +126,13 @@ def resolve(config: RunConfig) -> RunConfig:
             changes["adapter"] = str(adapters.locate(config.adapter).resolve())
     with problems.gather():
         config = precision.resolve(config, pick_device(config.device))
-        _quant_settings(config, read_config(folder))
+        quant_settings(config, read_config(folder))
     problems.raise_any()
     changes["output"] = config.output or _free_folder(folder.name, config.method)
     return config.model_copy(update=changes)
 
 
-def _quant_settings(config: RunConfig, model_config: Any) -> None:
+def quant_settings(config: RunConfig, model_config: Any) -> None:
     """Settings of a quantizer without one do nothing; neither do they on a model that is quantized already."""
     options = config.quant
     if options.name == "none" and options != quant.PLAIN:
@@ -147,7 +147,7 @@ def _quant_settings(config: RunConfig, model_config: Any) -> None:
         quant.find(options.name)
 
 
-def _own_settings(config: RunConfig) -> None:
+def own_settings(config: RunConfig) -> None:
     """Settings of another method than the run's would do nothing.
 
     Raises:
@@ -164,7 +164,7 @@ def _own_settings(config: RunConfig) -> None:
             )
 
 
-def _absolute(source: str | DataSource) -> str | DataSource:
+def absolute(source: str | DataSource) -> str | DataSource:
     """The source with its absolute path, of a data set on the hub that of its snapshot; its first row can be read."""
     path = readers.locate(source if isinstance(source, str) else source.path)
     next(readers.read_rows(path), None)
@@ -203,7 +203,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
 
     device = pick_device(config.device)
     method = methods.find(config.method)
-    _check_quantized(config, method, model_config, device)
+    check_quantized(config, method, model_config, device)
     work = _work(config, model_config, data, added, steps.likely_layout(config.layout, model_config))
     plan = _planned(work, device, folder.name)
     _refuse_what_cannot_fit(plan, config)
@@ -301,7 +301,7 @@ def _refuse_what_cannot_fit(plan: plans.Plan, config: RunConfig) -> None:
         )
 
 
-def _check_quantized(config: RunConfig, method: methods.Method, model_config: Any, device: torch.device) -> None:
+def check_quantized(config: RunConfig, method: methods.Method, model_config: Any, device: torch.device) -> None:
     """What cannot be tuned on quantized weights is refused before any are read."""
     options = quantized_as(model_config)
     options = options if options.name != "none" else config.quant

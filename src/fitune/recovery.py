@@ -18,6 +18,7 @@ from fitune import optim
 from fitune.batches import split
 from fitune.checkpoint import restore_rng, rng_state
 from fitune.errors import TrainingError
+from fitune.memory.trace import Tracer
 from fitune.model import causal_lm, trainable
 from fitune.records import Batch, Layout, Source
 from fitune.step import LossScale, StepResult, apply_gradients, loss_sum, make_gradients
@@ -91,6 +92,64 @@ def careful_step(
         parts *= 2
         most = max(len(piece.rows) for batch in micro_batches for piece in split(batch, parts))
         say(f"out of memory: the step is done again with micro-batches of at most {most} rows, to the same objective")
+
+
+def rehearse(
+    model: Any,
+    micro_batches: Sequence[Batch],
+    layout: Layout,
+    state_bytes: int,
+    tracer: Tracer,
+    sources: Callable[[int], Source | None],
+    say: Callable[[str], None],
+) -> int:
+    """Gradients of the largest step, dropped again, so that what does not fit shows itself before hours of training.
+    Random numbers are put back, and no weight changes.
+
+    Args:
+        model: in training mode, without an optimizer yet.
+        micro_batches: those of the step.
+        layout: how documents go through the model.
+        state_bytes: what the optimizer will hold; on a GPU that much is held meanwhile.
+        tracer: sees what is allocated.
+        sources, say: as for `careful_step`.
+
+    Returns:
+        In how many parts each micro-batch goes through the model, so that it fits.
+
+    Raises:
+        TrainingError: a single row does not fit.
+    """
+    parts, before, device = 1, rng_state(), next(model.parameters()).device
+    while True:
+        pieces = [piece for batch in micro_batches for piece in split(batch, parts)]
+        reached = [pieces[0]]
+        try:
+            held = torch.empty(state_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+            with tracer.during("step"):
+                make_gradients(model, pieces, layout, reached)
+            del held
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            told = " ".join(str(error).split())[:200]
+        else:
+            model.zero_grad(set_to_none=True)
+            restore_rng(before)
+            return parts
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(reached[0].rows) == 1:
+            raise _does_not_fit(reached[0], sources, told)
+        restore_rng(before)
+        parts *= 2
+        most = max(len(piece.rows) for batch in micro_batches for piece in split(batch, parts))
+        say(
+            "out of memory in a rehearsal of the largest step: micro-batches have at most "
+            f"{most} rows from the start, to the same objective"
+        )
 
 
 def _apply(

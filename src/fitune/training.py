@@ -28,10 +28,11 @@ from fitune.errors import ConfigError, Interrupted, RunFolderError
 from fitune.generation import Sampling, answers
 from fitune.memory import peak_mib
 from fitune.memory import plan as plans
-from fitune.model import trainable
+from fitune.memory.trace import Tracer, count
+from fitune.model import causal_lm, trainable
 from fitune.prepare import Job, prepare, resolve
 from fitune.records import Finding, StepRecord
-from fitune.recovery import careful_step, check_finite
+from fitune.recovery import careful_step, check_finite, rehearse
 from fitune.step import LossScale, StepResult, held_out_loss
 
 
@@ -85,7 +86,8 @@ def train(config: RunConfig, *, resume: bool = False, watch: Watcher | None = No
         if not (resume and run.has("before")):
             _begin(run, job)
         with _stop_on_signal() as stopped:
-            return _loop(run, job, watch, resume=resume, stopped=stopped)
+            parts = 1 if resume else _rehearse(run, job, watch)
+            return _loop(run, job, watch, resume=resume, stopped=stopped, parts=parts)
 
 
 def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
@@ -174,6 +176,23 @@ def expected(job: Job) -> dict[str, float]:
     return {name: count / plans.MIB for name, count in {**job.plan.peak.parts, **job.plan.outside}.items()}
 
 
+def _rehearse(run: RunFolder, job: Job, watch: Watcher) -> int:
+    """The largest step, before any other; what it took is kept beside the plan."""
+    model, device = job.tuned.model, job.tuned.device
+    model.train()
+    tracer = Tracer(device.type)
+    tracer.at("load")
+    count(model, tracer)
+    tracer.at("")
+    largest = job.work.steps[-1]
+    states = int(job.trainable * optim.find(job.config.optimizer).state_bytes)
+    with tracer, tracer.inside(model, causal_lm(model).base_model):
+        parts = rehearse(model, largest, job.layout, states, tracer, job.source, watch.say)
+    tracer.close()
+    run.write("measured", {"parts": plans.usage(tracer).peak.parts, "micro_batch_parts": parts})
+    return parts
+
+
 def _held_out(job: Job) -> float | None:
     if not job.held_out:
         return None
@@ -226,7 +245,9 @@ class _State:
         self.best, self.worse = ((self.step, loss), 0) if better else (self.best, self.worse + 1)
 
 
-def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: threading.Event) -> Result:
+def _loop(
+    run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: threading.Event, parts: int
+) -> Result:
     """Steps, evaluations and checkpoints, from wherever the run stands to its end."""
     config, model = job.config, job.tuned.model
     parameters = trainable(model)
@@ -234,7 +255,7 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
     _note(run, watch, guards.fp16_master(model, optimizer))
     torch.manual_seed(config.seed)
     state = _restore(run, parameters, optimizer, watch) if resume else None
-    state = state or _State(scale=LossScale(LossScale.START if precision.scaled(config) else 1.0))
+    state = state or _State(parts=parts, scale=LossScale(LossScale.START if precision.scaled(config) else 1.0))
     run.truncate_steps(state.step)
     started, bits = state.step, guards.fingerprint(model)
     model.train()

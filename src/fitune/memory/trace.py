@@ -215,6 +215,11 @@ class Tracer(_Mode):
         block.category = category
         return block
 
+    def category(self, tensor: Tensor) -> str:
+        """Of a tensor that is counted already."""
+        known = self._live.get(tensor.untyped_storage()._cdata)
+        return self.blocks[known[0]].category if known else ""
+
     def _see(self, tensor: Tensor, op: str) -> int:
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -441,6 +446,27 @@ def shadows(model: nn.Module, tracer: Tracer) -> None:
 def _kind(name: str) -> type[Shadow]:
     """Shadows of weights that bitsandbytes packed are called as those are: PEFT knows them by this name."""
     return type(name, (Shadow,), {}) if name in ("Params4bit", "Int8Params") else Shadow
+
+
+def count(model: nn.Module, tracer: Tracer) -> int:
+    """Count the tensors of a real model, as `shadows` does; their bytes."""
+    before = len(tracer.events)
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for tensor in store.values():
+                if tensor is not None:
+                    tracer.own(tensor, TRAINABLE if tensor.requires_grad else WEIGHTS)
+                    for beside in vars(tensor).values():
+                        _count_constants(beside, tracer)
+    return sum(size for _, size in tracer.events[before:])
+
+
+def _count_constants(value: Any, tracer: Tracer) -> None:
+    if isinstance(value, Tensor) and value.numel():
+        tracer.own(value, tracer.category(value) or CONSTANTS)
+    elif type(value).__name__ == "QuantState":
+        for one in vars(value).values():
+            _count_constants(one, tracer)
 
 
 class _Shadows:

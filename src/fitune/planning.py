@@ -1,0 +1,310 @@
+"""`fitune plan`: what a run would take, before anything is downloaded or loaded.
+
+In: a model by its name, config.json, folder or hub id, data if there is some, a device by its name or size. Out: the
+plan. Of a hub's model only config.json is fetched. Where no tokenizer is at hand the lengths of rows are estimated from
+their characters, and the plan says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fitune import catalog, dataset, families, files, lengths, methods, optim, precision, rows, tokenizer
+from fitune.batches import Loader
+from fitune.cache import Cache
+from fitune.config import RunConfig, build
+from fitune.console import Watcher
+from fitune.errors import Collector, ConfigError, DataError, ModelError
+from fitune.lengths import automatic
+from fitune.memory import device as devices
+from fitune.memory import plan as plans
+from fitune.memory import steps, trace
+from fitune.methods import new_tokens
+from fitune.model import locate, pick_device, read_config, shape_of
+from fitune.prepare import Job, absolute, check_quantized, own_settings, prepare, quant_settings, resolve
+from fitune.records import Batch, Conversation, DataReport, Sample
+
+NO_DATA = "-"  # stands for data that nobody named
+ASSUMED_LENGTH = 1024  # of a row, where neither data nor max_length say anything
+ESTIMATED = 20_000  # rows whose lengths are estimated; more are alike
+# Characters for a token, measured with five tokenizers on Chinese and English instructions (docs/en/memory.md)
+WIDE, NARROW, LATIN = 1.4, 0.5, 4.2
+BIG_VOCABULARY = 60_000  # from here on Chinese words are tokens of their own
+EXTRA = 12  # tokens of a template for each message
+CJK = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is for: a checked config, the shape of the model, its folder where it has one, and its name."""
+
+    config: RunConfig
+    shape: Any
+    folder: Path | None
+    name: str
+    where: devices.Device
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of the data. note: how, where that must be told."""
+
+    samples: Sequence[Sample]
+    held_out: Sequence[Sample]
+    max_length: int
+    note: str = ""
+    report: DataReport | None = None
+
+
+def plan(
+    model: str,
+    *,
+    data: Sequence[str] = (),
+    gpu: str | None = None,
+    words: str | None = None,
+    watch: Watcher | None = None,
+    **settings: Any,
+) -> plans.Plan:
+    """What a run would take.
+
+    Args:
+        model: a name of the catalog, a config.json, a model folder, or a hub id.
+        data: files, folders or ids, as for `train`; none: every row is as long as max_length.
+        gpu: a size (24GB), a GPU (rtx-4090), this-machine. Default: this machine.
+        words: a tokenizer folder, for a model that is not here.
+        watch: is told how far it is.
+        settings: as for `train`.
+
+    Raises:
+        FituneError: settings, model, data or device that cannot be.
+    """
+    wanted = ask(model, data=data, gpu=gpu, settings=settings)
+    known = look(wanted, words, watch or Watcher())
+    made = plans.plan(work_of(wanted, known), wanted.where, name=wanted.name)
+    notes = [known.note] if known.note else []
+    return replace(made, notes=[*notes, *made.notes], max_length=known.max_length)
+
+
+def ask(model: str, *, data: Sequence[str], gpu: str | None, settings: Mapping[str, Any]) -> Asked:
+    """The settings, checked; all that is wrong at once."""
+    config = build({**settings, "model": model, "data": list(data) or [NO_DATA]})
+    problems = Collector()
+    with problems.gather():
+        where = devices.find(gpu)
+    with problems.gather():
+        methods.find(config.method).check(config)
+        own_settings(config)
+    with problems.gather():
+        optim.check(config)
+    with problems.gather():
+        shape, folder, name = shape_for(model)
+    problems.raise_any()
+    config = _precision(config, where)
+    quant_settings(config, shape)
+    check_quantized(config, methods.find(config.method), shape, torch.device(where.kind))
+    if data:
+        config = config.model_copy(update={"data": [absolute(source) for source in config.data]})
+    return Asked(config, shape, folder, name, where)
+
+
+def shape_for(model: str) -> tuple[Any, Path | None, str]:
+    """The config of a model by whatever names it, its folder where there is one, and a name for people.
+
+    Raises:
+        ModelError: nothing of that name, or a config that cannot be read.
+    """
+    entry = catalog.get(model)
+    path = Path(model).expanduser()
+    if entry is not None and not path.exists():
+        return shape_of(entry.config), None, entry.name
+    if path.is_file():
+        return _from_file(path), None, path.parent.name or path.name
+    folder = locate(model, only=("config.json",))
+    return read_config(folder), folder if path.is_dir() else None, folder.name if path.is_dir() else model
+
+
+def _from_file(path: Path) -> Any:
+    """The config that a config.json holds, wherever it lies."""
+    if path.name == "config.json":
+        return read_config(path.parent)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return shape_of(values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path}: cannot be read as a model's config.json", received=" ".join(str(error).split())[:200]
+        ) from error
+
+
+def _precision(config: RunConfig, where: devices.Device) -> RunConfig:
+    """auto for a device that may not be here: bf16 where that is computed, else fp16 on a GPU."""
+    if config.precision == "auto" and where.kind == "cuda":
+        config = config.model_copy(update={"precision": "bf16" if where.bf16 else "fp16"})
+    return precision.resolve(config, pick_device("cpu") if not where.here else pick_device(config.device))
+
+
+# ---- rows ----
+
+
+def look(wanted: Asked, words: str | None, watch: Watcher) -> Rows:
+    """The lengths of the rows: by the tokenizer, by their characters, or none where there is no data."""
+    config, shape = wanted.config, wanted.shape
+    limit = getattr(shape, "max_position_embeddings", None) or dataset.NO_LIMIT
+    limit -= methods.find(config.method).virtual_tokens(config)
+    if config.data == [NO_DATA]:
+        length = min(limit, ASSUMED_LENGTH if config.max_length == "auto" else config.max_length)
+        rows_ = [_blank(length)] * (2 * config.batch_size * config.accumulation)
+        return Rows(rows_, rows_[: config.batch_size], length, f"no data given: every row has {length:,} tokens")
+    folder = Path(words) if words is not None else wanted.folder
+    if folder is None or not _has_tokenizer(folder):
+        return _estimated(config, shape, limit)
+    loaded = tokenizer.load(folder)
+    if config.new_tokens:
+        new_tokens.extend(loaded, config.new_tokens)
+    found = dataset.read(config, folder, loaded, limit=limit, vocabulary=max(shape.vocab_size, len(loaded)), watch=watch)
+    report = found.report
+    if not len(found.samples):
+        raise DataError("no row is left to train on", fix="fitune inspect tells what became of them")
+    return Rows(found.samples, found.held_out, report.max_length, report=report)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("tokenizer*")) or any(folder.glob("*.model")) or (folder / "vocab.json").is_file()
+
+
+def _estimated(config: RunConfig, shape: Any, limit: int) -> Rows:
+    """Rows of about the lengths that a tokenizer would give them."""
+    report = DataReport()
+    found = rows.load(config.sources(), report, seed=config.seed, fill=config.fill, skip_bad=config.skip_bad, cache=Cache())
+    every = max(1, len(found) // ESTIMATED)
+    guessed = np.array([_tokens(row, shape.vocab_size) for row in islice(found, 0, None, every)])
+    longest = min(limit, automatic(guessed, guessed, limit) if config.max_length == "auto" else config.max_length)
+    samples = [_blank(int(length)) for length in np.minimum(guessed, longest)]
+    share = max(1, min(config.val_rows, round(config.val_share * len(samples))))
+    note = (
+        f"no tokenizer at hand (--tokenizer FOLDER): lengths of {len(samples):,} rows are estimated from their "
+        "characters, which may be a fifth off"
+    )
+    return Rows(samples, samples[:share], longest, note)
+
+
+def _tokens(row: Conversation, vocabulary: int) -> int:
+    text = "".join(message.content for message in row.messages)
+    wide = len(CJK.findall(text))
+    each = WIDE if vocabulary >= BIG_VOCABULARY else NARROW
+    return max(2, round(wide / each + (len(text) - wide) / LATIN) + EXTRA * len(row.messages))
+
+
+def _blank(length: int) -> Sample:
+    """A row of that length, of which every token but the first is trained."""
+    return Sample((np.arange(length) % 8).astype(np.int32), np.arange(length) > 0)
+
+
+def work_of(wanted: Asked, known: Rows) -> plans.Work:
+    """What the run would do."""
+    config = wanted.config.model_copy(update={"max_length": known.max_length})
+    layout = steps.likely_layout(config.layout, wanted.shape)
+    loader = Loader(
+        known.samples, config.batch_size, config.accumulation, config.seed, config.batch_tokens, layout == "padded"
+    )
+    deciding = steps.deciding(loader, config.max_steps or loader.total_steps(config.epochs))
+    held_out = steps.largest_held_out(known.held_out, config.batch_size)
+    return plans.Work(config, wanted.shape, deciding, held_out, layout)
+
+
+# ---- verify ----
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Predicted beside measured, in bytes. rows: by category at the peak, phases: the most of each, and the whole.
+
+    allocated: what torch's own profiler (on a GPU its allocator) counted, beside the trace's predicted peak.
+    """
+
+    rows: list[dict[str, Any]]
+    phases: list[dict[str, Any]]
+    predicted: int
+    allocated: int
+
+    @property
+    def error(self) -> float:
+        """As a share of what was allocated."""
+        return self.predicted / max(1, self.allocated) - 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "rows": self.rows,
+            "phases": self.phases,
+            "predicted": self.predicted,
+            "allocated": self.allocated,
+            "error": self.error,
+        }
+
+
+def verify(config: RunConfig, watch: Watcher | None = None) -> Verified:
+    """Run three steps, an evaluation and a checkpoint's copies for real, and compare with their plan.
+
+    Args:
+        config: as for `train`; nothing is written.
+        watch: is told what is found.
+
+    Raises:
+        FituneError: as `train` does.
+    """
+    job = prepare(resolve(config), watch or Watcher())
+    work = _three(job)
+    target = job.tuned.device.type
+    seen = plans.usage(plans.traced(plans.without_values(work), work, target))
+    measured, allocated = _really(job, work)
+    phases = {moment.phase: moment.bytes for moment in measured.phases}
+    parts = dict.fromkeys([*seen.peak.parts, *measured.peak.parts])
+    return Verified(
+        rows=[{"what": name, "predicted": seen.peak.parts.get(name, 0), "measured": measured.peak.parts.get(name, 0)}
+              for name in parts],
+        phases=[{"what": m.phase, "predicted": m.bytes, "measured": phases.get(m.phase, 0)} for m in seen.phases],
+        predicted=seen.peak.bytes,
+        allocated=allocated,
+    )  # fmt: skip
+
+
+def _three(job: Job) -> plans.Work:
+    """Three steps: the first, the one with the largest micro-batch, and the first again."""
+    first, *rest = job.work.steps
+    return replace(job.work, steps=[first, rest[-1] if rest else first, first])
+
+
+def _really(job: Job, work: plans.Work) -> tuple[plans.Usage, int]:
+    """What a trace of real tensors sees, and the most bytes that torch counts itself."""
+    model, cuda = job.tuned.model, job.tuned.device.type == "cuda"
+    tracer = trace.Tracer(job.tuned.device.type)
+    tracer.at("load")
+    there = trace.count(model, tracer)
+    tracer.at("")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        plans.go(model, work, tracer)
+        tracer.close()
+        return plans.usage(tracer), torch.cuda.max_memory_allocated()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        plans.go(model, work, tracer)
+    tracer.close()
+    now = most = there
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return plans.usage(tracer), most
+
+
+__all__ = ["Verified", "ask", "plan", "verify"]
