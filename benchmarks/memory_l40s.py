@@ -153,7 +153,11 @@ def predict(row: Mapping[str, Any], shape: Mapping[str, Any], longest: int) -> d
     try:
         events, weights, trainable = traced(row, shape, [round(longest * times) for times in HISTORY])
     except Exception as error:
-        return {**result, "predicted_bytes": None, "why": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        return {
+            **result,
+            "predicted_bytes": None,
+            "why": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+        }
     most, allocated = reserved(events, weights)
     return {
         **result,

@@ -237,8 +237,8 @@ def test_bar_of_a_plan_that_misses_points_into_it() -> None:
 def test_what_the_allocator_counts_besides_tensors_is_drawn() -> None:
     plan = example()
     plan = {**plan, "allocated": plan["peak"]["bytes"] + 205 * MIB}
-    text = printed(plan_bar(plan, 96))
-    assert "+ workspaces and rounding 0.20  % fragmentation 0.50  # outside 0.50" in text
+    text = " ".join(printed(plan_bar(plan, 96)).split())
+    assert "+ workspaces and rounding 0.20 % fragmentation 0.50 # outside 0.50" in text
     assert "at most 16.3 allocated + 0.5 fragmentation" in verdict(plan)
 
 

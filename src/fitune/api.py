@@ -15,8 +15,8 @@ from fitune.exporting import Exported, export
 from fitune.generation import Sampling, answer
 from fitune.hub import Downloaded, download
 from fitune.loading import load as _load
-from fitune.merging import Merged, merge
 from fitune.memory.plan import Plan
+from fitune.merging import Merged, merge
 from fitune.model import Tuned, load_model
 from fitune.planning import plan
 from fitune.quantizing import QuantizedModel, quantize

@@ -476,7 +476,8 @@ def plan(
     ] = None,
     *,
     data: Annotated[
-        list[str] | None, Parameter(consume_multiple=True, negative="", help="Data files, folders or ids, as for train.")
+        list[str] | None,
+        Parameter(consume_multiple=True, negative="", help="Data files, folders or ids, as for train."),
     ] = None,
     gpu: Annotated[
         str | None, Parameter(help="A size (24GB), a GPU (rtx-4090), this-machine. [default: this machine]")
@@ -564,8 +565,8 @@ def _calibration(console: Console) -> dict[str, Any]:
 
     found = calibrate(date.today().isoformat())
     console.print(
-        f"{found['gpu']}: context {found['context'] / 2**20:,.0f} MiB, a workspace {found['workspace'] / 2**20:,.1f} MiB; "
-        f"kept in {found['file']}",
+        f"{found['gpu']}: context {found['context'] / 2**20:,.0f} MiB, "
+        f"a workspace {found['workspace'] / 2**20:,.1f} MiB; kept in {found['file']}",
         highlight=False,
         soft_wrap=True,
     )

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fitune import catalog, dataset, families, files, lengths, methods, optim, precision, rows, tokenizer
+from fitune import catalog, dataset, methods, optim, precision, rows, tokenizer
 from fitune.batches import Loader
 from fitune.cache import Cache
 from fitune.config import RunConfig, build
 from fitune.console import Watcher
-from fitune.errors import Collector, ConfigError, DataError, ModelError
+from fitune.errors import Collector, DataError, ModelError
 from fitune.lengths import automatic
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
@@ -31,7 +31,7 @@ from fitune.memory import steps, trace
 from fitune.methods import new_tokens
 from fitune.model import locate, pick_device, read_config, shape_of
 from fitune.prepare import Job, absolute, check_quantized, own_settings, prepare, quant_settings, resolve
-from fitune.records import Batch, Conversation, DataReport, Sample
+from fitune.records import Conversation, DataReport, Sample
 
 NO_DATA = "-"  # stands for data that nobody named
 ASSUMED_LENGTH = 1024  # of a row, where neither data nor max_length say anything
@@ -170,7 +170,9 @@ def look(wanted: Asked, words: str | None, watch: Watcher) -> Rows:
     loaded = tokenizer.load(folder)
     if config.new_tokens:
         new_tokens.extend(loaded, config.new_tokens)
-    found = dataset.read(config, folder, loaded, limit=limit, vocabulary=max(shape.vocab_size, len(loaded)), watch=watch)
+    found = dataset.read(
+        config, folder, loaded, limit=limit, vocabulary=max(shape.vocab_size, len(loaded)), watch=watch
+    )
     report = found.report
     if not len(found.samples):
         raise DataError("no row is left to train on", fix="fitune inspect tells what became of them")
@@ -184,7 +186,9 @@ def _has_tokenizer(folder: Path) -> bool:
 def _estimated(config: RunConfig, shape: Any, limit: int) -> Rows:
     """Rows of about the lengths that a tokenizer would give them."""
     report = DataReport()
-    found = rows.load(config.sources(), report, seed=config.seed, fill=config.fill, skip_bad=config.skip_bad, cache=Cache())
+    found = rows.load(
+        config.sources(), report, seed=config.seed, fill=config.fill, skip_bad=config.skip_bad, cache=Cache()
+    )
     every = max(1, len(found) // ESTIMATED)
     guessed = np.array([_tokens(row, shape.vocab_size) for row in islice(found, 0, None, every)])
     longest = min(limit, automatic(guessed, guessed, limit) if config.max_length == "auto" else config.max_length)

@@ -231,8 +231,8 @@ def compare_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         predicted, measured = row["predicted"], row["measured"]
         off = (predicted - measured) / MIB
-        percent = f"{100 * (predicted - measured) / measured:+.1f}" if measured else "-"
-        sizes = (f"{predicted / MIB:,.1f}", f"{measured / MIB:,.1f}", f"{off:+,.1f}")
+        percent = f"{100 * (predicted - measured) / measured:+z.1f}" if measured else "-"
+        sizes = (f"{predicted / MIB:,.1f}", f"{measured / MIB:,.1f}", f"{off:+z,.1f}")
         table.add_row(escape(str(row["what"])), *sizes, percent)
     return table
 
@@ -540,6 +540,6 @@ def _closed(plan: Plan) -> list[tuple[str, str, str, str]]:
     for name in dict.fromkeys([*CATEGORIES, *plan["closed"]]):
         closed, traced = plan["closed"].get(name), max(stack.get(name, 0) for stack in stacks)
         if closed or traced:
-            off = _percent((closed - traced) / traced, "+.1f") if traced and closed is not None else ""
+            off = _percent((closed - traced) / traced, "+z.1f") if traced and closed is not None else ""
             rows.append((name, "" if closed is None else cell(closed), cell(traced), off))
     return rows

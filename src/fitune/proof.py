@@ -32,8 +32,8 @@ def proof_table(found: Mapping[str, Any]) -> Table:
         table.add_row(escape(row["name"]), *sizes, f"{row['error']:+.2%}")
     table.caption = (
         f"mean error {found['mean_error']:.2%}, median {found['median_error']:.2%}, 95 % of the runs within "
-        f"{found['p95_error']:.2%}, worst {found['worst_error']:.2%}. One number was fitted, on one run: the longest row "
-        f"has {found['longest_row']} tokens.\nmeasured figures: {found['source']}"
+        f"{found['p95_error']:.2%}, worst {found['worst_error']:.2%}. One number was fitted, on one run: the longest "
+        f"row has {found['longest_row']} tokens.\nmeasured figures: {found['source']}"
     )
     table.caption_justify = "left"
     return table

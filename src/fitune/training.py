@@ -245,9 +245,7 @@ class _State:
         self.best, self.worse = ((self.step, loss), 0) if better else (self.best, self.worse + 1)
 
 
-def _loop(
-    run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: threading.Event, parts: int
-) -> Result:
+def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: threading.Event, parts: int) -> Result:
     """Steps, evaluations and checkpoints, from wherever the run stands to its end."""
     config, model = job.config, job.tuned.model
     parameters = trainable(model)

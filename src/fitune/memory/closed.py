@@ -67,7 +67,7 @@ def _per_token(model: Any, config: RunConfig, shape: Any) -> float:
     if config.checkpointing:
         every = int(config.checkpointing)
         inside = [size for number, size in enumerate(whole) if number >= first and (number + 1) % every]
-        return item * (width * (len(kept) - len(inside)) + sum(inside) + max(kept, default=0))
+        return float(item * (width * (len(kept) - len(inside)) + sum(inside) + max(kept, default=0)))
     return float(item * sum(kept))
 
 
@@ -83,7 +83,7 @@ def _block(block: Any, shape: Any) -> float:
     attention = any(re.search(r"q_proj|k_proj|v_proj|query|c_attn|qkv", name) for name in trained)
     output = any(re.search(r"down_proj|fc2|dense_4h|c_proj", name) for name in trained)
     into = any(re.search(r"gate|up_proj|fc1|dense_h_to_4h|c_fc", name) for name in trained)
-    return kept + width * (attention + into) + inner * output
+    return float(kept + width * (attention + into) + inner * output)
 
 
 class _Shape:

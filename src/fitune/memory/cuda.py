@@ -45,7 +45,13 @@ class Cuda(TorchFunctionMode):
         if func is Tensor.backward:  # blocks that are recomputed call functions inside of it, which are to come here
             with self:
                 return _engine_run_backward(
-                    (args[0],), (torch.ones_like(args[0]),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                    (args[0],),
+                    (torch.ones_like(args[0]),),
+                    False,
+                    False,
+                    (),
+                    allow_unreachable=True,
+                    accumulate_grad=True,
                 )
         if func in FLOAT32 and torch.is_autocast_enabled("cpu"):
             args = [_wide(one) for one in args]

@@ -349,8 +349,8 @@ def _notes(peak: Moment, forms: Mapping[str, int], how: str, why: str) -> list[s
     if abs(total / max(1, peak.bytes) - 1) <= FAR:
         return []
     return [
-        f"closed forms give {total / MIB:,.0f} MiB, the trace {peak.bytes / MIB:,.0f}: this model keeps other things than "
-        "a plain gated transformer"
+        f"closed forms give {total / MIB:,.0f} MiB, the trace {peak.bytes / MIB:,.0f}: this model keeps other things "
+        "than a plain gated transformer"
     ]
 
 

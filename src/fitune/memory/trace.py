@@ -1,10 +1,10 @@
 """What a piece of work allocates, storage by storage, without doing it.
 
 In: code that runs on tensors. Out: the order of its allocations and releases, each with its size, phase, module and
-operation. The tensors are shadows: they say that they lie on a CPU, so that autocast, attention and fused kernels choose
-as they do there, but they hold nothing; every operation runs on the meta device, where only shapes exist. Small integer
-tensors (positions, bounds, masks of padding) are real, so that code that looks into them decides rightly. On real
-tensors the same tracer measures.
+operation. The tensors are shadows: they say that they lie on a CPU, so that autocast, attention and fused kernels
+choose as they do there, but they hold nothing; every operation runs on the meta device, where only shapes exist. Small
+tensors that code looks into (positions, bounds, masks of padding) are real, so that it decides rightly. On real tensors
+the same tracer measures.
 
 What no shape tells (memory inside a kernel, numbers that decide) stands in `overrides.py`.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -68,9 +68,9 @@ class Block:
 
 
 class Shadow(torch.Tensor):
-    """A tensor that holds nothing; `inner`, on meta, has its shape and storage."""
+    """A tensor that holds nothing; `meta`, on the meta device, has its shape and storage."""
 
-    inner: Tensor
+    meta: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor, requires_grad: bool = False) -> Shadow:
@@ -83,7 +83,7 @@ class Shadow(torch.Tensor):
             device=torch.device("cpu"),
             requires_grad=requires_grad,
         )
-        made.inner = inner
+        made.meta = inner
         return made
 
     def tolist(self) -> Any:
@@ -93,7 +93,7 @@ class Shadow(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Work on shadows is the tracer's; outside of it there is none."""
         raise RuntimeError(f"{func}: a shadow outside of its tracer")
 
@@ -105,7 +105,7 @@ class _Mode(TorchDispatchMode):
     """Inside, what is looked for in a tensor without values is found everywhere."""
 
     def __enter__(self) -> Any:
-        self._patch = fx_config.patch(meta_nonzero_assume_all_nonzero=True)
+        self._patch = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
         self._patch.__enter__()
         return super().__enter__()
 
@@ -192,9 +192,8 @@ class Tracer(_Mode):
         for name, module in model.named_modules():
             hooks.append(module.register_forward_pre_hook(partial(enter, name)))
             hooks.append(module.register_forward_hook(leave, always_call=True))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        hooks.extend(parameter.register_post_accumulate_grad_hook(self._gradient) for parameter in trained)
         try:
             yield
         finally:
@@ -211,7 +210,7 @@ class Tracer(_Mode):
 
     def own(self, tensor: Tensor, category: str) -> Block:
         """Give the storage of a tensor its category; from now on it is counted."""
-        block = self.blocks[self._see(tensor.inner if isinstance(tensor, Shadow) else tensor, "")]
+        block = self.blocks[self._see(tensor.meta if isinstance(tensor, Shadow) else tensor, "")]
         block.category = category
         return block
 
@@ -374,8 +373,8 @@ class _Tensors:
         kind = type(value)
         if isinstance(value, Tensor):
             if isinstance(value, Shadow):
-                self.shadows[id(value.inner)] = value
-                return value.inner
+                self.shadows[id(value.meta)] = value
+                return value.meta
             if value.device == META:  # beside the parameters, as PEFT keeps the numbers of its virtual tokens
                 self.shadows[id(value)] = Shadow(value)
                 return value
