@@ -289,20 +289,20 @@ def _three(job: Job) -> plans.Work:
 
 
 def _really(job: Job, work: plans.Work) -> tuple[plans.Usage, int]:
-    """What a trace of real tensors sees, and the most bytes that torch counts itself."""
+    """What a trace of real tensors sees, and, the work done once more, the most bytes that torch counts itself."""
     model, cuda = job.tuned.model, job.tuned.device.type == "cuda"
     tracer = trace.Tracer(job.tuned.device.type)
     tracer.at("load")
     there = trace.count(model, tracer)
     tracer.at("")
+    plans.go(model, work, tracer)
+    tracer.close()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-        plans.go(model, work, tracer)
-        tracer.close()
+        plans.go(model, work, trace.Blind())
         return plans.usage(tracer), torch.cuda.max_memory_allocated()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        plans.go(model, work, tracer)
-    tracer.close()
+        plans.go(model, work, trace.Blind())
     now = most = there
     for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":

@@ -21,7 +21,7 @@ from fitune.config import RunConfig
 from fitune.memory import allocator, device, trace
 from fitune.memory.closed import closed
 from fitune.memory.cuda import Cuda
-from fitune.memory.trace import Block, Building, Tracer
+from fitune.memory.trace import Blind, Block, Building, Tracer
 from fitune.methods import new_tokens
 from fitune.model import causal_lm, checkpoint_blocks, outline, trainable
 from fitune.records import Batch, Layout
@@ -157,7 +157,7 @@ def traced(model: Any, work: Work, target: str = "cpu") -> Tracer:
     return tracer
 
 
-def go(model: Any, work: Work, tracer: Tracer) -> None:
+def go(model: Any, work: Work, tracer: Tracer | Blind) -> None:
     """The steps, the evaluation and the checkpoint of a piece of work, on shadows or for real."""
     config = work.config
     model.train()

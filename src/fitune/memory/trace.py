@@ -101,6 +101,27 @@ class Shadow(torch.Tensor):
         return f"Shadow({tuple(self.shape)}, {self.dtype})"
 
 
+class Blind:
+    """In a tracer's place, where something else measures: it sees nothing."""
+
+    def __enter__(self) -> Blind:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def during(self, phase: str) -> Blind:
+        """See Tracer."""
+        return self
+
+    def inside(self, model: nn.Module, body: nn.Module) -> Blind:
+        """See Tracer."""
+        return self
+
+    def own(self, tensor: Tensor, category: str) -> None:
+        """See Tracer."""
+
+
 class _Mode(TorchDispatchMode):
     """Inside, what is looked for in a tensor without values is found everywhere."""
 
@@ -415,7 +436,7 @@ LOOKED_INTO = {f"aten::{name}" for name in ("arange", "full", "linspace", "ones"
 def _becomes_shadow(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Does an operation without tensors make one that is to be a shadow?"""
     schema = func._schema
-    if not any(one.name == "device" for one in schema.arguments):
+    if kwargs.get("device") == META or not any(one.name == "device" for one in schema.arguments):
         return False
     dtype = kwargs.get("dtype")
     if schema.name not in LOOKED_INTO and (dtype is None or dtype.is_floating_point):

@@ -11,7 +11,6 @@ gradient, merging gives garbage, and the state dict changes. Here there is one p
 from __future__ import annotations
 
 from copy import copy
-from functools import cache
 from typing import Any
 
 import bitsandbytes as bnb
@@ -82,12 +81,6 @@ class Nf4Linear(Frozen, bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbyte
         return out
 
 
-@cache
-def _code(values: int) -> Tensor:
-    """A code without values: bitsandbytes keeps one for all layers."""
-    return torch.empty(values, dtype=torch.float32, device="meta")
-
-
 def _empty_state(shape: torch.Size, blocks: int, options: QuantOptions) -> QuantState:
     """The scales of a weight without values, as `quantize_4bit` makes them."""
 
@@ -95,7 +88,7 @@ def _empty_state(shape: torch.Size, blocks: int, options: QuantOptions) -> Quant
         return torch.empty(count, dtype=dtype, device="meta")
 
     def state(scales: Tensor, code: int, block: int, **how: Any) -> QuantState:
-        return QuantState(scales, code=_code(code), blocksize=block, dtype=torch.float32, **how)
+        return QuantState(scales, code=numbers(code), blocksize=block, dtype=torch.float32, **how)
 
     if not options.double:
         return state(numbers(blocks), 16, BLOCK, shape=shape, quant_type=options.kind)
