@@ -77,6 +77,7 @@ def test_the_run_folder_stands_alone(unbroken: Path) -> None:
     assert names == {
         "config.yaml", "environment.json", "template.json", "plan.json", "data.json", "before.json", "tokenizer",
         "steps.jsonl", "checkpoints", "adapter", "answers.json", "result.json", "report.html", "checks.json",
+        "plan.html", "measured.json",
     }  # fmt: skip
     result = json.loads((unbroken / "result.json").read_text())
     assert result["steps"] == 12

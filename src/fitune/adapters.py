@@ -61,7 +61,8 @@ def _no_copies(model: Any) -> None:
     input for each adapted layer, with the values that the input has anyway. They take it as it is."""
     if getattr(_inner(model), "fitune_compute", torch.float32) != torch.float32:
         for module in model.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
+            # DoRA's magnitudes would be of a norm computed in 16 bits
+            if hasattr(module, "cast_input_dtype_enabled") and not getattr(module, "lora_magnitude_vector", None):
                 module.cast_input_dtype_enabled = False
 
 

@@ -7,6 +7,7 @@
       checks.json                    what was found while it ran
       checkpoints/step-000120/       trainable, optimizer and RNG tensors, state.json, MANIFEST.json
       adapter/                       the result, in PEFT's format or ours (adapters.py)
+      plan.html  measured.json                     what it was to take, and what its largest step took
       answers.json  result.json  report.html       at the end
 
 A checkpoint is a sealed folder (see files.py); resume falls back to the last whole one.
@@ -72,6 +73,11 @@ class RunFolder:
     def steps(self) -> Path:
         """One JSON line per optimizer step."""
         return self.path / "steps.jsonl"
+
+    @property
+    def plan_page(self) -> Path:
+        """What the run was to take, phase by phase."""
+        return self.path / "plan.html"
 
     @property
     def report(self) -> Path:

@@ -15,6 +15,8 @@ from fitune.checkpoint import RunFolder
 from fitune.files import write_atomic
 from fitune.pages import render
 
+MIB = 2**20
+
 
 def _numbers(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     def loss(value: float | None) -> str:
@@ -30,6 +32,19 @@ def _numbers(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("real tokens/s", f"{result['real_tokens_per_second']:,.0f}"),
         ("training time", f"{result['seconds']:,.1f} s"),
     ]
+
+
+def _memory(plan: Mapping[str, Any], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Predicted beside measured by component, MiB: of the largest step, and what is there beside the tensors."""
+    steps = [moment for moment in plan["phases"] if moment["phase"] in ("forward", "loss", "backward")]
+    parts = max(steps or plan["phases"], key=lambda moment: moment["bytes"])["parts"]
+    found = {**measured.get("parts", {}), **measured.get("at_the_end", {})}
+    rows = [
+        {"what": name, "predicted": parts.get(name, 0) / MIB, "measured": found.get(name, 0) / MIB if found else None}
+        for name in dict.fromkeys([*parts, *found])
+    ]
+    beside = [{"what": name, "predicted": size / MIB, "measured": None} for name, size in plan["outside"].items()]
+    return [*rows, *beside]
 
 
 def write(run: RunFolder) -> None:
@@ -59,7 +74,8 @@ def write(run: RunFolder) -> None:
         lr_chart=lr_chart,
         answers=answers,
         score=score and f"exact match {score['base_accuracy']:.0%} before, {score['tuned_accuracy']:.0%} after",
-        memory=plan["expected_mib"],
+        memory=_memory(plan, run.read("measured") if run.has("measured") else {}),
+        cuda=plan["device"] == "cuda",
         kept=plan.get("kept", []),
         result=result,
         findings=[*data["findings"], *(run.read("checks") if run.has("checks") else [])],

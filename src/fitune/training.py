@@ -19,16 +19,17 @@ from typing import Any
 
 import torch
 
-from fitune import adapters, environment, guards, hub, methods, optim, precision, preflight, report
+from fitune import adapters, environment, guards, hub, methods, optim, planview, precision, preflight, report
 from fitune.batches import in_order
 from fitune.checkpoint import Loaded, RunFolder, restore_rng
 from fitune.config import RunConfig, build, merge
 from fitune.console import Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
+from fitune.files import write_atomic
 from fitune.generation import Sampling, answers
 from fitune.memory import peak_mib
 from fitune.memory import plan as plans
-from fitune.memory.trace import Tracer, count
+from fitune.memory.trace import STATES, Tracer, count
 from fitune.model import causal_lm, trainable
 from fitune.prepare import Job, prepare, resolve
 from fitune.records import Finding, StepRecord
@@ -151,7 +152,6 @@ def _begin(run: RunFolder, job: Job) -> None:
     kept = [part.as_dict() for part in job.kept]
     plan = {
         **job.plan.as_dict(),
-        "expected_mib": expected(job),
         "trainable": job.trainable,
         "total": job.total,
         "parts": parts,
@@ -159,6 +159,7 @@ def _begin(run: RunFolder, job: Job) -> None:
         "model_revision": hub.revision_of(Path(job.config.model)),
     }
     run.write("plan", plan)
+    write_atomic(run.plan_page, planview.page(plan))
     findings = [asdict(finding) for finding in job.findings]
     run.write(
         "data",
@@ -169,11 +170,6 @@ def _begin(run: RunFolder, job: Job) -> None:
         base = before if methods.find(job.config.method).same_at_start else _held_out(job)
         answers_of_base = _sample_answers(job)
     run.write("before", {"base_held_out_loss": base, "held_out_loss": before, "answers": answers_of_base})
-
-
-def expected(job: Job) -> dict[str, float]:
-    """MiB by component: the plan's peak, and what no tensor holds."""
-    return {name: count / plans.MIB for name, count in {**job.plan.peak.parts, **job.plan.outside}.items()}
 
 
 def _rehearse(run: RunFolder, job: Job, watch: Watcher) -> int:
@@ -191,6 +187,14 @@ def _rehearse(run: RunFolder, job: Job, watch: Watcher) -> int:
     tracer.close()
     run.write("measured", {"parts": plans.usage(tracer).peak.parts, "micro_batch_parts": parts})
     return parts
+
+
+def _measured_states(run: RunFolder, optimizer: torch.optim.Optimizer) -> None:
+    """What the optimizer holds in the end; beside what the rehearsal took, which had none."""
+    if run.has("measured"):
+        tensors = [t for states in optimizer.state.values() for t in states.values() if isinstance(t, torch.Tensor)]
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        run.write("measured", {**run.read("measured"), "at_the_end": {STATES: sum(held.values())}})
 
 
 def _held_out(job: Job) -> float | None:
@@ -293,6 +297,7 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
                 )
     finally:
         watch.stop()
+    _measured_states(run, optimizer)
     if config.final == "best" or config.patience is not None:
         _back_to_best(run, parameters, state, watch)
         return _finish(run, job, watch, state.best[1])
