@@ -509,7 +509,12 @@ def plan(
     if model is None:
         raise ConfigError("plan: of which model?", expected="a name such as llama-3.1-8b, a folder, or a hub id")
     given = settings.merge(settings.parse_assignments(set_ or []), _typed(flags))
+    settings.build({**given, "model": model, "data": data or ["-"]})  # unknown settings, and wrong values
+    given = {name: value for name, value in given.items() if name not in ("model", "data")}
     if verify:
+        useless = [flag for flag, value in (("--gpu", gpu), ("--tokenizer", tokenizer), ("--html", html)) if value]
+        if useless:
+            raise ConfigError(f"--verify runs the model itself on this machine: {', '.join(useless)} would do nothing")
         _print_figures(_verified(model, data, given, console), json)
         return
 
@@ -525,7 +530,7 @@ def plan(
     console.print(plan_bar(seen, min(console.width, 100)))
     console.print(plan_timeline(seen, min(console.width, 100), 10))
     for note in made.notes:
-        console.print(f"[yellow]{note}[/]", highlight=False)
+        console.print(note, style="yellow", markup=False, highlight=False)
     console.print(verdict(seen), highlight=False)
     if html is not None:
         write_atomic(html, page(seen))

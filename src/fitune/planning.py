@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from fitune import catalog, dataset, methods, optim, precision, rows, tokenizer
+from fitune import adapters, catalog, dataset, formats, methods, optim, precision, rows, templates, tokenizer
 from fitune.batches import Loader
 from fitune.cache import Cache
 from fitune.config import RunConfig, build
 from fitune.console import Watcher
-from fitune.errors import Collector, DataError, ModelError
+from fitune.errors import Collector, ConfigError, DataError, ModelError
 from fitune.lengths import automatic
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
 from fitune.memory import steps, trace
 from fitune.methods import new_tokens
-from fitune.model import locate, pick_device, read_config, shape_of
+from fitune.model import locate, pick_device, read_config, shape_of, trainable
 from fitune.prepare import Job, absolute, check_quantized, own_settings, prepare, quant_settings, resolve
 from fitune.records import Conversation, DataReport, Sample
 
@@ -56,21 +56,24 @@ class Asked:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of the data. note: how, where that must be told."""
+    """What is known of the data. note: how, where that must be told. words: the folder of the tokenizer, where there is
+    one; added: tokens that it got."""
 
     samples: Sequence[Sample]
     held_out: Sequence[Sample]
     max_length: int
     note: str = ""
     report: DataReport | None = None
+    words: Path | None = None
+    added: Sequence[new_tokens.NewToken] = ()
 
 
 def plan(
-    model: str,
+    model: str | Path,
     *,
-    data: Sequence[str] = (),
+    data: str | Path | Sequence[str | Path | Mapping[str, Any]] = (),
     gpu: str | None = None,
-    words: str | None = None,
+    words: str | Path | None = None,
     watch: Watcher | None = None,
     **settings: Any,
 ) -> plans.Plan:
@@ -87,33 +90,67 @@ def plan(
     Raises:
         FituneError: settings, model, data or device that cannot be.
     """
-    wanted = ask(model, data=data, gpu=gpu, settings=settings)
+    sources = [data] if isinstance(data, (str, Path)) else list(data)
+    settings = {name: _plain(value) for name, value in settings.items()}
+    wanted = ask(str(model), data=[_plain(source) for source in sources], gpu=gpu, settings=settings)
     known = look(wanted, words, watch or Watcher())
     made = plans.plan(work_of(wanted, known), wanted.where, name=wanted.name)
     notes = [known.note] if known.note else []
     return replace(made, notes=[*notes, *made.notes], max_length=known.max_length)
 
 
-def ask(model: str, *, data: Sequence[str], gpu: str | None, settings: Mapping[str, Any]) -> Asked:
+def _plain(value: Any) -> Any:
+    """A path as text, anything else as it is."""
+    return str(value) if isinstance(value, Path) else value
+
+
+def ask(model: str, *, data: Sequence[Any], gpu: str | None, settings: Mapping[str, Any]) -> Asked:
     """The settings, checked; all that is wrong at once."""
     config = build({**settings, "model": model, "data": list(data) or [NO_DATA]})
     problems = Collector()
     with problems.gather():
-        where = devices.find(gpu)
+        where = _place(gpu, config.device)
     with problems.gather():
         methods.find(config.method).check(config)
         own_settings(config)
     with problems.gather():
         optim.check(config)
+    changes = _sources(config, problems)
+    with problems.gather():
+        if config.adapter is not None:
+            adapters.locate(config.adapter)
     with problems.gather():
         shape, folder, name = shape_for(model)
     problems.raise_any()
-    config = _precision(config, where)
-    quant_settings(config, shape)
-    check_quantized(config, methods.find(config.method), shape, torch.device(where.kind))
-    if data:
-        config = config.model_copy(update={"data": [absolute(source) for source in config.data]})
-    return Asked(config, shape, folder, name, where)
+    with problems.gather():
+        config = _precision(config, where)
+    with problems.gather():
+        quant_settings(config, shape)
+        check_quantized(config, methods.find(config.method), shape, torch.device(where.kind))
+    problems.raise_any()
+    return Asked(config.model_copy(update=changes), shape, folder, name, where)
+
+
+def _place(gpu: str | None, device: str) -> devices.Device:
+    """Where the run is to fit; of this machine the device that the settings name."""
+    where = devices.find(gpu)
+    return devices.here(pick_device(device).type) if where.here and device != "auto" else where
+
+
+def _sources(config: RunConfig, problems: Collector) -> dict[str, list[Any]]:
+    """The data by its absolute paths; what is wrong with any of it goes to the problems."""
+    found: dict[str, list[Any]] = {"data": [], "eval_data": []}
+    for name, given in (("data", config.data), ("eval_data", config.eval_data)):
+        for source in given:
+            with problems.gather():
+                found[name].append(source if source == NO_DATA else absolute(source))
+    for source in [*config.sources(), *config.eval_sources()]:
+        with problems.gather():
+            formats.check(source.format or "auto", source.map)
+    with problems.gather():
+        if config.template not in ("auto", "chat_template"):  # those of the tokenizer, which may not be here
+            templates.choose(config.template, None)
+    return found
 
 
 def shape_for(model: str) -> tuple[Any, Path | None, str]:
@@ -136,13 +173,23 @@ def _from_file(path: Path) -> Any:
     """The config that a config.json holds, wherever it lies."""
     if path.name == "config.json":
         return read_config(path.parent)
+    fix = "the config.json of a model in transformers format"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path}: cannot be read as JSON", received=told, fix=fix) from error
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(kind, str):
+        raise ModelError(f"{path}: no config of a model", expected='"model_type": "llama"', fix=fix)
+    try:
         return shape_of(values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{path}: cannot be read as a model's config.json", received=" ".join(str(error).split())[:200]
-        ) from error
+    except ModelError:
+        raise
+    except KeyError as error:
+        raise ModelError(f"{path}: model_type {kind!r} is unknown to transformers", fix=fix) from error
+    except Exception as error:  # each config class checks itself in its own way
+        raise ModelError(f"{path}: wrong values", received=" ".join(str(error).split())[:300], fix=fix) from error
 
 
 def _precision(config: RunConfig, where: devices.Device) -> RunConfig:
@@ -155,28 +202,50 @@ def _precision(config: RunConfig, where: devices.Device) -> RunConfig:
 # ---- rows ----
 
 
-def look(wanted: Asked, words: str | None, watch: Watcher) -> Rows:
+def look(wanted: Asked, words: str | Path | None, watch: Watcher) -> Rows:
     """The lengths of the rows: by the tokenizer, by their characters, or none where there is no data."""
     config, shape = wanted.config, wanted.shape
     limit = getattr(shape, "max_position_embeddings", None) or dataset.NO_LIMIT
     limit -= methods.find(config.method).virtual_tokens(config)
-    if config.data == [NO_DATA]:
-        length = min(limit, ASSUMED_LENGTH if config.max_length == "auto" else config.max_length)
-        rows_ = [_blank(length)] * (2 * config.batch_size * config.accumulation)
-        return Rows(rows_, rows_[: config.batch_size], length, f"no data given: every row has {length:,} tokens")
-    folder = Path(words) if words is not None else wanted.folder
-    if folder is None or not _has_tokenizer(folder):
-        return _estimated(config, shape, limit)
+    _check_length(config, limit)
+    folder = Path(words).expanduser() if words is not None else wanted.folder
+    if words is None and (config.data == [NO_DATA] or folder is None or not _has_tokenizer(folder)):
+        return _without_tokenizer(config, shape, limit)
+    assert folder is not None
     loaded = tokenizer.load(folder)
-    if config.new_tokens:
-        new_tokens.extend(loaded, config.new_tokens)
+    added = new_tokens.extend(loaded, config.new_tokens) if config.new_tokens else []
+    if config.data == [NO_DATA]:
+        return replace(_no_data(config, limit), words=folder, added=added)
     found = dataset.read(
         config, folder, loaded, limit=limit, vocabulary=max(shape.vocab_size, len(loaded)), watch=watch
     )
-    report = found.report
     if not len(found.samples):
         raise DataError("no row is left to train on", fix="fitune inspect tells what became of them")
-    return Rows(found.samples, found.held_out, report.max_length, report=report)
+    return Rows(found.samples, found.held_out, found.report.max_length, "", found.report, folder, added)
+
+
+def _check_length(config: RunConfig, limit: int) -> None:
+    """Raises ConfigError where no row can be of the longest length."""
+    if limit < 2:
+        left = f"room for {max(0, limit)} tokens"
+        raise ConfigError("virtual tokens leave no room for a row", received=left, expected="room for 2 or more")
+    if config.max_length != "auto" and config.max_length > limit:
+        raise ConfigError("max_length is above what the model can hold", received=config.max_length, expected=limit)
+    if config.max_length != "auto" and config.max_length < 2:
+        raise ConfigError("max_length: no row would have a target", received=config.max_length, expected="2 or more")
+
+
+def _without_tokenizer(config: RunConfig, shape: Any, limit: int) -> Rows:
+    """Rows where only their characters are known, or nothing; new tokens come behind the vocabulary."""
+    added = [new_tokens.NewToken(text, shape.vocab_size + n, (0,)) for n, text in enumerate(config.new_tokens)]
+    known = _no_data(config, limit) if config.data == [NO_DATA] else _estimated(config, shape, limit)
+    return replace(known, added=added)
+
+
+def _no_data(config: RunConfig, limit: int) -> Rows:
+    length = min(limit, ASSUMED_LENGTH if config.max_length == "auto" else config.max_length)
+    rows_ = [_blank(length)] * (2 * config.batch_size * config.accumulation)
+    return Rows(rows_, rows_[: config.batch_size], length, f"no data given: every row has {length:,} tokens")
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -194,6 +263,7 @@ def _estimated(config: RunConfig, shape: Any, limit: int) -> Rows:
     longest = min(limit, automatic(guessed, guessed, limit) if config.max_length == "auto" else config.max_length)
     samples = [_blank(int(length)) for length in np.minimum(guessed, longest)]
     share = max(1, min(config.val_rows, round(config.val_share * len(samples))))
+    share = share if config.val_share or config.eval_data else 0
     note = (
         f"no tokenizer at hand (--tokenizer FOLDER): lengths of {len(samples):,} rows are estimated from their "
         "characters, which may be a fifth off"
@@ -215,14 +285,23 @@ def _blank(length: int) -> Sample:
 
 def work_of(wanted: Asked, known: Rows) -> plans.Work:
     """What the run would do."""
-    config = wanted.config.model_copy(update={"max_length": known.max_length})
+    config = _with_words(wanted.config.model_copy(update={"max_length": known.max_length}), known.words)
     layout = steps.likely_layout(config.layout, wanted.shape)
     loader = Loader(
         known.samples, config.batch_size, config.accumulation, config.seed, config.batch_tokens, layout == "padded"
     )
     deciding = steps.deciding(loader, config.max_steps or loader.total_steps(config.epochs))
     held_out = steps.largest_held_out(known.held_out, config.batch_size)
-    return plans.Work(config, wanted.shape, deciding, held_out, layout)
+    return plans.Work(config, wanted.shape, deciding, held_out, layout, known.added)
+
+
+def _with_words(config: RunConfig, words: Path | None) -> RunConfig:
+    """A prompt in words begins as their tokens; without a tokenizer as others, of which there are as many."""
+    if config.method != "prompt" or config.prompt.init != "text":
+        return config
+    if words is not None:
+        return config.model_copy(update={"model": str(words)})
+    return config.model_copy(update={"prompt": config.prompt.model_copy(update={"init": "vocab"})})
 
 
 # ---- verify ----
@@ -295,11 +374,13 @@ def _really(job: Job, work: plans.Work) -> tuple[plans.Usage, int]:
     tracer.at("load")
     there = trace.count(model, tracer)
     tracer.at("")
-    plans.go(model, work, tracer)
+    plans.go(model, work, tracer, on_gpu=cuda)
     tracer.close()
+    for parameter in trainable(model).values():  # an optimizer in the backward pass would go on
+        (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).clear()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-        plans.go(model, work, trace.Blind())
+        plans.go(model, work, trace.Blind(), on_gpu=True)
         return plans.usage(tracer), torch.cuda.max_memory_allocated()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         plans.go(model, work, trace.Blind())

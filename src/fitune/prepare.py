@@ -35,7 +35,7 @@ from fitune.errors import Collector, ConfigError, TrainingError
 from fitune.files import sha256
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
-from fitune.memory import resident_mib, steps
+from fitune.memory import steps
 from fitune.methods import new_tokens
 from fitune.model import (
     Tuned,
@@ -74,6 +74,7 @@ class Job:
     eval_every: int
     save_every: int
     lr: float
+    measured: dict[str, Any] | None = None  # what a rehearsal of the largest step took
 
     @property
     def trainable(self) -> int:
@@ -230,6 +231,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     if layout != work.layout:
         work = _work(config, model_config, data, added, layout)
         plan = _planned(work, device, folder.name)
+        _refuse_what_cannot_fit(plan, config)
     probe = guards.probe(samples)
     intact = guards.base_intact(folder)
     dtype = precision.DTYPES[config.trainable_dtype]
@@ -285,10 +287,8 @@ def _work(config: RunConfig, shape: Any, data: dataset.Data, added: list[Any], l
 
 
 def _planned(work: plans.Work, device: torch.device, name: str) -> plans.Plan:
-    """The plan on this machine; on a CPU what the process holds already is part of it."""
-    runtime = int(resident_mib() * plans.MIB)
-    outside = {"Python, torch and data": runtime} if device.type == "cpu" else None
-    return plans.plan(work, devices.here(device.type), name=name, outside=outside)
+    """The plan on this machine."""
+    return plans.plan(work, devices.here(device.type), name=name)
 
 
 def _refuse_what_cannot_fit(plan: plans.Plan, config: RunConfig) -> None:

@@ -25,6 +25,7 @@ from fitune.step import LossScale, StepResult, apply_gradients, loss_sum, make_g
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 MOST_BAD = 3  # steps in a row that are not finite
+GOOD = "; the last checkpoint is good"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -87,7 +88,7 @@ def careful_step(
                 fix="a smaller --batch-size; the last checkpoint is good",
             )
         if len(reached[0].rows) == 1:
-            raise _does_not_fit(reached[0], sources, told)
+            raise _does_not_fit(reached[0], sources, told, GOOD)
         restore_rng(before)
         parts *= 2
         most = max(len(piece.rows) for batch in micro_batches for piece in split(batch, parts))
@@ -118,17 +119,17 @@ def rehearse(
         In how many parts each micro-batch goes through the model, so that it fits.
 
     Raises:
-        TrainingError: a single row does not fit.
+        TrainingError: a single row does not fit, or the optimizer's states do not.
     """
     parts, before, device = 1, rng_state(), next(model.parameters()).device
     while True:
         pieces = [piece for batch in micro_batches for piece in split(batch, parts)]
-        reached = [pieces[0]]
+        held: torch.Tensor | None = None
+        reached: list[Batch] = []
         try:
             held = torch.empty(state_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
             with tracer.during("step"):
                 make_gradients(model, pieces, layout, reached)
-            del held
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -137,12 +138,15 @@ def rehearse(
             model.zero_grad(set_to_none=True)
             restore_rng(before)
             return parts
+        if held is None:
+            raise _states_do_not_fit(told, "")
+        held = None  # before it is asked for again
         model.zero_grad(set_to_none=True)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(reached[0].rows) == 1:
-            raise _does_not_fit(reached[0], sources, told)
+            raise _does_not_fit(reached[0], sources, told, "")
         restore_rng(before)
         parts *= 2
         most = max(len(piece.rows) for batch in micro_batches for piece in split(batch, parts))
@@ -162,11 +166,7 @@ def _apply(
             raise
         told = " ".join(str(error).split())[:200]
     _forget(optimizer)
-    raise TrainingError(
-        "the optimizer's states do not fit into memory",
-        received=told,
-        fix="--optimizer adamw-8bit or adafactor; the last checkpoint is good",
-    )
+    raise _states_do_not_fit(told, GOOD)
 
 
 def _forget(optimizer: torch.optim.Optimizer) -> None:
@@ -177,14 +177,21 @@ def _forget(optimizer: torch.optim.Optimizer) -> None:
         torch.cuda.empty_cache()
 
 
-def _does_not_fit(batch: Batch, sources: Callable[[int], Source | None], told: str) -> TrainingError:
+def _states_do_not_fit(told: str, more: str) -> TrainingError:
+    return TrainingError(
+        "the optimizer's states do not fit into memory",
+        received=told,
+        fix=f"--optimizer adamw-8bit or adafactor{more}",
+    )
+
+
+def _does_not_fit(batch: Batch, sources: Callable[[int], Source | None], told: str, more: str) -> TrainingError:
     row, length = batch.rows[0], len(batch.ids)
     return TrainingError(
         f"one row alone does not fit into memory: {sources(row)}, {length:,} tokens",
         received=told,
         expected="a row whose activations fit beside the weights",
-        fix=f"--max-length {max(8, length // 2 // 8 * 8)}, --checkpointing, or --precision bf16; "
-        "the last checkpoint is good",
+        fix=f"--max-length {max(8, length // 2 // 8 * 8)}, --checkpointing, or --precision bf16{more}",
     )
 
 

@@ -29,6 +29,7 @@ from fitune.files import write_atomic
 from fitune.generation import Sampling, answers
 from fitune.memory import peak_mib
 from fitune.memory import plan as plans
+from fitune.memory.closed import state_bytes
 from fitune.memory.trace import STATES, Tracer, count
 from fitune.model import causal_lm, trainable
 from fitune.prepare import Job, prepare, resolve
@@ -84,10 +85,13 @@ def train(config: RunConfig, *, resume: bool = False, watch: Watcher | None = No
         _tell(job, watch)
         if resume:
             _check_same_data(run, job)
+        known = run.read("measured") if resume and run.has("measured") else None
+        parts = known["micro_batch_parts"] if known else _rehearse(job, watch)
         if not (resume and run.has("before")):
             _begin(run, job)
+        if job.measured is not None:
+            run.write("measured", job.measured)
         with _stop_on_signal() as stopped:
-            parts = 1 if resume else _rehearse(run, job, watch)
             return _loop(run, job, watch, resume=resume, stopped=stopped, parts=parts)
 
 
@@ -97,9 +101,11 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: a setting differs from the run's.
     """
-    stored = RunFolder(output).read_config().model_copy(update={"output": output})
-    # the run has them resolved, and its data is checked by its SHA-256; where prepared data is kept decides nothing
-    paths = ("output", "model", "data", "eval_data", "adapter", "cache")
+    stored = RunFolder(output).read_config()
+    stored = stored.model_copy(update={"output": output, "force": bool(given.get("force", stored.force))})
+    # the run has them resolved, and its data is checked by its SHA-256; where prepared data is kept, and whether a run
+    # that may not fit is tried, decides nothing
+    paths = ("output", "model", "data", "eval_data", "adapter", "cache", "force")
     others = {name: value for name, value in given.items() if name not in paths}
     wanted = build(merge(stored.model_dump(mode="json"), others))
     differing = [
@@ -172,21 +178,38 @@ def _begin(run: RunFolder, job: Job) -> None:
     run.write("before", {"base_held_out_loss": base, "held_out_loss": before, "answers": answers_of_base})
 
 
-def _rehearse(run: RunFolder, job: Job, watch: Watcher) -> int:
-    """The largest step, before any other; what it took is kept beside the plan."""
-    model, device = job.tuned.model, job.tuned.device
+def _rehearse(job: Job, watch: Watcher) -> int:
+    """The largest step, before anything is written; what it took is for the run folder, beside the plan."""
+    model, device, training = job.tuned.model, job.tuned.device, job.tuned.model.training
     model.train()
     tracer = Tracer(device.type)
     tracer.at("load")
     count(model, tracer)
     tracer.at("")
     largest = job.work.steps[-1]
-    states = int(job.trainable * optim.find(job.config.optimizer).state_bytes)
-    with tracer, tracer.inside(model, causal_lm(model).base_model):
+    states = int(job.trainable * state_bytes(job.config))
+    with tracer, tracer.inside(model, causal_lm(model).base_model), _dropping(model, job.config):
         parts = rehearse(model, largest, job.layout, states, tracer, job.source, watch.say)
     tracer.close()
-    run.write("measured", {"parts": plans.usage(tracer).peak.parts, "micro_batch_parts": parts})
+    model.train(training)
+    job.measured = {"parts": plans.usage(tracer).peak.parts, "micro_batch_parts": parts}
     return parts
+
+
+@contextmanager
+def _dropping(model: Any, config: RunConfig) -> Iterator[None]:
+    """Inside, gradients go as soon as they are there, where the optimizer will drop them in the backward pass."""
+    trained = trainable(model).values() if config.optimizer_in_backward else ()
+    hooks = [parameter.register_post_accumulate_grad_hook(_drop) for parameter in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _drop(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 def _measured_states(run: RunFolder, optimizer: torch.optim.Optimizer) -> None:

@@ -48,11 +48,17 @@ def closed(model: Any, config: RunConfig, tokens: int, labels: int) -> dict[str,
         trace.CONSTANTS: constants,
         trace.TRAINABLE: count * size,
         trace.GRADIENTS: count * size,
-        trace.STATES: int(count * optim.find(config.optimizer).state_bytes * size / 4),
+        trace.STATES: int(count * state_bytes(config)),
         trace.ACTIVATIONS: tokens * _per_token(model, config, shape),
         trace.LOSS: 12 * min(labels, chunk_rows(shape.vocab_size)) * shape.vocab_size + 8 * labels * shape.hidden_size,
     }
     return {name: int(value) for name, value in found.items() if value}
+
+
+def state_bytes(config: RunConfig) -> float:
+    """Bytes that the optimizer keeps of a trained parameter; states of 8 bits are that in every dtype."""
+    kind = optim.find(config.optimizer)
+    return kind.state_bytes * (1 if "8bit" in kind.name else DTYPES[config.trainable_dtype].itemsize / 4)
 
 
 def _per_token(model: Any, config: RunConfig, shape: Any) -> float:

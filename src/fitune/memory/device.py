@@ -36,25 +36,28 @@ WORKSPACE, HOPPER = 8_519_680, 32 * MIB
 @dataclass(frozen=True)
 class Gpu:
     """A GPU of the catalog. memory_mib: as its driver tells; tflops: of 16-bit matrix products with float32 sums,
-    dense, as NVIDIA's data sheets give it; bf16: can it compute that?"""
+    dense, and gigabytes_per_second: of its memory, both as NVIDIA's data sheets give them; bf16: can it compute that?
+    """
 
     name: str
     device: str
     memory_mib: int
     tflops: float
     bf16: bool
+    gigabytes_per_second: float
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run is to fit. budget: bytes that it may take; None: nobody said. kind: cuda or cpu. here: is it this
-    machine's?"""
+    """Where a run is to fit. budget: bytes that it may take; None: nobody said. kind: cuda or cpu. tflops, bandwidth
+    (bytes a second): None where nobody knows. here: is it this machine's?"""
 
     name: str
     kind: str
     budget: int | None
     bf16: bool = True
     tflops: float | None = None
+    bandwidth: float | None = None
     here: bool = False
 
 
@@ -83,21 +86,21 @@ def find(text: str | None) -> Device:
     Raises:
         ConfigError: it means nothing.
     """
-    if text is None or text.lower() in HERE:
+    if text is None or text.strip().lower() in HERE:
         return here()
     size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([gm])(?:i?b)?", text.strip().lower())
     if size and float(size[1]) > 0:
         return Device(text, "cuda", int(float(size[1]) * (GIB if size[2] == "g" else MIB)))
     name = re.sub(r"[\s_]+", "-", text.strip().lower()).removeprefix("nvidia-").removeprefix("geforce-")
-    found = gpus().get(name) or next((gpu for gpu in gpus().values() if gpu.device.lower() == text.lower()), None)
+    found = gpus().get(name) or next((gpu for gpu in gpus().values() if gpu.device.lower() == text.strip().lower()), None)
     if found is None:
-        near = did_you_mean(name, gpus())
         raise ConfigError(
             f"--gpu {text!r}",
             expected="a size such as 24GB, a GPU such as rtx-4090, or this-machine",
-            fix=near or f"one of {', '.join(gpus())}",
+            fix=did_you_mean(name, gpus()),
         )
-    return Device(found.name, "cuda", found.memory_mib * MIB, found.bf16, found.tflops)
+    speed = found.gigabytes_per_second * 1e9
+    return Device(found.name, "cuda", found.memory_mib * MIB, found.bf16, found.tflops, speed)
 
 
 def here(kind: str = "auto") -> Device:
@@ -105,21 +108,34 @@ def here(kind: str = "auto") -> Device:
     if kind.startswith("cuda") or (kind == "auto" and torch.cuda.is_available()):
         free, _ = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
-        known = next((gpu for gpu in gpus().values() if gpu.device.lower() in name.lower()), None)
+        known = by_driver(name)
         mine = free + torch.cuda.memory_reserved() + calibration(name).context  # the context is there since just now
         bf16 = torch.cuda.get_device_capability()[0] >= 8
-        return Device(name, "cuda", mine, bf16, known.tflops if known else None, here=True)
+        tflops, bandwidth = (known.tflops, known.gigabytes_per_second * 1e9) if known else (None, None)
+        return Device(name, "cuda", mine, bf16, tflops, bandwidth, here=True)
     return Device("this machine's CPU", "cpu", psutil.virtual_memory().available + int(resident_mib() * MIB), here=True)
+
+
+def by_driver(name: str) -> Gpu | None:
+    """The GPU of the catalog that a driver calls so: NVIDIA A100-SXM4-80GB is an A100 80 GB, and no A10."""
+    there = _words(name)
+    near = [gpu for gpu in gpus().values() if _words(gpu.device) <= there]
+    return max(near, key=lambda gpu: len(_words(gpu.device)), default=None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.sub(r"(\d) gb\b", r"\1gb", name.lower().replace("-", " ")).split())
 
 
 # ---- what no trace sees ----
 
 
 def calibration(name: str) -> Calibration:
-    """What was measured for a GPU of this name, else the defaults."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads((default_folder() / CALIBRATIONS).read_text(encoding="utf-8"))[name]
-        return Calibration(**found)
+    """What was measured for a GPU of this name, the driver's or the catalog's; else the defaults."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        known = json.loads((default_folder() / CALIBRATIONS).read_text(encoding="utf-8"))
+        alike = (one for one in known if (gpu := by_driver(one)) is not None and gpu.name == name)
+        return Calibration(**known[name if name in known else next(alike, name)])
     hopper = any(part in name.lower() for part in ("h100", "h200", "h20", "b200", "gb200"))
     return Calibration(workspace=HOPPER if hopper else WORKSPACE)
 

@@ -21,6 +21,7 @@ from fitune.config import RunConfig
 from fitune.memory import allocator, device, trace
 from fitune.memory.closed import closed
 from fitune.memory.cuda import Cuda
+from fitune.memory.measure import resident_mib
 from fitune.memory.trace import Blind, Block, Building, Tracer
 from fitune.methods import new_tokens
 from fitune.model import causal_lm, checkpoint_blocks, outline, trainable
@@ -151,13 +152,13 @@ def traced(model: Any, work: Work, target: str = "cpu") -> Tracer:
     trace.shadows(model, tracer)
     tracer.at("")
     with Cuda() if target == "cuda" else nullcontext():
-        go(model, work, tracer)
+        go(model, work, tracer, on_gpu=target == "cuda")
     tracer.close()
     torch.set_rng_state(state)
     return tracer
 
 
-def go(model: Any, work: Work, tracer: Tracer | Blind) -> None:
+def go(model: Any, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False) -> None:
     """The steps, the evaluation and the checkpoint of a piece of work, on shadows or for real."""
     config = work.config
     model.train()
@@ -177,8 +178,9 @@ def go(model: Any, work: Work, tracer: Tracer | Blind) -> None:
         if work.held_out is not None:
             with tracer.during("evaluation"):
                 held_out_loss(model, [work.held_out], work.layout)
-        with tracer.during("checkpoint"):
-            optim.state_tensors(optimizer, parameters)
+        if not on_gpu:  # from there the copies go to main memory
+            with tracer.during("checkpoint"):
+                optim.state_tensors(optimizer, parameters)
 
 
 # ---- what a trace says ----
@@ -241,6 +243,23 @@ def _totals(tracer: Tracer, spans: Sequence[tuple[int, str]]) -> tuple[list[int]
     return totals, {phase: tops[phase] for phase in PHASES if phase in tops}
 
 
+def tops_of_steps(tracer: Tracer) -> list[dict[str, int]]:
+    """Of each step the most bytes by phase: forward, loss, backward, update."""
+    found: list[dict[str, int]] = []
+    now, course, phase = 0, iter([*tracer.course, (len(tracer.events) + 1, "", "")]), ""
+    at, *names = next(course)
+    for number, (_, size) in enumerate(tracer.events):
+        while number >= at:
+            if names[0] == "step" and not names[1]:
+                found.append({})
+            phase = {"step": names[1] or "forward", "update": "update"}.get(names[0], "")
+            at, *names = next(course)
+        now += size
+        if phase and found:
+            found[-1][phase] = max(now, found[-1].get(phase, 0))
+    return found
+
+
 def _parts_at(tracer: Tracer, events: Sequence[int]) -> dict[int, dict[str, int]]:
     """Bytes by category after each of some events."""
     now: Counter[str] = Counter()
@@ -300,7 +319,7 @@ def plan(work: Work, where: device.Device, *, name: str, outside: Mapping[str, i
     else:
         seen, how, why = usage(tracer), "trace", ""
         figures = _allocator(tracer, where) if where.kind == "cuda" else {}
-    beside = dict(outside if outside is not None else _outside(where))
+    beside = dict(outside if outside is not None else outside_of(where))
     allocated = figures.get("allocated", seen.peak.bytes)
     inside = figures.get("smallest", allocated)
     config = work.config
@@ -354,9 +373,12 @@ def _notes(peak: Moment, forms: Mapping[str, int], how: str, why: str) -> list[s
     ]
 
 
-def _outside(where: device.Device) -> dict[str, int]:
-    """What no tensor holds. The workspaces go through the allocator, and are counted there."""
-    return {"CUDA context": device.calibration(where.name).context} if where.kind == "cuda" else {}
+def outside_of(where: device.Device) -> dict[str, int]:
+    """What no tensor holds: on a CPU what this process has already. The workspaces of CUDA go through the allocator,
+    and are counted there."""
+    if where.kind == "cuda":
+        return {"CUDA context": device.calibration(where.name).context}
+    return {"Python, torch and data": int(resident_mib() * MIB)}
 
 
 def _allocator(tracer: Tracer, where: device.Device) -> dict[str, int]:

@@ -60,9 +60,9 @@ def largest_held_out(samples: Sequence[Sample], batch_size: int) -> Batch | None
     return next(islice(in_order(samples, batch_size), int(np.argmax(sums)), None))
 
 
-def made_up(rows: int, length: int, vocabulary: int) -> Batch:
-    """A micro-batch of rows that are all as long as can be, every token but the first with a label."""
-    mask = np.arange(length) > 0
+def made_up(rows: int, length: int, vocabulary: int, labels: int | None = None) -> Batch:
+    """A micro-batch of rows that are all that long, every token but the first with a label, or so many at the end."""
+    mask = np.arange(length) > (0 if labels is None else max(0, length - 1 - labels))
     ids = (np.arange(length) % max(1, vocabulary)).astype(np.int32)
     return flat([Sample(ids, mask)], [0] * rows)
 

@@ -1,0 +1,254 @@
+"""What fits: every way of tuning in every precision, with the largest batch, by arithmetic.
+
+In: settings that are given, the model's config, the lengths of the rows, a device. Out: candidates, the best first. The
+memory of a phase is linear in the tokens of a micro-batch and in the number of blocks, so each way of tuning is traced
+twice, on models of a few blocks, with two sizes of micro-batches each; the rest is arithmetic in batch, length and
+depth. What is shown to a user is planned exactly afterwards (planning.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fitune import families, methods, quant
+from fitune.config import RunConfig, build, merge
+from fitune.errors import FituneError
+from fitune.memory import device, flops, plan, steps
+from fitune.memory.flops import Counts
+from fitune.model import without_weights
+
+TOKENS = (1024, 4096)  # of the two micro-batches, four rows each: so many that activations outweigh single weights
+LABELS = 40  # of each row: the loss goes in chunks, of which more take more time here and no more memory
+MARGIN = 1.03  # fragmentation, until a candidate is planned exactly
+MOST = 4096  # rows of a micro-batch
+
+# Share of the questions of a held-out test that were answered right after tuning (results/methods.json: exact match of
+# 152 prompts), in bands, so that a point or two decides nothing; of quantized weights the share of the gain that is kept
+# (results/precision.json).
+WAYS: dict[str, tuple[dict[str, Any], float]] = {
+    "full": ({"method": "full"}, 0.987),
+    "full, 8-bit states": ({"method": "full", "optimizer": "adamw-8bit"}, 0.987),
+    "full, in the backward pass": (
+        {"method": "full", "optimizer": "adafactor", "optimizer_in_backward": True, "max_grad_norm": 0.0, "accumulation": 1},
+        0.98,
+    ),
+    "lora, all linear layers": ({"method": "lora", "lora": {"targets": "all-linear"}}, 0.987),
+    "lora": ({"method": "lora"}, 0.921),
+    "adapter": ({"method": "adapter"}, 0.928),
+    "freeze": ({"method": "freeze"}, 0.928),
+    "tail": ({"method": "tail"}, 0.941),
+    "prefix": ({"method": "prefix"}, 0.908),
+    "p-tuning": ({"method": "p-tuning"}, 0.789),
+    "prompt": ({"method": "prompt"}, 0.717),
+    "bitfit": ({"method": "bitfit"}, 0.553),
+    "ia3": ({"method": "ia3"}, 0.526),
+}
+KEPT = {"none": 1.0, "int8": 1.0, "nf4": 0.96}
+BAND = 0.03
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way that fits, or nearly. settings: as for RunConfig, beside what was given. batch_size: the largest that fits
+    (0: not one row does); needed: bytes with it, by arithmetic. quality: of WAYS and KEPT. seconds: of an epoch."""
+
+    name: str
+    settings: dict[str, Any]
+    batch_size: int
+    max_length: int
+    needed: int
+    quality: float
+    trainable: int
+    flops_per_token: float
+    seconds: float | None
+    enough: int | None  # rows of a micro-batch at which throughput stops growing
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of a search. combinations: of way, precision, savers, length and batch that were looked at."""
+
+    candidates: list[Candidate]
+    combinations: int
+    misses: list[Candidate]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Bytes of each phase: fixed, and for each token; weights are counted by the plan's own tracer."""
+
+    phases: dict[str, tuple[float, float]]
+    counts: Counts
+
+
+def search(
+    given: Mapping[str, Any], shape: Any, lengths: NDArray[np.int64], labelled: float, where: device.Device,
+    max_lengths: Sequence[int],
+) -> Found:  # fmt: skip
+    """See the module's text.
+
+    Args:
+        given: settings that are to stay: a method, a precision, ...
+        shape: the model's transformers config.
+        lengths: of the rows, uncut.
+        labelled: share of the tokens that carry a label.
+        where: it is to fit; its budget is known.
+        max_lengths: that may be chosen, the longest first.
+    """
+    outside = sum(plan.outside_of(where).values()) + (2 * device.calibration(where.name).workspace if where.kind == "cuda" else 0)
+    found: list[Candidate] = []
+    misses: list[Candidate] = []
+    combinations = 0
+    for name, settings, quality in _ways(given, shape, where):
+        config = build(merge({**settings, "model": "-", "data": ["-"]}, {}))
+        line = _line(config, shape, where.kind)
+        if line is None:
+            continue
+        for longest in max_lengths:
+            one = _candidate(name, settings, config, line, quality, lengths, labelled, where, longest, outside)
+            combinations += max(8, one.batch_size.bit_length() + 1)
+            (found if one.batch_size else misses).append(one)
+    return Found(sorted(found, key=_rank), combinations, sorted(misses, key=lambda one: one.needed))
+
+
+def _rank(one: Candidate) -> tuple[float, float, float]:
+    """Better results first, in bands; then what takes less time, or where nobody knows the device's rate less work;
+    then longer rows."""
+    return -round(one.quality / BAND), -one.max_length, one.seconds or one.flops_per_token
+
+
+def _ways(given: Mapping[str, Any], shape: Any, where: device.Device) -> Iterator[tuple[str, dict[str, Any], float]]:
+    """Every way of tuning that agrees with what was given, plain and with each saver."""
+    empty = without_weights(shape)
+    family = families.of(empty)
+    precision = "bf16" if where.bf16 and where.kind == "cuda" else "fp16" if where.kind == "cuda" else "fp32"
+    for name, (settings, quality) in WAYS.items():
+        if any(given.get(key, value) != value for key, value in settings.items() if key in ("method", "optimizer")):
+            continue
+        for quantizer in ("none", "int8", "nf4"):
+            for checkpointing in (False, True):
+                wanted = {**settings, "quant": {"name": quantizer}, "checkpointing": checkpointing, "precision": precision}
+                whole = merge(wanted, given)
+                if not _agree(wanted, whole) or not _possible(whole, empty, family, where):
+                    continue
+                label = name + ("" if quantizer == "none" else f" on {quantizer}") + (", checkpointing" if checkpointing else "")
+                yield label, whole, quality * KEPT[quantizer]
+
+
+def _agree(wanted: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
+    """Does what was given leave a way as it is?"""
+    kinds = ("method", "checkpointing", "optimizer", "optimizer_in_backward")
+    quants = [values.get("quant") for values in (wanted, whole)]
+    names = [one.get("name") if isinstance(one, Mapping) else one for one in quants]
+    return names[0] == names[1] and all(whole.get(key) == wanted[key] for key in kinds if key in wanted)
+
+
+def _possible(settings: Mapping[str, Any], empty: Any, family: families.Family, where: device.Device) -> bool:
+    """Can the method be put on this model, quantized so?"""
+    try:
+        config = build({**settings, "model": "-", "data": ["-"]})
+        method = methods.find(config.method)
+        method.check(config)
+        expected = method.expected(empty, family, config)
+        if config.quant.name != "none":
+            there = methods.Quantized(quant.planned(empty, config.quant), config.quant.name, where.kind)
+            return method.quant_problem(empty, family, config, there) is None
+    except FituneError:
+        return False
+    return expected is None or bool(expected)
+
+
+def _line(config: RunConfig, shape: Any, target: str) -> _Line | None:
+    """Two traces of small models, and what they say of the whole one. None: this way cannot be traced."""
+    depth = shape.num_hidden_layers
+    # blocks of the small models: those that the method names, and one or two of the others
+    named = {"freeze": config.freeze.blocks, "tail": config.tail.blocks}.get(config.method, 0)
+    depths = (min(depth, named + 1), named + 2)
+    try:
+        low, high = (_small(config, shape, min(n, depth), target) for n in depths)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, FituneError):
+        return None
+    if depth <= depths[0]:
+        return low
+    share = depth - depths[0]
+
+    def grown(a: float, b: float) -> float:
+        return a + share * (b - a)
+
+    phases = {
+        phase: (grown(low.phases[phase][0], high.phases[phase][0]), grown(low.phases[phase][1], high.phases[phase][1]))
+        for phase in low.phases
+    }
+    values = {f.name: grown(getattr(low.counts, f.name), getattr(high.counts, f.name)) for f in fields(Counts)}
+    through = [one.counts.share * n for one, n in zip((low, high), depths, strict=True)]  # blocks, not their share
+    return _Line(phases, Counts(**{**values, "share": min(1.0, grown(*through) / depth)}))
+
+
+def _small(config: RunConfig, shape: Any, depth: int, target: str) -> _Line:
+    """A model of that many blocks: bytes of each phase as a line in tokens."""
+    small = deepcopy(shape)
+    small.num_hidden_layers = depth
+    if getattr(small, "layer_types", None):
+        small.layer_types = list(shape.layer_types)[:depth]
+    warm, *batches = (steps.made_up(4, tokens // 4, small.vocab_size, LABELS) for tokens in (32, *TOKENS))
+    layout = steps.likely_layout(config.layout, small)
+    work = plan.Work(config, small, [[warm], *([batch] for batch in batches)], None, layout)
+    model = plan.without_values(work)
+    counted = flops.counts(model, config)
+    tops = plan.tops_of_steps(plan.traced(model, work, target))[1:]
+    slopes = {phase: (tops[1][phase] - tops[0][phase]) / (TOKENS[1] - TOKENS[0]) for phase in tops[0]}
+    return _Line({p: (tops[0][p] - slopes[p] * TOKENS[0], slopes[p]) for p in slopes}, counted)
+
+
+def _candidate(
+    name: str, settings: dict[str, Any], config: RunConfig, line: _Line, quality: float, lengths: NDArray[np.int64],
+    labelled: float, where: device.Device, longest: int, outside: int,
+) -> Candidate:  # fmt: skip
+    cut = np.minimum(lengths, longest)
+    sums = np.cumsum(np.sort(cut)[::-1])  # tokens of the largest micro-batch that can come, by its rows
+
+    def needed(rows: int) -> int:
+        tokens = int(sums[min(rows, len(sums)) - 1])
+        most = max(fixed + slope * tokens for fixed, slope in line.phases.values())
+        return int(most * (MARGIN if where.kind == "cuda" else 1)) + outside
+
+    rows = _largest(needed, where.budget or 0, min(MOST, len(sums)))
+    work = flops.per_token(line.counts, cut, labelled, checkpointing=config.checkpointing) * float(cut.sum())
+    rate = where.tflops
+    time = flops.seconds(work, rate, quantized=config.quant.name != "none", cpu=where.kind == "cpu")
+    tokens = flops.saturating_tokens(rate, where.bandwidth, 2.0)
+    return Candidate(
+        name=name,
+        settings={**settings, "max_length": longest},
+        batch_size=rows,
+        max_length=longest,
+        needed=needed(max(1, rows)),
+        quality=quality,
+        trainable=int(line.counts.trainable),
+        flops_per_token=work / max(1.0, float(cut.sum())),
+        seconds=time,
+        enough=None if tokens is None else max(1, round(tokens / max(1.0, float(cut.mean())))),
+    )
+
+
+def _largest(needed: Any, budget: int, most: int) -> int:
+    """The largest number of rows that fits; 0: none."""
+    if needed(1) > budget:
+        return 0
+    low, high = 1, 2
+    while high <= most and needed(high) <= budget:
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needed(middle) <= budget else (low, middle)
+    return low
+
+
+__all__ = ["Candidate", "Found", "search"]
