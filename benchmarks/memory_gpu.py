@@ -75,11 +75,11 @@ MOST, MOST_QUICK = 4, 2  # configurations around a limit
 NEAR = 0.10  # how near to the limit their plans are
 AIMS = ((0.99, 1.02), (0.94, 1.07))  # what is looked for, in limits: one below and one above
 TRIED = 12  # kinds of configurations that are tried around a limit
-# Fewer bytes a parameter than any run of that method takes: what is above the limit already is not tried
-LEAST_BYTES = {"full": 16.0, "freeze": 2.0, "lora": 2.0, "qlora": 0.6, "int8": 1.0, "prefix": 2.0}
+# About so many bytes a parameter take weights, gradients and states
+WEIGHT_BYTES = {"full": 18.0, "freeze": 2.8, "lora": 2.0, "qlora": 0.75, "int8": 1.2, "prefix": 2.0}
 SHORT, LONG = 64, 1024  # lengths of which a plan is made first, to find another
 LONGEST, MOST_TOKENS = 8192, 32_768  # of a row, of a micro-batch: more would take too long
-STEPS, CLOSE = 5, 0.004  # how often a length is bettered, and when it is good
+STEPS, CLOSE = 5, 0.008  # how often a length is bettered, and when it is good
 SPREAD = 0.02  # of random weights
 PATIENCE = 600  # seconds that a process may take
 GO = "go"
@@ -392,16 +392,29 @@ def serve(text: str) -> None:
 
 
 def kinds(cap: int) -> list[Case]:
-    """Configurations whose length is open, in an order that differs from limit to limit; too large ones left out."""
-    found = [
-        Case(model, method, checkpointing, rows, SHORT)
-        for (model, method, checkpointing), rows in zip(
-            itertools.product(MODELS, METHODS, (False, True)), itertools.cycle((1, 4, 2, 8, 3)), strict=False
-        )
-        if catalog.find(model).parameters * LEAST_BYTES[method] < (1 - NEAR) * cap
-    ]
+    """Configurations whose length is open, in an order that differs from limit to limit; left out are those that hardly
+    meet the limit with any length."""
+    rows = itertools.cycle((1, 4, 2, 8, 3))
+    every = [Case(*one, next(rows), SHORT) for one in itertools.product(MODELS, METHODS, (False, True))]
+    found = [kind for kind in every if SHORT * kind.rows <= tokens_at(cap, kind) <= most_tokens(kind.rows)]
     random.Random(cap // GIB).shuffle(found)
     return found
+
+
+def most_tokens(rows: int) -> int:
+    """Of a micro-batch of so many rows."""
+    return min(MOST_TOKENS, rows * LONGEST)
+
+
+def tokens_at(cap: int, kind: Case) -> float:
+    """About how many tokens a micro-batch has that meets a limit, by what blocks keep of each (memory/closed.py)."""
+    entry = catalog.find(kind.model)
+    shape = models.shape_of(entry.config)
+    keys = shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads
+    block = 4 * shape.hidden_size + 2 * keys + 3 * shape.intermediate_size
+    blocks = 2 if kind.method == "freeze" else shape.num_hidden_layers
+    kept = blocks * shape.hidden_size + block if kind.checkpointing else blocks * block
+    return (cap - device.CONTEXT - entry.parameters * WEIGHT_BYTES[kind.method]) / (2 * kept)
 
 
 def around(cap: int, card: Card, most: int) -> list[Case]:
@@ -447,7 +460,7 @@ def length_for(kind: Case, target: float, needed: Callable[[Case], int]) -> Case
         if slope <= 0:
             return None
         length = round(one.length + (target - needed(one)) / slope)
-        if not SHORT <= length <= min(LONGEST, MOST_TOKENS // kind.rows):
+        if not SHORT <= length <= most_tokens(kind.rows) // kind.rows:
             return None
         found = replace(kind, length=length)
         if abs(needed(found) / target - 1) <= CLOSE or length in (one.length, other.length):

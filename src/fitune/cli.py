@@ -192,6 +192,12 @@ def train(
     config: Annotated[Path | None, Parameter(help="YAML file with settings; flags win over it.")] = None,
     set_: SetOption = None,
     resume: Annotated[bool, Parameter(negative="", help="Go on with the run in --output.")] = False,
+    fit: Annotated[
+        bool, Parameter(negative="", help="Take the best settings that fit, beside what is given, and say why.")
+    ] = False,
+    gpu: Annotated[
+        str | None, Parameter(help="With --fit: for this GPU or size; where it is not here, only planned.")
+    ] = None,
     json: Json = False,
     flags: Annotated[Optional[Flags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045
 ) -> None:
@@ -201,6 +207,10 @@ def train(
     values = settings.merge(values, _typed(flags))
     if resume and "output" not in values:
         raise ConfigError("--resume: which run?", fix="add --output RUN")
+    if gpu is not None and not fit:
+        raise ConfigError("--gpu without --fit", fix="fitune plan takes --gpu; train takes it with --fit")
+    if fit and resume:
+        raise ConfigError("--fit with --resume: a resumed run keeps its settings", fix="leave --fit out")
     checked = None if resume else settings.build(values)
 
     from fitune.console import Terminal
@@ -208,6 +218,10 @@ def train(
     from fitune.training import train as run_training
 
     console = _console(json)
+    if fit and checked is not None:
+        checked = _fitted(values, checked, gpu, console, json)
+        if checked is None:
+            return
     if checked is None:
         checked = resume_config(values["output"], values)
     result = run_training(checked, resume=resume, watch=Terminal(console))
@@ -227,6 +241,26 @@ def train(
     )
     if json:
         _print_json(result.as_dict())
+
+
+def _fitted(
+    values: dict[str, Any], checked: settings.RunConfig, gpu: str | None, console: Console, json: bool
+) -> settings.RunConfig | None:
+    """The settings with those that fit best; None: they are for another machine, and nothing is run."""
+    from fitune.advice import advise
+    from fitune.adviceview import show_fit
+    from fitune.console import Terminal
+
+    given = {k: v for k, v in values.items() if k not in ("model", "data", "output", "force", "device")}
+    paths = [source.path for source in checked.sources()]
+    found = advise(checked.model, data=paths, gpu=gpu, watch=Terminal(console), shown=1, **given)
+    best = found.suggestions[0]
+    show_fit(found, console)
+    if not found.here:
+        console.print(f"planned for {found.where}, which is not here: nothing is run", highlight=False)
+        _print_figures(found.as_dict(), json)
+        return None
+    return settings.build(settings.merge(values, {**best.settings, "batch_size": best.use}))
 
 
 @app.command
@@ -524,6 +558,9 @@ def plan(
     from fitune.planview import page, plan_bar, plan_table, plan_timeline, verdict
 
     words = str(tokenizer) if tokenizer is not None else None
+    if "method" not in given and data:
+        _print_figures(_advised(model, data, gpu, words, given, console), json)
+        return
     made = make_plan(model, data=data or (), gpu=gpu, words=words, watch=Terminal(console), **given)
     seen = made.as_dict()
     console.print(plan_table(seen))
@@ -532,10 +569,29 @@ def plan(
     for note in made.notes:
         console.print(note, style="yellow", markup=False, highlight=False)
     console.print(verdict(seen), highlight=False)
+    if made.fits is False:
+        from fitune.advice import what_helps
+
+        help_ = what_helps(model, data=data or (), gpu=gpu, words=words, made=made, settings=given)
+        console.print(help_, highlight=False)
+        seen["helps"] = help_
     if html is not None:
         write_atomic(html, page(seen))
         console.print(f"page {html}", highlight=False, soft_wrap=True)
     _print_figures(seen, json)
+
+
+def _advised(
+    model: str, data: list[str], gpu: str | None, words: str | None, given: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """What fits, ranked, with the reasons."""
+    from fitune.advice import advise
+    from fitune.adviceview import show
+    from fitune.console import Terminal
+
+    found = advise(model, data=data, gpu=gpu, words=words, watch=Terminal(console), **given)
+    show(found, console)
+    return found.as_dict()
 
 
 def _print_figures(values: dict[str, Any], json: bool) -> None:

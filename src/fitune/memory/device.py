@@ -92,7 +92,9 @@ def find(text: str | None) -> Device:
     if size and float(size[1]) > 0:
         return Device(text, "cuda", int(float(size[1]) * (GIB if size[2] == "g" else MIB)))
     name = re.sub(r"[\s_]+", "-", text.strip().lower()).removeprefix("nvidia-").removeprefix("geforce-")
-    found = gpus().get(name) or next((gpu for gpu in gpus().values() if gpu.device.lower() == text.strip().lower()), None)
+    found = gpus().get(name) or next(
+        (gpu for gpu in gpus().values() if gpu.device.lower() == text.strip().lower()), None
+    )
     if found is None:
         raise ConfigError(
             f"--gpu {text!r}",

@@ -29,13 +29,19 @@ MARGIN = 1.03  # fragmentation, until a candidate is planned exactly
 MOST = 4096  # rows of a micro-batch
 
 # Share of the questions of a held-out test that were answered right after tuning (results/methods.json: exact match of
-# 152 prompts), in bands, so that a point or two decides nothing; of quantized weights the share of the gain that is kept
-# (results/precision.json).
+# 152 prompts), in bands, so that a point or two decides nothing; of quantized weights the share of the gain that is
+# kept (results/precision.json).
 WAYS: dict[str, tuple[dict[str, Any], float]] = {
     "full": ({"method": "full"}, 0.987),
     "full, 8-bit states": ({"method": "full", "optimizer": "adamw-8bit"}, 0.987),
     "full, in the backward pass": (
-        {"method": "full", "optimizer": "adafactor", "optimizer_in_backward": True, "max_grad_norm": 0.0, "accumulation": 1},
+        {
+            "method": "full",
+            "optimizer": "adafactor",
+            "optimizer_in_backward": True,
+            "max_grad_norm": 0.0,
+            "accumulation": 1,
+        },
         0.98,
     ),
     "lora, all linear layers": ({"method": "lora", "lora": {"targets": "all-linear"}}, 0.987),
@@ -101,7 +107,9 @@ def search(
         where: it is to fit; its budget is known.
         max_lengths: that may be chosen, the longest first.
     """
-    outside = sum(plan.outside_of(where).values()) + (2 * device.calibration(where.name).workspace if where.kind == "cuda" else 0)
+    outside = sum(plan.outside_of(where).values()) + (
+        2 * device.calibration(where.name).workspace if where.kind == "cuda" else 0
+    )
     found: list[Candidate] = []
     misses: list[Candidate] = []
     combinations = 0
@@ -133,12 +141,17 @@ def _ways(given: Mapping[str, Any], shape: Any, where: device.Device) -> Iterato
             continue
         for quantizer in ("none", "int8", "nf4"):
             for checkpointing in (False, True):
-                wanted = {**settings, "quant": {"name": quantizer}, "checkpointing": checkpointing, "precision": precision}
+                wanted = {
+                    **settings,
+                    "quant": {"name": quantizer},
+                    "checkpointing": checkpointing,
+                    "precision": precision,
+                }
                 whole = merge(wanted, given)
                 if not _agree(wanted, whole) or not _possible(whole, empty, family, where):
                     continue
-                label = name + ("" if quantizer == "none" else f" on {quantizer}") + (", checkpointing" if checkpointing else "")
-                yield label, whole, quality * KEPT[quantizer]
+                label = name if quantizer == "none" else f"{name} on {quantizer}"
+                yield label + checkpointing * ", checkpointing", whole, quality * KEPT[quantizer]
 
 
 def _agree(wanted: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
@@ -176,10 +189,10 @@ def _line(config: RunConfig, shape: Any, target: str) -> _Line | None:
         return None
     if depth <= depths[0]:
         return low
-    share = depth - depths[0]
+    share = float(depth - depths[0])
 
     def grown(a: float, b: float) -> float:
-        return a + share * (b - a)
+        return float(a + share * (b - a))
 
     phases = {
         phase: (grown(low.phases[phase][0], high.phases[phase][0]), grown(low.phases[phase][1], high.phases[phase][1]))

@@ -1,4 +1,4 @@
-"""Which steps of a run decide its memory: the first, and the one with the largest micro-batch.
+"""Which steps of a run decide its memory: one that makes the optimizer's states, and that with the largest micro-batch.
 
 In: a loader, or only a number of rows and their length. Out: the micro-batches of those steps, for a plan to go over.
 """
@@ -21,8 +21,8 @@ RECURRENT = ("linear_attention", "recurrent", "mamba", "conv")  # layers that ca
 
 
 def deciding(loader: Loader, total: int) -> list[list[Batch]]:
-    """Micro-batches of the first step, and of the one with the largest micro-batch behind it: that one, and one before
-    it where there is one, whose gradients are there by then.
+    """A row of the first step, and of the step with the largest micro-batch that one, and one before it where there is
+    one, whose gradients are there by then. A run of a single step has no optimizer states before it.
 
     Args:
         loader: gives the steps.
@@ -39,9 +39,10 @@ def deciding(loader: Loader, total: int) -> list[list[Batch]]:
         chosen = step[largest - 1 : largest + 1] if largest else step[:2]
         if number == 0:
             first = chosen
-        elif sizes[largest] > most:
+        if sizes[largest] > most and total > 1:
             most, best = sizes[largest], chosen
-    return [[flat(loader.samples, rows) for rows in step] for step in (first, best) if step]
+    short = [first[0][:1]]  # all that it is for is that the optimizer has its states
+    return [[flat(loader.samples, rows) for rows in step] for step in ((short, best) if best else (first,))]
 
 
 def _steps(loader: Loader) -> Iterator[list[NDArray[np.int64]]]:
