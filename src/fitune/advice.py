@@ -248,19 +248,14 @@ def settle(asked: Asked, rows: Rows, candidate: search.Candidate) -> Suggestion 
 
 
 def _next(known: Mapping[int, plans.Plan], low: int, high: int) -> int:
-    """The batch to try next: where a line through two plans meets the budget, else the next one."""
-    if len(known) < 2:
-        return low + 1 if low else high - 1
-    (a, one), (b, two) = sorted(known.items())[-2:] if low == 0 else _around(known, low)
-    slope = (two.needed - one.needed) / max(1, b - a)
-    if slope <= 0:
+    """The batch to try next: what a row takes beside what is loaded says how many there is room for."""
+    batch = low or min(known)
+    made = known[batch]
+    fixed = made.phases[0].bytes + sum(made.outside.values())
+    each = (made.needed - fixed) / batch
+    if len(known) > 3 or each <= 0:
         return (low + high) // 2
-    return int(a + ((one.budget or 0) - one.needed) / slope)
-
-
-def _around(known: Mapping[int, plans.Plan], low: int) -> list[tuple[int, plans.Plan]]:
-    near = sorted(known.items(), key=lambda item: abs(item[0] - low))[:2]
-    return sorted(near)
+    return int(batch + ((made.budget or 0) - made.needed) / each)
 
 
 def _nothing_fits(asked: Asked, found: search.Found) -> ConfigError:

@@ -31,7 +31,7 @@ from fitune.memory import steps, trace
 from fitune.methods import new_tokens
 from fitune.model import locate, pick_device, read_config, shape_of, trainable
 from fitune.prepare import Job, absolute, check_quantized, own_settings, prepare, quant_settings, resolve
-from fitune.records import Conversation, DataReport, Sample
+from fitune.records import Conversation, DataReport, Message, Sample
 
 NO_DATA = "-"  # stands for data that nobody named
 ASSUMED_LENGTH = 1024  # of a row, where neither data nor max_length say anything
@@ -164,9 +164,9 @@ def shape_for(model: str) -> tuple[Any, Path | None, str]:
     if entry is not None and not path.exists():
         return shape_of(entry.config), None, entry.name
     if path.is_file():
-        return _from_file(path), None, path.parent.name or path.name
+        return _from_file(path), None, path.absolute().parent.name if path.name == "config.json" else path.name
     folder = locate(model, only=("config.json",))
-    return read_config(folder), folder if path.is_dir() else None, folder.name if path.is_dir() else model
+    return read_config(folder), folder if path.is_dir() else None, folder.absolute().name if path.is_dir() else model
 
 
 def _from_file(path: Path) -> Any:
@@ -272,10 +272,16 @@ def _estimated(config: RunConfig, shape: Any, limit: int) -> Rows:
 
 
 def _tokens(row: Conversation, vocabulary: int) -> int:
-    text = "".join(message.content for message in row.messages)
+    text = "".join(part for message in row.messages for part in _texts(message))
+    text += json.dumps([dict(tool) for tool in row.tools], ensure_ascii=False) if row.tools else ""
     wide = len(CJK.findall(text))
     each = WIDE if vocabulary >= BIG_VOCABULARY else NARROW
     return max(2, round(wide / each + (len(text) - wide) / LATIN) + EXTRA * len(row.messages))
+
+
+def _texts(message: Message) -> list[str]:
+    called = [call.name + call.arguments for call in message.tool_calls]
+    return [message.content, message.context, *called]
 
 
 def _blank(length: int) -> Sample:

@@ -57,6 +57,7 @@ WAYS: dict[str, tuple[dict[str, Any], float]] = {
 }
 KEPT = {"none": 1.0, "int8": 1.0, "nf4": 0.96}
 BAND = 0.03
+LITTLE = 0.8  # a result below which a way is not looked at with every saver
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,10 @@ def _ways(given: Mapping[str, Any], shape: Any, where: device.Device) -> Iterato
     for name, (settings, quality) in WAYS.items():
         if any(given.get(key, value) != value for key, value in settings.items() if key in ("method", "optimizer")):
             continue
-        for quantizer in ("none", "int8", "nf4"):
-            for checkpointing in (False, True):
+        # of ways that reach little, one in full and one in few bits are enough
+        little = quality < LITTLE and "method" not in given
+        for quantizer in ("none", "nf4") if little else ("none", "int8", "nf4"):
+            for checkpointing in (False,) if little else (False, True):
                 wanted = {
                     **settings,
                     "quant": {"name": quantizer},

@@ -21,28 +21,32 @@ RECURRENT = ("linear_attention", "recurrent", "mamba", "conv")  # layers that ca
 
 
 def deciding(loader: Loader, total: int) -> list[list[Batch]]:
-    """A row of the first step, and of the step with the largest micro-batch that one, and one before it where there is
-    one, whose gradients are there by then. A run of a single step has no optimizer states before it.
+    """A row of the first step, so that the optimizer has states; and a step with the largest micro-batches: of those
+    that come first in their step, and of those that meet gradients. A run of a single step has no states before it.
 
     Args:
         loader: gives the steps.
         total: how many there are.
     """
     lengths = lengths_of(loader.samples).astype(np.int64)
-    first: list[NDArray[np.int64]] = []
-    best: list[NDArray[np.int64]] = []
-    most = -1
-    for number, step in enumerate(islice(_steps(loader), min(total, LOOK))):
-        sizes = [int(lengths[rows].sum()) for rows in step]
-        largest = int(np.argmax(sizes))
-        # behind another micro-batch it meets gradients: at the same size that takes more
-        chosen = step[largest - 1 : largest + 1] if largest else step[:2]
-        if number == 0:
-            first = chosen
-        if sizes[largest] > most and total > 1:
-            most, best = sizes[largest], chosen
-    short = [first[0][:1]]  # all that it is for is that the optimizer has its states
-    return [[flat(loader.samples, rows) for rows in step] for step in ((short, best) if best else (first,))]
+    short: list[NDArray[np.int64]] = []
+    ahead: list[NDArray[np.int64]] = []
+    behind: list[NDArray[np.int64]] = []  # with the one before it
+    alone = met = -1  # their sizes
+    for step in islice(_steps(loader), min(total, LOOK)):
+        sizes = [_size(lengths[rows], padded=loader.by_length) for rows in step]
+        short = short or [step[0][:1]]
+        if sizes[0] > alone:
+            alone, ahead = sizes[0], step[:1]
+        if max(sizes[1:], default=-1) > met:
+            largest = 1 + int(np.argmax(sizes[1:]))
+            met, behind = sizes[largest], step[largest - 1 : largest + 1]
+    best = [*ahead, *behind[-1:]] if alone > met else behind
+    return [[flat(loader.samples, rows) for rows in step] for step in ((short, best) if total > 1 else (best,))]
+
+
+def _size(lengths: NDArray[np.int64], *, padded: bool) -> int:
+    return int(lengths.max() * len(lengths) if padded else lengths.sum())
 
 
 def _steps(loader: Loader) -> Iterator[list[NDArray[np.int64]]]:
