@@ -35,6 +35,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
@@ -263,18 +264,35 @@ def measure(work: plan.Work, card: Card, limit: int | None) -> tuple[dict[str, A
     before = driver_says(card.uuid)
     torch.cuda.init()  # type: ignore[no-untyped-call]
     if limit is not None:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit) / card.total))
+        whole = max(0, limit) + 512  # torch cuts a fraction of all bytes off to a whole number of them
+        torch.cuda.set_per_process_memory_fraction(min(1.0, whole / card.total))
     torch.use_deterministic_algorithms(True, warn_only=True)
-    died, began = None, time.perf_counter()
+    died, began, seen = None, time.perf_counter(), Updates()
     try:
-        plan.go(build_model(work.config, work.shape, torch.device("cuda")), work, trace.Blind())
+        plan.go(build_model(work.config, work.shape, torch.device("cuda")), work, seen)
         torch.cuda.synchronize()
+        seen.check()
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         died = "out of memory"
     seconds = round(time.perf_counter() - began, 1)
     return {**taken(card, before), "seconds": seconds, "context_before_its_turn": touched}, died
+
+
+class Updates(trace.Blind):
+    """Sees nothing but the optimizer's states, which are not there where a loss was not finite."""
+
+    states = 0
+
+    def own(self, tensor: Tensor, category: str) -> None:
+        """See Tracer."""
+        self.states += category == trace.STATES
+
+    def check(self) -> None:
+        """Raises RuntimeError where nothing was ever updated."""
+        if not self.states:
+            raise RuntimeError("nothing was updated: the loss was not finite")
 
 
 def has_context() -> bool | None:
@@ -302,13 +320,13 @@ def taken(card: Card, before: int | None) -> dict[str, Any]:
     """
     free, total = torch.cuda.mem_get_info()
     after = driver_says(card.uuid)
-    known = before is not None and after is not None and after > before
-    driver = after - before if known and after and before is not None else total - free
+    own = after - before if after is not None and before is not None else 0
+    driver = own if own > 0 else total - free
     return {
         "max_allocated": torch.cuda.max_memory_allocated(),
         "max_reserved": torch.cuda.max_memory_reserved(),
         "driver": driver,
-        "driver_by": "nvidia-smi, less what was used before" if known else "mem_get_info, all processes",
+        "driver_by": "nvidia-smi, less what was used before" if own > 0 else "mem_get_info, all processes",
         "mem_get_info": total - free,
         "outside": max(0, driver - torch.cuda.memory_reserved()),
     }
@@ -366,7 +384,7 @@ def probe() -> Card:
     """This machine's GPU, looked at in a process of its own, so that no context of it stays."""
     found = device.here("cuda")
     uuid = str(torch.cuda.get_device_properties(0).uuid)
-    total = torch.cuda.mem_get_info()[1]
+    total = torch.cuda.get_device_properties(0).total_memory  # of which torch takes a fraction
     return Card(
         found.name, f"GPU-{uuid.removeprefix('GPU-')}", total, found.budget or 0, "bf16" if found.bf16 else "fp16"
     )
@@ -392,13 +410,18 @@ def serve(text: str) -> None:
 
 
 def kinds(cap: int) -> list[Case]:
-    """Configurations whose length is open, in an order that differs from limit to limit; left out are those that hardly
-    meet the limit with any length."""
+    """Configurations whose length is open, one of each method first, beginning with other methods at each limit; left
+    out are those that hardly meet the limit with any length."""
     rows = itertools.cycle((1, 4, 2, 8, 3))
-    every = [Case(*one, next(rows), SHORT) for one in itertools.product(MODELS, METHODS, (False, True))]
+    axes = itertools.product(MODELS, METHODS, (False, True))
+    every = [Case(model, method, checkpointing, next(rows), SHORT) for model, method, checkpointing in axes]
     found = [kind for kind in every if SHORT * kind.rows <= tokens_at(cap, kind) <= most_tokens(kind.rows)]
     random.Random(cap // GIB).shuffle(found)
-    return found
+    names, before, order = list(METHODS), Counter[str](), {}
+    for kind in found:
+        order[kind] = (before[kind.method], (names.index(kind.method) - 2 * CAPS.index(cap)) % len(names))
+        before[kind.method] += 1
+    return sorted(found, key=order.__getitem__)
 
 
 def most_tokens(rows: int) -> int:
@@ -414,7 +437,8 @@ def tokens_at(cap: int, kind: Case) -> float:
     block = 4 * shape.hidden_size + 2 * keys + 3 * shape.intermediate_size
     blocks = 2 if kind.method == "freeze" else shape.num_hidden_layers
     kept = blocks * shape.hidden_size + block if kind.checkpointing else blocks * block
-    return (cap - device.CONTEXT - entry.parameters * WEIGHT_BYTES[kind.method]) / (2 * kept)
+    tokens: float = (cap - device.CONTEXT - entry.parameters * WEIGHT_BYTES[kind.method]) / (2 * kept)
+    return tokens
 
 
 def around(cap: int, card: Card, most: int) -> list[Case]:

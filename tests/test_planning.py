@@ -40,7 +40,7 @@ from test_recovery import OOM, make
 MIB, GIB = 2**20, 2**30
 SMALL = "qwen2.5-0.5b"
 SHAPE = {
-    "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+    "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2000, "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }  # fmt: skip
@@ -88,7 +88,7 @@ def test_a_model_is_the_same_by_folder_config_or_another_file(model_folder: Path
     made = [planned(name) for name in (model_folder, str(model_folder), model_folder / "config.json", other)]
     assert [one.model for one in made] == [model_folder.name] * 3 + ["mine.json"]
     assert len({json.dumps({**one.as_dict(), "model": ""}) for one in made}) == 1
-    assert made[0].total == sum(p.numel() for p in tiny.make_model("llama").parameters())
+    assert made[0].total - made[0].trainable == sum(p.numel() for p in tiny.make_model("llama").parameters())
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,9 @@ def test_of_a_hub_only_the_config_is_fetched(
     code, seen, error = fetch_plan(server, tmp_path, "org/name", *arguments)
     assert code == 0, error
     asked = [path for _, path, _ in server.asked]
-    print(sorted(set(asked)))
     files = {path for path in asked if "/resolve/" in path}
-    assert files == {f"/org/name/resolve/{SHA}/config.json"} | {p for p in files if p.endswith("/main/config.json")}
-    assert all(path.startswith("/api/models/org/name") for path in asked if path not in files)
+    assert files == {f"/org/name/resolve/{SHA}/config.json"}
+    assert all(path.startswith("/api/") for path in asked if path not in files)  # what there is, but none of it
     assert set(server.served) == {"config.json"}
     assert seen["model"] == "org/name"
     assert "no tokenizer at hand" in seen["notes"][0]
@@ -228,7 +227,8 @@ def test_a_driver_s_name_finds_its_gpu_and_no_shorter_one(driver: str, name: str
 
 def test_this_machine_is_asked_for_its_memory(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * GIB))
-    for text in (None, "this-machine", " This Machine "):
+    assert {device.find(text).here for text in (None, "this-machine", " This Machine ")} == {True}
+    for text in (None, "this-machine"):
         made = planned(shape, gpu=text, device="cpu", precision="fp32")
         assert (made.device, made.gpu, made.reserved) == ("cpu", None, None)
         assert made.budget == pytest.approx(3 * GIB + made.outside["Python, torch and data"], rel=0.05)
@@ -361,10 +361,11 @@ def test_rows_are_as_long_as_the_tokenizer_says(model_folder: Path, data_file: P
     assert 0 < sum(counts) - made.tokens <= 2 * max(counts)
 
 
-@pytest.mark.parametrize("given", ["text", "path", "list", "source"])
-def test_data_is_named_as_for_train(given: str, model_folder: Path, data_file: Path) -> None:
-    forms = {"text": str(data_file), "path": data_file, "list": [data_file], "source": [{"path": str(data_file)}]}
-    assert planned(model_folder, data=forms[given]).as_dict() == planned(model_folder, data=[str(data_file)]).as_dict()
+def test_data_is_named_as_for_train(bare: Path, data_file: Path) -> None:
+    forms = (str(data_file), data_file, [data_file], [str(data_file)], [{"path": str(data_file)}])
+    made = [planned(bare, data=data, gpu=None, device="cpu", method="bitfit", bitfit={"add": True}) for data in forms]
+    assert len({one.tokens for one in made}) == 1
+    assert made[0].tokens != planned(bare, gpu=None, device="cpu").tokens
 
 
 def test_without_a_tokenizer_lengths_are_estimated_and_that_is_told(
@@ -399,12 +400,11 @@ def test_an_estimate_counts_all_that_a_row_says() -> None:
         ("alpaca_zh_demo.json", {}),
         ("alpaca_en_demo.json", {}),
         ("identity.json", {"fill": {"name": "小调", "author": "fitune"}}),
-        ("dpo_zh_demo.json", {}),
         ("glaive_toolcall_en_demo.json", {"template": "qwen"}),
     ],
 )
 def test_an_estimate_is_within_a_quarter_of_the_tokens(shared: Path, file: str, changes: dict[str, Any]) -> None:
-    settings = {"max_length": 2048, "take": [80], "val_share": 0.0, **changes}
+    settings = {"max_length": 2048, "take": [60], "val_share": 0.0, **changes}
     asked = planning.ask(SMALL, data=[str(shared / "data" / file)], gpu="24GB", settings=settings)
     guessed = planning.look(asked, None, Watcher())
     real = planning.look(asked, shared / "tokenizers" / "qwen2", Watcher())
@@ -499,6 +499,17 @@ def test_a_plan_is_the_same_twice(shape: str) -> None:
     assert planned(shape, lora={"dropout": 0.1}).as_dict() == planned(shape, lora={"dropout": 0.1}).as_dict()
 
 
+COMPARED: dict[str, plans.Plan] = {}
+
+
+def compared(shape: str, **changes: Any) -> plans.Plan:
+    """Each plan once."""
+    changes = {"batch_size": 4, "max_length": 128, **changes}
+    key = json.dumps(changes)
+    COMPARED[key] = COMPARED.get(key) or planned(shape, **changes)
+    return COMPARED[key]
+
+
 @pytest.mark.parametrize(
     ("less", "more"),
     [
@@ -523,15 +534,14 @@ def test_a_plan_is_the_same_twice(shape: str) -> None:
     ids=str,
 )
 def test_what_takes_less_is_said_to_take_less(less: dict[str, Any], more: dict[str, Any], shape: str) -> None:
-    base = {"batch_size": 4, "max_length": 128}
-    one, other = planned(shape, **{**base, **less}), planned(shape, **{**base, **more})
+    one, other = compared(shape, **less), compared(shape, **more)
     assert one.peak.bytes < other.peak.bytes
     assert one.allocated < other.allocated
 
 
 @pytest.mark.parametrize("name", optim.TABLE)
 def test_every_optimizer_has_the_states_of_its_table(name: str, shape: str) -> None:
-    made = planned(shape, method="full", optimizer=name, max_length=8)
+    made = planned(shape, method="full", optimizer=name, max_length=8, gpu=None, device="cpu")
     states = next(m for m in made.phases if m.phase == "evaluation").parts.get("optimizer states", 0)
     assert states == pytest.approx(made.trainable * optim.TABLE[name].state_bytes, rel=0.1, abs=0.06 * made.trainable)
     assert made.closed.get("optimizer states", 0) == int(made.trainable * optim.TABLE[name].state_bytes)
@@ -631,7 +641,7 @@ def test_a_page_is_written_and_never_over_another(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method": "full"}, {"method": "full", "optimizer_in_backward": True, "max_grad_norm": 0.0}, {"quant": "nf4"}],
+    [{"method": "full"}, {"method": "full", "optimizer_in_backward": True, "max_grad_norm": 0.0}, {"quant": "nf4"}],
     ids=str,
 )
 def test_what_is_verified_agrees(changes: dict[str, Any], model_folder: Path, data_file: Path) -> None:
@@ -719,7 +729,8 @@ def test_a_rehearsal_changes_nothing(
 
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on a machine without free memory."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    now = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: now._replace(available=0))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fitune import evaluation, precision, weights
+from fitune import evaluation, methods, precision, weights
 from fitune.config import build, merge
 from fitune.console import Watcher
 from fitune.errors import ConfigError, FituneError
@@ -23,6 +23,7 @@ from fitune.memory import plan as plans
 from fitune.memory import search
 from fitune.memory.flops import counts, per_token, seconds
 from fitune.planning import Asked, Rows, ask, look, work_of
+from fitune.prepare import check_quantized
 from fitune.store import lengths_of
 
 SHOWN = 3  # suggestions
@@ -281,6 +282,8 @@ def savers(asked: Asked, rows: Rows, *, watch: Watcher | None = None) -> list[Sa
     for settings, cost in _changes(asked, rows):
         try:
             other = with_settings(asked, settings)
+            method = methods.find(other.config.method)
+            check_quantized(other.config, method, asked.shape, torch.device(asked.where.kind))
             made = exact(other, rows)
         except FituneError:
             continue
@@ -470,7 +473,7 @@ def flags(settings: Mapping[str, Any]) -> str:
             words += [f"{flag}.{key.replace('_', '-')} {inner}" for key, inner in value.items()]
         elif value is True:
             words.append(flag)
-        elif value not in (False, None):
+        elif value is not False and value is not None:
             words.append(f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}")
     return " ".join(words)
 

@@ -42,6 +42,7 @@ class Counts:
     attention: float
     share: float
     trained_base: float
+    trained_head: float
     new: float
     trainable: float
     total: float
@@ -52,23 +53,23 @@ def counts(model: Any, config: RunConfig) -> Counts:
     inner = causal_lm(model)
     family = families.of(inner)
     head = inner.get_output_embeddings()
-    body = sum(
-        quant.numel(module.weight)
+    linear = {
+        id(module.weight): quant.numel(module.weight)
         for name, module in inner.named_modules()
         if is_linear(module) and module is not head and family.blocks in name and not NEW.search(name)
-    )
+    }
     new = _new(model)
     shape = inner.config
     each = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     heads = shape.num_attention_heads * each
     trained = trainable(model)
-    ids = {id(p) for p in new.values()}
     return Counts(
-        body=float(body),
+        body=float(sum(linear.values())),
         head=float(shape.vocab_size * shape.hidden_size),
         attention=float(heads * len(list(family.block_list(inner)))),
         share=_share(model, family.blocks, len(list(family.block_list(inner)))),
-        trained_base=float(sum(p.numel() for p in trained.values() if id(p) not in ids and p.ndim == 2)),
+        trained_base=float(sum(linear[id(p)] for p in trained.values() if id(p) in linear)),
+        trained_head=float(shape.vocab_size * shape.hidden_size if head.weight.requires_grad else 0),
         new=float(sum(p.numel() for p in new.values() if p.ndim == 2)),
         trainable=float(sum(p.numel() for p in trained.values())),
         total=float(sum(quant.numel(p) for p in model.parameters())),
@@ -108,7 +109,8 @@ def per_token(found: Counts, lengths: ArrayLike, labelled: float, *, checkpointi
     attention = 2 * float((sizes**2).sum() / sizes.sum()) * found.attention
     again = (1.0 / int(checkpointing) if checkpointing else 0.0) * found.share * (2 * found.body + attention)
     forward = 2 * (found.body + labelled * found.head) + attention + 2 * found.new
-    backward = found.share * 2 * (found.body + attention) + 2 * labelled * found.head + 2 * found.trained_base
+    backward = found.share * 2 * (found.body + attention) + 2 * labelled * (found.head + found.trained_head)
+    backward += 2 * found.trained_base
     return forward + backward + 4 * found.new + again
 
 

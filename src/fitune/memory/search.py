@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from fitune import families, methods, quant
 from fitune.config import RunConfig, build, merge
 from fitune.errors import FituneError
+from fitune.kernels.loss import chunk_rows
 from fitune.memory import device, flops, plan, steps
 from fitune.memory.flops import Counts
 from fitune.model import without_weights
 
 TOKENS = (1024, 4096)  # of the two micro-batches, four rows each: so many that activations outweigh single weights
-LABELS = 40  # of each row: the loss goes in chunks, of which more take more time here and no more memory
 MARGIN = 1.03  # fragmentation, until a candidate is planned exactly
 MOST = 4096  # rows of a micro-batch
 
@@ -212,7 +212,9 @@ def _small(config: RunConfig, shape: Any, depth: int, target: str) -> _Line:
     small.num_hidden_layers = depth
     if getattr(small, "layer_types", None):
         small.layer_types = list(shape.layer_types)[:depth]
-    warm, *batches = (steps.made_up(4, tokens // 4, small.vocab_size, LABELS) for tokens in (32, *TOKENS))
+    # the loss goes in chunks: labels for one and a bit are enough, more take more time here and no more memory
+    labels = chunk_rows(small.vocab_size) // 4 + 8
+    warm, *batches = (steps.made_up(4, tokens // 4, small.vocab_size, labels) for tokens in (32, *TOKENS))
     layout = steps.likely_layout(config.layout, small)
     work = plan.Work(config, small, [[warm], *([batch] for batch in batches)], None, layout)
     model = plan.without_values(work)
