@@ -261,7 +261,7 @@ def measure(work: plan.Work, card: Card, limit: int | None) -> tuple[dict[str, A
         limit: the most bytes that torch's allocator may reserve.
     """
     touched = has_context()
-    before = driver_says(card.uuid)
+    before = None if touched else driver_says(card.uuid)  # what is there already may be this process'
     torch.cuda.init()  # type: ignore[no-untyped-call]
     if limit is not None:
         whole = max(0, limit) + 512  # torch cuts a fraction of all bytes off to a whole number of them
@@ -312,7 +312,7 @@ def taken(card: Card, before: int | None) -> dict[str, Any]:
 
     Args:
         card: the GPU.
-        before: what the driver said of all processes before this one came.
+        before: what the driver said of all processes before this one came; None: nobody knows.
 
     Returns:
         driver: what the GPU's memory is used for more than before, by nvidia-smi; where that is not there, all that is

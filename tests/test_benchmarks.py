@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -231,6 +232,42 @@ def test_only_memory_that_is_used_up_is_a_death() -> None:
 
 
 # ---- processes ----
+
+
+@pytest.mark.parametrize(
+    ("line", "cap", "budget", "told"),
+    [
+        ("go\n", None, gpu.GIB, ["plan", "measured"]),
+        ("go\n", gpu.GIB, gpu.GIB, ["plan", "measured"]),
+        ("\n", None, gpu.GIB, ["plan"]),
+        ("go\n", None, gpu.MIB, ["left out"]),
+    ],
+)
+def test_a_plan_is_said_before_the_gpu_is_touched(
+    line: str, cap: int | None, budget: int, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[dict[str, Any]] = []
+    limits: list[int | None] = []
+
+    def measured(work: plan.Work, card: Any, limit: int | None) -> tuple[dict[str, int], None]:
+        assert [one["name"] for one in said] == ["tiny lora 2 x 8" + (", in 1 GiB" if cap else "")]
+        limits.append(limit)
+        return {"max_reserved": 1, "outside": 0}, None
+
+    config = build({"model": "m", "data": ["-"], "precision": "bf16"})
+    work = plan.Work(config, tiny.make_model("llama").config, [[batch(4, 4)], [batch(8, 8)], [batch(4, 4)]])
+    monkeypatch.setattr(gpu, "work_of", lambda case, precision: work)
+    monkeypatch.setattr(gpu, "measure", measured)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(line))
+    gpu.run_one(gpu.Case("tiny", "lora", False, 2, 8, cap), gpu.replace(CARD, budget=budget), said.append, wait=True)
+    kinds = ["left out" if "left_out" in one else "measured" if "measured" in one else "plan" for one in said]
+    assert kinds == told
+    # the allocator gets what the plan leaves it beside the context
+    outside = said[0]["predicted"]["outside"]
+    assert limits == ([] if told[-1] != "measured" else [None if cap is None else cap - outside])
+    assert outside > 0
+    assert json.loads(json.dumps(said)) == said
+
 
 # In a configuration's place: what it does is its method's name
 STAND_IN = """
