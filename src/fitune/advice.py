@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fitune import evaluation, methods, precision, weights
+from fitune import evaluation, methods, weights
 from fitune.config import build, merge
 from fitune.console import Watcher
 from fitune.errors import ConfigError, FituneError
@@ -394,11 +394,8 @@ def _against_the_machine(asked: Asked, rows: Rows, best: Suggestion) -> Advice:
 
 
 def _time(asked: Asked, work: float, *, quantized: bool) -> float | None:
-    where = asked.where
-    if where.kind == "cpu":
-        rate = precision.rates(torch.device("cpu"))[asked.config.precision] / 1e3
-        return seconds(work, rate, quantized=quantized, cpu=True)
-    return seconds(work, where.tflops, quantized=quantized, cpu=False)
+    rate = search.rate_of(asked.where, asked.config.precision)
+    return seconds(work, rate, quantized=quantized, cpu=asked.where.kind == "cpu")
 
 
 def _duration(time: float) -> str:

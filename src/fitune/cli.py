@@ -184,6 +184,7 @@ def _next_steps(console: Console, run: str, model: str) -> None:
     console.print(
         f"your data    fitune train --model {model} --data my.jsonl --output runs/mine", highlight=False, soft_wrap=True
     )
+    console.print("what fits    fitune plan llama-3.1-8b --gpu 24GB --data my.jsonl", highlight=False, soft_wrap=True)
 
 
 @app.command

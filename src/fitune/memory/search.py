@@ -14,9 +14,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from fitune import families, methods, quant
+from fitune import families, methods, precision, quant
 from fitune.config import RunConfig, build, merge
 from fitune.errors import FituneError
 from fitune.kernels.loss import chunk_rows
@@ -136,7 +137,7 @@ def _ways(given: Mapping[str, Any], shape: Any, where: device.Device) -> Iterato
     """Every way of tuning that agrees with what was given, plain and with each saver."""
     empty = without_weights(shape)
     family = families.of(empty)
-    precision = "bf16" if where.bf16 and where.kind == "cuda" else "fp16" if where.kind == "cuda" else "fp32"
+    computing = "bf16" if where.bf16 and where.kind == "cuda" else "fp16" if where.kind == "cuda" else "fp32"
     for name, (settings, quality) in WAYS.items():
         if any(given.get(key, value) != value for key, value in settings.items() if key in ("method", "optimizer")):
             continue
@@ -148,7 +149,7 @@ def _ways(given: Mapping[str, Any], shape: Any, where: device.Device) -> Iterato
                     **settings,
                     "quant": {"name": quantizer},
                     "checkpointing": checkpointing,
-                    "precision": precision,
+                    "precision": computing,
                 }
                 whole = merge(wanted, given)
                 if not _agree(wanted, whole) or not _possible(whole, empty, family, where):
@@ -238,7 +239,7 @@ def _candidate(
 
     rows = _largest(needed, where.budget or 0, min(MOST, len(sums)))
     work = flops.per_token(line.counts, cut, labelled, checkpointing=config.checkpointing) * float(cut.sum())
-    rate = where.tflops
+    rate = rate_of(where, config.precision)
     time = flops.seconds(work, rate, quantized=config.quant.name != "none", cpu=where.kind == "cpu")
     tokens = flops.saturating_tokens(rate, where.bandwidth, 2.0)
     return Candidate(
@@ -253,6 +254,11 @@ def _candidate(
         seconds=time,
         enough=None if tokens is None else max(1, round(tokens / max(1.0, float(cut.mean())))),
     )
+
+
+def rate_of(where: device.Device, name: str) -> float | None:
+    """TFLOP/s of products in a precision: catalogued of a GPU, measured of this machine's CPU."""
+    return precision.rates(torch.device("cpu"))[name] / 1e3 if where.kind == "cpu" else where.tflops
 
 
 def _largest(needed: Any, budget: int, most: int) -> int:
