@@ -734,12 +734,12 @@ class Record:
         """One more row."""
         self.rows.append(row)
         print(line(row), file=sys.stderr, flush=True)
-        self.write(complete=False)
+        self.write(finished=False)
 
-    def write(self, *, complete: bool, problems: Sequence[str] = ()) -> dict[str, Any]:
-        """Everything so far, into the file too. problems: limits that could not be tried, and why."""
+    def write(self, *, finished: bool, problems: Sequence[str] = ()) -> dict[str, Any]:
+        """Everything so far, into the file too. finished: nothing more comes. problems: limits not tried, and why."""
         rows = sorted(self.rows, key=lambda row: (row["case"]["cap"] or 0, row["name"]))
-        result = {**self.head, "complete": complete, "summary": summary(rows), "limits": list(problems), "rows": rows}
+        result = {**self.head, "finished": finished, "summary": summary(rows), "limits": list(problems), "rows": rows}
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.output, result)
         return result
@@ -790,7 +790,7 @@ def run_all(args: argparse.Namespace) -> int:
     caps = [cap for cap in CAPS if cap <= card.budget]
     runs.problems += [f"{cap / GIB:g} GiB: this card has {card.budget / GIB:,.1f}" for cap in CAPS if cap not in caps]
     runs.all(matrix(quick=args.quick), caps)
-    result = record.write(complete=True, problems=runs.problems)
+    result = record.write(finished=True, problems=runs.problems)
     print(json.dumps(result if args.json else {**result["summary"], "limits": result["limits"]}, indent=1))
     return 1 if result["summary"]["said_fits_and_died"] or result["summary"]["failed"] else 0
 

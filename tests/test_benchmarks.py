@@ -324,13 +324,13 @@ def test_nothing_begins_when_the_time_is_up(tmp_path: Path) -> None:
 
 def test_a_record_is_whole_after_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = gpu.Record(CARD, tmp_path / "results" / "gpu.json", quick=True)
-    for complete in (False, True):
-        if complete:
-            record.write(complete=True, problems=["48 GiB: this card has 24.0"])
+    for finished in (False, True):
+        if finished:
+            record.write(finished=True, problems=["48 GiB: this card has 24.0"])
         else:
             record.add(row("good", fits=True))
         found = json.loads(record.output.read_text(encoding="utf-8"))
-        assert found["complete"] is complete
+        assert found["finished"] is finished
         assert [one["name"] for one in found["rows"]] == ["good"]
     assert found["device"]["name"] == CARD.name
     assert found["versions"]["torch"] == torch.__version__

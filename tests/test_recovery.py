@@ -125,7 +125,7 @@ from fitune.training import train
 class Limit(Watcher):
     said = []
     def say(self, text): self.said.append(text)
-    def start(self, total, done, device):
+    def plan(self, plan):
         pages = int(open("/proc/self/statm").read().split()[0])
         limit = pages * resource.getpagesize() + int(sys.argv[2]) * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -560,6 +560,8 @@ def plan(
 
     words = str(tokenizer) if tokenizer is not None else None
     if "method" not in given and data:
+        if html is not None:
+            raise ConfigError("--html is the page of one plan", fix="add --method, for example --method lora")
         _print_figures(_advised(model, data, gpu, words, given, console), json)
         return
     made = make_plan(model, data=data or (), gpu=gpu, words=words, watch=Terminal(console), **given)
@@ -714,7 +716,8 @@ def _told(error: CycloptsError) -> str:
     """The error in one line; of pydantic's own words, only what is wrong."""
     text = " ".join(str(error).split()).replace(f"{QUANT}name", "quant").replace(QUANT, "quant.")
     found = re.search(r"nullable\[\w+\] (\S+) (.*?) \[type=\w+, input_value=(.*?), input_type", text)
-    return f"--{found[1]}: {found[2]}, received {found[3]}" if found else text
+    name = found[1].replace(".constrained-int", "") if found else ""
+    return f"--{name}: {found[2]}, received {found[3]}" if found else text
 
 
 def _quiet() -> None:

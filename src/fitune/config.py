@@ -243,7 +243,7 @@ class DataConfig(Options):
     """Prompt template: auto (the tokenizer's own, else alpaca), or a name."""
     new_tokens: list[str] = []
     """Tokens that the vocabulary gets, each one id: their rows are trained beside any method, and saved."""
-    max_length: int | Literal["auto"] = "auto"
+    max_length: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """Longest row in tokens. Longer rows are cut: activations grow with it."""
     length_policy: LengthPolicy = "cut"
     """What becomes of rows longer than max_length: cut (the prompt first, then the answer), drop, or refuse the run."""

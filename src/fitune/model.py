@@ -99,7 +99,9 @@ def read_config(folder: Path) -> Any:
     kind = values.get("model_type") if isinstance(values, dict) else None
     if not isinstance(kind, str):
         raise ModelError(
-            f"{path}: no model_type", received=f"keys {sorted(values)[:8]}", expected='"model_type": "llama"'
+            f"{path}: no model_type",
+            received=f"keys {sorted(values)[:8]}" if isinstance(values, dict) else repr(values)[:80],
+            expected='"model_type": "llama"',
         )
     if kind != original.TYPE and kind not in CONFIG_MAPPING:
         code = "it works only with Python code from its folder, which fitune never runs"

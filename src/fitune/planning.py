@@ -231,8 +231,6 @@ def _check_length(config: RunConfig, limit: int) -> None:
         raise ConfigError("virtual tokens leave no room for a row", received=left, expected="room for 2 or more")
     if config.max_length != "auto" and config.max_length > limit:
         raise ConfigError("max_length is above what the model can hold", received=config.max_length, expected=limit)
-    if config.max_length != "auto" and config.max_length < 2:
-        raise ConfigError("max_length: no row would have a target", received=config.max_length, expected="2 or more")
 
 
 def _without_tokenizer(config: RunConfig, shape: Any, limit: int) -> Rows:
@@ -266,7 +264,7 @@ def _estimated(config: RunConfig, shape: Any, limit: int) -> Rows:
     share = share if config.val_share or config.eval_data else 0
     note = (
         f"no tokenizer at hand (--tokenizer FOLDER): lengths of {len(samples):,} rows are estimated from their "
-        "characters, which may be a fifth off"
+        "characters, which may be a third off"
     )
     return Rows(samples, samples[:share], longest, note)
 

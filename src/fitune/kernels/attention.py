@@ -68,6 +68,10 @@ def flat_attention(
             written = (scaling or query.shape[-1] ** -0.5, softcap, s_aux, dropout)
             outputs.append(_written_out(query[:, :, start:end], keys, values, mask, *written))
             continue
+        shared = grouped
+        if grouped and mask is not None and query.device.type == "cuda":  # no fused kernel there takes both
+            times, shared = query.shape[1] // keys.shape[1], False
+            keys, values = (one.repeat_interleave(times, dim=1) for one in (keys, values))
         outputs.append(
             F.scaled_dot_product_attention(
                 query[:, :, start:end],
@@ -77,7 +81,7 @@ def flat_attention(
                 dropout_p=dropout,
                 is_causal=mask is None,
                 scale=scaling,
-                enable_gqa=grouped,
+                enable_gqa=shared,
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
