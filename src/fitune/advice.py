@@ -139,7 +139,8 @@ def advise(
     watch.say("looking for what fits")
     found = _searched(asked, rows, settings)
     suggestions: list[Suggestion] = []
-    for candidate in _best(found.candidates, 2 * shown):
+    # the arithmetic is on the safe side: where nothing fits by it, the nearest ways are planned too
+    for candidate in _best(found.candidates, 2 * shown) or found.misses[:3]:
         watch.say(f"planning exactly: {candidate.name}")
         settled = settle(asked, rows, candidate)
         if settled is not None:
