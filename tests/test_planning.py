@@ -499,6 +499,15 @@ def test_a_plan_is_the_same_twice(shape: str) -> None:
     assert planned(shape, lora={"dropout": 0.1}).as_dict() == planned(shape, lora={"dropout": 0.1}).as_dict()
 
 
+@pytest.mark.parametrize("method", sorted(methods.TABLE))
+def test_a_plan_leaves_the_shape_that_it_is_for(method: str, shape: str) -> None:
+    """Many plans are made of one shape; new layers at the tail must not make it grow."""
+    asked = planning.ask(shape, data=(), gpu="24GB", settings={"method": method})
+    before = asked.shape.to_dict()
+    plans.without_values(plans.Work(asked.config, asked.shape, []))
+    assert asked.shape.to_dict() == before
+
+
 COMPARED: dict[str, plans.Plan] = {}
 
 

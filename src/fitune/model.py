@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -175,14 +176,14 @@ def quantized_as(config: Any) -> QuantOptions:
 
 
 def without_weights(config: Any) -> Any:
-    """A causal LM of that shape that takes no memory.
+    """A causal LM of that shape that takes no memory. It has a config of its own: a method may change it.
 
     Raises:
         ModelError: it is no causal LM.
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
     except ValueError as error:
         raise ModelError(
             f"model_type {config.model_type!r} is no causal language model", received=str(error)[:200]
