@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import tiny
 from fitune import advice, cli
+from fitune.batches import Loader
 from fitune.config import build
 from fitune.console import Watcher
 from fitune.errors import ConfigError
-from fitune.memory import device, flops, plan, search
-from fitune.planning import ask, look
+from fitune.memory import device, flops, plan, search, steps
+from fitune.planning import ask, look, work_of
+from fitune.records import Sample
 from fitune.training import train
+from test_benchmarks import gpu
 
-METHODS = ["full", "lora", "adapter", "freeze", "prefix", "prompt", "tail"]
+METHODS = ["full", "lora", "adapter", "freeze", "prefix", "prompt", "tail", ""]  # the last: nothing is given
 
 
 def shape_file(folder: Path, seed: int) -> Path:
@@ -45,75 +51,146 @@ def shape_file(folder: Path, seed: int) -> Path:
 def job(folder: Path, seed: int) -> dict[str, Any]:
     """A model, data, a budget and a method, drawn by the seed."""
     pick = random.Random(1000 + seed)
-    return {
+    found = {
         "model": str(shape_file(folder, seed)),
         "data": [str(tiny.write_rows(folder / f"rows-{seed}.jsonl", pick.choice([40, 90])))],
         "gpu": f"{pick.choice([860, 900, 1000])}MiB",
-        "method": METHODS[seed % len(METHODS)],
+        "batch_size": pick.choice([4, 8, 24]),
     }
+    return {**found, "method": METHODS[seed % len(METHODS)]} if METHODS[seed % len(METHODS)] else found
+
+
+def exact_of(wanted: dict[str, Any]) -> advice.Exact:
+    """Exact plans of a job."""
+    given = ("model", "data", "gpu")
+    settings = {k: v for k, v in wanted.items() if k not in given}
+    asked = ask(wanted["model"], data=wanted["data"], gpu=wanted["gpu"], settings=settings)
+    return advice.Exact(asked, look(asked, None, Watcher()))
 
 
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=[] if n < 1 else [pytest.mark.full]) for n in range(30)])
 def test_a_suggestion_fits_and_no_larger_batch_does(seed: int, tmp_path: Path) -> None:
     wanted = job(tmp_path, seed)
-    settings = {k: v for k, v in wanted.items() if k not in ("model", "data", "gpu")}
-    asked = ask(wanted["model"], data=wanted["data"], gpu=wanted["gpu"], settings=settings)
-    rows = look(asked, None, Watcher())
+    exactly = exact_of(wanted)
     try:
-        found = advice.advise(shown=1, **wanted)
+        found = advice.advise(shown=1, with_savers=False, **wanted)
     except ConfigError as error:
         told = str(error)
     else:
         told = ""
     if told:  # then not even one row fits with every saver, by exact plan
         assert "nothing fits" in told
-        quant = "none" if wanted["method"] in ("full", "freeze") else "nf4"
-        least = {"checkpointing": True, "quant": {"name": quant}, "precision": "bf16"}
-        assert not advice.exact(advice.with_settings(asked, least), rows, 1).fits
+        quant = "none" if wanted.get("method") in ("full", "freeze") else "nf4"
+        least = {"checkpointing": True, "quant": {"name": quant}, "precision": "bf16", "batch_size": 1}
+        assert not exactly.plan(least).fits
         return
     best = found.suggestions[0]
-    exactly = advice.with_settings(asked, best.settings)
-    made = advice.exact(exactly, rows, best.batch_size)
+    made = exactly.plan(best.settings)
     assert made.fits
     assert made.needed == best.plan.needed
-    if best.batch_size < len(rows.samples):
-        assert not advice.exact(exactly, rows, best.batch_size + 1).fits
-    assert best.use <= best.batch_size
+    largest = exactly.plan({**best.settings, "batch_size": best.largest_batch})
+    assert largest.fits
+    assert largest.needed == best.needed_at_largest
+    rows = len(exactly.rows.samples)
+    for more in sorted(larger(exactly, best))[:2]:
+        assert not exactly.plan({**best.settings, "batch_size": more}).fits
+    assert min(wanted["batch_size"], rows) <= best.micro_batch * best.accumulation
+    assert best.micro_batch <= best.largest_batch
     machine = next(one for one in found.advice if one.about == "machine")
     assert machine.figures["needed"] == best.plan.needed
-    assert f"--batch-size {best.use}" in best.flags
+    assert f"--batch-size {best.micro_batch}" in best.flags
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("seed", range(10))
+def test_a_suggestion_runs_on_a_card_of_that_size(seed: int, tmp_path: Path) -> None:
+    """A whole epoch with the largest batch, random weights, and torch's allocator held to the budget less what the plan
+    counts beside the tensors."""
+    wanted = {**job(tmp_path, seed), "gpu": "1000MiB"}
+    exactly = exact_of(wanted)
+    best = advice.advise(shown=1, with_savers=False, **wanted).suggestions[0]
+    asked = exactly.with_settings({**best.settings, "batch_size": best.largest_batch})
+    work = work_of(asked, exactly.rows)
+    loader = Loader(exactly.rows.samples, best.largest_batch, best.accumulation, asked.config.seed)
+    work = replace(work, steps=[micro for _, micro in loader.steps(0, loader.total_steps(1))])
+    found, why = gpu.ask({"do": "probe"})
+    assert found is not None, why
+    limit = (asked.where.budget or 0) - sum(best.plan.outside.values())
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        _, died = gpu.measure(work, gpu.Card(**found), limit)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert died is None
+
+
+def larger(exactly: advice.Exact, best: advice.Suggestion) -> set[int]:
+    """The next larger batch, and of some larger ones that whose largest micro-batch has the fewest tokens."""
+    near = range(best.largest_batch + 1, min(len(exactly.rows.samples), 2 * best.largest_batch + 4) + 1)
+    fewest = min(near, key=lambda batch: exactly.largest(batch, best.max_length), default=None)
+    return {*near[:1]} | ({fewest} if fewest is not None else set())
 
 
 def test_savers_are_the_differences_of_plans(tmp_path: Path) -> None:
     model, data = str(shape_file(tmp_path, 1)), [str(tiny.write_rows(tmp_path / "rows.jsonl", 60))]
-    settings = {"method": "lora", "batch_size": 8}
-    asked = ask(model, data=data, gpu="24GB", settings=settings)
-    rows = look(asked, None, Watcher())
-    found = {one.flag: one for one in advice.savers(asked, rows)}
-    now = advice.exact(asked, rows).needed
-    with_it = advice.exact(advice.with_settings(asked, {"checkpointing": True}), rows).needed
-    assert found["--checkpointing"].saves == now - with_it
+    exactly = exact_of({"model": model, "data": data, "gpu": "24GB", "method": "lora", "batch_size": 8})
+    found = {one.flag: one for one in advice.savers(exactly, {})}
+    now = exactly.plan({}).needed
+    assert found["--checkpointing"].saves == now - exactly.plan({"checkpointing": True}).needed
     assert found["--checkpointing"].work == pytest.approx(1.5, abs=0.1)  # LoRA: a forward pass more of three
     assert found["--batch-size 4 --accumulation 2"].work == 1
     assert [one.worth for one in found.values()] == sorted((one.worth for one in found.values()), reverse=True)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_largest_micro_batch_is_that_of_the_loader(padded: bool) -> None:
+    config = build({"model": "-", "data": ["-"], "epochs": 2, "seed": 3})
+    lengths = np.random.default_rng(0).integers(2, 300, 101)
+    samples = [Sample(np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths]
+    largest = steps.Largest(samples, config, padded=padded)
+    for rows in (1, 7, 20, 101, 200):
+        loader = Loader(samples, rows, 1, 3, None, padded)
+        batches = [batch for _, step in loader.steps(0, loader.total_steps(2)) for batch in step]
+        sizes = [np.diff(batch.bounds) for batch in batches]
+        assert largest(rows, 1000) == max(int(size.max() * len(size) if padded else size.sum()) for size in sizes)
+        assert largest(rows, 50) <= 50 * rows
+
+
 def test_a_miss_says_what_would_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, data = str(shape_file(tmp_path, 2)), str(tiny.write_rows(tmp_path / "rows.jsonl", 60))
     with pytest.raises(SystemExit) as done:
-        cli.app(["plan", model, "--data", data, "--gpu", "745MiB", "--method", "lora", "--json"])
+        cli.app(["plan", model, "--data", data, "--gpu", "770MiB", "--method", "lora", "--json"])
     assert done.value.code in (0, None)
     seen = json.loads(capsys.readouterr().out)
     assert seen["fits"] is False
-    assert seen["helps"].startswith("misses by ")
-    assert "--checkpointing` saves" in seen["helps"]
+    helps = seen["helps"]
+    assert helps["missing"] == seen["needed"] - seen["budget"]
+    assert helps["text"].startswith("misses by ")
+    assert "--checkpointing` saves" in helps["text"]
+    assert helps["together"]["needed"] <= seen["budget"]  # and typed, it fits
+    words = ["--method", "lora", *helps["together"]["flags"].split()]
+    with pytest.raises(SystemExit):
+        cli.app(["plan", model, "--data", data, "--gpu", "770MiB", "--json", *words])
+    again = json.loads(capsys.readouterr().out)
+    assert again["fits"] is True
+    assert again["needed"] == helps["together"]["needed"]
+
+
+def test_where_nothing_is_enough_that_is_said(tmp_path: Path) -> None:
+    model, data = str(shape_file(tmp_path, 2)), str(tiny.write_rows(tmp_path / "rows.jsonl", 60))
+    helps = advice.what_helps(model, data=[data], gpu="745MiB", words=None, settings={"method": "lora"})
+    assert helps.together is None
+    assert helps.text.endswith("fitune plan looks through every way")
 
 
 @pytest.mark.full
 def test_at_least_two_hundred_combinations_are_looked_at() -> None:
     shape = build_shape(layers=12)
     lengths = np.random.default_rng(0).integers(20, 400, 300)
-    found = search.search({}, shape, lengths, 0.9, device.find("6GB"), [384, 256])
+    samples = [Sample(np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths]
+    rows = steps.Largest(samples, build({"model": "-", "data": ["-"]}), padded=False)
+    found = search.search({}, shape, rows, 0.9, device.find("6GB"), [384, 256])
     assert found.combinations >= 200
     ways = {one.name for one in found.candidates}
     assert {"full", "lora", "lora on nf4", "lora on int8", "lora, checkpointing", "freeze"} <= ways
@@ -139,8 +216,6 @@ def test_arithmetic_over_small_models_is_near_the_plan_of_the_whole(method: str)
     config = build({"model": "-", "data": ["-"], "method": method, "precision": "bf16"})
     line = search._line(config, shape, "cuda")
     assert line is not None
-    from fitune.memory import steps
-
     batch = steps.made_up(4, 500, shape.vocab_size)
     work = plan.Work(config, shape, [[steps.made_up(1, 9, shape.vocab_size)], [batch]])
     tracer = plan.traced(plan.without_values(work), work, "cuda")
@@ -221,7 +296,7 @@ def test_flags_train(tmp_path: Path) -> None:
     found = advice.advise(str(model), data=[str(data)], gpu="4GB", shown=1, method="lora", max_length=64)
     best = found.suggestions[0]
     config = build(
-        {**best.settings, "precision": "fp32", "batch_size": best.use, "model": str(model), "data": [str(data)],
+        {**best.settings, "precision": "fp32", "model": str(model), "data": [str(data)],
          "output": str(tmp_path / "run"), "max_steps": 1}
     )  # fmt: skip
     assert train(config).steps == 1

@@ -45,8 +45,6 @@ def test_every_row_comes_once_an_epoch_and_resume_goes_on_with_the_same_rows(
         assert sorted(rows) == list(range(len(lengths)))
     start = min(skip, total)
     assert [(epoch, [b.rows for b in step]) for epoch, step in loader.steps(start, total)] == steps[start:]
-    largest = max(sum(lengths[r] for r in batch) for _, step in steps for batch in step)
-    assert largest <= loader.largest()
     if tokens:
         assert all(sum(lengths[r] for r in b) <= tokens or len(b) == 1 for _, step in steps for b in step)
     else:
@@ -66,7 +64,6 @@ def test_length_grouping_saves_the_padding_that_random_batches_waste() -> None:
     assert padded(True) < 1.1 * real
 
 
-def test_evaluation_sees_every_row_and_the_largest_batch_is_known() -> None:
+def test_evaluation_sees_every_row() -> None:
     samples = [sample(list(range(n)), 1) for n in (3, 9, 2, 7)]
     assert [batch.rows for batch in in_order(samples, 3)] == [(0, 1, 2), (3,)]
-    assert Loader(samples, 2, 1, 0).largest() == 16

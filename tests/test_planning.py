@@ -95,19 +95,25 @@ def test_a_model_is_the_same_by_folder_config_or_another_file(model_folder: Path
     ("text", "message"),
     [
         ("{", "cannot be read as JSON"),
-        ("[1]", "no config of a model"),
-        ("{}", "no config of a model"),
-        ('{"model_type": 3}', "no config of a model"),
+        ("[1]", "no model_type"),
+        ("null", "no model_type received: None"),
+        ("{}", "no model_type"),
+        ('{"model_type": 3}', "no model_type"),
         ('{"model_type": "evil"}', "model_type 'evil' is unknown to transformers"),
         (json.dumps({**SHAPE, "hidden_size": "many"}), "wrong values received: "),
         (json.dumps({**SHAPE, "model_type": "llama", "num_attention_heads": 0}), "wrong values received: "),
+        (json.dumps({**SHAPE, "vocab_size": 0}), "sizes that no model has received: vocab_size 0"),
+        (json.dumps({**SHAPE, "num_key_value_heads": 3}), "num_attention_heads 8, num_key_value_heads 3"),
+        (json.dumps({**SHAPE, "hidden_act": "nope"}), "KeyError: 'nope'"),
+        (json.dumps({**SHAPE, "rope_theta": None}), "no model can be built from this config.json"),
+        (json.dumps({**SHAPE, "quantization_config": {"quant_method": "gptq"}}), "a model quantized by gptq"),
     ],
 )
 @pytest.mark.parametrize("name", ["config.json", "mine.json"])
 def test_a_file_that_is_no_config_is_told(text: str, message: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(text)
-    message = message.replace("no config of a model", "no model_type") if name == "config.json" else message
+    message = message.replace("no model_type", "no model_type") if name == "config.json" else message
     with pytest.raises(ModelError) as caught:
         planned(str(path))
     assert message in told(caught.value)
@@ -249,6 +255,11 @@ def test_a_gpu_that_is_here_is_planned_for(shape: str, monkeypatch: pytest.Monke
     assert made.reserved is not None
     assert made.outside == {"CUDA context": device.CONTEXT}
     assert made.needed == (made.smallest or 0) + device.CONTEXT
+
+
+def test_bf16_that_a_gpu_only_imitates_is_told(shape: str) -> None:
+    assert "many times slower" in planned(shape, gpu="t4", precision="bf16").notes[-1]
+    assert not [note for note in planned(shape, gpu="a10", precision="bf16").notes if "slower" in note]
 
 
 def test_precision_follows_the_gpu(shape: str) -> None:
@@ -652,6 +663,9 @@ def test_a_page_is_written_and_never_over_another(
     assert code == 2
     assert "nothing of yours is overwritten" in err
     assert page.read_text(encoding="utf-8") == text
+    code, _, err = command([*arguments[:-1], tmp_path / "missing" / "plan.html"], capsys, monkeypatch)
+    assert code == 2
+    assert "no such folder" in err
 
 
 # ---- predicted and measured ----

@@ -58,6 +58,13 @@ def test_auto_takes_what_the_machine_computes_fast(tmp_path: Path, monkeypatch: 
     assert precision.speed(plain(precision="fp32"), CPU).level == "ok"
 
 
+def test_bf16_on_a_gpu_that_only_imitates_it_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for major, level in ((7, "warn"), (8, "ok")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 5))
+        assert precision.speed(plain(precision="bf16"), torch.device("cuda")).level == level
+
+
 def test_rates_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path))
     first = precision.rates(CPU)

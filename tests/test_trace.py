@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import product
 from typing import Any
 
@@ -130,6 +131,18 @@ def test_a_trace_that_forgets_activations_would_be_seen(monkeypatch: pytest.Monk
         Tracer, "_see", lambda self, t, op: found(self, t.new_empty(0) if op == "aten::silu" else t, op)
     )
     assert most(predicted(work)) < right * (1 - 5 * CLOSE)
+
+
+def test_a_phase_that_fails_is_in_no_figure() -> None:
+    tracer = trace.Tracer()
+    with tracer:
+        with suppress(MemoryError), tracer.during("step"):
+            torch.empty(4 << 20, dtype=torch.uint8)
+            raise MemoryError
+        with tracer.during("step"):
+            torch.empty(1 << 20, dtype=torch.uint8)
+    tracer.close()
+    assert plan.usage(tracer).peak.bytes == 1 << 20
 
 
 def test_parts_add_up_and_every_phase_is_there() -> None:

@@ -7,39 +7,52 @@ comes from a plan, none from a rule of thumb; the old rules stand beside, to be 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fitune import evaluation, methods, weights
-from fitune.config import build, merge
-from fitune.console import Watcher
+from fitune import catalog, evaluation, methods, weights
+from fitune.config import RunConfig, build, merge
+from fitune.console import Ticker, Watcher
 from fitune.errors import ConfigError, FituneError
-from fitune.lengths import automatic
 from fitune.memory import plan as plans
-from fitune.memory import search
+from fitune.memory import search, steps
 from fitune.memory.flops import counts, per_token, seconds
+from fitune.model import without_weights
 from fitune.planning import Asked, Rows, ask, look, work_of
 from fitune.prepare import check_quantized
 from fitune.store import lengths_of
 
 SHOWN = 3  # suggestions
+NEAREST = 3  # ways that are planned exactly where none fits by arithmetic
+CUT = (99, 95)  # percentiles of the lengths that may be cut to
+HELPS = 6  # savers that a miss tells of
+PATIENCE = 6  # plans, after which a batch is looked for by halves
+MEETINGS = 1.25  # how much larger a batch may be whose largest micro-batch is smaller by chance
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A way that fits, planned exactly. settings: what to type beside what was given; batch_size: the largest that
-    fits. use: rows to train with: no more than make throughput grow, and no more than there are."""
+    """A way that fits, planned exactly.
+
+    settings: what to type beside what was given. micro_batch, accumulation: rows, and how many of them for each
+    optimizer step: together as many rows as were asked for; they are in the settings. plan: of exactly these settings.
+    largest_batch: the most rows of a micro-batch that fit with the same settings; needed_at_largest: bytes with it.
+    """
 
     name: str
     settings: dict[str, Any]
-    batch_size: int
-    use: int
-    max_length: int
+    micro_batch: int
+    accumulation: int
     plan: plans.Plan
+    largest_batch: int
+    needed_at_largest: int
+    max_length: int
     quality: float
     seconds: float | None
     enough: int | None
@@ -47,7 +60,7 @@ class Suggestion:
     @property
     def flags(self) -> str:
         """What to type."""
-        return flags({**self.settings, "batch_size": self.use})
+        return flags(self.settings)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -56,10 +69,11 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Saver:
-    """What one change to the settings would give: bytes by exact plans; work: times as much; cut: share of the rows
-    that would lose tokens. cost: in words."""
+    """What one change to the settings would give: bytes by exact plans; work: operations, times as many; cut: share of
+    the rows that would lose tokens. cost: in words."""
 
     flag: str
+    settings: dict[str, Any]
     saves: int
     work: float
     cut: float
@@ -68,7 +82,7 @@ class Saver:
     @property
     def worth(self) -> float:
         """Bytes saved for what they cost: more work, cut rows, and something for any change."""
-        return self.saves / (0.05 + (self.work - 1) + 10 * self.cut)
+        return self.saves / (0.05 + max(0.0, self.work - 1) + 10 * self.cut)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -93,6 +107,7 @@ class Advised:
     """All of it. combinations: how many were looked at; misses: the nearest ways where nothing fits."""
 
     model: str
+    command: str  # that trains so
     where: str
     here: bool  # is that this machine?
     budget: int
@@ -107,6 +122,7 @@ class Advised:
         """For JSON."""
         return {
             "model": self.model,
+            "command": self.command,
             "where": self.where,
             "here": self.here,
             "budget": self.budget,
@@ -121,28 +137,34 @@ class Advised:
 
 def advise(
     model: str, *, data: Sequence[str], gpu: str | None = None, words: str | None = None,
-    watch: Watcher | None = None, shown: int = SHOWN, **settings: Any,
+    watch: Watcher | None = None, shown: int = SHOWN, with_savers: bool = True, **settings: Any,
 ) -> Advised:  # fmt: skip
     """Search, settle and explain.
 
     Args:
         model, data, gpu, words, watch: as for `planning.plan`.
         shown: how many suggestions are planned exactly.
-        settings: that are to stay.
+        with_savers: is each memory saver to be planned beside the best?
+        settings: that are to stay; batch_size and accumulation stay as their product.
 
     Raises:
         FituneError: as `planning.plan`; or nothing fits at all.
     """
     watch = watch or Watcher()
     asked = ask(model, data=data, gpu=gpu, settings=settings)
-    rows = look(asked, words, watch)
-    watch.say("looking for what fits")
-    found = _searched(asked, rows, settings)
+    if asked.config.batch_tokens is not None:
+        raise ConfigError(
+            "batch_tokens beside a search for the largest batch",
+            expected="batch_size, the rows of an optimizer step",
+            fix="leave --batch-tokens out, or name the --method for the plan of one run",
+        )
+    exactly = Exact(asked, look(asked, words, watch))
+    found = _searched(exactly, settings, watch)
     suggestions: list[Suggestion] = []
     # the arithmetic is on the safe side: where nothing fits by it, the nearest ways are planned too
-    for candidate in _best(found.candidates, 2 * shown) or found.misses[:3]:
+    for candidate in _best(found.candidates, 2 * shown) or found.misses[:NEAREST]:
         watch.say(f"planning exactly: {candidate.name}")
-        settled = settle(asked, rows, candidate)
+        settled = settle(exactly, candidate)
         if settled is not None:
             suggestions.append(settled)
         if len(suggestions) == shown:
@@ -152,24 +174,100 @@ def advise(
     best = suggestions[0]
     return Advised(
         model=asked.name,
+        command=_command(model, data, best),
         where=asked.where.name,
         here=asked.where.here,
         budget=asked.where.budget or 0,
         combinations=found.combinations,
         suggestions=suggestions,
         candidates=found.candidates,
-        savers=savers(with_settings(asked, {**best.settings, "batch_size": best.use}), rows, watch=watch),
-        advice=list(_advice(asked, rows, best)),
-        notes=[rows.note] if rows.note else [],
+        savers=savers(exactly, best.settings, watch=watch) if with_savers else [],
+        advice=list(_advice(exactly, best)),
+        notes=[exactly.rows.note] if exactly.rows.note else [],
     )
 
 
-def _searched(asked: Asked, rows: Rows, settings: Mapping[str, Any]) -> search.Found:
-    lengths = lengths_of(rows.samples).astype(np.int64)
-    shorter = sorted({int(np.percentile(lengths, share)) for share in (99, 95)} | {rows.max_length}, reverse=True)
-    longest = [n for n in shorter if n <= rows.max_length] if "max_length" not in settings else [rows.max_length]
-    stays = {k: v for k, v in settings.items() if k not in ("batch_size", "max_length")}
-    return search.search(stays, asked.shape, lengths, labelled(rows), asked.where, longest)
+class Exact:
+    """Exact plans of one question with other settings, each made once.
+
+    Args:
+        asked: the question.
+        rows: what is known of its data.
+    """
+
+    def __init__(self, asked: Asked, rows: Rows) -> None:
+        self.asked, self.rows = asked, rows
+        self.plans: dict[str, plans.Plan] = {}
+        self.cut: dict[int, Rows] = {rows.max_length: rows}
+        padded = steps.likely_layout(asked.config.layout, asked.shape) == "padded"
+        self.largest = steps.Largest(rows.samples, asked.config, padded=padded)
+
+    def plan(self, settings: Mapping[str, Any]) -> plans.Plan:
+        """With settings beside what was given; rows that are too long for them are cut."""
+        other = self.with_settings(settings)
+        config = other.config
+        key = config.model_dump_json()
+        if key not in self.plans:
+            longest = self.longest(config)
+            if longest not in self.cut:
+                samples, held_out = _cut(self.rows.samples, longest), _cut(self.rows.held_out, longest)
+                self.cut[longest] = replace(self.rows, samples=samples, held_out=held_out, max_length=longest)
+            made = plans.plan(work_of(other, self.cut[longest]), other.where, name=other.name)
+            self.plans[key] = replace(made, max_length=longest)
+        return self.plans[key]
+
+    def longest(self, config: RunConfig) -> int:
+        """The most tokens of a row with these settings."""
+        most = self.rows.max_length
+        return most if config.max_length == "auto" else min(config.max_length, most)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Asked:
+        """The same question with other settings."""
+        given = self.asked.config.model_dump(mode="json", exclude_unset=True)
+        config = build(merge(given, settings))
+        return replace(self.asked, config=config.model_copy(update={"data": self.asked.config.data}))
+
+    def work(self, settings: Mapping[str, Any]) -> float:
+        """Operations of an epoch."""
+        config = self.with_settings(settings).config
+        lengths = np.minimum(self.largest.lengths, self.longest(config))
+        model = plans.without_values(plans.Work(config, self.asked.shape, []))
+        found = counts(model, config)
+        each = per_token(found, lengths, labelled(self.rows), checkpointing=config.checkpointing)
+        return each * float(lengths.sum())
+
+    def share_cut(self, longest: int) -> float:
+        """Share of the rows that a length cuts."""
+        return float((self.largest.lengths > longest).mean())
+
+
+def _cut(samples: Any, longest: int) -> Any:
+    """Rows of at most that length; where none is longer, the same."""
+    if not len(samples) or int(lengths_of(samples).max()) <= longest:
+        return samples
+    return [sample if len(sample) <= longest else replace(sample, ids=sample.ids[:longest], mask=sample.mask[:longest])
+            for sample in samples]  # fmt: skip
+
+
+def _searched(exactly: Exact, settings: Mapping[str, Any], watch: Watcher) -> search.Found:
+    rows, ticker = exactly.rows, Ticker(watch, "looking for what fits", None)
+
+    def tell(done: int, total: int) -> None:
+        ticker.total = total
+        ticker(done)
+
+    shorter = [n for n in _shorter(exactly) if "max_length" not in settings]
+    stays = {k: v for k, v in settings.items() if k not in ("batch_size", "accumulation", "max_length")}
+    asked, lengths = exactly.asked, [rows.max_length, *shorter]
+    found = search.search(stays, asked.shape, exactly.largest, labelled(rows), asked.where, lengths, tell)
+    ticker.end()
+    return found
+
+
+def _shorter(exactly: Exact) -> list[int]:
+    """Lengths that cut few rows, the longest first."""
+    found = {int(np.percentile(exactly.largest.lengths, share)) for share in CUT}
+    return sorted((length for length in found if 2 <= length < exactly.rows.max_length), reverse=True)
 
 
 def labelled(rows: Rows) -> float:
@@ -188,80 +286,95 @@ def _best(candidates: Sequence[search.Candidate], most: int) -> list[search.Cand
     return list(seen.values())[:most]
 
 
-def with_settings(asked: Asked, settings: Mapping[str, Any]) -> Asked:
-    """The same question with other settings."""
-    given = asked.config.model_dump(mode="json", exclude_unset=True)
-    config = build(merge(given, settings))
-    return replace(asked, config=config.model_copy(update={"data": asked.config.data}))
-
-
-def exact(asked: Asked, rows: Rows, batch_size: int | None = None) -> plans.Plan:
-    """The plan of a question; rows longer than its max_length are cut."""
-    config = asked.config
-    if batch_size is not None:
-        config = config.model_copy(update={"batch_size": batch_size})
-    longest = rows.max_length if config.max_length == "auto" else min(config.max_length, rows.max_length)
-    known = replace(
-        rows, samples=_cut(rows.samples, longest), held_out=_cut(rows.held_out, longest), max_length=longest
+def settle(exactly: Exact, candidate: search.Candidate) -> Suggestion | None:
+    """A candidate with the largest micro-batch that fits by exact plans, and as many of them for each optimizer step as
+    give the rows that were asked for. None: not one row fits after all."""
+    config = exactly.asked.config
+    wanted = config.batch_size * config.accumulation
+    alone = bool(candidate.settings.get("optimizer_in_backward", config.optimizer_in_backward))  # no accumulation then
+    settings = {**candidate.settings, "max_length": min(candidate.max_length, exactly.rows.max_length)}
+    rows = len(exactly.rows.samples)
+    largest, tried = max(1, candidate.batch_size), set[int]()
+    while True:
+        # gradients of several micro-batches lie beside the next one, which can take room
+        accumulation = 1 if alone else -(-min(wanted, rows) // largest)
+        if accumulation in tried:  # by now the larger one of two is enough
+            accumulation = max(tried)
+        settings["accumulation"] = accumulation
+        largest = _largest_batch(exactly, settings, largest)
+        if largest == 0:
+            return None
+        if accumulation in tried or alone or -(-min(wanted, rows) // largest) == accumulation:
+            break
+        tried.add(accumulation)
+    batch = min(largest, -(-wanted // accumulation), rows)
+    settings["batch_size"] = batch
+    if accumulation == config.accumulation and "accumulation" not in candidate.settings:
+        del settings["accumulation"]  # as it was given
+    made = exactly.plan(settings)
+    if not made.fits:  # the larger one fits by the chance of which rows meet
+        settings["batch_size"] = largest
+        made = exactly.plan(settings)
+    return Suggestion(
+        name=candidate.name,
+        settings=settings,
+        micro_batch=settings["batch_size"],
+        accumulation=accumulation,
+        plan=made,
+        largest_batch=largest,
+        needed_at_largest=exactly.plan({**settings, "batch_size": largest}).needed,
+        max_length=int(made.max_length or 0),
+        quality=candidate.quality,
+        seconds=candidate.seconds,
+        enough=candidate.enough,
     )
-    asked = replace(asked, config=config)
-    return replace(plans.plan(work_of(asked, known), asked.where, name=asked.name), max_length=longest)
 
 
-def _cut(samples: Any, longest: int) -> Any:
-    """Rows of at most that length; where none is longer, the same."""
-    if not len(samples) or int(lengths_of(samples).max()) <= longest:
-        return samples
-    return [sample if len(sample) <= longest else replace(sample, ids=sample.ids[:longest], mask=sample.mask[:longest])
-            for sample in samples]  # fmt: skip
-
-
-def settle(asked: Asked, rows: Rows, candidate: search.Candidate) -> Suggestion | None:
-    """A candidate with the largest batch that fits by exact plans; None: not one row does after all."""
-    wanted = with_settings(asked, candidate.settings)
-    most = max(1, len(rows.samples))
+def _largest_batch(exactly: Exact, settings: Mapping[str, Any], guess: int) -> int:
+    """The most rows of a micro-batch with which settings fit, by exact plans; 0: none."""
+    most, longest = len(exactly.rows.samples), int(settings["max_length"])
     known: dict[int, plans.Plan] = {}
 
     def fits(batch: int) -> bool:
-        if batch not in known:
-            known[batch] = exact(wanted, rows, batch)
+        known[batch] = exactly.plan({**settings, "batch_size": batch})
         return bool(known[batch].fits)
 
-    low, high, batch = 0, most + 1, min(most, max(1, candidate.batch_size))
-    while high - low > 1:
+    low, high, batch = 0, most + 1, min(most, max(1, guess))
+    while True:
         low, high = (batch, high) if fits(batch) else (low, batch)
         if high - low <= 1:
             break
-        batch = min(high - 1, max(low + 1, _next(known, low, high)))
-    if low == 0:
-        return None
-    enough = candidate.enough
-    return Suggestion(
-        name=candidate.name,
-        settings={**candidate.settings, "max_length": known[low].max_length},
-        batch_size=low,
-        use=min(low, max(enough or 8, 1), most),
-        max_length=int(known[low].max_length or rows.max_length),
-        plan=known[low],
-        quality=candidate.quality,
-        seconds=candidate.seconds,
-        enough=enough,
-    )
+        batch = min(high - 1, max(low + 1, _next(exactly, known, low, high, longest)))
+    # more rows may make a smaller largest micro-batch: which rows meet is chance
+    for more in range(min(most, int(MEETINGS * low) + 2), low, -1):
+        if more not in known and exactly.largest(more, longest) < exactly.largest(high, longest) and fits(more):
+            return more
+    return low
 
 
-def _next(known: Mapping[int, plans.Plan], low: int, high: int) -> int:
-    """The batch to try next: what a row takes beside what is loaded says how many there is room for."""
-    batch = low or min(known)
-    made = known[batch]
-    fixed = made.phases[0].bytes + sum(made.outside.values())
-    each = (made.needed - fixed) / batch
-    if len(known) > 3 or each <= 0:
+def _next(exactly: Exact, known: Mapping[int, plans.Plan], low: int, high: int, longest: int) -> int:
+    """The batch to try next: where the line through the two plans nearest to the budget meets it."""
+    if len(known) > PATIENCE:
         return (low + high) // 2
-    return int(batch + ((made.budget or 0) - made.needed) / each)
+    there = sorted(known, key=lambda batch: abs(known[batch].spare or 0))[:2]
+    points = [(exactly.largest(batch, longest), known[batch].needed) for batch in there]
+    nearest = known[there[0]]
+    (tokens, needed), (others, taken) = points[0], (0, nearest.phases[0].bytes + sum(nearest.outside.values()))
+    if len(points) > 1 and points[1][0] != tokens:
+        others, taken = points[1]
+    each = (needed - taken) / (tokens - others)
+    if each <= 0:
+        return (low + high) // 2
+    room = tokens + ((nearest.budget or 0) - needed) / each
+    fitting, beyond = low, high
+    while beyond - fitting > 1:
+        middle = (fitting + beyond) // 2
+        fitting, beyond = (middle, beyond) if exactly.largest(middle, longest) <= room else (fitting, middle)
+    return fitting
 
 
 def _nothing_fits(asked: Asked, found: search.Found) -> ConfigError:
-    nearest = [*found.misses[:3]]
+    nearest = found.misses[:NEAREST]
     told = "; ".join(
         f"{one.name} with one row of {one.max_length:,} tokens: {plans.size(one.needed)}" for one in nearest
     )
@@ -275,100 +388,132 @@ def _nothing_fits(asked: Asked, found: search.Found) -> ConfigError:
 # ---- savers ----
 
 
-def savers(asked: Asked, rows: Rows, *, watch: Watcher | None = None) -> list[Saver]:
-    """What each memory saver would give, the best for its cost first; each is planned exactly."""
-    now = exact(asked, rows)
-    work = _work(asked, rows)
+def savers(exactly: Exact, settings: Mapping[str, Any], *, watch: Watcher | None = None) -> list[Saver]:
+    """What each memory saver would give beside settings, the best for its cost first; each is planned exactly."""
+    now = exactly.plan(settings)
+    work = exactly.work(settings)
     found = []
-    for settings, cost in _changes(asked, rows):
-        try:
-            other = with_settings(asked, settings)
-            method = methods.find(other.config.method)
-            check_quantized(other.config, method, asked.shape, torch.device(asked.where.kind))
-            made = exact(other, rows)
-        except FituneError:
+    for change, cost in _changes(exactly, exactly.with_settings(settings).config):
+        made = _planned(exactly, {**settings, **change})
+        if made is None:
             continue
         if watch is not None:
-            watch.say(f"planned: {flags(settings)}")
+            watch.say(f"planned: {flags(change)}")
         saved = now.needed - made.needed
         if saved > 0:
-            cut = _cut_share(rows, made.max_length or rows.max_length)
-            times = _work(other, rows) / work
-            found.append(Saver(flags(settings), saved, round(max(1.0, times), 3), cut, cost))
+            times = exactly.work({**settings, **change}) / work
+            cut = exactly.share_cut(made.max_length or exactly.rows.max_length)
+            found.append(Saver(flags(change), change, saved, round(times, 3), cut, cost))
     return sorted(found, key=lambda one: -one.worth)
 
 
-def _changes(asked: Asked, rows: Rows) -> Iterator[tuple[dict[str, Any], str]]:
-    config = asked.config
+def _planned(exactly: Exact, settings: Mapping[str, Any]) -> plans.Plan | None:
+    """The plan of settings; None: they cannot go together."""
+    try:
+        other = exactly.with_settings(settings)
+        check_quantized(other.config, methods.find(other.config.method), other.shape, torch.device(other.where.kind))
+        return exactly.plan(settings)
+    except FituneError:
+        return None
+
+
+def _changes(exactly: Exact, config: RunConfig) -> Iterator[tuple[dict[str, Any], str]]:
     if not config.checkpointing:
         yield {"checkpointing": True}, "blocks are computed again in the backward pass"
     if config.quant.name == "none":
         yield {"quant": {"name": "int8"}}, "products with 8-bit weights"
-        yield {"quant": {"name": "nf4"}}, "4-bit weights keep 96 % of what is gained"
-    elif config.quant.name == "int8":
-        yield {"quant": {"name": "nf4"}}, "4-bit weights keep 96 % of what is gained"
-    if config.batch_size > 1:
-        half = max(1, config.batch_size // 2)
-        times = config.accumulation * -(-config.batch_size // half)
-        yield {"batch_size": half, "accumulation": times}, "the objective stays the same"
-    lengths = lengths_of(rows.samples)
-    shorter = int(np.percentile(lengths, 95))
-    if shorter < rows.max_length:
-        yield {"max_length": shorter}, f"cuts {_cut_share(rows, shorter):.1%} of the rows"
+    if config.quant.name in ("none", "int8"):
+        yield {"quant": {"name": "nf4"}}, f"4-bit weights keep {search.KEPT['nf4']:.0%} of what is gained"
+    if config.batch_size > 1 and not config.optimizer_in_backward:
+        for rows in sorted({config.batch_size // 2, 1}, reverse=True):
+            times = -(-config.accumulation * config.batch_size // rows)
+            yield {"batch_size": rows, "accumulation": times}, "the objective stays the same"
+    for shorter in _shorter(exactly):
+        if shorter < exactly.longest(config):
+            yield {"max_length": shorter}, f"cuts {exactly.share_cut(shorter):.1%} of the rows"
     if config.optimizer == "adamw":
         yield {"optimizer": "adamw-8bit"}, "states in 8 bits"
     if config.precision == "fp32":
         yield {"precision": "bf16"}, "less exact; slow on a CPU without bf16"
     if config.method in ("full", "lora", "adapter"):
-        yield {"method": "freeze", "lora": {}, "bottleneck": {}}, "trains the last two blocks alone"
+        yield {"method": "freeze"}, "trains the last two blocks alone"
 
 
-def _cut_share(rows: Rows, longest: int) -> float:
-    return float((lengths_of(rows.samples) > longest).mean())
+@dataclass(frozen=True)
+class Help:
+    """What would make a plan fit that does not. missing: bytes; savers: each alone; together: those that do it, with
+    what is needed then; None: all of them are not enough."""
 
+    missing: int
+    savers: list[Saver]
+    together: dict[str, Any] | None
 
-def _work(asked: Asked, rows: Rows) -> float:
-    """Operations of an epoch."""
-    config = asked.config
-    longest = rows.max_length if config.max_length == "auto" else config.max_length
-    lengths = np.minimum(lengths_of(rows.samples).astype(np.int64), longest)
-    model = plans.without_values(plans.Work(config, asked.shape, []))
-    each = per_token(counts(model, config), lengths, labelled(rows), checkpointing=config.checkpointing)
-    return each * float(lengths.sum())
+    @property
+    def text(self) -> str:
+        """For people."""
+        each = ", ".join(f"`{one.flag}` saves {plans.size(one.saves)} ({one.cost})" for one in self.savers[:HELPS])
+        told = f"misses by {plans.size(self.missing)}: {each or 'no saver helps here'}"
+        if self.together is not None:
+            return f"{told}; with `{self.together['flags']}` it needs {plans.size(self.together['needed'])} and fits"
+        if not self.savers:
+            return told
+        return f"{told}; all together are not enough: without --method, fitune plan looks through every way"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "missing": self.missing,
+            "savers": [one.as_dict() for one in self.savers],
+            "together": self.together,
+            "text": self.text,
+        }
 
 
 def what_helps(
-    model: str,
-    *,
-    data: Sequence[str],
-    gpu: str | None,
-    words: str | None,
-    made: plans.Plan,
-    settings: Mapping[str, Any],
-) -> str:
-    """What would make a plan fit that does not: each change with the bytes that it saves."""
+    model: str, *, data: Sequence[str], gpu: str | None, words: str | None, settings: Mapping[str, Any]
+) -> Help:
+    """What would make a plan fit that does not: each change with the bytes that it saves, and which of them do it."""
     asked = ask(model, data=data, gpu=gpu, settings=settings)
-    found = savers(asked, look(asked, words, Watcher()))
-    told = ", ".join(f"`{one.flag}` saves {plans.size(one.saves)} ({one.cost})" for one in found[:5])
-    return f"misses by {plans.size(-(made.spare or 0))}: {told or 'no saver helps here'}"
+    exactly = Exact(asked, look(asked, words, Watcher()))
+    now = exactly.plan({})
+    missing = -(now.spare or 0)
+    found = savers(exactly, {})
+    return Help(missing, found, _together(exactly, found, missing))
+
+
+def _together(exactly: Exact, found: Sequence[Saver], missing: int) -> dict[str, Any] | None:
+    """The best saver that is enough, else the best ones one after the other until they are."""
+    alone = next((one for one in found if one.saves >= missing), None)
+    taken: dict[tuple[str, ...], Saver] = {}  # by what they set: of two lengths the one that saves more
+    for one in [alone] if alone is not None else found:
+        other = taken.get(tuple(one.settings))
+        if (alone is None and "method" in one.settings) or (other is not None and other.saves >= one.saves):
+            continue
+        taken[tuple(one.settings)] = one
+        changes = {name: value for saver in taken.values() for name, value in saver.settings.items()}
+        made = _planned(exactly, changes)
+        if made is not None and made.fits:
+            return {"settings": changes, "flags": flags(changes), "needed": made.needed}
+    return None
 
 
 # ---- advice ----
 
 
-def _advice(asked: Asked, rows: Rows, best: Suggestion) -> Iterator[Advice]:
-    yield _tokens_against_parameters(rows, best)
-    yield _against_the_machine(asked, rows, best)
-    yield _old_rules(asked, best)
-    yield _longest_row(rows, best)
-    found = _domain(asked)
+def _advice(exactly: Exact, best: Suggestion) -> Iterator[Advice]:
+    yield _tokens_against_parameters(exactly, best)
+    yield _against_the_machine(exactly, best)
+    yield _old_rules(best)
+    yield _longest_row(exactly, best)
+    found = _domain(exactly.asked)
     if found is not None:
         yield found
 
 
-def _tokens_against_parameters(rows: Rows, best: Suggestion) -> Advice:
-    tokens = int(lengths_of(rows.samples).sum() * labelled(rows))
-    trained, total = best.plan.trainable, best.plan.total
+def _tokens_against_parameters(exactly: Exact, best: Suggestion) -> Advice:
+    tokens = int(exactly.largest.lengths.sum() * labelled(exactly.rows))
+    trained = best.plan.trainable
+    total = sum(p.numel() for p in without_weights(exactly.asked.shape).parameters())
     enough = tokens >= total
     text = (
         f"direct tuning of all {total:,} parameters wants at least as many trained tokens; an epoch of this data has "
@@ -378,19 +523,21 @@ def _tokens_against_parameters(rows: Rows, best: Suggestion) -> Advice:
     return Advice("data", text, {"tokens": tokens, "parameters": total, "trainable": trained})
 
 
-def _against_the_machine(asked: Asked, rows: Rows, best: Suggestion) -> Advice:
-    made = best.plan
+def _against_the_machine(exactly: Exact, best: Suggestion) -> Advice:
+    made, where, batch, times = best.plan, exactly.asked.where, best.micro_batch, best.accumulation
     text = (
-        f"{best.name} needs {plans.size(made.needed)} of {plans.size(made.budget or 0)} with {best.batch_size} rows of "
-        f"at most {best.max_length:,} tokens"
+        f"{best.name} needs {plans.size(made.needed)} of {plans.size(made.budget or 0)} with micro-batches of {batch} "
+        f"rows of at most {best.max_length:,} tokens{f', {times} for each step' if times > 1 else ''}"
     )
-    work = _work(with_settings(asked, best.settings), rows)
+    if best.largest_batch > batch:
+        text += f"; {best.largest_batch} rows would fit ({plans.size(best.needed_at_largest)})"
+    work = exactly.work(best.settings)
     text += f"; an epoch is {work:,.3g} operations"
-    time = _time(asked, work, quantized=made.quant != "none")
+    time = _time(exactly.with_settings(best.settings), work, quantized=made.quant != "none")
     if time is not None:
-        text += f", about {_duration(time)} on {asked.where.name}"
-    if best.enough is not None and best.batch_size > best.enough:
-        text += f"; beyond {best.enough} rows throughput hardly grows"
+        text += f", about {_duration(time)} on {where.name}"
+    if best.enough is not None:
+        text += f"; throughput hardly grows beyond {best.enough} row{'s' * (best.enough > 1)} of a micro-batch"
     return Advice("machine", text, {"needed": made.needed, "budget": made.budget, "operations": work, "seconds": time})
 
 
@@ -406,27 +553,29 @@ def _duration(time: float) -> str:
     return f"{time:,.0f} seconds"
 
 
-def _old_rules(asked: Asked, best: Suggestion) -> Advice:
-    total, trained = best.plan.total, best.plan.trainable
-    by_batch, by_bytes = 6 * best.batch_size * total, 16 * total
+def _old_rules(best: Suggestion) -> Advice:
+    total, trained, rows = best.plan.total, best.plan.trainable, best.micro_batch
+    by_batch, by_bytes = 6 * rows * total, 16 * total
     text = (
-        f"the old rules say {plans.size(by_batch)} (6 x batch x parameters) and {plans.size(by_bytes)} (4 + 8 + 4 "
-        f"bytes a parameter); the plan says {plans.size(best.plan.needed)}: 16 bytes go to the {trained:,} trained "
-        "parameters alone, and activations depend on tokens, not on rows"
+        f"the old rules say {plans.size(by_batch)} (6 x batch x parameters, with {rows} rows) and "
+        f"{plans.size(by_bytes)} (4 + 8 + 4 bytes a parameter); the plan says {plans.size(best.plan.needed)}: 16 bytes "
+        f"go to the {trained:,} trained parameters alone, and activations depend on tokens, not on rows"
     )
     figures = {"six_times": by_batch, "sixteen_bytes": by_bytes, "plan": best.plan.needed}
     return Advice("old rules", text, figures)
 
 
-def _longest_row(rows: Rows, best: Suggestion) -> Advice:
-    lengths = lengths_of(rows.samples)
-    auto = automatic(lengths, lengths, int(lengths.max()))
-    p95, longest = int(np.percentile(lengths, 95)), int(lengths.max())
+def _longest_row(exactly: Exact, best: Suggestion) -> Advice:
+    told, rows = exactly.rows.lengths, exactly.rows
+    chosen = {choice.name: choice for choice in rows.choices}
+    cut = chosen["chosen"].cut if best.max_length == rows.max_length else exactly.share_cut(best.max_length)
     text = (
-        f"rows have {lengths.mean():,.0f} tokens on average, 95 % at most {p95:,}, the longest {longest:,}; max_length "
-        f"{best.max_length:,} cuts {_cut_share(rows, best.max_length):.1%} of them (auto: {auto:,})"
+        f"rows have {told['mean']:,.0f} tokens on average, 95 % at most {told['p95']:,}, the longest {told['max']:,}; "
+        f"max_length {best.max_length:,} cuts {cut:.1%} of them (auto: {chosen['auto'].max_length:,})"
     )
-    return Advice("length", text, {"mean": float(lengths.mean()), "p95": p95, "longest": longest, "auto": auto})
+    return Advice(
+        "length", text, {**told, "max_length": best.max_length, "cut": cut, "auto": chosen["auto"].max_length}
+    )
 
 
 SMALL = 4 * 2**30  # bytes of weights that are read for one piece of advice
@@ -459,6 +608,17 @@ def _domain(asked: Asked) -> Advice | None:
 # ---- words ----
 
 
+def _command(model: str, data: Sequence[str], best: Suggestion) -> str:
+    """What to type; a model of the catalog by its id on the hub, one that is named by its config.json by its folder."""
+    entry, path = catalog.get(model), Path(model).expanduser()
+    if entry is not None and not path.exists():
+        model = entry.id
+    elif path.is_file():
+        model = str(path.parent)
+    files = " ".join(shlex.quote(str(source)) for source in data)
+    return f"fitune train --model {shlex.quote(model)} --data {files} {best.flags}"
+
+
 def flags(settings: Mapping[str, Any]) -> str:
     """Settings as one types them."""
     words: list[str] = []
@@ -476,4 +636,4 @@ def flags(settings: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-__all__ = ["Advice", "Advised", "Saver", "Suggestion", "advise", "flags", "savers", "what_helps"]
+__all__ = ["Advice", "Advised", "Exact", "Help", "Saver", "Suggestion", "advise", "flags", "savers", "what_helps"]

@@ -138,13 +138,6 @@ class Loader:
                     yield epoch + (at + 1) / count, [flat(self.samples, rows) for rows in micro]
             number, epoch = number + count, epoch + 1
 
-    def largest(self) -> int:
-        """Tokens of the largest micro-batch that can come."""
-        longest = np.sort(lengths_of(self.samples))[::-1]
-        if self.batch_tokens:
-            return max(self.batch_tokens, int(longest[0]))
-        return int(longest[: self.batch_size].sum())
-
 
 def in_order(samples: Sequence[Sample], batch_size: int) -> Iterator[Batch]:
     """All samples once, in their order: for evaluation."""

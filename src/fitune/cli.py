@@ -11,6 +11,7 @@ import json as jsonlib
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -254,14 +255,14 @@ def _fitted(
 
     given = {k: v for k, v in values.items() if k not in ("model", "data", "output", "force", "device")}
     paths = [source.path for source in checked.sources()]
-    found = advise(checked.model, data=paths, gpu=gpu, watch=Terminal(console), shown=1, **given)
+    found = advise(checked.model, data=paths, gpu=gpu, watch=Terminal(console), shown=1, with_savers=False, **given)
     best = found.suggestions[0]
     show_fit(found, console)
     if not found.here:
         console.print(f"planned for {found.where}, which is not here: nothing is run", highlight=False)
         _print_figures(found.as_dict(), json)
         return None
-    return settings.build(settings.merge(values, {**best.settings, "batch_size": best.use}))
+    return settings.build(settings.merge(values, best.settings))
 
 
 @app.command
@@ -282,8 +283,7 @@ def inspect(
     """See what will be trained: rows, lengths, labels, tokens, and what the checks find."""
     given = settings.merge(settings.parse_assignments(set_ or []), _typed(flags))
     checked = settings.build({**given, "model": model, "data": data})
-    if html is not None and html.exists():
-        raise ConfigError(f"{html}: exists; nothing of yours is overwritten", fix="choose another --html")
+    _check_page(html)
 
     from fitune.console import Terminal
     from fitune.files import write_atomic
@@ -501,6 +501,14 @@ def quantize(
         _print_json(done.as_dict())
 
 
+def _check_page(html: Path | None) -> None:
+    """Whether it can be written is known before the work."""
+    if html is not None and html.exists():
+        raise ConfigError(f"{html}: exists; nothing of yours is overwritten", fix="choose another --html")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise ConfigError(f"{html}: no such folder", fix=f"mkdir -p {shlex.quote(str(html.parent))}")
+
+
 PlanFlags = _optional(settings.RunConfig, "PlanFlags", without=("model", "data", "output", "force"))
 
 
@@ -533,8 +541,7 @@ def plan(
     flags: Annotated[Optional[PlanFlags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045
 ) -> None:
     """What a run takes before it runs, and whether that fits. Nothing but a config.json is ever fetched."""
-    if html is not None and html.exists():
-        raise ConfigError(f"{html}: exists; nothing of yours is overwritten", fix="choose another --html")
+    _check_page(html)
     if sum((verify, calibrate, prove)) > 1:
         raise ConfigError("--verify, --calibrate and --prove are three things", fix="one at a time")
     console = _console(json)
@@ -575,9 +582,9 @@ def plan(
     if made.fits is False:
         from fitune.advice import what_helps
 
-        help_ = what_helps(model, data=data or (), gpu=gpu, words=words, made=made, settings=given)
-        console.print(help_, highlight=False)
-        seen["helps"] = help_
+        help_ = what_helps(model, data=data or (), gpu=gpu, words=words, settings=given)
+        console.print(help_.text, highlight=False)
+        seen["helps"] = help_.as_dict()
     if html is not None:
         write_atomic(html, page(seen))
         console.print(f"page {html}", highlight=False, soft_wrap=True)

@@ -91,10 +91,19 @@ def read_config(folder: Path) -> Any:
         ModelError: config.json is missing, broken, or of a model that needs code of its own.
     """
     path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: no config.json", expected="a model folder in transformers format")
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> Any:
+    """The same of a config.json by whatever name.
+
+    Raises:
+        ModelError: it is broken, or of a model that needs code of its own.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: no config.json", expected="a model folder in transformers format") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON", received=" ".join(str(error).split())) from None
     kind = values.get("model_type") if isinstance(values, dict) else None
@@ -111,7 +120,7 @@ def read_config(folder: Path) -> Any:
             received=code if "auto_map" in values else None,
             fix=_nearest(kind),
         )
-    _check_quantized(folder, values.get("quantization_config"))
+    _check_quantized(path.parent, values.get("quantization_config"))
     try:
         return shape_of(values)
     except ModelError:
@@ -142,9 +151,25 @@ def shape_of(values: Mapping[str, Any]) -> Any:
         ModelError: a ChatGLM that differs from the published ones.
     """
     plain = {name: value for name, value in values.items() if name not in CODE_KEYS}
-    if plain["model_type"] == original.TYPE:
-        return original.config_of(plain)
-    return CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
+    original_ = plain["model_type"] == original.TYPE
+    config = original.config_of(plain) if original_ else CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
+    _check_sizes(config)
+    return config
+
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def _check_sizes(config: Any) -> None:
+    """transformers takes any number, and fails later in its own way."""
+    found = {name: getattr(config, name, None) for name in SIZES}
+    wrong = [f"{name} {size}" for name, size in found.items() if isinstance(size, int) and size < 1]
+    if wrong:
+        raise ModelError("config.json: sizes that no model has", received=", ".join(wrong), expected="1 or more")
+    heads, groups = found["num_attention_heads"], found["num_key_value_heads"]
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        told = f"num_attention_heads {heads}, num_key_value_heads {groups}"
+        raise ModelError("config.json: heads that no group divides", received=told, expected="a multiple")
 
 
 def _check_quantized(folder: Path, found: Any) -> None:
@@ -188,6 +213,10 @@ def without_weights(config: Any) -> Any:
         raise ModelError(
             f"model_type {config.model_type!r} is no causal language model", received=str(error)[:200]
         ) from error
+    except Exception as error:  # each model fails in its own way at values that its config let through
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        fix = "the config.json of a published model"
+        raise ModelError("no model can be built from this config.json", received=told, fix=fix) from error
 
 
 def load_model(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,15 @@ from fitune.batches import Loader
 from fitune.cache import Cache
 from fitune.config import RunConfig, build
 from fitune.console import Watcher
-from fitune.errors import Collector, ConfigError, DataError, ModelError
-from fitune.lengths import automatic
+from fitune.errors import Collector, ConfigError, DataError
+from fitune.lengths import automatic, choices, summary
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
 from fitune.memory import steps, trace
 from fitune.methods import new_tokens
-from fitune.model import locate, pick_device, read_config, shape_of, trainable
+from fitune.model import locate, pick_device, read_config, read_config_file, shape_of, trainable
 from fitune.prepare import Job, absolute, check_quantized, own_settings, prepare, quant_settings, resolve
-from fitune.records import Conversation, DataReport, Message, Sample
+from fitune.records import Conversation, DataReport, LengthChoice, Message, Sample
 
 NO_DATA = "-"  # stands for data that nobody named
 ASSUMED_LENGTH = 1024  # of a row, where neither data nor max_length say anything
@@ -57,7 +57,7 @@ class Asked:
 @dataclass(frozen=True)
 class Rows:
     """What is known of the data. note: how, where that must be told. words: the folder of the tokenizer, where there is
-    one; added: tokens that it got."""
+    one; added: tokens that it got. lengths: of the uncut rows, as `lengths.summary`; choices: what each length cuts."""
 
     samples: Sequence[Sample]
     held_out: Sequence[Sample]
@@ -66,6 +66,8 @@ class Rows:
     report: DataReport | None = None
     words: Path | None = None
     added: Sequence[new_tokens.NewToken] = ()
+    lengths: Mapping[str, float] = field(default_factory=dict)
+    choices: Sequence[LengthChoice] = ()
 
 
 def plan(
@@ -96,6 +98,8 @@ def plan(
     known = look(wanted, words, watch or Watcher())
     made = plans.plan(work_of(wanted, known), wanted.where, name=wanted.name)
     notes = [known.note] if known.note else []
+    if wanted.where.kind == "cuda" and not wanted.where.bf16 and made.precision == "bf16":
+        notes.append(f"bf16 {precision.EMULATED}: --precision auto")
     return replace(made, notes=[*notes, *made.notes], max_length=known.max_length)
 
 
@@ -164,32 +168,9 @@ def shape_for(model: str) -> tuple[Any, Path | None, str]:
     if entry is not None and not path.exists():
         return shape_of(entry.config), None, entry.name
     if path.is_file():
-        return _from_file(path), None, path.absolute().parent.name if path.name == "config.json" else path.name
+        return read_config_file(path), None, path.absolute().parent.name if path.name == "config.json" else path.name
     folder = locate(model, only=("config.json",))
     return read_config(folder), folder if path.is_dir() else None, folder.absolute().name if path.is_dir() else model
-
-
-def _from_file(path: Path) -> Any:
-    """The config that a config.json holds, wherever it lies."""
-    if path.name == "config.json":
-        return read_config(path.parent)
-    fix = "the config.json of a model in transformers format"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise ModelError(f"{path}: cannot be read as JSON", received=told, fix=fix) from error
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if not isinstance(kind, str):
-        raise ModelError(f"{path}: no config of a model", expected='"model_type": "llama"', fix=fix)
-    try:
-        return shape_of(values)
-    except ModelError:
-        raise
-    except KeyError as error:
-        raise ModelError(f"{path}: model_type {kind!r} is unknown to transformers", fix=fix) from error
-    except Exception as error:  # each config class checks itself in its own way
-        raise ModelError(f"{path}: wrong values", received=" ".join(str(error).split())[:300], fix=fix) from error
 
 
 def _precision(config: RunConfig, where: devices.Device) -> RunConfig:
@@ -221,7 +202,10 @@ def look(wanted: Asked, words: str | Path | None, watch: Watcher) -> Rows:
     )
     if not len(found.samples):
         raise DataError("no row is left to train on", fix="fitune inspect tells what became of them")
-    return Rows(found.samples, found.held_out, found.report.max_length, "", found.report, folder, added)
+    told = found.report
+    return Rows(
+        found.samples, found.held_out, told.max_length, "", told, folder, added, told.lengths, told.length_choices
+    )
 
 
 def _check_length(config: RunConfig, limit: int) -> None:
@@ -266,7 +250,8 @@ def _estimated(config: RunConfig, shape: Any, limit: int) -> Rows:
         f"no tokenizer at hand (--tokenizer FOLDER): lengths of {len(samples):,} rows are estimated from their "
         "characters, which may be a third off"
     )
-    return Rows(samples, samples[:share], longest, note)
+    told = choices(guessed, guessed, limit, longest)
+    return Rows(samples, samples[:share], longest, note, lengths=summary(guessed), choices=told)
 
 
 def _tokens(row: Conversation, vocabulary: int) -> int:

@@ -72,6 +72,9 @@ def resolve(config: RunConfig, device: torch.device) -> RunConfig:
     return config
 
 
+EMULATED = "is not computed by this GPU, only imitated, which is many times slower than fp16"
+
+
 def choose(device: torch.device) -> tuple[str, str]:
     """The precision for a device, and why."""
     if device.type == "cuda":
@@ -147,6 +150,8 @@ def speed(config: RunConfig, device: torch.device) -> Finding:
     chosen, why = choose(device)
     if chosen == config.precision:
         return Finding("precision", "ok", f"{chosen}: {why}")
+    if chosen == "fp16" and config.precision == "bf16":
+        return Finding("precision", "warn", f"bf16 {EMULATED}", "--precision auto")
     if device.type != "cpu" or config.precision == "fp32":
         return Finding("precision", "ok", f"{config.precision}; auto would take {chosen}: {why}")
     measured = rates(device)

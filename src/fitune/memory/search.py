@@ -8,14 +8,13 @@ depth. What is shown to a user is planned exactly afterwards (planning.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fitune import families, methods, precision, quant
 from fitune.config import RunConfig, build, merge
@@ -96,18 +95,19 @@ class _Line:
 
 
 def search(
-    given: Mapping[str, Any], shape: Any, lengths: NDArray[np.int64], labelled: float, where: device.Device,
-    max_lengths: Sequence[int],
+    given: Mapping[str, Any], shape: Any, rows: steps.Largest, labelled: float, where: device.Device,
+    max_lengths: Sequence[int], tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:  # fmt: skip
     """See the module's text.
 
     Args:
         given: settings that are to stay: a method, a precision, ...
         shape: the model's transformers config.
-        lengths: of the rows, uncut.
+        rows: their lengths, and how they come together.
         labelled: share of the tokens that carry a label.
         where: it is to fit; its budget is known.
         max_lengths: that may be chosen, the longest first.
+        tell: is called with the number of ways that are behind, and of all.
     """
     outside = sum(plan.outside_of(where).values()) + (
         2 * device.calibration(where.name).workspace if where.kind == "cuda" else 0
@@ -115,15 +115,18 @@ def search(
     found: list[Candidate] = []
     misses: list[Candidate] = []
     combinations = 0
-    for name, settings, quality in _ways(given, shape, where):
+    ways = list(_ways(given, shape, where))
+    for number, (name, settings, quality) in enumerate(ways):
+        tell(number, len(ways))
         config = build(merge({**settings, "model": "-", "data": ["-"]}, {}))
         line = _line(config, shape, where.kind)
         if line is None:
             continue
         for longest in max_lengths:
-            one = _candidate(name, settings, config, line, quality, lengths, labelled, where, longest, outside)
-            combinations += max(8, one.batch_size.bit_length() + 1)
+            one, tried = _candidate(name, settings, config, line, quality, rows, labelled, where, longest, outside)
+            combinations += tried
             (found if one.batch_size else misses).append(one)
+    tell(len(ways), len(ways))
     return Found(sorted(found, key=_rank), combinations, sorted(misses, key=lambda one: one.needed))
 
 
@@ -226,34 +229,36 @@ def _small(config: RunConfig, shape: Any, depth: int, target: str) -> _Line:
 
 
 def _candidate(
-    name: str, settings: dict[str, Any], config: RunConfig, line: _Line, quality: float, lengths: NDArray[np.int64],
+    name: str, settings: dict[str, Any], config: RunConfig, line: _Line, quality: float, rows: steps.Largest,
     labelled: float, where: device.Device, longest: int, outside: int,
-) -> Candidate:  # fmt: skip
-    cut = np.minimum(lengths, longest)
-    sums = np.cumsum(np.sort(cut)[::-1])  # tokens of the largest micro-batch that can come, by its rows
+) -> tuple[Candidate, int]:  # fmt: skip
+    """And how many sizes of batches were looked at."""
+    cut = np.minimum(rows.lengths, longest)
+    tried: set[int] = set()
 
-    def needed(rows: int) -> int:
-        tokens = int(sums[min(rows, len(sums)) - 1])
-        most = max(fixed + slope * tokens for fixed, slope in line.phases.values())
+    def needed(batch: int) -> int:
+        tried.add(batch)
+        most = max(fixed + slope * rows(batch, longest) for fixed, slope in line.phases.values())
         return int(most * (MARGIN if where.kind == "cuda" else 1)) + outside
 
-    rows = _largest(needed, where.budget or 0, min(MOST, len(sums)))
+    batch = _largest(needed, where.budget or 0, min(MOST, len(cut)))
     work = flops.per_token(line.counts, cut, labelled, checkpointing=config.checkpointing) * float(cut.sum())
     rate = rate_of(where, config.precision)
     time = flops.seconds(work, rate, quantized=config.quant.name != "none", cpu=where.kind == "cpu")
     tokens = flops.saturating_tokens(rate, where.bandwidth, 2.0)
-    return Candidate(
+    found = Candidate(
         name=name,
         settings={**settings, "max_length": longest},
-        batch_size=rows,
+        batch_size=batch,
         max_length=longest,
-        needed=needed(max(1, rows)),
+        needed=needed(max(1, batch)),
         quality=quality,
         trainable=int(line.counts.trainable),
         flops_per_token=work / max(1.0, float(cut.sum())),
         seconds=time,
         enough=None if tokens is None else max(1, round(tokens / max(1.0, float(cut.mean())))),
     )
+    return found, len(tried)
 
 
 def rate_of(where: device.Device, name: str) -> float | None:
@@ -261,7 +266,7 @@ def rate_of(where: device.Device, name: str) -> float | None:
     return precision.rates(torch.device("cpu"))[name] / 1e3 if where.kind == "cpu" else where.tflops
 
 
-def _largest(needed: Any, budget: int, most: int) -> int:
+def _largest(needed: Callable[[int], int], budget: int, most: int) -> int:
     """The largest number of rows that fits; 0: none."""
     if needed(1) > budget:
         return 0

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fitune.batches import Loader, flat, in_order
+from fitune.config import RunConfig
 from fitune.records import Batch, Layout, Sample
 from fitune.store import lengths_of
 
@@ -47,6 +48,39 @@ def deciding(loader: Loader, total: int) -> list[list[Batch]]:
 
 def _size(lengths: NDArray[np.int64], *, padded: bool) -> int:
     return int(lengths.max() * len(lengths) if padded else lengths.sum())
+
+
+class Largest:
+    """Tokens of the largest micro-batch of a run, for any number of rows in one, in the order in which they come.
+
+    Args:
+        samples: the training rows.
+        config: seed, epochs and max_steps decide how much of which order is met.
+        padded: rows of about a length share a micro-batch, and all count as the longest.
+    """
+
+    def __init__(self, samples: Sequence[Sample], config: RunConfig, *, padded: bool) -> None:
+        self.samples, self.config, self.padded = samples, config, padded
+        self.lengths = lengths_of(samples).astype(np.int64)
+        self.known: dict[tuple[int, int], int] = {}
+
+    def __call__(self, rows: int, longest: int) -> int:
+        """With so many rows in a micro-batch, none longer than that."""
+        key = rows, longest
+        if key not in self.known:
+            self.known[key] = self._look(rows, np.minimum(self.lengths, longest))
+        return self.known[key]
+
+    def _look(self, rows: int, lengths: NDArray[np.int64]) -> int:
+        loader = Loader(self.samples, rows, 1, self.config.seed, None, self.padded)
+        left = min(LOOK, self.config.max_steps or loader.total_steps(self.config.epochs))
+        most = epoch = 0
+        while left > 0:
+            ordered = lengths[loader.order(epoch)]
+            grid = np.pad(ordered, (0, -len(ordered) % rows)).reshape(-1, rows)[:left]
+            sizes = grid.max(axis=1) * (grid > 0).sum(axis=1) if self.padded else grid.sum(axis=1)
+            most, left, epoch = max(most, int(sizes.max())), left - len(grid), epoch + 1
+        return most
 
 
 def _steps(loader: Loader) -> Iterator[list[NDArray[np.int64]]]:

@@ -145,6 +145,9 @@ class Building(_Mode):
         return overrides.BUILDING.get(func, func)(*args, **(kwargs or {}))
 
 
+FAILED = "failed"  # a phase that no plan and no figure tells of
+
+
 class Tracer(_Mode):
     """Sees every allocation of what runs inside.
 
@@ -170,10 +173,14 @@ class Tracer(_Mode):
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Inside, allocations belong to this phase."""
+        """Inside, allocations belong to this phase. What fails belongs to none: it is tried again in another way."""
+        first = len(self.course)
         self.at(phase)
         try:
             yield
+        except BaseException:
+            self.course[first:] = [(at, FAILED, "") for at, _, _ in self.course[first:]]
+            raise
         finally:
             self.at("")
 
