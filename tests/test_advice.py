@@ -275,6 +275,41 @@ def test_fit_for_another_gpu_is_planned_and_not_run(tmp_path: Path, capsys: pyte
     assert not run.exists()
 
 
+def test_what_fits_is_shown_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the terminal, as JSON and as a page: the same figures."""
+    model, data = str(shape_file(tmp_path, 3)), str(tiny.write_rows(tmp_path / "rows.jsonl", 24))
+    page = tmp_path / "fits.html"
+    common = ["plan", model, "--data", data, "--gpu", "900MiB", "--json", "--html", str(page)]
+    with pytest.raises(SystemExit) as done:
+        cli.app([*common, "--quant", "nf4", "--checkpointing"])
+    assert done.value.code in (0, None)
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    best = found["suggestions"][0]
+    assert best["flags"] in found["command"]
+    assert best["micro_batch"] * best["accumulation"] >= 8
+    text = page.read_text(encoding="utf-8")
+    for part in (
+        best["name"],
+        plan.size(best["plan"]["needed"]),
+        "budget 900.0 MiB",
+        "<svg",
+        found["advice"][0]["about"],
+    ):
+        assert part in text, part
+    for part in (best["name"].split(",")[0], "what else fits, by arithmetic", found["command"].split(" --method")[0]):
+        assert part in told.err
+    assert "an epoch" not in told.err.partition("memory savers")[0]  # of a size nobody knows how fast it is
+    for part in ("http://", "https://", "<script src"):
+        assert part not in text.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_a_search_goes_by_rows_and_not_by_tokens(tmp_path: Path) -> None:
+    data = [str(tiny.write_rows(tmp_path / "rows.jsonl", 8))]
+    with pytest.raises(ConfigError, match="batch_tokens beside a search"):
+        advice.advise(str(shape_file(tmp_path, 3)), data=data, gpu="8GB", batch_tokens=512)
+
+
 def test_gpu_without_fit_is_refused(tmp_path: Path) -> None:
     model, data = tiny.save("llama", tmp_path / "model"), tiny.write_rows(tmp_path / "rows.jsonl", 8)
     with pytest.raises(ConfigError, match="--gpu without --fit"):

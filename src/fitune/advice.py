@@ -78,6 +78,7 @@ class Saver:
     work: float
     cut: float
     cost: str
+    plan: plans.Plan
 
     @property
     def worth(self) -> float:
@@ -86,7 +87,7 @@ class Saver:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "worth": self.worth}
+        return {**asdict(replace(self, plan=None)), "needed": self.plan.needed, "worth": self.worth}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -403,7 +404,7 @@ def savers(exactly: Exact, settings: Mapping[str, Any], *, watch: Watcher | None
         if saved > 0:
             times = exactly.work({**settings, **change}) / work
             cut = exactly.share_cut(made.max_length or exactly.rows.max_length)
-            found.append(Saver(flags(change), change, saved, round(times, 3), cut, cost))
+            found.append(Saver(flags(change), change, saved, round(times, 3), cut, cost, made))
     return sorted(found, key=lambda one: -one.worth)
 
 
@@ -550,7 +551,7 @@ def _duration(time: float) -> str:
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if time >= 2 * size:
             return f"{time / size:,.1f} {name}"
-    return f"{time:,.0f} seconds"
+    return f"{time:,.0f} seconds" if time >= 2 else "a second or two"
 
 
 def _old_rules(best: Suggestion) -> Advice:

@@ -567,9 +567,7 @@ def plan(
 
     words = str(tokenizer) if tokenizer is not None else None
     if "method" not in given and data:
-        if html is not None:
-            raise ConfigError("--html is the page of one plan", fix="add --method, for example --method lora")
-        _print_figures(_advised(model, data, gpu, words, given, console), json)
+        _print_figures(_advised(model, data, gpu, words, given, console, html), json)
         return
     made = make_plan(model, data=data or (), gpu=gpu, words=words, watch=Terminal(console), **given)
     seen = made.as_dict()
@@ -592,15 +590,25 @@ def plan(
 
 
 def _advised(
-    model: str, data: list[str], gpu: str | None, words: str | None, given: dict[str, Any], console: Console
+    model: str,
+    data: list[str],
+    gpu: str | None,
+    words: str | None,
+    given: dict[str, Any],
+    console: Console,
+    html: Path | None,
 ) -> dict[str, Any]:
     """What fits, ranked, with the reasons."""
     from fitune.advice import advise
-    from fitune.adviceview import show
+    from fitune.adviceview import page, show
     from fitune.console import Terminal
+    from fitune.files import write_atomic
 
     found = advise(model, data=data, gpu=gpu, words=words, watch=Terminal(console), **given)
     show(found, console)
+    if html is not None:
+        write_atomic(html, page(found))
+        console.print(f"page {html}", highlight=False, soft_wrap=True)
     return found.as_dict()
 
 

@@ -474,22 +474,36 @@ def _numbers(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _limit(plan: Plan) -> Limit | None:
-    budget, unit = plan["budget"], unit_of(plan)
+def _limit(plan: Plan, unit: Unit) -> Limit | None:
+    budget = plan["budget"]
     return None if budget is None else Limit(f"budget {unit.named(budget)}", budget / unit.size)
 
 
+def _bar(label: str, sizes: Mapping[str, int], unit: Unit, *, strong: bool = False) -> StackedBar:
+    parts = [Part(name, sizes.get(name, 0) / unit.size, _look(name).variable) for name in [*LOOKS, *GREYS]]
+    return StackedBar(label, parts, strong)
+
+
+def needed_bars(plans: Mapping[str, Plan], width: int, *, label: str) -> str:
+    """What each of some plans for one device needs, by what it is needed for.
+
+    Args:
+        plans: by their names; the first is printed bold.
+        width: of the drawing.
+        label: what it shows, for those who cannot see it.
+    """
+    first = next(iter(plans.values()))
+    unit = max((unit_of(plan) for plan in plans.values()), key=lambda one: one.size)
+    bars = [_bar(name, _all(plan), unit, strong=plan is first) for name, plan in plans.items()]
+    return stacked_bars(bars, label=label, unit=unit.name, form=unit.form, limit=_limit(first, unit), width=width)
+
+
 def _bars(plan: Plan, width: int) -> str:
-    unit, names = unit_of(plan), [*LOOKS, *GREYS]
-
-    def bar(label: str, sizes: Mapping[str, int], strong: bool) -> StackedBar:
-        parts = [Part(name, sizes.get(name, 0) / unit.size, _look(name).variable) for name in names]
-        return StackedBar(label, parts, strong)
-
-    bars = [bar(phase["phase"], _stack(phase["parts"]), False) for phase in _phases(plan)]
+    unit = unit_of(plan)
+    bars = [_bar(phase["phase"], _stack(phase["parts"]), unit) for phase in _phases(plan)]
     label = "memory by phase and category, and what is needed in all"
-    bars.append(bar("needed", _all(plan), True))
-    return stacked_bars(bars, label=label, unit=unit.name, form=unit.form, limit=_limit(plan), width=width)
+    bars.append(_bar("needed", _all(plan), unit, strong=True))
+    return stacked_bars(bars, label=label, unit=unit.name, form=unit.form, limit=_limit(plan, unit), width=width)
 
 
 def _area(plan: Plan, width: int) -> str:
@@ -506,7 +520,7 @@ def _area(plan: Plan, width: int) -> str:
         unit=unit.name,
         form=unit.form,
         spans=_spans(points),
-        limit=_limit(plan),
+        limit=_limit(plan, unit),
         peak=Peak(at[top], totals[top] / unit.size, f"peak {unit.named(plan['peak']['bytes'])}"),
         width=width,
     )
