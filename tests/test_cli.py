@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -236,3 +237,26 @@ def test_a_wrong_source_flag_says_why(
     assert code == 2
     for part in parts:
         assert part in err
+
+
+def test_ctrl_c_is_told_in_a_word(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fitune.planning.plan", interrupted)
+    code, out, err = run(["plan", "llama-3.2-1b", "--method", "lora"], capsys, monkeypatch)
+    assert (code, out, err) == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "targets"),
+    [
+        (["--lora.targets", "q_proj"], "q_proj"),
+        (["--lora.targets", "q_proj", "--lora.targets", "v_proj"], ["q_proj", "v_proj"]),
+        (["--lora.targets", "q_proj", "v_proj"], ["q_proj", "v_proj"]),
+    ],
+    ids=str,
+)
+def test_every_target_that_is_typed_counts(words: list[str], targets: Any) -> None:
+    _, bound, _ = cli.app.parse_args(["train", *words], exit_on_error=False, print_error=False)
+    assert cli._typed(bound.arguments["flags"]) == {"lora": {"targets": targets}}

@@ -7,6 +7,7 @@ comes from a plan, none from a rule of thumb; the old rules stand beside, to be 
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,11 +21,14 @@ from fitune import catalog, evaluation, methods, weights
 from fitune.config import RunConfig, build, merge
 from fitune.console import Ticker, Watcher
 from fitune.errors import ConfigError, FituneError
+from fitune.memory import device as devices
 from fitune.memory import plan as plans
 from fitune.memory import search, steps
+from fitune.memory.closed import state_bytes
 from fitune.memory.flops import counts, per_token, seconds
 from fitune.model import without_weights
 from fitune.planning import Asked, Rows, ask, look, work_of
+from fitune.precision import DTYPES
 from fitune.prepare import check_quantized
 from fitune.store import lengths_of
 
@@ -40,13 +44,15 @@ MEETINGS = 1.25  # how much larger a batch may be whose largest micro-batch is s
 class Suggestion:
     """A way that fits, planned exactly.
 
-    settings: what to type beside what was given. micro_batch, accumulation: rows, and how many of them for each
-    optimizer step: together as many rows as were asked for; they are in the settings. plan: of exactly these settings.
-    largest_batch: the most rows of a micro-batch that fit with the same settings; needed_at_largest: bytes with it.
+    settings: all of them, what was given among them; changed: of them those that are new, or other than given.
+    micro_batch, accumulation: rows, and how many of them for each optimizer step: together as many rows as were asked
+    for; they are in the settings. plan: of exactly these settings. largest_batch: the most rows of a micro-batch that
+    fit with the same settings; needed_at_largest: bytes with it.
     """
 
     name: str
     settings: dict[str, Any]
+    changed: dict[str, Any]
     micro_batch: int
     accumulation: int
     plan: plans.Plan
@@ -59,8 +65,8 @@ class Suggestion:
 
     @property
     def flags(self) -> str:
-        """What to type."""
-        return flags(self.settings)
+        """What to type beside what was given."""
+        return flags(self.changed)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -69,25 +75,27 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Saver:
-    """What one change to the settings would give: bytes by exact plans; work: operations, times as many; cut: share of
-    the rows that would lose tokens. cost: in words."""
+    """What one change to the settings would give: bytes by exact plans; time: of an epoch, times as much, by counted
+    operations and the share of its rate that a device reaches; cut: share of the rows that would lose tokens. cost: in
+    words."""
 
     flag: str
     settings: dict[str, Any]
     saves: int
-    work: float
+    time: float
     cut: float
     cost: str
     plan: plans.Plan
 
     @property
     def worth(self) -> float:
-        """Bytes saved for what they cost: more work, cut rows, and something for any change."""
-        return self.saves / (0.05 + max(0.0, self.work - 1) + 10 * self.cut)
+        """Bytes saved for what they cost: more time, cut rows, and something for any change."""
+        return self.saves / (0.05 + max(0.0, self.time - 1) + 10 * self.cut)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(replace(self, plan=None)), "needed": self.plan.needed, "worth": self.worth}  # type: ignore[arg-type]
+        values = {name: value for name, value in vars(self).items() if name != "plan"}
+        return {**values, "needed": self.plan.needed, "worth": self.worth}
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ class Advised:
 
 
 def advise(
-    model: str, *, data: Sequence[str], gpu: str | None = None, words: str | None = None,
+    model: str, *, data: Sequence[Any], gpu: str | None = None, words: str | None = None,
     watch: Watcher | None = None, shown: int = SHOWN, with_savers: bool = True, **settings: Any,
 ) -> Advised:  # fmt: skip
     """Search, settle and explain.
@@ -152,22 +160,27 @@ def advise(
         FituneError: as `planning.plan`; or nothing fits at all.
     """
     watch = watch or Watcher()
-    asked = ask(model, data=data, gpu=gpu, settings=settings)
-    if asked.config.batch_tokens is not None:
+    if settings.get("batch_tokens") is not None:
         raise ConfigError(
             "batch_tokens beside a search for the largest batch",
             expected="batch_size, the rows of an optimizer step",
-            fix="leave --batch-tokens out, or name the --method for the plan of one run",
+            fix="leave --batch-tokens out; `fitune plan` with --method and `fitune train` without --fit take it",
         )
-    exactly = Exact(asked, look(asked, words, watch))
+    asked = ask(model, data=data, gpu=gpu, settings=settings)
+    if too_small := below_all(asked.where):
+        raise too_small
+    exactly = Exact(asked, look(asked, words, watch), settings)
     found = _searched(exactly, settings, watch)
     suggestions: list[Suggestion] = []
-    # the arithmetic is on the safe side: where nothing fits by it, the nearest ways are planned too
-    for candidate in _best(found.candidates, 2 * shown) or found.misses[:NEAREST]:
+    refuted: list[search.Candidate] = []
+    # where nothing fits by arithmetic, the nearest ways are planned too: it has a margin
+    for candidate in _best(found.candidates, asked.config) or found.misses[:NEAREST]:
         watch.say(f"planning exactly: {candidate.name}")
         settled = settle(exactly, candidate)
         if settled is not None:
             suggestions.append(settled)
+        else:
+            refuted.append(candidate)
         if len(suggestions) == shown:
             break
     if not suggestions:
@@ -181,7 +194,7 @@ def advise(
         budget=asked.where.budget or 0,
         combinations=found.combinations,
         suggestions=suggestions,
-        candidates=found.candidates,
+        candidates=[one for one in found.candidates if one not in refuted],
         savers=savers(exactly, best.settings, watch=watch) if with_savers else [],
         advice=list(_advice(exactly, best)),
         notes=[exactly.rows.note] if exactly.rows.note else [],
@@ -194,10 +207,11 @@ class Exact:
     Args:
         asked: the question.
         rows: what is known of its data.
+        given: the settings that were given, as they were.
     """
 
-    def __init__(self, asked: Asked, rows: Rows) -> None:
-        self.asked, self.rows = asked, rows
+    def __init__(self, asked: Asked, rows: Rows, given: Mapping[str, Any]) -> None:
+        self.asked, self.rows, self.given = asked, rows, given
         self.plans: dict[str, plans.Plan] = {}
         self.cut: dict[int, Rows] = {rows.max_length: rows}
         padded = steps.likely_layout(asked.config.layout, asked.shape) == "padded"
@@ -236,6 +250,13 @@ class Exact:
         found = counts(model, config)
         each = per_token(found, lengths, labelled(self.rows), checkpointing=config.checkpointing)
         return each * float(lengths.sum())
+
+    def time(self, settings: Mapping[str, Any]) -> float:
+        """Of an epoch, in units that are the same for all settings on this device."""
+        other, work = self.with_settings(settings), self.work(settings)
+        quantized, cpu = other.config.quant.name != "none", other.where.kind == "cpu"
+        rate = search.rate_of(other.where, other.config.precision) or 1.0
+        return seconds(work, rate, quantized=quantized, cpu=cpu) or work
 
     def share_cut(self, longest: int) -> float:
         """Share of the rows that a length cuts."""
@@ -278,47 +299,50 @@ def labelled(rows: Rows) -> float:
     return 0.9
 
 
-def _best(candidates: Sequence[search.Candidate], most: int) -> list[search.Candidate]:
-    """The best of each way and precision, with the longest rows."""
-    seen: dict[tuple[str, str], search.Candidate] = {}
+def _best(candidates: Sequence[search.Candidate], config: RunConfig) -> list[search.Candidate]:
+    """The best of each method, with the longest rows; of one method a second only where it has room for more of the
+    rows that are asked for."""
+    found: list[search.Candidate] = []
+    room: dict[str, int] = {}
     for one in candidates:
-        key = (one.name.split(",")[0], str(one.settings["quant"]))
-        seen.setdefault(key, one)
-    return list(seen.values())[:most]
+        method = one.settings["method"]
+        if room.get(method, 0) < min(one.batch_size, config.batch_size):
+            room[method] = one.batch_size
+            found.append(one)
+    return found
 
 
 def settle(exactly: Exact, candidate: search.Candidate) -> Suggestion | None:
     """A candidate with the largest micro-batch that fits by exact plans, and as many of them for each optimizer step as
     give the rows that were asked for. None: not one row fits after all."""
     config = exactly.asked.config
-    wanted = config.batch_size * config.accumulation
+    rows = len(exactly.rows.samples)
+    wanted = min(rows, config.batch_size * config.accumulation)
     alone = bool(candidate.settings.get("optimizer_in_backward", config.optimizer_in_backward))  # no accumulation then
     settings = {**candidate.settings, "max_length": min(candidate.max_length, exactly.rows.max_length)}
-    rows = len(exactly.rows.samples)
     largest, tried = max(1, candidate.batch_size), set[int]()
     while True:
         # gradients of several micro-batches lie beside the next one, which can take room
-        accumulation = 1 if alone else -(-min(wanted, rows) // largest)
+        accumulation = 1 if alone else max(-(-wanted // config.batch_size), -(-wanted // largest))
         if accumulation in tried:  # by now the larger one of two is enough
             accumulation = max(tried)
         settings["accumulation"] = accumulation
         largest = _largest_batch(exactly, settings, largest)
         if largest == 0:
             return None
-        if accumulation in tried or alone or -(-min(wanted, rows) // largest) == accumulation:
+        if accumulation in tried or alone or -(-wanted // largest) <= accumulation:
             break
         tried.add(accumulation)
-    batch = min(largest, -(-wanted // accumulation), rows)
-    settings["batch_size"] = batch
-    if accumulation == config.accumulation and "accumulation" not in candidate.settings:
-        del settings["accumulation"]  # as it was given
+    settings["batch_size"] = min(largest, -(-wanted // accumulation))
     made = exactly.plan(settings)
     if not made.fits:  # the larger one fits by the chance of which rows meet
         settings["batch_size"] = largest
         made = exactly.plan(settings)
+    settings = {name: value for name, value in settings.items() if name in exactly.given or not _default(name, value)}
     return Suggestion(
         name=candidate.name,
         settings=settings,
+        changed=_changed(settings, exactly.given),
         micro_batch=settings["batch_size"],
         accumulation=accumulation,
         plan=made,
@@ -329,6 +353,26 @@ def settle(exactly: Exact, candidate: search.Candidate) -> Suggestion | None:
         seconds=candidate.seconds,
         enough=candidate.enough,
     )
+
+
+def _default(name: str, value: Any) -> bool:
+    """Is a setting as it is where nobody says anything?"""
+    return name not in ("method", "batch_size") and bool(
+        value == RunConfig.model_fields[name].default or value == {"name": "none"}
+    )
+
+
+def _changed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not as it was given, group by group."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        there = given.get(name)
+        if isinstance(value, Mapping):
+            inner = _changed(value, there if isinstance(there, Mapping) else {"name": there} if there else {})
+            found |= {name: inner} if inner else {}
+        elif value != there:
+            found[name] = value
+    return found
 
 
 def _largest_batch(exactly: Exact, settings: Mapping[str, Any], guess: int) -> int:
@@ -374,6 +418,20 @@ def _next(exactly: Exact, known: Mapping[int, plans.Plan], low: int, high: int, 
     return fitting
 
 
+def below_all(where: devices.Device) -> ConfigError | None:
+    """The error for a budget of which nothing is left for a model."""
+    beside = plans.outside_of(where)
+    if where.budget is None or where.budget > sum(beside.values()):
+        return None
+    told = ", ".join(f"{name} {plans.size(taken)}" for name, taken in beside.items())
+    default = where.kind == "cuda" and devices.calibration(where.name).measured is None
+    return ConfigError(
+        f"{plans.size(where.budget)} ({where.name}) is less than what lies beside any model",
+        received=told + (", a default on the safe side" if default else ""),
+        fix="a larger --gpu" + ("; where the GPU is, `fitune plan --calibrate` measures it" if default else ""),
+    )
+
+
 def _nothing_fits(asked: Asked, found: search.Found) -> ConfigError:
     nearest = found.misses[:NEAREST]
     told = "; ".join(
@@ -391,44 +449,48 @@ def _nothing_fits(asked: Asked, found: search.Found) -> ConfigError:
 
 def savers(exactly: Exact, settings: Mapping[str, Any], *, watch: Watcher | None = None) -> list[Saver]:
     """What each memory saver would give beside settings, the best for its cost first; each is planned exactly."""
-    now = exactly.plan(settings)
-    work = exactly.work(settings)
     found = []
     for change, cost in _changes(exactly, exactly.with_settings(settings).config):
-        made = _planned(exactly, {**settings, **change})
-        if made is None:
-            continue
+        one = _saver(exactly, settings, change, cost)
         if watch is not None:
             watch.say(f"planned: {flags(change)}")
-        saved = now.needed - made.needed
-        if saved > 0:
-            times = exactly.work({**settings, **change}) / work
-            cut = exactly.share_cut(made.max_length or exactly.rows.max_length)
-            found.append(Saver(flags(change), change, saved, round(times, 3), cut, cost, made))
+        if one is not None and one.saves > 0:
+            found.append(one)
     return sorted(found, key=lambda one: -one.worth)
+
+
+def _saver(exactly: Exact, settings: Mapping[str, Any], change: dict[str, Any], cost: str) -> Saver | None:
+    made = _planned(exactly, {**settings, **change})
+    if made is None:
+        return None
+    time = exactly.time({**settings, **change}) / exactly.time(settings)
+    cut = exactly.share_cut(made.max_length or exactly.rows.max_length)
+    return Saver(flags(change), change, exactly.plan(settings).needed - made.needed, round(time, 3), cut, cost, made)
 
 
 def _planned(exactly: Exact, settings: Mapping[str, Any]) -> plans.Plan | None:
     """The plan of settings; None: they cannot go together."""
     try:
         other = exactly.with_settings(settings)
-        check_quantized(other.config, methods.find(other.config.method), other.shape, torch.device(other.where.kind))
+        method = methods.find(other.config.method)
+        check_quantized(other.config, method, other.shape, torch.device(other.where.kind))
         return exactly.plan(settings)
     except FituneError:
         return None
+
+
+SAME = "the objective stays the same"
 
 
 def _changes(exactly: Exact, config: RunConfig) -> Iterator[tuple[dict[str, Any], str]]:
     if not config.checkpointing:
         yield {"checkpointing": True}, "blocks are computed again in the backward pass"
     if config.quant.name == "none":
-        yield {"quant": {"name": "int8"}}, "products with 8-bit weights"
+        yield {"quant": {"name": "int8"}}, "8-bit weights are made plain for each product"
     if config.quant.name in ("none", "int8"):
         yield {"quant": {"name": "nf4"}}, f"4-bit weights keep {search.KEPT['nf4']:.0%} of what is gained"
     if config.batch_size > 1 and not config.optimizer_in_backward:
-        for rows in sorted({config.batch_size // 2, 1}, reverse=True):
-            times = -(-config.accumulation * config.batch_size // rows)
-            yield {"batch_size": rows, "accumulation": times}, "the objective stays the same"
+        yield _smaller(config, config.batch_size // 2), SAME
     for shorter in _shorter(exactly):
         if shorter < exactly.longest(config):
             yield {"max_length": shorter}, f"cuts {exactly.share_cut(shorter):.1%} of the rows"
@@ -440,20 +502,29 @@ def _changes(exactly: Exact, config: RunConfig) -> Iterator[tuple[dict[str, Any]
         yield {"method": "freeze"}, "trains the last two blocks alone"
 
 
+def _smaller(config: RunConfig, rows: int) -> dict[str, Any]:
+    """Micro-batches of so many rows, and as many of them as keep the rows of a step."""
+    return {"batch_size": rows, "accumulation": -(-config.accumulation * config.batch_size // rows)}
+
+
 @dataclass(frozen=True)
 class Help:
     """What would make a plan fit that does not. missing: bytes; savers: each alone; together: those that do it, with
-    what is needed then; None: all of them are not enough."""
+    what is needed then; None: all of them are not enough. never: why nothing can."""
 
     missing: int
     savers: list[Saver]
     together: dict[str, Any] | None
+    never: str = ""
 
     @property
     def text(self) -> str:
         """For people."""
+        told = f"misses by {plans.size(self.missing)}"
+        if self.never:
+            return f"{told}: {self.never}"
         each = ", ".join(f"`{one.flag}` saves {plans.size(one.saves)} ({one.cost})" for one in self.savers[:HELPS])
-        told = f"misses by {plans.size(self.missing)}: {each or 'no saver helps here'}"
+        told += f": {each or 'no saver helps here'}"
         if self.together is not None:
             return f"{told}; with `{self.together['flags']}` it needs {plans.size(self.together['needed'])} and fits"
         if not self.savers:
@@ -471,31 +542,58 @@ class Help:
 
 
 def what_helps(
-    model: str, *, data: Sequence[str], gpu: str | None, words: str | None, settings: Mapping[str, Any]
+    model: str, *, data: Sequence[Any], gpu: str | None, words: str | None, settings: Mapping[str, Any]
 ) -> Help:
     """What would make a plan fit that does not: each change with the bytes that it saves, and which of them do it."""
     asked = ask(model, data=data, gpu=gpu, settings=settings)
-    exactly = Exact(asked, look(asked, words, Watcher()))
+    exactly = Exact(asked, look(asked, words, Watcher()), settings)
     now = exactly.plan({})
     missing = -(now.spare or 0)
+    never = below_all(asked.where)
+    if never is not None:
+        return Help(missing, [], None, " ".join(str(never).split()))
     found = savers(exactly, {})
     return Help(missing, found, _together(exactly, found, missing))
 
 
 def _together(exactly: Exact, found: Sequence[Saver], missing: int) -> dict[str, Any] | None:
-    """The best saver that is enough, else the best ones one after the other until they are."""
+    """The mildest change that is enough: more and smaller micro-batches, where some rows fit; else the best saver that
+    is enough alone; else the best ones one after the other, with micro-batches of one row, until they are."""
+    config = exactly.asked.config
+    smaller = config.batch_size > 1 and not config.optimizer_in_backward and config.batch_tokens is None
+    if smaller:
+        rows, tried = config.batch_size // 2, set[int]()
+        while rows not in tried:  # the more micro-batches, the more gradients lie beside
+            tried.add(rows)
+            change = _smaller(config, rows)
+            most = _largest_batch(exactly, {**change, "max_length": exactly.longest(config)}, rows)
+            if most == 0:
+                break
+            rows = min(config.batch_size - 1, most)
+            if (found_ := _enough(exactly, _smaller(config, rows))) is not None:
+                return found_
     alone = next((one for one in found if one.saves >= missing), None)
-    taken: dict[tuple[str, ...], Saver] = {}  # by what they set: of two lengths the one that saves more
-    for one in [alone] if alone is not None else found:
-        other = taken.get(tuple(one.settings))
-        if (alone is None and "method" in one.settings) or (other is not None and other.saves >= one.saves):
+    if alone is not None:
+        return _enough(exactly, alone.settings)
+    taken: dict[tuple[str, ...], dict[str, Any]] = {}  # by what they set: of two lengths the shorter one in the end
+    if smaller:
+        taken["batch_size", "accumulation"] = _smaller(config, 1)
+    for one in found:
+        key = tuple(one.settings)
+        if "method" in one.settings or key == ("batch_size", "accumulation"):
             continue
-        taken[tuple(one.settings)] = one
-        changes = {name: value for saver in taken.values() for name, value in saver.settings.items()}
-        made = _planned(exactly, changes)
-        if made is not None and made.fits:
-            return {"settings": changes, "flags": flags(changes), "needed": made.needed}
+        taken[key] = one.settings
+        enough = _enough(exactly, {name: value for change in taken.values() for name, value in change.items()})
+        if enough is not None:
+            return enough
     return None
+
+
+def _enough(exactly: Exact, changes: dict[str, Any]) -> dict[str, Any] | None:
+    made = _planned(exactly, changes)
+    if made is None or not made.fits:
+        return None
+    return {"settings": changes, "flags": flags(changes), "needed": made.needed}
 
 
 # ---- advice ----
@@ -504,7 +602,7 @@ def _together(exactly: Exact, found: Sequence[Saver], missing: int) -> dict[str,
 def _advice(exactly: Exact, best: Suggestion) -> Iterator[Advice]:
     yield _tokens_against_parameters(exactly, best)
     yield _against_the_machine(exactly, best)
-    yield _old_rules(best)
+    yield _old_rules(exactly, best)
     yield _longest_row(exactly, best)
     found = _domain(exactly.asked)
     if found is not None:
@@ -513,15 +611,22 @@ def _advice(exactly: Exact, best: Suggestion) -> Iterator[Advice]:
 
 def _tokens_against_parameters(exactly: Exact, best: Suggestion) -> Advice:
     tokens = int(exactly.largest.lengths.sum() * labelled(exactly.rows))
+    about = exactly.rows.report is None  # lengths are estimated
+    tokens = int(float(f"{tokens:.1e}")) if about else tokens
     trained = best.plan.trainable
     total = sum(p.numel() for p in without_weights(exactly.asked.shape).parameters())
-    enough = tokens >= total
     text = (
         f"direct tuning of all {total:,} parameters wants at least as many trained tokens; an epoch of this data has "
-        f"{tokens:,}" + (": it can be tried" if enough else f", {total / max(1, tokens):,.0f} times too few")
+        f"{'about ' * about}{tokens:,}"
     )
-    text += f"; {best.name} trains {trained:,} parameters, {tokens / max(1, trained):,.2f} tokens for each"
+    text += ": it can be tried" if tokens >= total else f", {_rounded(total / max(1, tokens))} times too few"
+    text += f"; {best.name} trains {trained:,} parameters, {_rounded(tokens / max(1, trained))} tokens for each"
     return Advice("data", text, {"tokens": tokens, "parameters": total, "trainable": trained})
+
+
+def _rounded(value: float) -> str:
+    """With two digits that count."""
+    return f"{float(f'{value:.1e}'):,.12g}"
 
 
 def _against_the_machine(exactly: Exact, best: Suggestion) -> Advice:
@@ -531,20 +636,16 @@ def _against_the_machine(exactly: Exact, best: Suggestion) -> Advice:
         f"rows of at most {best.max_length:,} tokens{f', {times} for each step' if times > 1 else ''}"
     )
     if best.largest_batch > batch:
-        text += f"; {best.largest_batch} rows would fit ({plans.size(best.needed_at_largest)})"
+        every = " (all there are)" * (best.largest_batch == len(exactly.rows.samples))
+        text += f"; {best.largest_batch} rows{every} would fit, with {plans.size(best.needed_at_largest)}"
     work = exactly.work(best.settings)
     text += f"; an epoch is {work:,.3g} operations"
-    time = _time(exactly.with_settings(best.settings), work, quantized=made.quant != "none")
-    if time is not None:
-        text += f", about {_duration(time)} on {where.name}"
+    if best.seconds is not None:
+        text += f", about {_duration(best.seconds)} on {where.name}"
     if best.enough is not None:
         text += f"; throughput hardly grows beyond {best.enough} row{'s' * (best.enough > 1)} of a micro-batch"
-    return Advice("machine", text, {"needed": made.needed, "budget": made.budget, "operations": work, "seconds": time})
-
-
-def _time(asked: Asked, work: float, *, quantized: bool) -> float | None:
-    rate = search.rate_of(asked.where, asked.config.precision)
-    return seconds(work, rate, quantized=quantized, cpu=asked.where.kind == "cpu")
+    figures = {"needed": made.needed, "budget": made.budget, "operations": work, "seconds": best.seconds}
+    return Advice("machine", text, figures)
 
 
 def _duration(time: float) -> str:
@@ -554,13 +655,16 @@ def _duration(time: float) -> str:
     return f"{time:,.0f} seconds" if time >= 2 else "a second or two"
 
 
-def _old_rules(best: Suggestion) -> Advice:
+def _old_rules(exactly: Exact, best: Suggestion) -> Advice:
     total, trained, rows = best.plan.total, best.plan.trainable, best.micro_batch
     by_batch, by_bytes = 6 * rows * total, 16 * total
+    config = exactly.with_settings(best.settings).config
+    each = 2 * DTYPES[config.trainable_dtype].itemsize + state_bytes(config)  # itself, its gradient, its states
     text = (
         f"the old rules say {plans.size(by_batch)} (6 x batch x parameters, with {rows} rows) and "
-        f"{plans.size(by_bytes)} (4 + 8 + 4 bytes a parameter); the plan says {plans.size(best.plan.needed)}: 16 bytes "
-        f"go to the {trained:,} trained parameters alone, and activations depend on tokens, not on rows"
+        f"{plans.size(by_bytes)} (4 + 8 + 4 bytes a parameter); the plan says {plans.size(best.plan.needed)}: "
+        f"{_rounded(each)} bytes go to each of the {trained:,} trained parameters alone, and activations depend on "
+        "tokens, not on rows"
     )
     figures = {"six_times": by_batch, "sixteen_bytes": by_bytes, "plan": best.plan.needed}
     return Advice("old rules", text, figures)
@@ -580,6 +684,7 @@ def _longest_row(exactly: Exact, best: Suggestion) -> Advice:
 
 
 SMALL = 4 * 2**30  # bytes of weights that are read for one piece of advice
+NEAR, FAR = 1.5, 3.0  # nats a token
 
 
 def _domain(asked: Asked) -> Advice | None:
@@ -597,19 +702,27 @@ def _domain(asked: Asked) -> Advice | None:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         if not size or size > SMALL:
             return None
-        paths = [source.path for source in asked.config.sources()]
-        loss = evaluation.evaluate(str(folder), paths, take=64, answer=False).scores.loss
+        config = asked.config
+        found = evaluation.evaluate(
+            str(folder), config.sources(), take=64, answer=False, template=config.template, device=config.device
+        )
     except FituneError:
         return None
-    near = "near to what it knows" if loss < 1.5 else "some way from what it knows" if loss < 3 else "far from it"
-    text = f"the base's loss on 64 rows of the data is {loss:.2f} nats a token: {near}; where it is low, adapters do"
-    return Advice("domain", text, {"loss": loss})
+    loss = found.scores.loss
+    if loss < NEAR:
+        text = "low: the data is near to what the base knows, and adapters with few parameters do"
+    elif loss < FAR:
+        text = "the data is some way from what the base knows: more rank, or more layers, may pay"
+    else:
+        text = "high: the data is far from what the base knows, which is what direct tuning with many tokens is for"
+    text = f"the base's loss on {found.rows} rows of the data is {loss:.2f} nats a token, {text}"
+    return Advice("domain", text, {"loss": loss, "rows": found.rows})
 
 
 # ---- words ----
 
 
-def _command(model: str, data: Sequence[str], best: Suggestion) -> str:
+def _command(model: str, data: Sequence[Any], best: Suggestion) -> str:
     """What to type; a model of the catalog by its id on the hub, one that is named by its config.json by its folder."""
     entry, path = catalog.get(model), Path(model).expanduser()
     if entry is not None and not path.exists():
@@ -617,24 +730,36 @@ def _command(model: str, data: Sequence[str], best: Suggestion) -> str:
     elif path.is_file():
         model = str(path.parent)
     files = " ".join(shlex.quote(str(source)) for source in data)
-    return f"fitune train --model {shlex.quote(model)} --data {files} {best.flags}"
+    return f"fitune train --model {shlex.quote(model)} --data {files} {flags(best.settings)}"
 
 
 def flags(settings: Mapping[str, Any]) -> str:
-    """Settings as one types them."""
+    """Settings as one types them in a shell."""
     words: list[str] = []
-    for name, value in settings.items():
+    for name, value in _leaves(settings):
         flag = f"--{name.replace('_', '-')}"
-        if name == "quant":
-            kind = value["name"] if isinstance(value, Mapping) else value
-            words += [] if kind == "none" else ["--quant", str(kind)]
-        elif isinstance(value, Mapping):
-            words += [f"{flag}.{key.replace('_', '-')} {inner}" for key, inner in value.items()]
+        if name == "quant.name":
+            words += ["--quant", value]
         elif value is True:
             words.append(flag)
-        elif value is not False and value is not None:
-            words.append(f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}")
-    return " ".join(words)
+        elif isinstance(value, (str, int, float)) and value is not False:
+            words += [flag, str(value)]
+        else:  # lists and mappings have forms of their own as flags; here all go the same way
+            words += ["--set", f"{name}={json.dumps(value, ensure_ascii=False)}"]
+    return " ".join(shlex.quote(str(word)) for word in words)
+
+
+GROUPS = ("map", "fill", "peft", "ranks")  # mappings whose keys are no settings
+
+
+def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if above == "" and name == "quant" and isinstance(value, str):
+            yield "quant.name", value
+        elif isinstance(value, Mapping) and name not in GROUPS:
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
 
 
 __all__ = ["Advice", "Advised", "Exact", "Help", "Saver", "Suggestion", "advise", "flags", "savers", "what_helps"]

@@ -20,11 +20,11 @@ ROWS = 18  # of the ranking that are shown in a terminal
 CHECKPOINTED = ", checkpointing"
 SUGGESTED = ("planned exactly", "rows x steps", "length", "needs", "to spare", "most rows", "an epoch")
 RANKED = ("way", "weights", "rows", "checkpointed", "length", "trains", "result", "an epoch")
-SAVED = ("change", "saves", "work", "cost")
+SAVED = ("change", "saves", "time", "cost")
 STEPS = "rows of a micro-batch x micro-batches of a step; most rows: the largest micro-batch that fits"
 RESULT = (
     "rows: of the largest micro-batch, as it is and with checkpointing; result: share of a test answered rightly after "
-    "tuning so (results/methods.json, results/precision.json)"
+    "tuning so (results/methods.json, results/precision.json); by results that differ by some 3 %, then by time"
 )
 
 
@@ -60,14 +60,14 @@ def ranked(found: Any) -> list[Sequence[str]]:
     for (name, weights), both in grouped.items():
         first = next(iter(both.values()))
         most = [f"{both[saved].batch_size:,}" if saved in both else "-" for saved in (False, True)]
-        figures = (f"{first.max_length:,}", f"{first.trainable / 1e6:,.1f} M", f"{first.quality:.0%}")
+        figures = (f"{first.max_length:,}", _count(first.trainable), f"{first.quality:.0%}" if first.quality else "-")
         rows.append((name, weights, *most, *figures, _time(first.seconds)))
     return rows
 
 
 def saved(found: Any) -> list[Sequence[str]]:
     """What each change to the best suggestion would give, the most for its cost first, by SAVED."""
-    return [(one.flag, size(one.saves), f"x {one.work:.2f}", one.cost) for one in found.savers]
+    return [(one.flag, size(one.saves), f"x {one.time:.2f}", one.cost) for one in found.savers]
 
 
 # ---- the terminal ----
@@ -112,7 +112,7 @@ def _table(title: str, names: Sequence[str], caption: str = "", left: int = 1) -
 
 def suggestions_table(found: Any) -> Table:
     """See `suggested`."""
-    title = f"fits into {size(found.budget)} of {found.where} ({found.combinations:,} combinations tried)"
+    title = f"fits into {_where(found)} ({found.combinations:,} combinations tried)"
     names, rows = _known(SUGGESTED, suggested(found))
     table = _table(title, names, STEPS)
     for row in rows:
@@ -157,9 +157,21 @@ def reasons(advice: Iterable[Any]) -> Table:
     return table
 
 
+def _count(number: int) -> str:
+    """A number of parameters."""
+    return f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number / 1e3:,.1f} K" if number >= 1e3 else str(number)
+
+
+def _where(found: Any) -> str:
+    """`24.0 GiB`, and the name of what has them, where it has another."""
+    return size(found.budget) if found.where[:1].isdecimal() else f"{size(found.budget)} of {found.where}"
+
+
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "-"
+    if seconds < 1:
+        return "<1 s"
     return (
         f"{seconds / 3600:,.1f} h"
         if seconds >= 7200
@@ -187,8 +199,8 @@ def page(found: Any) -> str:
     ]
     return render(
         "advice",
-        title=f"fitune: what fits into {size(found.budget)}: {found.model}",
-        subtitle=found.where,
+        title=f"fitune: what fits into {_where(found)}",
+        subtitle=found.model,
         numbers=numbers,
         command=found.command,
         bars=[needed_bars(suggestions, width, label="memory of each suggestion") for width in (WIDE, NARROW)],

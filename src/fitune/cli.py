@@ -32,6 +32,7 @@ app = App(
     help="Fine-tune open large language models on the hardware that you have.",
     version_flags=["--version"],
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 
 
@@ -69,12 +70,15 @@ def _quant_flags(group: type[BaseModel]) -> dict[str, Any]:
     return fields
 
 
+ONE_OR_MORE = str | list[str]
+
+
 def _flag_type(kind: Any) -> Any:
     """What is typed for a setting: of sources the paths, and `name=text` for each entry of a mapping.
 
     Bounds inside a list are left to the settings' own check, which tells what is wrong in fitune's words.
     """
-    if get_origin(kind) is dict or kind == list[settings.AnySource]:
+    if get_origin(kind) is dict or kind in (list[settings.AnySource], ONE_OR_MORE):
         return list[str]
     item = get_args(kind)[0] if get_origin(kind) is list else None
     return list[get_args(item)[0]] if get_origin(item) is Annotated else kind  # type: ignore[misc]
@@ -110,6 +114,8 @@ def _with_mappings(values: dict[str, Any], group: type[BaseModel]) -> dict[str, 
             pairs = dict(_pair(name, text) for text in out[name])
             as_text = get_args(info.annotation)[1] is str
             out[name] = pairs if as_text else {key: settings.value_of(text) for key, text in pairs.items()}
+        elif info.annotation == ONE_OR_MORE and len(out[name]) == 1:
+            out[name] = out[name][0]
     return out
 
 
@@ -195,7 +201,12 @@ def train(
     set_: SetOption = None,
     resume: Annotated[bool, Parameter(negative="", help="Go on with the run in --output.")] = False,
     fit: Annotated[
-        bool, Parameter(negative="", help="Take the best settings that fit, beside what is given, and say why.")
+        bool,
+        Parameter(
+            negative="",
+            help="Take the best settings that fit, beside what is given, and say why. "
+            "Rows of a step stay as many: batch_size shrinks, accumulation grows.",
+        ),
     ] = False,
     gpu: Annotated[
         str | None, Parameter(help="With --fit: for this GPU or size; where it is not here, only planned.")
@@ -253,9 +264,9 @@ def _fitted(
     from fitune.adviceview import show_fit
     from fitune.console import Terminal
 
-    given = {k: v for k, v in values.items() if k not in ("model", "data", "output", "force", "device")}
-    paths = [source.path for source in checked.sources()]
-    found = advise(checked.model, data=paths, gpu=gpu, watch=Terminal(console), shown=1, with_savers=False, **given)
+    given = {k: v for k, v in values.items() if k not in ("model", "data", "output", "force")}
+    watch = Terminal(console)
+    found = advise(checked.model, data=checked.data, gpu=gpu, watch=watch, shown=1, with_savers=False, **given)
     best = found.suggestions[0]
     show_fit(found, console)
     if not found.here:

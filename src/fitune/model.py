@@ -29,6 +29,7 @@ from fitune.errors import ModelError, did_you_mean
 from fitune.families import Family, original
 from fitune.kernels.attention import FLAT
 from fitune.kernels.frozen import keep_stored
+from fitune.kernels.gated import lean_mlps
 from fitune.kernels.norm import replace_norms
 from fitune.precision import DTYPES
 from fitune.templates import Template
@@ -380,6 +381,7 @@ def ready(model: Any, precision: str = "fp32", adapter: str | Path | None = None
         keep_stored(model, compute)
     else:
         replace_norms(model, compute)
+    lean_mlps(model)
     if model.config.model_type in families.TABLE:
         families.TABLE[model.config.model_type].make_flat(model)
     for parameter in model.parameters():

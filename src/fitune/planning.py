@@ -286,11 +286,9 @@ def work_of(wanted: Asked, known: Rows) -> plans.Work:
 
 def _with_words(config: RunConfig, words: Path | None) -> RunConfig:
     """A prompt in words begins as their tokens; without a tokenizer as others, of which there are as many."""
-    if config.method != "prompt" or config.prompt.init != "text":
-        return config
-    if words is not None:
+    if words is not None and config.method == "prompt" and config.prompt.init == "text":
         return config.model_copy(update={"model": str(words)})
-    return config.model_copy(update={"prompt": config.prompt.model_copy(update={"init": "vocab"})})
+    return plans.without_words(config)
 
 
 # ---- verify ----

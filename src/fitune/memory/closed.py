@@ -6,7 +6,7 @@ the model, Q of all query heads, K of all key heads, M of the MLP.
 
     two norms keep their inputs            2 W
     attention keeps q, k, v, its output    2 Q + 2 K      (and 4 bytes for each head)
-    a gated MLP keeps gate, up, and act    3 M            (others their inner layer twice: 2 M)
+    an MLP keeps gate and up               2 M            (where it is not gated, its inner layer twice)
     inputs of trained linear layers        W in front of q, k, v and of gate and up, M in front of down
 
 each in the dtype of the computation, in blocks at or above the first trained parameter. With checkpointing a block
@@ -83,8 +83,7 @@ def _block(block: Any, shape: Any) -> float:
     inner = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or 4 * width
     heads = shape.num_attention_heads
     queries = heads * (getattr(shape, "head_dim", None) or width // heads)
-    gated = any(name.rpartition(".")[2].startswith("gate") for name, _ in block.named_modules())
-    kept = 2 * width + 2 * queries + 2 * key_width(_Shape(shape)) + (3 if gated else 2) * inner + 2 * heads
+    kept = 2 * width + 2 * queries + 2 * key_width(_Shape(shape)) + 2 * inner + 2 * heads
     trained = [name for name, p in block.named_parameters() if p.requires_grad]
     attention = any(re.search(r"q_proj|k_proj|v_proj|query|c_attn|qkv", name) for name in trained)
     output = any(re.search(r"down_proj|fc2|dense_4h|c_proj", name) for name in trained)

@@ -118,6 +118,13 @@ class Plan:
         return {**values, "spare": self.spare, "fits": self.fits}
 
 
+def without_words(config: RunConfig) -> RunConfig:
+    """A prompt in words needs a tokenizer; one that begins otherwise has as many tokens and takes as much."""
+    if config.method != "prompt" or config.prompt.init != "text":
+        return config
+    return config.model_copy(update={"prompt": config.prompt.model_copy(update={"init": "vocab"})})
+
+
 # ---- tracing ----
 
 
@@ -401,8 +408,8 @@ def with_workspaces(tracer: Tracer, size: int) -> list[allocator.Event]:
 
 
 def size(count: int) -> str:
-    """Bytes in words."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / MIB:,.0f} MiB"
+    """Bytes in words: GiB from 10 GiB on, as in a plan's own words."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 10 * 2**30 else f"{count / MIB:,.0f} MiB"
 
 
 def made_of(made: Plan, most: int = 3) -> str:

@@ -8,6 +8,7 @@ depth. What is shown to a user is planned exactly afterwards (planning.py).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -18,14 +19,14 @@ import torch
 
 from fitune import families, methods, precision, quant
 from fitune.config import RunConfig, build, merge
-from fitune.errors import FituneError
+from fitune.errors import ConfigError, FituneError
 from fitune.kernels.loss import chunk_rows
 from fitune.memory import device, flops, plan, steps
 from fitune.memory.flops import Counts
 from fitune.model import without_weights
 
 TOKENS = (1024, 4096)  # of the two micro-batches, four rows each: so many that activations outweigh single weights
-MARGIN = 1.03  # fragmentation, until a candidate is planned exactly
+MARGIN, SEGMENT = 1.03, 20 * 2**20  # fragmentation, until a candidate is planned exactly: a share, and a segment
 MOST = 4096  # rows of a micro-batch
 
 # Share of the questions of a held-out test that were answered right after tuning (results/methods.json: exact match of
@@ -58,6 +59,8 @@ WAYS: dict[str, tuple[dict[str, Any], float]] = {
 KEPT = {"none": 1.0, "int8": 1.0, "nf4": 0.96}
 BAND = 0.03
 LITTLE = 0.8  # a result below which a way is not looked at with every saver
+UNKNOWN = 0.0  # the result of a way that was not measured
+METHODS = {settings["method"] for settings, _ in WAYS.values()}
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,9 @@ def search(
         where: it is to fit; its budget is known.
         max_lengths: that may be chosen, the longest first.
         tell: is called with the number of ways that are behind, and of all.
+
+    Raises:
+        FituneError: no way agrees with what is given; the method's own reason, where it has one.
     """
     outside = sum(plan.outside_of(where).values()) + (
         2 * device.calibration(where.name).workspace if where.kind == "cuda" else 0
@@ -116,9 +122,11 @@ def search(
     misses: list[Candidate] = []
     combinations = 0
     ways = list(_ways(given, shape, where))
+    if not ways:
+        raise _no_way(given, shape, where)
     for number, (name, settings, quality) in enumerate(ways):
         tell(number, len(ways))
-        config = build(merge({**settings, "model": "-", "data": ["-"]}, {}))
+        config = plan.without_words(build({**settings, "model": "-", "data": ["-"]}))
         line = _line(config, shape, where.kind)
         if line is None:
             continue
@@ -137,12 +145,19 @@ def _rank(one: Candidate) -> tuple[float, float, float]:
 
 
 def _ways(given: Mapping[str, Any], shape: Any, where: device.Device) -> Iterator[tuple[str, dict[str, Any], float]]:
-    """Every way of tuning that agrees with what was given, plain and with each saver."""
+    """Every way of tuning that agrees with what was given, plain and with each saver; none under two names."""
     empty = without_weights(shape)
     family = families.of(empty)
     computing = "bf16" if where.bf16 and where.kind == "cuda" else "fp16" if where.kind == "cuda" else "fp32"
-    for name, (settings, quality) in WAYS.items():
-        if any(given.get(key, value) != value for key, value in settings.items() if key in ("method", "optimizer")):
+    wanted_method = given.get("method")
+    own: dict[str, tuple[dict[str, Any], float]] = {}
+    if wanted_method is not None and wanted_method not in METHODS:
+        own[wanted_method] = {"method": wanted_method}, UNKNOWN
+    # who gives settings of a method means that method
+    meant = {method.name for method in methods.TABLE.values() if method.options and method.options in given}
+    seen: set[str] = set()
+    for name, (settings, quality) in {**WAYS, **own}.items():
+        if wanted_method is None and meant and settings["method"] not in meant:
             continue
         # of ways that reach little, one in full and one in few bits are enough
         little = quality < LITTLE and "method" not in given
@@ -155,18 +170,46 @@ def _ways(given: Mapping[str, Any], shape: Any, where: device.Device) -> Iterato
                     "precision": computing,
                 }
                 whole = merge(wanted, given)
-                if not _agree(wanted, whole) or not _possible(whole, empty, family, where):
+                key = json.dumps(whole, sort_keys=True, default=str)
+                if not _agree(wanted, whole) or key in seen or not _possible(whole, empty, family, where):
                     continue
+                seen.add(key)
                 label = name if quantizer == "none" else f"{name} on {quantizer}"
                 yield label + checkpointing * ", checkpointing", whole, quality * KEPT[quantizer]
 
 
 def _agree(wanted: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
-    """Does what was given leave a way as it is?"""
-    kinds = ("method", "checkpointing", "optimizer", "optimizer_in_backward")
-    quants = [values.get("quant") for values in (wanted, whole)]
-    names = [one.get("name") if isinstance(one, Mapping) else one for one in quants]
-    return names[0] == names[1] and all(whole.get(key) == wanted[key] for key in kinds if key in wanted)
+    """Does what was given leave a way as it is? Its precision, and the accumulation that some need, may be others."""
+    names = [one.get("name") if isinstance(one, Mapping) else one for one in (wanted["quant"], whole["quant"])]
+    if names[0] != names[1]:
+        return False
+    for key, value in wanted.items():
+        if key in ("quant", "precision"):
+            continue
+        there = whole[key]
+        if isinstance(value, Mapping):
+            if any(there.get(name) != inner for name, inner in value.items()):
+                return False
+        elif (bool(there) if key == "checkpointing" else there) != value:  # every second block is checkpointing too
+            return False
+    return True
+
+
+def _no_way(given: Mapping[str, Any], shape: Any, where: device.Device) -> FituneError:
+    """Why no way agrees with what was given."""
+    try:
+        config = build({**given, "model": "-", "data": ["-"]})
+        empty = without_weights(shape)
+        family = families.of(empty)
+        methods.find(config.method).expected(empty, family, config)
+    except FituneError as error:
+        return error
+    told = ", ".join(sorted(given)) or "nothing"
+    return ConfigError(
+        "no way of tuning agrees with all that is given",
+        received=f"settings that must stay: {told}",
+        fix="give fewer of them, or name the --method and plan that one run with `fitune plan`",
+    )
 
 
 def _possible(settings: Mapping[str, Any], empty: Any, family: families.Family, where: device.Device) -> bool:
@@ -239,7 +282,7 @@ def _candidate(
     def needed(batch: int) -> int:
         tried.add(batch)
         most = max(fixed + slope * rows(batch, longest) for fixed, slope in line.phases.values())
-        return int(most * (MARGIN if where.kind == "cuda" else 1)) + outside
+        return (int(most * MARGIN) + SEGMENT if where.kind == "cuda" else int(most)) + outside
 
     batch = _largest(needed, where.budget or 0, min(MOST, len(cut)))
     work = flops.per_token(line.counts, cut, labelled, checkpointing=config.checkpointing) * float(cut.sum())
