@@ -1,4 +1,7 @@
-"""A JUnit file as a small JSON record: `python scripts/record_tests.py build/test-full.xml results/test-full.json`."""
+"""JUnit files as a small JSON record: `python scripts/record_tests.py build/test-full.xml results/test-full.json`.
+
+A run that was cut into parts has several files, all before the record's name.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ from pathlib import Path
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers")
 
 
-def main(junit: str, output: str) -> None:
+def main(*names: str) -> None:
     """Count what passed, failed and was skipped (with the reasons), and name commit, versions and date."""
-    cases = ET.parse(junit).getroot().iter("testcase")
+    *junits, output = names
+    cases = [case for junit in junits for case in ET.parse(junit).getroot().iter("testcase")]
     counts: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
     files: dict[str, Counter[str]] = {}
@@ -46,4 +50,4 @@ def main(junit: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:])

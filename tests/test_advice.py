@@ -181,6 +181,7 @@ def test_a_miss_says_what_would_help(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert again["needed"] == helps["together"]["needed"]
 
 
+@pytest.mark.full
 def test_of_what_is_enough_the_mildest_is_told(tmp_path: Path) -> None:
     """Where fewer rows at once do, no other setting is touched; and as many of them as fit."""
     model, data = str(shape_file(tmp_path, 2)), [str(tiny.write_rows(tmp_path / "rows.jsonl", 60))]
@@ -244,6 +245,7 @@ def test_a_way_has_the_name_of_what_it_does(given: dict[str, Any], names: list[s
     assert [name for name, _, _ in found] == names
 
 
+@pytest.mark.full
 def test_what_an_exact_plan_refutes_is_not_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = str(shape_file(tmp_path, 3)), [str(tiny.write_rows(tmp_path / "rows.jsonl", 8))]
     real, refused = advice.settle, []
@@ -260,6 +262,7 @@ def test_what_an_exact_plan_refutes_is_not_ranked(tmp_path: Path, monkeypatch: p
     assert found.suggestions[0].name != refused[0]
 
 
+@pytest.mark.full
 def test_where_nothing_is_enough_that_is_said(tmp_path: Path) -> None:
     model, data = str(shape_file(tmp_path, 2)), str(tiny.write_rows(tmp_path / "rows.jsonl", 60))
     helps = advice.what_helps(model, data=[data], gpu="745MiB", words=None, settings={"method": "lora"})

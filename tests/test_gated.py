@@ -95,6 +95,12 @@ def test_a_forward_of_another_s_stays() -> None:
     assert lean_mlps(model) == 0
 
 
+def test_an_activation_without_a_derivative_of_its_own_stays() -> None:
+    model = model_of("llama")
+    mlp_of(model).act_fn = nn.ReLU()
+    assert lean_mlps(model) == 0
+
+
 def test_models_that_are_made_ready_have_them() -> None:
     for precision in ("fp32", "bf16"):
         assert isinstance(mlp_of(ready(tiny.make_model("llama"), precision)), LeanMLP)

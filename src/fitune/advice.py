@@ -170,6 +170,7 @@ def advise(
     if too_small := below_all(asked.where):
         raise too_small
     exactly = Exact(asked, look(asked, words, watch), settings)
+    watch.say("looking for what fits")
     found = _searched(exactly, settings, watch)
     suggestions: list[Suggestion] = []
     refuted: list[search.Candidate] = []
@@ -272,7 +273,7 @@ def _cut(samples: Any, longest: int) -> Any:
 
 
 def _searched(exactly: Exact, settings: Mapping[str, Any], watch: Watcher) -> search.Found:
-    rows, ticker = exactly.rows, Ticker(watch, "looking for what fits", None)
+    rows, ticker = exactly.rows, Ticker(watch, "ways of tuning", None)
 
     def tell(done: int, total: int) -> None:
         ticker.total = total

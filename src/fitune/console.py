@@ -122,7 +122,7 @@ class Terminal(Watcher):
         if not self.console.is_terminal:
             return
         if self.preparing is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"))
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}"))
             self.preparing = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
             self.preparing.start()
             self.task = self.preparing.add_task(what, total=total)

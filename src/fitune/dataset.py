@@ -147,7 +147,7 @@ def _can_be_asked(row: Conversation, encoder: Encoder) -> bool:
 
 
 def _load(desk: _Desk, config: RunConfig, report: DataReport) -> Rows:
-    told = Ticker(desk.watch, "reading", None)
+    told = Ticker(desk.watch, "reading rows", None)
     found = rows.load(
         config.sources(),
         report,
@@ -165,7 +165,7 @@ def encode(rows_: Rows, encoder: Encoder, cache: Cache, tokenizer_digest: str, w
     """The samples of all rows, from the cache where they are there."""
 
     def write(folder: Path) -> None:
-        told = Ticker(watch, "encoding", len(rows_))
+        told = Ticker(watch, "encoding rows", len(rows_))
         write_samples(folder, encode_rows(rows_, encoder, told))
         told.end()
 

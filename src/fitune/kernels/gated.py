@@ -4,7 +4,8 @@ act(gate) x up needs both factors in the backward pass, and act needs its input:
 MLP's inner width. Here two are kept, and act(gate) is computed again. Values and gradients are the same, bit for bit.
 
 Only a module whose forward is, instruction for instruction, that of Llama or of Phi-3 (gate and up in one layer) is
-made lean: which classes those are follows from transformers' own code, and no list of names is kept.
+made lean: which classes those are follows from transformers' own code. Its activation must be SiLU or tanh-GELU, whose
+derivative torch has as an operation; autograd inside a backward pass would stop torch's own counters.
 
 Shapes: gate, up and what comes out (..., M).
 """
@@ -12,6 +13,7 @@ Shapes: gate, up and what comes out (..., M).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,23 +22,28 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 Act = Callable[[Tensor], Tensor]
+Slope = Callable[[Tensor, Tensor], Tensor]  # (gradient of what comes out, what went in)
+SILU: Slope = torch.ops.aten.silu_backward
+GELU: Slope = partial(torch.ops.aten.gelu_backward, approximate="tanh")
+SLOPES = {"SiLU": SILU, "SiLUActivation": SILU, "GELUTanh": GELU, "PytorchGELUTanh": GELU}  # by transformers' classes
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Act) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Act, slope: Slope) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.act = act
+        ctx.act, ctx.slope = act, slope
         return act(gate) * up
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            inner = gate.detach().requires_grad_()
-            opened = ctx.act(inner)
-        (gate_grad,) = torch.autograd.grad(opened, inner, grads[0] * up)
-        return gate_grad, grads[0] * opened.detach(), None
+        return ctx.slope(grads[0] * up, gate), grads[0] * ctx.act(gate), None, None
+
+
+def _product(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+    out: Tensor = _Gated.apply(gate, up, act, SLOPES[type(act).__name__])
+    return out
 
 
 class LeanMLP(nn.Module):
@@ -49,8 +56,7 @@ class LeanMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the module's text."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        out: Tensor = self.down_proj(_Gated.apply(gate, up, self.act_fn))
+        out: Tensor = self.down_proj(_product(self.gate_proj(x), self.up_proj(x), self.act_fn))
         return out
 
 
@@ -64,7 +70,7 @@ class LeanJoinedMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """See the module's text."""
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(_Gated.apply(gate, up, self.activation_fn))
+        out: Tensor = self.down_proj(_product(gate, up, self.activation_fn))
         return out
 
 
@@ -78,8 +84,11 @@ LEAN = {_instructions(LlamaMLP): LeanMLP, _instructions(Phi3MLP): LeanJoinedMLP}
 
 def lean_mlps(model: nn.Module) -> int:
     """Make the gated MLPs of a model lean, one instance at a time; how many there were."""
-    found = [(module, LEAN.get(_instructions(type(module)))) for module in model.modules()]
-    for module, lean in found:
-        if lean is not None:
+    made = 0
+    for module in model.modules():
+        lean = LEAN.get(_instructions(type(module)))
+        act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+        if lean is not None and type(act).__name__ in SLOPES:
             module.__class__ = lean
-    return sum(lean is not None for _, lean in found)
+            made += 1
+    return made
