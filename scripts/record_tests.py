@@ -1,14 +1,15 @@
 """JUnit files as a small JSON record: `python scripts/record_tests.py build/test-full.xml results/test-full.json`.
 
-A run that was cut into parts has several files, all before the record's name.
+Of some test files alone, perhaps run one after the other, `--command` says so in the record:
+`FITUNE_TESTS=full pytest -m "" tests/test_trace.py --junitxml build/trace.xml`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
 from datetime import UTC, datetime
@@ -18,9 +19,8 @@ from pathlib import Path
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers")
 
 
-def main(*names: str) -> None:
+def main(junits: list[str], output: str, command: str) -> None:
     """Count what passed, failed and was skipped (with the reasons), and name commit, versions and date."""
-    *junits, output = names
     cases = [case for junit in junits for case in ET.parse(junit).getroot().iter("testcase")]
     counts: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
@@ -36,7 +36,7 @@ def main(*names: str) -> None:
     record = {
         "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
-        "command": "make test-full",
+        "command": command,
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         **{kind: counts[kind] for kind in ("passed", "failed", "skipped")},
@@ -50,4 +50,9 @@ def main(*names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("junits", nargs="+")
+    parser.add_argument("output")
+    parser.add_argument("--command", default="make test-full")
+    given = parser.parse_args()
+    main(given.junits, given.output, given.command)

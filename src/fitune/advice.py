@@ -440,7 +440,7 @@ def _nothing_fits(asked: Asked, found: search.Found) -> ConfigError:
     )
     return ConfigError(
         f"nothing fits into {plans.size(asked.where.budget or 0)} ({asked.where.name}) with these settings",
-        received=told or "no way of tuning agrees with what was given",
+        received=told or "ways that nearly fit, of which no exact plan does",
         fix="a smaller model, a shorter --max-length, or fewer settings that must stay",
     )
 
