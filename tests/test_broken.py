@@ -40,7 +40,11 @@ def test_there_are_more_than_a_hundred_of_them() -> None:
     assert len({case.name for case in broken.CASES}) == len(broken.CASES) > 130
 
 
-@pytest.mark.parametrize("case", broken.CASES, ids=lambda case: case.name)
+SLOW = ("ten-megabytes.jsonl",)
+CASES = [pytest.param(one, marks=[pytest.mark.full] if one.name in SLOW else []) for one in broken.CASES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_broken_data_costs_one_message_or_a_counted_skip(
     case, tmp_path: Path, model_folder: Path, capsys, monkeypatch
 ) -> None:
