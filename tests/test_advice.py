@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import tiny
-from fitune import advice, cli
+from fitune import advice, cli, flags
 from fitune.batches import Loader
-from fitune.config import build, merge
+from fitune.config import build, merge, parse_assignments
 from fitune.console import Watcher
 from fitune.errors import ConfigError, FituneError
 from fitune.memory import device, flops, plan, search, steps
@@ -417,8 +417,8 @@ TYPED: list[dict[str, Any]] = [
 def test_flags_typed_in_a_shell_are_the_same_settings(values: dict[str, Any]) -> None:
     words = ["train", "--model", "m", "--data", "d", *shlex.split(advice.flags(values))]
     _, bound, _ = cli.app.parse_args(words, exit_on_error=False, print_error=False)
-    assigned = cli.settings.parse_assignments(bound.arguments.get("set_") or [])
-    assert build(merge(assigned, cli._typed(bound.arguments["flags"]))) == build(
+    assigned = parse_assignments(bound.arguments.get("set_") or [])
+    assert build(merge(assigned, flags.typed(bound.arguments["flags"]))) == build(
         {"model": "m", "data": ["d"], **values}
     )
 

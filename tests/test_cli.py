@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import tiny
-from fitune import cli
+from fitune import cli, flags
 from fitune.config import Options, RunConfig
 
 
@@ -259,4 +259,4 @@ def test_ctrl_c_is_told_in_a_word(capsys: Any, monkeypatch: pytest.MonkeyPatch) 
 )
 def test_every_target_that_is_typed_counts(words: list[str], targets: Any) -> None:
     _, bound, _ = cli.app.parse_args(["train", *words], exit_on_error=False, print_error=False)
-    assert cli._typed(bound.arguments["flags"]) == {"lora": {"targets": targets}}
+    assert flags.typed(bound.arguments["flags"]) == {"lora": {"targets": targets}}

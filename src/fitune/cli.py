@@ -1,31 +1,42 @@
 """The command line: a thin door over the Python functions. Nothing here loads torch before a verb needs it.
 
-Flags are made from the fields of RunConfig, so a setting has one name, one default and one text everywhere. Errors are
-one message on standard error and exit code 2 (130 after Ctrl-C); a result for programs is one JSON object on standard
-output (`--json`).
+Flags are made from the fields of RunConfig (flags.py). Errors are one message on standard error and exit code 2 (130
+after Ctrl-C); a result for programs is one JSON object on standard output (`--json`).
 """
 
 from __future__ import annotations
 
-import json as jsonlib
 import logging
 import os
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, get_args, get_origin
+from typing import Annotated, Any, Literal, Optional
 
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
-from pydantic import BaseModel, Field, create_model
 from rich.console import Console
 
 from fitune import config as settings
+from fitune import planverb
 from fitune.errors import ConfigError, FituneError
+from fitune.flags import (
+    QUANT,
+    DataFlags,
+    Flags,
+    Json,
+    Precision,
+    Quant,
+    SetOption,
+    console_for,
+    pair,
+    print_json,
+    typed,
+)
+from fitune.planverb import check_page, print_figures
 
 app = App(
     name="fitune",
@@ -34,119 +45,6 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
-
-
-def _optional(model: type[BaseModel], name: str, without: tuple[str, ...] = ()) -> type[BaseModel]:
-    """The settings with nothing required and no defaults: what was not typed is not there."""
-    fields: dict[str, Any] = {}
-    for field, info in model.model_fields.items():
-        if field in without:
-            continue
-        kind: Any = _flag_type(info.annotation)
-        text = info.description or ""
-        if isinstance(info.default, settings.QuantOptions):
-            fields |= _quant_flags(type(info.default))
-            continue
-        if isinstance(info.default, settings.Options):
-            kind = _optional(type(info.default), f"{name}_{field}")
-        elif not info.is_required() and info.default is not None and info.default not in ([], {}, False):
-            text = f"{text} [default: {info.default}]"
-        fields[field] = (Optional[kind], Field(default=None, description=text))  # noqa: UP045
-    return create_model(name, **fields)
-
-
-QUANT = "quant__"
-
-
-def _quant_flags(group: type[BaseModel]) -> dict[str, Any]:
-    """`--quant nf4` beside `--quant.kind` and the like: a group whose first setting has the group's own name."""
-    fields: dict[str, Any] = {}
-    for field, info in group.model_fields.items():
-        kind: Any = Literal["none", "int8", "nf4", "fp4"] if field == "name" else info.annotation
-        flag = "--quant" if field == "name" else f"--quant.{field}"
-        default = f" [default: {info.default}]" if info.default not in ([], "none") else ""
-        typed = Annotated[Optional[kind], Parameter(name=flag)]  # noqa: UP045
-        fields[QUANT + field] = (typed, Field(default=None, description=f"{info.description}{default}"))
-    return fields
-
-
-ONE_OR_MORE = str | list[str]
-
-
-def _flag_type(kind: Any) -> Any:
-    """What is typed for a setting: of sources the paths, and `name=text` for each entry of a mapping.
-
-    Bounds inside a list are left to the settings' own check, which tells what is wrong in fitune's words.
-    """
-    if get_origin(kind) is dict or kind in (list[settings.AnySource], ONE_OR_MORE):
-        return list[str]
-    item = get_args(kind)[0] if get_origin(kind) is list else None
-    return list[get_args(item)[0]] if get_origin(item) is Annotated else kind  # type: ignore[misc]
-
-
-Flags = _optional(settings.RunConfig, "Flags")
-# what a verb takes by itself (model, data) is no flag of the group beside it
-DataFlags = _optional(settings.DataConfig, "DataFlags", without=("model", "data", "eval_data"))
-SetOption = Annotated[
-    list[str] | None,
-    Parameter(name="--set", negative="", consume_multiple=True, help="Any settings: --set lora.rank=16 seed=1."),
-]
-
-
-def _typed(flags: Any, group: type[BaseModel] = settings.RunConfig) -> dict[str, Any]:
-    """What was typed."""
-    values = flags.model_dump(exclude_none=True) if flags else {}
-    quant = {name.removeprefix(QUANT): values.pop(name) for name in list(values) if name.startswith(QUANT)}
-    if quant:
-        values["quant"] = quant
-    return _with_mappings(values, group)
-
-
-def _with_mappings(values: dict[str, Any], group: type[BaseModel]) -> dict[str, Any]:
-    """`name=text` as entries of a mapping; numbers and the like are read as in YAML where texts are not wanted."""
-    out = dict(values)
-    for name, info in group.model_fields.items():
-        if name not in out:
-            continue
-        if isinstance(info.default, settings.Options):
-            out[name] = _with_mappings(out[name], type(info.default))
-        elif get_origin(info.annotation) is dict:
-            pairs = dict(_pair(name, text) for text in out[name])
-            as_text = get_args(info.annotation)[1] is str
-            out[name] = pairs if as_text else {key: settings.value_of(text) for key, text in pairs.items()}
-        elif info.annotation == ONE_OR_MORE and len(out[name]) == 1:
-            out[name] = out[name][0]
-    return out
-
-
-def _pair(name: str, text: str) -> tuple[str, str]:
-    """`content=prompt` as its two halves; more `=` belong to the second."""
-    left, equals, right = text.partition("=")
-    if not equals or not left.strip():
-        raise ConfigError(f"--{name}", received=repr(text), expected=f"name=value, for example {EXAMPLES[name]}")
-    return left.strip(), right
-
-
-EXAMPLES = {"map": "content=prompt", "fill": "name=Ada", "ranks": "q_proj=16", "peft": "r=4"}
-
-
-Json = Annotated[bool, Parameter(negative="", help="Print one JSON object at the end, on standard output.")]
-
-Precision = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"] | None, Parameter(help="[default: the run's own; of a model folder fp32]")
-]
-Quant = Annotated[
-    Literal["none", "int8", "nf4", "fp4"] | None, Parameter(help="[default: the run's own; of a model folder none]")
-]
-
-
-def _console(json: bool) -> Console:
-    return Console(stderr=json)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(jsonlib.dumps(value, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
 
 
 @app.command
@@ -162,13 +60,13 @@ def demo(
     from fitune import demo as demos
     from fitune.console import Terminal, answers_table
 
-    console = _console(json)
+    console = console_for(json)
     if kill:
         killed = demos.kill_demo(output, say=lambda text: console.print(text, highlight=False))
         verdict = "[green]equal, bit for bit[/]" if killed.equal else "[red]NOT equal[/]"
         console.print(f"{killed.kills} kills, {killed.kills_inside_a_save} inside a save: weights and losses {verdict}")
         if json:
-            _print_json(killed.as_dict())
+            print_json(killed.as_dict())
         if not killed.equal:
             raise SystemExit(1)
         return
@@ -182,7 +80,7 @@ def demo(
     )
     _next_steps(console, result.run, str(demos.bundled() / "model"))
     if json:
-        _print_json(result.as_dict())
+        print_json(result.as_dict())
 
 
 def _next_steps(console: Console, run: str, model: str) -> None:
@@ -217,7 +115,7 @@ def train(
     """Fine-tune a model on your data."""
     values: dict[str, Any] = settings.read_yaml(config) if config else {}
     values = settings.merge(values, settings.parse_assignments(set_ or []))
-    values = settings.merge(values, _typed(flags))
+    values = settings.merge(values, typed(flags))
     if resume and "output" not in values:
         raise ConfigError("--resume: which run?", fix="add --output RUN")
     if gpu is not None and not fit:
@@ -230,7 +128,7 @@ def train(
     from fitune.training import resume_config
     from fitune.training import train as run_training
 
-    console = _console(json)
+    console = console_for(json)
     if fit and checked is not None:
         checked = _fitted(values, checked, gpu, console, json)
         if checked is None:
@@ -253,7 +151,7 @@ def train(
         f"run folder {result.run} (open report.html; fitune chat {result.run})", highlight=False, soft_wrap=True
     )
     if json:
-        _print_json(result.as_dict())
+        print_json(result.as_dict())
 
 
 def _fitted(
@@ -271,7 +169,7 @@ def _fitted(
     show_fit(found, console)
     if not found.here:
         console.print(f"planned for {found.where}, which is not here: nothing is run", highlight=False)
-        _print_figures(found.as_dict(), json)
+        print_figures(found.as_dict(), json)
         return None
     return settings.build(settings.merge(values, best.settings))
 
@@ -292,23 +190,23 @@ def inspect(
     flags: Annotated[Optional[DataFlags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045
 ) -> None:
     """See what will be trained: rows, lengths, labels, tokens, and what the checks find."""
-    given = settings.merge(settings.parse_assignments(set_ or []), _typed(flags))
+    given = settings.merge(settings.parse_assignments(set_ or []), typed(flags))
     checked = settings.build({**given, "model": model, "data": data})
-    _check_page(html)
+    check_page(html)
 
     from fitune.console import Terminal
     from fitune.files import write_atomic
     from fitune.inspection import inspect as look
     from fitune.inspection import page, show
 
-    console = _console(json)
+    console = console_for(json)
     seen = look(checked, samples=samples, tokenizers=compare or (), watch=Terminal(console))
     show(seen, console, ids=ids)
     if html is not None:
         write_atomic(html, page(seen))
         console.print(f"page {html}", highlight=False, soft_wrap=True)
     if json:
-        _print_json(seen.as_dict())
+        print_json(seen.as_dict())
 
 
 @app.command
@@ -366,11 +264,11 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a run beside its base, or a model: loss, perplexity, exact match, BLEU-4, ROUGE-L."""
-    columns = dict(_pair("map", text) for text in map_ or [])
+    columns = dict(pair("map", text) for text in map_ or [])
     from fitune.console import Terminal, answers_table, scores_table
     from fitune.evaluation import evaluate as run_evaluation
 
-    console = _console(json)
+    console = console_for(json)
     found = run_evaluation(
         run,
         data,
@@ -389,7 +287,7 @@ def evaluate(
         console.print(answers_table(found.samples))
     console.print(scores_table(found))
     if json:
-        _print_json(found.as_dict())
+        print_json(found.as_dict())
 
 
 @app.command
@@ -410,7 +308,7 @@ def merge(
     """Make a run's model a plain one, which transformers loads without fitune or PEFT."""
     from fitune.merging import merge as run_merge
 
-    console = _console(json)
+    console = console_for(json)
     done = run_merge(run, output, dtype=dtype, force=force, onto=onto, requantize=requantize)
     if done.drift is not None:
         console.print(f"[yellow]drift[/] {done.drift.told()}", highlight=False, soft_wrap=True)
@@ -422,7 +320,7 @@ def merge(
     )
     console.print(f"talk to it   fitune chat {done.folder}", highlight=False, soft_wrap=True)
     if json:
-        _print_json(done.as_dict())
+        print_json(done.as_dict())
 
 
 @app.command
@@ -437,7 +335,7 @@ def download(
     from fitune.hub import download as fetch
     from fitune.hub import transfer_bar
 
-    console = _console(json)
+    console = console_for(json)
     entry = catalog.get(model)
     with transfer_bar(console) as on_bytes:
         done = fetch(entry.id if entry is not None else model, on_bytes=on_bytes)
@@ -447,7 +345,7 @@ def download(
         soft_wrap=True,
     )
     if json:
-        _print_json(done.as_dict())
+        print_json(done.as_dict())
 
 
 @app.command
@@ -462,9 +360,9 @@ def convert(
 
     done = run_convert(model, output)
     text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
-    _console(json).print(text, highlight=False, soft_wrap=True)
+    console_for(json).print(text, highlight=False, soft_wrap=True)
     if json:
-        _print_json(done.as_dict())
+        print_json(done.as_dict())
 
 
 @app.command
@@ -480,9 +378,9 @@ def export(
 
     done = run_export(model, output, to=to)
     text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
-    _console(json).print(text, highlight=False, soft_wrap=True)
+    console_for(json).print(text, highlight=False, soft_wrap=True)
     if json:
-        _print_json(done.as_dict())
+        print_json(done.as_dict())
 
 
 @app.command
@@ -498,7 +396,7 @@ def quantize(
     from fitune.console import quantized_table
     from fitune.quantizing import quantize as run_quantize
 
-    console = _console(json)
+    console = console_for(json)
     options = settings.quant_options(quant).model_copy(update={"double": double})
     done = run_quantize(model, output, quant=options)
     console.print(quantized_table(done))
@@ -509,166 +407,10 @@ def quantize(
         soft_wrap=True,
     )
     if json:
-        _print_json(done.as_dict())
+        print_json(done.as_dict())
 
 
-def _check_page(html: Path | None) -> None:
-    """Whether it can be written is known before the work."""
-    if html is not None and html.exists():
-        raise ConfigError(f"{html}: exists; nothing of yours is overwritten", fix="choose another --html")
-    if html is not None and not html.absolute().parent.is_dir():
-        raise ConfigError(f"{html}: no such folder", fix=f"mkdir -p {shlex.quote(str(html.parent))}")
-
-
-PlanFlags = _optional(settings.RunConfig, "PlanFlags", without=("model", "data", "output", "force"))
-
-
-@app.command
-def plan(
-    model: Annotated[
-        str | None, Parameter(help="Name of the catalog (llama-3.1-8b), config.json, model folder or hub id.")
-    ] = None,
-    *,
-    data: Annotated[
-        list[str] | None,
-        Parameter(consume_multiple=True, negative="", help="Data files, folders or ids, as for train."),
-    ] = None,
-    gpu: Annotated[
-        str | None, Parameter(help="A size (24GB), a GPU (rtx-4090), this-machine. [default: this machine]")
-    ] = None,
-    tokenizer: Annotated[Path | None, Parameter(help="Tokenizer folder, for a model that is not here.")] = None,
-    verify: Annotated[
-        bool, Parameter(negative="", help="Run three steps on this machine and compare; needs the model and data.")
-    ] = False,
-    calibrate: Annotated[
-        bool, Parameter(negative="", help="Measure what this machine's GPU takes beside tensors, and keep it.")
-    ] = False,
-    prove: Annotated[
-        bool, Parameter(negative="", help="Show what was predicted of published runs, beside what was measured.")
-    ] = False,
-    html: Annotated[Path | None, Parameter(help="Write a page to this file.")] = None,
-    json: Json = False,
-    set_: SetOption = None,
-    flags: Annotated[Optional[PlanFlags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045
-) -> None:
-    """What a run takes before it runs, and whether that fits. Nothing but a config.json is ever fetched."""
-    _check_page(html)
-    if sum((verify, calibrate, prove)) > 1:
-        raise ConfigError("--verify, --calibrate and --prove are three things", fix="one at a time")
-    console = _console(json)
-    if prove or calibrate:
-        _print_figures(_proof(console) if prove else _calibration(console), json)
-        return
-    if model is None:
-        raise ConfigError("plan: of which model?", expected="a name such as llama-3.1-8b, a folder, or a hub id")
-    given = settings.merge(settings.parse_assignments(set_ or []), _typed(flags))
-    settings.build({**given, "model": model, "data": data or ["-"]})  # unknown settings, and wrong values
-    given = {name: value for name, value in given.items() if name not in ("model", "data")}
-    if verify:
-        useless = [flag for flag, value in (("--gpu", gpu), ("--tokenizer", tokenizer), ("--html", html)) if value]
-        if useless:
-            raise ConfigError(f"--verify runs the model itself on this machine: {', '.join(useless)} would do nothing")
-        _print_figures(_verified(model, data, given, console), json)
-        return
-
-    from fitune.console import Terminal
-    from fitune.files import write_atomic
-    from fitune.planning import plan as make_plan
-    from fitune.planview import page, plan_bar, plan_table, plan_timeline, verdict
-
-    words = str(tokenizer) if tokenizer is not None else None
-    if "method" not in given and data:
-        _print_figures(_advised(model, data, gpu, words, given, console, html), json)
-        return
-    made = make_plan(model, data=data or (), gpu=gpu, words=words, watch=Terminal(console), **given)
-    seen = made.as_dict()
-    console.print(plan_table(seen))
-    console.print(plan_bar(seen, min(console.width, 100)))
-    console.print(plan_timeline(seen, min(console.width, 100), 10))
-    for note in made.notes:
-        console.print(note, style="yellow", markup=False, highlight=False)
-    console.print(verdict(seen), highlight=False)
-    if made.fits is False:
-        from fitune.advice import what_helps
-
-        help_ = what_helps(model, data=data or (), gpu=gpu, words=words, settings=given)
-        console.print(help_.text, highlight=False)
-        seen["helps"] = help_.as_dict()
-    if html is not None:
-        write_atomic(html, page(seen))
-        console.print(f"page {html}", highlight=False, soft_wrap=True)
-    _print_figures(seen, json)
-
-
-def _advised(
-    model: str,
-    data: list[str],
-    gpu: str | None,
-    words: str | None,
-    given: dict[str, Any],
-    console: Console,
-    html: Path | None,
-) -> dict[str, Any]:
-    """What fits, ranked, with the reasons."""
-    from fitune.advice import advise
-    from fitune.adviceview import page, show
-    from fitune.console import Terminal
-    from fitune.files import write_atomic
-
-    found = advise(model, data=data, gpu=gpu, words=words, watch=Terminal(console), **given)
-    show(found, console)
-    if html is not None:
-        write_atomic(html, page(found))
-        console.print(f"page {html}", highlight=False, soft_wrap=True)
-    return found.as_dict()
-
-
-def _print_figures(values: dict[str, Any], json: bool) -> None:
-    if json:
-        _print_json(values)
-
-
-def _verified(model: str, data: list[str] | None, given: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Three steps for real, beside their plan."""
-    if not data:
-        raise ConfigError("--verify: with which data?", fix="add --data FILE")
-    checked = settings.build({**given, "model": model, "data": data})
-    from fitune.console import Terminal
-    from fitune.planning import verify
-    from fitune.planview import compare_table
-
-    found = verify(checked, Terminal(console))
-    console.print(compare_table(found.rows))
-    console.print(compare_table(found.phases))
-    console.print(
-        f"predicted {found.predicted / 2**20:,.1f} MiB, really allocated {found.allocated / 2**20:,.1f}: "
-        f"[bold]{found.error:+.2%}[/]",
-        highlight=False,
-    )
-    return found.as_dict()
-
-
-def _calibration(console: Console) -> dict[str, Any]:
-    from datetime import date
-
-    from fitune.memory.device import calibrate
-
-    found = calibrate(date.today().isoformat())
-    console.print(
-        f"{found['gpu']}: context {found['context'] / 2**20:,.0f} MiB, "
-        f"a workspace {found['workspace'] / 2**20:,.1f} MiB; kept in {found['file']}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return found
-
-
-def _proof(console: Console) -> dict[str, Any]:
-    from fitune.proof import proof, proof_table
-
-    found = proof()
-    console.print(proof_table(found))
-    return found
+app.command(planverb.plan)
 
 
 @app.command
@@ -678,10 +420,10 @@ def doctor(*, json: Json = False) -> None:
     from fitune.doctor import doctor as examine
 
     found = examine()
-    _console(json).print(doctor_table(found))
+    console_for(json).print(doctor_table(found))
     broken = [check for check in found if check.level == "broken"]
     if json:
-        _print_json({"ok": not broken, "checks": [check.as_dict() for check in found]})
+        print_json({"ok": not broken, "checks": [check.as_dict() for check in found]})
     if broken:
         raise SystemExit(1)
 
@@ -699,9 +441,9 @@ def methods(
     from fitune.overview import EXAMPLE, overview
 
     rows = overview(model)
-    _console(json).print(methods_table(rows, model or EXAMPLE))
+    console_for(json).print(methods_table(rows, model or EXAMPLE))
     if json:
-        _print_json({"model": model or EXAMPLE, "methods": [row.as_dict() for row in rows]})
+        print_json({"model": model or EXAMPLE, "methods": [row.as_dict() for row in rows]})
 
 
 def _lines() -> Iterator[str]:
