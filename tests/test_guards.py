@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
-from fitune import adapters, families, guards, optim, preflight, weights
+from fitune import adapters, families, guards, optim, preflight, tensors, weights
 from fitune.batches import flat
 from fitune.checkpoint import RunFolder
 from fitune.config import build
@@ -149,6 +150,72 @@ def test_frozen_intact() -> None:
     still = guards.frozen_intact(guards.fingerprint(model), model, 1e-2)
     assert still.level == "warn"
     assert "have not changed in two steps" in still.text
+
+
+def old_bit_sum(tensor: torch.Tensor) -> int:
+    """As it was, over the whole tensor at once: runs that are stored have these sums."""
+    data = tensor.detach().contiguous().view(-1)
+    bits = data.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
+    weights = torch.arange(1, 1025).repeat(-(-bits.numel() // 1024))[: bits.numel()]
+    return int((bits.to(torch.int64) * weights).sum())
+
+
+def test_a_fingerprint_in_pieces_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors.pieces, "__defaults__", (2048,))
+    torch.manual_seed(0)
+    random = torch.randn(70, 101)
+    several = [
+        random, random.bfloat16(), random.half(), random.double(), random.to(torch.int8), random.T, random[:, 3:40],
+        torch.randn(7, 3000).T, torch.randn(3, 5000)[:, ::2], torch.tensor(3.0), torch.empty(0), torch.empty(3, 0),
+        torch.full((5000,), -2**62, dtype=torch.int64),
+    ]  # fmt: skip
+    for tensor in several:
+        assert tensors.bit_sum(tensor) == old_bit_sum(tensor)
+        assert torch.equal(torch.cat([torch.empty(0, dtype=tensor.dtype), *(p for _, p in tensors.pieces(tensor))]),
+                           tensor.reshape(-1))  # fmt: skip
+    wrong = random.clone()
+    wrong[69, 100] = torch.inf
+    assert tensors.finite(random)
+    assert not tensors.finite(wrong)
+    assert not tensors.finite(wrong.T)
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of an output of any operation."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inputs:
+            self.bytes = max(self.bytes, out.untyped_storage().nbytes())
+        return out
+
+
+def test_checks_take_little_memory_beside_a_large_embedding() -> None:
+    """An embedding of 32,000 x 768 took 567 MiB to be fingerprinted."""
+    model = torch.nn.Embedding(32_000, 768)
+    with Largest() as seen:
+        guards.fingerprint(model)
+        assert tensors.finite(model.weight)
+    assert 0 < seen.bytes <= 16 * 2**20
+
+
+def test_checks_hold_one_gradient_at_a_time() -> None:
+    """All at once are what an optimizer in the backward pass saves."""
+    model = make("full")
+    held: list[int] = []
+
+    def count(parameter: torch.Tensor) -> None:
+        held.append(sum(p.grad is not None for p in model.parameters()))
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(count)  # before the checks' own
+    assert guards.grad_reaches(model, BATCH, "flat").level == "ok"
+    assert guards.accumulation_equality(model, BATCH, "flat").level == "ok"
+    assert len(held) > 20
+    assert max(held) == 1
 
 
 def test_disk_space(tmp_path: Path) -> None:

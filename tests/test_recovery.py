@@ -278,6 +278,9 @@ def test_states_take_the_bytes_of_the_table(name: str) -> None:
     tensors, _ = optim.state_tensors(optimizer, {"w": parameter})
     kept = sum(t.numel() * t.element_size() for n, t in tensors.items() if "qmap" not in n)  # a table all share
     assert kept / parameter.numel() == pytest.approx(optim.TABLE[name].state_bytes, abs=0.04)
+    # written as they lie there: a copy of all states would be the peak of a full tuning
+    held = {t.data_ptr() for states in optimizer.state.values() for t in states.values() if isinstance(t, torch.Tensor)}
+    assert all(t.data_ptr() in held for t in tensors.values() if t.numel() > optim.SHARED)
 
 
 def test_an_optimizer_in_the_backward_pass_does_the_same_and_keeps_no_gradient() -> None:

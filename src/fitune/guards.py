@@ -9,7 +9,8 @@ saved-complete.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from fitune.preflight import PROBE_TOKENS
 from fitune.records import Batch, Finding, Layout, Sample
 from fitune.recovery import first_non_finite
 from fitune.step import hidden_states, loss_sum
+from fitune.tensors import bit_sum, finite
 
 AGAIN = "the checkpoints are whole: fitune train --resume --output RUN saves again"
 SAME = {
@@ -83,14 +85,12 @@ def nan_hidden(model: Any, batch: Batch, layout: Layout) -> Finding:
     model.eval()
     try:
         with torch.no_grad():
-            fine = bool(hidden_states(model, batch, layout).isfinite().all())
+            fine = finite(hidden_states(model, batch, layout))
         packed = {
             id(layer.weight) for _, layer in quant.layers(model)
         }  # their bits are no floats, whatever they lie in
         bad = [
-            n
-            for n, p in model.named_parameters()
-            if p.is_floating_point() and id(p) not in packed and not bool(p.isfinite().all())
+            n for n, p in model.named_parameters() if p.is_floating_point() and id(p) not in packed and not finite(p)
         ]
         first = (
             "" if fine and not bad else (f"the weight {bad[0]}" if bad else first_non_finite(model, [batch], layout)[0])
@@ -202,38 +202,62 @@ def fp16_range(model: Any, batch: Batch, layout: Layout) -> Finding:
     return Finding("fp16-range", "ok", text)
 
 
-def _gradients(model: Any, pieces: Sequence[Batch], layout: Layout) -> dict[str, Tensor | None]:
-    """Of the mean over all targets, without dropout; nothing of the model or the random numbers is left changed."""
+LOOKED_AT = 2**16  # numbers of a gradient that are compared, spread over all of it
+
+
+@contextmanager
+def _watching(model: Any, look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, each gradient is looked at when it is there, and dropped: all of them at once may be more than a run
+    holds. Nothing of the model or the random numbers is left changed."""
     training, before = model.training, rng_state()
-    model.eval()
-    targets = sum(piece.targets for piece in pieces)
+
+    def watcher(name: str) -> Callable[[Tensor], None]:
+        def seen(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            look(name, parameter.grad)
+            parameter.grad = None
+
+        return seen
+
+    hooks = [p.register_post_accumulate_grad_hook(watcher(name)) for name, p in trainable(model).items()]
     try:
-        for piece in pieces:
-            (loss_sum(model, piece, layout) / targets).backward()
-        return {name: p.grad for name, p in trainable(model).items()}
+        yield
     finally:
+        for hook in hooks:
+            hook.remove()
         model.zero_grad(set_to_none=True)
         model.train(training)
         restore_rng(before)
+
+
+def _gradients(model: Any, pieces: Sequence[Batch], layout: Layout) -> dict[str, Tensor]:
+    """Of the mean over all targets, without dropout: of each gradient the numbers that are compared."""
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        some = gradient.reshape(-1)[:: max(1, gradient.numel() // LOOKED_AT)]
+        found[name] = found[name] + some if name in found else some.clone()
+
+    targets = sum(piece.targets for piece in pieces)
+    with _watching(model, add):
+        model.eval()
+        for piece in pieces:
+            (loss_sum(model, piece, layout) / targets).backward()
+    return found
 
 
 def grad_reaches(model: Any, batch: Batch, layout: Layout) -> Finding:
     """A first backward pass: a finite gradient reaches every trainable tensor. In training mode, as the run will be."""
-    training, before = model.training, rng_state()
-    model.train()
-    try:
-        (loss_sum(model, batch, layout) / batch.targets).backward()
-        found = trainable(model)
-        none = [name for name, p in found.items() if p.grad is None]
-        bad = [name for name, p in found.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
-    except RuntimeError as error:
-        if "does not require grad" not in str(error):
-            raise
-        none, bad = list(trainable(model)), []
-    finally:
-        model.zero_grad(set_to_none=True)
-        model.train(training)
-        restore_rng(before)
+    fine: dict[str, bool] = {}
+    with _watching(model, lambda name, gradient: fine.update({name: finite(gradient)})):
+        model.train()
+        try:
+            (loss_sum(model, batch, layout) / batch.targets).backward()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+    found = trainable(model)
+    none, bad = [name for name in found if name not in fine], [name for name in found if not fine.get(name, True)]
     if none or bad:
         text = f"no gradient reaches {len(none)} trainable tensors" if none else f"{len(bad)} gradients are not finite"
         return Finding("grad-reaches", "refuse", f"{text}, the first of {(none or bad)[0]}")
@@ -244,9 +268,8 @@ def accumulation_equality(model: Any, batch: Batch, layout: Layout) -> Finding:
     """Micro-batches give the gradient of the whole: sum over target tokens, whatever the pieces."""
     whole, pieces = _gradients(model, [batch], layout), _gradients(model, split(batch, len(batch.rows)), layout)
     # of the largest gradient of all: some, of key biases for example, are zero but for rounding
-    scale = max((float(g.abs().max()) for g in whole.values() if g is not None), default=0.0) or 1.0
-    pairs = [(g, pieces[name]) for name, g in whole.items()]
-    worst = max(float((a - b).abs().max()) / scale for a, b in pairs if a is not None and b is not None)
+    scale = max((float(g.abs().max()) for g in whole.values()), default=0.0) or 1.0
+    worst = max(float((g - pieces[name]).abs().max()) / scale for name, g in whole.items() if name in pieces)
     allowed = SAME[compute_dtype(model)]
     if worst > allowed:
         text = f"micro-batches change the gradient by {worst:.1e} of its largest value, above {allowed}"
@@ -295,10 +318,7 @@ def fingerprint(model: Any) -> dict[str, tuple[int, bool]]:
     for name, layer in quant.layers(model):
         tensors |= {f"{name}|scales {n}": scales for n, scales in enumerate(quant.constants(layer))}
     for name, p in tensors.items():
-        data = p.detach().contiguous().view(-1)
-        bits = data.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
-        weights = torch.arange(1, 1025, device=bits.device).repeat(-(-bits.numel() // 1024))[: bits.numel()]
-        sums[name] = (int((bits.to(torch.int64) * weights).sum()), p.requires_grad)
+        sums[name] = (bit_sum(p.detach()), p.requires_grad)
     return sums
 
 

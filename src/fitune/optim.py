@@ -35,6 +35,7 @@ class Kind:
     epsilon: bool = False
 
 
+SHARED = 256  # numbers in a table of bitsandbytes
 LEAST = 1e-4  # the least epsilon that float16 weights survive: smaller ones were finite and ruined, or NaN
 
 
@@ -227,15 +228,21 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def state_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as tensors named `parameter|key`, and what is no tensor."""
+    """The optimizer's state as tensors named `parameter|key`, to be written at once, and what is no tensor. States on
+    a CPU are not copied: all of them a second time would be the peak of a full tuning."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
+    taken: set[int] = set()
     states = optimizer.state
     for name, parameter in parameters.items():
         for key, value in states.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                # bitsandbytes' tensors share memory, which safetensors refuses
-                tensors[f"{name}|{key}"] = value.detach().cpu().contiguous().clone()
+                mine = value.detach().cpu().contiguous()
+                storage = mine.untyped_storage()._cdata
+                # bitsandbytes' parameters share their tables, and safetensors refuses tensors that share memory
+                apart = storage in taken or mine.numel() <= SHARED
+                tensors[f"{name}|{key}"] = mine.clone() if apart else mine
+                taken.add(storage)
             elif value is not None:
                 scalars[f"{name}|{key}"] = value
     return tensors, scalars

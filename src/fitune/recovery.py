@@ -22,6 +22,7 @@ from fitune.memory.trace import Tracer
 from fitune.model import causal_lm, trainable
 from fitune.records import Batch, Layout, Source
 from fitune.step import LossScale, StepResult, apply_gradients, loss_sum, make_gradients
+from fitune.tensors import finite
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 MOST_BAD = 3  # steps in a row that are not finite
@@ -229,7 +230,7 @@ def first_non_finite(model: Any, micro_batches: Sequence[Batch], layout: Layout)
     """What is the first to be NaN or infinite (a weight, an output, a gradient), and the rows that show it."""
     rows = tuple(row for batch in micro_batches for row in batch.rows)
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if parameter.is_floating_point() and not finite(parameter):
             return f"the weight {name}", rows
     found: list[str] = []
     hooks = [
@@ -242,7 +243,7 @@ def first_non_finite(model: Any, micro_batches: Sequence[Batch], layout: Layout)
             _one_backward(model, batch, layout)
             if found:
                 return f"the output of {found[0]}", batch.rows
-            wrong = [n for n, p in trainable(model).items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+            wrong = [n for n, p in trainable(model).items() if p.grad is not None and not finite(p.grad)]
             if wrong:
                 return f"the gradient of {wrong[-1]}", batch.rows
     finally:
@@ -255,7 +256,7 @@ def first_non_finite(model: Any, micro_batches: Sequence[Batch], layout: Layout)
 def _watch(name: str, found: list[str]) -> Callable[..., None]:
     def look(module: torch.nn.Module, inputs: object, output: object) -> None:
         tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, torch.Tensor)]
-        if not found and any(t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors):
+        if not found and any(t.is_floating_point() and not finite(t) for t in tensors):
             found.append(name)
 
     return look
