@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fitune import adapters, families, methods, optim, preflight
+from fitune import adapters, families, leak, methods, optim, preflight
 from fitune import quant as quants
 from fitune.batches import flat
 from fitune.config import RunConfig, build
@@ -212,13 +212,13 @@ def test_contract(variant: str, kind: str, precision: str, quant: str, tmp_path:
         assert apart(logits(model), before, precision) <= (max(close, 1e-5) if "pissa" in variant else exact)
     # a flat batch is the same as separate documents, in the method's own forward
     two = [s for s in samples() if len(s) > 1]
-    layout, finding = preflight.packing_leak(model, two, "flat")
+    layout, finding = leak.packing_leak(model, two, "flat")
     assert layout == "flat", finding.text
     model.eval()
     with torch.no_grad():
-        leak = preflight._leak(model, two, "flat")
-    assert leak.difference <= LEAK[precision]
-    assert leak.moved <= 1e-6
+        seen = leak._leak(model, two, "flat")
+    assert seen.difference <= LEAK[precision]
+    assert seen.moved <= 1e-6
 
     # a finite gradient reaches every trainable tensor, and the same one with checkpointing
     plain = gradients(model)
@@ -241,9 +241,9 @@ def test_contract(variant: str, kind: str, precision: str, quant: str, tmp_path:
     # what was trained does not let documents see each other either
     model.eval()
     with torch.no_grad():
-        leak = preflight._leak(model, two, "flat")
-    assert leak.difference <= LEAK[precision]
-    assert leak.moved <= 1e-6
+        seen = leak._leak(model, two, "flat")
+    assert seen.difference <= LEAK[precision]
+    assert seen.moved <= 1e-6
 
     # what is saved and loaded again has the same logits, and turned off it is the base
     after = logits(model)
@@ -257,7 +257,7 @@ def test_contract(variant: str, kind: str, precision: str, quant: str, tmp_path:
         assert torch.equal(logits(loaded), after)
     with adapters.disabled(loaded):
         assert torch.equal(logits(loaded), before)
-        layout, finding = preflight.packing_leak(loaded, two, "flat")
+        layout, finding = leak.packing_leak(loaded, two, "flat")
         assert layout == "flat", finding.text
     assert apart(logits(loaded), after, precision) <= max(close, 1e-4)
 

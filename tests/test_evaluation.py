@@ -84,7 +84,7 @@ def test_logits_of_a_set_are_never_held(run: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(torch.nn.Linear, "forward", watched)
     clean = ("flat", Finding("packing-leak", "ok", ""))  # the probe scores two short documents whole
-    monkeypatch.setattr("fitune.preflight.packing_leak", lambda *_: clean)
+    monkeypatch.setattr("fitune.leak.packing_leak", lambda *_: clean)
     evaluate(run, [str(run.parent / "held_out.jsonl")], answer=False)
     assert seen.count(3) > 5
     assert max(seen) == 3

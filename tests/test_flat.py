@@ -12,8 +12,8 @@ from fitune.batches import flat
 from fitune.kernels import loss as loss_kernel
 from fitune.kernels.attention import FLAT
 from fitune.kernels.loss import label_loss
+from fitune.leak import packing_leak
 from fitune.model import use_attention
-from fitune.preflight import packing_leak
 from fitune.records import Batch, Sample
 from fitune.step import held_out_loss, label_hidden, loss_sum, training_step
 

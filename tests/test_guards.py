@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
-from fitune import adapters, families, guards, optim, preflight, tensors, weights
+from fitune import adapters, families, guards, leak, optim, tensors, weights
 from fitune.batches import flat
 from fitune.checkpoint import RunFolder
 from fitune.config import build
@@ -394,8 +394,8 @@ def test_a_leaking_batch_is_refused_where_that_layout_is_asked_for() -> None:
 
     model.model.forward = leaking
     two = [s for s in samples() if len(s) > 1]
-    assert preflight.packing_leak(model, two, "flat")[1].level == "refuse"
-    layout, found = preflight.packing_leak(model, two)
+    assert leak.packing_leak(model, two, "flat")[1].level == "refuse"
+    layout, found = leak.packing_leak(model, two)
     assert (layout, found.level) == ("padded", "fixed")
     assert flat(two, [0, 1]).bounds.tolist() == [0, 7, 19]
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 import fitune
 import tiny
-from fitune import adapters, catalog, cli, families, methods, preflight
+from fitune import adapters, catalog, cli, families, leak, methods, preflight
 from fitune.batches import flat
 from fitune.checkpoint import RunFolder
 from fitune.config import build
@@ -583,6 +583,6 @@ def test_a_window_or_a_rope_that_depends_on_length_is_probed_with_whole_rows(lay
     )))  # fmt: skip
     long, short = (torch.randint(5, 300, (n,)).numpy().astype("int32") for n in (120, 10))
     data = [samples()[0].__class__(ids, ids > 0) for ids in (long, short)]
-    _, finding = preflight.packing_leak(model, data, layout)
+    _, finding = leak.packing_leak(model, data, layout)
     assert finding.level == "refuse", finding.text
-    assert preflight.packing_leak(model, data)[0] == "documents"
+    assert leak.packing_leak(model, data)[0] == "documents"

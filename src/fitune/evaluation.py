@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fitune import dataset, preflight, rows
+from fitune import dataset, leak, preflight, rows
 from fitune.adapters import disabled
 from fitune.batches import in_order
 from fitune.cache import Cache
@@ -154,7 +154,7 @@ def evaluate(
     if not len(held_out):
         raise DataError("no row has a token to measure", file=sources[0].path, received=f"{len(there)} rows")
     asked, too_long = _askable(there, tuned, limit) if answer else ([], 0)
-    layout, found = preflight.packing_leak(tuned.model, held_out)
+    layout, found = leak.packing_leak(tuned.model, held_out)
     preflight.raise_refused([found])
     has_base = _is_tuned(tuned)
 

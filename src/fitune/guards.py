@@ -25,9 +25,9 @@ from fitune.batches import flat, split
 from fitune.checkpoint import Loaded, RunFolder, restore_rng, rng_state
 from fitune.files import MANIFEST
 from fitune.kernels.loss import chunk_rows
+from fitune.leak import PROBE_TOKENS
 from fitune.methods import lora
 from fitune.model import causal_lm, compute_dtype, trainable
-from fitune.preflight import PROBE_TOKENS
 from fitune.records import Batch, Finding, Layout, Sample
 from fitune.recovery import first_non_finite
 from fitune.step import hidden_states, loss_sum

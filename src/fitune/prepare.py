@@ -17,6 +17,7 @@ from fitune import (
     families,
     formats,
     guards,
+    leak,
     methods,
     optim,
     precision,
@@ -227,7 +228,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
         adapters.load_into(model, adapters.locate(config.adapter))
     checkpoint_blocks(model, family, config.checkpointing)
     samples = data.samples
-    layout, leak = preflight.packing_leak(model, samples, config.layout)
+    layout, apart = leak.packing_leak(model, samples, config.layout)
     if layout != work.layout:
         work = _work(config, model_config, data, added, layout)
         plan = _planned(work, device, folder.name)
@@ -239,7 +240,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     stored = weights.stored_dtype(folder)
     dtypes = [precision.speed(config, device), precision.weights_kept(model, stored)]
     dtypes.append(guards.fp16_range(model, probe, layout))
-    model_findings = [preflight.family_found(family), intact, *sets, *dtypes, leak]
+    model_findings = [preflight.family_found(family), intact, *sets, *dtypes, apart]
     preflight.raise_refused(model_findings)
     highest = max([int(probe.ids.max()), *(token.id for token in added)])
     if before is not None and config.adapter is None:
