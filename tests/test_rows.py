@@ -120,7 +120,7 @@ OPENAI = [
     {"role": "user", "content": [{"type": "text", "text": "1 加"}, {"type": "text", "text": " 2?"}]},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "c1", "name": "add", "content": "3"},
-    {"role": "assistant", "content": "三", "tool_calls": None, "weight": 0},
+    {"role": "assistant", "content": "三", "tool_calls": None, "refusal": None},
 ]
 SHAREGPT = [
     {"from": "human", "value": "1 加 2?"},
@@ -165,6 +165,50 @@ def test_speakers_have_many_names(human: str, bot: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("turn", "thought", "content"),
+    [
+        ({"reasoning_content": "t", "content": "b"}, "t", "b"),
+        ({"thinking": "t", "content": "b"}, "t", "b"),
+        ({"reasoning": "t", "reasoning_content": "t", "content": "b"}, "t", "b"),  # one thought under two names
+        ({"reasoning_content": None, "content": "b"}, "", "b"),
+        ({"content": [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "b"}]}, "t", "b"),
+        ({"content": [{"type": "reasoning", "text": "t"}, {"type": "output_text", "text": "b"}]}, "t", "b"),
+        ({"reasoning": [{"type": "text", "text": "t"}], "content": "b"}, "t", "b"),
+    ],
+)
+def test_a_thought_of_its_own_is_kept(turn: dict[str, Any], thought: str, content: str) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", **turn}]}
+    assert convert(row).messages[1] == Message("assistant", content, thought=thought)
+    assert unused(row, "messages", {}) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "weight"),
+    [
+        ({}, 1.0),
+        ({"weight": 0}, 0.0),
+        ({"weight": 1}, 1.0),
+        ({"weight": 0.25}, 0.25),
+        ({"loss": False}, 0.0),
+        ({"loss": True}, 1.0),
+        ({"loss": None}, 1.0),
+        ({"loss_scale": 2.0}, 2.0),
+        ({"loss_weight": 0.5}, 0.5),
+        ({"train": False}, 0.0),
+        ({"training": False}, 0.0),
+        ({"trainable": True}, 1.0),
+        ({"mask": True}, 0.0),
+        ({"mask": False}, 1.0),
+        ({"weight": 0.5, "train": True}, 0.5),
+    ],
+)
+def test_flags_of_turns_are_weights(flags: dict[str, Any], weight: float) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **flags}]}
+    assert convert(row).messages[1].weight == weight
+    assert unused(row, "messages", {}) == []
+
+
+@pytest.mark.parametrize(
     ("row", "name"),
     [
         ({"context": "a", "target": "b"}, "context/target"),
@@ -204,7 +248,10 @@ def test_plain_text_is_one_answer_trained_whole() -> None:
         ({"messages": 5}, ["messages: not a list", "received: 5"]),
         ({"messages": [5]}, ["messages[0]: not a turn", "received: 5", "expected: {role, content}"]),
         ({"messages": [{"role": ["user"]}]}, ["messages[0].role: unknown role", "received: ['user']", "human, assis"]),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, ["content[0]: not a part with text"]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            ["content[0]: pictures, sound and films cannot"],
+        ),
         ({"messages": [{"role": "user", "content": "", "tool_calls": [CALL]}]}, ["only an answer can call"]),
         ({"messages": [{"role": "assistant", "content": ""}]}, ["messages[0].content: the answer is empty"]),
         ({"messages": OPENAI[:4]}, ["messages: no answer at the end", "received: tool", "expected: assistant"]),
@@ -219,6 +266,17 @@ def test_plain_text_is_one_answer_trained_whole() -> None:
         (
             {"conversations": [{"from": "function_call", "value": '{"name": "f", "arguments": "[1]"}'}]},
             ["value[0].arguments: not an object", "received: '[1]'", 'expected: {"name": value, ...}'],
+        ),
+        *(
+            ({"messages": [{"role": "assistant", "content": "b", **flag}]}, [f"messages[0].{next(iter(flag))}: {what}"])
+            for flag, what in [
+                ({"weight": -1}, "no weight of the loss\n  received: -1\n  expected: true, false, or a number"),
+                ({"loss": "yes"}, "no weight of the loss\n  received: 'yes'"),
+                ({"weight": float("nan")}, "no weight of the loss\n  received: nan"),
+                ({"mask": 1}, "no weight of the loss\n  received: 1\n  expected: true or false"),  # may mean either
+                ({"train_detail": [{"begin_offset": 0}]}, "parts of a turn have flags of their own"),
+                ({"reasoning_content": 5}, "a thought that is not a text\n  received: 5"),
+            ]
         ),
         ({"instruction": "a", "output": "b", "history": "x"}, ["history: not JSON", "expected: [[question, answer]"]),
     ],
@@ -277,7 +335,7 @@ def test_without_a_known_format_the_map_is_proposed_once_for_all_rows(tmp_path: 
 def test_what_turns_hold_beside_is_listed_too(tmp_path: Path) -> None:
     report = DataReport()
     load([write(tmp_path / "a.jsonl", json.dumps({"messages": OPENAI, "id": 1}))], report)
-    assert report.unused_columns == {"id": 1, "turn.weight": 1}
+    assert report.unused_columns == {"id": 1, "turn.refusal": 1}
 
 
 def test_slots_are_filled_or_counted(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ TALK = (
     Message("user", "1 + 1?", context="in words"),
     Message("assistant", "", tool_calls=(ToolCall("add", '{"a": 1}'),)),
     Message("tool", "2"),
-    Message("assistant", "two\u2028lines"),
+    Message("assistant", "two\u2028lines", thought="想", weight=0.25),
 )
 
 

@@ -13,48 +13,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fitune.errors import ConfigError, DataError, did_you_mean, shorten
-from fitune.records import SPAN, Conversation, Message, Role, Source, ToolCall
+from fitune.fields import FieldError, Row, listed, text_of
+from fitune.records import SPAN, Conversation, Message, Source
+from fitune.turns import TURN_IDS, TURN_KEYS, ending_in_answer, turns_of
 
-Row = Mapping[str, Any]
-
-ROLES: dict[str, Role] = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
-CALLS = ("function_call", "tool_call")  # roles whose text is a call as JSON
-TURN = "[{role, content}, ...]"
-TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call"}
-TURN_IDS = {"name", "id", "tool_call_id"}  # tie results to calls; templates go by the order
 SLOT = re.compile(r"\{\{(\w+)\}\}")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can write it, UTF-8 cannot
-
-
-class _FieldError(Exception):
-    """A field of a row is wrong; `to_conversation` adds file and line."""
-
-    def __init__(self, field: str, what: str, received: object = None, expected: object = None) -> None:
-        self.field, self.what, self.received, self.expected = field, what, received, expected
-        super().__init__(what)
-
-
-def _text(row: Row, field: str, *, required: bool = True) -> str:
-    value = row.get(field)
-    if value is None and not required:
-        return ""
-    if not isinstance(value, str):
-        raise _FieldError(field, "not a text", received=shorten(value), expected="a string")
-    return value
 
 
 def _answer(row: Row, field: str, prompt: str = "") -> Message:
     """The answer; a list of texts is one for each gap in the prompt."""
     if isinstance(row.get(field), list):
         return Message("assistant", SPAN.join(_spans(row[field], field, prompt)))
-    text = _text(row, field)
+    text = text_of(row, field)
     if not text.strip():
-        raise _FieldError(field, "the answer is empty", received=shorten(text), expected="some text to train on")
+        raise FieldError(field, "the answer is empty", received=shorten(text), expected="some text to train on")
     return Message("assistant", text)
 
 
@@ -62,43 +35,25 @@ def _spans(values: list[Any], field: str, prompt: str) -> list[str]:
     expected = f"a text, or one for each {SPAN} in the prompt"
     texts = all(isinstance(value, str) and value.strip() and SPAN not in value for value in values)
     if not values or not texts or SPAN not in prompt:
-        raise _FieldError(field, "not a text", received=shorten(values), expected=expected)
+        raise FieldError(field, "not a text", received=shorten(values), expected=expected)
     if prompt.count(SPAN) != len(values):
         told = f"{len(values)} texts, {prompt.count(SPAN)} {SPAN} in the prompt"
-        raise _FieldError(field, "as many answers as gaps are needed", received=told, expected=expected)
+        raise FieldError(field, "as many answers as gaps are needed", received=told, expected=expected)
     return values
-
-
-def _parsed(value: object, where: str, expected: str) -> Any:
-    """The value of JSON text (as CSV cells and many data sets hold it); other values as they are."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        raise _FieldError(where, "not JSON", received=shorten(value), expected=expected) from None
-
-
-def _list(value: object, where: str, expected: str) -> list[Any]:
-    """A list, or the JSON text of one; nothing is an empty one."""
-    value = [] if value is None or value == "" else _parsed(value, where, expected)
-    if not isinstance(value, list):
-        raise _FieldError(where, "not a list", received=shorten(value), expected=expected)
-    return value
 
 
 def _alpaca(row: Row) -> list[Message]:
     messages = []
-    for n, pair in enumerate(_list(row.get("history"), "history", "[[question, answer], ...]")):
+    for n, pair in enumerate(listed(row.get("history"), "history", "[[question, answer], ...]")):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-            raise _FieldError(f"history[{n}]", "not a pair", received=shorten(pair), expected="[question, answer]")
+            raise FieldError(f"history[{n}]", "not a pair", received=shorten(pair), expected="[question, answer]")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
     asked = _instruction(row)
     return [*messages, asked, _answer(row, "output", f"{asked.content}\n{asked.context}")]
 
 
 def _instruction(row: Row) -> Message:
-    return Message("user", _text(row, "instruction"), context=_text(row, "input", required=False))
+    return Message("user", text_of(row, "instruction"), context=text_of(row, "input", required=False))
 
 
 def _prompt_completion(row: Row) -> list[Message]:
@@ -107,7 +62,7 @@ def _prompt_completion(row: Row) -> list[Message]:
 
 
 def _context_target(row: Row) -> list[Message]:
-    asked = _text(row, "context")
+    asked = text_of(row, "context")
     return [Message("user", asked), _answer(row, "target", asked)]
 
 
@@ -121,11 +76,11 @@ def _plain_text(row: Row) -> list[Message]:
 
 
 def _messages(row: Row) -> list[Message]:
-    return _ending_in_answer(_turns(row["messages"], "messages"), "messages")
+    return ending_in_answer(turns_of(row["messages"], "messages"), "messages")
 
 
 def _sharegpt(row: Row) -> list[Message]:
-    return _ending_in_answer(_turns(row["conversations"], "conversations"), "conversations")
+    return ending_in_answer(turns_of(row["conversations"], "conversations"), "conversations")
 
 
 def _preference(row: Row) -> list[Message]:
@@ -135,11 +90,11 @@ def _preference(row: Row) -> list[Message]:
         return answer
     for field in ("conversations", "messages"):
         if field in row:
-            return [*_turns(row[field], field), *answer]
+            return [*turns_of(row[field], field), *answer]
     if "instruction" in row:
         return [_instruction(row), *answer]
     if "prompt" not in row:
-        raise _FieldError("prompt", "missing (a row of preference)", received=_names(row), expected=PREFERENCE_PROMPTS)
+        raise FieldError("prompt", "missing (a row of preference)", received=_names(row), expected=PREFERENCE_PROMPTS)
     return [*_prompt(row, "prompt"), *answer]
 
 
@@ -148,7 +103,7 @@ PREFERENCE_PROMPTS = "conversations, messages, instruction or prompt beside chos
 
 def _prompt(row: Row, field: str) -> list[Message]:
     """A prompt as text, or as turns."""
-    return _turns(row[field], field) if isinstance(row.get(field), list) else [Message("user", _text(row, field))]
+    return turns_of(row[field], field) if isinstance(row.get(field), list) else [Message("user", text_of(row, field))]
 
 
 def _completion(row: Row, field: str, prompt: str = "") -> list[Message]:
@@ -158,102 +113,17 @@ def _completion(row: Row, field: str, prompt: str = "") -> list[Message]:
         return [_answer(row, field, prompt)]
     if isinstance(value, dict):
         value = [value]
-    return _ending_in_answer(_turns(value, field), field) if isinstance(value, list) else [_answer(row, field)]
-
-
-def _ending_in_answer(messages: list[Message], where: str) -> list[Message]:
-    if messages[-1].role != "assistant":
-        raise _FieldError(where, "no answer at the end", received=messages[-1].role, expected="assistant")
-    return messages
-
-
-def _turns(value: object, where: str) -> list[Message]:
-    """Turns in OpenAI's words (role, content) or in ShareGPT's (from, value)."""
-    turns = _list(value, where, TURN)
-    if not turns:
-        raise _FieldError(where, "no list of turns", received=shorten(value), expected=TURN)
-    messages = [_turn(turn, f"{where}[{n}]") for n, turn in enumerate(turns)]
-    for n, message in enumerate(messages):
-        if message.role == "system" and n > 0:
-            raise _FieldError(f"{where}[{n}].role", "a system message after the first turn", received="system")
-    return messages
-
-
-def _turn(turn: object, where: str) -> Message:
-    if not isinstance(turn, dict):
-        raise _FieldError(where, "not a turn", received=shorten(turn), expected="{role, content}")
-    role_key, key = "from" if "from" in turn else "role", "value" if "value" in turn else "content"
-    name = turn.get(role_key)
-    role = name.lower() if isinstance(name, str) else ""
-    if role in CALLS:
-        calls = _parsed(turn.get(key), f"{where}.{key}", '{"name": ..., "arguments": {...}}')
-        return Message("assistant", "", tool_calls=_calls(calls, f"{where}.{key}"))
-    if role not in ROLES:
-        expected = ", ".join([*ROLES, *CALLS])
-        raise _FieldError(f"{where}.{role_key}", "unknown role", received=shorten(name), expected=expected)
-    calls = turn.get("tool_calls") or turn.get("function_call")  # the second is OpenAI's older name
-    calls = _calls(_parsed(calls, f"{where}.tool_calls", "a list of calls"), f"{where}.tool_calls") if calls else ()
-    content = _content(turn.get(key), f"{where}.{key}", required=not calls)
-    if ROLES[role] == "assistant" and not calls and not content.strip():
-        raise _FieldError(
-            f"{where}.{key}", "the answer is empty", received=shorten(content), expected="some text to train on"
-        )
-    if ROLES[role] != "assistant" and calls:
-        raise _FieldError(f"{where}.tool_calls", "only an answer can call", received=role, expected="assistant")
-    return Message(ROLES[role], content, tool_calls=calls)
-
-
-def _content(value: object, where: str, *, required: bool) -> str:
-    """A turn's text: a string, or OpenAI's list of parts. An answer that calls may have none."""
-    if value is None and not required:
-        return ""
-    if isinstance(value, list):
-        return "".join(_part(part, f"{where}[{n}]") for n, part in enumerate(value))
-    if not isinstance(value, str):
-        raise _FieldError(where, "not a text", received=shorten(value), expected="a string")
-    return value
-
-
-def _part(part: object, where: str) -> str:
-    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise _FieldError(where, "not a part with text", received=shorten(part), expected='{"type": "text", "text": ...}')
-
-
-def _calls(value: object, where: str) -> tuple[ToolCall, ...]:
-    calls = [value] if isinstance(value, dict) else value
-    if not isinstance(calls, list) or not calls:
-        expected = "{name, arguments}, or a list of them"
-        raise _FieldError(where, "no list of calls", received=shorten(value), expected=expected)
-    return tuple(_call(call, f"{where}[{n}]") for n, call in enumerate(calls))
-
-
-def _call(call: object, where: str) -> ToolCall:
-    """`{name, arguments}`, alone or in OpenAI's frame `{id, type, function: {name, arguments}}`."""
-    inner = call.get("function", call) if isinstance(call, dict) else call
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
-        raise _FieldError(where, "not a call", received=shorten(call), expected="{name, arguments}")
-    arguments = inner.get("arguments")
-    if arguments is None or arguments == "":
-        return ToolCall(inner["name"], "{}")
-    parsed = _parsed(arguments, f"{where}.arguments", "a JSON object")
-    if not isinstance(parsed, dict):
-        raise _FieldError(
-            f"{where}.arguments", "not an object", received=shorten(arguments), expected='{"name": value, ...}'
-        )
-    # text stays as it was written: the model learns it letter by letter
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
-    return ToolCall(inner["name"], text)
+    return ending_in_answer(turns_of(value, field), field) if isinstance(value, list) else [_answer(row, field)]
 
 
 def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
     """Function descriptions, each in OpenAI's frame `{type: function, function: {name, description, parameters}}`."""
     tools = []
-    for n, tool in enumerate(_list(row.get("tools"), "tools", "a list of function descriptions")):
+    for n, tool in enumerate(listed(row.get("tools"), "tools", "a list of function descriptions")):
         inner = tool.get("function", tool) if isinstance(tool, dict) else tool
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             expected = "{name, description, parameters}"
-            raise _FieldError(f"tools[{n}]", "not a function description", received=shorten(tool), expected=expected)
+            raise FieldError(f"tools[{n}]", "not a function description", received=shorten(tool), expected=expected)
         tools.append(tool if "function" in tool else {"type": "function", "function": tool})
     return tuple(tools)
 
@@ -318,8 +188,8 @@ def _find(row: Row, name: str, mapped: set[str]) -> Format:
     expected = "; ".join(f"{fmt.name}: {', '.join(sorted(fmt.keys))}" for fmt in known)
     if near.keys & row.keys() or name != "auto":
         missing = sorted(near.keys - row.keys())[0]
-        raise _FieldError(missing, f"missing (a row of {near.name})", received=_names(row), expected=expected)
-    raise _FieldError("", "no known format", received=_names(row), expected=expected)
+        raise FieldError(missing, f"missing (a row of {near.name})", received=_names(row), expected=expected)
+    raise FieldError("", "no known format", received=_names(row), expected=expected)
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> tuple[Row, set[str]]:
@@ -347,14 +217,16 @@ def to_conversation(
     columns = columns or {}
     try:
         if not isinstance(row, dict):
-            raise _FieldError("", "not a row", received=shorten(row), expected="an object")
+            raise FieldError("", "not a row", received=shorten(row), expected="an object")
         return _convert(row, source, name, columns)
-    except _FieldError as error:
+    except FieldError as error:
         # the user knows his own column's name, not the one it stands for
         own = {field: column for column, field in columns.items()}
         root = re.split(r"[.\[]", error.field)[0]
         field = own.get(root, root) + error.field[len(root) :]
-        fix = None if error.field or not isinstance(row, dict) else "say what your columns are: --map COLUMN=prompt ..."
+        fix = error.fix
+        if not error.field and isinstance(row, dict):
+            fix = fix or "say what your columns are: --map COLUMN=prompt ..."
         raise DataError(
             error.what,
             file=source.file,
@@ -372,15 +244,15 @@ def _convert(row: Row, source: Source, name: str, columns: Mapping[str, str]) ->
     row, mapped = _renamed(row, columns)
     fmt = _find(row, name, mapped)
     messages = fmt.convert(row)
-    system = _text(row, "system", required=False) if "system" in fmt.uses else ""
+    system = text_of(row, "system", required=False) if "system" in fmt.uses else ""
     if system and messages[0].role == "system":
-        raise _FieldError("system", "a second system message", received=shorten(system), expected="one")
+        raise FieldError("system", "a second system message", received=shorten(system), expected="one")
     if system:
         messages = [Message("system", system), *messages]
     tools = _tools(row) if "tools" in fmt.uses else ()
     for text in (*_texts(messages), json.dumps(tools, ensure_ascii=False, default=str) if tools else ""):
         if half := SURROGATE.search(text):
-            raise _FieldError("", "half a character (a lone surrogate)", received=shorten(half[0]), expected="text")
+            raise FieldError("", "half a character (a lone surrogate)", received=shorten(half[0]), expected="text")
     return Conversation(tuple(messages), source=source, format=fmt.name, tools=tools)
 
 
@@ -391,6 +263,7 @@ def _texts(messages: Iterable[Message]) -> list[str]:
         for text in (
             message.content,
             message.context,
+            message.thought,
             *(part for c in message.tool_calls for part in (c.name, c.arguments)),
         )
     ]
@@ -414,7 +287,12 @@ def fill(conversation: Conversation, values: Mapping[str, str]) -> Conversation:
         return SLOT.sub(lambda slot: values.get(slot[1], slot[0]), text) if "{{" in text else text
 
     messages = tuple(
-        replace(message, content=filled(message.content), context=filled(message.context))
+        replace(
+            message,
+            content=filled(message.content),
+            context=filled(message.context),
+            thought=filled(message.thought),
+        )
         for message in conversation.messages
     )
     return replace(conversation, messages=messages)
@@ -422,5 +300,5 @@ def fill(conversation: Conversation, values: Mapping[str, str]) -> Conversation:
 
 def slots(conversation: Conversation) -> set[str]:
     """The names of the slots `{{name}}` that stand in a conversation's texts."""
-    texts = [text for message in conversation.messages for text in (message.content, message.context)]
+    texts = [text for message in conversation.messages for text in (message.content, message.context, message.thought)]
     return {slot for text in texts if "{{" in text for slot in SLOT.findall(text)}

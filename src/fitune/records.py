@@ -45,13 +45,17 @@ SPAN = "[MASK]"  # a gap in a prompt that an answer of its own fills in; several
 class Message:
     """One turn. `context` is alpaca's `input`: templates with a slot for it keep it apart from the content.
 
-    tool_calls: what an assistant's turn calls. role "tool": what a call gave back.
+    tool_calls: what an assistant's turn calls. role "tool": what a call gave back. thought: what an assistant's turn
+    thought before it answered, where the row keeps it in a field of its own. weight: how much of an answer the loss
+    sees; 0: the answer is context only.
     """
 
     role: Role
     content: str
     context: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    thought: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Conversation:
 
     def characters(self) -> int:
         """Length of all its texts together."""
-        return sum(len(message.content) + len(message.context) for message in self.messages)
+        return sum(len(message.content) + len(message.context) + len(message.thought) for message in self.messages)
 
     def answer(self) -> str:
         """The last answer."""

@@ -42,7 +42,8 @@ BLOCK = 4096  # samples that are looked at together
 
 def _as_json(row: Conversation) -> str:
     messages = [
-        [m.role, m.content, m.context, [[call.name, call.arguments] for call in m.tool_calls]] for m in row.messages
+        [m.role, m.content, m.context, [[call.name, call.arguments] for call in m.tool_calls], m.thought, m.weight]
+        for m in row.messages
     ]
     return json.dumps([messages, list(row.tools)], ensure_ascii=False, separators=(",", ":"))
 
@@ -160,7 +161,8 @@ class Rows(Sequence[Conversation]):
         messages, tools = json.loads(file.read(end - start))
         return Conversation(
             tuple(
-                Message(r, text, context, tuple(ToolCall(*c) for c in calls)) for r, text, context, calls in messages
+                Message(role, text, context, tuple(ToolCall(*call) for call in calls), thought, weight)
+                for role, text, context, calls, thought, weight in messages
             ),
             source=Source(self.meta["files"][columns["file"][at]], int(columns["line"][at])),
             format=self.meta["formats"][columns["format"][at]],
