@@ -268,8 +268,7 @@ def _cut(samples: Any, longest: int) -> Any:
     """Rows of at most that length; where none is longer, the same."""
     if not len(samples) or int(lengths_of(samples).max()) <= longest:
         return samples
-    return [sample if len(sample) <= longest else replace(sample, ids=sample.ids[:longest], mask=sample.mask[:longest])
-            for sample in samples]  # fmt: skip
+    return [sample if len(sample) <= longest else sample.part(slice(0, longest)) for sample in samples]
 
 
 def _searched(exactly: Exact, settings: Mapping[str, Any], watch: Watcher) -> search.Found:

@@ -35,6 +35,10 @@ def flat(samples: Sequence[Sample], rows: Iterable[int]) -> Batch:
     trained = np.concatenate([sample.mask for sample in chosen]).copy()
     trained[bounds[:-1]] = False  # a document's first token has nothing before it
     targets = np.flatnonzero(trained)
+    weights = None
+    if any(sample.weights is not None for sample in chosen):
+        each = [np.ones(len(s), np.float32) if s.weights is None else s.weights for s in chosen]
+        weights = np.concatenate(each)[targets]
     return Batch(
         ids=ids,
         positions=np.concatenate([np.arange(length) for length in lengths]).astype(np.int64),
@@ -42,6 +46,7 @@ def flat(samples: Sequence[Sample], rows: Iterable[int]) -> Batch:
         label_rows=targets - 1,
         labels=ids[targets],
         rows=tuple(rows),
+        weights=weights,
     )
 
 
@@ -61,6 +66,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
                 label_rows=batch.label_rows[here] - start,
                 labels=batch.labels[here],
                 rows=batch.rows[first:last],
+                weights=None if batch.weights is None else batch.weights[here],
             )
         )
     return made

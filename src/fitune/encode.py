@@ -16,6 +16,7 @@ from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fitune.config import TrainOn
 from fitune.errors import ConfigError
@@ -35,6 +36,7 @@ class _Group:
     segments: tuple[Segment, ...]
     trained: bool
     continued: bool = False
+    weight: float = 1.0  # of its tokens in the loss
 
     @property
     def text(self) -> str:
@@ -200,16 +202,17 @@ class Encoder:
             ends_whole=next(p.group.role == "stop" for p in reversed(pieces) if p.group.trained),
             prompt_length=int(mask.argmax()),
             needed=needed,
+            weights=_weights(pieces),
         )
 
     def trained_turns(self, messages: Sequence[Message]) -> set[int]:
-        """The turns that are trained."""
+        """The turns that are trained: of those that `train_on` names all but what is context only."""
         answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
         if self.train_on == "last":
-            return set(answers[-1:])
+            answers = answers[-1:]
         if self.train_on == "tool-calls":
-            return {turn for turn in answers if messages[turn].tool_calls}
-        return set(answers)
+            answers = [turn for turn in answers if messages[turn].tool_calls]
+        return {turn for turn in answers if messages[turn].weight}
 
     def _groups(self, messages: Sequence[Message], tools: Tools, chosen: set[int]) -> list[_Group]:
         """The rendering, in the groups that are encoded as one."""
@@ -221,7 +224,8 @@ class Encoder:
                 continue  # encoded with the one before it
             group = (segment, *takewhile(lambda s: s.joined, segments[n + 1 :]))
             trained = segment.trained and segment.turn in chosen
-            groups.append(_Group(group, trained, continued=after_text and self._opens_with_space))
+            weight = messages[segment.turn].weight if trained else 1.0
+            groups.append(_Group(group, trained, continued=after_text and self._opens_with_space, weight=weight))
             after_text = bool(segment.text)
         return groups
 
@@ -299,6 +303,13 @@ class Encoder:
                 group = _Group(tuple(parts), group.trained)
                 ids = self._ids(group, {})
         return _Piece(ids, group)
+
+
+def _weights(pieces: list[_Piece]) -> NDArray[np.float32] | None:
+    """The weight of each token in the loss; None: the same for all, as nearly everywhere."""
+    if all(piece.group.weight == 1 for piece in pieces if piece.group.trained):
+        return None
+    return np.repeat([p.group.weight for p in pieces], [len(p.ids) for p in pieces]).astype(np.float32)
 
 
 def _length(pieces: list[_Piece]) -> int:

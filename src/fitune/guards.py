@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ SAME = {
 
 def probe_row(samples: Sequence[Sample]) -> Sample:
     """The first sample, shortened."""
-    return replace(samples[0], ids=samples[0].ids[-PROBE_TOKENS:], mask=samples[0].mask[-PROBE_TOKENS:])
+    return samples[0].part(slice(-PROBE_TOKENS, None))
 
 
 def probe(samples: Sequence[Sample]) -> Batch:
@@ -51,7 +50,7 @@ def probe(samples: Sequence[Sample]) -> Batch:
     made = []
     for n in range(min(3, len(samples))):
         sample = samples[n]
-        short = replace(sample, ids=sample.ids[-PROBE_TOKENS:], mask=sample.mask[-PROBE_TOKENS:].copy())
+        short = sample.part(slice(-PROBE_TOKENS, None))
         short.mask[-1] = True
         made.append(short if len(short) > 1 else sample)
     return flat(made, range(len(made)))
@@ -238,11 +237,11 @@ def _gradients(model: Any, pieces: Sequence[Batch], layout: Layout) -> dict[str,
         some = gradient.reshape(-1)[:: max(1, gradient.numel() // LOOKED_AT)]
         found[name] = found[name] + some if name in found else some.clone()
 
-    targets = sum(piece.targets for piece in pieces)
+    weight = sum(piece.weight for piece in pieces)
     with _watching(model, add):
         model.eval()
         for piece in pieces:
-            (loss_sum(model, piece, layout) / targets).backward()
+            (loss_sum(model, piece, layout) / weight).backward()
     return found
 
 
@@ -252,7 +251,7 @@ def grad_reaches(model: Any, batch: Batch, layout: Layout) -> Finding:
     with _watching(model, lambda name, gradient: fine.update({name: finite(gradient)})):
         model.train()
         try:
-            (loss_sum(model, batch, layout) / batch.targets).backward()
+            (loss_sum(model, batch, layout) / batch.weight).backward()
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise

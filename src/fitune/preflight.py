@@ -306,6 +306,10 @@ def id_range(p: Prepared) -> Finding:
     return Finding("id-range", "ok", f"all ids are below {p.vocabulary:,}")
 
 
+def _weights(sample: Sample) -> NDArray[np.float32]:
+    return np.ones(len(sample), np.float32) if sample.weights is None else sample.weights
+
+
 def stale_cache(p: Prepared) -> Finding:
     """What a cache kept is what would be made now: its keys tell content and code, this looks at the rows."""
     if p.cached is None:
@@ -322,7 +326,9 @@ def stale_cache(p: Prepared) -> Finding:
             continue
         made = cached.encoder.samples(kept.rows[int(row)])
         same = len(made) == len(places) and all(
-            np.array_equal(new.ids, kept[int(n)].ids) and np.array_equal(new.mask, kept[int(n)].mask)
+            np.array_equal(new.ids, kept[int(n)].ids)
+            and np.array_equal(new.mask, kept[int(n)].mask)
+            and np.array_equal(_weights(new), _weights(kept[int(n)]))
             for new, n in zip(made, places, strict=True)
         )
         if not same:

@@ -119,9 +119,15 @@ class Sample:
     ends_whole: bool = True  # the last trained answer was not cut, so its stop token is there and trained
     prompt_length: int = 0  # ids before the first trained one: what a prefix-LM sees both ways
     needed: int = 0  # the shortest max_length that cuts nothing of its answers
+    weights: NDArray[np.float32] | None = None  # of each id in the loss; None: 1 for all that is trained
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def part(self, where: slice) -> Sample:
+        """A part of it, as a sample to try things on."""
+        weights = None if self.weights is None else self.weights[where]
+        return replace(self, ids=self.ids[where], mask=self.mask[where].copy(), weights=weights)
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,8 @@ class Batch:
     """A micro-batch: documents one after the other, no padding.
 
     ids, positions: (T,). bounds: (D + 1,), document d is ids[bounds[d]:bounds[d+1]]. label_rows: (L,), the positions
-    whose next token is trained; labels: (L,), those next tokens. rows: which samples these are.
+    whose next token is trained; labels: (L,), those next tokens. rows: which samples these are. weights: (L,), of each
+    label in the loss; None: 1 for all.
     """
 
     ids: NDArray[np.int64]
@@ -138,11 +145,17 @@ class Batch:
     label_rows: NDArray[np.int64]
     labels: NDArray[np.int64]
     rows: tuple[int, ...]
+    weights: NDArray[np.float32] | None = None
 
     @property
     def targets(self) -> int:
         """How many tokens this batch trains."""
         return len(self.labels)
+
+    @property
+    def weight(self) -> float:
+        """The sum of its labels' weights, which the loss is divided by: without weights, the number of labels."""
+        return len(self.labels) if self.weights is None else float(self.weights.sum(dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -151,7 +164,7 @@ class StepRecord:
 
     step: int  # from 1
     epoch: float
-    loss: float  # per target token of the step
+    loss: float  # per target token of the step; where rows have weights, per unit of weight
     lr: float
     grad_norm: float
     tokens: int  # real tokens

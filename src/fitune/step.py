@@ -1,8 +1,8 @@
 """One optimizer step, and the held-out loss.
 
 In: a model, the micro-batches of a step. Out: the loss per target token of the whole step, and the gradient norm.
-The objective is sum(loss) / number of target tokens of the step, so that accumulation, the number of rows in a
-micro-batch and their lengths never change it.
+The objective is sum(weight x loss) / sum of the weights of all target tokens of the step, so that accumulation, the
+number of rows in a micro-batch and their lengths never change it; without weights, that is sum(loss) / target tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class LossScale:
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: per target token. grad_norm: before clipping. tokens, targets: of all rows. finite: it was applied."""
+    """loss: per target token, or per unit of weight. grad_norm: before clipping. tokens, targets: of all rows. finite:
+    it was applied."""
 
     loss: float
     grad_norm: float
@@ -172,12 +173,13 @@ def label_hidden(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
 
 
 def loss_sum(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
-    """Sum of the cross-entropies of the batch's target tokens, float32."""
+    """Sum of the cross-entropies of the batch's target tokens, each times its weight, float32."""
     inner = causal_lm(model)
     hidden = label_hidden(model, batch, layout)
     labels = torch.from_numpy(batch.labels).to(hidden.device)
+    weights = None if batch.weights is None else torch.from_numpy(batch.weights).to(hidden.device)
     with computing(model):
-        return label_loss(output_head(model), hidden, labels, inner.config.vocab_size)
+        return label_loss(output_head(model), hidden, labels, inner.config.vocab_size, weights)
 
 
 def training_step(
@@ -210,20 +212,21 @@ def training_step(
 def make_gradients(
     model: Any, micro_batches: Sequence[Batch], layout: Layout, reached: list[Batch], scale: float = 1.0
 ) -> StepResult:
-    """The first half of a step: gradients of scale x sum(loss) / target tokens of the step; no norm yet.
+    """The first half of a step: gradients of scale x the objective; no norm yet.
 
     Args:
         model, micro_batches, layout, scale: as for `training_step`.
         reached: holds, whatever happens, the micro-batch that was worked on last.
     """
-    targets = sum(batch.targets for batch in micro_batches)
+    weight = sum(batch.weight for batch in micro_batches)
     total = 0.0
     for batch in micro_batches:
         reached[:] = [batch]
         loss = loss_sum(model, batch, layout)
-        (loss * (scale / targets)).backward()
+        (loss * (scale / weight)).backward()
         total += loss.item()
-    return StepResult(total / targets, 0.0, sum(len(batch.ids) for batch in micro_batches), targets)
+    tokens, targets = (sum(sizes) for sizes in zip(*((len(b.ids), b.targets) for b in micro_batches), strict=True))
+    return StepResult(total / weight, 0.0, tokens, targets)
 
 
 def apply_gradients(
@@ -247,12 +250,12 @@ def apply_gradients(
 
 @torch.no_grad()
 def held_out_loss(model: Any, batches: Iterable[Batch], layout: Layout = "flat") -> float:
-    """Loss per target token over held-out batches; the model's mode is left as it was."""
+    """Loss per target token (or unit of weight) over held-out batches; the model's mode is left as it was."""
     training = model.training
     model.eval()
-    total, targets = 0.0, 0
+    total, weight = 0.0, 0.0
     for batch in batches:
         total += loss_sum(model, batch, layout).item()
-        targets += batch.targets
+        weight += batch.weight
     model.train(training)
-    return total / targets
+    return total / weight

@@ -8,6 +8,7 @@ and repeated by an index without touching the files.
               meta.json                   names of files and formats, the report of the reading
     samples:  samples-00000.safetensors   ids and mask of many samples, one after the other
               columns.safetensors         of each sample: its row, shard, place, length, what was cut
+                                          (weights in the loss lie beside the ids where any sample of a shard has them)
 
 A file is opened for each access and read at its place: mapped files would count as memory of the process.
 """
@@ -182,7 +183,7 @@ def write_samples(folder: Path, made: Iterable[Sequence[Sample]]) -> None:
         folder: empty.
         made: the samples of row 0, of row 1, ...; read once.
     """
-    columns = {name: array("i") for name in ("row", "shard", "start", "length", "trained", *FACTS)}
+    columns = {name: array("i") for name in ("row", "shard", "start", "length", "trained", "weighted", *FACTS)}
     shard: list[Sample] = []
     number = at = 0
 
@@ -192,6 +193,9 @@ def write_samples(folder: Path, made: Iterable[Sequence[Sample]]) -> None:
             "ids": np.concatenate([s.ids for s in shard] or [np.zeros(0, np.int32)]).astype(np.int32, copy=False),
             "mask": np.concatenate([s.mask for s in shard] or [np.zeros(0, np.bool_)]),
         }
+        if any(s.weights is not None for s in shard):
+            each = [np.ones(len(s), np.float32) if s.weights is None else s.weights for s in shard]
+            tensors["weights"] = np.concatenate(each)
         save_file(tensors, _shard(folder, number))
         shard.clear()
         number, at = number + 1, 0
@@ -199,7 +203,7 @@ def write_samples(folder: Path, made: Iterable[Sequence[Sample]]) -> None:
     for row, samples in enumerate(made):
         for sample in samples:
             facts = (getattr(sample, name) for name in FACTS)
-            place = (row, number, at, len(sample), int(sample.mask.sum()), *facts)
+            place = (row, number, at, len(sample), int(sample.mask.sum()), sample.weights is not None, *facts)
             for column, value in zip(columns.values(), place, strict=True):
                 column.append(int(value))
             shard.append(sample)
@@ -263,7 +267,7 @@ class Samples(Sequence[Sample]):
         return both
 
     def column(self, name: str) -> NDArray[np.int32]:
-        """row, length, trained, cut_prompt, cut_answer, ends_whole, prompt_length or needed, of each sample."""
+        """row, length, trained, weighted, or one of FACTS, of each sample."""
         return self._columns[name]
 
     def __len__(self) -> int:
@@ -307,7 +311,14 @@ class Samples(Sequence[Sample]):
     def _sample(self, at: int, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> Sample:
         facts = {name: int(self._columns[name][at]) for name in FACTS}
         facts["ends_whole"] = bool(facts["ends_whole"])
-        return Sample(ids, mask, source=self.rows.source(int(self._columns["row"][at])), **facts)  # type: ignore[arg-type]
+        weights = self._weights(at) if self._columns["weighted"][at] else None
+        source = self.rows.source(int(self._columns["row"][at]))
+        return Sample(ids, mask, source=source, weights=weights, **facts)  # type: ignore[arg-type]
+
+    def _weights(self, at: int) -> NDArray[np.float32]:
+        path = self._shards[self._columns["shard"][at]]
+        start, length = int(self._columns["start"][at]), int(self._columns["length"][at])
+        return np.fromfile(path, np.float32, length, offset=_places(path)["weights"] + 4 * start)
 
 
 def lengths_of(samples: Sequence[Sample]) -> NDArray[np.int32]:

@@ -11,6 +11,8 @@ Shapes: L = label rows, W = width, V = vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -25,22 +27,39 @@ def chunk_rows(vocabulary: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
-def _chunk_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+def _chunk_loss(head: nn.Module, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    logits = head(hidden).float()
+    if weights is None:
+        return F.cross_entropy(logits, labels, reduction="sum")
+    return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+
+
+def _parts(rows: int, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Any, Any]]:
+    """Hidden states, labels and weights, a chunk at a time."""
+    of_labels = repeat(None) if weights is None else weights.split(rows)
+    return zip(hidden.split(rows), labels.split(rows), of_labels, strict=False)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Sum of the losses; the gradients are ready when forward returns."""
 
     @staticmethod
-    def forward(ctx: Any, head: nn.Module, rows: int, hidden: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        head: nn.Module,
+        rows: int,
+        hidden: Tensor,
+        labels: Tensor,
+        loss_weights: Tensor | None,
+        *weights: Tensor,
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grads = []
         weight_grads: list[Tensor] | None = None
-        for part, label in zip(hidden.split(rows), labels.split(rows), strict=True):
+        for part, label, weight in _parts(rows, hidden, labels, loss_weights):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                loss = _chunk_loss(head, leaf, label)
+                loss = _chunk_loss(head, leaf, label, weight)
             leaf_grad, *grads = torch.autograd.grad(loss, (leaf, *weights))
             total += loss.detach()
             hidden_grads.append(leaf_grad)
@@ -54,17 +73,20 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grads
         hidden_grad, *weight_grads = ctx.saved_tensors
-        return None, None, hidden_grad * scale, None, *(grad * scale for grad in weight_grads)
+        return None, None, hidden_grad * scale, None, None, *(grad * scale for grad in weight_grads)
 
 
-def label_loss(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
-    """Sum of the cross-entropies of the label rows.
+def label_loss(
+    head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, loss_weights: Tensor | None = None
+) -> Tensor:
+    """Sum of the cross-entropies of the label rows, each times its weight.
 
     Args:
         head: hidden states to logits.
         hidden: (L, W).
         labels: (L,).
         vocabulary: width of the logits; decides how many rows a chunk has.
+        loss_weights: (L,), float32; None: 1 for all.
 
     Returns:
         A float32 scalar.
@@ -72,9 +94,9 @@ def label_loss(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int)
     rows = chunk_rows(vocabulary)
     weights = [weight for weight in head.parameters() if weight.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or weights):
-        loss: Tensor = _ChunkedLoss.apply(head, rows, hidden, labels, *weights)
+        loss: Tensor = _ChunkedLoss.apply(head, rows, hidden, labels, loss_weights, *weights)
         return loss
     total = hidden.new_zeros((), dtype=torch.float32)
-    for part, label in zip(hidden.split(rows), labels.split(rows), strict=True):
-        total += _chunk_loss(head, part, label)
+    for part, label, weight in _parts(rows, hidden, labels, loss_weights):
+        total += _chunk_loss(head, part, label, weight)
     return total
