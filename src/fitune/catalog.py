@@ -38,6 +38,11 @@ def get(name: str) -> Entry | None:
     return entries().get(name.lower())
 
 
+def by_id(name: str) -> Entry | None:
+    """The model that has this id on the hub; None: there is none."""
+    return next((entry for entry in entries().values() if entry.id.lower() == name.lower()), None)
+
+
 def find(name: str) -> Entry:
     """The model of that name.
 

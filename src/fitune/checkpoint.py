@@ -32,7 +32,7 @@ from torch import Tensor
 from fitune import optim
 from fitune.config import RunConfig, build
 from fitune.errors import RunFolderError
-from fitune.files import TEMPORARY, disk, is_whole, seal, sync, write_atomic, write_json
+from fitune.files import TEMPORARY, as_json, check_new, disk, is_whole, seal, sync, write_atomic, write_json
 from fitune.records import StepRecord
 
 
@@ -52,7 +52,7 @@ class RunFolder:
     """A run's folder. See the module's text for what lies in it."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
 
     @property
     def checkpoints(self) -> Path:
@@ -88,11 +88,7 @@ class RunFolder:
 
     def check_free(self) -> None:
         """Raises RunFolderError if there is something in the folder already."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise RunFolderError(
-                f"{self.path}: is not empty; nothing of yours is overwritten",
-                fix="choose another --output, or go on with this run: --resume",
-            )
+        check_new(self.path, "choose another --output, or go on with this run: --resume")
 
     def create(self) -> None:
         """Make the folder; one that a killed start left behind is used again."""
@@ -146,7 +142,7 @@ class RunFolder:
     def append_step(self, record: StepRecord) -> None:
         """One more line of steps.jsonl."""
         with disk(self.path), self.steps.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(record.as_dict()) + "\n")
+            file.write(as_json(record.as_dict()) + "\n")
 
     def read_steps(self) -> list[StepRecord]:
         """The steps so far; a last line that was cut off by a crash is left out."""
@@ -160,7 +156,7 @@ class RunFolder:
 
     def truncate_steps(self, last: int) -> None:
         """Forget what was logged after the checkpoint that a run goes on from."""
-        kept = [json.dumps(record.as_dict()) for record in self.read_steps() if record.step <= last]
+        kept = [as_json(record.as_dict()) for record in self.read_steps() if record.step <= last]
         write_atomic(self.steps, "".join(f"{line}\n" for line in kept))
 
     # ---- checkpoints ----
@@ -190,7 +186,7 @@ class RunFolder:
                 )
                 save_file(tensors, temporary / "optimizer.safetensors")
                 save_file(rng_state(), temporary / "rng.safetensors")
-                text = json.dumps({"step": step, "optimizer": scalars, **state})
+                text = as_json({"step": step, "optimizer": scalars, **state})
                 (temporary / "state.json").write_text(text, encoding="utf-8")
                 seal(temporary)
                 if final.exists():  # a resumed run comes by here again

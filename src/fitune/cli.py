@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -21,7 +22,7 @@ from cyclopts.exceptions import CycloptsError
 from rich.console import Console
 
 from fitune import config as settings
-from fitune import planverb
+from fitune import early, names, planverb
 from fitune.errors import ConfigError, FituneError
 from fitune.flags import (
     QUANT,
@@ -45,6 +46,7 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
+app.register_install_completion_command(help="Let the shell complete verbs and flags; says what it writes.")
 
 
 @app.command
@@ -118,11 +120,13 @@ def train(
     values = settings.merge(values, typed(flags))
     if resume and "output" not in values:
         raise ConfigError("--resume: which run?", fix="add --output RUN")
+    if resume:
+        early.run(values["output"])
     if gpu is not None and not fit:
         raise ConfigError("--gpu without --fit", fix="fitune plan takes --gpu; train takes it with --fit")
     if fit and resume:
         raise ConfigError("--fit with --resume: a resumed run keeps its settings", fix="leave --fit out")
-    checked = None if resume else settings.build(values)
+    checked = None if resume else early.checked(values, output=gpu is None)
 
     from fitune.console import Terminal
     from fitune.training import resume_config
@@ -191,8 +195,14 @@ def inspect(
 ) -> None:
     """See what will be trained: rows, lengths, labels, tokens, and what the checks find."""
     given = settings.merge(settings.parse_assignments(set_ or []), typed(flags))
+    early.together(
+        lambda: early.folder(model),
+        *(partial(early.data, source) for source in data),
+        *(partial(early.folder, other) for other in compare or ()),
+        lambda: early.template(str(given.get("template", "auto"))),
+        lambda: check_page(html),
+    )
     checked = settings.build({**given, "model": model, "data": data})
-    check_page(html)
 
     from fitune.console import Terminal
     from fitune.files import write_atomic
@@ -231,6 +241,7 @@ def chat(
             received=f"temperature {temperature}, top-p {top_p}, max tokens {max_tokens}",
             expected="temperature >= 0, 0 < top-p <= 1, max tokens >= 1",
         )
+    early.together(lambda: early.run_or_model(run), lambda: early.template(template))
     from fitune.chat import HELP, Chat, talk
     from fitune.generation import Sampling
     from fitune.loading import load
@@ -265,6 +276,11 @@ def evaluate(
 ) -> None:
     """Measure a run beside its base, or a model: loss, perplexity, exact match, BLEU-4, ROUGE-L."""
     columns = dict(pair("map", text) for text in map_ or [])
+    early.together(
+        lambda: early.run_or_model(run),
+        *(partial(early.data, source) for source in data),
+        lambda: early.template(template),
+    )
     from fitune.console import Terminal, answers_table, scores_table
     from fitune.evaluation import evaluate as run_evaluation
 
@@ -306,6 +322,10 @@ def merge(
     json: Json = False,
 ) -> None:
     """Make a run's model a plain one, which transformers loads without fitune or PEFT."""
+    onto_model = [onto] if onto not in (None, "original") else []
+    early.together(
+        lambda: early.run(run), lambda: early.new_folder(output), *(partial(early.folder, one) for one in onto_model)
+    )
     from fitune.merging import merge as run_merge
 
     console = console_for(json)
@@ -356,6 +376,7 @@ def convert(
     json: Json = False,
 ) -> None:
     """Write old .bin weights as safetensors, without unpickling them."""
+    early.together(lambda: early.model(model), lambda: early.new_folder(output))
     from fitune.converting import convert as run_convert
 
     done = run_convert(model, output)
@@ -374,6 +395,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a model in another layout, tensors bit for bit."""
+    early.together(lambda: early.model(model), lambda: early.new_folder(output))
     from fitune.exporting import export as run_export
 
     done = run_export(model, output, to=to)
@@ -393,6 +415,7 @@ def quantize(
     json: Json = False,
 ) -> None:
     """Write a model with quantized linear layers, and tell what that costs layer by layer."""
+    early.together(lambda: early.model(model), lambda: early.new_folder(output))
     from fitune.console import quantized_table
     from fitune.quantizing import quantize as run_quantize
 
@@ -437,6 +460,8 @@ def methods(
     json: Json = False,
 ) -> None:
     """The ways of tuning: what each trains, how much that is, whether it merges."""
+    if model is not None:
+        early.shape(model)
     from fitune.console import methods_table
     from fitune.overview import EXAMPLE, overview
 
@@ -467,7 +492,8 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on a Windows console, or with LANG=C
     try:
-        app(sys.argv[1:], exit_on_error=False, print_error=False)
+        words = sys.argv[1:]
+        app(names.flags(words, words[0] if words else ""), exit_on_error=False, print_error=False)
     except FituneError as error:
         _fail(str(error), error.exit_code)
     except CycloptsError as error:

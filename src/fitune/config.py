@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -24,7 +24,9 @@ from pydantic import (
     field_validator,
 )
 
+from fitune import names
 from fitune.errors import Collector, ConfigError, did_you_mean, shorten
+from fitune.files import names_near
 
 
 class Options(BaseModel):
@@ -187,6 +189,15 @@ def quant_options(name: str) -> QuantOptions:
     return QuantOptions.model_validate(_quant(name))
 
 
+def path_text(value: object) -> object:
+    """A path as text, `~` in it as the home folder; anything else as it is."""
+    text = str(value) if isinstance(value, PurePath) else value
+    if isinstance(text, str) and text.startswith("~"):
+        with suppress(RuntimeError):  # ~somebody who is not there
+            return str(Path(text).expanduser())
+    return text
+
+
 class DataSource(Options):
     """One source of rows, where its path alone does not say enough."""
 
@@ -200,6 +211,11 @@ class DataSource(Options):
     """Its format, where it differs from that of the others."""
     map: dict[str, str] = {}
     """What its columns mean, beside what `map` says for all."""
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _path(cls, value: object) -> object:
+        return path_text(value)
 
 
 AnySource = Annotated[
@@ -256,6 +272,17 @@ class DataConfig(Options):
     cache: str = "auto"
     """Folder where prepared data is kept for the next run: auto (the system's place for caches, or $FITUNE_CACHE), a
     folder, or none."""
+
+    @field_validator("model", "template", "cache", mode="before")
+    @classmethod
+    def _path(cls, value: object) -> object:
+        return path_text(value)
+
+    @field_validator("data", "eval_data", mode="before")
+    @classmethod
+    def _paths(cls, value: object) -> object:
+        several = [value] if isinstance(value, (str, PurePath, Mapping)) else value
+        return [path_text(one) for one in several] if isinstance(several, (list, tuple)) else several
 
     @field_validator("new_tokens")
     @classmethod
@@ -385,6 +412,11 @@ class RunConfig(DataConfig):
     force: bool = False
     """Run though the plan says that it does not fit."""
 
+    @field_validator("output", "adapter", mode="before")
+    @classmethod
+    def _own_path(cls, value: object) -> object:
+        return path_text(value)
+
 
 def _for_each(values: list[Any], count: int) -> list[Any]:
     """One value for each of `count` sources: none, the same, or their own."""
@@ -420,14 +452,14 @@ def build(values: Mapping[str, Any]) -> RunConfig:
         ConfigError, Problems: all that is wrong, at once.
     """
     try:
-        return RunConfig.model_validate(dict(values))
+        return RunConfig.model_validate(names.ours(values))
     except ValidationError as error:
         found: dict[str, ConfigError] = {}
         for item in error.errors():
             name, group = _locate(item["loc"])
             if item["type"] == "extra_forbidden":
                 name = f"{name}.{item['loc'][-1]}" if len(item["loc"]) > 1 else name
-                found[name] = ConfigError(
+                found[name] = names.problem(name, item["input"]) or ConfigError(
                     f"unknown setting {name!r}", fix=did_you_mean(str(item["loc"][-1]), group.model_fields)
                 )
             elif item["type"] == "missing":
@@ -458,16 +490,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is no YAML, or holds no mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file", fix="check the path given to --config") from None
+        raise ConfigError(f"{path}: no such file", fix=names_near(path)) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML", received=" ".join(str(error).split())) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: wrong content", received=type(values).__name__, expected="a mapping of settings")
-    return values
+    return names.ours(values)
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
@@ -484,7 +516,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         nested = value_of(text)
         for part in reversed(name.strip().split(".")):
             nested = {part: nested}
-        values = merge(values, nested)
+        values = merge(values, names.ours(nested))
     return values
 
 

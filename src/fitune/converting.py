@@ -45,7 +45,7 @@ def convert(model: str | Path, output: str | Path) -> Converted:
         ModelError: there is nothing to convert, or a file that cannot be trusted.
         RunFolderError: the folder is not empty.
     """
-    folder, target = locate(str(model)), Path(output)
+    folder, target = locate(str(model)), Path(output).expanduser()
     check_new(target)
     weights.check(folder)
     if not weights.is_bin(folder):

@@ -151,7 +151,7 @@ def kill_demo(output: str | None, say: Callable[[str], None]) -> KillResult:
     Raises:
         RunFolderError: a run could not be finished.
     """
-    root = Path(output) if output else Path(tempfile.mkdtemp(prefix="fitune-kill-"))
+    root = Path(output).expanduser() if output else Path(tempfile.mkdtemp(prefix="fitune-kill-"))
     changes = {"max_steps": 60, "save_every": 4, "eval_every": 30, "sample_prompts": 0}
     say("an unbroken run ...")
     unbroken = RunFolder(root / "unbroken")

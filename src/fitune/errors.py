@@ -127,11 +127,27 @@ class Collector:
             raise Problems(self.problems)
 
 
+FEW = 15  # names that are listed where none is near
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped name: ``did you mean 'lora'?``, or the names there are."""
+    """A hint for a mistyped name: ``did you mean 'lora'?``, the nearest three, or the few names there are."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known)}"
+    if near:
+        return f"did you mean {near[0]!r}?"
+    if len(known) <= FEW:
+        return f"choose one of: {', '.join(known)}"
+    return f"the nearest of {len(known)} names: {', '.join(nearest(name, known))}"
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The names that are most like one, the nearest first."""
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
+
+    return sorted(sorted(set(known)), key=likeness, reverse=True)[:count]
 
 
 def shorten(value: object, limit: int = 80) -> str:

@@ -55,7 +55,7 @@ def export(model: str | Path, output: str | Path, *, to: str = "original", shard
     """
     if to not in LAYOUTS:
         raise ModelError(f"--to {to}", expected=", ".join(LAYOUTS))
-    folder, target = locate(str(model)), Path(output)
+    folder, target = locate(str(model)), Path(output).expanduser()
     check_new(target)
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
         raise ModelError(

@@ -10,17 +10,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from fitune.errors import RunFolderError
+from fitune.errors import RunFolderError, nearest
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"
@@ -78,7 +81,20 @@ def write_atomic(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON, atomically."""
-    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_atomic(path, as_json(value, indent=1) + "\n")
+
+
+def as_json(value: Any, **how: Any) -> str:
+    """JSON that every reader takes: it has no word for what is not finite, so that is null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, **how)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def sha256(path: Path) -> str:
@@ -110,10 +126,59 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def check_new(target: Path) -> None:
+def check_new(target: Path, fix: str = "choose another --output") -> None:
     """Raises RunFolderError where something lies there already."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunFolderError(f"{target}: is not empty; nothing of yours is overwritten", fix="choose another --output")
+        raise RunFolderError(f"{target}: is not empty; nothing of yours is overwritten", fix=fix)
+
+
+def check_writable(target: Path) -> None:
+    """Raises RunFolderError where a folder of that path cannot be made; leaves nothing behind."""
+    place = next(parent for parent in (target.absolute(), *target.absolute().parents) if _is_there(parent))
+    try:
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=place):
+            return
+    except OSError as error:
+        told = f"{place}: {os.strerror(error.errno) if error.errno else error}"
+        raise RunFolderError(f"{target}: cannot be written", received=told, fix="choose another --output") from error
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+MOST_NAMES = 10_000  # of a folder that are looked at
+
+
+def names_near(path: str | Path, *, folders: bool = False) -> str | None:
+    """What lies beside a path that is not there: the three names that are most like it. None: it is there.
+
+    Args:
+        path: as it was given.
+        folders: name folders alone.
+
+    Example:
+        >>> names_near("/usr/lip")
+        'nearest in /usr: lib, bin, sbin'
+    """
+    wanted = Path(path).expanduser()
+    if _is_there(wanted):
+        return None
+    missing, place = wanted, wanted.parent
+    while not _is_there(place):
+        missing, place = place, place.parent
+    try:
+        found = islice(place.iterdir(), MOST_NAMES) if place.is_dir() else iter(())
+        names = [p.name for p in found if missing.name.startswith(".") or not p.name.startswith(".")]
+        if missing != wanted or folders:
+            names = [name for name in names if (place / name).is_dir()]
+    except OSError:
+        names = []
+    told = f"nearest in {place}: {', '.join(nearest(missing.name, names))}" if names else f"nothing like it in {place}"
+    return told if missing == wanted else f"there is no folder {missing}; {told}"
 
 
 @contextmanager

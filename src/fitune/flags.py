@@ -6,7 +6,6 @@ everywhere; the settings that were typed, ready for `config.build`. No torch her
 
 from __future__ import annotations
 
-import json as jsonlib
 import sys
 from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from fitune import config as settings
 from fitune.errors import ConfigError
+from fitune.files import as_json
 
 
 def optional(model: type[BaseModel], name: str, without: tuple[str, ...] = ()) -> type[BaseModel]:
@@ -129,5 +129,5 @@ def console_for(json: bool) -> Console:
 
 def print_json(value: dict[str, Any]) -> None:
     """The one JSON object of `--json`, on standard output."""
-    sys.stdout.write(jsonlib.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.write(as_json(value) + "\n")
     sys.stdout.flush()

@@ -95,6 +95,27 @@ def download(name: str, *, only: Sequence[str] = (), on_bytes: OnBytes | None = 
     return _from_hub(identity, revision, only)
 
 
+def check(name: str) -> None:
+    """Raises ModelError where a hub has no model of that id, or it cannot be reached and is not in the cache."""
+    parsed = parse(name)
+    if parsed is None or parsed[0] == "ms":
+        return  # ModelScope's files are listed when they are fetched
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    _, identity, revision = parsed
+    if isinstance(try_to_load_from_cache(identity, "config.json", revision=revision), str):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(
+            f"{identity}: no such folder, and not in the hub's cache (HF_HUB_OFFLINE is set)",
+            fix=f"with a network: fitune download {identity}",
+        )
+    try:
+        HfApi().model_info(identity, revision=revision)
+    except Exception as error:
+        raise _told(identity, error) from error
+
+
 def chosen(files: Sequence[Remote], only: Sequence[str] = ()) -> list[Remote]:
     """What is fetched of a model's files: of weights in two formats the safetensors, and nothing from subfolders."""
     if only:

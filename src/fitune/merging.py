@@ -95,7 +95,7 @@ def merge(
     Raises:
         RunFolderError: the run is not finished, its method cannot be merged, or the folder is not empty.
     """
-    target = Path(output)
+    target = Path(output).expanduser()
     check_new(target)
     folder = RunFolder(run)
     config = folder.read_config()

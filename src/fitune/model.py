@@ -27,6 +27,7 @@ from fitune.config import QuantOptions, quant_options
 from fitune.encode import Encoder
 from fitune.errors import ModelError, did_you_mean
 from fitune.families import Family, original
+from fitune.files import names_near
 from fitune.kernels.attention import FLAT
 from fitune.kernels.frozen import keep_stored
 from fitune.kernels.gated import lean_mlps
@@ -80,7 +81,7 @@ def locate(model: str, only: Sequence[str] = ()) -> Path:
         raise ModelError(
             f"{model}: no such folder",
             expected="a model folder, a hub id such as Qwen/Qwen2.5-0.5B, or a name of the catalog",
-            fix=did_you_mean(model.lower(), catalog.entries()) or "check --model",
+            fix=f"{names_near(model)}; {did_you_mean(model.lower(), catalog.entries())}",
         )
     return Path(hub.download(entry.id if entry is not None else model, only=only).folder)
 

@@ -6,6 +6,7 @@ In: what was typed. Out: tables in the terminal, a page, one JSON object. Nothin
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -13,6 +14,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from fitune import config as settings
+from fitune import early
 from fitune.errors import ConfigError
 from fitune.flags import Json, SetOption, console_for, optional, print_json, typed
 
@@ -66,7 +68,7 @@ def plan(
     if model is None:
         raise ConfigError("plan: of which model?", expected="a name such as llama-3.1-8b, a folder, or a hub id")
     given = settings.merge(settings.parse_assignments(set_ or []), typed(flags))
-    settings.build({**given, "model": model, "data": data or ["-"]})  # unknown settings, and wrong values
+    _check(model, data or [], tokenizer, given)
     given = {name: value for name, value in given.items() if name not in ("model", "data")}
     if verify:
         useless = [flag for flag, value in (("--gpu", gpu), ("--tokenizer", tokenizer), ("--html", html)) if value]
@@ -102,6 +104,18 @@ def plan(
         write_atomic(html, page(seen))
         console.print(f"page {html}", highlight=False, soft_wrap=True)
     print_figures(seen, json)
+
+
+def _check(model: str, data: list[str], tokenizer: Path | None, given: dict[str, Any]) -> None:
+    """Unknown settings, wrong values and wrong paths, all of them at once."""
+    early.together(
+        lambda: settings.build({**given, "model": model, "data": data or ["-"]}),
+        lambda: early.shape(model),
+        *(partial(early.data, source) for source in data),
+        lambda: early.template(str(given.get("template", "auto"))),
+        lambda: early.folder(tokenizer) if tokenizer is not None else None,
+        lambda: early.adapter(str(given["adapter"])) if given.get("adapter") else None,
+    )
 
 
 def _advised(

@@ -75,7 +75,7 @@ def quantize(model: str | Path, output: str | Path, *, quant: QuantOptions | str
         ConfigError: no such quantizer.
     """
     options = quant_options(quant) if isinstance(quant, str) else quant
-    target, folder = Path(output), locate(str(model))
+    target, folder = Path(output).expanduser(), locate(str(model))
     if options.name == "none":
         raise ModelError("nothing to do: quant is none", fix="--quant nf4 or int8")
     check_new(target)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from fitune.errors import DataError, FituneError, shorten
+from fitune.files import names_near
 from fitune.records import Source
 
 Item = tuple[Any, Source] | DataError
@@ -75,7 +76,7 @@ def files(path: Path) -> list[Path]:
     """
     with _told(path):
         if not path.exists():
-            raise DataError("no such file", file=path, fix="check the path given to --data")
+            raise DataError("no such file", file=path, fix=names_near(path))
         if path.is_file():
             return [path]
         if not path.is_dir():

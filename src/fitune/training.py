@@ -7,6 +7,7 @@ and the learning rate follow from the step alone.
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -76,7 +77,9 @@ def train(config: RunConfig, *, resume: bool = False, watch: Watcher | None = No
     config = resolve(config)
     run = RunFolder(str(config.output))
     if resume and run.has("result"):
-        watch.say(f"{run.path}: this run is finished")
+        watch.say(
+            f"{run.path}: this run is finished. To train it further: fitune train --adapter {run.path} --output NEW ..."
+        )
         return Result(**run.read("result"))
     if not resume:
         run.check_free()
@@ -115,7 +118,10 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
     ]
     if differing:
         raise ConfigError(
-            f"{output}: a resumed run keeps its settings", received="; ".join(differing), fix="leave these flags out"
+            f"{output}: a resumed run keeps its settings, and ends where it was to end",
+            received="; ".join(differing),
+            fix="leave these flags out; to go on from a finished run, by other settings or for more steps, start a new "
+            f"one from what it tuned: fitune train --adapter {output} --output NEW ...",
         )
     return stored
 
@@ -268,7 +274,7 @@ class _State:
         """A held-out loss was measured at this step."""
         if loss is None:
             return
-        better = self.best[1] is None or loss < self.best[1]
+        better = math.isfinite(loss) and (self.best[1] is None or loss < self.best[1])
         self.best, self.worse = ((self.step, loss), 0) if better else (self.best, self.worse + 1)
 
 

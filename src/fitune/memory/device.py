@@ -1,8 +1,8 @@
 """Where a run is to fit: a GPU by name or size, or this machine; and what of it no trace sees.
 
-In: `24GB`, `rtx-4090`, `this machine`. Out: how much memory there is, and what the driver and its libraries take beside
-the tensors: the CUDA context and the workspaces of cuBLAS, measured by `fitune plan --calibrate` and kept for the GPU's
-name, else defaults on the safe side.
+In: `24GB`, `rtx-4090` or `4090`, `this machine`. Out: how much memory there is, and what the driver and its libraries
+take beside the tensors: the CUDA context and the workspaces of cuBLAS, measured by `fitune plan --calibrate` and kept
+for the GPU's name, else defaults on the safe side.
 """
 
 from __future__ import annotations
@@ -91,18 +91,46 @@ def find(text: str | None) -> Device:
     size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([gm])(?:i?b)?", text.strip().lower())
     if size and float(size[1]) > 0:
         return Device(text, "cuda", int(float(size[1]) * (GIB if size[2] == "g" else MIB)))
-    name = re.sub(r"[\s_]+", "-", text.strip().lower()).removeprefix("nvidia-").removeprefix("geforce-")
-    found = gpus().get(name) or next(
-        (gpu for gpu in gpus().values() if gpu.device.lower() == text.strip().lower()), None
-    )
-    if found is None:
-        raise ConfigError(
-            f"--gpu {text!r}",
-            expected="a size such as 24GB, a GPU such as rtx-4090, or this-machine",
-            fix=did_you_mean(name, gpus()),
-        )
+    found = named(text)
     speed = found.gigabytes_per_second * 1e9
     return Device(found.name, "cuda", found.memory_mib * MIB, found.bf16, found.tflops, speed)
+
+
+def named(text: str) -> Gpu:
+    """The GPU of the catalog that a text means: `4090`, `RTX 4090`, `rtx4090`, `A100 80G`.
+
+    Raises:
+        ConfigError: it means none, or several.
+    """
+    asked = _bare(text)
+    found = [gpu for gpu in gpus().values() if asked in _forms(gpu)]
+    driver = by_driver(text)
+    if not found and driver is not None:
+        found = [driver]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(gpu.name for gpu in found)
+        raise ConfigError(f"--gpu {text!r} is the name of several", received=names, fix="name one of them")
+    near = f"{text.strip()}GB, if that is its size" if text.strip().isdecimal() and int(text) < 1024 else None
+    raise ConfigError(
+        f"--gpu {text!r}",
+        expected="a size such as 24GB, a GPU such as rtx-4090, or this-machine",
+        fix=near or did_you_mean(re.sub(r"[\s_]+", "-", text.strip().lower()), gpus()),
+    )
+
+
+def _bare(name: str) -> str:
+    """Letters and digits alone, without the maker's words."""
+    text = re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
+    return re.sub(r"(\d)g$", r"\1gb", text)
+
+
+def _forms(gpu: Gpu) -> set[str]:
+    """What a GPU is called: with and without RTX, with and without its size."""
+    whole = {_bare(gpu.name), _bare(gpu.device)}
+    whole |= {_bare(re.sub(r"[- ]\d+[- ]?gb$", "", name.lower())) for name in (gpu.name, gpu.device)}
+    return whole | {re.sub(r"^[rg]tx", "", name) for name in whole}
 
 
 def here(kind: str = "auto") -> Device:

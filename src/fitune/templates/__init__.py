@@ -39,7 +39,7 @@ def choose(name: str, tokenizer: Any) -> Template:
         ConfigError: the name is unknown, or the YAML file cannot be used.
     """
     if name.endswith((".yaml", ".yml")):
-        return user.load(Path(name))
+        return user.load(Path(name).expanduser())
     if name == "auto" and getattr(tokenizer, "family", None) in TABLE:
         return TABLE[tokenizer.family]  # ChatGLM's ids cannot be written as text, so not by a Jinja template either
     if name in ("auto", "chat_template"):

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from fitune.errors import Collector, ConfigError, did_you_mean, shorten
+from fitune.files import names_near
 from fitune.templates.pieces import PieceTemplate
 
 # the slots that each piece may have; those in capitals it must have
@@ -60,9 +61,7 @@ def load(path: Path) -> PieceTemplate:
 
 def _read(path: Path) -> dict[Any, Any]:
     if not path.is_file():
-        raise ConfigError(
-            f"template {path}: no such file", received=str(path), expected="a YAML file", fix="check the path"
-        )
+        raise ConfigError(f"template {path}: no such file", expected="a YAML file", fix=names_near(path))
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
