@@ -328,7 +328,7 @@ def test_without_a_known_format_the_map_is_proposed_once_for_all_rows(tmp_path: 
     text = str(caught.value)
     assert text.startswith("2 problems:")
     assert "received: the columns content, summary" in text
-    assert "fix:      say what your columns are: --map COLUMN=prompt ..." in text
+    assert "fix:      say what your columns are: --map content=prompt summary=completion" in text
     assert "and 29 more bad rows" in text
 
 

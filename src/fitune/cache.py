@@ -32,6 +32,7 @@ CODE = (
     "readers",
     "fields",
     "turns",
+    "columns",
     "formats",
     "rows",
     "encode",

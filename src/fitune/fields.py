@@ -6,6 +6,7 @@ In: a row and the name of a field. Out: its text or list, or a FieldError, to wh
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,12 +25,19 @@ class FieldError(Exception):
         super().__init__(what)
 
 
+def missing(value: object) -> bool:
+    """Null, or NaN, which pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def text_of(row: Row, field: str, *, required: bool = True) -> str:
+    """A text; where it is not required, what is missing is empty."""
     value = row.get(field)
-    if value is None and not required:
+    if missing(value) and not required:
         return ""
     if not isinstance(value, str):
-        raise FieldError(field, "not a text", received=shorten(value), expected="a string")
+        expected = f'a string ("{value}")' if isinstance(value, (int, float)) and not missing(value) else "a string"
+        raise FieldError(field, "not a text", received=shorten(value), expected=expected)
     return value
 
 
@@ -45,7 +53,7 @@ def parsed(value: object, where: str, expected: str) -> Any:
 
 def listed(value: object, where: str, expected: str) -> list[Any]:
     """A list, or the JSON text of one; nothing is an empty one."""
-    value = [] if value is None or value == "" else parsed(value, where, expected)
+    value = [] if missing(value) or value == "" else parsed(value, where, expected)
     if not isinstance(value, list):
         raise FieldError(where, "not a list", received=shorten(value), expected=expected)
     return value

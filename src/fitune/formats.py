@@ -12,11 +12,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fitune.columns import IGNORE, propose, refuse, sizes, taken, used, weight
 from fitune.errors import ConfigError, DataError, did_you_mean, shorten
-from fitune.fields import FieldError, Row, listed, text_of
+from fitune.fields import FieldError, Row, listed, missing, text_of
 from fitune.records import SPAN, Conversation, Message, Source
-from fitune.turns import TURN_IDS, TURN_KEYS, ending_in_answer, turns_of
+from fitune.turns import LEAVE_OUT, ROLE_KEYS, ending_in_answer, thought_of, turns_of, unused_keys
 
+SYSTEMS, HISTORIES = ("system", "system_prompt", "系统"), ("history", "历史")
+SHORT = (
+    "messages; conversations; instruction, output; prompt, completion; query, response; question, answer; text; "
+    "or another format of docs/data.md"
+)
+UNKNOWN = "no known format"
 SLOT = re.compile(r"\{\{(\w+)\}\}")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can write it, UTF-8 cannot
 
@@ -42,28 +49,37 @@ def _spans(values: list[Any], field: str, prompt: str) -> list[str]:
     return values
 
 
-def _alpaca(row: Row) -> list[Message]:
+def _history(row: Row) -> list[Message]:
+    """Earlier exchanges, as pairs or as turns."""
+    name = next((name for name in HISTORIES if name in row), HISTORIES[0])
+    pairs = listed(row.get(name), name, "[[question, answer], ...]")
+    if pairs and isinstance(pairs[0], dict):
+        return turns_of(pairs, name)
     messages = []
-    for n, pair in enumerate(listed(row.get("history"), "history", "[[question, answer], ...]")):
+    for n, pair in enumerate(pairs):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-            raise FieldError(f"history[{n}]", "not a pair", received=shorten(pair), expected="[question, answer]")
+            raise FieldError(f"{name}[{n}]", "not a pair", received=shorten(pair), expected="[question, answer]")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
-    asked = _instruction(row)
-    return [*messages, asked, _answer(row, "output", f"{asked.content}\n{asked.context}")]
+    return messages
 
 
-def _instruction(row: Row) -> Message:
-    return Message("user", text_of(row, "instruction"), context=text_of(row, "input", required=False))
+def _asked_and_said(prompt: str, answer: str, context: str = "") -> Callable[[Row], list[Message]]:
+    """How rows with a column for the prompt and one for the answer are read, perhaps with one for its context."""
 
+    def convert(row: Row) -> list[Message]:
+        asked = [*_history(row), *_prompt(row, prompt, context)]
+        whole = f"{asked[-1].content}\n{asked[-1].context}"
+        if not whole.strip() and len(asked) == 1:
+            raise FieldError(
+                prompt,
+                "the prompt is empty",
+                received=shorten(row.get(prompt)),
+                expected="a question or an instruction",
+                fix=f"{LEAVE_OUT}; text without prompts: --map {answer}=text",
+            )
+        return [*asked, *_completion(row, answer, whole)]
 
-def _prompt_completion(row: Row) -> list[Message]:
-    asked = _prompt(row, "prompt")
-    return [*asked, *_completion(row, "completion", asked[-1].content)]
-
-
-def _context_target(row: Row) -> list[Message]:
-    asked = text_of(row, "context")
-    return [Message("user", asked), _answer(row, "target", asked)]
+    return convert
 
 
 def _plain_text(row: Row) -> list[Message]:
@@ -75,12 +91,8 @@ def _plain_text(row: Row) -> list[Message]:
     return [_answer(row, "text")]
 
 
-def _messages(row: Row) -> list[Message]:
-    return ending_in_answer(turns_of(row["messages"], "messages"), "messages")
-
-
-def _sharegpt(row: Row) -> list[Message]:
-    return ending_in_answer(turns_of(row["conversations"], "conversations"), "conversations")
+def _list_of_turns(field: str) -> Callable[[Row], list[Message]]:
+    return lambda row: ending_in_answer(turns_of(row[field], field), field)
 
 
 def _preference(row: Row) -> list[Message]:
@@ -92,18 +104,22 @@ def _preference(row: Row) -> list[Message]:
         if field in row:
             return [*turns_of(row[field], field), *answer]
     if "instruction" in row:
-        return [_instruction(row), *answer]
-    if "prompt" not in row:
+        return [*_prompt(row, "instruction", "input"), *answer]
+    asked = next((field for field in ("prompt", "question", "query") if field in row), None)
+    if asked is None:
         raise FieldError("prompt", "missing (a row of preference)", received=_names(row), expected=PREFERENCE_PROMPTS)
-    return [*_prompt(row, "prompt"), *answer]
+    return [*_prompt(row, asked), *answer]
 
 
-PREFERENCE_PROMPTS = "conversations, messages, instruction or prompt beside chosen"
+PREFERENCE_PROMPTS = "conversations, messages, instruction, prompt, question, query, or the whole of it in chosen"
 
 
-def _prompt(row: Row, field: str) -> list[Message]:
+def _prompt(row: Row, field: str, context: str = "") -> list[Message]:
     """A prompt as text, or as turns."""
-    return turns_of(row[field], field) if isinstance(row.get(field), list) else [Message("user", text_of(row, field))]
+    if isinstance(row.get(field), list):
+        return turns_of(row[field], field)
+    more = text_of(row, context, required=False) if context else ""
+    return [Message("user", text_of(row, field, required=not more), context=more)]
 
 
 def _completion(row: Row, field: str, prompt: str = "") -> list[Message]:
@@ -111,7 +127,7 @@ def _completion(row: Row, field: str, prompt: str = "") -> list[Message]:
     value = row.get(field)
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
         return [_answer(row, field, prompt)]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value.keys() & set(ROLE_KEYS):
         value = [value]
     return ending_in_answer(turns_of(value, field), field) if isinstance(value, list) else [_answer(row, field)]
 
@@ -142,17 +158,56 @@ def _format(name: str, keys: str, more: str, convert: Callable[[Row], list[Messa
     return Format(name, frozenset(keys.split()), frozenset([*keys.split(), *more.split()]), convert)
 
 
+def _pair(prompt: str, answer: str, context: str = "", name: str = "") -> Format:
+    more = f"{context} tools {' '.join((*SYSTEMS, *HISTORIES))}"
+    return _format(name or f"{prompt}/{answer}", f"{prompt} {answer}", more, _asked_and_said(prompt, answer, context))
+
+
+def _talk(field: str, name: str = "") -> Format:
+    return _format(name or field, field, f"tools {' '.join(SYSTEMS)}", _list_of_turns(field))
+
+
 # The first whose keys a row has is taken, so a format with more to say stands before one with less.
 FORMATS = (
-    _format("preference", "chosen", "conversations messages prompt instruction input system tools", _preference),
-    _format("messages", "messages", "system tools", _messages),
-    _format("sharegpt", "conversations", "system tools", _sharegpt),
-    _format("alpaca", "instruction output", "input system history", _alpaca),
-    _format("prompt/completion", "prompt completion", "system tools", _prompt_completion),
-    _format("context/target", "context target", "system", _context_target),
+    _format(
+        "preference",
+        "chosen",
+        f"conversations messages prompt question query instruction input tools {' '.join(SYSTEMS)}",
+        _preference,
+    ),
+    _talk("messages"),
+    _talk("conversations", "sharegpt"),
+    _pair("instruction", "output", "input", name="alpaca"),
+    _pair("prompt", "completion"),
+    _pair("context", "target"),
+    _pair("query", "response"),
+    _pair("instruction", "response", "context"),
+    _pair("prompt", "response"),
+    _pair("question", "answer", "context"),
+    _pair("question", "response"),
+    _pair("inputs", "targets"),
+    _pair("input", "output"),
+    _pair("指令", "输出", "输入"),
+    _pair("输入", "输出"),
+    _pair("问题", "回答"),
+    _pair("问题", "答案"),
+    _pair("问", "答"),
+    _talk("conversation"),
+    _talk("dialogue"),
+    _talk("dialog"),
+    _talk("chat"),
+    _talk("turns"),
+    _talk("对话"),
     _format("text", "text", "", _plain_text),
+    _talk("data"),
 )
+TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "对话", "data")  # lists
 NAMES = {fmt.name: fmt for fmt in FORMATS}
+
+
+def what_they_are(lengths: Mapping[str, int]) -> str:
+    """How to go on with columns of unknown names, from the lengths of their texts."""
+    return f"say what your columns are: {propose(lengths)}"
 
 
 def check(name: str, columns: Mapping[str, str]) -> None:
@@ -164,7 +219,8 @@ def check(name: str, columns: Mapping[str, str]) -> None:
     if name != "auto" and name not in NAMES:
         raise ConfigError(f"unknown format {name!r}", fix=did_you_mean(name, ["auto", *NAMES]))
     known = NAMES[name].uses if name != "auto" else frozenset().union(*(fmt.uses for fmt in FORMATS))
-    fields = list(columns.values())
+    known |= {IGNORE}
+    fields = [field for field in columns.values() if field != IGNORE]
     for column, field in columns.items():
         if field not in known:
             raise ConfigError(f"map: unknown field {field!r} (for column {column!r})", fix=did_you_mean(field, known))
@@ -176,28 +232,49 @@ def _names(row: Row) -> str:
     return f"the columns {', '.join(map(str, row))}" if row else "no columns"
 
 
+def _first(row: Row, mapped: set[str], name: str = "auto") -> Format | None:
+    """The first format whose keys a row has; a column of nulls shows one only where nothing else does."""
+    full = {key for key, value in row.items() if not missing(value)}
+    known = _known(name, mapped)
+    return next((fmt for keys in (full, row.keys()) for fmt in known if fmt.keys <= keys), None)
+
+
+def _known(name: str, mapped: set[str]) -> list[Format]:
+    """The formats that a row may have; where columns were mapped, those that use them all."""
+    return [NAMES[name]] if name != "auto" else [fmt for fmt in FORMATS if mapped <= fmt.uses] or list(FORMATS)
+
+
 def _find(row: Row, name: str, mapped: set[str]) -> Format:
-    """The format of a row; where columns were mapped, one that uses them all."""
-    known = [NAMES[name]] if name != "auto" else [fmt for fmt in FORMATS if mapped <= fmt.uses] or list(FORMATS)
-    full = {key for key, value in row.items() if value is not None}
-    for keys in (full, row.keys()):  # a column of nulls shows a format only where nothing else does
-        for fmt in known:
-            if fmt.keys <= keys:
-                return fmt
+    """The format of a row."""
+    if fmt := _first(row, mapped, name):
+        return fmt
+    known = _known(name, mapped)
     near = max(known, key=lambda fmt: len(fmt.keys & row.keys()))
-    expected = "; ".join(f"{fmt.name}: {', '.join(sorted(fmt.keys))}" for fmt in known)
-    if near.keys & row.keys() or name != "auto":
-        missing = sorted(near.keys - row.keys())[0]
-        raise FieldError(missing, f"missing (a row of {near.name})", received=_names(row), expected=expected)
-    raise FieldError("", "no known format", received=_names(row), expected=expected)
+    expected = "; ".join(f"{fmt.name}: {', '.join(sorted(fmt.keys))}" for fmt in known) if name != "auto" else SHORT
+    if not near.keys & row.keys() and name == "auto":
+        raise FieldError("", UNKNOWN, received=_names(row), expected=expected)
+    absent = sorted(near.keys - row.keys())[0]
+    texts = sizes(row)
+    fix = f"if other columns hold it: {propose(texts)}" if len(texts) > 1 and name == "auto" else None
+    raise FieldError(absent, f"missing (a row of {near.name})", received=_names(row), expected=expected, fix=fix)
+
+
+def _understood(row: Row, name: str, columns: Mapping[str, str]) -> Mapping[str, str]:
+    """The column map, with `Question` read as `question` where that makes a format of the row."""
+    if name != "auto" or _first(*_renamed(row, columns)) is not None:
+        return columns
+    known = frozenset().union(*(fmt.uses for fmt in FORMATS))
+    lower = {key: key.strip().lower() for key in row if isinstance(key, str) and key not in columns}
+    lower = {key: small for key, small in lower.items() if key != small and small not in row and small in known}
+    return {**lower, **columns} if lower and _first(*_renamed(row, {**lower, **columns})) is not None else columns
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> tuple[Row, set[str]]:
     """The row under the names that formats know, and which of these were mapped."""
     present = {column: field for column, field in columns.items() if column in row}
-    fields = set(present.values())
+    fields = set(present.values()) - {IGNORE}
     rest = {key: value for key, value in row.items() if key not in present and key not in fields}
-    return rest | {field: row[column] for column, field in present.items()}, fields
+    return rest | {field: row[column] for column, field in present.items() if field != IGNORE}, fields
 
 
 def to_conversation(
@@ -218,6 +295,7 @@ def to_conversation(
     try:
         if not isinstance(row, dict):
             raise FieldError("", "not a row", received=shorten(row), expected="an object")
+        columns = _understood(row, name, columns)
         return _convert(row, source, name, columns)
     except FieldError as error:
         # the user knows his own column's name, not the one it stands for
@@ -226,7 +304,7 @@ def to_conversation(
         field = own.get(root, root) + error.field[len(root) :]
         fix = error.fix
         if not error.field and isinstance(row, dict):
-            fix = fix or "say what your columns are: --map COLUMN=prompt ..."
+            fix = fix or what_they_are(sizes(row))
         raise DataError(
             error.what,
             file=source.file,
@@ -243,10 +321,12 @@ def to_conversation(
 def _convert(row: Row, source: Source, name: str, columns: Mapping[str, str]) -> Conversation:
     row, mapped = _renamed(row, columns)
     fmt = _find(row, name, mapped)
-    messages = fmt.convert(row)
-    system = text_of(row, "system", required=False) if "system" in fmt.uses else ""
+    refuse(row)
+    messages = _weighted(fmt.convert(row), row, flat=_is_flat(fmt))
+    named = next((field for field in SYSTEMS if field in fmt.uses and not missing(row.get(field))), "")
+    system = text_of(row, named) if named else ""
     if system and messages[0].role == "system":
-        raise FieldError("system", "a second system message", received=shorten(system), expected="one")
+        raise FieldError(named, "a second system message", received=shorten(system), expected="one")
     if system:
         messages = [Message("system", system), *messages]
     tools = _tools(row) if "tools" in fmt.uses else ()
@@ -254,6 +334,21 @@ def _convert(row: Row, source: Source, name: str, columns: Mapping[str, str]) ->
         if half := SURROGATE.search(text):
             raise FieldError("", "half a character (a lone surrogate)", received=shorten(half[0]), expected="text")
     return Conversation(tuple(messages), source=source, format=fmt.name, tools=tools)
+
+
+def _is_flat(fmt: Format) -> bool:
+    """A prompt and an answer in columns: a column with a thought belongs to the answer."""
+    return fmt.name != "text" and not fmt.keys & set(TURNS)
+
+
+def _weighted(messages: list[Message], row: Row, *, flat: bool) -> list[Message]:
+    """The messages with the weight of their row, and the thought that stands in a column of its own."""
+    factor = weight(row)
+    if factor != 1:
+        messages = [replace(m, weight=m.weight * factor) if m.role == "assistant" else m for m in messages]
+    if flat and not messages[-1].thought and (thought := thought_of(row)):
+        messages = [*messages[:-1], replace(messages[-1], thought=thought)]
+    return messages
 
 
 def _texts(messages: Iterable[Message]) -> list[str]:
@@ -271,13 +366,28 @@ def _texts(messages: Iterable[Message]) -> list[str]:
 
 def unused(row: Row, name: str, columns: Mapping[str, str]) -> list[str]:
     """The columns of a row, and the keys of its turns, that its format makes nothing of."""
-    uses = NAMES[name].uses
+    columns = _understood(row, "auto", columns)
+    uses = NAMES[name].uses | {IGNORE} | set(used(_renamed(row, columns)[0], flat=_is_flat(NAMES[name])))
     renamed = {column for column, field in columns.items() if field in uses}
     taken = {field for column, field in columns.items() if column in row}
     found = [key for key in row if key not in renamed and (key not in uses or key in taken)]
-    turns: list[Any] = next((row[key] for key in ("messages", "conversations") if isinstance(row.get(key), list)), [])
-    keys = {key for turn in turns if isinstance(turn, dict) for key in turn} - TURN_KEYS - TURN_IDS
+    turns: list[Any] = next((row[key] for key in TURNS if isinstance(row.get(key), list)), [])
+    keys = {key for turn in turns if isinstance(turn, dict) for key in unused_keys(turn)}
     return [*map(str, found), *sorted(f"turn.{key}" for key in keys)]
+
+
+def notes(row: Row, conversation: Conversation, columns: Mapping[str, str]) -> list[str]:
+    """What a user should know of how a row was understood, in words that are counted."""
+    weights = [m.weight for m in conversation.messages if m.role == "assistant"]
+    renamed = _renamed(row, _understood(row, "auto", columns))[0]
+    found = taken(renamed, flat=_is_flat(NAMES[conversation.format]))
+    if not any(weights):
+        return [*found, "without an answer of weight above 0: left out"]
+    if not all(weights):
+        found.append("with answers of weight 0: context only")
+    if any(value not in (0, 1) for value in weights):
+        found.append("with weights: the loss is divided by their sum")
+    return found
 
 
 def fill(conversation: Conversation, values: Mapping[str, str]) -> Conversation:

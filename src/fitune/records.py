@@ -217,6 +217,8 @@ class DataReport:
     skipped_bad: int = 0
     formats: dict[str, int] = field(default_factory=dict)
     bad_reasons: dict[str, int] = field(default_factory=dict)  # why rows were skipped
+    bad_first: dict[str, str] = field(default_factory=dict)  # of each reason, where it was met first: file:line:field
+    taken: dict[str, int] = field(default_factory=dict)  # how rows were understood beside their conversation
     skipped: list[str] = field(default_factory=list)  # the first bad rows that skip_bad left out: file:line:field: what
     unused_columns: dict[str, int] = field(default_factory=dict)
     unfilled_slots: dict[str, int] = field(default_factory=dict)  # {{name}} that `fill` does not know: in how many rows

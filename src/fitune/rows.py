@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fitune import formats
 from fitune.cache import Cache, code_version, key
+from fitune.columns import sizes
 from fitune.config import DataSource
 from fitune.errors import Collector, DataError
 from fitune.files import sha256
@@ -104,9 +105,12 @@ def _merge(report: DataReport, read: DataReport) -> None:
     """Add what the reading counted."""
     report.skipped_bad += read.skipped_bad
     report.skipped = [*report.skipped, *read.skipped][:MOST_PROBLEMS]
-    for mine, theirs in ((report.bad_reasons, read.bad_reasons), (report.unused_columns, read.unused_columns)):
-        for name, count in theirs.items():
-            mine[name] = mine.get(name, 0) + count
+    report.bad_first = {**read.bad_first, **report.bad_first}
+    for name in ("bad_reasons", "unused_columns", "taken"):
+        mine = getattr(report, name)
+        for what, count in getattr(read, name).items():
+            mine[what] = mine.get(what, 0) + count
+    report.notes += [*read.notes, *(f"{count:,} row{'s' * (count > 1)} {what}" for what, count in read.taken.items())]
 
 
 def _told(rows: Iterable[Any], on_row: Callable[[int], None]) -> Iterator[Any]:
@@ -139,21 +143,37 @@ class _State:
     bad: int = 0
     told: int = 0
     shapes: set[tuple[str, str]] = field(default_factory=set)
+    unknown: dict[tuple[str, str], tuple[DataError, dict[str, int]]] = field(default_factory=dict)
+    left_out: list[DataError] = field(default_factory=list)  # the first bad rows of a source, where they are skipped
 
-    def refuse(self, error: DataError) -> None:
+    def refuse(self, error: DataError, row: object = None) -> None:
         """Keep what is wrong with a row."""
         self.bad += 1
+        self._weigh(error, row)
         if self.skip_bad:
             self.report.skipped_bad += 1
-            reason = error.what.rpartition(": ")[2]
+            where, _, reason = error.what.rpartition(": ")
             self.report.bad_reasons[reason] = self.report.bad_reasons.get(reason, 0) + 1
+            self.report.bad_first.setdefault(reason, where)
             if len(self.report.skipped) < MOST_PROBLEMS:
                 self.report.skipped.append(error.what)
+            if len(self.left_out) < MOST_PROBLEMS and not self._known(error):
+                self.left_out.append(error)
         elif self.told < MOST_PROBLEMS and not self._known(error):
             if not self.told:
                 error.fix = error.fix or "mend the row, or leave bad rows out with --skip-bad"
             self.told += 1
             self.problems.problems.append(error)
+
+    def _weigh(self, error: DataError, row: object) -> None:
+        """How long the texts of columns of unknown names are, over all rows that have them: the first row of them says
+        what they may mean."""
+        if error.field is not None or not error.what.endswith(formats.UNKNOWN) or not isinstance(row, dict):
+            return
+        first, lengths = self.unknown.setdefault((str(error.file), str(error.received)), (error, {}))
+        for column, size in sizes(row).items():
+            lengths[column] = lengths.get(column, 0) + size
+        first.fix = formats.what_they_are(lengths)
 
     def _known(self, error: DataError) -> bool:
         """A row with the same wrong columns was told of before: a file of them needs no list."""
@@ -166,6 +186,7 @@ class _State:
 def _rows(source: DataSource, state: _State) -> Iterator[Conversation]:
     """The good rows of a source. A file that breaks off does not hide what is wrong in the next one."""
     good, bad, broken = 0, state.bad, len(state.problems.problems)
+    state.left_out.clear()
     for path in files(locate(source.path)):
         with state.problems.gather():
             for conversation in _file(path, source, state):
@@ -173,6 +194,9 @@ def _rows(source: DataSource, state: _State) -> Iterator[Conversation]:
                 yield conversation
     if not good and len(state.problems.problems) == broken:
         received = f"{state.bad - bad} bad rows" if state.bad > bad else "an empty list"
+        if state.bad == bad and state.report.taken:
+            received = "rows without an answer of weight above 0"
+        state.problems.problems.extend(state.left_out)
         raise DataError("no rows", file=source.path, received=received, expected="rows to train on")
 
 
@@ -180,16 +204,21 @@ def _file(path: Path, source: DataSource, state: _State) -> Iterator[Conversatio
     """The good rows of a file; the bad ones are kept in `state`."""
     unused = state.report.unused_columns
     for item in read(path):
+        row = None
         try:
             if isinstance(item, DataError):
                 raise item
             row, where = item
             conversation = formats.to_conversation(row, where, name=source.format or "auto", columns=source.map)
         except DataError as error:
-            state.refuse(error)
+            state.refuse(error, row)
             continue
         for column in formats.unused(row, conversation.format, source.map):
             unused[column] = unused.get(column, 0) + 1
+        for note in formats.notes(row, conversation, source.map):
+            state.report.taken[note] = state.report.taken.get(note, 0) + 1
+        if not any(m.weight for m in conversation.messages if m.role == "assistant"):
+            continue  # nothing of it would be trained
         yield formats.fill(conversation, state.fill) if state.fill else conversation
 
 

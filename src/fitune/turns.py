@@ -152,6 +152,14 @@ def pair_of(values: Mapping[str, Any]) -> tuple[str, str] | None:
     return next((pair for pair in PAIRS if pair[0] in values and pair[1] in values), None)
 
 
+def unused_keys(turn: Mapping[str, Any]) -> set[str]:
+    """The keys of a turn that nothing is made of."""
+    known = TURN_KEYS | TURN_IDS | (CALLED_KEYS if _is_call(turn) else set())
+    if not _role(turn)[1] and (pair := pair_of(turn)):
+        known = known | set(pair)
+    return turn.keys() - known
+
+
 def _pair(turn: Mapping[str, Any], keys: tuple[str, str], where: str) -> list[Message]:
     asked, said = (turn[key] for key in keys)
     for key, text in zip(keys, (asked, said), strict=True):
