@@ -10,7 +10,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, get_4bit_type, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, get_4bit_type, int8_vectorwise_quant
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
 
@@ -23,7 +23,7 @@ from fitune.errors import ConfigError, ModelError, Problems, RunFolderError
 from fitune.kernels.frozen import Frozen
 from fitune.merging import merge
 from fitune.model import load_model, ready
-from fitune.quant import absmax, nf4
+from fitune.quant import absmax, nf4, trust
 from fitune.quantizing import quantize
 from fitune.step import loss_sum
 from fitune.training import train
@@ -91,14 +91,17 @@ def test_nf4_of_bitsandbytes_is_the_reference(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     values = get_4bit_type("nf4", "cpu")
     assert (nf4.quantiles() - values).abs().max() <= 1.2e-7  # they keep the same quantiles, rounded otherwise
-    packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=nf4.BLOCK)
-    numbers, scales = nf4.reference(weight, values)
+    layer = quants.find("nf4").make(weight, QuantOptions(name="nf4", double=False), torch.device("cpu"))
+    state, (numbers, scales) = layer.weight.quant_state, nf4.reference(weight, values)
     assert torch.equal(scales, state.absmax)
-    assert torch.equal(nf4.plain(numbers, scales, values, weight.shape), dequantize_4bit(packed, state))
+    assert torch.equal(nf4.plain(numbers, scales, values, weight.shape), layer.plain_weight(torch.float32))
+    if not trust.check([layer], torch.float32):  # their own kernel too, where this machine's is right
+        assert torch.equal(dequantize_4bit(layer.weight.data, state), layer.plain_weight(torch.float32))
     # doubly: exact, given the constants that bitsandbytes stores
-    packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=nf4.BLOCK, compress_statistics=True)
+    layer = quants.find("nf4").make(weight, QuantOptions(name="nf4"), torch.device("cpu"))
+    state = layer.weight.quant_state
     doubled = nf4.single_scales(state.absmax, state.state2.code, state.state2.absmax, state.offset)
-    assert torch.equal(nf4.plain(numbers, doubled, values, weight.shape), dequantize_4bit(packed, state))
+    assert torch.equal(nf4.plain(numbers, doubled, values, weight.shape), layer.plain_weight(torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +386,15 @@ def test_quantize_writes_what_transformers_and_fitune_load(folder: Path, data_fi
         assert torch.equal(logits(mine), logits(direct))
         with torch.no_grad():
             difference = off(theirs(input_ids=IDS).logits, logits(mine))
-        assert difference < (1e-4 if name == "nf4" else 0.05)  # int8: their inputs are quantized, in evaluation only
+        packed = [dict(model.state_dict()) for model in (theirs, mine)]
+        assert packed[0].keys() == packed[1].keys()
+        assert all(torch.equal(tensor, packed[1][key]) for key, tensor in packed[0].items())
+        if quants.faults(mine):  # their kernel is wrong for these shapes on this machine, as the finding says
+            assert difference > 1e-3
+        else:
+            assert difference < (
+                1e-4 if name == "nf4" else 0.05
+            )  # int8: their inputs are quantized, in evaluation only
         settings = {"model": str(target), "data": [str(data_file)], "max_steps": 2}
         run = train(build({**settings, "output": str(tmp_path / f"r-{name}")}))
         assert merge(run.run, tmp_path / f"m-{name}").merge_error <= 1e-5

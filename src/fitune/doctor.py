@@ -24,6 +24,7 @@ from fitune.cache import default_folder
 from fitune.config import quant_options
 from fitune.errors import ConfigError
 from fitune.precision import choose, measure
+from fitune.quant import trust
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 LEAST_FREE = 2**30  # bytes of disk below which hardly a run's checkpoints fit
@@ -139,6 +140,34 @@ def _bitsandbytes() -> Iterator[Check]:
             yield Check(name, "broken", f"{error.what}: {error.received or ''}".rstrip(": "), error.fix or "")
             continue
         yield _quantized_step(name, quantizer)
+        yield _kernels(name, quantizer)
+
+
+# (out, in): rows of whole blocks of 64; multiples of 16 that are none (a bug of bitsandbytes' kernel for AVX512); of 4
+PROBES = ((48, 64), (48, 128), (48, 80), (256, 688), (100, 96), (48, 172), (48, 100))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _kernels(name: str, quantizer: Any) -> Check:
+    """The shapes that this machine's kernels for packed weights get wrong; fitune finds them in a model by itself."""
+    options = [quant_options("nf4"), quant_options("fp4")] if name == "nf4" else [quant_options(name)]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator) / 16 for shape in PROBES]
+    layers = [quantizer.make(weight, how, _device()) for how in options for weight in weights]
+    faults = [fault for dtype in DTYPES for fault in trust.check(layers, dtype)]
+    tried = f"{len(layers)} layers in {len(DTYPES)} dtypes"
+    if not faults:
+        return Check(f"{name} kernels", "ok", f"right for {tried}")
+    told = []
+    for kernel, instead in dict.fromkeys((fault.kernel, fault.instead) for fault in faults):
+        these = [fault for fault in faults if fault.kernel == kernel]
+        shapes = ", ".join(dict.fromkeys(fault.kind.size for fault in these))
+        kinds = ", ".join(dict.fromkeys(fault.kind.form for fault in these))
+        dtypes = ", ".join(dict.fromkeys(fault.dtype for fault in these))
+        worst = max(fault.error for fault in these)
+        told.append(f"{kernel} is wrong for {shapes} ({kinds}; {dtypes}; off by up to {worst:.2f}), {instead} is used")
+    text = f"{'; '.join(told)}; of {tried}"
+    return Check(f"{name} kernels", "warn", text, trust.OTHERS)
 
 
 def _quantized_step(name: str, quantizer: Any) -> Check:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fitune import families, templates, tokenizer
+from fitune import quant as quants
 from fitune.checkpoint import RunFolder
 from fitune.config import QuantOptions
 from fitune.encode import Encoder
@@ -53,6 +54,7 @@ def load(
         words = tokenizer.load(folder)
         shape = _template(folder, template, words)
         model = load_model(folder, precision=precision or "fp32", quant=quant or "none", **how)
+        quants.trust.notice(quants.faults(model))
         return Tuned(model, words, shape, Encoder(words, shape), _family(model))
     config = run.read_config()
     if not run.adapter.is_dir():
@@ -67,6 +69,7 @@ def load(
         quant=config.quant if quant is None else quant,
         **how,
     )
+    quants.trust.notice(quants.faults(causal_lm(model)))
     return Tuned(model, words, shape, Encoder(words, shape), _family(model))
 
 

@@ -240,6 +240,8 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     stored = weights.stored_dtype(folder)
     dtypes = [precision.speed(config, device), precision.weights_kept(model, stored)]
     dtypes.append(guards.fp16_range(model, probe, layout))
+    if quant.name_of(base) != "none":
+        dtypes.append(quant.trust.finding(quant.faults(base)))
     model_findings = [preflight.family_found(family), intact, *sets, *dtypes, apart]
     preflight.raise_refused(model_findings)
     highest = max([int(probe.ids.max()), *(token.id for token in added)])

@@ -82,6 +82,7 @@ def quantize(model: str | Path, output: str | Path, *, quant: QuantOptions | str
     if (there := quantized_as(read_config(folder)).name) != "none":
         raise ModelError(f"{folder}: is quantized already, as {there}", expected="the original model")
     loaded = load_model(folder, quant=options)
+    quants.trust.notice(quants.faults(loaded))
     outliers = _outliers(loaded, folder)
     layers = [
         LayerError(name, weight.numel(), *_errors(layer, weight), outliers.get(name), layer.in_features)

@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from fitune.config import QuantOptions
 from fitune.errors import ConfigError, did_you_mean
 from fitune.kernels.frozen import Frozen
+from fitune.quant import trust
+from fitune.quant.trust import Fault
 
 if TYPE_CHECKING:
     from fitune.quant.base import Quantizer
@@ -91,7 +93,7 @@ def layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def adopt(model: Any, name: str, compute: torch.dtype) -> None:
-    """Give every layer of bitsandbytes in a model the one path."""
+    """Give every layer of bitsandbytes in a model the one path, by kernels that were found right for its layers."""
     quantizer = find(name)
     for module in model.modules():
         if isinstance(module, quantizer.base):
@@ -99,6 +101,12 @@ def adopt(model: Any, name: str, compute: torch.dtype) -> None:
             # the loader has put the weight behind the bias; "the last tensors" are to be those of the plain model
             module._parameters["bias"] = module._parameters.pop("bias")
     model.fitune_quant = name
+    model.fitune_faults = trust.check((layer for _, layer in layers(model)), compute)
+
+
+def faults(model: Any) -> list[Fault]:
+    """The kernels that were found wrong for the packed layers of a causal LM when it was loaded."""
+    return getattr(model, "fitune_faults", [])
 
 
 def empty(model: Any, options: QuantOptions) -> None:

@@ -16,6 +16,8 @@ from transformers import BitsAndBytesConfig
 
 from fitune.config import QuantOptions
 from fitune.kernels.frozen import Frozen
+from fitune.quant import trust
+from fitune.quant.absmax import llm_int8
 from fitune.quant.base import Quantizer, sizes
 
 
@@ -30,18 +32,38 @@ class Int8Linear(Frozen, bnb.nn.Linear8bitLt):  # type: ignore[misc]  # bitsandb
         return scales
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
-        """See Frozen."""
+        """See Frozen. torch's own arithmetic: no kernel of bitsandbytes takes part."""
         values: Tensor = self.weight.data.to(dtype)
         return values * (self.scales() / 127).to(dtype)[:, None]
 
     def product(self, x: Tensor) -> Tensor:
         """See Frozen."""
-        if x.device.type != "cuda":
-            return Frozen.product(self, x)
+        return self.fused_product(x) if trust.fused(self, x) else Frozen.product(self, x)
+
+    # what trust.py asks of a packed layer
+
+    def kind(self) -> trust.Kind:
+        """See Nf4Linear."""
+        return trust.Kind("int8", tuple(self.weight.shape), f"threshold {self.state.threshold:g}")
+
+    def ways(self) -> list[tuple[str, trust.Way]]:
+        """See Nf4Linear."""
+        return [("torch's product of numbers and scales", Int8Linear.plain_weight)]
+
+    def watched(self) -> list[tuple[str, trust.Way]]:
+        """See Nf4Linear."""
+        return []
+
+    def fused_product(self, x: Tensor) -> Tensor:
+        """LLM.int8() by bitsandbytes."""
         if self.weight.CB is not None:
             self.init_8bit_state()  # type: ignore[operator]
         out: Tensor = bnb.matmul(x, self.weight, state=self.state)
         return out
+
+    def expected_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """LLM.int8() by the reference."""
+        return llm_int8(x.float(), weight, self.state.threshold)
 
 
 class Int8(Quantizer):

@@ -6,21 +6,24 @@ become 8 bits in blocks of 256. `reference` and `plain` say the same in a few li
 
 bitsandbytes' own layer packs its weight anew for CPUs with AVX512-BF16 when it first evaluates: later training loses
 gradient, merging gives garbage, and the state dict changes. Here there is one path, and the weight is never packed.
+Its kernel is wrong on CPUs with AVX512 where a row is a multiple of 16 and not of the block: see `by_blocks`, trust.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from fitune.config import QuantOptions
 from fitune.kernels.frozen import Frozen
+from fitune.quant import trust
 from fitune.quant.base import Quantizer, sizes
 
 BLOCK = 64
@@ -64,21 +67,102 @@ def single_scales(numbers: Tensor, code: Tensor, outer: Tensor, mean: Tensor, bl
     return code[numbers.long()] * outer.repeat_interleave(block)[: len(numbers)] + mean
 
 
+# ---- packed layers to plain weights ----
+
+PIECE = 2**16  # weights that the exact way looks up at once
+
+
+def by_kernel(layer: Any, dtype: torch.dtype, shape: torch.Size | None = None) -> Tensor:
+    """bitsandbytes' kernel, as it calls it, or on the same weights in another shape; no float32 copy is made."""
+    state = copy(layer.weight.quant_state)
+    state.dtype, state.shape = dtype, shape or state.shape
+    return bnb.functional.dequantize_4bit(layer.weight.data, state)  # type: ignore[no-any-return]
+
+
+def by_blocks(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The same kernel on rows of one block each: where a block's scale stands depends on no row's length then."""
+    state = layer.weight.quant_state
+    blocks, rest = divmod(state.shape.numel(), state.blocksize)
+    if rest:
+        return exact(layer, dtype)
+    return by_kernel(layer, dtype, torch.Size((blocks, state.blocksize))).view(state.shape)
+
+
+def exact(layer: Any, dtype: torch.dtype) -> Tensor:
+    """What the numbers and scales stand for, looked up by torch alone; some eight times slower than a kernel."""
+    state = layer.weight.quant_state
+    made = torch.empty(state.shape.numel(), dtype=dtype, device=layer.weight.device)
+    for start, values, _ in _looked_up(layer):
+        made[start : start + len(values)] = values
+    return made.view(state.shape)
+
+
+def _looked_up(layer: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(where it begins, weights, the scale of each) a piece at a time, in float32."""
+    state, packed = layer.weight.quant_state, layer.weight.data.reshape(-1).view(torch.uint8)
+    count, block = state.shape.numel(), state.blocksize
+    code = state.code.float()
+    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)  # of a byte the high half comes first
+    scales = state.absmax
+    if state.nested:
+        outer = state.state2
+        scales = single_scales(state.absmax, outer.code, outer.absmax, state.offset, outer.blocksize)
+    step = max(1, PIECE // block)
+    for first in range(0, len(scales), step):
+        start, end = first * block, min(count, (first + step) * block)
+        values = pairs.index_select(0, packed[start // 2 : (end + 1) // 2].int()).flatten()[: end - start]
+        each = scales[first : first + step].float().repeat_interleave(block)[: end - start]
+        yield start, values * each, each
+
+
 class Nf4Linear(Frozen, bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbytes has no types
     """See the module's text."""
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
-        """See Frozen; made in this dtype at once, without a float32 copy beside."""
-        state = copy(self.weight.quant_state)
-        state.dtype = dtype
-        return dequantize_4bit(self.weight.data, state)  # type: ignore[no-any-return]
+        """See Frozen."""
+        return trust.plain(self, dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """See Frozen."""
-        if x.device.type != "cuda":
-            return Frozen.product(self, x)
-        out: Tensor = bnb.matmul_4bit(x, self.weight.t(), quant_state=self.weight.quant_state)
-        return out
+        return self.fused_product(x) if trust.fused(self, x) else Frozen.product(self, x)
+
+    # what trust.py asks of a packed layer
+
+    def kind(self) -> trust.Kind:
+        """Shape and settings."""
+        state = self.weight.quant_state
+        setting = f"blocks of {state.blocksize}{', double' if state.nested else ''}"
+        return trust.Kind(state.quant_type, tuple(state.shape), setting)
+
+    def ways(self) -> list[tuple[str, trust.Way]]:
+        """To its plain weight, the last one exact by construction."""
+        return [("the kernel on rows of one block", by_blocks), ("an exact look-up", exact)]
+
+    def watched(self) -> list[tuple[str, trust.Way]]:
+        """Not used here, but by transformers and PEFT; rows of odd length have no kernel."""
+        return [("bitsandbytes' kernel", by_kernel)] if self.weight.quant_state.shape[-1] % 2 == 0 else []
+
+    def weight_error(self, way: trust.Way, dtype: torch.dtype) -> float | None:
+        """How far off a way is, relative to the exact weight's norm; None where no weight is further off than rounding
+        a value, its scale and their product to this dtype explains."""
+        try:
+            got = way(self, dtype).flatten()
+        except Exception:  # as little use as one that is wrong
+            return float("inf")
+        limits, right, wrong, size = torch.finfo(dtype), True, 0.0, 0.0
+        for start, values, scales in _looked_up(self):
+            away = (got[start : start + len(values)].float() - values).abs()
+            right &= bool((away <= 2 * limits.eps * scales.abs() + limits.smallest_normal).all())
+            wrong, size = wrong + float(away.square().sum()), size + float(values.square().sum())
+        return None if right else (wrong / max(size, 1e-300)) ** 0.5 if wrong == wrong else float("inf")
+
+    def fused_product(self, x: Tensor) -> Tensor:
+        """bitsandbytes' product."""
+        return bnb.matmul_4bit(x, self.weight.t(), quant_state=self.weight.quant_state)  # type: ignore[no-any-return]
+
+    def expected_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What it is to be, but for its rounding."""
+        return torch.nn.functional.linear(x, weight.to(x.dtype))
 
 
 def _empty_state(shape: torch.Size, blocks: int, options: QuantOptions) -> QuantState:
