@@ -92,10 +92,13 @@ def test_inspect_counts_bad_rows_and_works_with_a_tokenizer_alone(tmp_path: Path
         "empty answers": 1,
     }  # fmt: skip
     assert seen.by_source == {"rows.jsonl": 31}
+    reasons = [(reason.partition(" (")[0], count, first) for reason, count, first in seen.bad]
+    assert reasons == [("the answer is empty", 1, f"{data}:32:completion"), ("not JSON", 1, f"{data}:33")]
     assert len(seen.samples) == 2
     html = page(seen)
     assert "<svg" in html
     assert "等于" in html
+    assert "<td>the answer is empty</td>" in html
     assert "http" not in html
 
     target = tmp_path / "page.html"
@@ -107,6 +110,8 @@ def test_inspect_counts_bad_rows_and_works_with_a_tokenizer_alone(tmp_path: Path
     out, err = capsys.readouterr()
     assert json.loads(out)["rows"]["bad"] == 2
     assert "▶" in err
+    assert "bad rows, left out" in err
+    assert "the answer is empty" in err
     assert target.read_text(encoding="utf-8").startswith("<!doctype html>")
     with pytest.raises(SystemExit) as caught:
         cli.main()

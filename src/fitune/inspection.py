@@ -30,7 +30,7 @@ from fitune.dataset import NO_LIMIT
 from fitune.methods import new_tokens
 from fitune.model import locate, read_config
 from fitune.pages import render
-from fitune.records import Conversation, Finding, Sample
+from fitune.records import Conversation, DataReport, Finding, Sample
 
 CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 KANA = re.compile(r"[\u3040-\u30ff]")
@@ -246,6 +246,8 @@ class Inspection:
     model: str
     template: str
     rows: dict[str, Any]  # read, kept, dropped, bad, cut, duplicates, empty answers
+    bad: list[tuple[str, int, str]]  # why rows are bad: the reason, how many, and where it was met first
+    notes: list[str]  # how columns and files were understood
     by_source: dict[str, int]
     by_format: dict[str, int]
     languages: dict[str, int]
@@ -310,6 +312,8 @@ def inspect(
             "duplicates": doubles["rows"],
             "empty answers": report.bad_reasons.get("the answer is empty", 0),
         },
+        bad=bad_rows(report),
+        notes=report.notes,
         by_source=_by_name(data.conversations.files()),
         by_format=report.formats,
         languages=dict(texts.languages.most_common()),
@@ -323,6 +327,12 @@ def inspect(
         tokenizers=[tokenizer_view(name, one, texts.texts[:MOST_TEXTS]) for name, one in named],
         samples=[SampleView(str(s.source), token_views(words, s)) for s in _spread(data.samples, samples)],
     )
+
+
+def bad_rows(report: DataReport) -> list[tuple[str, int, str]]:
+    """Why rows are bad, the most frequent reason first: the reason, how many, and the first of them."""
+    found = sorted(report.bad_reasons.items(), key=lambda item: -item[1])
+    return [(reason, count, report.bad_first.get(reason, "")) for reason, count in found]
 
 
 def _model_facts(folder: Path, words: Any) -> tuple[int, int]:
@@ -360,6 +370,8 @@ def show(seen: Inspection, console: Console, *, ids: bool = False) -> None:
     console.print(
         pairs("rows", {**seen.rows, "by source": _counts(seen.by_source), "by format": _counts(seen.by_format)})
     )
+    if seen.bad:
+        console.print(_bad_table(seen.bad))
     padding = ", ".join(f"{share:.0%} of batches of {size}" for size, share in seen.padding_wasted.items())
     console.print(
         pairs(
@@ -382,6 +394,16 @@ def show(seen: Inspection, console: Console, *, ids: bool = False) -> None:
     for sample in seen.samples:
         console.print(f"[bold]{escape(sample.source)}[/]  (green: trained; ▶ the border between prompt and answer)")
         console.print(_coloured(sample.tokens, ids=ids), soft_wrap=True)
+
+
+def _bad_table(bad: Sequence[tuple[str, int, str]]) -> Table:
+    table = Table(title="bad rows, left out", title_justify="left", box=None, pad_edge=False)
+    table.add_column("rows", justify="right")
+    table.add_column("reason", overflow="fold")
+    table.add_column("the first of them", overflow="fold")
+    for reason, count, first in bad:
+        table.add_row(f"{count:,}", escape(reason), escape(first))
+    return table
 
 
 def _counts(counts: Mapping[str, int]) -> str:
