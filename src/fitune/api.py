@@ -78,6 +78,7 @@ def train(*, resume: bool = False, watch: Watcher | None = None, **settings: Any
 def load(
     run_or_model: str | Path,
     *,
+    model: str | Path | None = None,
     device: str = "auto",
     template: str = "auto",
     precision: str | None = None,
@@ -87,18 +88,20 @@ def load(
 
     Args:
         run_or_model: a run folder, a model folder or a hub id.
+        model: where the base of a run lies now, if it was moved; its weights must be the same.
         device: auto, cpu, cuda, ...
         template: for a model folder; a run brings its own.
         precision: fp32, bf16, fp16 or auto. Default: the run's own; of a model folder fp32.
         quant: none, int8, nf4 or fp4. Default: as in the run; of a model folder none.
     """
-    return _load(run_or_model, device=device, template=template, precision=precision, quant=quant)
+    return _load(run_or_model, model=model, device=device, template=template, precision=precision, quant=quant)
 
 
 def generate(
     tuned: Tuned | str | Path,
     prompt: str | Sequence[dict[str, str]],
     *,
+    model: str | Path | None = None,
     system: str = "",
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -111,6 +114,7 @@ def generate(
     Args:
         tuned: what `load` gave, or a path for it.
         prompt: a question, or messages `[{"role": "user", "content": ...}, ...]`.
+        model: where the base of a run lies now, if it was moved; for a path.
         system: a system message.
         max_new_tokens: longest answer, in tokens.
         temperature: 0 is greedy.
@@ -121,7 +125,7 @@ def generate(
     Example:
         >>> fitune.generate("runs/first", "What is the capital?")
     """
-    tuned = tuned if isinstance(tuned, Tuned) else _load(tuned)
+    tuned = tuned if isinstance(tuned, Tuned) else _load(tuned, model=model)
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [Message(turn["role"], turn["content"]) for turn in turns]  # type: ignore[arg-type]
     if system:

@@ -29,6 +29,7 @@ from fitune.flags import (
     DataFlags,
     Flags,
     Json,
+    Moved,
     Precision,
     Quant,
     SetOption,
@@ -223,6 +224,7 @@ def inspect(
 def chat(
     run: Annotated[str, Parameter(help="Run folder, or a model folder.")],
     *,
+    model: Moved = None,
     compare: Annotated[bool, Parameter(negative="", help="Show the base model's answer beside.")] = False,
     system: Annotated[str, Parameter(help="System message.")] = "",
     temperature: Annotated[float, Parameter(help="0 is greedy.")] = 0.0,
@@ -247,7 +249,7 @@ def chat(
     from fitune.loading import load
 
     console = Console()
-    tuned = load(run, device=device, template=template, precision=precision, quant=quant)
+    tuned = load(run, model=model, device=device, template=template, precision=precision, quant=quant)
     sampling = Sampling(temperature, top_p, max_tokens, seed)
     other = Chat(tuned, sampling, system=system, base=True) if compare else None
     if sys.stdin.isatty():
@@ -260,6 +262,7 @@ def evaluate(
     run: Annotated[str, Parameter(help="Run folder, model folder or hub id.")],
     *,
     data: Annotated[list[str], Parameter(consume_multiple=True, help="Held-out data: files, folders or hub ids.")],
+    model: Moved = None,
     take: Annotated[int | None, Parameter(help="So many rows of each, drawn with a fixed seed.")] = None,
     map_: Annotated[
         list[str] | None,
@@ -288,6 +291,7 @@ def evaluate(
     found = run_evaluation(
         run,
         data,
+        model=model,
         take=take,
         answer=not loss_only,
         max_new_tokens=max_tokens,
@@ -319,6 +323,7 @@ def merge(
     requantize: Annotated[
         bool, Parameter(negative="", help="Quantize the merged model as the base was, and measure.")
     ] = False,
+    model: Moved = None,
     json: Json = False,
 ) -> None:
     """Make a run's model a plain one, which transformers loads without fitune or PEFT."""
@@ -329,7 +334,7 @@ def merge(
     from fitune.merging import merge as run_merge
 
     console = console_for(json)
-    done = run_merge(run, output, dtype=dtype, force=force, onto=onto, requantize=requantize)
+    done = run_merge(run, output, dtype=dtype, force=force, onto=onto, requantize=requantize, model=model)
     if done.drift is not None:
         console.print(f"[yellow]drift[/] {done.drift.told()}", highlight=False, soft_wrap=True)
     console.print(
@@ -338,6 +343,8 @@ def merge(
         highlight=False,
         soft_wrap=True,
     )
+    for line in done.handed.lines() if done.handed is not None else ():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"talk to it   fitune chat {done.folder}", highlight=False, soft_wrap=True)
     if json:
         print_json(done.as_dict())

@@ -110,6 +110,7 @@ def evaluate(
     run_or_model: str | Path,
     data: Sequence[str | DataSource],
     *,
+    model: str | Path | None = None,
     take: int | None = None,
     answer: bool = True,
     max_new_tokens: int = 256,
@@ -126,6 +127,7 @@ def evaluate(
     Args:
         run_or_model: a run folder, a model folder or a hub id.
         data: files, folders or hub ids; each row ends in the expected answer.
+        model: where the base of a run lies now, if it was moved.
         take: so many rows of each source, drawn with a fixed seed.
         answer: generate answers too; without, only losses.
         max_new_tokens: longest answer.
@@ -140,7 +142,7 @@ def evaluate(
         FituneError: the run, the model or the data cannot be used.
     """
     watch = watch or Watcher()
-    tuned = load(run_or_model, device=device, template=template, precision=precision, quant=quant)
+    tuned = load(run_or_model, model=model, device=device, template=template, precision=precision, quant=quant)
     report = DataReport()
     sources = [DataSource(path=one) if isinstance(one, str) else one for one in data]
     sources = [

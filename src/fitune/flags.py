@@ -117,6 +117,9 @@ Json = Annotated[bool, Parameter(negative="", help="Print one JSON object at the
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"] | None, Parameter(help="[default: the run's own; of a model folder fp32]")
 ]
+Moved = Annotated[
+    str | None, Parameter(help="Where the run's base model lies now, if it was moved; its weights must be the same.")
+]
 Quant = Annotated[
     Literal["none", "int8", "nf4", "fp4"] | None, Parameter(help="[default: the run's own; of a model folder none]")
 ]

@@ -8,23 +8,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fitune import families, templates, tokenizer
+from fitune import families, templates, tokenizer, weights
 from fitune import quant as quants
 from fitune.checkpoint import RunFolder
-from fitune.config import QuantOptions
+from fitune.config import QuantOptions, RunConfig
 from fitune.encode import Encoder
-from fitune.errors import RunFolderError
+from fitune.errors import ConfigError, RunFolderError
 from fitune.families import Family
+from fitune.handover import TEMPLATE
 from fitune.model import Tuned, causal_lm, load_model, locate, pick_device
 from fitune.precision import choose
 from fitune.templates import Template
 
-TEMPLATE = "fitune_template.json"  # the template that a merged model was trained with
+WEIGHTS, VALUES = "the base's weights", "the base's values"  # what a run folder keeps digests of
 
 
 def load(
     path: str | Path,
     *,
+    model: str | Path | None = None,
     device: str = "auto",
     template: str = "auto",
     precision: str | None = None,
@@ -35,6 +37,7 @@ def load(
 
     Args:
         path: a run folder, a model folder, or a hub id.
+        model: where the base of a run lies now, if it was moved; the weights must be the same.
         device: where it computes.
         template: for a model folder only; a run brings its own.
         precision: of the computation: fp32, bf16, fp16, or auto, what the device computes fast. Default: the run's own;
@@ -50,27 +53,81 @@ def load(
     precision = choose(where)[0] if precision == "auto" else precision
     how: dict[str, Any] = {"device": str(where), "plain": plain}
     if not (run.path / "config.yaml").is_file():
+        if model is not None:
+            raise ConfigError(
+                f"--model is for a run whose base was moved, and {path} is no run",
+                received=str(model),
+                fix="leave --model out",
+            )
         folder = locate(str(path))
         words = tokenizer.load(folder)
         shape = _template(folder, template, words)
-        model = load_model(folder, precision=precision or "fp32", quant=quant or "none", **how)
-        quants.trust.notice(quants.faults(model))
-        return Tuned(model, words, shape, Encoder(words, shape), _family(model))
+        plain_model = load_model(folder, precision=precision or "fp32", quant=quant or "none", **how)
+        quants.trust.notice(quants.faults(plain_model))
+        return Tuned(plain_model, words, shape, Encoder(words, shape), _family(plain_model))
     config = run.read_config()
     if not run.adapter.is_dir():
         raise RunFolderError(f"{run.path}: this run is not finished", fix=f"fitune train --resume --output {run.path}")
+    base = base_of(run, config, model)
     words = tokenizer.load(run.tokenizer)
     shape = templates.from_dict(run.read("template"), words)
-    model = load_model(
-        config.model,
+    loaded = load_model(
+        base,
         precision=precision or config.precision,
         adapter=run.adapter,
         storage=config.storage_dtype if precision is None else "auto",
         quant=config.quant if quant is None else quant,
         **how,
     )
-    quants.trust.notice(quants.faults(causal_lm(model)))
-    return Tuned(model, words, shape, Encoder(words, shape), _family(model))
+    quants.trust.notice(quants.faults(causal_lm(loaded)))
+    return Tuned(loaded, words, shape, Encoder(words, shape), _family(loaded))
+
+
+def base_of(run: RunFolder, config: RunConfig, model: str | Path | None = None) -> str:
+    """The folder of a run's base model, or the one it was moved to.
+
+    Args:
+        run: the run.
+        config: the run's.
+        model: where the base lies now; None: where the run found it.
+
+    Raises:
+        ModelError: it is not there.
+        RunFolderError: what lies there is another model.
+    """
+    if model is None:
+        if not Path(config.model).is_dir():
+            raise RunFolderError(
+                f"{config.model}: no such folder, and it is the base model of the run {run.path}",
+                expected="the folder that the run was trained on",
+                fix="restore it; --model NEW says where it is now",
+            )
+        return config.model
+    folder = locate(str(model))
+    weights.check(folder)
+    known = run.read("data").get("inputs", {}) if run.has("data") else {}
+    there: dict[str, dict[str, Any]] = {WEIGHTS: weights.facts(folder), VALUES: weights.sampled(folder)}
+    for name in there:
+        if name in known and known[name] != there[name]:
+            raise RunFolderError(
+                f"{folder}: not the base model of the run {run.path}",
+                received=_digests(known[name], there[name]),
+                expected=_digests(there[name], known[name]),
+                fix="give the folder that the run was trained on, wherever it lies now",
+            )
+    return str(folder.resolve())
+
+
+def _digests(other: dict[str, Any], mine: dict[str, Any]) -> str:
+    """The files that differ, with their digests."""
+    told = {name: value for name, value in mine.items() if other.get(name) != value}
+    texts = [
+        f"{name} {value[0]:,} bytes, header {value[1][:16]}"
+        if isinstance(value, list)
+        else f"{name} SHA-256 {value[:16]}"
+        for name, value in sorted(told.items())
+    ]
+    return f"{', '.join(texts[:3])}{f' and {len(texts) - 3} more' if len(texts) > 3 else ''}" or "none of these files"
 
 
 def _template(folder: Path, name: str, words: Any) -> Template:

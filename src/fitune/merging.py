@@ -8,9 +8,7 @@ again, gives another model, and how far off it is gets measured.
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fitune import dataset, methods, preflight, weights
+from fitune import dataset, methods, modelcard, preflight, weights
 from fitune import quant as quants
 from fitune.batches import in_order
 from fitune.checkpoint import RunFolder
@@ -29,7 +27,8 @@ from fitune.encode import Encoder
 from fitune.errors import FituneError, RunFolderError
 from fitune.families import Family
 from fitune.files import check_new, whole_folder
-from fitune.loading import TEMPLATE, load
+from fitune.handover import Handover, hand_over
+from fitune.loading import base_of, load
 from fitune.methods import new_tokens
 from fitune.model import Tuned, causal_lm, load_model, output_head, quantized_as, read_config
 from fitune.precision import DTYPES, NAMES
@@ -48,6 +47,7 @@ class Merged:
     merge_error: float  # in float32
     rounding_error: float  # of the folder as it was written
     drift: Drift | None = None  # where the weights are other ones than the run was trained on
+    handed: Handover | None = None  # the chat template and the stop tokens
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -80,6 +80,7 @@ def merge(
     force: bool = False,
     onto: str | None = None,
     requantize: bool = False,
+    model: str | Path | None = None,
 ) -> Merged:
     """Write a run's model as a plain one. A quantized base is made plain first, with the values that it was tuned on.
 
@@ -91,6 +92,7 @@ def merge(
         onto: for a run on a quantized base: `original`, or a folder, whose weights take the place of those that the
             run was tuned on. The drift is measured; needs `force`.
         requantize: quantize the merged model again, as the run's base was. The drift is measured; needs `force`.
+        model: where the run's base lies now, if it was moved.
 
     Raises:
         RunFolderError: the run is not finished, its method cannot be merged, or the folder is not empty.
@@ -99,14 +101,15 @@ def merge(
     check_new(target)
     folder = RunFolder(run)
     config = folder.read_config()
+    config = config.model_copy(update={"model": base_of(folder, config, model)})
     if dtype not in ("auto", *DTYPES):
         raise RunFolderError("--dtype", received=dtype, expected=f"auto, {', '.join(DTYPES)}")
     _check_ways(config, onto, requantize=requantize)
-    tuned = load(run, device="cpu", precision="fp32")
+    tuned = load(run, model=model, device="cpu", precision="fp32")
     chosen = NAMES[weights.stored_dtype(Path(config.model))] if dtype == "auto" else dtype
     with torch.no_grad():
         before = tuned.model(input_ids=(probe := _probe(tuned.encoder))).logits[:, -probe.shape[1] :]
-        plain = merged(_plain(run, config, tuned, onto), tuned.family, config)
+        plain = merged(_plain(folder, config, tuned, onto), tuned.family, config)
         error = _relative(plain(input_ids=probe).logits, before)
     other = onto is not None or requantize
     drift = _drift(folder, config, tuned, _again(plain, config, requantize=requantize)) if other else None
@@ -126,8 +129,12 @@ def merge(
 
     plain = plain.to(DTYPES[chosen])
     write = partial(_requantized, plain, config) if requantize else partial(_saved, plain)
-    rounding = _write(write, tuned.tokenizer, folder.read("template"), target, check)
-    return Merged(str(target), chosen, error, rounding, drift)
+    with whole_folder(target) as place:
+        write(place)
+        handed = hand_over(place, tuned.tokenizer, tuned.template)
+        modelcard.write(place, target.name, folder, config, handed)
+        rounding = check(place)
+    return Merged(str(target), chosen, error, rounding, drift, handed)
 
 
 def _check_ways(config: RunConfig, onto: str | None, *, requantize: bool) -> None:
@@ -148,14 +155,14 @@ def _check_ways(config: RunConfig, onto: str | None, *, requantize: bool) -> Non
         )
 
 
-def _plain(run: str | Path, config: RunConfig, tuned: Tuned, onto: str | None) -> Any:
+def _plain(run: RunFolder, config: RunConfig, tuned: Tuned, onto: str | None) -> Any:
     """The model to merge: the tuned one, or where its base is quantized the same on plain weights."""
     if onto is None and not any(True for _ in quants.layers(tuned.model)):
         return tuned.model
     if onto is None:
-        return load(run, device="cpu", precision="fp32", plain=True).model
+        return load(run.path, model=config.model, device="cpu", precision="fp32", plain=True).model
     base = config.model if onto == "original" else onto
-    return load_model(base, precision="fp32", adapter=RunFolder(run).adapter)
+    return load_model(base, precision="fp32", adapter=run.adapter)
 
 
 def _again(plain: Any, config: RunConfig, *, requantize: bool) -> Any:
@@ -259,18 +266,3 @@ def _probe(encoder: Encoder) -> Tensor:
 
 def _relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
-
-
-def _write(
-    write: Callable[[Path], None],
-    tokenizer: Any,
-    template: dict[str, Any],
-    target: Path,
-    check: Callable[[Path], float],
-) -> float:
-    """The model's folder, whole and checked, or not at all; what the check measured."""
-    with whole_folder(target) as folder:
-        write(folder)
-        tokenizer.save_pretrained(str(folder))
-        (folder / TEMPLATE).write_text(json.dumps(template, ensure_ascii=False), encoding="utf-8")
-        return check(folder)

@@ -18,6 +18,7 @@ from fitune import (
     formats,
     guards,
     leak,
+    loading,
     methods,
     optim,
     precision,
@@ -323,7 +324,8 @@ def check_quantized(config: RunConfig, method: methods.Method, model_config: Any
 def _inputs(config: RunConfig, folder: Path, template: dict[str, Any]) -> dict[str, Any]:
     """Names of things that decide a run beside its data, with digests of them."""
     found = {
-        "the base's weights": weights.facts(folder),
+        loading.WEIGHTS: weights.facts(folder),
+        loading.VALUES: weights.sampled(folder),
         "the tokenizer": folder_digest(folder),
         "the template": key(template),
     }

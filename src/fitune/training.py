@@ -28,6 +28,7 @@ from fitune.console import Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
 from fitune.files import write_atomic
 from fitune.generation import Sampling, answers
+from fitune.loading import base_of
 from fitune.memory import peak_mib
 from fitune.memory import plan as plans
 from fitune.memory.closed import state_bytes
@@ -92,6 +93,8 @@ def train(config: RunConfig, *, resume: bool = False, watch: Watcher | None = No
         parts = known["micro_batch_parts"] if known else _rehearse(job, watch)
         if not (resume and run.has("before")):
             _begin(run, job)
+        elif run.read_config().model != job.config.model:
+            run.write_config(job.config)  # the base was moved
         if job.measured is not None:
             run.write("measured", job.measured)
         with _stop_on_signal() as stopped:
@@ -104,8 +107,12 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: a setting differs from the run's.
     """
-    stored = RunFolder(output).read_config()
-    stored = stored.model_copy(update={"output": output, "force": bool(given.get("force", stored.force))})
+    run = RunFolder(output)
+    stored = run.read_config()
+    base = stored.model if run.has("result") else base_of(run, stored, given.get("model"))
+    stored = stored.model_copy(
+        update={"output": output, "model": base, "force": bool(given.get("force", stored.force))}
+    )
     # the run has them resolved, and its data is checked by its SHA-256; where prepared data is kept, and whether a run
     # that may not fit is tried, decides nothing
     paths = ("output", "model", "data", "eval_data", "adapter", "cache", "force")

@@ -1,0 +1,358 @@
+"""What a model folder needs so that it answers elsewhere as it answered here: tokenizer, chat template, stop tokens.
+
+In: a folder with a model, the run's tokenizer and template. Out: the same folder with the tokenizer, `chat_template`
+where plain transformers makes the ids of training of it, and the ids that end an answer in generation_config.json. What
+is written is compared with the run's encoder, conversation by conversation, as transformers loads it from the folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fitune.encode import Encoder
+from fitune.errors import FituneError
+from fitune.files import write_atomic
+from fitune.records import Conversation, Message, ToolCall
+from fitune.templates import ChatTemplate, PieceTemplate, Template
+from fitune.templates.as_jinja import KINDS, Frame, as_jinja, quoted
+from fitune.templates.base import arguments, joined
+
+GENERATION = "generation_config.json"
+TEMPLATE = "fitune_template.json"  # the template itself, for fitune
+PIECES = "fitune_prompt.jinja"  # the prompt with a mark between its pieces, where no chat_template can be written
+BORDER = "\ue000"  # the mark: a character for private use
+LEAST = 10  # conversations that must be the same
+
+
+def _talk(*texts: str, system: str | None = None) -> Conversation:
+    """Turns of a user and an assistant by turns."""
+    turns = [Message("assistant" if n % 2 else "user", text) for n, text in enumerate(texts)]
+    return Conversation((*([Message("system", system)] if system is not None else []), *turns))
+
+
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city (城市).",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+_CALL = Message("assistant", "", tool_calls=(ToolCall("weather", '{"city": "巴黎", "days": 2}'),))
+_ASKED = Message("user", "How is the weather in Paris?")
+_CONTEXT = Message("user", "Translate into French.", context="Good morning, everyone.")
+
+# Of what a template is tried on: name, what of KINDS is in it, the conversation. Those that end in an answer are
+# compared whole, the others as prompts.
+CONVERSATIONS: Sequence[tuple[str, frozenset[str], Conversation]] = (
+    ("a question", frozenset(), _talk("What is the capital of France?")),
+    ("a word", frozenset(), _talk("Hello")),
+    ("a demand", frozenset(), _talk("Write a short poem about the sea.")),
+    ("Chinese", frozenset(), _talk("今天天气怎么样？")),
+    ("Chinese and English", frozenset(), _talk("把 'good morning' 翻译成中文")),
+    ("text that looks like control tokens", frozenset(), _talk("Use <|foo|>, [BAR], {{ x }} and <b>bold</b> here")),
+    ("a line break at the end", frozenset(), _talk("A line of text\n")),
+    ("code", frozenset(), _talk("def f(x):\n    return x * 2\n\nprint(f(21))")),
+    ("blanks, digits and pictures", frozenset(), _talk("  12,345.67 EUR  and 3 more 🙂🎉")),
+    ("quotation marks", frozenset(), _talk("She said: 'It\\'s \"fine\"'...")),
+    ("a list", frozenset(), _talk("Sort:\n- b\n- a (1)\n- c;")),
+    ("a question with its answer", frozenset({"turns"}), _talk("1 + 1 = ?", "It is 2.")),
+    ("an empty question", frozenset({"empty"}), _talk("")),
+    ("a context", frozenset({"context"}), Conversation((_CONTEXT,))),
+    ("three turns", frozenset({"turns"}), _talk("Hi there!", "Hello. How can I help you?", "Tell me a joke, please.")),
+    ("five turns", frozenset({"turns"}), _talk("1 + 1 = ?", "2", "And 2 + 2?", "It is 4.", "Thanks (really)!")),
+    ("Chinese turns", frozenset({"turns"}), _talk("你好", "你好！有什么可以帮你？", "请写一首诗。", "好的。")),
+    ("a system text", frozenset({"system"}), _talk("Who are you?", system="You are a terse assistant.")),
+    ("a Chinese system text", frozenset({"system"}), _talk("介绍一下你自己", system="你是一个有用的助手。")),
+    ("a system text and turns", frozenset({"system", "turns"}), _talk("Hi", "Hello!", "Bye", system="Be brief.")),
+    ("tools", frozenset({"tools"}), Conversation((_ASKED,), tools=(_TOOL,))),
+    ("a tool's result", frozenset({"tools", "turns"}), Conversation(
+        (_ASKED, _CALL, Message("tool", '{"sky": "clear"}')), tools=(_TOOL,)
+    )),
+)  # fmt: skip
+# What people rarely write at the border to the template's own text, where it may become one token with that
+EDGES = {
+    "a line break at the beginning of a message": _talk("\nA line of text"),
+    "a blank at the beginning of a message": _talk(" A line of text"),
+    "a blank at the end of a message": _talk("A line of text "),
+    "empty lines at the end of a message": _talk("A line of text\n\n"),
+}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Which conversations have the ids of training. without: kinds of conversations that the text refuses."""
+
+    same: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """All that the text takes are the same, ten at least."""
+        return not self.differing and len(self.same) >= LEAST
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What was written.
+
+    Args:
+        template: the run's template by name.
+        stops: the tokens that end an answer, the trained one first; ids beside them.
+        written: is there a `chat_template` that is the run's.
+        proof: of it, or of the best attempt.
+        reason: why none was written.
+        exceptions: texts that get other ids all the same.
+        pieces: is there a PIECES file, with the ids of training.
+    """
+
+    template: str
+    stops: list[str]
+    stop_ids: list[int]
+    written: bool
+    proof: Proof
+    reason: str = ""
+    exceptions: list[str] = field(default_factory=list)
+    pieces: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """What a user should know, a line each."""
+        stops = ", ".join(self.stops)
+        if not self.written:
+            return [f"no chat_template written for {self.template}: {self.reason}", f"generation ends at {stops}"]
+        same = f"the ids of training in {len(self.proof.same)} of {len(self.proof.same)} conversations"
+        if self.proof.differing:
+            tried = len(self.proof.same) + len(self.proof.differing)
+            same = f"kept as it is; other ids than in training in {len(self.proof.differing)} of {tried} conversations"
+        lines = [f"chat_template {self.template}: {same}; generation ends at {stops}"]
+        if self.proof.without:
+            refused = ", ".join(KINDS[kind] for kind in self.proof.without)
+            lines.append(f"it refuses {refused}: as one text, their tokens would not be those of the training")
+        return lines
+
+
+def hand_over(folder: Path, tokenizer: Any, template: Template) -> Handover:
+    """Write the tokenizer, the chat template and the stop tokens into a model's folder.
+
+    Args:
+        folder: holds config.json and weights already.
+        tokenizer: the run's.
+        template: the run's.
+    """
+    encoder = Encoder(tokenizer, template)
+    own = copy.copy(tokenizer)
+    own.chat_template = None
+    own.save_pretrained(str(folder))
+    (folder / TEMPLATE).write_text(json.dumps(template.as_dict(), ensure_ascii=False), encoding="utf-8")
+    ids = write_stops(folder, encoder.stop_ids, encoder.stop_id)
+    stops = [str(name) for name in tokenizer.convert_ids_to_tokens(ids)]
+    plain = _as_others_load_it(folder)
+    if isinstance(plain, str):
+        return Handover(template.name, stops, ids, written=False, proof=Proof(), reason=plain)
+    jinja, proof, reason = _best(encoder, plain)
+    if jinja is not None:
+        own.chat_template = _among_others(tokenizer, jinja)
+        own.save_pretrained(str(folder))
+    pieces = (jinja is None or bool(proof.without)) and _write_pieces(folder, encoder, plain)
+    exceptions = _exceptions(jinja, plain, encoder) if jinja is not None else []
+    return Handover(template.name, stops, ids, jinja is not None, proof, reason, exceptions, pieces)
+
+
+def write_stops(folder: Path, trained: Sequence[int], first: int) -> list[int]:
+    """Put ids that end an answer into generation_config.json, before those of the base; all of them.
+
+    The file is changed in place: published ones hold settings that transformers refuses to save again.
+    """
+    path = folder / GENERATION
+    values = _read(path)
+    config = _read(folder / "config.json")
+    of_base = values.get("eos_token_id", config.get("eos_token_id"))
+    base = of_base if isinstance(of_base, list) else [of_base]
+    ids = list(dict.fromkeys(i for i in (first, *trained, *base) if isinstance(i, int)))
+    write_atomic(path, json.dumps({**values, "eos_token_id": ids}, ensure_ascii=False, indent=2) + "\n")
+    return ids
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _as_others_load_it(folder: Path) -> Any:
+    """The tokenizer as plain transformers loads it; a text: why it cannot."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its many readers raise
+        return f"transformers has no class for this tokenizer ({' '.join(str(error).split())[:120]})"
+
+
+def _among_others(tokenizer: Any, jinja: str) -> Any:
+    """The chat template; where the tokenizer has several by name and this is one of them, all of them."""
+    found = getattr(tokenizer, "chat_template", None)
+    return found if isinstance(found, dict) and jinja in found.values() else jinja
+
+
+# ---- the proof ----
+
+
+def _best(encoder: Encoder, plain: Any) -> tuple[str | None, Proof, str]:
+    """The Jinja text to write, or None; its proof, or that of the best attempt; why there is none."""
+    template = encoder.template
+    if isinstance(template, ChatTemplate):
+        return template.jinja, prove(template.jinja, plain, encoder), ""
+    if not isinstance(template, PieceTemplate):
+        return None, Proof(), "its control ids are written by no text"
+    attempts = []
+    for space in ("", " ") if encoder.bos_id is not None else ("",):
+        proof = prove(as_jinja(template, _frame(encoder, space)), plain, encoder)
+        without = _to_leave_out(proof)
+        text = as_jinja(template, _frame(encoder, space, without))
+        again = prove(text, plain, encoder, without)
+        if again.holds:
+            return text, again, ""
+        attempts.append(proof)
+    best = max(attempts, key=lambda proof: len(proof.same))
+    tried = len(best.same) + len(best.differing)
+    reason = (
+        f"as one text, {len(best.differing)} of {tried} conversations get other ids than in training, where prompt and "
+        f"text are encoded apart (tokens merge over the border), the first: {best.differing[0]}"
+    )
+    return None, best, reason
+
+
+def _frame(encoder: Encoder, space: str = "", without: Sequence[str] = (), border: str = "") -> Frame:
+    own = str(encoder.tokenizer.convert_ids_to_tokens(encoder.stop_id))
+    stop = "eos_token" if own == encoder.tokenizer.eos_token else quoted(own)
+    return Frame(stop, encoder.bos_id is not None, space, border, without)
+
+
+def _to_leave_out(proof: Proof) -> list[str]:
+    """The kinds of conversations that are the fault: those of conversations with no other kind in them."""
+    kinds = {name: kind for name, kind, _ in CONVERSATIONS}
+    return sorted(
+        {kind for name in proof.differing for kind in kinds[name] if len(kinds[name]) == 1 or kind == "tools"}
+    )
+
+
+def prove(jinja: str, plain: Any, encoder: Encoder, without: Sequence[str] = ()) -> Proof:
+    """Compare ids, conversation by conversation; those that the run's template has no place for are left out.
+
+    Args:
+        jinja: the Jinja text.
+        plain: the tokenizer as plain transformers loads it.
+        encoder: of the run.
+        without: kinds of conversations that the text must refuse.
+    """
+    same: list[str] = []
+    differing: list[str] = []
+    for name, kinds, conversation in CONVERSATIONS:
+        try:
+            expected = _expected(encoder, conversation)
+        except FituneError:
+            continue
+        if expected is None:
+            continue
+        found = _rendered(jinja, plain, conversation, encoder)
+        if kinds & set(without):
+            differing += [name] if found is not None else []
+        else:
+            (same if found == expected else differing).append(name)
+    return Proof(same, differing, list(without))
+
+
+def _expected(encoder: Encoder, conversation: Conversation) -> list[int] | None:
+    """The ids of training: of a prompt, or of a conversation with its answer where templates of ours end it."""
+    if conversation.messages[-1].role != "assistant":
+        return encoder.prompt(conversation.messages, conversation.tools)
+    sample = encoder.sample(conversation) if isinstance(encoder.template, PieceTemplate) else None
+    return None if sample is None else [int(i) for i in sample.ids]
+
+
+def _rendered(
+    jinja: str, plain: Any, conversation: Conversation, encoder: Encoder, *, tokenize: bool = True, **how: Any
+) -> Any:
+    """What transformers makes of a conversation: ids, or a text; None: the Jinja text refuses it."""
+    in_place = isinstance(encoder.template, PieceTemplate)
+    try:
+        return plain.apply_chat_template(
+            [as_message(m, context=in_place) for m in conversation.messages],
+            tools=[dict(tool) for tool in conversation.tools] or None,
+            chat_template=jinja,
+            add_generation_prompt=conversation.messages[-1].role != "assistant",
+            tokenize=tokenize,
+            return_dict=False,
+            **how,
+        )
+    except Exception:  # whatever a template or a tokenizer raises: these are not the same ids
+        return None
+
+
+def as_message(message: Message, *, context: bool) -> dict[str, Any]:
+    """A message as transformers takes it. context: in a place of its own, which templates of fitune's have."""
+    values: dict[str, Any] = {"role": message.role, "content": message.content if context else joined(message)}
+    if context and message.context:
+        values["context"] = message.context
+    if message.tool_calls:
+        values["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": arguments(call)}}
+            for call in message.tool_calls
+        ]
+    return values
+
+
+def _exceptions(jinja: str, plain: Any, encoder: Encoder) -> list[str]:
+    """What a user may type that others encode otherwise than fitune, whatever the template."""
+    found = []
+    named = next((t for t in plain.all_special_tokens if plain.convert_tokens_to_ids(t) in encoder.stop_ids), None)
+    typed = _talk(f"Say {named} now")
+    expected = encoder.prompt(typed.messages)
+    if named is not None and _rendered(jinja, plain, typed, encoder) != expected:
+        literal = _rendered(jinja, plain, typed, encoder, sanitize_control_tokens=True) == expected
+        unless = ", unless `sanitize_control_tokens=True` is given" if literal else ""
+        found.append(
+            f"the name of a control token, such as `{named}`, in a message: text in fitune, the control token in "
+            f"transformers{unless}"
+        )
+    differing = [
+        name
+        for name, conversation in EDGES.items()
+        if _rendered(jinja, plain, conversation, encoder) != encoder.prompt(conversation.messages)
+    ]
+    return [
+        *found,
+        *([f"{', '.join(differing)}: it becomes one token with what stands beside it"] if differing else []),
+    ]
+
+
+def _write_pieces(folder: Path, encoder: Encoder, plain: Any) -> bool:
+    """The prompt with a mark between its pieces, where encoding these apart gives the ids of training."""
+    if not isinstance(encoder.template, PieceTemplate):
+        return False
+    jinja = as_jinja(encoder.template, _frame(encoder, border=BORDER))
+    for _, _, conversation in CONVERSATIONS:
+        try:
+            expected = _expected(encoder, conversation)
+        except FituneError:
+            continue
+        text = _rendered(jinja, plain, conversation, encoder, tokenize=False)
+        if text is None or _by_pieces(plain, text) != expected:
+            return False
+    (folder / PIECES).write_text(jinja, encoding="utf-8", newline="\n")
+    return True
+
+
+def _by_pieces(plain: Any, text: str) -> list[int]:
+    pieces = text.split(BORDER)
+    return [i for piece in pieces for i in plain(piece, add_special_tokens=False)["input_ids"]]
