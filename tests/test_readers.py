@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 from pathlib import Path
 
+import openpyxl
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -13,6 +15,8 @@ from pyarrow import parquet
 from fitune import readers
 from fitune.errors import DataError
 from fitune.readers import files, locate, read, read_rows
+from fitune.records import DataReport, Message
+from fitune.rows import load
 
 ROWS = [{"prompt": "加 1 2", "completion": "3"}, {"prompt": 'say "hi",\nplease', "completion": "hi"}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -75,6 +79,22 @@ KINDS: list[tuple[str, bytes | str | list[dict], list[int]]] = [
     ("a.csv.gz", packed(CSV), [2, 3]),
     ("a.tsv", 'prompt\tcompletion\n加 1 2\t3\n"say ""hi"",\nplease"\thi\n', [2, 3]),
     ("a.parquet", ROWS, [1, 2]),
+    ("gbk.jsonl", JSONL.encode("gbk"), [1, 2]),
+    ("gbk.csv", CSV.encode("gb18030"), [2, 3]),
+    ("gbk.json.gz", gzip.compress(json.dumps(ROWS, ensure_ascii=False).encode("gbk")), [1, 1]),
+    ("wide_without_mark.csv", CSV.encode("utf-16-le"), [2, 3]),
+    ("big_without_mark.jsonl", JSONL.encode("utf-16-be"), [1, 2]),
+    ("marks.jsonl", JSONL.encode("utf-8-sig").replace(b"\n", b"\n\xef\xbb\xbf"), [1, 2]),
+    ("wrapped.json", json.dumps({"version": 1, "data": ROWS}), [1, 1]),
+    ("wrapped.jsonl", json.dumps({"rows": ROWS}, indent=1), [3, 7]),
+    ("train.json", json.dumps({"test": ROWS[:1], "train": ROWS}), [1, 1]),
+    ("named.json", "\n\n" + json.dumps({"my_rows": ROWS}), [3, 3]),
+    ("viewer.json", json.dumps({"features": [], "rows": [{"row_idx": 0, "row": row} for row in ROWS]}), [1, 1]),
+    (
+        "pandas.json",
+        json.dumps({"columns": list(ROWS[0]), "index": [0, 1], "data": [list(row.values()) for row in ROWS]}),
+        [1, 1],
+    ),
 ]
 
 
@@ -147,11 +167,13 @@ FAILURES = {
     "blank.json": (" \n\n", "the file is empty", "expected: rows to train on"),
     "empty.parquet": (b"", "the file is empty", "expected: rows to train on"),
     "blank.csv": ("\n\n", "the file is empty", "expected: rows to train on"),
-    "gbk.jsonl": (
-        b'{"text": "a"}\n' + '{"text": "你好"}'.encode("gbk"),
-        ":2: not UTF-8", "received: byte 0xc4", "expected: UTF-8 text", "fix:      save it as UTF-8; Chinese",
+    "latin.jsonl": (
+        b'{"text": "a"}\n' + '{"text": "café"}'.encode("latin-1"),
+        ":2: not UTF-8", "received: byte 0xe9", "expected: UTF-8 text", "fix:      save it as UTF-8; from another",
     ),
-    "gbk.csv": ("text\n你好\n".encode("gbk"), ":2: not UTF-8", "received: byte 0xc4"),
+    "western.csv": ("text\nna\xefve, p\xe8re\n".encode("latin-1"), ":2: not UTF-8", "received: byte 0xef"),
+    "broken_utf8.csv": (f"text\n{'一个人在路上走' * 9}\n".encode()[:-2] + b"\n", ":2: not UTF-8"),
+    "korean.csv": (f"text\n{'안녕하세요 반갑습니다 ' * 9}\n".encode("euc-kr"), ":2: not UTF-8"),
     "odd.jsonl": ('{"text": "a"}'.encode("utf-16") + b"\n", ": not UTF-16"),
     "nul.jsonl": (
         '{"text": "a"}\n' + "\0" * 500,
@@ -168,7 +190,8 @@ FAILURES = {
     "pointer.json": (
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS", "git lfs pull",
     ),
-    "book.xlsx": (b"PK\x03\x04", "unknown kind of file", "received: .xlsx", "expected: .json, .jsonl", "CSV in UTF-8"),
+    "book.xls": (b"\xd0\xcf\x11", "unknown kind of file", "received: .xls", "expected: .json, .jsonl", "as .xlsx, or"),
+    "book.xlsx": (b"PK\x03\x04", "cannot be read as Excel", "expected: a whole .xlsx file", "fix:      open it"),
     "notes": ("once upon a time", "unknown kind of file", "received: a name without an ending"),
     "pretty.json": (
         '{\n "text": "a"\n}\n', ":1: an object over several lines", "expected: one object a line", "fix:      put [",
@@ -259,5 +282,108 @@ def test_what_may_be_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert locate("org/name") == Path("org/name")  # what is here comes first
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", CSV.encode("gbk"), "read as GB18030"),
+        ("a.jsonl", JSONL.encode("utf-16"), "read as UTF-16"),
+        ("a.txt", "今天天气很好".encode("gbk"), "read as GB18030"),
+        ("a.json", json.dumps({"test": ROWS, "data": ROWS}), "the rows are the list 'data'"),
+        ("b.json", json.dumps({"data": ROWS, "examples": ROWS}), "the list 'data'; left alone: examples"),
+    ],
+)
+def test_what_no_file_says_of_itself_gets_a_notice(tmp_path: Path, name: str, content: bytes | str, says: str) -> None:
+    path, notes = write(tmp_path / name, content), []
+    assert all(not isinstance(item, DataError) for item in read(path, notes.append))
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{path}: ")
+    assert says in notes[0]
+    report = DataReport()
+    load([str(path)], report)
+    assert report.notes == notes
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"conversation": [{"human": "a", "assistant": "b"}]},
+        {"data": ["a", "b"]},
+        {"data": [["a", "b"]]},
+        {"data": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"prompt": "a", "completion": "b", "tools": []},
+    ],
+)
+def test_one_row_alone_in_a_file_is_no_wrapper(tmp_path: Path, line: dict) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps(line))
+    assert found(path) == [(line, 1)]
+    assert load([str(path)], DataReport())[0].messages == (Message("user", "a"), Message("assistant", "b"))
+
+
+def book(path: Path, sheets: dict[str, list[list]]) -> Path:
+    made = openpyxl.Workbook()
+    made.remove(made.active)
+    for title, rows in sheets.items():
+        sheet = made.create_sheet(title)
+        for row in rows:
+            sheet.append(row)
+    made.save(path)
+    return path
+
+
+def test_a_spreadsheet_is_its_first_sheet_with_rows(tmp_path: Path) -> None:
+    day = datetime.date(2024, 5, 1)
+    rows = [
+        [None, None],
+        ["prompt", "completion", None],
+        ["加", 42],
+        [None, None],
+        ["除", 0.5],
+        [day, True],
+        ["x", None],
+    ]
+    path, notes = book(tmp_path / "a.xlsx", {"notes": [["about"]], "rows": rows, "more": rows}), []
+    assert [(item[0], item[1].line) for item in read(path, notes.append)] == [
+        ({"prompt": "加", "completion": "42"}, 3),
+        ({"prompt": "除", "completion": "0.5"}, 5),
+        ({"prompt": "2024-05-01", "completion": True}, 6),
+        ({"prompt": "x"}, 7),
+    ]
+    assert notes == [f"{path}: the rows are those of the sheet 'rows'; left alone: more"]
+    with pytest.raises(DataError, match="the file is empty"):
+        list(read(book(tmp_path / "b.xlsx", {"a": [["prompt"]]})))
+    with pytest.raises(DataError, match="two columns of one name"):
+        list(read(book(tmp_path / "c.xlsx", {"a": [["p", "p"], ["a", "b"]]})))
+
+
+def test_a_file_of_text_is_a_document_and_a_folder_of_them_many(tmp_path: Path) -> None:
+    write(tmp_path / "b.md", "# 标题\r\n\r\ntext\n")
+    write(tmp_path / "a.txt", b"\xef\xbb\xbfonce upon a time")
+    write(tmp_path / "deep" / "c.markdown", "天气".encode("gbk"))
+    write(tmp_path / "d.rst", "not read")
+    texts = ["once upon a time", "# 标题\n\ntext\n", "天气"]
+    assert found(tmp_path) == [({"text": text}, 1) for text in texts]
+    report = DataReport()
+    rows = load([str(tmp_path)], report)
+    assert [row.messages for row in rows] == [(Message("assistant", text),) for text in texts]
+    assert report.formats == {"text": 3}
+    (error,) = read(write(tmp_path / "e.txt", " \n"))
+    assert str(error).startswith(f"{tmp_path / 'e.txt'}:1: the document is empty")
+
+
+def test_texts_beside_rows_are_left_alone_with_a_note(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", JSONL), ("README.md", "#"), ("LICENSE.txt", "x"), ("one.txt", "story")):
+        write(tmp_path / name, content)
+    assert [path.name for path in files(tmp_path)] == ["a.jsonl"]
+    report = DataReport()
+    assert len(load([str(tmp_path)], report)) == 2
+    assert report.notes == [f"{tmp_path}: 1 text files beside the rows are left alone; name them to read"]
+    (tmp_path / "one.txt").unlink()
+    report = DataReport()
+    load([str(tmp_path)], report)
+    assert report.notes == []
+
+
 def test_every_kind_is_tried() -> None:
-    assert set(readers.READERS) == {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow"}
+    texts, tables = {".txt", ".md", ".markdown"}, {".csv", ".tsv", ".xlsx", ".parquet", ".arrow"}
+    assert set(readers.READERS) == {".json", ".jsonl", ".ndjson"} | texts | tables

@@ -82,10 +82,10 @@ def test_all_bad_rows_are_told_at_once_up_to_a_limit(tmp_path: Path) -> None:
 
 
 def test_missing_file_folder_and_wrong_encoding(tmp_path: Path) -> None:
-    (tmp_path / "gbk.json").write_bytes('[{"prompt": "你好", "completion": "好"}]'.encode("gbk"))
+    (tmp_path / "latin.json").write_bytes('[{"prompt": "café", "completion": "b"}]'.encode("latin-1"))
     (empty := tmp_path / "empty").mkdir()
     with pytest.raises(Problems) as caught:
-        load([str(tmp_path / "none.json"), str(empty), str(tmp_path / "gbk.json")], DataReport())
+        load([str(tmp_path / "none.json"), str(empty), str(tmp_path / "latin.json")], DataReport())
     for part in ("no such file", "no data in this folder", "not UTF-8"):
         assert part in str(caught.value)
 

@@ -30,6 +30,9 @@ DAYS = 30  # what no run has used for so long is removed when something new come
 FIX = "free some space, choose another folder with --cache, or keep nothing with --cache none"
 CODE = (
     "readers",
+    "encodings",
+    "jsonrows",
+    "tables",
     "fields",
     "turns",
     "columns",

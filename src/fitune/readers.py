@@ -8,35 +8,26 @@ a DataError in its place; a file that cannot be read on from some place raises o
 
 from __future__ import annotations
 
-import codecs
-import csv
 import gzip
-import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from fitune.encodings import Item, Notice, encoding_of, head_of, lines_of, not_text
 from fitune.errors import DataError, FituneError, shorten
 from fitune.files import names_near
+from fitune.jsonrows import read_json
 from fitune.records import Source
+from fitune.tables import read_arrow, read_csv, read_parquet, read_xlsx
 
-Item = tuple[Any, Source] | DataError
-
-BOMS = (  # UTF-32's begins with UTF-16's, so it is asked first
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-GZIP = b"\x1f\x8b"
 LFS = b"version https://git-lfs"
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # describe data, hold none
+DESCRIBES = re.compile(r"(readme|licen[cs]e|notice|source|changelog|citation|authors)\b", re.IGNORECASE)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 TRAIN, NOT_TRAIN = (
     re.compile(rf"(?<![a-z])({words})(?![a-z])") for words in ("train", "test|valid|validation|val|dev")
@@ -55,7 +46,7 @@ def locate(name: str) -> Path:
             return path
     from huggingface_hub import snapshot_download
 
-    wanted = [f"*{suffix}{packed}" for suffix in FOLDER_SUFFIXES for packed in ("", ".gz")]
+    wanted = [f"*{suffix}{packed}" for suffix in (*FOLDER_SUFFIXES, ".txt") for packed in ("", ".gz")]
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
     except Exception as error:  # the hub client raises many kinds; each is told as it is
@@ -87,18 +78,34 @@ def files(path: Path) -> list[Path]:
             return _saved(path)
         found = _in_folder(path)
     if not found:
-        raise DataError("no data in this folder", file=path, expected=f"files named {', '.join(FOLDER_SUFFIXES)}")
+        raise DataError(
+            "no data in this folder", file=path, expected=f"files named {', '.join((*FOLDER_SUFFIXES, *DOCUMENTS))}"
+        )
     return found
 
 
 def _in_folder(folder: Path) -> list[Path]:
     """Data files at any depth; hidden ones, and those that only describe data, are left alone."""
-    found = []
-    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if _suffix(path) in FOLDER_SUFFIXES and path.name not in METADATA and not hidden and path.is_file():
-            found.append(path)
-    return _train_split(folder, found) if _is_snapshot(folder) else found
+    everything = [
+        path
+        for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix())
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.is_file()
+    ]
+    found = [path for path in everything if _suffix(path) in FOLDER_SUFFIXES and path.name not in METADATA]
+    if _is_snapshot(folder):
+        texts = [path for path in everything if _suffix(path) == ".txt"]  # every data set there has a README.md
+        return _train_split(folder, found or texts)
+    return found or [path for path in everything if _suffix(path) in DOCUMENTS]
+
+
+def documents_beside(path: Path) -> int:
+    """How many documents of a folder are left alone because there are rows in it, its README and such not counted."""
+    if not path.is_dir() or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return 0
+    if all(_suffix(file) in DOCUMENTS for file in _in_folder(path)):
+        return 0
+    texts = (file for file in path.rglob("*") if _suffix(file) in DOCUMENTS and file.is_file())
+    return sum(not DESCRIBES.match(file.name) for file in texts)
 
 
 def _is_snapshot(folder: Path) -> bool:
@@ -149,28 +156,32 @@ def _saved_split(folder: Path) -> list[Path]:
     return _saved(folder / str(chosen))
 
 
-def read(path: Path) -> Iterator[Item]:
+def read(path: Path, notice: Notice = lambda text: None) -> Iterator[Item]:
     """The rows of one file, in order; what cannot be parsed comes as a DataError in its place.
+
+    Args:
+        path: the file.
+        notice: is told how it was understood, where nothing in it says so.
 
     Raises:
         DataError: the file cannot be read, or not beyond some place.
     """
     with _told(path):
-        head = _head(path)
+        head = head_of(path)
         if not head:
             raise DataError("the file is empty", file=path, expected="rows to train on")
         if head.startswith(LFS):
             raise DataError("a pointer of Git LFS, not the data itself", file=path, fix="fetch it: git lfs pull")
         reader = READERS.get(_suffix(path))
-        if reader is None and not head.decode(_encoding(head), "ignore").lstrip().startswith(("[", "{")):
+        if reader is None and not head.decode(encoding_of(path), "ignore").lstrip().startswith(("[", "{")):
             raise DataError(
                 "unknown kind of file",
                 file=path,
                 received=path.suffix or "a name without an ending",
                 expected=", ".join(READERS),
-                fix="save it as one of these (a spreadsheet: as CSV in UTF-8)",
+                fix="save it as one of these (an old spreadsheet: as .xlsx, or CSV in UTF-8)",
             )
-        yield from (reader or _read_json)(path)
+        yield from (reader or read_json)(path, notice)
 
 
 def read_rows(path: Path) -> Iterator[Item]:
@@ -191,35 +202,9 @@ def _told(path: Path) -> Iterator[None]:
             f"the gzip file is cut off or broken ({error})", file=path, fix="download or pack it again"
         ) from None
     except UnicodeDecodeError as error:
-        raise _not_text(path, error) from None
+        raise not_text(path, error) from None
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror or error})", file=path) from None
-
-
-def _not_text(path: Path, error: UnicodeDecodeError) -> DataError:
-    """The error's own place counts from the last chunk: the line is found by reading again."""
-    line, encoding = None, error.encoding.upper()
-    if encoding.startswith("UTF-8"):
-        encoding = "UTF-8"
-        with _bytes(path) as stream:
-            line = next((n for n, raw in enumerate(stream, 1) if not _decodes(raw)), None)
-    bad = error.object[error.start : error.start + 1]
-    return DataError(
-        f"not {encoding}",
-        file=path,
-        line=line,
-        received=f"byte 0x{bad.hex()}" if bad else "no byte",
-        expected=f"{encoding} text",
-        fix="save it as UTF-8; Chinese files are often GBK: iconv -f gbk -t utf-8",
-    )
-
-
-def _decodes(raw: bytes) -> bool:
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _suffix(path: Path) -> str:
@@ -227,234 +212,29 @@ def _suffix(path: Path) -> str:
     return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
-def _bytes(path: Path) -> BinaryIO:
-    """The file, unpacked where it is packed."""
-    file = path.open("rb")
-    packed = file.read(2) == GZIP
-    file.seek(0)
-    if not packed:
-        return file
-    file.close()
-    return cast(BinaryIO, gzip.open(path, "rb"))
+def _read_document(path: Path, notice: Notice) -> Iterator[Item]:
+    """A file of plain text is one document."""
+    with lines_of(path, notice) as lines:
+        text = "".join(lines)
+    if text.strip():
+        yield {"text": text}, Source(str(path), 1)
+    else:
+        yield DataError("the document is empty", file=path, line=1, expected="some text to train on")
 
 
-def _head(path: Path) -> bytes:
-    with _bytes(path) as file:
-        return file.read(256)
-
-
-def _encoding(head: bytes) -> str:
-    return next((name for bom, name in BOMS if head.startswith(bom)), "utf-8-sig")
-
-
-@contextmanager
-def _text(path: Path, newline: str) -> Iterator[Iterator[str]]:
-    """The file's lines as text.
-
-    Raises:
-        DataError: a NUL character, which no text holds; there the file ends for us.
-    """
-    with io.TextIOWrapper(_bytes(path), _encoding(_head(path)), newline=newline) as stream:
-        yield _without_nul(stream, path)
-
-
-def _without_nul(lines: Iterable[str], path: Path) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        if "\0" in line:
-            raise DataError(
-                "a NUL character: this is no text",
-                file=path,
-                line=number,
-                received=shorten(line[:60]),
-                expected="text in UTF-8, or in UTF-16 with a byte order mark",
-                fix="the file is broken or of another kind; save it anew as UTF-8",
-            )
-        yield line
-
-
-def _read_json(path: Path) -> Iterator[Item]:
-    """A list of rows, or one row a line: what the file begins with tells, not its name."""
-    with _text(path, newline="\n") as lines:
-        blank = 0
-        for line in lines:
-            if line.strip():
-                break
-            blank += 1
-        else:
-            raise DataError("the file is empty", file=path, expected="rows to train on")
-        if line.lstrip().startswith("["):
-            yield from _parse_array("\n" * blank + line + "".join(lines), str(path))
-        else:
-            yield from _parse_lines(chain([line], lines), str(path), blank + 1)
-
-
-def _parse_lines(lines: Iterable[str], file: str, first: int) -> Iterator[Item]:
-    for number, line in enumerate(lines, first):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == first and line.strip() == "{":
-                raise DataError(
-                    "an object over several lines",
-                    file=file,
-                    line=number,
-                    expected="one object a line, or a list of objects",
-                    fix="put [ before the first object, commas between them, and ] behind the last",
-                ) from None
-            received = shorten(line.strip())
-            yield DataError(
-                f"not JSON ({_reason(error)})", file=file, line=number, received=received, expected="one object a line"
-            )
-            continue
-        yield row, Source(file, number)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return str(error.args[0]).split(":")[0].lower()
-
-
-def _skip(text: str, at: int) -> int:
-    """The place of the next character that is no space and no comma."""
-    while at < len(text) and text[at] in " \t\r\n,":
-        at += 1
-    return at
-
-
-def _parse_array(text: str, file: str) -> Iterator[Item]:
-    """The elements of a JSON list, each with the line it starts on."""
-    decoder = json.JSONDecoder()
-    at = text.index("[") + 1
-    line, counted = 1, 0
-    while (at := _skip(text, at)) < len(text) and text[at] != "]":
-        line += text.count("\n", counted, at)
-        counted = at
-        try:
-            row, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"broken JSON ({_reason(error)})",
-                file=file,
-                line=getattr(error, "lineno", line),
-                received=shorten(text[at : at + 60]),
-                expected="a list of objects, separated by commas",
-                fix="nothing after this place can be read; mend the file there",
-            ) from None
-        yield row, Source(file, line)
-    end = text.count("\n") + 1
-    if at >= len(text):
-        raise DataError("the list is not closed: the file is cut off", file=file, line=end, expected="]")
-    if rest := text[at + 1 :].strip():
-        raise DataError("text behind the end of the list", file=file, received=shorten(rest[:60]), expected="one list")
-
-
-def _read_csv(path: Path, *, delimiter: str) -> Iterator[Item]:
-    """Rows below a header; a quoted cell may hold line breaks, and the row's line is the one it starts on."""
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long answer
-    with _text(path, newline="") as lines:
-        table = _csv_rows(csv.reader(lines, delimiter=delimiter, strict=True), str(path))
-        line, header = next(table, (1, []))
-        if not header:
-            raise DataError("the file is empty", file=path, expected="rows to train on")
-        twice = sorted({name for name in header if header.count(name) > 1})
-        if twice:
-            raise DataError("two columns of one name", file=path, line=line, received=", ".join(map(repr, twice)))
-        for line, cells in table:
-            if len(cells) == len(header):
-                yield dict(zip(header, cells, strict=True)), Source(str(path), line)
-            else:
-                yield DataError(
-                    "another number of cells than the header has",
-                    file=path,
-                    line=line,
-                    received=f"{len(cells)}: {shorten(cells)}",
-                    expected=f"{len(header)}: {', '.join(header)}",
-                    fix='put cells that hold a separator or a line break into "quotes"',
-                )
-
-
-def _csv_rows(reader: Any, file: str) -> Iterator[tuple[int, list[str]]]:
-    """Line and cells of each row that is not blank."""
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(
-                f"broken CSV ({error})",
-                file=file,
-                line=line,
-                expected='closed "quotes", and "" for a quote inside them',
-                fix="nothing after this place can be read; mend the file there",
-            ) from None
-        if cells:
-            yield line, cells
-
-
-def _read_parquet(path: Path) -> Iterator[Item]:
-    from pyarrow import parquet
-
-    with _arrow(path, "Parquet"), parquet.ParquetFile(path, pre_buffer=False) as file:  # else all row groups are held
-        yield from _batches(file.iter_batches(batch_size=256), path)
-
-
-def _read_arrow(path: Path) -> Iterator[Item]:
-    """What `datasets` saves is an Arrow stream; others write Arrow files."""
-    import pyarrow
-
-    with _arrow(path, "Arrow"), pyarrow.memory_map(str(path)) as source:
-        if _head(path).startswith(b"ARROW1"):
-            file = pyarrow.ipc.open_file(source)
-            yield from _batches((file.get_batch(n) for n in range(file.num_record_batches)), path)
-        else:
-            yield from _batches(pyarrow.ipc.open_stream(source), path)
-
-
-@contextmanager
-def _arrow(path: Path, kind: str) -> Iterator[None]:
-    """pyarrow's errors are of many kinds; each is told as it is."""
-    import pyarrow
-
-    try:
-        yield
-    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
-        raise DataError(
-            f"cannot be read as {kind}",
-            file=path,
-            received=" ".join(str(error).split())[:200],
-            expected=f"a whole {kind} file",
-            fix="download or write it again",
-        ) from None
-
-
-def _batches(batches: Iterable[Any], path: Path) -> Iterator[Item]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield _without_nulls(row), Source(str(path), number)
-
-
-def _without_nulls(value: Any) -> Any:
-    """In a column store every struct has every field: what a row did not have stands there as null."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_json,
-    ".ndjson": _read_json,
-    ".csv": partial(_read_csv, delimiter=","),
-    ".tsv": partial(_read_csv, delimiter="\t"),
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
+READERS: dict[str, Callable[[Path, Notice], Iterator[Item]]] = {
+    ".json": read_json,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".csv": partial(read_csv, delimiter=","),
+    ".tsv": partial(read_csv, delimiter="\t"),
+    ".xlsx": read_xlsx,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".txt": _read_document,
+    ".md": _read_document,
+    ".markdown": _read_document,
 }
+DOCUMENTS = (".txt", ".md", ".markdown")  # in a folder: read where nothing else is there, since data has its README
 # Arrow files that lie about are a cache of `datasets` more often than data: its own folders are known by state.json.
-FOLDER_SUFFIXES = tuple(suffix for suffix in READERS if suffix != ".arrow")
+FOLDER_SUFFIXES = tuple(suffix for suffix in READERS if suffix != ".arrow" and suffix not in DOCUMENTS)

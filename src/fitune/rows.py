@@ -25,7 +25,7 @@ from fitune.columns import sizes
 from fitune.config import DataSource
 from fitune.errors import Collector, DataError
 from fitune.files import sha256
-from fitune.readers import files, locate, read
+from fitune.readers import documents_beside, files, locate, read
 from fitune.records import Conversation, DataReport
 from fitune.store import META, Rows, write_rows
 
@@ -187,7 +187,12 @@ def _rows(source: DataSource, state: _State) -> Iterator[Conversation]:
     """The good rows of a source. A file that breaks off does not hide what is wrong in the next one."""
     good, bad, broken = 0, state.bad, len(state.problems.problems)
     state.left_out.clear()
-    for path in files(locate(source.path)):
+    place = locate(source.path)
+    if beside := documents_beside(place):
+        state.report.notes.append(
+            f"{source.path}: {beside} text files beside the rows are left alone; name them to read"
+        )
+    for path in files(place):
         with state.problems.gather():
             for conversation in _file(path, source, state):
                 good += 1
@@ -203,7 +208,7 @@ def _rows(source: DataSource, state: _State) -> Iterator[Conversation]:
 def _file(path: Path, source: DataSource, state: _State) -> Iterator[Conversation]:
     """The good rows of a file; the bad ones are kept in `state`."""
     unused = state.report.unused_columns
-    for item in read(path):
+    for item in read(path, state.report.notes.append):
         row = None
         try:
             if isinstance(item, DataError):

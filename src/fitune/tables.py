@@ -1,0 +1,170 @@
+"""Tables to rows: CSV, Excel, Parquet and Arrow.
+
+In: a file with a header or a schema. Out: its rows, each with its line (Parquet, Arrow and Excel: the row's number).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date, time
+from pathlib import Path
+from typing import Any
+
+from fitune.encodings import Item, Notice, head_of, lines_of
+from fitune.errors import DataError, shorten
+from fitune.records import Source
+
+
+def read_csv(path: Path, notice: Notice, *, delimiter: str) -> Iterator[Item]:
+    """Rows below a header; a quoted cell may hold line breaks, and the row's line is the one it starts on."""
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long answer
+    with lines_of(path, notice, newline="") as lines:
+        table = _csv_rows(csv.reader(lines, delimiter=delimiter, strict=True), str(path))
+        line, header = next(table, (1, []))
+        if not header:
+            raise DataError("the file is empty", file=path, expected="rows to train on")
+        _refuse_twice(header, path, line)
+        for line, cells in table:
+            if len(cells) == len(header):
+                yield dict(zip(header, cells, strict=True)), Source(str(path), line)
+            else:
+                yield DataError(
+                    "another number of cells than the header has",
+                    file=path,
+                    line=line,
+                    received=f"{len(cells)}: {shorten(cells)}",
+                    expected=f"{len(header)}: {', '.join(header)}",
+                    fix='put cells that hold a separator or a line break into "quotes"',
+                )
+
+
+def _refuse_twice(header: Sequence[str], path: Path, line: int) -> None:
+    """Raises DataError for two columns of one name."""
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError("two columns of one name", file=path, line=line, received=", ".join(map(repr, twice)))
+
+
+def _csv_rows(reader: Any, file: str) -> Iterator[tuple[int, list[str]]]:
+    """Line and cells of each row that is not blank."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"broken CSV ({error})",
+                file=file,
+                line=line,
+                expected='closed "quotes", and "" for a quote inside them',
+                fix="nothing after this place can be read; mend the file there",
+            ) from None
+        if cells:
+            yield line, cells
+
+
+def read_xlsx(path: Path, notice: Notice) -> Iterator[Item]:
+    """The rows of the first sheet that has any, below its header; formulas as what they last gave."""
+    import openpyxl
+
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        sheets = [(sheet.title, rows) for sheet in book.worksheets if len(rows := _cells(sheet)) > 1]
+        book.close()
+    except Exception as error:  # the library raises many kinds; each is told as it is
+        raise DataError(
+            "cannot be read as Excel",
+            file=path,
+            received=" ".join(str(error).split())[:200],
+            expected="a whole .xlsx file",
+            fix="open it and save it again as .xlsx, or as CSV in UTF-8",
+        ) from None
+    if not sheets:
+        raise DataError("the file is empty", file=path, expected="a header and rows below it")
+    title, rows = sheets[0]
+    if len(sheets) > 1:
+        others = ", ".join(name for name, _ in sheets[1:])
+        notice(f"{path}: the rows are those of the sheet {title!r}; left alone: {others}")
+    line, header = rows[0]
+    width = max((n for n, name in enumerate(header, 1) if name is not None), default=0)
+    names = [str(name) if name is not None else f"column {n}" for n, name in enumerate(header[:width], 1)]
+    _refuse_twice(names, path, line)
+    for line, cells in rows[1:]:
+        yield (
+            {name: cell for name, cell in zip(names, cells, strict=False) if cell is not None},
+            Source(str(path), line),
+        )
+
+
+def _cells(sheet: Any) -> list[tuple[int, list[Any]]]:
+    """Number and cells of each row that is not empty. Excel knows no difference between 42 and "42": numbers and dates
+    are texts, as they look."""
+    found = []
+    for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
+        values = [_cell(value) for value in cells]
+        if any(value is not None for value in values):
+            found.append((number, values))
+    return found
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, (date, time)):
+        return str(value).removesuffix(" 00:00:00")
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def read_parquet(path: Path, notice: Notice) -> Iterator[Item]:
+    from pyarrow import parquet
+
+    with _arrow(path, "Parquet"), parquet.ParquetFile(path, pre_buffer=False) as file:  # else all row groups are held
+        yield from _batches(file.iter_batches(batch_size=256), path)
+
+
+def read_arrow(path: Path, notice: Notice) -> Iterator[Item]:
+    """What `datasets` saves is an Arrow stream; others write Arrow files."""
+    import pyarrow
+
+    with _arrow(path, "Arrow"), pyarrow.memory_map(str(path)) as source:
+        if head_of(path).startswith(b"ARROW1"):
+            file = pyarrow.ipc.open_file(source)
+            yield from _batches((file.get_batch(n) for n in range(file.num_record_batches)), path)
+        else:
+            yield from _batches(pyarrow.ipc.open_stream(source), path)
+
+
+@contextmanager
+def _arrow(path: Path, kind: str) -> Iterator[None]:
+    """pyarrow's errors are of many kinds; each is told as it is."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
+        raise DataError(
+            f"cannot be read as {kind}",
+            file=path,
+            received=" ".join(str(error).split())[:200],
+            expected=f"a whole {kind} file",
+            fix="download or write it again",
+        ) from None
+
+
+def _batches(batches: Iterable[Any], path: Path) -> Iterator[Item]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield _without_nulls(row), Source(str(path), number)
+
+
+def _without_nulls(value: Any) -> Any:
+    """In a column store every struct has every field: what a row did not have stands there as null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
