@@ -166,7 +166,8 @@ class QuantOptions(Options):
     """int8 on a GPU: input columns with a value above it are computed in the compute dtype. On a CPU, where inputs are
     not quantized, it does nothing."""
     skip: list[str] = []
-    """Linear layers that stay as they are: names, or ends of names. The output head always does."""
+    """Linear layers that stay as they are: whole names, or parts of names between dots (model.layers.1.mlp, down_proj).
+    The output head always does."""
 
 
 def _quant(value: object) -> object:

@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -185,20 +185,24 @@ def _check_quantized(folder: Path, found: Any) -> None:
         )
 
 
+STORAGES: dict[str, Literal["fp32", "bf16", "fp16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
 def quantized_as(config: Any) -> QuantOptions:
     """How the weights of a folder are quantized already, by its config."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return QuantOptions()
     values = found if isinstance(found, dict) else found.to_dict()
-    skip = values.get("llm_int8_skip_modules") or []
+    left_out = values.get("llm_int8_skip_modules")
     if values.get("load_in_8bit"):
-        return QuantOptions(name="int8", threshold=values.get("llm_int8_threshold", 6.0), skip=skip)
-    return QuantOptions(
+        return quants.Packed(name="int8", threshold=values.get("llm_int8_threshold", 6.0), left_out=left_out)
+    return quants.Packed(
         name="nf4",
         kind=values.get("bnb_4bit_quant_type", "fp4"),
         double=values.get("bnb_4bit_use_double_quant", False),
-        skip=skip,
+        storage=STORAGES.get(str(values.get("bnb_4bit_quant_storage", "uint8")).removeprefix("torch."), "uint8"),
+        left_out=left_out,
     )
 
 

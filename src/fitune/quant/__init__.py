@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fitune.config import QuantOptions
 from fitune.errors import ConfigError, did_you_mean
@@ -55,8 +57,16 @@ def head_name(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if module is head and name]
 
 
+class Packed(QuantOptions):
+    """How a folder that holds a quantized model is quantized. Which of its layers are is what transformers' loader
+    makes of the folder's own list, which names parts of other models too; but the head, which is made plain."""
+
+    left_out: list[str] | None = None
+    """llm_int8_skip_modules of its config; None: the loader's own choice."""
+
+
 def planned(model: Any, options: QuantOptions) -> list[str]:
-    """Linear layers of a plain model that would be quantized.
+    """Linear layers of a plain model that would be quantized, or that are so in its folder.
 
     Args:
         model: weights are not needed.
@@ -68,9 +78,12 @@ def planned(model: Any, options: QuantOptions) -> list[str]:
     if options.name == "none":
         return []
     linear = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    if isinstance(options, Packed):
+        left = HfQuantizer.get_modules_to_not_convert(model, options.left_out, model._keep_in_fp32_modules)
+        return [name for name in linear if should_convert_module(name, left) and name not in head_name(model)]
     skipped = set(head_name(model))
     for wanted in options.skip:
-        hits = {name for name in linear if name == wanted or name.endswith(f".{wanted}") or f".{wanted}." in name}
+        hits = {name for name in linear if f".{wanted}." in f".{name}."}
         if not hits:
             leaves = {name.rpartition(".")[2] for name in linear}
             raise ConfigError(
@@ -95,13 +108,26 @@ def layers(model: Any) -> Iterator[tuple[str, Any]]:
 def adopt(model: Any, name: str, compute: torch.dtype) -> None:
     """Give every layer of bitsandbytes in a model the one path, by kernels that were found right for its layers."""
     quantizer = find(name)
-    for module in model.modules():
-        if isinstance(module, quantizer.base):
+    for path, module in list(model.named_modules()):
+        if isinstance(module, quantizer.base) and type(module.weight) is nn.Parameter:
+            _replace(model, path, _unpacked(module))  # a head tied to an embedding, which is never packed
+        elif isinstance(module, quantizer.base):
             quantizer.adopt(module, compute)
             # the loader has put the weight behind the bias; "the last tensors" are to be those of the plain model
             module._parameters["bias"] = module._parameters.pop("bias")
     model.fitune_quant = name
     model.fitune_faults = trust.check((layer for _, layer in layers(model)), compute)
+    for head in head_name(model):  # somebody's folder may hold a quantized one: here it is always plain
+        if is_quantized(layer := model.get_submodule(head)):
+            _replace(model, head, plain_layer(layer, compute))
+
+
+def _unpacked(layer: Any) -> nn.Module:
+    """The plain layer that a quantized one really is, with the same tensors."""
+    with torch.device("meta"):
+        made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    made.weight, made.bias = layer.weight, layer.bias
+    return made
 
 
 def faults(model: Any) -> list[Fault]:
@@ -113,11 +139,10 @@ def empty(model: Any, options: QuantOptions) -> None:
     """Make the linear layers of a model on meta what they would be once loaded quantized, without values."""
     quantizer = find(options.name)
     for name in planned(model, options):
-        parent, _, leaf = name.rpartition(".")
         layer = model.get_submodule(name)
         made = quantizer.empty(layer, options)
         made.bias, made.source_cls = layer.bias, type(layer)
-        setattr(model.get_submodule(parent), leaf, made)
+        _replace(model, name, made)
     setattr(model, "is_loaded_in_8bit" if options.name == "int8" else "is_loaded_in_4bit", True)
 
 
@@ -156,8 +181,12 @@ def plain_layer(layer: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
 def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Make every quantized layer of a model, or of a part of one, a plain one."""
     for name, layer in list(layers(model)):
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, plain_layer(layer, dtype))
+        _replace(model, name, plain_layer(layer, dtype))
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def forget(model: Any) -> None:
