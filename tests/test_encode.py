@@ -138,7 +138,7 @@ SHORT = Conversation((Message("user", "a"), Message("assistant", "b")), Source("
 
 def prepared(tokenizer, max_length: int = 64, rows=(ROW,), template: str = "auto", **changes) -> preflight.Prepared:
     rows = [replace(rows[n % len(rows)], source=Source("f.jsonl", n + 1)) for n in range(20)]
-    encoder = Encoder(tokenizer, choose(template, tokenizer), max_length)
+    encoder = Encoder(tokenizer, choose(template, tokenizer), max_length, changes.pop("train_on", "all"))
     report = DataReport(rows=20, max_length=max_length, lengths={"max": 40, "p99": 40})
     samples, rows_of = tiny.encoded(rows, encoder, report)
     config = build({"model": "m", "data": ["d"]})
@@ -272,6 +272,26 @@ def test_too_many_cut_answers_are_refused_where_a_longer_limit_would_keep_them(t
     found = {f.rule: f for f in preflight.check_data(prepared(tokenizer, 12, rows, limit=12))}
     assert found["truncation"].level == "warn"
     assert "even the model's longest" in found["truncation"].text
+
+
+def test_rows_that_lose_answers_are_named_and_prompts_that_lose_text_warn(tokenizer) -> None:
+    asked = Conversation((Message("user", "a long question " * 10), Message("assistant", "b")))
+    tools = ({"type": "function", "function": {"name": "f", "description": "long " * 60}},)
+    called = Conversation((Message("user", "a"), Message("assistant", "b")), tools=tools)
+    length = len(Encoder(tokenizer, TABLE["plain"]).sample(asked))
+    found = {f.rule: f for f in preflight.check_data(prepared(tokenizer, length - 4, (asked, SHORT), "plain"))}
+    assert found["truncation"].level == "warn"
+    assert "a part of the user's text: 10" in found["truncation"].text
+    assert "f.jsonl" not in found["truncation"].text
+    # what its tools leave no room for is dropped by name: half a description is no description
+    text = preflight.truncation(prepared(tokenizer, length, (SHORT, called), "chatml")).text
+    assert "10 rows dropped" in text
+    assert "(f.jsonl:2, f.jsonl:4, f.jsonl:6, ...)" in text
+    # old exchanges may go without a word
+    old = Conversation((*TURNS[1:3], Message("user", "a"), Message("assistant", "b")))
+    p = prepared(tokenizer, 8, (old,), train_on="last")
+    assert p.report.cut_prompt == 20
+    assert preflight.truncation(p).level == "ok"
 
 
 def test_a_chat_that_would_send_other_tokens_is_caught(tokenizer) -> None:

@@ -10,7 +10,8 @@ from fitune.encode import Encoder
 from fitune.errors import DataError, Problems
 from fitune.lengths import automatic, choices, rule_of_thumb
 from fitune.records import Conversation, DataReport, Message, Source
-from fitune.templates import choose
+from fitune.templates import TABLE, choose
+from fitune.templates.base import as_json
 
 
 def test_the_rule_of_thumb_by_hand() -> None:
@@ -24,13 +25,71 @@ def test_auto_is_raised_until_one_percent_loses_answers_and_stops_at_the_models_
     lengths = [100] * 95 + [400, 410, 420, 430, 900]
     assert rule_of_thumb(lengths) == 152
     assert automatic(lengths, lengths, 4096) == 432  # one row of a hundred may lose: the one of 900
-    assert automatic(lengths, [100] * 100, 4096) == 152  # long prompts may be cut: no answer needs more
+    assert automatic(lengths, [100] * 100, 4096) == 152  # old exchanges may go: nothing else needs more
     assert automatic(lengths, lengths, 200) == 200
-    told = {c.name: c for c in choices(lengths, lengths, 4096, 104)}
+    told = {c.name: c for c in choices(lengths, lengths, lengths, chosen=104, auto=432)}
     assert (told["chosen"].max_length, told["chosen"].cut, told["chosen"].lose_answer) == (104, 0.05, 0.05)
     assert (told["auto"].cut, told["max"].cut) == (0.01, 0.0)
     assert told["rule of thumb"].max_length == 152
     assert set(told) == {"chosen", "auto", "rule of thumb", "p50", "p95", "p99", "max"}
+
+
+def test_auto_takes_the_longest_row_where_that_costs_little() -> None:
+    lengths = [100] * 95 + [400, 410, 420, 430, 500]
+    # eight rows: 430 (rounded 432) beside seven of the 95 % (400): 3,232 tokens; with the longest (504) 3,304
+    assert automatic(lengths, lengths, 4096, batch_size=8) == 504
+    assert automatic(lengths, lengths, 4096) == 504  # alone: 504 is less than a quarter more than 432
+    far = [*lengths[:-1], 2000]
+    assert automatic(far, far, 4096, batch_size=8) == 432  # 4,800 tokens against 3,232
+    assert automatic(far, far, 4096, batch_tokens=2000) == 2000  # a micro-batch holds as much anyway
+    assert automatic(far, far, 450, batch_tokens=2000) == 450
+    assert automatic([*lengths[:20], 231], [*lengths[:20], 231], 4096) == 232  # of twenty rows none may lose
+
+
+TOOLS = ({"type": "function", "function": {"name": "weather", "description": "of a city, " * 20}},)
+CALLED = (Message("user", "where " * 12), Message("assistant", "Mira"))
+
+
+def tool_row(*messages: Message, tools: bool = True) -> Conversation:
+    return Conversation(messages or CALLED, Source("f.jsonl", 7), tools=TOOLS if tools else ())
+
+
+def test_tools_and_system_texts_are_never_cut_inside(tokenizer) -> None:
+    encoder = Encoder(tokenizer, TABLE["chatml"])
+    whole = encoder.sample(tool_row())
+    listed = as_json(TOOLS[0])
+    assert whole.intact == len(whole)
+    cut = encoder.with_max_length(whole.needed).sample(tool_row())
+    assert listed in tokenizer.decode(cut.ids)
+    assert (cut.cut_text, cut.cut_answer) == (len(whole) - whole.needed, 0)  # all that was cut is the user's text
+    shorter = encoder.with_max_length(whole.needed - 1).sample(tool_row())
+    assert listed in tokenizer.decode(shorter.ids)
+    assert shorter.cut_answer > 0
+
+
+@pytest.mark.parametrize("name", ["auto", "chatml", "alpaca", "llama2", "llama3"])
+def test_a_system_text_stays_whole_wherever_a_template_has_it(tokenizer, name: str) -> None:
+    encoder = Encoder(tokenizer, choose(name, tokenizer))
+    rules = "only ever say what is true of Norland " * 3
+    first, asked = Message("system", rules), (Message("user", "why " * 30), Message("assistant", "no"))
+    row, alone = tool_row(first, *CALLED, *asked, tools=False), tool_row(first, *asked, tools=False)
+    last = Encoder(tokenizer, choose(name, tokenizer), train_on="last")
+    sample = last.sample(row)
+    assert sample.needed < sample.intact == len(last.sample(alone)) < len(sample)
+    for limit in range(sample.needed, len(sample)):
+        cut = last.with_max_length(limit).sample(row)
+        assert rules.strip() in tokenizer.decode(cut.ids)
+        assert cut.cut_answer == 0
+        assert (cut.cut_text > 0) == (limit < sample.intact)
+    assert encoder.sample(row).intact == len(encoder.sample(row))  # an old answer that is trained is no old history
+
+
+def test_of_an_instruction_and_its_input_the_longer_is_cut(tokenizer) -> None:
+    row = Conversation((Message("user", "sum it up", context="and so on " * 30), Message("assistant", "so")))
+    encoder = Encoder(tokenizer, TABLE["alpaca"])
+    cut = encoder.with_max_length(len(encoder.sample(row)) - 40).sample(row)
+    assert "sum it up" in tokenizer.decode(cut.ids)
+    assert cut.cut_text == 40
 
 
 def rows() -> list[Conversation]:

@@ -244,6 +244,7 @@ def count(samples: Samples, of: NDArray[Any], total: int, report: DataReport) ->
     report.kept = len(np.unique(of))
     report.dropped = total - report.kept
     report.cut_prompt, report.cut_answer = rows_where("cut_prompt"), rows_where("cut_answer")
+    report.cut_text = rows_where("cut_text")
     report.samples = len(samples)
     report.tokens = int(samples.column("length").sum())
     report.trained_tokens = int(samples.column("trained").sum())
@@ -257,11 +258,12 @@ def _length(config: RunConfig, whole: Samples, of: NDArray[Any], limit: int, rep
     """
     if config.max_length != "auto" and config.max_length > limit:
         raise ConfigError("max_length is above what the model can hold", received=config.max_length, expected=limit)
-    all_lengths, needed = (whole.column(name) if len(whole) else np.ones(1) for name in ("length", "needed"))
-    auto = lengths.automatic(all_lengths, needed, limit)
+    names = ("length", "needed", "intact")
+    all_lengths, needed, intact = (whole.column(name) if len(whole) else np.ones(1) for name in names)
+    auto = lengths.automatic(all_lengths, intact, limit, batch_size=config.batch_size, batch_tokens=config.batch_tokens)
     report.max_length = auto if config.max_length == "auto" else config.max_length
     report.lengths = lengths.summary(all_lengths)
-    report.length_choices = lengths.choices(all_lengths, needed, limit, report.max_length)
+    report.length_choices = lengths.choices(all_lengths, needed, intact, chosen=report.max_length, auto=auto)
     report.lost_at_limit = len(np.unique(of[needed > limit])) if len(whole) else 0
     return report.max_length
 

@@ -3,8 +3,9 @@
 In: a Conversation, a Template, a tokenizer. Out: Sample(ids, mask). Each segment is encoded apart, in training and in
 chat alike, so a token never spans the border between prompt and answer. The stop token is an id, added after cutting.
 
-Cutting, where a row is longer than max_length: oldest exchanges first, then the text of the prompt, and only then the
-answer, which then keeps no stop token (a cut answer must not teach to stop in mid-sentence).
+Cutting, where a row is longer than max_length: oldest exchanges first, then the user's text, and only then the answer,
+which then keeps no stop token (a cut answer must not teach to stop in mid-sentence). What a system or a tool says, the
+descriptions of tools and calls of tools are never cut inside: half a JSON object teaches nothing.
 """
 
 from __future__ import annotations
@@ -50,8 +51,13 @@ class _Group:
 
     @property
     def content(self) -> bool:
-        """There is text in it that may be cut."""
+        """There is text in it that is not the template's."""
         return any(s.text and not s.literal for s in self.segments)
+
+    @property
+    def cuttable(self) -> bool:
+        """There is text of a user in it: the only part of a prompt that is cut inside."""
+        return not self.trained and any(s.text and _of_user(s) for s in self.segments)
 
     @property
     def role(self) -> str:
@@ -183,9 +189,10 @@ class Encoder:
         pieces = self._pieces(draft.groups, known)
         whole_trained = sum(len(p.ids) for p in pieces if p.group.trained)
         whole_length = _length(pieces)
-        needed = _needed(pieces, conversation.messages, choose(conversation.messages))
+        needed, intact = self._needed(draft, pieces, known)
+        cut_text = 0
         if self.max_length is not None and whole_length > self.max_length:
-            pieces = self._cut(pieces, self.max_length, conversation, choose)
+            pieces, cut_text = self._cut(pieces, self.max_length, conversation, choose)
         ids = np.fromiter((i for p in pieces for i in p.ids), np.int32)
         mask = np.repeat([p.group.trained for p in pieces], [len(p.ids) for p in pieces]).astype(np.bool_)
         if len(mask):
@@ -203,6 +210,8 @@ class Encoder:
             prompt_length=int(mask.argmax()),
             needed=needed,
             weights=_weights(pieces),
+            intact=intact,
+            cut_text=cut_text,
         )
 
     def trained_turns(self, messages: Sequence[Message]) -> set[int]:
@@ -259,14 +268,27 @@ class Encoder:
             )
         return found
 
+    def _needed(self, draft: _Draft, pieces: list[_Piece], known: Known) -> tuple[int, int]:
+        """Tokens that must stay so that no answer loses any, and so that nothing goes but old exchanges: each takes
+        its answer along, so where that is trained all must stay."""
+        messages = draft.conversation.messages
+        last = max((turn for turn, message in enumerate(messages) if message.role == "user"), default=0)
+        if any(turn < last for turn in draft.choose(messages)):
+            return _length(pieces), _length(pieces)
+        left = [*(m for m in messages[:last] if m.role == "system"), *messages[last:]]
+        if len(left) < len(messages):
+            pieces = self._pieces(self._groups(left, draft.conversation.tools, draft.choose(left)), known)
+        return sum(len(piece.ids) for piece in pieces if not piece.group.cuttable), _length(pieces)
+
     def _cut(
         self,
         pieces: list[_Piece],
         limit: int,
         conversation: Conversation,
         choose: Callable[[Sequence[Message]], set[int]],
-    ) -> list[_Piece]:
-        """A row cut to `limit` tokens: oldest exchanges, then the prompt's text, then the answer's end."""
+    ) -> tuple[list[_Piece], int]:
+        """A row cut to `limit` tokens: oldest exchanges, then the user's text, then the answer's end; and how many
+        tokens of user's texts that stay were cut."""
         messages = conversation.messages
         system = [m for m in messages if m.role == "system"]
         turns = [m for m in messages if m.role != "system"]
@@ -277,15 +299,18 @@ class Encoder:
             turns = turns[starts[0] :]
             left = [*system, *turns]
             pieces = self._pieces(self._groups(left, conversation.tools, choose(left)), {})
-        for n, piece in enumerate(pieces):  # the prompt's texts, the oldest first, each from its end
+        kept = _length(pieces)
+        # the longest text first, each from its end: of an instruction and its long input, the input
+        for n in sorted(range(len(pieces)), key=lambda n: -len(pieces[n].ids)):
             excess = _length(pieces) - limit
-            if piece.group.content and not piece.group.trained and excess > 0:
-                pieces[n] = self._shorter(piece, max(0, len(piece.ids) - excess))
+            if pieces[n].group.cuttable and excess > 0:
+                pieces[n] = self._shorter(pieces[n], max(0, len(pieces[n].ids) - excess))
+        cut_text = kept - _length(pieces)
         while (excess := _length(pieces) - limit) > 0:  # the row's end: first the stop token, then the answer
             last = pieces.pop()
             if last.group.role != "stop" and excess < len(last.ids):
                 pieces.append(replace(last, ids=last.ids[: len(last.ids) - excess]))
-        return pieces
+        return pieces, cut_text
 
     def _shorter(self, piece: _Piece, length: int) -> _Piece:
         """The piece in `length` tokens or, where the template's share of it is more, without the user's text."""
@@ -296,7 +321,7 @@ class Encoder:
         ids = piece.ids
         for n, segment in enumerate(group.segments):
             text = segment.text
-            while not segment.literal and text and len(ids) > length:
+            while _of_user(segment) and text and len(ids) > length:
                 text = text[: max(0, len(text) - (len(ids) - length))]
                 parts = list(group.segments)
                 parts[n] = replace(segment, text=text)
@@ -316,17 +341,8 @@ def _length(pieces: list[_Piece]) -> int:
     return sum(len(piece.ids) for piece in pieces)
 
 
-def _needed(pieces: list[_Piece], messages: Sequence[Message], chosen: set[int]) -> int:
-    """Tokens that must stay so that no answer loses any: an exchange that is dropped takes its answer along."""
-    last = max((turn for turn, message in enumerate(messages) if message.role == "user"), default=0)
-    if any(turn < last for turn in chosen):
-        return _length(pieces)
-
-    def can_go(group: _Group) -> bool:
-        early = group.role != "system" and 0 <= group.segments[0].turn < last
-        return not group.trained and (group.content or early)
-
-    return sum(len(piece.ids) for piece in pieces if not can_go(piece.group))
+def _of_user(segment: Segment) -> bool:
+    return segment.role == "user" and not segment.literal
 
 
 def encode_rows(

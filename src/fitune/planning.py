@@ -242,7 +242,8 @@ def _estimated(config: RunConfig, shape: Any, limit: int) -> Rows:
     )
     every = max(1, len(found) // ESTIMATED)
     guessed = np.array([_tokens(row, shape.vocab_size) for row in islice(found, 0, None, every)])
-    longest = min(limit, automatic(guessed, guessed, limit) if config.max_length == "auto" else config.max_length)
+    auto = automatic(guessed, guessed, limit, batch_size=config.batch_size, batch_tokens=config.batch_tokens)
+    longest = auto if config.max_length == "auto" else min(limit, config.max_length)
     samples = [_blank(int(length)) for length in np.minimum(guessed, longest)]
     share = max(1, min(config.val_rows, round(config.val_share * len(samples))))
     share = share if config.val_share or config.eval_data else 0
@@ -250,7 +251,7 @@ def _estimated(config: RunConfig, shape: Any, limit: int) -> Rows:
         f"no tokenizer at hand (--tokenizer FOLDER): lengths of {len(samples):,} rows are estimated from their "
         "characters, which may be a third off"
     )
-    told = choices(guessed, guessed, limit, longest)
+    told = choices(guessed, guessed, guessed, chosen=longest, auto=auto)
     return Rows(samples, samples[:share], longest, note, lengths=summary(guessed), choices=told)
 
 

@@ -24,9 +24,10 @@ from fitune.errors import Collector, TrainingError, shorten
 from fitune.families import Family
 from fitune.model import trainable
 from fitune.records import Conversation, DataReport, Finding, Message, Sample, Source
-from fitune.store import Block, Samples, blocks, ends_whole
+from fitune.store import Block, Samples, blocks, cut_answers, ends_whole
 from fitune.tokenizer import parity
 
+NAMED = 3  # rows that a finding names
 PROBES = 50  # rows that are looked at by rules which encode again
 PROBE_CHARACTERS = 20_000  # longer rows are left out there: one of 10 MB takes seconds each time
 
@@ -137,7 +138,7 @@ def length(p: Prepared) -> Finding:
 
 
 def truncation(p: Prepared) -> Finding:
-    """Rows that lose answer tokens make a model that stops in mid-sentence.
+    """Rows that lose answer tokens make a model that stops in mid-sentence; one that answers half a question guesses.
 
     Refused above `max_lost` where a longer max_length, within what the model can hold, would keep them; where no length
     would, only the user can decide between this model and this data: it is said, and the run goes on.
@@ -146,16 +147,30 @@ def truncation(p: Prepared) -> Finding:
     lost = r.cut_answer + r.dropped
     text = (
         f"max length {r.max_length}: {r.cut_prompt} prompts and {r.cut_answer} answers cut, {r.dropped} rows dropped "
-        f"(longest {r.lengths['max']:.0f}); {lost / count:.1%} of the rows lose answer tokens"
+        f"(longest {r.lengths['max']:.0f}); {lost / count:.1%} of the rows lose answer tokens{_first_lost(p)}"
     )
+    if r.cut_text:
+        text += f"; prompts that lose more than old exchanges, a part of the user's text: {r.cut_text}"
     if lost <= p.config.max_lost * count:
-        return Finding("truncation", "warn" if lost else "ok", text)
+        more = f"--max-length {min(p.limit, int(r.lengths['max']))}" if r.max_length < p.limit else None
+        return Finding("truncation", "warn", text, more) if lost or r.cut_text else Finding("truncation", "ok", text)
     if r.lost_at_limit > p.config.max_lost * count:
         return Finding("truncation", "warn", f"{text}; even the model's longest, {p.limit}, would cut too many")
     longer = min(p.limit, int(r.lengths["p99"]))
     return Finding(
         "truncation", "refuse", text, f"--max-length {longer}, or --max-lost {lost / count:.2f} to accept it"
     )
+
+
+def _first_lost(p: Prepared) -> str:
+    """The first rows that were dropped or whose answers were cut, by name."""
+    there = np.zeros(len(p.conversations), np.bool_)
+    there[p.rows_of] = True
+    cut = cut_answers(p.samples)
+    rows = sorted({*np.flatnonzero(~there).tolist(), *p.rows_of[cut].tolist()})
+    if not rows:
+        return ""
+    return f" ({', '.join(str(p.conversations[row].source) for row in rows[:NAMED])}{', ...' * (len(rows) > NAMED)})"
 
 
 def labels_empty(p: Prepared) -> Finding:

@@ -120,6 +120,8 @@ class Sample:
     prompt_length: int = 0  # ids before the first trained one: what a prefix-LM sees both ways
     needed: int = 0  # the shortest max_length that cuts nothing of its answers
     weights: NDArray[np.float32] | None = None  # of each id in the loss; None: 1 for all that is trained
+    intact: int = 0  # the shortest max_length that cuts nothing but old exchanges that are not trained
+    cut_text: int = 0  # tokens that were cut inside the prompt's texts: more than old exchanges
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -196,12 +198,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class LengthChoice:
-    """What a max_length would do: shares of the rows that would be cut at all, and that would lose answer tokens."""
+    """What a max_length would do: shares of the rows that would be cut at all, that would lose answer tokens, and
+    that would lose anything but old exchanges."""
 
     name: str
     max_length: int
     cut: float
     lose_answer: float
+    lose_text: float = 0.0
 
 
 @dataclass
@@ -213,6 +217,7 @@ class DataReport:
     held_out: int = 0  # rows for evaluation, from these files or from their own
     cut_prompt: int = 0
     cut_answer: int = 0
+    cut_text: int = 0  # rows whose prompts lost more than old exchanges
     dropped: int = 0  # nothing to train on was left, or too long for the policy `drop`
     skipped_bad: int = 0
     formats: dict[str, int] = field(default_factory=dict)

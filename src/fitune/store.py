@@ -173,7 +173,8 @@ class Rows(Sequence[Conversation]):
 
 # ---- samples ----
 
-FACTS = ("cut_prompt", "cut_answer", "ends_whole", "prompt_length", "needed")  # of a Sample, kept as they are
+# of a Sample, kept as they are
+FACTS = ("cut_prompt", "cut_answer", "ends_whole", "prompt_length", "needed", "intact", "cut_text")
 
 
 def write_samples(folder: Path, made: Iterable[Sequence[Sample]]) -> None:
@@ -331,6 +332,13 @@ def ends_whole(samples: Sequence[Sample]) -> NDArray[np.bool_]:
     if isinstance(samples, Samples):
         return samples.column("ends_whole").astype(np.bool_)
     return np.array([s.ends_whole for s in samples], np.bool_)
+
+
+def cut_answers(samples: Sequence[Sample]) -> NDArray[np.bool_]:
+    """Of each sample: did its answers lose tokens?"""
+    if isinstance(samples, Samples):
+        return samples.column("cut_answer") > 0
+    return np.array([s.cut_answer > 0 for s in samples], np.bool_)
 
 
 @dataclass(frozen=True)

@@ -172,9 +172,10 @@ def fill(
         if n % 2 == 0:
             segments.append(Segment(part, turn=turn, role=role, trained=trained))
             continue
-        text = slots[part.strip(" {}")]
-        text = f" {text}" if part.startswith(" ") else text
-        segments.append(Segment(text, literal=False, turn=turn, role=role, trained=trained))
+        name = part.strip(" {}")
+        text = f" {slots[name]}" if part.startswith(" ") else slots[name]
+        whose = "system" if name == "system" else role  # inside a user's turn in some templates
+        segments.append(Segment(text, literal=False, turn=turn, role=whose, trained=trained))
     return [segment for segment in segments if segment.text]
 
 
