@@ -8,7 +8,34 @@ This module is only a door: what it offers is loaded when it is first used, so t
 """
 
 from importlib import import_module, metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fitune.api import (
+        Converted,
+        Downloaded,
+        Evaluation,
+        Exported,
+        Merged,
+        Plan,
+        QuantizedModel,
+        Result,
+        StepRecord,
+        Tuned,
+        Watcher,
+        convert,
+        download,
+        evaluate,
+        export,
+        generate,
+        load,
+        load_model,
+        merge,
+        plan,
+        quantize,
+        train,
+    )
+    from fitune.errors import FituneError
 
 __version__ = metadata.version("fitune")
 __all__ = [
@@ -21,7 +48,9 @@ __all__ = [
     "Plan",
     "QuantizedModel",
     "Result",
+    "StepRecord",
     "Tuned",
+    "Watcher",
     "__version__",
     "convert",
     "download",

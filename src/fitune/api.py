@@ -1,78 +1,177 @@
-"""fitune from Python: the same verbs and the same settings as on the command line."""
+"""fitune from Python: the same verbs and the same settings as on the command line.
+
+Nothing is printed unless it is asked for, and nothing that dependencies say. What can be wrong with paths and names is
+found before torch is imported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fitune.config import build
-from fitune.console import Watcher
-from fitune.converting import Converted, convert
-from fitune.errors import ConfigError
-from fitune.evaluation import Evaluation, evaluate
-from fitune.exporting import Exported, export
-from fitune.generation import Sampling, answer
-from fitune.hub import Downloaded, download
-from fitune.loading import load as _load
-from fitune.memory.plan import Plan
-from fitune.merging import Merged, merge
-from fitune.model import Tuned, load_model
-from fitune.planning import plan
-from fitune.quantizing import QuantizedModel, quantize
+from fitune import early, given, names
+from fitune.cache import Cache, default_folder
+from fitune.config import DataSource
+from fitune.errors import ConfigError, RunFolderError
+from fitune.quiet import quietly
 from fitune.records import Message
-from fitune.training import Result, resume_config
-from fitune.training import train as _train
+from fitune.records import StepRecord as StepRecord
 
-__all__ = [
-    "Converted",
-    "Downloaded",
-    "Evaluation",
-    "Exported",
-    "Merged",
-    "Plan",
-    "QuantizedModel",
-    "Result",
-    "Tuned",
-    "convert",
-    "download",
-    "evaluate",
-    "export",
-    "generate",
-    "load",
-    "load_model",
-    "merge",
-    "plan",
-    "quantize",
-    "train",
-]
+if TYPE_CHECKING:
+    from fitune.console import Watcher as Watcher
+    from fitune.converting import Converted as Converted
+    from fitune.converting import convert as convert
+    from fitune.evaluation import Evaluation as Evaluation
+    from fitune.exporting import Exported as Exported
+    from fitune.exporting import export as export
+    from fitune.hub import Downloaded as Downloaded
+    from fitune.hub import download as download
+    from fitune.memory.plan import Plan as Plan
+    from fitune.merging import Merged as Merged
+    from fitune.merging import merge as merge
+    from fitune.model import Tuned as Tuned
+    from fitune.model import load_model as load_model
+    from fitune.quantizing import QuantizedModel as QuantizedModel
+    from fitune.quantizing import quantize as quantize
+    from fitune.training import Result as Result
+
+# what is passed on as it is, by the modules that have it; loaded when it is first used
+MODULES = {
+    "Converted": "converting", "Downloaded": "hub", "Evaluation": "evaluation", "Exported": "exporting",
+    "Merged": "merging", "Plan": "memory.plan", "QuantizedModel": "quantizing", "Result": "training",
+    "StepRecord": "records", "Tuned": "model", "Watcher": "console", "convert": "converting", "download": "hub",
+    "export": "exporting", "load_model": "model", "merge": "merging", "quantize": "quantizing",
+}  # fmt: skip
+__all__ = sorted([*MODULES, "evaluate", "generate", "load", "plan", "train"])
 
 
-def train(*, resume: bool = False, watch: Watcher | None = None, **settings: Any) -> Result:
+def __getattr__(name: str) -> Any:
+    if name not in MODULES:
+        raise AttributeError(f"module 'fitune.api' has no attribute {name!r}")
+    found = getattr(import_module(f"fitune.{MODULES[name]}"), name)
+    return found if isinstance(found, type) else quietly(found)
+
+
+Data = Any  # a path, a source, rows, or a list of them: see given.sources
+
+
+def train(
+    *,
+    resume: bool = False,
+    verbose: bool = False,
+    on_step: Callable[[StepRecord], None] | None = None,
+    watch: Watcher | None = None,
+    **settings: Any,
+) -> Result:
     """Fine-tune a model.
 
     Args:
         resume: go on with the run in `output`.
-        watch: is told what happens; None is silent.
-        settings: the fields of RunConfig: model, data, method, output, ...
+        verbose: show in the terminal what the command line shows. Default: nothing is printed.
+        on_step: is called with the record of each optimizer step. What it raises ends the run; the checkpoints that
+            are there stay whole, and `resume` goes on from the newest.
+        watch: is told all that happens; see `fitune.Watcher`.
+        settings: the fields of RunConfig: model, data, method, output, ... `data` and `eval_data` are paths, or rows:
+            a list of dicts, a `datasets.Dataset`, a data frame, or anything that yields dicts. Rows are kept in the
+            run's folder, so that it can be resumed.
 
     Returns:
-        Losses, parameters, speed, memory, and where the run folder is.
+        Losses, parameters, speed, memory, where the run folder is, and the record of each step (`history`).
 
     Raises:
-        FituneError: what is wrong, and how to mend it.
+        FituneError: what is wrong, and how to fix it.
 
     Example:
         >>> fitune.train(model="models/llama", data=["rows.jsonl"], method="lora", output="runs/first")
+        >>> fitune.train(model="models/llama", data=[{"prompt": "1 + 1?", "completion": "2"}, ...])
     """
-    if isinstance(settings.get("data"), (str, Path)):
-        settings["data"] = [str(settings["data"])]
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in names.ours(settings).items()}
+    if resume and "output" not in settings:
+        raise ConfigError("resume: which run?", expected="output, the run folder")
     if resume:
-        if "output" not in settings:
-            raise ConfigError("resume: which run?", expected="output, the run folder")
-        return _train(resume_config(settings["output"], settings), resume=True, watch=watch)
-    return _train(build(settings), watch=watch)
+        early.run(settings["output"])
+        return _run(
+            {name: value for name, value in settings.items() if name not in ROWS}, True, verbose, on_step, watch
+        )
+    cache = _cache(settings.get("cache", "auto"))
+    settings |= {name: given.sources(settings[name], name, cache) for name in ROWS if name in settings}
+    early.checked(settings)
+    return _run(settings, False, verbose, on_step, watch)
+
+
+ROWS = ("data", "eval_data")
+
+
+def _cache(folder: str) -> Cache:
+    """Where rows without a file are written: where prepared data is kept, else a temporary folder."""
+    try:
+        return Cache() if folder == "none" else Cache(default_folder() if folder == "auto" else Path(folder))
+    except RunFolderError:
+        return Cache()
+
+
+@quietly
+def _run(
+    settings: Mapping[str, Any],
+    resume: bool,
+    verbose: bool,
+    on_step: Callable[[StepRecord], None] | None,
+    watch: Watcher | None,
+) -> Result:
+    from rich.console import Console
+
+    from fitune.config import build
+    from fitune.console import Several, Steps, Terminal
+    from fitune.training import resume_config
+    from fitune.training import train as run
+
+    told = [Terminal(Console())] if verbose else []
+    told += [Steps(on_step)] if on_step is not None else []  # type: ignore[list-item]
+    told += [watch] if watch is not None else []  # type: ignore[list-item]
+    config = resume_config(settings["output"], dict(settings)) if resume else build(settings)
+    return run(config, resume=resume, watch=Several(told))
+
+
+def plan(
+    model: str | Path,
+    *,
+    data: Data = (),
+    gpu: str | None = None,
+    words: str | Path | None = None,
+    watch: Watcher | None = None,
+    **settings: Any,
+) -> Plan:
+    """What a run would take, before anything is downloaded.
+
+    Args:
+        model: a name of the catalog, a config.json, a model folder, or a hub id.
+        data: as for `train`; none: every row is as long as max_length.
+        gpu: a size (24GB), a GPU (rtx-4090, 4090), this-machine. Default: this machine.
+        words: a tokenizer folder, for a model that is not here.
+        watch: is told how far it is.
+        settings: as for `train`.
+
+    Raises:
+        FituneError: settings, model, data or device that cannot be.
+    """
+    settings = names.ours(settings)
+    cache = _cache(settings.get("cache", "auto"))
+    there = given.sources(data, "data", cache) if _is_given(data) else []
+    early.together(lambda: early.shape(str(model)), *((lambda one=one: early.data(one)) for one in _paths(there)))
+    make = quietly(import_module("fitune.planning").plan)
+    made: Plan = make(model, data=there, gpu=gpu, words=words, watch=watch, **settings)
+    return made
+
+
+def _is_given(data: Data) -> bool:
+    return not (isinstance(data, (list, tuple)) and not data)
+
+
+def _paths(sources: Sequence[Any]) -> list[DataSource]:
+    return [one if isinstance(one, DataSource) else DataSource.model_validate(
+        one if isinstance(one, Mapping) else {"path": one}) for one in sources]  # fmt: skip
 
 
 def load(
@@ -94,7 +193,11 @@ def load(
         precision: fp32, bf16, fp16 or auto. Default: the run's own; of a model folder fp32.
         quant: none, int8, nf4 or fp4. Default: as in the run; of a model folder none.
     """
-    return _load(run_or_model, model=model, device=device, template=template, precision=precision, quant=quant)
+    early.together(lambda: early.run_or_model(run_or_model), lambda: early.template(template))
+    open_ = quietly(import_module("fitune.loading").load)
+    how = {"device": device, "template": template, "precision": precision, "quant": quant}
+    tuned: Tuned = open_(run_or_model, model=model, **how)
+    return tuned
 
 
 def generate(
@@ -125,9 +228,30 @@ def generate(
     Example:
         >>> fitune.generate("runs/first", "What is the capital?")
     """
-    tuned = tuned if isinstance(tuned, Tuned) else _load(tuned, model=model)
+    tuned = load(tuned, model=model) if isinstance(tuned, (str, Path)) else tuned
+    from fitune.generation import Sampling, answer
+
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [Message(turn["role"], turn["content"]) for turn in turns]  # type: ignore[arg-type]
     if system:
         messages = [Message("system", system), *messages]
-    return answer(tuned, messages, Sampling(temperature, top_p, max_new_tokens, seed), base=base)
+    return quietly(answer)(tuned, messages, Sampling(temperature, top_p, max_new_tokens, seed), base=base)
+
+
+def evaluate(run_or_model: str | Path, data: Data, **how: Any) -> Evaluation:
+    """Measure a run, beside its base, or a model.
+
+    Args:
+        run_or_model: a run folder, a model folder or a hub id.
+        data: paths or rows, as for `train`; each row ends in the expected answer.
+        how: model, take, answer, max_new_tokens, samples, template, columns, device, precision, quant, watch: see
+            `fitune.evaluation.evaluate`.
+
+    Raises:
+        FituneError: the run, the model or the data cannot be used.
+    """
+    cache = _cache("auto")
+    there = _paths(given.sources(data, "data", cache))
+    early.together(lambda: early.run_or_model(run_or_model), *((lambda one=one: early.data(one)) for one in there))
+    found: Evaluation = quietly(import_module("fitune.evaluation").evaluate)(run_or_model, there, **how)
+    return found

@@ -138,7 +138,7 @@ class Cache:
         for path in self.folder.iterdir():
             with suppress(OSError):  # another run may remove it at the same time
                 days = (now - path.stat().st_mtime) / 86400
-                ours = path.name.startswith((TEMPORARY, "rows-", "samples-")) and path.is_dir()
+                ours = path.name.startswith((TEMPORARY, "rows-", "samples-", "given-")) and path.is_dir()
                 if ours and days > (1 if path.name.startswith(TEMPORARY) else DAYS):
                     shutil.rmtree(path, ignore_errors=True)
 

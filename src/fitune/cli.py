@@ -6,11 +6,9 @@ after Ctrl-C); a result for programs is one JSON object on standard output (`--j
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -22,7 +20,7 @@ from cyclopts.exceptions import CycloptsError
 from rich.console import Console
 
 from fitune import config as settings
-from fitune import early, names, planverb
+from fitune import early, names, planverb, quiet
 from fitune.errors import ConfigError, FituneError
 from fitune.flags import (
     QUANT,
@@ -494,7 +492,7 @@ def _lines() -> Iterator[str]:
 
 def main() -> None:
     """The `fitune` command."""
-    _quiet()
+    quiet.for_good()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on a Windows console, or with LANG=C
@@ -519,16 +517,6 @@ def _told(error: CycloptsError) -> str:
     found = re.search(r"nullable\[\w+\] (\S+) (.*?) \[type=\w+, input_value=(.*?), input_type", text)
     name = found[1].replace(".constrained-int", "") if found else ""
     return f"--{name}: {found[2]}, received {found[3]}" if found else text
-
-
-def _quiet() -> None:
-    """Dependencies talk about themselves; a user of the command line has no use for it."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # PEFT lays virtual tokens before each row itself when it generates; nothing is packed there
-    warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
 
 
 def _fail(text: str, code: int) -> None:

@@ -7,7 +7,8 @@ everything here goes to standard error when that is wanted.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -63,6 +64,38 @@ class Watcher:
 
     def stop(self) -> None:
         """Training ended, however it did."""
+
+
+class Steps(Watcher):
+    """Hears of the steps alone.
+
+    Args:
+        on_step: is called with the record of each.
+    """
+
+    def __init__(self, on_step: Callable[[StepRecord], None]) -> None:
+        self.on_step = on_step
+
+    def step(self, record: StepRecord) -> None:
+        """See Watcher."""
+        self.on_step(record)
+
+
+class Several(Watcher):
+    """Passes on what it hears.
+
+    Args:
+        others: to whom, in this order.
+    """
+
+    def __init__(self, others: Sequence[Watcher]) -> None:
+        for name in (name for name, one in vars(Watcher).items() if not name.startswith("_") and callable(one)):
+            setattr(self, name, partial(self._tell, others, name))
+
+    @staticmethod
+    def _tell(others: Sequence[Watcher], name: str, *what: Any) -> None:
+        for other in others:
+            getattr(other, name)(*what)
 
 
 class Terminal(Watcher):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fitune import adapters, environment, guards, hub, methods, optim, planview, precision, preflight, report
+from fitune import adapters, environment, given, guards, hub, methods, optim, planview, precision, preflight, report
 from fitune.batches import in_order
 from fitune.checkpoint import Loaded, RunFolder, restore_rng
 from fitune.config import RunConfig, build, merge
@@ -57,10 +57,16 @@ class Result:
     peak_memory_mib: float
     expected_memory_mib: float
     seconds: float
+    history: tuple[StepRecord, ...] = ()  # the record of each step; in the run folder steps.jsonl
+
+    @property
+    def held_out_losses(self) -> dict[int, float]:
+        """The evaluations while it ran: step to held-out loss."""
+        return {one.step: one.held_out_loss for one in self.history if one.held_out_loss is not None}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON, without the history."""
+        return {name: value for name, value in vars(self).items() if name != "history"}
 
 
 def train(config: RunConfig, *, resume: bool = False, watch: Watcher | None = None) -> Result:
@@ -81,7 +87,7 @@ def train(config: RunConfig, *, resume: bool = False, watch: Watcher | None = No
         watch.say(
             f"{run.path}: this run is finished. To train it further: fitune train --adapter {run.path} --output NEW ..."
         )
-        return Result(**run.read("result"))
+        return Result(**run.read("result"), history=tuple(run.read_steps()))
     if not resume:
         run.check_free()
     with _deterministic():
@@ -163,6 +169,8 @@ def _batch(config: RunConfig) -> str:
 def _begin(run: RunFolder, job: Job) -> None:
     """What is written, and measured, before the first step."""
     run.create()
+    job.config, moved = given.keep(job.config, run.path)
+    job.data_sha256 = {moved.get(path, path): sha256 for path, sha256 in job.data_sha256.items()}
     run.write_config(job.config)
     run.write("environment", environment.describe())
     run.write("template", job.tuned.template.as_dict())
@@ -245,7 +253,7 @@ def _sample_answers(job: Job) -> list[str]:
 
 
 def _check_same_data(run: RunFolder, job: Job) -> None:
-    if run.has("data") and run.read("data")["sha256"] != job.data_sha256:
+    if run.has("data") and list(run.read("data")["sha256"].values()) != list(job.data_sha256.values()):
         raise RunFolderError(
             f"{run.path}: the data files changed since this run began", fix="restore them, or start a new run"
         )
@@ -421,6 +429,7 @@ def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) ->
         peak_memory_mib=peak_mib(job.tuned.device),
         expected_memory_mib=job.plan.needed / plans.MIB,
         seconds=seconds,
+        history=tuple(records),
     )
     run.write("result", result.as_dict())
     report.write(run)
