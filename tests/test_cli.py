@@ -132,8 +132,13 @@ def test_train_prints_one_json_object(model_folder: Path, data_file: Path, tmp_p
     ):  # fmt: skip
         assert key in result
     assert result["trainable_parameters"] == 3 * 2 * (32 + 48 + 32 + 24)  # 3 blocks, rank 2, q: 32 -> 48, v: 32 -> 24
-    for part in ("80 read (80 messages)", "trainable of", "expected memory", "tokens trained", "<|end|>"):
-        assert part in err
+    before, *_ = err[err.index("model      ") :].partition("step 1/")  # behind the progress of a library
+    lines = before.splitlines()
+    names = ["model", "data", "method", "steps", "memory", "checks", "warnings", "run folder"]
+    assert [line[:11].strip() for line in lines] == names  # eight lines, whatever was found
+    assert "checks passed" in before
+    assert "\x1b" not in err
+    assert all(len(line) <= 80 for line in lines[:-1])
 
     monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("你好\n"))
     code, out, _ = run(["chat", tmp_path / "run", "--max-tokens", 5], capsys, monkeypatch)
@@ -143,6 +148,17 @@ def test_train_prints_one_json_object(model_folder: Path, data_file: Path, tmp_p
     assert code == 0
     assert out.count("base") == 2
     assert "forgotten" in out
+
+
+def test_verbose_prints_what_the_report_has(model_folder: Path, data_file: Path, tmp_path: Path, capsys, monkeypatch):
+    arguments = ["train", "--model", model_folder, "--data", data_file, data_file, "--output", tmp_path / "run"]
+    code, out, _ = run([*arguments, "--max-steps", 1, "--sample-prompts", 0, "--verbose"], capsys, monkeypatch)
+    assert code == 0
+    for part in ("80 read (80 messages)", "trainable of", "tokens trained", "<|end|>", "embedding", "float32"):
+        assert part in out
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for part in ("80 read (80 messages)", "tokens trained", "&lt;|end|&gt;", "embedding", "float32"):
+        assert part in page
 
 
 def test_chat_refuses_what_makes_no_sense(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -73,7 +73,7 @@ def test_the_demo_teaches_what_the_base_cannot_do(tmp_path: Path) -> None:
     assert result["tuned_accuracy"] >= 0.9
     assert result["run"] == str(tmp_path / "run")
     assert {"seconds", "peak_memory_mib"} <= result.keys()
-    for part in ("trainable of", "expected memory", "<|end|>", "fitune chat", "exact match"):
+    for part in ("MiB expected", "checks passed", "fitune chat", "exact match"):
         assert part in done.stderr
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert f"{result['tuned_accuracy']:.0%} after" in page

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fitune.charts import NARROW, WIDE
 from fitune.memory.plan import size
 from fitune.pages import render
-from fitune.planview import NARROW, WIDE, needed_bars
+from fitune.planview import needed_bars
 
 ROWS = 18  # of the ranking that are shown in a terminal
 CHECKPOINTED = ", checkpointing"

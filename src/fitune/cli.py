@@ -31,6 +31,7 @@ from fitune.flags import (
     Precision,
     Quant,
     SetOption,
+    Verbose,
     console_for,
     pair,
     print_json,
@@ -55,6 +56,8 @@ def demo(
     kill: Annotated[
         bool, Parameter(negative="", help="Show that a killed and resumed run equals an unbroken one.")
     ] = False,
+    resume: Annotated[bool, Parameter(negative="", help="Go on with the demo in --output.")] = False,
+    verbose: Verbose = False,
     json: Json = False,
 ) -> None:
     """Fine-tune the bundled model on the bundled data (CPU, about a minute) and show what changed."""
@@ -71,7 +74,7 @@ def demo(
         if not killed.equal:
             raise SystemExit(1)
         return
-    result, table = demos.demo(output, Terminal(console))
+    result, table = demos.demo(output, Terminal(console, verbose=verbose), resume=resume)
     console.print(answers_table(table[:: max(1, len(table) // 10)]))
     console.print(
         f"exact match on {result.held_out_prompts} held-out prompts: [bold]{result.base_accuracy:.1%}[/] before, "
@@ -110,6 +113,7 @@ def train(
     gpu: Annotated[
         str | None, Parameter(help="With --fit: for this GPU or size; where it is not here, only planned.")
     ] = None,
+    verbose: Verbose = False,
     json: Json = False,
     flags: Annotated[Optional[Flags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045
 ) -> None:
@@ -138,7 +142,7 @@ def train(
             return
     if checked is None:
         checked = resume_config(values["output"], values)
-    result = run_training(checked, resume=resume, watch=Terminal(console))
+    result = run_training(checked, resume=resume, watch=Terminal(console, verbose=verbose))
     base, before, after = result.base_held_out_loss, result.held_out_loss_before, result.held_out_loss_after
     if base is not None and before is not None and after is not None:
         of_base = f"{base:.4f} of the base, " if base != before else ""
@@ -166,8 +170,8 @@ def _fitted(
     from fitune.console import Terminal
 
     given = {k: v for k, v in values.items() if k not in ("model", "data", "output", "force")}
-    watch = Terminal(console)
-    found = advise(checked.model, data=checked.data, gpu=gpu, watch=watch, shown=1, with_savers=False, **given)
+    with Terminal(console) as watch:
+        found = advise(checked.model, data=checked.data, gpu=gpu, watch=watch, shown=1, with_savers=False, **given)
     best = found.suggestions[0]
     show_fit(found, console)
     if not found.here:
@@ -209,7 +213,8 @@ def inspect(
     from fitune.inspection import page, show
 
     console = console_for(json)
-    seen = look(checked, samples=samples, tokenizers=compare or (), watch=Terminal(console))
+    with Terminal(console) as watch:
+        seen = look(checked, samples=samples, tokenizers=compare or (), watch=watch)
     show(seen, console, ids=ids)
     if html is not None:
         write_atomic(html, page(seen))
@@ -286,21 +291,22 @@ def evaluate(
     from fitune.evaluation import evaluate as run_evaluation
 
     console = console_for(json)
-    found = run_evaluation(
-        run,
-        data,
-        model=model,
-        take=take,
-        answer=not loss_only,
-        max_new_tokens=max_tokens,
-        samples=samples,
-        template=template,
-        columns=columns,
-        device=device,
-        precision=precision,
-        quant=quant,
-        watch=Terminal(console),
-    )
+    with Terminal(console) as watch:
+        found = run_evaluation(
+            run,
+            data,
+            model=model,
+            take=take,
+            answer=not loss_only,
+            max_new_tokens=max_tokens,
+            samples=samples,
+            template=template,
+            columns=columns,
+            device=device,
+            precision=precision,
+            quant=quant,
+            watch=watch,
+        )
     if found.samples:
         console.print(answers_table(found.samples))
     console.print(scores_table(found))

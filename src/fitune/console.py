@@ -17,19 +17,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fitune.memory import peak_mib
 from fitune.records import Finding, StepRecord
 
 MARKS = {"ok": "[green]ok[/]", "fixed": "[cyan]fixed[/]", "warn": "[yellow]warn[/]", "refuse": "[red]refused[/]"}
 
-TOLD = (
-    "rows",
-    "length",
-    "labels-empty",
-    "stop-token-trained",
-    "trainable-set",
-)  # figures that a user wants to see though all is well
+RUN_FOLDER = "run folder"
+NAME = 11  # columns of a name before its line
+ECHO = 4  # columns that a bar leaves free: the ^C that a terminal writes behind it must not begin another line
 
 
 class Watcher:
@@ -37,6 +34,9 @@ class Watcher:
 
     def say(self, text: str) -> None:
         """A line for the user."""
+
+    def summary(self, lines: Mapping[str, str]) -> None:
+        """The run in a few lines, by name: its model, its data, ..."""
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """The resolved settings."""
@@ -61,6 +61,9 @@ class Watcher:
 
     def step(self, record: StepRecord) -> None:
         """An optimizer step was made."""
+
+    def stopping(self) -> None:
+        """The user asked to stop: the step that goes on is the last one. Called from a signal handler."""
 
     def stop(self) -> None:
         """Training ended, however it did."""
@@ -99,106 +102,149 @@ class Several(Watcher):
 
 
 class Terminal(Watcher):
-    """Shows a run with rich.
+    """Shows a run with rich: eight lines, then one bar. As a context it leaves no bar behind, whatever happens inside.
 
     Args:
         console: where to; on something that is no terminal a line now and then takes the place of the bar.
+        verbose: print all settings, parameters, dtypes and checks too; the report has them anyway.
     """
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, *, verbose: bool = False) -> None:
+        self.console, self.verbose = console, verbose
         self.bar: Progress | None = None
-        self.task: TaskID | None = None
-        self.tokens, self.seconds, self.total = 0, 0.0, 0
+        self.task = TaskID(0)
+        self.done = self.tokens = self.total = 0
+        self.seconds = 0.0
         self.device = torch.device("cpu")
         self.held_out: float | None = None
         self.preparing: Progress | None = None
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
     def say(self, text: str) -> None:
         """See Watcher."""
         self.console.print(escape(text), highlight=False)
 
+    def summary(self, lines: Mapping[str, str]) -> None:
+        """See Watcher. A path is printed whole, so that it can be copied; other lines end where the terminal does."""
+        for name, text in lines.items():
+            whole = name == RUN_FOLDER
+            line = Text.assemble((name.ljust(NAME), "cyan"), text)
+            self.console.print(line, soft_wrap=whole, no_wrap=not whole, overflow="ignore" if whole else "ellipsis")
+
     def settings(self, values: Mapping[str, Any]) -> None:
         """See Watcher."""
-        self.console.print(pairs("settings", values))
+        if self.verbose:
+            self.console.print(pairs("settings", values))
 
     def groups(self, parts: Sequence[tuple[str, int, int]]) -> None:
         """See Watcher."""
-        self.console.print(groups_table(parts))
+        if self.verbose:
+            self.console.print(groups_table(parts))
 
     def findings(self, findings: Sequence[Finding]) -> None:
-        """See Watcher. What is well is named in a few lines; the report tells all of it."""
-        told = [finding for finding in findings if finding.level != "ok" or finding.rule in TOLD]
-        if told:
-            self.console.print(findings_table(told))
-        well = [finding.rule for finding in findings if finding not in told]
-        if well:
-            self.console.print(f"[green]ok[/] {', '.join(well)}", highlight=False)
+        """See Watcher. How many checks passed, and each warning; what is refused is said by the error."""
+        if self.verbose:
+            self.console.print(findings_table(findings))
+        passed = sum(finding.level in ("ok", "fixed") for finding in findings)
+        warned = [finding for finding in findings if finding.level == "warn"]
+        if passed:
+            self.summary({"checks": f"{passed} checks passed"})
+        if passed and not warned:
+            self.summary({"warnings": "none"})
+        for finding in warned:
+            self.console.print(warning(finding))
 
     def kept(self, parts: Sequence[Any]) -> None:
         """See Watcher."""
-        self.console.print(kept_table(parts))
+        if self.verbose:
+            self.console.print(kept_table(parts))
 
     def plan(self, plan: Any) -> None:
         """See Watcher."""
-        parts = {name: count / 2**20 for name, count in {**plan.peak.parts, **plan.outside}.items()}
-        text = " + ".join(f"{name} {mib:,.0f}" for name, mib in parts.items() if mib >= 0.5)
-        self.console.print(
-            f"expected memory [bold]{plan.needed / 2**20:,.0f} MiB[/], most in the {plan.peak.phase}: {text}",
-            highlight=False,
-        )
-        for note in plan.notes:
-            self.console.print(f"[yellow]{escape(note)}[/]", highlight=False)
+        budget = "" if plan.budget is None else f" of {plan.budget / 2**20:,.0f} MiB"
+        how = "" if plan.how == "trace" else ", by closed forms"
+        text = f"{plan.needed / 2**20:,.0f} MiB expected{budget}{how}; the peak is in the {plan.peak.phase}"
+        self.summary({"memory": text})
+        if self.verbose:
+            parts = {name: count / 2**20 for name, count in {**plan.peak.parts, **plan.outside}.items()}
+            self.say(" + ".join(f"{name} {mib:,.0f}" for name, mib in parts.items() if mib >= 0.5))
+            for note in plan.notes:
+                self.console.print(f"[yellow]{escape(note)}[/]", highlight=False)
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """See Watcher."""
-        if not self.console.is_terminal:
+        finished = done == total
+        if not self.console.is_terminal or (finished and self.preparing is None):
             return
         if self.preparing is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}"))
-            self.preparing = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+            bar = BarColumn(self._bar_width())
+            columns = (TextColumn("{task.description}"), bar, TextColumn("{task.completed:,}"), TimeRemainingColumn())
+            self.preparing = Progress(*columns, console=self.console, transient=True)
             self.preparing.start()
             self.task = self.preparing.add_task(what, total=total)
-        self.preparing.update(self.task or TaskID(0), completed=done, total=total)
-        if done == total:
+        self.preparing.update(self.task, completed=done, total=total)
+        if finished:
             self.preparing.stop()
             self.preparing = None
 
     def start(self, total: int, done: int, device: torch.device) -> None:
         """See Watcher."""
-        self.total, self.device = total, device
+        self.total, self.done, self.device = total, done, device
         if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=False,
-            )
+            bar = BarColumn(self._bar_width())
+            columns = (TextColumn("{task.completed}/{task.total}"), bar, TextColumn("{task.description}"))
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=False)
             self.bar.start()
-            self.task = self.bar.add_task("", total=total, completed=done)
+            self.task = self.bar.add_task("step", total=total, completed=done)
+
+    def _bar_width(self) -> int:
+        """Columns of a bar: what the figures of a step leave of a line."""
+        return min(max(self.console.width - 70, 6), 30)
 
     def step(self, record: StepRecord) -> None:
         """See Watcher."""
+        self.done = record.step
         self.tokens += record.tokens
         self.seconds += record.seconds
         if record.held_out_loss is not None:
             self.held_out = record.held_out_loss
-        text = f"loss {record.loss:.4f}  {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
-        text += f"  memory {peak_mib(self.device):,.0f} MiB"
-        if self.held_out is not None:
-            text += f"  held-out {self.held_out:.4f}"
-        if self.bar is not None and self.task is not None:
+        text = self._figures(record)
+        if self.bar is not None:
             self.bar.update(self.task, completed=record.step, description=text)
         elif record.step == 1 or record.step == self.total or record.step % max(1, self.total // 10) == 0:
             self.say(f"step {record.step}/{self.total}  {text}")
 
+    def _figures(self, record: StepRecord) -> str:
+        """What a step reached: as many figures as there is room for beside a bar, the first ones first."""
+        held_out = [] if self.held_out is None else [f"held-out {self.held_out:.4f}"]
+        speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+        figures = [f"loss {record.loss:.4f}", *held_out, speed, f"{peak_mib(self.device):,.0f} MiB"]
+        while len(figures) > 1 and len("  ".join(figures)) > self._room():
+            figures.pop()
+        return "  ".join(figures)
+
+    def _room(self) -> int:
+        """Columns of the figures beside the bar."""
+        return self.console.width - ECHO - self._bar_width() - len(f"{self.total}/{self.total}   0:00:00")
+
+    def stopping(self) -> None:
+        """See Watcher. Nothing is printed from inside a signal handler: the bar says it when it is drawn next."""
+        if self.bar is not None:
+            text, again = "stopping after this step", " (again: at once)"
+            fits = len(text + again) <= self._room()
+            self.bar.update(self.task, description=text + again if fits else text)
+
     def stop(self) -> None:
         """See Watcher."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        for bar in (self.preparing, self.bar):
+            if bar is not None:
+                bar.stop()
+        self.preparing = self.bar = None
 
 
 class Ticker:
@@ -230,6 +276,16 @@ def pairs(title: str, values: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in values.items():
         table.add_row(f"[cyan]{escape(str(name))}[/]", escape(str(value)))
+    return table
+
+
+def warning(finding: Finding) -> Table:
+    """A warning beside its label, in as many lines as it takes, with what to do about it."""
+    table = Table.grid(padding=(0, 1), expand=False)
+    table.add_column(no_wrap=True, width=NAME - 1)
+    table.add_column(overflow="fold")
+    fix = f" (fix: {finding.fix})" if finding.fix else ""
+    table.add_row("[yellow]warning[/]", escape(f"{finding.rule}: {finding.text}{fix}"))
     return table
 
 
@@ -274,14 +330,16 @@ def methods_table(rows: Sequence[Any], model: str) -> Table:
     table = Table(title=f"ways of tuning, figures for {model}", title_justify="left", box=None, pad_edge=False)
     table.add_column("method", style="cyan", no_wrap=True)
     table.add_column("trains", ratio=1)
-    for name in ("parameters", "MiB", "merges", "rate"):
+    for name in ("parameters", "MiB", "merges", "learning\nrate"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         known = row.trainable is not None
         figures = (f"{row.trainable:,}", f"{row.training_bytes / 2**20:,.0f}") if known else ("-", "-")
         merges = "yes" if row.merges else "no"
         table.add_row(row.name, escape(row.trains), *figures, merges, f"{row.default_lr:g}")
-    table.caption = "\n".join(escape(f"{row.name}: {row.note}") for row in rows if row.note)
+    table.caption = "\n".join(
+        escape(f"{row.name}: {row.note.removeprefix(f'{row.name}: ')}") for row in rows if row.note
+    )
     table.caption_justify = "left"
     return table
 
@@ -303,19 +361,48 @@ def scores_table(found: Any) -> Table:
     return table
 
 
+def parameters(parts: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int, int]]:
+    """(part, frozen, trainable, total); neighbouring blocks with the same numbers are one line, the last one is all.
+
+    Args:
+        parts: (part of the model, trainable, total), in the model's order.
+    """
+    lines = []
+    for (trained, total), some in groupby(parts, key=lambda part: (part[1], part[2])):
+        names = [name for name, _, _ in some]
+        name = f"{names[0]} ... {names[-1]}, each" if len(names) > 1 else names[0]
+        lines.append((name, total - trained, trained, total))
+    trained, total = sum(part[1] for part in parts), sum(part[2] for part in parts)
+    return [*lines, ("all", total - trained, trained, total)]
+
+
 def groups_table(parts: Sequence[tuple[str, int, int]]) -> Table:
-    """Frozen, trainable and all parameters by part; neighbouring blocks with the same numbers are one line."""
+    """See `parameters`."""
     table = Table(title="parameters", title_justify="left", box=None, pad_edge=False)
     table.add_column("part", style="cyan")
     for name in ("frozen", "trainable", "total"):
         table.add_column(name, justify="right")
-    for (trained, total), some in groupby(parts, key=lambda part: (part[1], part[2])):
-        names = [name for name, _, _ in some]
-        several = len(names) > 1
-        name = f"{names[0]} ... {names[-1]}, each" if several else names[0]
-        table.add_row(escape(name), *(f"{n:,}" for n in (total - trained, trained, total)))
-    trained, total = sum(part[1] for part in parts), sum(part[2] for part in parts)
-    table.add_row("all", *(f"{n:,}" for n in (total - trained, trained, total)), style="bold")
+    for name, *figures in parameters(parts):
+        table.add_row(escape(name), *(f"{n:,}" for n in figures), style="bold" if name == "all" else "")
+    return table
+
+
+LENGTHS = ("max length of", "tokens", "rows cut", "rows that lose answer tokens")
+
+
+def length_rows(choices: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """What each max_length would do (records.LengthChoice as mappings), by LENGTHS."""
+    return [(c["name"], f"{c['max_length']:,}", f"{c['cut']:.1%}", f"{c['lose_answer']:.1%}") for c in choices]
+
+
+def lengths_table(choices: Sequence[Mapping[str, Any]]) -> Table:
+    """See `length_rows`."""
+    table = Table(title="what a max length would cut", title_justify="left", box=None, pad_edge=False)
+    table.add_column(LENGTHS[0], style="cyan")
+    for name in LENGTHS[1:]:
+        table.add_column(name, justify="right")
+    for row in length_rows(choices):
+        table.add_row(*row)
     return table
 
 
@@ -330,7 +417,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 def answers_table(rows: Sequence[Mapping[str, Any]], limit: int = 60) -> Table:
     """Prompt, expected answer, and the answers before and after."""
-    table = Table(title="before and after", title_justify="left", pad_edge=False)
+    table = Table(title="before and after", title_justify="left")
     for name in ("prompt", "expected", "before", "after"):
         table.add_column(name, overflow="fold", ratio=1)
     for row in rows:

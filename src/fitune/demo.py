@@ -19,19 +19,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fitune import report, rows
+from fitune import report
 from fitune.checkpoint import RunFolder
 from fitune.config import RunConfig, build
 from fitune.console import Watcher
-from fitune.errors import RunFolderError
-from fitune.evaluation import accuracy, exact_match
+from fitune.errors import ConfigError, RunFolderError
 from fitune.files import TEMPORARY, sha256
-from fitune.loading import load
-from fitune.records import DataReport
-from fitune.training import train
+from fitune.training import resume_config, train
 
 KILLS = 3
 COMMON: dict[str, Any] = {"epochs": 6.0, "batch_size": 8, "sample_prompts": 0, "seed": 42}  # whatever the method
+ALL = 10_000  # held-out prompts that are answered: every one
 SETTINGS: dict[str, Any] = {
     "method": "lora",
     "lora": {"rank": 16, "alpha": 32.0, "targets": "all-linear"},
@@ -84,36 +82,41 @@ def _free() -> str:
     return str(path)
 
 
-def demo(output: str | None = None, watch: Watcher | None = None) -> tuple[DemoResult, list[dict[str, Any]]]:
-    """Train, then answer the held-out prompts with the base and with the tuned model.
+def demo(
+    output: str | None = None, watch: Watcher | None = None, *, resume: bool = False
+) -> tuple[DemoResult, list[dict[str, Any]]]:
+    """Train, with the held-out prompts answered before and after; the report has these answers, resumed or not.
+
+    Args:
+        output: the run folder. Default: runs/demo-<number>.
+        watch: is told what happens.
+        resume: go on with the demo in `output`.
 
     Returns:
         The figures, and a row per held-out prompt (prompt, expected, before, after).
+
+    Raises:
+        ConfigError: resume without output.
     """
     began = time.perf_counter()
-    settings = config(output)
-    done = train(settings, watch=watch or Watcher())
-    run = RunFolder(done.run)
-    tuned = load(done.run)
-    held_out = rows.load(settings.eval_data, DataReport())
-    before = exact_match(tuned, held_out, base=True)
-    after = exact_match(tuned, held_out)
-    table = [
-        {"prompt": old.prompt, "expected": old.expected, "before": old.answer, "after": new.answer}
-        for old, new in zip(before, after, strict=True)
-    ]
+    if resume and output is None:
+        raise ConfigError("--resume: which demo?", fix="add --output RUN")
+    done = train(
+        resume_config(str(output), {}) if resume else config(output, sample_prompts=ALL),
+        watch=watch or Watcher(),
+        resume=resume,
+    )
+    table: list[dict[str, Any]] = RunFolder(done.run).read("answers")
+    before, after = (report.exact_matches(table, when) for when in ("before", "after"))
     result = DemoResult(
-        base_accuracy=accuracy(before),
-        tuned_accuracy=accuracy(after),
-        held_out_prompts=len(held_out),
+        base_accuracy=before / max(1, len(table)),
+        tuned_accuracy=after / max(1, len(table)),
+        held_out_prompts=len(table),
         seconds=time.perf_counter() - began,
         peak_memory_mib=done.peak_memory_mib,
         expected_memory_mib=done.expected_memory_mib,
         run=done.run,
     )
-    run.write("answers", table)
-    run.write("score", result.as_dict())
-    report.write(run)
     return result, table
 
 

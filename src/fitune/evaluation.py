@@ -24,14 +24,13 @@ from fitune.config import DataSource
 from fitune.console import Ticker, Watcher
 from fitune.dataset import NO_LIMIT
 from fitune.errors import DataError
-from fitune.generation import Sampling, answers
+from fitune.generation import SIDE_BY_SIDE, Sampling, answers
 from fitune.loading import load
 from fitune.model import Tuned, causal_lm
 from fitune.records import Conversation, DataReport
 from fitune.step import held_out_loss
 from fitune.store import Rows
 
-SIDE_BY_SIDE = 16  # prompts that are answered together
 CJK = "\u3400-\u9fff\uf900-\ufaff"
 UNITS = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")  # a Chinese character, or a word of anything else
 

@@ -113,6 +113,9 @@ EXAMPLES = {"map": "content=prompt", "fill": "name=Ada", "ranks": "q_proj=16", "
 
 
 Json = Annotated[bool, Parameter(negative="", help="Print one JSON object at the end, on standard output.")]
+Verbose = Annotated[
+    bool, Parameter(negative="", help="Print all settings, parameters, dtypes and checks; report.html has them anyway.")
+]
 
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"] | None, Parameter(help="[default: the run's own; of a model folder fp32]")

@@ -20,6 +20,8 @@ from fitune.methods import virtual
 from fitune.model import Tuned, causal_lm, computing, use_attention
 from fitune.records import SPAN, Conversation, Message
 
+SIDE_BY_SIDE = 16  # prompts that are answered together
+
 
 @dataclass(frozen=True)
 class Sampling:

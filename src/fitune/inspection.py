@@ -23,9 +23,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fitune import dataset, tokenizer
-from fitune.charts import Bar, bar_chart
+from fitune.charts import NARROW, WIDE, Bar, bar_chart
 from fitune.config import RunConfig
-from fitune.console import Ticker, Watcher, findings_table, pairs
+from fitune.console import LENGTHS, Ticker, Watcher, findings_table, length_rows, lengths_table, pairs
 from fitune.dataset import NO_LIMIT
 from fitune.methods import new_tokens
 from fitune.model import locate, read_config
@@ -252,6 +252,7 @@ class Inspection:
     by_format: dict[str, int]
     languages: dict[str, int]
     lengths: dict[str, float]
+    length_choices: list[dict[str, Any]]
     histogram: list[tuple[int, int, int]]
     max_length: int
     label_share: float
@@ -318,6 +319,7 @@ def inspect(
         by_format=report.formats,
         languages=dict(texts.languages.most_common()),
         lengths=report.lengths,
+        length_choices=[asdict(choice) for choice in report.length_choices],
         histogram=histogram(lengths),
         max_length=report.max_length,
         label_share=report.trained_tokens / max(1, report.tokens),
@@ -389,6 +391,7 @@ def show(seen: Inspection, console: Console, *, ids: bool = False) -> None:
     for low, high, count in seen.histogram:
         mark = " < max length" if low <= seen.max_length <= high else ""
         console.print(f"{low:>6}-{high:<6} {'█' * round(count / most * 40)} {count:,}{mark}", highlight=False)
+    console.print(lengths_table(seen.length_choices))
     console.print(findings_table(seen.findings))
     console.print(_tokenizer_table(seen.tokenizers))
     for sample in seen.samples:
@@ -411,7 +414,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _tokenizer_table(views: Sequence[TokenizerView]) -> Table:
-    table = Table(title="tokenizers" if len(views) > 1 else "tokenizer", title_justify="left", pad_edge=False)
+    table = Table(title="tokenizers" if len(views) > 1 else "tokenizer", title_justify="left")
     table.add_column("")
     for view in views:
         table.add_column(view.name, overflow="fold")
@@ -459,8 +462,9 @@ def page(seen: Inspection) -> str:
         subtitle=f"tokenizer {seen.model}, template {seen.template}",
         numbers=[(name, f"{value:,}") for name, value in seen.rows.items()]
         + [("tokens trained", f"{seen.label_share:.1%}"), ("max length", f"{seen.max_length:,}")],
-        chart=bar_chart(bars, x_label="tokens of a row", y_label="rows"),
+        chart=[bar_chart(bars, x_label="tokens of a row", y_label="rows", width=width) for width in (WIDE, NARROW)],
         seen=seen,
         tokenizer_rows=_tokenizer_rows(seen.tokenizers),
+        lengths=(LENGTHS, length_rows(seen.length_choices)),
         findings=[asdict(finding) for finding in seen.findings],
     )

@@ -86,7 +86,8 @@ def plan(
     if "method" not in given and data:
         print_figures(_advised(model, data, gpu, words, given, console, html), json)
         return
-    made = make_plan(model, data=data or (), gpu=gpu, words=words, watch=Terminal(console), **given)
+    with Terminal(console) as watch:
+        made = make_plan(model, data=data or (), gpu=gpu, words=words, watch=watch, **given)
     seen = made.as_dict()
     console.print(plan_table(seen))
     console.print(plan_bar(seen, min(console.width, 100)))
@@ -133,7 +134,8 @@ def _advised(
     from fitune.console import Terminal
     from fitune.files import write_atomic
 
-    found = advise(model, data=data, gpu=gpu, words=words, watch=Terminal(console), **given)
+    with Terminal(console) as watch:
+        found = advise(model, data=data, gpu=gpu, words=words, watch=watch, **given)
     show(found, console)
     if html is not None:
         write_atomic(html, page(found))
@@ -155,7 +157,8 @@ def _verified(model: str, data: list[str] | None, given: dict[str, Any], console
     from fitune.planning import verify
     from fitune.planview import compare_table
 
-    found = verify(checked, Terminal(console))
+    with Terminal(console) as watch:
+        found = verify(checked, watch)
     console.print(compare_table(found.rows))
     console.print(compare_table(found.phases))
     console.print(

@@ -18,7 +18,19 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fitune.charts import BEYOND, Layer, Limit, Part, Peak, Span, StackedBar, area_chart, stacked_bars
+from fitune.charts import (
+    BEYOND,
+    NARROW,
+    WIDE,
+    Layer,
+    Limit,
+    Part,
+    Peak,
+    Span,
+    StackedBar,
+    area_chart,
+    stacked_bars,
+)
 from fitune.pages import render
 
 Plan = Mapping[str, Any]
@@ -428,9 +440,6 @@ def _names_below(phases: Sequence[str], left: int, pens: Pens, most: int = 3) ->
 
 
 # ---- the page ----
-WIDE, NARROW = 960, 350  # widths of the drawings for a screen and for a phone
-
-
 def page(plan: Plan) -> str:
     """The plan as a page that needs nothing from elsewhere: verdict, drawings, tables and notes."""
     name = str(plan["model"]).replace("\\", "/").rpartition("/")[2]

@@ -128,15 +128,6 @@ def bad_row(p: Prepared) -> Finding:
     return Finding("bad-row", "ok", "every row can be used")
 
 
-def length(p: Prepared) -> Finding:
-    """What the chosen max_length cuts, and what others would."""
-    told = ", ".join(
-        f"{c.name} {c.max_length} ({c.lose_answer:.1%} of answers, {c.cut:.1%} of rows)"
-        for c in p.report.length_choices
-    )
-    return Finding("length", "ok", f"what a max length would cut: {told}")
-
-
 def truncation(p: Prepared) -> Finding:
     """Rows that lose answer tokens make a model that stops in mid-sentence; one that answers half a question guesses.
 
@@ -357,7 +348,6 @@ DATA_RULES: tuple[Rule, ...] = (
     rows,
     stale_cache,
     bad_row,
-    length,
     truncation,
     labels_empty,
     eos_supervised,

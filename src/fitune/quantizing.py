@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fitune import quant as quants
 from fitune import tokenizer, weights
-from fitune.charts import Series, line_chart
+from fitune.charts import NARROW, WIDE, Series, line_chart
 from fitune.config import QuantOptions, quant_options
 from fitune.errors import FituneError, ModelError
 from fitune.files import check_new, whole_folder
@@ -138,7 +138,7 @@ def _outliers(model: Any, folder: Path) -> dict[str, int]:
     return counts
 
 
-def picture(layers: list[LayerError]) -> str:
+def picture(layers: list[LayerError], width: int = WIDE) -> str:
     """Mean and largest error by layer, as SVG."""
     return line_chart(
         [
@@ -147,6 +147,7 @@ def picture(layers: list[LayerError]) -> str:
         ],
         x_label="layer, in the model's order",
         y_label="relative error of the weight",
+        width=width,
     )
 
 
@@ -166,7 +167,7 @@ def _write(model: Any, folder: Path, target: Path, layers: list[LayerError], opt
             subtitle="how far each weight is from the original",
             numbers=_numbers(layers),
             layers=layers,
-            chart=picture(layers),
+            chart=[picture(layers, width) for width in (WIDE, NARROW)],
             threshold=THRESHOLD,
         )
         (place / "quantization.html").write_text(page, encoding="utf-8")

@@ -8,6 +8,7 @@ and the learning rate follow from the step alone.
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import threading
 import time
@@ -24,10 +25,10 @@ from fitune import adapters, environment, given, guards, hub, methods, optim, pl
 from fitune.batches import in_order
 from fitune.checkpoint import Loaded, RunFolder, restore_rng
 from fitune.config import RunConfig, build, merge
-from fitune.console import Watcher
+from fitune.console import RUN_FOLDER, Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
 from fitune.files import write_atomic
-from fitune.generation import Sampling, answers
+from fitune.generation import SIDE_BY_SIDE, Sampling, answers
 from fitune.loading import base_of
 from fitune.memory import peak_mib
 from fitune.memory import plan as plans
@@ -81,6 +82,13 @@ def train(config: RunConfig, *, resume: bool = False, watch: Watcher | None = No
         FituneError: the run was refused, went wrong, or was interrupted (then it is saved).
     """
     watch = watch or Watcher()
+    try:
+        return _train(config, resume, watch)
+    finally:
+        watch.stop()
+
+
+def _train(config: RunConfig, resume: bool, watch: Watcher) -> Result:
     config = resolve(config)
     run = RunFolder(str(config.output))
     if resume and run.has("result"):
@@ -103,8 +111,12 @@ def train(config: RunConfig, *, resume: bool = False, watch: Watcher | None = No
             run.write_config(job.config)  # the base was moved
         if job.measured is not None:
             run.write("measured", job.measured)
-        with _stop_on_signal() as stopped:
-            return _loop(run, job, watch, resume=resume, stopped=stopped, parts=parts)
+        with _stop_on_signal(watch) as stopped:
+            try:
+                return _loop(run, job, watch, resume=resume, stopped=stopped, parts=parts)
+            except KeyboardInterrupt:
+                newest = Path(run.newest_name()).name
+                raise _interrupted(run, f"stopped at once, last checkpoint: {newest}") from None
 
 
 def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
@@ -140,26 +152,48 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
 
 
 def _tell(job: Job, watch: Watcher) -> None:
-    """Settings, checks, parameters and memory, before anything happens."""
-    c = job.config
-    watch.settings(
-        {
-            "model": c.model,
-            "data": ", ".join(source.path for source in c.sources()),
-            "output": c.output,
-            "method": c.method,
-            "batch": f"{_batch(c)} x {c.accumulation}, {job.layout}, max length {c.max_length}",
-            "steps": f"{job.total_steps} ({len(job.loader.epoch_steps(0))} in the first epoch)",
-            "learning rate": f"{job.lr:g}, warm-up {c.warmup:.0%}, cosine to 0",
-            "parameters": f"{job.trainable:,} trainable of {job.total:,} ({job.trainable / job.total:.4%})",
-            "device": f"{job.tuned.device}, seed {c.seed}",
-            "precision": precision.describe(c),
-        }
-    )
+    """The run in eight lines, and all of its settings, parameters and checks for whoever wants them."""
+    watch.summary(_summary(job))
+    watch.settings(_settings(job))
     watch.groups(job.groups())
     watch.kept(job.kept)
-    watch.findings(job.findings)
     watch.plan(job.plan)
+    watch.findings(job.findings)
+    watch.summary({RUN_FOLDER: str(job.config.output)})
+
+
+def _summary(job: Job) -> dict[str, str]:
+    """Model, data, method and steps, a short line each."""
+    c, r = job.config, job.report
+    files = [Path(source.path).name for source in c.sources()]
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    share = r.trained_tokens / max(1, r.tokens)
+    way = c.method if c.quant.name == "none" else f"{c.method} on {c.quant.kind if c.quant.name == 'nf4' else 'int8'}"
+    adapter = "" if c.adapter is None else f", going on from {Path(c.adapter).name}"
+    passes = f"{round(job.total_steps / max(1, len(job.loader.epoch_steps(0))), 2):g}"
+    return {
+        "model": f"{Path(c.model).name}: {job.total:,} parameters, {c.precision} on {job.tuned.device}",
+        "data": f"{files[0]}{more}: {r.kept:,} rows, {r.held_out:,} held out; {r.tokens:,} tokens, {share:.0%} trained",
+        "method": f"{way}{adapter}: {job.trainable:,} parameters ({job.trainable / job.total:.2%})",
+        "steps": f"{job.total_steps:,} of {_batch(c)}{f' x {c.accumulation}' if c.accumulation > 1 else ''}, "
+        f"{passes} {'epoch' if passes == '1' else 'epochs'}; learning rate {job.lr:g}",
+    }
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    c = job.config
+    return {
+        "model": c.model,
+        "data": ", ".join(source.path for source in c.sources()),
+        "template": job.tuned.template.name,
+        "batch": f"{_batch(c)} x {c.accumulation}, {job.layout}, max length {c.max_length}",
+        "row lengths": ", ".join(f"{name} {value:,.0f}" for name, value in job.report.lengths.items()),
+        "steps": f"{job.total_steps} ({len(job.loader.epoch_steps(0))} in the first epoch)",
+        "learning rate": f"{job.lr:g}, warm-up {c.warmup:.0%}, cosine to 0",
+        "parameters": f"{job.trainable:,} trainable of {job.total:,} ({job.trainable / job.total:.4%})",
+        "device": f"{job.tuned.device}, seed {c.seed}",
+        "precision": precision.describe(c),
+    }
 
 
 def _batch(config: RunConfig) -> str:
@@ -249,7 +283,9 @@ def _held_out(job: Job) -> float | None:
 
 def _sample_answers(job: Job) -> list[str]:
     asked = [row.question() for row in job.held_out_rows[: job.config.sample_prompts]]
-    return answers(job.tuned, asked, Sampling(max_new_tokens=job.config.sample_tokens)) if asked else []
+    sampling = Sampling(max_new_tokens=job.config.sample_tokens)
+    some = (asked[start : start + SIDE_BY_SIDE] for start in range(0, len(asked), SIDE_BY_SIDE))
+    return [text for questions in some for text in answers(job.tuned, questions, sampling)]
 
 
 def _check_same_data(run: RunFolder, job: Job) -> None:
@@ -335,10 +371,7 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
                 watch.say(f"stopped early: no better held-out loss in {state.worse} evaluations")
                 break
             if stopped.is_set() and not last:
-                raise Interrupted(
-                    f"stopped after step {state.step} of {job.total_steps}; everything is saved in {run.path}",
-                    fix=f"go on with: fitune train --resume --output {run.path}",
-                )
+                raise _interrupted(run, f"stopped after step {state.step} of {job.total_steps}, saved")
     finally:
         watch.stop()
     _measured_states(run, optimizer)
@@ -346,6 +379,11 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
         _back_to_best(run, parameters, state, watch)
         return _finish(run, job, watch, state.best[1])
     return _finish(run, job, watch, run.read_steps()[-1].held_out_loss)
+
+
+def _interrupted(run: RunFolder, what: str) -> Interrupted:
+    """One line: what was done, and how to go on."""
+    return Interrupted(f"{what}. Resume with: fitune train --resume --output {shlex.quote(str(run.path))}")
 
 
 def _record(
@@ -448,7 +486,7 @@ def _deterministic() -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
+def _stop_on_signal(watch: Watcher) -> Iterator[threading.Event]:
     """Inside, Ctrl-C and SIGTERM set the event; a second one ends the program at once."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -459,6 +497,7 @@ def _stop_on_signal() -> Iterator[threading.Event]:
         if stopped.is_set():
             raise KeyboardInterrupt
         stopped.set()
+        watch.stopping()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
