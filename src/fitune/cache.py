@@ -39,6 +39,7 @@ CODE = (
     "formats",
     "rows",
     "encode",
+    "documents",
     "store",
     "templates",
     "tokenizer",

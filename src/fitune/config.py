@@ -230,7 +230,7 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, (int, float)) else value
 
 
-LengthPolicy = Literal["cut", "drop", "refuse"]
+LengthPolicy = Literal["split", "cut", "drop", "refuse"]
 TrainOn = Literal["all", "last", "tool-calls"]
 
 
@@ -262,8 +262,9 @@ class DataConfig(Options):
     """Tokens that the vocabulary gets, each one id: their rows are trained beside any method, and saved."""
     max_length: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """Longest row in tokens. Longer rows are cut: activations grow with it."""
-    length_policy: LengthPolicy = "cut"
-    """What becomes of rows longer than max_length: cut (the prompt first, then the answer), drop, or refuse the run."""
+    length_policy: LengthPolicy = "split"
+    """What becomes of rows longer than max_length: split (documents of plain text become several samples; conversations
+    are cut), cut (the prompt first, then the answer), drop, or refuse the run."""
     train_on: TrainOn = "all"
     """Which answers of a conversation are trained: all, the last one, or those that call a tool."""
     max_lost: float = Field(default=0.05, ge=0, le=1)

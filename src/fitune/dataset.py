@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fitune import lengths, preflight, rows, templates
+from fitune import documents, lengths, preflight, rows, templates
 from fitune.cache import Cache, code_version, default_folder, folder_digest, key
 from fitune.config import LengthPolicy, RunConfig
 from fitune.console import Ticker, Watcher
@@ -122,7 +122,10 @@ def _read(desk: _Desk, limit: int, vocabulary: int) -> Data:
     encoder = encoder.with_max_length(_length(config, before, of, limit, report))
     samples, of = fit(whole, train, encoder, config.length_policy, desk.encoded)
     count(samples, of, len(train), report)
-    held_out_samples, _ = fit(held_out_whole, held_out, encoder, "cut", desk.encoded)
+    if config.length_policy == "split":
+        _note_splits(before, samples, report)
+    held_out_policy: LengthPolicy = "split" if config.length_policy == "split" else "cut"
+    held_out_samples, _ = fit(held_out_whole, held_out, encoder, held_out_policy, desk.encoded)
     conversations = all_rows.view(train)
     prepared = preflight.Prepared(
         config, conversations, samples, report, encoder, vocabulary, limit, desk.folder, of, desk.cached(whole, encoder)
@@ -170,7 +173,8 @@ def encode(rows_: Rows, encoder: Encoder, cache: Cache, tokenizer_digest: str, w
         told.end()
 
     template = encoder.template.as_dict()
-    decides = (rows_.key, rows_.numbers.tobytes(), tokenizer_digest, template, encoder.train_on, encoder.max_length)
+    how = (encoder.train_on, encoder.max_length, encoder.split)
+    decides = (rows_.key, rows_.numbers.tobytes(), tokenizer_digest, template, *how)
     return Samples(cache.entry("samples", key(*decides, code_version()), write), rows_, keep=cache)
 
 
@@ -211,7 +215,8 @@ def fit(
     if policy == "refuse":
         _refuse(whole, too_long, encoder.max_length)
     fitted = whole.without(too_long)
-    if policy == "cut":
+    if policy in ("cut", "split"):
+        encoder = encoder.with_max_length(encoder.max_length, split=policy == "split")
         fitted = fitted.joined(encoded(whole.rows.view(too_long), encoder), too_long)
     return of_rows(fitted, numbers)
 
@@ -260,12 +265,34 @@ def _length(config: RunConfig, whole: Samples, of: NDArray[Any], limit: int, rep
         raise ConfigError("max_length is above what the model can hold", received=config.max_length, expected=limit)
     names = ("length", "needed", "intact")
     all_lengths, needed, intact = (whole.column(name) if len(whole) else np.ones(1) for name in names)
-    auto = lengths.automatic(all_lengths, intact, limit, batch_size=config.batch_size, batch_tokens=config.batch_tokens)
+    seen = (all_lengths, intact)
+    if len(whole) and config.length_policy == "split" and (texts := _texts(whole)).any():
+        seen = documents.for_auto(all_lengths, intact, texts)
+        needed, intact = (np.where(texts, 1, values) for values in (needed, intact))  # they lose nothing at any length
+    auto = lengths.automatic(*seen, limit, batch_size=config.batch_size, batch_tokens=config.batch_tokens)
     report.max_length = auto if config.max_length == "auto" else config.max_length
     report.lengths = lengths.summary(all_lengths)
     report.length_choices = lengths.choices(all_lengths, needed, intact, chosen=report.max_length, auto=auto)
     report.lost_at_limit = len(np.unique(of[needed > limit])) if len(whole) else 0
     return report.max_length
+
+
+def _texts(samples: Samples) -> NDArray[np.bool_]:
+    """Which samples are documents of plain text."""
+    formats = samples.rows.meta["formats"]
+    if "text" not in formats:
+        return np.zeros(len(samples), np.bool_)
+    return samples.rows.column("format")[samples.column("row")] == formats.index("text")  # type: ignore[no-any-return]
+
+
+def _note_splits(before: Samples, samples: Samples, report: DataReport) -> None:
+    """How many documents became several samples, for a note."""
+    long = _texts(before) & (before.column("length") > report.max_length)
+    if long.any():
+        whole = int(long.sum())
+        pieces = int(np.isin(samples.column("row"), before.column("row")[long]).sum())
+        what = "document" if whole == 1 else "documents"
+        report.notes.append(f"{whole:,} {what} of more than {report.max_length} tokens split into {pieces:,} samples")
 
 
 def _split(

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fitune.config import TrainOn
+from fitune.documents import split
 from fitune.errors import ConfigError
 from fitune.records import SPAN, Conversation, Message, Sample, Segment
 from fitune.templates import TABLE, Template
@@ -104,6 +105,7 @@ class Encoder:
         self, tokenizer: Any, template: Template, max_length: int | None = None, train_on: TrainOn = "all"
     ) -> None:
         self.tokenizer, self.template, self.max_length, self.train_on = tokenizer, template, max_length, train_on
+        self.split = False  # documents of plain text that are too long become several samples, instead of being cut
         self.bos_id = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         stop = single_id(tokenizer, template.stop) if template.stop else None
         self.stop_id = int(tokenizer.eos_token_id if stop is None else stop)
@@ -112,10 +114,11 @@ class Encoder:
         self._opens_with_space = opens_with_space(tokenizer)
         self._literals: dict[tuple[str, bool], list[int]] = {}  # few pieces, and every row has all of them
 
-    def with_max_length(self, max_length: int | None) -> Encoder:
-        """The same encoder, cutting elsewhere."""
+    def with_max_length(self, max_length: int | None, *, split: bool | None = None) -> Encoder:
+        """The same encoder, cutting (or splitting documents of plain text) elsewhere."""
         other = copy(self)
         other.max_length = max_length
+        other.split = self.split if split is None else split
         return other
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
@@ -131,8 +134,7 @@ class Encoder:
         drafts = [self._drafts(conversation) for conversation in conversations]
         groups = [group for row in drafts for draft in row for group in draft.groups]
         known = self._encode_together(groups)
-        made = [[draft.encoder._finish(draft, known) for draft in row] for row in drafts]
-        return [[sample for sample in row if sample is not None] for row in made]
+        return [[sample for draft in row for sample in draft.encoder._samples(draft, known)] for row in drafts]
 
     def sample(self, conversation: Conversation) -> Sample | None:
         """The row as ids and mask, or None where not one trained token is left of it.
@@ -183,6 +185,13 @@ class Encoder:
             ids = encode_many(self.tokenizer, texts, continued=continued)
             known.update(((text, continued), one) for text, one in zip(texts, ids, strict=True))
         return known
+
+    def _samples(self, draft: _Draft, known: Known) -> list[Sample]:
+        if self.split and draft.conversation.format == "text":
+            whole = self.with_max_length(None)._finish(draft, known)
+            return [] if whole is None else split(whole, self.max_length, self.bos_id)
+        sample = self._finish(draft, known)
+        return [] if sample is None else [sample]
 
     def _finish(self, draft: _Draft, known: Known) -> Sample | None:
         conversation, choose = draft.conversation, draft.choose

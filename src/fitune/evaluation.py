@@ -149,7 +149,7 @@ def evaluate(
     ]
     there = rows.load(sources, report, skip_bad=False)
     limit = getattr(causal_lm(tuned.model).config, "max_position_embeddings", None) or NO_LIMIT
-    encoder = tuned.encoder.with_max_length(limit)
+    encoder = tuned.encoder.with_max_length(limit, split=True)
     cache = Cache()
     held_out = dataset.encode(there, encoder, cache, "", watch)
     if not len(held_out):
