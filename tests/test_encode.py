@@ -77,10 +77,14 @@ def test_a_template_survives_the_run_folder(tokenizer) -> None:
         assert Encoder(tokenizer, again).prompt(TURNS[:-1]) == Encoder(tokenizer, template).prompt(TURNS[:-1])
 
 
-def test_a_chat_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:
+def test_a_chat_template_that_rewrites_earlier_turns_has_a_sample_for_each_answer(tokenizer) -> None:
     jinja = "{% for m in messages %}{{ m['role'] ~ (loop.last and '!' or '') ~ m['content'] ~ '<|end|>' }}{% endfor %}"
-    with pytest.raises(ModelError, match="rewrites earlier turns"):
-        Encoder(tokenizer, ChatTemplate(jinja, tokenizer, "<|end|>")).sample(ROW)
+    encoder = Encoder(tokenizer, ChatTemplate(jinja, tokenizer, "<|end|>"))
+    first, second = encoder.samples(ROW)
+    assert [trained_text(encoder, sample) for sample in (first, second)] == ["hello<|end|>", "很好<|end|>"]
+    prompt = encoder.prompt(TURNS[:-1])
+    assert second.ids[: len(prompt)].tolist() == prompt
+    assert tokenizer.decode(prompt).endswith("user!你好<|end|>")  # as it is served, before anything follows
 
 
 def test_a_chat_template_without_a_stop_token_is_refused(tokenizer) -> None:

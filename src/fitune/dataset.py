@@ -251,7 +251,10 @@ def count(samples: Samples, of: NDArray[Any], total: int, report: DataReport) ->
     report.cut_prompt, report.cut_answer = rows_where("cut_prompt"), rows_where("cut_answer")
     report.cut_text = rows_where("cut_text")
     report.samples = len(samples)
-    report.tokens = int(samples.column("length").sum())
+    lengths_ = samples.column("length")
+    report.tokens = int(lengths_.sum())
+    _, firsts = np.unique(of, return_index=True)  # one pass over a conversation is as long as its longest sample
+    report.repeated = report.tokens - int(np.maximum.reduceat(lengths_, firsts).sum()) if len(of) else 0
     report.trained_tokens = int(samples.column("trained").sum())
 
 

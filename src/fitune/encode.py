@@ -123,7 +123,8 @@ class Encoder:
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Ids of a prompt that the model is to go on from."""
-        return [i for piece in self._pieces(self._groups(messages, tools, set()), {}) for i in piece.ids]
+        groups = self._grouped(self.template.prompt(messages, tools), messages, set())
+        return [i for piece in self._pieces(groups, {}) for i in piece.ids]
 
     def samples(self, conversation: Conversation) -> list[Sample]:
         """The samples of a row: one, or one per answer where the template wants that."""
@@ -145,11 +146,15 @@ class Encoder:
         return draft.encoder._finish(draft, {})
 
     def _drafts(self, conversation: Conversation) -> list[_Draft]:
-        if not self.template.one_answer_per_sample or conversation.format == "text":
+        if conversation.format == "text" or not self.one_answer_per_sample(conversation):
             return [self._draft(conversation, self.trained_turns)]
         answers = sorted(self.trained_turns(conversation.messages))
         rows = [replace(conversation, messages=conversation.messages[: turn + 1]) for turn in answers]
         return [self._draft(row, lambda messages: {len(messages) - 1}) for row in rows]
+
+    def one_answer_per_sample(self, conversation: Conversation) -> bool:
+        """Does each answer of this row become a sample of its own?"""
+        return self.template.one_answer_per_sample(conversation.messages, conversation.tools)
 
     def _refuse_gaps(self, messages: Sequence[Message]) -> None:
         """Raises ConfigError for answers that fill in gaps, where the template has no place for them."""
@@ -233,8 +238,10 @@ class Encoder:
         return {turn for turn in answers if messages[turn].weight}
 
     def _groups(self, messages: Sequence[Message], tools: Tools, chosen: set[int]) -> list[_Group]:
-        """The rendering, in the groups that are encoded as one."""
-        segments = self.template.render(messages, tools)
+        """The rendering of a row, in the groups that are encoded as one."""
+        return self._grouped(self.template.render(messages, tools), messages, chosen)
+
+    def _grouped(self, segments: Sequence[Segment], messages: Sequence[Message], chosen: set[int]) -> list[_Group]:
         groups: list[_Group] = []
         after_text = False
         for n, segment in enumerate(segments):

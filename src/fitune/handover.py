@@ -201,7 +201,7 @@ def _as_others_load_it(folder: Path) -> Any:
 def _among_others(tokenizer: Any, jinja: str) -> Any:
     """The chat template; where the tokenizer has several by name and this is one of them, all of them."""
     found = getattr(tokenizer, "chat_template", None)
-    return found if isinstance(found, dict) and jinja in found.values() else jinja
+    return {**found, "default": jinja} if isinstance(found, dict) and "default" in found else jinja
 
 
 # ---- the proof ----
@@ -211,7 +211,8 @@ def _best(encoder: Encoder, plain: Any) -> tuple[str | None, Proof, str]:
     """The Jinja text to write, or None; its proof, or that of the best attempt; why there is none."""
     template = encoder.template
     if isinstance(template, ChatTemplate):
-        return template.jinja, prove(template.jinja, plain, encoder), ""
+        text = template.for_others()
+        return text, prove(text, plain, encoder), ""
     if not isinstance(template, PieceTemplate):
         return None, Proof(), "its control ids are written by no text"
     attempts = []

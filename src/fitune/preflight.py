@@ -5,8 +5,8 @@ In: what was prepared. Out: Findings. `refuse` stops the run before it costs any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +20,10 @@ from fitune import quant
 from fitune.batches import flat
 from fitune.config import RunConfig
 from fitune.encode import Encoder
-from fitune.errors import Collector, TrainingError, shorten
+from fitune.errors import Collector, FituneError, TrainingError, shorten
 from fitune.families import Family
 from fitune.model import trainable
-from fitune.records import Conversation, DataReport, Finding, Message, Sample, Source
+from fitune.records import SPAN, Conversation, DataReport, Finding, Message, Sample, Source
 from fitune.store import Block, Samples, blocks, cut_answers, ends_whole
 from fitune.tokenizer import parity
 
@@ -109,10 +109,21 @@ def rows(p: Prepared) -> Finding:
     if r.dropped:
         parts.append(f"{r.dropped:,} dropped")
     if r.samples != r.kept:
-        parts.append(f"as {r.samples:,} samples")
+        parts.append(f"as {r.samples:,} samples{_repeated(r)}")
     if r.unused_columns:
         parts.append(f"columns not used: {', '.join(sorted(r.unused_columns))}")
     return Finding("rows", "ok", "; ".join([*parts, *r.notes]))
+
+
+def _repeated(r: DataReport) -> str:
+    """What it costs that the answers of a conversation are samples of their own."""
+    if not r.repeated:
+        return ""
+    share = r.repeated / max(1, r.tokens - r.repeated)
+    return (
+        f", one for each answer, because the template writes answers otherwise once something follows them: "
+        f"{r.repeated:,} tokens of prompts repeated ({share:.0%} more)"
+    )
 
 
 def bad_row(p: Prepared) -> Finding:
@@ -208,18 +219,55 @@ def stop_token_trained(p: Prepared) -> Finding:
 
 
 def label_border(p: Prepared) -> Finding:
-    """The first label is the answer's first token; the last prompt token is none.
+    """Labels begin with each answer's first token and are of that answer alone: its text and its stop.
 
     The textbook collator masks `seq_len - 1` tokens of the prompt and lets the model shift: it trains the last one.
+    Others train headers, or a template's own system text, where an answer does not follow a question. So each answer
+    must have the labels that it has behind a question, wherever it stands.
     """
-    for conversation, sample in _pairs(p):
-        prompt = len(p.encoder.prompt(_prompt_of(p.encoder, conversation), conversation.tools))
-        batch = flat([sample], [0])
-        first = int(batch.label_rows[0]) + 1
-        if not sample.cut_prompt and not sample.cut_answer and first != max(1, prompt):
-            text = f"{sample.source}: the first label is token {first}, the answer begins at token {prompt}"
-            return Finding("label-border", "refuse", text)
-    return Finding("label-border", "ok", "the first label of a row is the first token of its answer")
+    for row, sample, turns in _trained(p):
+        labelled = flat([sample], [0]).label_rows + 1  # behind the shift
+        runs = np.split(labelled, np.flatnonzero(np.diff(labelled) > 1) + 1)
+        filled = any(SPAN in message.content for message in row.messages)
+        for n, turn in enumerate(turns[:1] if filled else turns):
+            begins = max(1, len(p.encoder.prompt(row.messages[:turn], row.tools)))
+            run = runs[n] if n < len(runs) else np.array([-1])
+            first = int(run[0])
+            if first != begins:
+                text = f"{sample.source}: the first label is token {first}, the answer begins at token {begins}"
+                return Finding("label-border", "refuse", text)
+            alone = None if filled else _alone(p.encoder, row, turn)
+            if alone is not None and sample.ids[run[:-1]].tolist() != alone[:-1]:
+                text = f"{sample.source}: {len(run)} labels in turn {turn + 1}, where its answer has {len(alone)}"
+                return Finding("label-border", "refuse", text)
+    return Finding("label-border", "ok", "labels are the answers' own tokens and their stops, from the first one on")
+
+
+def _alone(encoder: Encoder, row: Conversation, turn: int) -> list[int] | None:
+    """The labels of an answer behind a question; None where the template has none for it there."""
+    answer = replace(row.messages[turn], weight=1.0)
+    asked = Conversation((Message("user", "?"), answer), row.source, row.format, row.tools)
+    try:
+        sample = encoder.with_max_length(None).sample(asked)
+    except FituneError:
+        return None
+    return None if sample is None else [int(i) for i in sample.ids[sample.mask]]
+
+
+def _trained(p: Prepared) -> Iterator[tuple[Conversation, Sample, list[int]]]:
+    """Up to PROBES rows, their uncut samples, and the turns that each of these trains."""
+    last = np.flatnonzero(np.append(p.rows_of[1:] != p.rows_of[:-1], len(p.rows_of) > 0))
+    for end in last[:: max(1, len(last) // PROBES)]:
+        row = p.conversations[int(p.rows_of[end])]
+        if row.format == "text" or row.characters() > PROBE_CHARACTERS:
+            continue
+        turns = sorted(p.encoder.trained_turns(row.messages))
+        first = int(np.searchsorted(p.rows_of, p.rows_of[end]))
+        made = [p.samples[n] for n in range(first, int(end) + 1)]
+        each = [[turn] for turn in turns] if p.encoder.one_answer_per_sample(row) else [turns]
+        whole = not any(sample.cut_prompt or sample.cut_answer for sample in made)
+        if whole and len(each) == len(made):
+            yield from ((row, sample, some) for sample, some in zip(made, each, strict=True))
 
 
 def bpe_boundary(p: Prepared) -> Finding:
@@ -261,12 +309,6 @@ def _some(p: Prepared) -> list[Conversation]:
     """Up to PROBES rows, evenly over the data."""
     some = p.conversations[:: max(1, len(p.conversations) // PROBES)]
     return [row for row in some if row.characters() <= PROBE_CHARACTERS]
-
-
-def _prompt_of(encoder: Encoder, conversation: Conversation) -> Sequence[Message]:
-    """The messages before the first answer that the row's (last) sample trains."""
-    turns = encoder.trained_turns(conversation.messages)
-    return conversation.messages[: max(turns) if encoder.template.one_answer_per_sample else min(turns)]
 
 
 def double_bos(p: Prepared) -> Finding:

@@ -233,6 +233,7 @@ class DataReport:
     trained_tokens: int = 0
     max_length: int = 0
     samples: int = 0
+    repeated: int = 0  # tokens of conversations that come once more, because each of their answers is a sample
     lost_at_limit: int = 0  # rows that would lose answer tokens even at the longest that the model can hold
     lengths: dict[str, float] = field(default_factory=dict)  # of the uncut samples, in tokens
     length_choices: list[LengthChoice] = field(default_factory=list)

@@ -6,7 +6,7 @@ conversation that ends in an answer is a training row, one that does not is a pr
 
     pieces.py   PieceTemplate, and the table of those that are nothing but pieces of text
     chatglm.py  ChatGLM 1, 2, 3: rounds that are encoded as one text, and roles that are single ids
-    jinja.py    ChatTemplate, the tokenizer's own
+    jinja.py    ChatTemplate, the tokenizer's own (with marks.py, rendering.py and thoughts.py)
     user.py     a user's own, from a YAML file
 """
 
@@ -44,7 +44,7 @@ def choose(name: str, tokenizer: Any) -> Template:
         return TABLE[tokenizer.family]  # ChatGLM's ids cannot be written as text, so not by a Jinja template either
     if name in ("auto", "chat_template"):
         if tokenizer.chat_template:
-            return ChatTemplate(tokenizer.chat_template, tokenizer, stop=jinja.find_stop(tokenizer))
+            return jinja.of_tokenizer(tokenizer)
         if name == "chat_template":
             raise ConfigError("template 'chat_template': this tokenizer has none", fix="name one: --template alpaca")
         return TABLE["alpaca"]
@@ -68,7 +68,7 @@ def from_dict(values: dict[str, Any], tokenizer: Any) -> Template:
     values = dict(values)
     kind = values.pop("kind", None)
     readers: dict[str, Callable[[], Template]] = {
-        "chat_template": lambda: ChatTemplate(values["jinja"], tokenizer, values["stop"]),
+        "chat_template": lambda: ChatTemplate(values.pop("jinja"), tokenizer, values.pop("stop"), **values),
         "pieces": lambda: PieceTemplate(**values),
         "rounds": lambda: chatglm.RoundTemplate(**values),
         "roles": lambda: chatglm.RoleTemplate(**values),

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from fitune.errors import ConfigError, DataError
 from fitune.records import Message, Segment, ToolCall
+from fitune.templates import thoughts
 
 Tools = Sequence[Mapping[str, Any]]
 
@@ -33,9 +34,9 @@ class Template(Protocol):
         """Further tokens at which generation ends."""
         ...
 
-    @property
-    def one_answer_per_sample(self) -> bool:
-        """A conversation becomes one sample per answer, because the ones before it are part of the prompt."""
+    def one_answer_per_sample(self, messages: Sequence[Message], tools: Tools = ()) -> bool:
+        """Does this conversation become one sample per answer, because answers stand otherwise in the prompts that
+        come after them than where they were made?"""
         ...
 
     def render(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
@@ -44,6 +45,18 @@ class Template(Protocol):
         Raises:
             ConfigError: the template has no place for tools.
         """
+        ...
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
+        """Messages to what a model is asked when the next answer is its own, whoever spoke last.
+
+        Raises:
+            ConfigError: the template has no place for tools.
+        """
+        ...
+
+    def read_answer(self, text: str) -> Message:
+        """What a model wrote as a message: without the template's frame, its thought apart."""
         ...
 
     def answer_text(self, text: str) -> str:
@@ -60,6 +73,12 @@ def joined(message: Message) -> str:
     if message.context and message.content:
         return f"{message.content}\n{message.context}"
     return message.content or message.context
+
+
+def read_answer(text: str) -> Message:
+    """An answer of a template without a place for thoughts: what stands between tags is one all the same."""
+    thought, answer = thoughts.split(text)
+    return Message("assistant", answer, thought=thought) if thought or answer != text else Message("assistant", text)
 
 
 def arguments(call: ToolCall) -> dict[str, Any]:

@@ -44,17 +44,26 @@ class RoundTemplate:
         """See Template."""
         return ()
 
-    @property
-    def one_answer_per_sample(self) -> bool:
+    def one_answer_per_sample(self, messages: Sequence[Message], tools: Tools = ()) -> bool:
         """See Template."""
         return True
 
     def render(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
         """See Template. Only the last answer is trained."""
-        refuse_tools(self.name, messages, tools)
-        last = len(messages) - 1
         answer = messages[-1] if messages and messages[-1].role == "assistant" else None
-        prompt = messages[:last] if answer else messages
+        return self._segments(messages[:-1] if answer else messages, answer, tools)
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
+        """See Template."""
+        return self._segments(messages, None, tools)
+
+    def read_answer(self, text: str) -> Message:
+        """See Template."""
+        return Message("assistant", text)
+
+    def _segments(self, prompt: Sequence[Message], answer: Message | None, tools: Tools) -> list[Segment]:
+        refuse_tools(self.name, [*prompt, answer] if answer else prompt, tools)
+        last = len(prompt)
         gaps = self.gaps(prompt)
         if gaps and (answer is None or len(joined(answer).split(SPAN)) == gaps):
             return self._filled(prompt, answer, last)
@@ -125,16 +134,31 @@ class RoleTemplate:
         """See Template."""
         return ("<|user|>", "<|observation|>")
 
-    @property
-    def one_answer_per_sample(self) -> bool:
+    def one_answer_per_sample(self, messages: Sequence[Message], tools: Tools = ()) -> bool:
         """See Template."""
         return False
 
     def render(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
         """See Template."""
+        if not messages or messages[-1].role != "assistant":
+            return self.prompt(messages, tools)
+        return self._segments(messages, tools)
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
+        """See Template."""
+        segments = self._segments(messages, tools)
+        if messages and messages[-1].role == "assistant":
+            segments.pop()  # not what would end it: the next answer's role does
+        return [*segments, Segment(token="<|assistant|>")]  # noqa: S106  # no password
+
+    def read_answer(self, text: str) -> Message:
+        """See Template."""
+        return Message("assistant", self.answer_text(text))
+
+    def _segments(self, messages: Sequence[Message], tools: Tools) -> list[Segment]:
         if tools and not any(m.role == "system" for m in messages):
             messages = [Message("system", TOOL_SYSTEM), *messages]
-            return [replace(s, turn=max(-1, s.turn - 1)) for s in self.render(messages, tools)]
+            return [replace(s, turn=max(-1, s.turn - 1)) for s in self._segments(messages, tools)]
         segments = [Segment(token="[gMASK]"), Segment(token="sop")]  # noqa: S106  # no password
         for turn, message in enumerate(messages):
             after = messages[turn + 1] if turn + 1 < len(messages) else None
@@ -147,8 +171,6 @@ class RoleTemplate:
             text = Segment(joined(message), literal=False, turn=turn, role=message.role)
             listed = tools if message.role == "system" else ()
             segments += _as_one_text([text, *_tools(listed, turn)])
-        if messages and messages[-1].role != "assistant":
-            segments.append(Segment(token="<|assistant|>"))  # noqa: S106  # no password
         return segments
 
     def _answer(self, message: Message, turn: int, after: Message | None) -> list[Segment]:
@@ -161,6 +183,8 @@ class RoleTemplate:
             segments.append(Segment(token="<|assistant|>", turn=turn, trained=bool(segments)))  # noqa: S106
             segments.append(Segment(line, trained=True, turn=turn, role="assistant"))
             segments.append(Segment(text, literal=False, trained=True, turn=turn, role="assistant"))
+        if after is not None and after.role == "assistant":  # a header, at which no server stops
+            return [*segments, Segment(token="<|assistant|>", turn=turn)]  # noqa: S106  # no password
         stop = _role(after) if after else ("<|observation|>" if message.tool_calls else None)
         return [*segments, Segment(token=stop, trained=True, turn=turn, role="stop")]
 

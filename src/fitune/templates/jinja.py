@@ -1,128 +1,116 @@
-"""The tokenizer's own Jinja template, split into segments by rendering it turn by turn.
+"""The tokenizer's own Jinja template: conversations to segments, as whoever serves the model renders them.
 
-In: messages, tools. Out: segments. The text that a turn adds is the difference of two renderings. Where a rendering
-does not begin with the one before it (a template that rewrites earlier turns), the turns cannot be told apart, and
-the template is refused.
+In: messages, tools. Out: segments. A conversation is rendered up to each answer, without it (what the model is asked)
+and with it. Where each rendering begins with the one before, the whole conversation is one sample. Many templates write
+an answer otherwise once something follows it (Qwen3 and GLM-4.5 drop its thought): then each answer is a sample of its
+own, `one_answer_per_sample`, behind the history as it is served. Where the prompt is no beginning of what is rendered
+with the answer (R1 kinds end it in an opened thought), it stays as it is served, and the answer stands behind it.
+
+    dialogue.py   one conversation, rendered turn by turn
+    rendering.py  the template itself, and what it has a place for
+    marks.py      where users' texts stand in a rendering
+    thoughts.py   thoughts and their tags
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
-
-from fitune.errors import ConfigError, ModelError
+from fitune.errors import ConfigError, FituneError
 from fitune.records import Message, Segment
-from fitune.templates.base import Tools, arguments, as_json, joined, no_place_for_tools
+from fitune.templates.base import Tools
+from fitune.templates.dialogue import Dialogue, Ends, next_turn
+from fitune.templates.rendering import ANSWER, DATED, MUSED, SAID, USER, Renderer, SystemRole
+
+NAMED = "default", "tool_use"  # templates that a tokenizer may have beside each other
 
 
 class ChatTemplate:
     """A Jinja template.
 
     Args:
-        jinja: its text.
-        tokenizer: renders it.
+        jinja: its text, or several by name: `default`, and `tool_use` where there are tools.
+        tokenizer: whose it is.
         stop: the token that ends an answer; None: the tokenizer's EOS.
+        date: what the template gets for today, as YYYY-MM-DD; None: today. A run keeps it.
+        options: further variables that it reads, such as enable_thinking.
+        system_role: what becomes of a system text: keep, first-user (it goes into the first user's turn), or auto
+            (that, where the template has no place for it).
     """
 
     name = "chat_template"
-    other_stops: tuple[str, ...] = ()
-    one_answer_per_sample = False
 
-    def __init__(self, jinja: str, tokenizer: Any, stop: str | None) -> None:
-        self.jinja, self.tokenizer, self.stop = jinja, tokenizer, stop
-
-    def _text(self, messages: Sequence[Message], tools: Tools, *, generate: bool) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [_as_openai(m) for m in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                chat_template=self.jinja,
-                tokenize=False,
-                add_generation_prompt=generate,
-            )
-        except TemplateError as error:
+    def __init__(
+        self,
+        jinja: str | Mapping[str, str],
+        tokenizer: Any,
+        stop: str | None,
+        *,
+        date: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        system_role: SystemRole = "auto",
+    ) -> None:
+        self.jinja, self.tokenizer, self.stop = jinja if isinstance(jinja, str) else dict(jinja), tokenizer, stop
+        texts = {"default": jinja} if isinstance(jinja, str) else dict(jinja)
+        if "default" not in texts:
             raise ConfigError(
-                "the tokenizer's own chat template refuses a conversation",
-                received=f"roles {', '.join(m.role for m in messages)}: {error}",
-                expected="roles in the order that the template wants",
-                fix="mend such rows, or choose a template by name: --template chatml",
-            ) from error
-        return str(text)
+                "the tokenizer has several chat templates, and none is called default",
+                received=", ".join(texts),
+                expected="default",
+                fix="name one of them default in tokenizer_config.json, or choose a template: --template chatml",
+            )
+        dated = any(DATED in text for text in texts.values())
+        self.date = (date or datetime.now().date().isoformat()) if dated else None
+        self.options, self.system_role = dict(options or {}), system_role
+        self._renderers = {
+            name: Renderer(
+                text, tokenizer, date=self.date or "2000-01-01", options=self.options, system_role=system_role
+            )
+            for name, text in texts.items()
+            if name in NAMED
+        }
+        self._last: Dialogue | None = None
+
+    # ---- what the rest of fitune asks ----
+
+    @property
+    def other_stops(self) -> tuple[str, ...]:
+        """See Template."""
+        found = {ends.call_stop for ends in self._ends.values()}
+        return tuple(sorted(stop for stop in found if stop and stop != self.stop))
+
+    def one_answer_per_sample(self, messages: Sequence[Message], tools: Tools = ()) -> bool:
+        """See Template."""
+        answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+        return len(answers) > 1 and not self._dialogue(messages, tools).stable(answers[-1])
 
     def render(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
         """See Template."""
-        self._refuse(messages, tools)
-        segments: list[Segment] = []
-        done, start = "", 0
-        for turn, message in enumerate(messages):
-            last = turn + 1 == len(messages)
-            answers_next = last or messages[turn + 1].role == "assistant"
-            if message.role != "assistant" and not answers_next:
-                continue  # rendered with the turn after it: some templates refuse a lone system message
-            whole = self._text(messages[: turn + 1], tools, generate=message.role != "assistant")
-            added = _difference(whole, done, turn)
-            if message.role == "assistant":
-                segments += self._answer(added, message, turn, last=last)
-            else:
-                segments += self._prompt(added, messages[: turn + 1], start, tools, done)
-            done, start = whole, turn + 1
-        return segments
+        one, last = self._dialogue(messages, tools), len(messages) - 1
+        if not messages or messages[-1].role != "assistant":
+            return one.prompt_segments(last + 1)
+        before, after = one.prompt_segments(last), one.answer_segments(last)
+        one.check(last)
+        return [*before, *after]
 
-    def _prompt(self, text: str, messages: Sequence[Message], start: int, tools: Tools, done: str) -> list[Segment]:
-        """What messages[start:] add, the users' own texts in segments of their own.
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
+        """See Template."""
+        return self._dialogue(messages, tools).prompt_segments(len(messages))
 
-        Where these stand is seen in a rendering of marks in their place: to look for the texts themselves would find
-        a user's `<|im_start|>` in the template's own.
-        """
-        marks = [f"⟦fitune {n}⟧" for n in range(start, len(messages))]
-        marked = [replace(m, content=mark, context="") for m, mark in zip(messages[start:], marks, strict=True)]
-        frame = self._text([*messages[:start], *marked], tools, generate=True).removeprefix(done)
-        frames = re.split("|".join(map(re.escape, marks)), frame)
-        if len(frames) != len(marks) + 1:
-            return _split(text, messages[start:], start)
-        segments: list[Segment] = []
-        for n, (message, before) in enumerate(zip(messages[start:], frames, strict=False), start):
-            texts = (joined(message), joined(message).strip())  # some templates strip
-            own = next((own for own in texts if text.startswith(before + own)), None)
-            if own is None:  # the template rewrites texts: look for what is left of them
-                return [*segments, *_split(text, messages[n:], n)]
-            segments.append(Segment(before, turn=n, role=message.role))
-            segments.append(Segment(own, literal=False, turn=n, role=message.role))
-            text = text[len(before) + len(own) :]
-        segments.append(Segment(text, turn=len(messages) - 1, role=messages[-1].role))
-        return [segment for segment in segments if segment.text]
-
-    def _refuse(self, messages: Sequence[Message], tools: Tools) -> None:
-        if tools and "tools" not in self.jinja:
-            raise no_place_for_tools("the tokenizer's own")
-        if any(m.tool_calls for m in messages) and "tool_calls" not in self.jinja:
-            raise no_place_for_tools("the tokenizer's own", "tool calls")
-        if any(m.role == "tool" for m in messages) and "tool" not in self.jinja:
-            raise no_place_for_tools("the tokenizer's own", "tool results")
-
-    def _answer(self, text: str, message: Message, turn: int, *, last: bool) -> list[Segment]:
-        """An answer's text as [content, stop token, what the template puts behind it]."""
-        stop = self.stop or self.tokenizer.eos_token
-        content, found, after = text.rpartition(stop) if stop else (text, "", "")
-        if not found:
-            raise ModelError(
-                "the chat template does not end an answer with a stop token: a model trained so would never stop",
-                received=repr(text[-40:]),
-                expected=f"{stop!r} after the answer",
-                fix="choose a template by name: --template chatml",
-            )
-        segments = [Segment(content, literal=False, trained=True, turn=turn, role="assistant")]
-        if message.tool_calls or content.strip() != message.content.strip():
-            # the template adds marks of its own (a call, an empty thinking block): they are template, and trained
-            segments = _split(content, [message], turn, trained=True)
-        segments.append(Segment(trained=True, turn=turn, role="stop"))
-        if after and not last:
-            segments.append(Segment(after, turn=turn))
-        return segments
+    def read_answer(self, text: str) -> Message:
+        """See Template."""
+        with_thought, before, after = self._frame
+        if with_thought is not None and (found := with_thought.fullmatch(text.strip())):
+            return Message("assistant", found["said"], thought=found["mused"])
+        bare = text.strip()
+        if before and bare.startswith(before):
+            text = bare.removeprefix(before).strip()
+        return Message("assistant", text.strip().removesuffix(after) if after else text)
 
     def answer_text(self, text: str) -> str:
         """See Template."""
@@ -130,63 +118,105 @@ class ChatTemplate:
 
     def as_dict(self) -> dict[str, Any]:
         """See Template."""
-        return {"kind": "chat_template", "jinja": self.jinja, "stop": self.stop}
+        values: dict[str, Any] = {"kind": "chat_template", "jinja": self.jinja, "stop": self.stop}
+        more = {"date": self.date, "options": self.options, "system_role": self.system_role}
+        return values | {name: value for name, value in more.items() if value and value != "auto"}
+
+    def for_others(self) -> str:
+        """The template as whoever serves the model is to have it: with the run's date and options written into it.
+
+        Where there are several, the default one.
+        """
+        text = self.jinja if isinstance(self.jinja, str) else self.jinja["default"]
+        before = ""
+        for name, value in self.options.items():
+            before += f"{{%- set {name} = {name} if {name} is defined else {_quoted(value)} -%}}\n"
+        if self.date is not None:
+            asked = self._renderers["default"].formats
+            dates = {form: datetime.fromisoformat(self.date).strftime(form) for form in sorted(asked)}
+            before += f"{{%- macro {DATED}(form) -%}}{{{{ {_quoted(dates)}[form] }}}}{{%- endmacro -%}}\n"
+        return before + text
+
+    @property
+    def moves_system(self) -> bool:
+        """Do system texts stand in the first user's turn?"""
+        return self._renderers["default"].moves_system
+
+    # ---- inside ----
+
+    def _renderer(self, tools: Tools) -> tuple[Renderer, Ends]:
+        name = "tool_use" if tools and "tool_use" in self._renderers else "default"
+        return self._renderers[name], self._ends[name]
+
+    @cached_property
+    def _ends(self) -> dict[str, Ends]:
+        stop = self.stop or self.tokenizer.eos_token
+        return {name: Ends(renderer, stop) for name, renderer in self._renderers.items()}
+
+    def _dialogue(self, messages: Sequence[Message], tools: Tools) -> Dialogue:
+        """The conversation with its renderings; that of the last call is kept, because a row is asked for twice."""
+        messages, last = tuple(messages), self._last
+        if last is None or last.messages is not messages or last.tools is not tools:
+            self._last = last = Dialogue(messages, tools, *self._renderer(tools))
+        return last
+
+    @cached_property
+    def _frame(self) -> tuple[re.Pattern[str] | None, str, str]:
+        """What the template puts around a thought and an answer (a pattern), before an answer alone, and behind it."""
+        bare = self._framed("")
+        before, _, after = bare.partition(SAID)
+        framed = self._framed(MUSED)
+        opening, found, between = framed.partition(SAID)[0].partition(MUSED)
+        if not found:
+            return None, before.strip(), after.strip()
+        parts = (re.escape(opening.strip()), re.escape(between.strip()), re.escape(framed.partition(SAID)[2].strip()))
+        pattern = r"{}\s*(?P<mused>.*?)\s*{}\s*(?P<said>.*?)\s*{}".format(*parts)
+        return re.compile(pattern, re.DOTALL), before.strip(), after.strip()
+
+    def _framed(self, thought: str) -> str:
+        """A probe's answer as it stands behind its prompt; nothing where the template has no place for it."""
+        try:
+            one = Dialogue((USER, Message("assistant", SAID, thought=thought)), (), *self._renderer(()))
+            return "".join(segment.text for segment in one.answer_segments(1) if segment.role != "stop")
+        except FituneError:
+            return ""
 
 
-def _as_openai(message: Message) -> dict[str, Any]:
-    """A message as Jinja templates want it: arguments of calls as a dictionary, not as text."""
-    values: dict[str, Any] = {"role": message.role, "content": joined(message)}
-    if message.tool_calls:
-        values["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": arguments(call)}}
-            for call in message.tool_calls
-        ]
-    return values
-
-
-def _difference(whole: str, done: str, turn: int) -> str:
-    if not whole.startswith(done):
-        raise ModelError(
-            f"the chat template rewrites earlier turns (seen at turn {turn + 1}), so training and chat would differ",
-            fix="choose a template by name: --template chatml",
-        )
-    return whole[len(done) :]
-
-
-def _split(text: str, messages: Sequence[Message], first: int, *, trained: bool = False) -> list[Segment]:
-    """A rendering with the users' own texts in segments of their own, so that special tokens in them stay text.
+def of_tokenizer(
+    tokenizer: Any,
+    *,
+    system_role: SystemRole = "auto",
+    options: Mapping[str, Any] | None = None,
+    date: str | None = None,
+) -> ChatTemplate:
+    """The tokenizer's own template, with the token that ends its answers.
 
     Args:
-        text: what the template made of the messages.
-        messages: in their order.
-        first: the turn of the first of them.
-        trained: is it an answer.
+        tokenizer: has a chat_template, or several by name.
+        system_role, options, date: see ChatTemplate.
     """
-    segments: list[Segment] = []
-    turn = first
-    for turn, message in enumerate(messages, first):
-        for own in _own_texts(message):
-            before, found, after = text.partition(own)
-            if found:
-                segments.append(Segment(before, trained=trained, turn=turn, role=message.role))
-                segments.append(Segment(own, literal=False, trained=trained, turn=turn, role=message.role))
-                text = after
-    segments.append(Segment(text, trained=trained, turn=turn, role=messages[-1].role))
-    return [segment for segment in segments if segment.text]
+    how: dict[str, Any] = {"system_role": system_role, "options": options, "date": date}
+    found = ChatTemplate(tokenizer.chat_template, tokenizer, None, **how)
+    return ChatTemplate(tokenizer.chat_template, tokenizer, find_stop(found._renderers["default"]), **how)
 
 
-def _own_texts(message: Message) -> list[str]:
-    """The texts of a message that are not the template's; templates may strip them, so stripped."""
-    texts = [joined(message).strip()]
-    texts += [as_json(arguments(call)) for call in message.tool_calls]
-    return [text for text in texts if text]
+def _quoted(value: Any) -> str:
+    """A JSON value as Jinja writes it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_quoted(key)}: {_quoted(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_quoted, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
-def find_stop(tokenizer: Any) -> str | None:
-    """The special token that the chat template puts behind an answer: often not the tokenizer's EOS."""
-    marker = "fitune"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    after = text.rpartition(marker)[2]
-    found = [token for token in tokenizer.get_added_vocab() if token and token in after]
+def find_stop(renderer: Renderer) -> str | None:
+    """The special token that the template puts behind an answer (often not the tokenizer's EOS) or, where it puts none,
+    before the turn that follows."""
+    text = renderer.tried([USER, ANSWER]) or ""
+    after = text.rpartition(SAID)[2]
+    found = [token for token in renderer.tokenizer.get_added_vocab() if token and token in after]
+    if not found:
+        return next_turn(renderer, text)
     return min(found, key=lambda token: (after.index(token), -len(token)), default=None)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fitune.records import Message, Segment, ToolCall
-from fitune.templates.base import Tools, arguments, as_json, joined, no_place_for_tools
+from fitune.templates.base import Tools, arguments, as_json, joined, no_place_for_tools, read_answer
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,28 @@ class PieceTemplate:
         """See Template."""
         return ()
 
-    @property
-    def one_answer_per_sample(self) -> bool:
+    def one_answer_per_sample(self, messages: Sequence[Message], tools: Tools = ()) -> bool:
         """See Template."""
         return False
 
     def render(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
         """See Template."""
+        if not messages or messages[-1].role != "assistant":
+            return self.prompt(messages, tools)
+        return self._segments(messages, tools)
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
+        """See Template."""
+        segments = self._segments(messages, tools)
+        if messages and messages[-1].role == "assistant" and self.after_stop:
+            segments.append(Segment(self.after_stop, turn=len(messages) - 1))
+        return [*segments, Segment(self.opening)] if self.opening else segments
+
+    def read_answer(self, text: str) -> Message:
+        """See Template."""
+        return read_answer(self.answer_text(text))
+
+    def _segments(self, messages: Sequence[Message], tools: Tools) -> list[Segment]:
         segments = [Segment(role="bos")]
         system = next((m for m in messages if m.role == "system"), None)
         if self.user_with_system is None or tools:
@@ -87,8 +102,6 @@ class PieceTemplate:
                 segments += [Segment(self.opening, turn=turn)] if self.opening else []
                 segments += [*self._answer(message, turn), Segment(trained=True, turn=turn, role="stop")]
                 segments += [Segment(self.after_stop, turn=turn)] if self.after_stop and after is not None else []
-        if messages and messages[-1].role != "assistant" and self.opening:
-            segments.append(Segment(self.opening))
         return segments
 
     def _system(self, message: Message | None, tools: Tools) -> list[Segment]:

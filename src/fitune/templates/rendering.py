@@ -1,0 +1,290 @@
+"""A Jinja chat template, and what it has a place for, found by rendering probes.
+
+In: messages, tools. Out: text, marked (see marks.py) or as a server would render it. Published templates differ in what
+they want of a message: arguments of calls as an object or as JSON text, no content beside calls, ids of calls. What a
+template wants is tried on a conversation made for it, never guessed from words in its source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, Literal
+
+from fitune.errors import ConfigError, DataError, shorten
+from fitune.records import Message, ToolCall
+from fitune.templates import thoughts
+from fitune.templates.base import Tools, arguments, joined
+from fitune.templates.marks import Marks
+from fitune.tokenizer import single_id
+
+SystemRole = Literal["auto", "keep", "first-user"]
+# How users' texts are marked: whole, without the blanks at their ends, not at all but with special tokens in them
+# broken, or (None) not at all, as whoever serves the model renders them
+Marking = Literal["whole", "inner", "broken"] | None
+DATED = "strftime_now"  # the function by which a template asks for today's date
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a template wants calls: beside which content, arguments as an object or as text, with ids or without."""
+
+    content: str | None = ""
+    as_text: bool = False
+    ids: bool = False
+
+
+MANNERS = tuple(Manner(content, text, ids) for ids in (False, True) for content in ("", None) for text in (False, True))
+ASKED, SAID, MUSED, RULED, GAVE = "fituneasked", "fitunesaid", "fitunemused", "fituneruled", "fitunegave"
+NAME, KEY, VALUE = "fitunename", "fitunekey", "fitunevalue"
+_PROPERTIES = {KEY: {"type": "string", "description": "a probe"}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": NAME,
+        "description": "a probe",
+        "parameters": {"type": "object", "properties": _PROPERTIES, "required": []},
+    },
+}
+USER, ANSWER, RESULT = Message("user", ASKED), Message("assistant", SAID), Message("tool", GAVE)
+CALL = Message("assistant", "", tool_calls=(ToolCall(NAME, f'{{"{KEY}": "{VALUE}"}}'),))
+
+
+class Renderer:
+    """One template.
+
+    Args:
+        jinja: its text.
+        tokenizer: whose special tokens it may name.
+        date: what it gets for today, as YYYY-MM-DD.
+        options: further variables that it reads, such as enable_thinking.
+        system_role: what becomes of a system text where the template has no place for one.
+    """
+
+    def __init__(
+        self, jinja: str, tokenizer: Any, *, date: str, options: Mapping[str, Any], system_role: SystemRole
+    ) -> None:
+        self.jinja, self.tokenizer, self.date = jinja, tokenizer, date
+        self.options, self.system_role = dict(options), system_role
+        self.marks = Marks(tokenizer)
+        self._formats: set[str] = set()
+
+    def text(
+        self, messages: Sequence[Message], tools: Tools = (), *, generate: bool = False, marked: Marking = None
+    ) -> str:
+        """The rendering.
+
+        Args:
+            messages: in their order.
+            tools: that they may call.
+            generate: with the header of the answer that is to come.
+            marked: see Marking.
+
+        Raises:
+            ConfigError: the template fails, for whatever reason: it is a program that others wrote.
+        """
+        return self._render(self._dicts(messages, marked), self._tools(tools, marked), generate)
+
+    def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, generate: bool) -> str:
+        try:
+            return str(
+                self._compiled.render(
+                    **{
+                        **self.tokenizer.special_tokens_map,
+                        DATED: self._today,
+                        **self.options,
+                        "messages": messages,
+                        "tools": tools,
+                        "documents": None,
+                        "add_generation_prompt": generate,
+                    }
+                )
+            )
+        except Exception as error:  # a template may fail in any way that Python can
+            roles = ", ".join(message["role"] for message in messages)
+            raise ConfigError(
+                "the tokenizer's own chat template refuses a conversation",
+                received=f"roles {roles}: {shorten(str(error), 300)}",
+                expected="a conversation that this template can write",
+                fix="change such rows, leave them out with --skip-bad, or choose a template by name: --template chatml",
+            ) from error
+
+    def _today(self, form: str) -> str:
+        """The run's date, as a template asks for it."""
+        self._formats.add(form)
+        return datetime.fromisoformat(self.date).strftime(form)
+
+    @property
+    def formats(self) -> set[str]:
+        """The forms in which the template asks for the date."""
+        self.tried([USER])
+        self.tried([USER, ANSWER, USER], tools=self.takes_tools)
+        return self._formats
+
+    @cached_property
+    def _compiled(self) -> Any:
+        # transformers' own environment: sandboxed, with its filters; it has no public way to hand in a date
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        try:
+            return _compile_jinja_template(self.jinja)
+        except Exception as error:
+            raise ConfigError(
+                "the tokenizer's own chat template is no Jinja template",
+                received=shorten(str(error), 300),
+                fix="choose a template by name: --template chatml",
+            ) from error
+
+    # ---- messages as templates want them ----
+
+    def _tools(self, tools: Tools, marked: Marking) -> list[Any] | None:
+        given = [dict(tool) for tool in tools] or None
+        return given if marked is None else self.marks.everywhere(given)
+
+    def _dicts(self, messages: Sequence[Message], marked: Marking) -> list[Any]:
+        """Messages as dictionaries; a system text may move into the first user's turn."""
+        calls = any(message.tool_calls for message in messages)
+        manner = self.manner if calls else Manner()
+        out: list[dict[str, Any]] = []
+        called: list[tuple[str, str]] = []  # id and name of each call without a result so far
+        moved = ""
+        for turn, message in enumerate(messages):
+            values = self._dict(message, turn, marked, manner)
+            if message.role == "system" and self.moves_system:
+                moved = values["content"]
+                continue
+            if message.role == "user" and moved:
+                values["content"], moved = f"{moved}\n\n{values['content']}", ""
+            if manner.ids:
+                _with_ids(values, called, turn)
+            out.append(values)
+        if moved:
+            raise DataError(
+                "a system text, no place for one in the template, and no user's turn to put it into",
+                received=shorten(moved),
+                fix="leave such rows out, or choose a template by name: --template chatml",
+            )
+        return out
+
+    def _dict(self, message: Message, turn: int, marked: Marking, manner: Manner) -> dict[str, Any]:
+        values: dict[str, Any] = {"role": message.role}
+        content: str | None = self._own(joined(message), turn, marked, tags=message.role == "assistant")
+        thought = message.thought
+        place = self.thought_place if thought else None
+        if place == "field":
+            own = self._own(thought, turn, marked, tags=False)
+            values |= {"reasoning_content": own, "thinking": own, "reasoning": own}
+        elif place is not None:
+            content = thoughts.written(self._own(thought, turn, marked, tags=False), content or "", place)
+        if message.tool_calls:
+            content = content or manner.content
+            made = (lambda value: value) if marked is None else self.marks.everywhere
+            values["tool_calls"] = [_call(call, manner, made) for call in message.tool_calls]
+        return {**values, "content": content}
+
+    def _own(self, text: str, turn: int, marked: Marking, *, tags: bool) -> str:
+        """A user's text; in an answer the tags of a thought are the family's, and templates look for them."""
+        if marked is None:
+            return text
+        parts = thoughts.pieces(text) if tags else [text]
+        if marked == "broken":
+            return "".join(part if n % 2 else self.marks.broken(part) for n, part in enumerate(parts))
+        edges = marked == "whole" and not tags  # blanks before an answer are looked at, and nothing of it is cut
+        return "".join(part if n % 2 else self.marks.wrapped(part, turn, edges=edges) for n, part in enumerate(parts))
+
+    # ---- what the template has a place for ----
+
+    def tried(self, messages: Sequence[Message], manner: Manner | None = None, *, tools: bool = False) -> str | None:
+        """A probe's rendering; None where the template fails on it."""
+        try:
+            dicts = [self._plain(message, manner or Manner()) for message in messages]
+            if manner and manner.ids:
+                called: list[tuple[str, str]] = []
+                for turn, values in enumerate(dicts):
+                    _with_ids(values, called, turn)
+            return self._render(dicts, [TOOL] if tools else None, generate=messages[-1].role != "assistant")
+        except ConfigError:
+            return None
+
+    @staticmethod
+    def _plain(message: Message, manner: Manner) -> dict[str, Any]:
+        """A probe's message."""
+        values: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.thought:
+            values |= {"reasoning_content": message.thought, "thinking": message.thought, "reasoning": message.thought}
+        if message.tool_calls:
+            values["content"] = message.content or manner.content
+            values["tool_calls"] = [_call(call, manner) for call in message.tool_calls]
+        return values
+
+    @cached_property
+    def moves_system(self) -> bool:
+        """Do system texts stand in the first user's turn?"""
+        if self.system_role != "auto":
+            return self.system_role == "first-user"
+        found = self.tried([Message("system", RULED), USER])
+        return (found is None or RULED not in found) and self.tried([USER]) is not None
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Is a list of tools written into the prompt?"""
+        found = self.tried([USER], tools=True)
+        return NAME in found if found is not None else "tools" in self.jinja
+
+    @cached_property
+    def _manner(self) -> tuple[Manner | None, bool]:
+        """How calls are wanted (None: there is no place for them), and whether their results are written."""
+        for turns in ((USER, CALL, RESULT, ANSWER), (USER, CALL)):
+            for manner in MANNERS:
+                found = self.tried(turns, manner, tools=True)
+                if found is None or NAME not in found.rpartition(ASKED)[2]:
+                    continue
+                said = found.rpartition(ASKED)[2]
+                # Python's own spelling of a dictionary, or JSON text written as a string in JSON, is not what is served
+                if VALUE in said and f"'{KEY}'" not in said and f'\\"{KEY}' not in said:
+                    return manner, GAVE in said
+        return None, False
+
+    @property
+    def manner(self) -> Manner:
+        """How this template wants calls."""
+        return self._manner[0] or Manner()
+
+    @property
+    def takes_calls(self) -> bool:
+        """Are calls written?"""
+        return self._manner[0] is not None
+
+    @cached_property
+    def takes_results(self) -> bool:
+        """Are results of calls written?"""
+        if self._manner[1]:
+            return True
+        found = self.tried([USER, ANSWER, RESULT])
+        return found is not None and GAVE in found
+
+    @cached_property
+    def thought_place(self) -> Literal["field"] | thoughts.Tags | None:
+        """Where a thought goes: into its field, into the content between tags, or nowhere."""
+        found = self.tried([USER, Message("assistant", SAID, thought=MUSED)])
+        if found is not None and MUSED in found:
+            return "field"
+        known = (kind for kind in thoughts.KINDS if kind.close in self.jinja)
+        held = (kind for kind in thoughts.KINDS if single_id(self.tokenizer, kind.open) is not None)
+        return next(known, None) or next(held, None)
+
+
+def _call(call: ToolCall, manner: Manner, made: Callable[[Any], Any] = lambda value: value) -> dict[str, Any]:
+    given = made(call.arguments if manner.as_text else arguments(call))
+    return {"type": "function", "function": {"name": call.name, "arguments": given}}
+
+
+def _with_ids(values: dict[str, Any], called: list[tuple[str, str]], turn: int) -> None:
+    """Ids of calls, nine letters and digits as Mistral wants them, and on each result the id and name of its call."""
+    for n, call in enumerate(values.get("tool_calls", ())):
+        call["id"] = f"call{turn:03d}{n:02d}"
+        called.append((call["id"], call["function"]["name"]))
+    if values["role"] == "tool" and called:
+        values["tool_call_id"], values["name"] = called.pop(0)

@@ -1,0 +1,282 @@
+"""One contract for every kind of published chat template: what is trained is what is served."""
+
+# ruff: noqa: E501  (a table of texts)
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+import chat_templates as kinds
+from fitune.encode import Encoder
+from fitune.errors import FituneError
+from fitune.records import Conversation, Message, Sample, Source, ToolCall
+from fitune.templates.jinja import of_tokenizer
+
+IDS = re.compile(r"call\d{5}")  # of calls, where a template asks for them
+SYSTEM, FRUIT, CHERRY = (
+    Message("system", "Be brief."),
+    Message("user", "Name a fruit."),
+    Message("assistant", "A cherry."),
+)
+MORE, LEMON = Message("user", "And a yellow one?"), Message("assistant", "A lemon.")
+HELLO = Message("assistant", "Hello.")
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "clock",
+        "description": "The time.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}},
+    },
+}
+CALL = Message("assistant", "", tool_calls=(ToolCall("clock", '{"city": "Rome"}'),))
+OTHER = Message("assistant", "", tool_calls=(ToolCall("clock", '{"city": "Oslo"}'),))
+RESULT, TIME = Message("tool", "10:05"), Message("assistant", "It is five past ten.")
+THOUGHT = replace(CHERRY, thought="Cherries are fruits.")
+TAGGED = replace(LEMON, content="<think>\nLemons are yellow.\n</think>\n\nA lemon.")
+TEN = tuple(
+    message for n in range(10) for message in (Message("user", f"Question {n}?"), Message("assistant", f"Answer {n}."))
+)
+ROWS: dict[str, tuple[Message, ...]] = {
+    "single": (FRUIT, CHERRY),
+    "multi": (FRUIT, CHERRY, MORE, LEMON),
+    "system": (SYSTEM, FRUIT, CHERRY, MORE, LEMON),
+    "greeting": (HELLO, FRUIT, CHERRY),
+    "two answers": (FRUIT, CHERRY, LEMON),
+    "two users": (Message("user", "Well."), FRUIT, CHERRY),
+    "call": (FRUIT, CALL, RESULT, TIME),
+    "calls as turns": (FRUIT, CALL, OTHER, RESULT, replace(RESULT, content="10:06"), TIME),
+    "thought": (FRUIT, THOUGHT, MORE, LEMON),
+    "tagged": (FRUIT, CHERRY, MORE, TAGGED),
+    "ten": TEN,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A template, and what its answers look like behind their prompts."""
+
+    jinja: str
+    eos: str
+    end: str  # behind an answer
+    call: str = ""  # a call; empty: there is no place for one
+    call_end: str = ""
+    thought: str = "{}{}"  # a thought and an answer
+    empty: str = "{}"  # an answer without a thought
+    options: Mapping[str, Any] = field(default_factory=dict)
+    opened: bool = False  # the prompt is no beginning of the rendered answer
+    splits: tuple[str, ...] = ()  # rows of which each answer is a sample
+    refused: Mapping[str, str] = field(default_factory=dict)
+    drops: bool = False  # it leaves thoughts in a field of their own out
+
+
+HERMES = '<tool_call>\n{"name": "clock", "arguments": {"city": "CITY"}}\n</tool_call>'
+THINK = "<think>\n{}\n</think>\n\n{}"
+SEVERAL = ("multi", "system", "two answers", "thought", "tagged", "ten")
+NO_TOOLS = dict.fromkeys(("call", "calls as turns"), "no place for tools")
+NO_THOUGHT = {"thought": "no place for a thought"}
+ALTERNATE = dict.fromkeys(("greeting", "two answers", "two users"), "alternate")
+R1_CALL = '<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>clock\n```json\n{"city": "CITY"}\n```<|tool_call_end|><|tool_calls_end|>'
+KINDS: dict[str, Kind] = {
+    "qwen2.5": Kind(kinds.QWEN25, "<|im_end|>", "<|im_end|>", HERMES, thought=THINK, drops=True),
+    "qwen3": Kind(
+        kinds.QWEN3, "<|im_end|>", "<|im_end|>", f"<think>\n\n</think>\n\n{HERMES}", thought=THINK, empty="<think>\n\n</think>\n\n{}",
+        splits=(*SEVERAL, "call", "calls as turns"),
+    ),
+    "qwen3, no thinking": Kind(
+        kinds.QWEN3, "<|im_end|>", "<|im_end|>", HERMES, options={"enable_thinking": False},
+        splits=(*SEVERAL, "greeting", "call", "calls as turns"),
+        refused={"thought": "closes the thought", "tagged": "closes the thought"},
+    ),
+    "qwen3 thinking": Kind(
+        kinds.QWEN3_THINKING, "<|im_end|>", "<|im_end|>", f"\n</think>\n\n{HERMES}", thought="{}\n</think>\n\n{}",
+        empty="\n</think>\n\n{}", splits=(*SEVERAL, "greeting", "call", "calls as turns"),
+    ),
+    "r1": Kind(
+        kinds.R1, "<|end_of_sentence|>", "<|end_of_sentence|>", f"\n</think>\n\n{R1_CALL}", thought="{}\n</think>\n\n{}",
+        empty="\n</think>\n\n{}", drops=True, opened=True, splits=(*SEVERAL, "greeting", "call", "calls as turns"),
+    ),
+    "v3.1": Kind(
+        kinds.V31, "<|end_of_sentence|>", "<|end_of_sentence|>",
+        refused={**NO_TOOLS, "thought": "closes the thought", "tagged": "closes the thought"},
+    ),
+    "v3.1 thinking": Kind(
+        kinds.V31, "<|end_of_sentence|>", "<|end_of_sentence|>", thought="{}</think>\n\n{}", empty="</think>{}", drops=True,
+        options={"thinking": True}, opened=True, splits=(*SEVERAL, "greeting"), refused=NO_TOOLS,
+    ),
+    "gemma2": Kind(kinds.GEMMA2, "<eos>", "<end_of_turn>", thought=THINK, drops=True, refused={**NO_TOOLS, **ALTERNATE}),
+    "gemma3": Kind(kinds.GEMMA3, "<eos>", "<end_of_turn>", thought=THINK, drops=True, refused={**NO_TOOLS, **ALTERNATE}),
+    "mistral": Kind(
+        kinds.MISTRAL, "<eos>", "<eos>",
+        '[TOOL_CALLS] [{"name": "clock", "arguments": {"city": "CITY"}, "id": "ID"}]', thought=f" {THINK}", empty=" {}", drops=True,
+        splits=("system",), refused=ALTERNATE,
+    ),
+    "llama3.1": Kind(
+        kinds.LLAMA31, "<|eot_id|>", "<|eot_id|>", '{"name": "clock", "parameters": {"city": "CITY"}}', thought=THINK, drops=True,
+    ),
+    "glm4.5": Kind(
+        kinds.GLM45, "<eos>", "<|user|>",
+        "\n<think></think>\n<tool_call>clock\n<arg_key>city</arg_key>\n<arg_value>CITY</arg_value>\n</tool_call>", "<|observation|>",
+        thought="\n<think>{}</think>\n{}", empty="\n<think></think>\n{}", splits=("thought",),
+    ),
+    "channels": Kind(
+        kinds.CHANNELS, "<|return|>", "<|return|>", " to=functions.clock<|channel|>commentary json<|message|>{\"city\": \"CITY\"}",
+        "<|call|>", thought="<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}",
+        empty="<|channel|>final<|message|>{}", splits=(*SEVERAL, "greeting"),
+    ),
+}  # fmt: skip
+
+
+@lru_cache
+def encoder_of(name: str) -> Encoder:
+    kind = KINDS[name]
+    tokenizer = kinds.make_tokenizer(kind.jinja, kind.eos)
+    return Encoder(tokenizer, of_tokenizer(tokenizer, options=kind.options))
+
+
+def row_of(name: str, *, listed: bool = True) -> Conversation:
+    tools = (TOOL,) if name.startswith("call") and listed else ()
+    return Conversation(ROWS[name], Source("f.jsonl", 1), "messages", tools)
+
+
+def expected(kind: Kind, messages: tuple[Message, ...], turn: int) -> str:
+    """The labels of an answer."""
+    message = messages[turn]
+    end = (message.tool_calls and kind.call_end) or kind.end
+    if kind.jinja is kinds.GLM45 and messages[turn + 1 : turn + 2]:  # the next role's token, where it is no answer's
+        end = {"user": "<|user|>", "tool": "<|observation|>"}.get(messages[turn + 1].role, "")
+    if message.tool_calls:
+        return kind.call.replace("CITY", json.loads(message.tool_calls[0].arguments)["city"]) + end
+    if message is TAGGED and kind.jinja is kinds.CHANNELS:  # knows no such tags
+        return kind.empty.format(message.content) + end
+    if kind.jinja is kinds.R1 and messages[turn - 1].role == "tool":  # no thought is opened behind results
+        return message.content + end
+    thought = message.thought or ("Lemons are yellow." if message is TAGGED else "")
+    text = message.content.rpartition("\n")[2]
+    empty = "{}" if messages[0] is HELLO and turn == 0 and kind.jinja == kinds.QWEN3 else kind.empty
+    return (kind.thought.format(thought, text) if thought else empty.format(text)) + end
+
+
+def each_sample(encoder: Encoder, row: Conversation) -> list[tuple[Sample, list[int]]]:
+    """The samples of a row, each with the turns that it trains."""
+    answers = [turn for turn, message in enumerate(row.messages) if message.role == "assistant"]
+    samples = encoder.samples(row)
+    assert len(samples) == (len(answers) if encoder.one_answer_per_sample(row) else 1)
+    turns = [[turn] for turn in answers] if len(samples) > 1 else [answers]
+    return list(zip(samples, turns, strict=True))
+
+
+CASES = [(kind, row) for kind in KINDS for row in ROWS]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_contract(name: str, case: str) -> None:
+    kind, row, encoder = KINDS[name], row_of(case, listed=name != "r1"), encoder_of(name)
+    decode = encoder.tokenizer.decode
+    if case in kind.refused:
+        with pytest.raises(FituneError, match=kind.refused[case]):
+            encoder.samples(row)
+        return
+    assert encoder.one_answer_per_sample(row) == (case in kind.splits)
+    for sample, turns in each_sample(encoder, row):
+        for turn in turns:
+            prompt = encoder.prompt(row.messages[:turn], row.tools)
+            assert sample.ids[: len(prompt)].tolist() == prompt  # chat asks what was trained
+            assert sample.mask[len(prompt)]
+            assert not sample.mask[len(prompt) - 1] or (name == "mistral" and row.messages[turn - 1].tool_calls)
+        wanted = "".join(expected(kind, row.messages, turn) for turn in turns)
+        assert IDS.sub("ID", decode(sample.ids[sample.mask])) == wanted
+        served(encoder, kind, row, sample, turns[-1])
+
+
+def served(encoder: Encoder, kind: Kind, row: Conversation, sample: Sample, turn: int) -> None:
+    """The ids are those of transformers up to the stop token; where it does not render the answer behind its prompt, or
+    not its thought, those of the prompt."""
+    messages = [as_openai(kind, m, n) for n, m in enumerate(row.messages)]
+    if kind.jinja is kinds.GEMMA2 and messages[0]["role"] == "system":
+        rules = messages.pop(0)["content"]
+        messages[0]["content"], turn = f"{rules}\n\n{messages[0]['content']}", turn - 1
+    how = {"tools": list(row.tools) or None, "tokenize": True, "return_dict": False, **kind.options}
+    apply, ids = encoder.tokenizer.apply_chat_template, sample.ids.tolist()
+    if rendered_so(kind, row, turn):
+        whole = apply(messages[: turn + 1], **how)
+        ids = ids[:-1] if kind.jinja is kinds.GLM45 else ids  # it writes no stop
+        assert whole[: len(ids)] == ids
+        assert not encoder.tokenizer.decode(whole[len(ids) :]).strip()
+    elif turn and messages[turn - 1]["role"] != "assistant" and not any("tool_calls" in m for m in messages[:turn]):
+        prompt = apply(messages[:turn], add_generation_prompt=True, **how)
+        assert ids[: len(prompt)] == prompt
+
+
+def rendered_so(kind: Kind, row: Conversation, turn: int) -> bool:
+    """Does the rendering with an answer begin with its prompt?"""
+    first = row.messages[0]
+    if kind.jinja is kinds.MISTRAL:
+        return first is not SYSTEM  # which the template leaves out once there is an answer
+    # a greeting has no thought in Qwen3, whatever the header of other answers says of one
+    header = kind.options.get("enable_thinking") is False or kind.jinja is kinds.QWEN3_THINKING
+    return not kind.opened and not (first is HELLO and turn == 0 and header)
+
+
+def as_openai(kind: Kind, message: Message, turn: int) -> dict[str, Any]:
+    """A message as transformers gets it."""
+    values: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.thought and kind.drops:
+        values["content"] = THINK.format(message.thought, message.content)
+    elif message.thought:
+        values["reasoning_content"] = message.thought
+    if message.tool_calls:
+        function = {"name": "clock", "arguments": json.loads(message.tool_calls[0].arguments)}
+        values["tool_calls"] = [{"type": "function", "function": function, "id": f"call{turn:03d}00"}]
+    if message.role == "tool":
+        values["tool_call_id"] = f"call{turn - 1 if turn == 2 else turn - 2:03d}00"
+    return values
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_nothing_but_answers_is_ever_trained(name: str) -> None:
+    """No header, no system text of the template's own, nothing that others said, whatever stands before an answer."""
+    kind, encoder = KINDS[name], encoder_of(name)
+    for case in ROWS.keys() - kind.refused.keys():
+        row = row_of(case, listed=name != "r1")
+        for sample, _ in each_sample(encoder, row):
+            trained = encoder.tokenizer.decode(sample.ids[sample.mask])
+            for text in (
+                "You are",
+                "Today",
+                "date",
+                "Be brief",
+                "fruit?",
+                "10:05",
+                "Question",
+                "start_header",
+                "|User",
+            ):
+                assert text not in trained, (case, trained)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_somebody_typed_is_no_control_token(name: str) -> None:
+    kind, encoder = KINDS[name], encoder_of(name)
+    special = set(encoder.tokenizer.all_special_ids)
+    calm = row_of("multi").messages
+    wild = tuple(replace(m, content=f"{m.content} {kind.end}<|im_start|><|User|>[INST]{kind.eos} it") for m in calm)
+    found, wanted = (
+        [[int(i) for i in sample.ids if int(i) in special] for sample in encoder.samples(Conversation(messages))]
+        for messages in (wild, calm)
+    )
+    assert found == wanted
+
+
+def test_a_text_beside_the_templates_own_is_encoded_as_it_is_served() -> None:
+    """ "five." and the line break of the template behind it are one token, as for whoever renders the conversation."""
+    encoder = encoder_of("qwen3")
+    (sample,) = encoder.samples(Conversation((FRUIT, replace(CHERRY, thought="Two make five."))))
+    pieces = encoder.tokenizer.convert_ids_to_tokens(sample.ids[sample.mask].tolist())
+    assert ".Ċ" in pieces
