@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 import tiny
-from fitune import cli, flags
+from fitune import cli, flags, helppage
 from fitune.config import Options, RunConfig
 
 
@@ -107,17 +109,62 @@ def test_help_loads_no_torch() -> None:
     assert "Fine-tune" in done.stdout
 
 
-def test_every_setting_is_a_flag_with_its_text(capsys, monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    code, out, _ = run(["train", "--help"], capsys, monkeypatch)
-    assert code == 0
-    for name, info in RunConfig.model_fields.items():
-        assert info.description
+def flags_of(group: type[BaseModel]) -> set[str]:
+    """The settings as they are typed."""
+    flags = set()
+    for name, info in group.model_fields.items():
         inner = type(info.default).model_fields if isinstance(info.default, Options) else {"": info}
         for field, one in inner.items():
             assert one.description
             flag = f"{name}.{field}" if field and (name, field) != ("quant", "name") else name
-            assert f"--{flag.replace('_', '-')}" in out
+            flags.add(f"--{flag.replace('_', '-')}")
+    return flags
+
+
+def test_every_setting_is_a_flag_with_its_text(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(["train", "--help-all"], capsys, monkeypatch)
+    assert code == 0
+    shown = re.findall(r"^  (--[\w.-]+)", out, re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    assert flags_of(RunConfig) <= set(shown)
+    assert RunConfig.model_fields["lr"].description.split(".")[0] in out  # config.py is the one source of the texts
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "inspect"])
+def test_help_is_a_screen_of_groups(verb: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, short, _ = run([verb, "--help"], capsys, monkeypatch)
+    _, long, _ = run([verb, "--help-all"], capsys, monkeypatch)
+    for out in (short, long):
+        assert max(map(len, out.splitlines())) <= 80
+        titles = [line.strip().rstrip(":") for line in out.splitlines()[3:] if re.match(r"\w.*: *$", line)]
+        assert titles == [title for title in helppage.GROUPS if title in titles]
+        assert len(titles) >= 4
+    options = re.findall(r"^  (--[\w.-]+|[A-Z]+)\b", short, re.MULTILINE)
+    assert len(options) == len(helppage.FIRST[verb]) <= 15
+    assert {helppage.field_of(option) for option in options} == set(helppage.FIRST[verb])
+    assert len(short.splitlines()) <= 45
+    rest = len(re.findall(r"^  (--[\w.-]+|[A-Z]+)\b", long, re.MULTILINE)) - len(options)
+    assert f"{rest} more options: fitune {verb} --help-all" in short
+
+
+def test_every_option_stands_in_one_group() -> None:
+    fields = [field for group in helppage.GROUPS.values() for field in group]
+    assert len(fields) == len(set(fields))
+    missing = set(RunConfig.model_fields) - set(fields)
+    assert not missing, f"put {sorted(missing)} into helppage.GROUPS"
+    for verb in helppage.FIRST:
+        arguments = cli.app[verb].assemble_argument_collection()
+        names = {helppage.field_of(one.name).partition(".")[0] for one in arguments if one.show and one.name != "*"}
+        assert names - {"flags"} <= set(fields), f"put {sorted(names - set(fields))} into helppage.GROUPS"
+
+
+def test_an_option_without_a_group_is_shown_all_the_same(capsys, monkeypatch) -> None:
+    without = {title: tuple(f for f in fields if f != "epochs") for title, fields in helppage.GROUPS.items()}
+    monkeypatch.setattr(helppage, "GROUPS", without)
+    _, out, _ = run(["train", "--help-all"], capsys, monkeypatch)
+    assert "--epochs" in out
 
 
 def test_train_prints_one_json_object(model_folder: Path, data_file: Path, tmp_path: Path, capsys, monkeypatch) -> None:

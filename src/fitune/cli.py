@@ -20,7 +20,7 @@ from cyclopts.exceptions import CycloptsError
 from rich.console import Console
 
 from fitune import config as settings
-from fitune import early, names, planverb, quiet
+from fitune import early, helppage, names, planverb, quiet
 from fitune.errors import ConfigError, FituneError
 from fitune.flags import (
     QUANT,
@@ -43,7 +43,9 @@ app = App(
     name="fitune",
     help="Fine-tune open large language models on the hardware that you have.",
     version_flags=["--version"],
+    help_flags=["--help", "-h", helppage.ALL],
     help_format="plaintext",
+    help_formatter=helppage.Help(),
     suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(help="Let the shell complete verbs and flags; says what it writes.")
@@ -189,7 +191,7 @@ def inspect(
     samples: Annotated[int, Parameter(help="Rows shown token by token.")] = 3,
     ids: Annotated[bool, Parameter(negative="", help="Print token ids too.")] = False,
     compare: Annotated[
-        list[str] | None, Parameter(consume_multiple=True, negative="", help="Tokenizers to put beside.")
+        list[str] | None, Parameter(consume_multiple=True, negative="", help="Other tokenizers to compare.")
     ] = None,
     html: Annotated[Path | None, Parameter(help="Write a page to this file.")] = None,
     json: Json = False,
@@ -420,7 +422,7 @@ def export(
 def quantize(
     model: Annotated[str, Parameter(help="Model folder or hub id.")],
     *,
-    quant: Annotated[Literal["int8", "nf4", "fp4"], Parameter(help="How.")] = "nf4",
+    quant: Annotated[Literal["int8", "nf4", "fp4"], Parameter(help="Quantization format.")] = "nf4",
     double: Annotated[bool, Parameter(help="4 bits: quantize the scales too.")] = True,
     output: Annotated[Path, Parameter(help="Folder of the quantized model; must be new or empty.")],
     json: Json = False,

@@ -154,8 +154,8 @@ class QuantOptions(Options):
     """Frozen weights of linear layers in few bits; embedding, norms and output head stay as they are."""
 
     name: Literal["none", "int8", "nf4"] = "none"
-    """int8: LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), 1 byte a weight. nf4: QLoRA's 4 bits (Dettmers et al.
-    2023, arXiv:2305.14314), 0.516 bytes."""
+    """Format of the frozen weights of linear layers. int8: LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), 1 byte
+    a weight. nf4: QLoRA's 4 bits (Dettmers et al. 2023, arXiv:2305.14314), 0.516 bytes."""
     kind: Literal["nf4", "fp4"] = "nf4"
     """Which 16 values 4 bits stand for: those of NormalFloat, or those of a float of 4 bits."""
     double: bool = True
@@ -334,14 +334,14 @@ class RunConfig(DataConfig):
     adapter: str | None = None
     """Go on from what was tuned before: a run folder, or its adapter folder. It must be of the same method."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the computation, and of the frozen weights: 16 bits take half the bytes. auto: what this machine computes fast
-    without losing range, measured once on a CPU; the choice and its reason are told."""
+    """Dtype of the computation and of the frozen weights: 16 bits take half the bytes. auto: what this machine computes
+    fast without losing range, measured once on a CPU; the choice and its reason are printed."""
     storage_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the frozen weights, where it is to differ from that of the computation: bf16 beside --precision fp32 halves
-    the weights on a machine without fast bf16."""
+    """Dtype of the frozen weights, where it is to differ from that of the computation: bf16 beside --precision fp32
+    halves the weights on a machine without fast bf16."""
     trainable_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of what is trained, its gradients and the optimizer's states. 16 bits lose small updates; float16 also needs an
-    epsilon of 1e-4 or more."""
+    """Dtype of what is trained, of its gradients and of the optimizer's states. 16 bits lose small updates; float16
+    also needs an epsilon of 1e-4 or more."""
     quant: Annotated[QuantOptions, BeforeValidator(_quant)] = QuantOptions()
     """Quantized frozen weights: none, int8 or nf4 (QLoRA)."""
     checkpointing: bool | Annotated[int, Field(ge=1)] = False
@@ -391,7 +391,7 @@ class RunConfig(DataConfig):
     """adamw, adamw-foreach, adamw-8bit, paged-adamw-8bit, adafactor, lion, lion-8bit or sgd. States take 8 bytes a
     trained parameter with adamw, 2 in 8 bits, 4 with lion and sgd, 1 with lion-8bit, next to none with adafactor."""
     epsilon: float = Field(default=1e-8, gt=0)
-    """Of adamw in all its forms: what is added to the root of the second moment."""
+    """Epsilon of adamw in all its forms: what is added to the root of the second moment."""
     optimizer_in_backward: bool = False
     """For the method full: update each parameter as soon as its gradient is there, and drop the gradient. 4 bytes a
     parameter less."""

@@ -118,13 +118,15 @@ Verbose = Annotated[
 ]
 
 Precision = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"] | None, Parameter(help="[default: the run's own; of a model folder fp32]")
+    Literal["auto", "fp32", "bf16", "fp16"] | None,
+    Parameter(help="Dtype of the computation. [default: the run's own; fp32 for a model folder]"),
 ]
 Moved = Annotated[
     str | None, Parameter(help="Where the run's base model lies now, if it was moved; its weights must be the same.")
 ]
 Quant = Annotated[
-    Literal["none", "int8", "nf4", "fp4"] | None, Parameter(help="[default: the run's own; of a model folder none]")
+    Literal["none", "int8", "nf4", "fp4"] | None,
+    Parameter(help="Quantization format. [default: the run's own; none for a model folder]"),
 ]
 
 
