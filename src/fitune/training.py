@@ -25,7 +25,7 @@ from fitune import adapters, environment, given, guards, hub, methods, optim, pl
 from fitune.batches import in_order
 from fitune.checkpoint import Loaded, RunFolder, restore_rng
 from fitune.config import RunConfig, build, merge
-from fitune.console import RUN_FOLDER, Watcher
+from fitune.console import NAME, RUN_FOLDER, Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
 from fitune.files import write_atomic
 from fitune.generation import SIDE_BY_SIDE, Sampling, answers
@@ -159,6 +159,8 @@ def _tell(job: Job, watch: Watcher) -> None:
     watch.kept(job.kept)
     watch.plan(job.plan)
     watch.findings(job.findings)
+    for note in job.report.notes:
+        watch.say(f"{'note':{NAME}}{note}")
     watch.summary({RUN_FOLDER: str(job.config.output)})
 
 
