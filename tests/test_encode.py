@@ -173,7 +173,7 @@ CLEAN = [
     [Conversation((Message("user", "1+1?"), Message("assistant", "2")))],
     [Conversation((Message("user", "你好"), Message("assistant", "你好！有什么可以帮你？")))],
     [Conversation((Message("user", "add", context="1 2"), Message("assistant", " 3 ")))],
-    [Conversation((Message("system", "s"), Message("user", "<pad><|end|>"), Message("assistant", "<|user|>")))],
+    [Conversation((Message("system", "s"), Message("user", "<pad><|end|>"), Message("assistant", "<user>")))],
 ]
 
 

@@ -260,6 +260,9 @@ class DataConfig(Options):
     """Prompt template: auto (the tokenizer's own, else alpaca), or a name."""
     new_tokens: list[str] = []
     """Tokens that the vocabulary gets, each one id: their rows are trained beside any method, and saved."""
+    answer_tokens: list[str] = []
+    """Special tokens of the vocabulary that answers are to produce: each is one id in answers, in all other text it
+    stays text."""
     max_length: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """Longest row in tokens. Longer rows are cut: activations grow with it."""
     length_policy: LengthPolicy = "split"
@@ -286,7 +289,7 @@ class DataConfig(Options):
         several = [value] if isinstance(value, (str, PurePath, Mapping)) else value
         return [path_text(one) for one in several] if isinstance(several, (list, tuple)) else several
 
-    @field_validator("new_tokens")
+    @field_validator("new_tokens", "answer_tokens")
     @classmethod
     def _each_once(cls, value: list[str]) -> list[str]:
         if len(set(value)) != len(value) or not all(token.strip() for token in value):

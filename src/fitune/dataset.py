@@ -114,7 +114,7 @@ def _read(desk: _Desk, limit: int, vocabulary: int) -> Data:
     config, report = desk.config, DataReport()
     all_rows = _load(desk, config, report)
     shape = templates.choose(_template(config, report), desk.words)
-    encoder = Encoder(desk.words, shape, train_on=config.train_on)
+    encoder = Encoder(desk.words, shape, train_on=config.train_on, answer_tokens=config.answer_tokens)
     whole = desk.encoded(all_rows, encoder)
     train, held_out, held_out_whole = _split(desk, whole, encoder, report)
     train = train[rows.weigh(all_rows.column("source")[train], config.sources(), config.seed, report)]
@@ -173,7 +173,7 @@ def encode(rows_: Rows, encoder: Encoder, cache: Cache, tokenizer_digest: str, w
         told.end()
 
     template = encoder.template.as_dict()
-    how = (encoder.train_on, encoder.max_length, encoder.split)
+    how = (encoder.train_on, encoder.max_length, encoder.split, sorted(encoder.marks.answers))
     decides = (rows_.key, rows_.numbers.tobytes(), tokenizer_digest, template, *how)
     return Samples(cache.entry("samples", key(*decides, code_version()), write), rows_, keep=cache)
 

@@ -10,6 +10,7 @@ descriptions of tools and calls of tools are never cut inside: half a JSON objec
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -21,11 +22,11 @@ from numpy.typing import NDArray
 
 from fitune.config import TrainOn
 from fitune.documents import split
-from fitune.errors import ConfigError
+from fitune.errors import ConfigError, FituneError
 from fitune.records import SPAN, Conversation, Message, Sample, Segment
 from fitune.templates import TABLE, Template
 from fitune.templates.base import Tools
-from fitune.tokenizer import adds_bos, encode, encode_many, opens_with_space, single_id
+from fitune.tokenizer import adds_bos, encode, encode_many, opens_with_space, single_id, special
 
 CHUNK = 1024  # rows whose texts go to the tokenizer in one call
 Known = dict[tuple[str, bool], list[int]]  # ids of texts that were encoded together, by text and `continued`
@@ -92,9 +93,11 @@ class Encoder:
         template: gives a conversation its shape.
         max_length: longest sample in tokens; None does not cut.
         train_on: which of the assistant's turns are trained: all, the last one, or those that call a tool.
+        answer_tokens: special tokens of the vocabulary that answers are to produce; in all other text they stay text.
 
     Raises:
         ConfigError: the template needs special tokens that the vocabulary lacks.
+        ConfigError, Problems: answer tokens that are none.
 
     Example:
         >>> sample = Encoder(tokenizer, template, 512).sample(conversation)
@@ -102,7 +105,12 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: Any, template: Template, max_length: int | None = None, train_on: TrainOn = "all"
+        self,
+        tokenizer: Any,
+        template: Template,
+        max_length: int | None = None,
+        train_on: TrainOn = "all",
+        answer_tokens: Sequence[str] = (),
     ) -> None:
         self.tokenizer, self.template, self.max_length, self.train_on = tokenizer, template, max_length, train_on
         self.split = False  # documents of plain text that are too long become several samples, instead of being cut
@@ -113,6 +121,8 @@ class Encoder:
         self.stop_ids = sorted({self.stop_id, int(tokenizer.eos_token_id), *others})
         self._opens_with_space = opens_with_space(tokenizer)
         self._literals: dict[tuple[str, bool], list[int]] = {}  # few pieces, and every row has all of them
+        self.control = special.control(tokenizer, self.stop_ids, self._frame())
+        self.marks = special.marks(tokenizer, answer_tokens, self.control)
 
     def with_max_length(self, max_length: int | None, *, split: bool | None = None) -> Encoder:
         """The same encoder, cutting (or splitting documents of plain text) elsewhere."""
@@ -120,6 +130,19 @@ class Encoder:
         other.max_length = max_length
         other.split = self.split if split is None else split
         return other
+
+    def _frame(self) -> str:
+        """What the template writes around texts, the parts of an answer left out."""
+        turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+        try:
+            segments = self.template.render(turns)
+        except FituneError:  # it wants other turns; its own text has the names of its tokens too
+            return json.dumps(self.template.as_dict(), ensure_ascii=False)
+        return " ".join(s.token or s.text for s in segments if s.literal and not s.trained)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What a model wrote, for a person: without special tokens, but for those that answers may name."""
+        return special.readable(self.tokenizer, ids, self.marks.answers.values())
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Ids of a prompt that the model is to go on from."""
@@ -186,7 +209,8 @@ class Encoder:
         """Ids of the groups' texts, those of the template left out."""
         known: Known = {}
         for continued in (False, True):
-            texts = list({g.text: None for g in groups if g.content and g.continued == continued})
+            parts = (part for group in groups if group.content for part in self._parts(group))
+            texts = list({part[0]: None for part in parts if isinstance(part, tuple) and part[1] == continued})
             ids = encode_many(self.tokenizer, texts, continued=continued)
             known.update(((text, continued), one) for text, one in zip(texts, ids, strict=True))
         return known
@@ -267,11 +291,23 @@ class Encoder:
             return [self.stop_id]
         text, continued = group.text, group.continued
         if not group.literal:
-            found = known.get((text, continued))
-            return encode(self.tokenizer, text, literal=False, continued=continued) if found is None else found
+            return [i for part in self._parts(group) for i in self._part_ids(part, known)]
         if (text, continued) not in self._literals:
             self._literals[text, continued] = encode(self.tokenizer, text, literal=True, continued=continued)
         return self._literals[text, continued]
+
+    def _parts(self, group: _Group) -> list[tuple[str, bool] | int]:
+        """A text in the parts that are encoded apart, each with its `continued`; and ids of answer tokens."""
+        found = self.marks.split(group.text, answer=group.role == "assistant")
+        continued = [group.continued, *[self._opens_with_space] * len(found)]
+        return [part if isinstance(part, int) else (part, continued[n]) for n, part in enumerate(found)]
+
+    def _part_ids(self, part: tuple[str, bool] | int, known: Known) -> list[int]:
+        if isinstance(part, int):
+            return [part]
+        found = known.get(part)
+        text, continued = part
+        return encode(self.tokenizer, text, literal=False, continued=continued) if found is None else found
 
     def _token(self, name: str) -> int:
         found = single_id(self.tokenizer, name)

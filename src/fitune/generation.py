@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from fitune.adapters import disabled
+from fitune.encode import Encoder
 from fitune.errors import ModelError
 from fitune.methods import virtual
 from fitune.model import Tuned, causal_lm, computing, use_attention
@@ -33,11 +34,22 @@ class Sampling:
     seed: int | None = None
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """The part of a tokenizer that a streamer needs, with the encoder's own way to read ids."""
+
+    encoder: Encoder
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        """Text of ids."""
+        return self.encoder.text(ids)
+
+
 class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers has no types
     """Hands each finished piece of text to a function; waits for the rest of a character that is not whole."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, encoder: Encoder, on_text: Callable[[str], None]) -> None:
+        super().__init__(_Reader(encoder), skip_prompt=True)
         self.on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -167,7 +179,7 @@ def _generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=generation,
-            streamer=_Streamer(tuned.tokenizer, on_text) if on_text else None,
+            streamer=_Streamer(tuned.encoder, on_text) if on_text else None,
         )
     tuned.model.train(training)
     return [row[width:].tolist() for row in out]
@@ -176,4 +188,4 @@ def _generate(
 def _text(tuned: Tuned, ids: list[int]) -> str:
     """The new tokens up to the first stop token, as text."""
     end = next((n for n, i in enumerate(ids) if i in tuned.encoder.stop_ids), len(ids))
-    return tuned.template.answer_text(str(tuned.tokenizer.decode(ids[:end], skip_special_tokens=True)))
+    return tuned.template.answer_text(tuned.encoder.text(ids[:end]))

@@ -285,7 +285,7 @@ def inspect(
     folder = locate(config.model)
     words = tokenizer.load(folder)
     if config.new_tokens:
-        new_tokens.extend(words, config.new_tokens)
+        new_tokens.extend(words, config.new_tokens, config.answer_tokens)
     limit, vocabulary = _model_facts(folder, words)
     config = config.model_copy(update={"skip_bad": True, "val_share": 0.0})
     data = dataset.read(config, folder, words, limit=limit, vocabulary=vocabulary, watch=watch)

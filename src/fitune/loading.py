@@ -80,7 +80,8 @@ def load(
         **how,
     )
     quants.trust.notice(quants.faults(causal_lm(loaded)))
-    return Tuned(loaded, words, shape, Encoder(words, shape), _family(loaded))
+    encoder = Encoder(words, shape, answer_tokens=config.answer_tokens)
+    return Tuned(loaded, words, shape, encoder, _family(loaded))
 
 
 def base_of(run: RunFolder, config: RunConfig, model: str | Path | None = None) -> str:

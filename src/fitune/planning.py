@@ -194,7 +194,7 @@ def look(wanted: Asked, words: str | Path | None, watch: Watcher) -> Rows:
         return _without_tokenizer(config, shape, limit)
     assert folder is not None
     loaded = tokenizer.load(folder)
-    added = new_tokens.extend(loaded, config.new_tokens) if config.new_tokens else []
+    added = new_tokens.extend(loaded, config.new_tokens, config.answer_tokens) if config.new_tokens else []
     if config.data == [NO_DATA]:
         return replace(_no_data(config, limit), words=folder, added=added)
     found = dataset.read(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fitune import quant
+from fitune import quant, textchecks
 from fitune.batches import flat
 from fitune.config import RunConfig
 from fitune.encode import Encoder
@@ -311,6 +311,11 @@ def _some(p: Prepared) -> list[Conversation]:
     return [row for row in some if row.characters() <= PROBE_CHARACTERS]
 
 
+def answer_tokens(p: Prepared) -> Finding:
+    """See `textchecks.answer_tokens`."""
+    return textchecks.answer_tokens(p.encoder, p.conversations)
+
+
 def double_bos(p: Prepared) -> Finding:
     """Two BOS tokens at the start of a row."""
     bos = p.encoder.tokenizer.bos_token_id
@@ -394,6 +399,7 @@ DATA_RULES: tuple[Rule, ...] = (
     labels_empty,
     eos_supervised,
     stop_token_trained,
+    answer_tokens,
     double_bos,
     template_parity,
     label_border,

@@ -196,7 +196,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     folder = Path(config.model)
     model_config = read_config(folder)
     words = tokenizer.load(folder)
-    added = new_tokens.extend(words, config.new_tokens) if config.new_tokens else []
+    added = new_tokens.extend(words, config.new_tokens, config.answer_tokens) if config.new_tokens else []
     limit = getattr(model_config, "max_position_embeddings", None) or dataset.NO_LIMIT
     vocabulary = max([model_config.vocab_size, *(token.id + 1 for token in added)])
     limit -= methods.find(config.method).virtual_tokens(config)
