@@ -135,7 +135,7 @@ class Encoder:
         """What the template writes around texts, the parts of an answer left out."""
         turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
         try:
-            segments = self.template.render(turns)
+            segments = self.template.prompt(turns)
         except FituneError:  # it wants other turns; its own text has the names of its tokens too
             return json.dumps(self.template.as_dict(), ensure_ascii=False)
         return " ".join(s.token or s.text for s in segments if s.literal and not s.trained)
@@ -298,7 +298,16 @@ class Encoder:
 
     def _parts(self, group: _Group) -> list[tuple[str, bool] | int]:
         """A text in the parts that are encoded apart, each with its `continued`; and ids of answer tokens."""
-        found = self.marks.split(group.text, answer=group.role == "assistant")
+        found: list[str | int] = []
+        for segment in group.segments:
+            own = (
+                [segment.text]
+                if segment.literal
+                else self.marks.split(segment.text, answer=segment.role == "assistant")
+            )
+            if found and own and isinstance(found[-1], str) and isinstance(own[0], str):
+                found[-1], own = found[-1] + own[0], own[1:]  # encoded as one with what stands before it
+            found += own
         continued = [group.continued, *[self._opens_with_space] * len(found)]
         return [part if isinstance(part, int) else (part, continued[n]) for n, part in enumerate(found)]
 
@@ -330,7 +339,14 @@ class Encoder:
         left = [*(m for m in messages[:last] if m.role == "system"), *messages[last:]]
         if len(left) < len(messages):
             pieces = self._pieces(self._groups(left, draft.conversation.tools, draft.choose(left)), known)
-        return sum(len(piece.ids) for piece in pieces if not piece.group.cuttable), _length(pieces)
+        return sum(map(self._least, pieces)), _length(pieces)
+
+    def _least(self, piece: _Piece) -> int:
+        """Tokens of a piece that no cutting of a prompt takes away."""
+        if not piece.group.cuttable:
+            return len(piece.ids)
+        left = tuple(segment for segment in piece.group.segments if not _of_user(segment))
+        return len(self._ids(_Group(left, trained=False), {})) if left else 0
 
     def _cut(
         self,
