@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fitune
 import tiny
@@ -21,6 +21,7 @@ from fitune import cli, handover, tokenizer
 from fitune.encode import Encoder
 from fitune.errors import ConfigError, RunFolderError
 from fitune.handover import PIECES, hand_over, write_stops
+from fitune.records import Message
 from fitune.templates import TABLE, choose, user
 from fitune.templates.as_jinja import Frame, as_jinja, quoted
 
@@ -54,7 +55,7 @@ def test_the_templates_of_the_table_are_written_and_have_the_ids_of_training(nam
     assert done.proof.without == (["turns"] if name == "bloom" else [])
     encoder = Encoder(words, TABLE[name])
     for text in ("Name three rivers!", "再见。", "x\n\ny"):
-        expected = encoder.prompt([fitune.records.Message("user", text)])
+        expected = encoder.prompt([Message("user", text)])
         assert ids_elsewhere(tmp_path, [{"role": "user", "content": text}]) == expected
 
 
@@ -87,7 +88,7 @@ def test_bos_stands_once(tmp_path: Path) -> None:
     assert done.written
     ids = ids_elsewhere(tmp_path, [{"role": "user", "content": "hello"}])
     assert ids.count(2) == 1
-    assert ids == Encoder(words, TABLE["alpaca"]).prompt([fitune.records.Message("user", "hello")])
+    assert ids == Encoder(words, TABLE["alpaca"]).prompt([Message("user", "hello")])
 
 
 def merging_tokenizer() -> Any:
@@ -114,7 +115,7 @@ def test_what_cannot_be_one_text_is_not_written_and_says_so(tmp_path: Path) -> N
         [{"role": "user", "content": "Why?"}], chat_template=jinja, tokenize=False, add_generation_prompt=True
     )
     ids = [i for piece in text.split("\ue000") for i in plain(piece, add_special_tokens=False)["input_ids"]]
-    assert ids == Encoder(words, TABLE["alpaca"]).prompt([fitune.records.Message("user", "Why?")])
+    assert ids == Encoder(words, TABLE["alpaca"]).prompt([Message("user", "Why?")])
 
 
 def test_a_wrong_text_is_never_written(tmp_path: Path, monkeypatch) -> None:
@@ -228,6 +229,44 @@ def test_a_merged_model_ends_right_after_the_answer_in_plain_transformers(chatml
     quantized = fitune.quantize(tmp_path / "merged", tmp_path / "nf4")
     for name in ("generation_config.json", "chat_template.jinja", "README.md"):
         assert (Path(quantized.folder) / name).read_text() == (tmp_path / "merged" / name).read_text()
+
+
+def test_the_result_of_a_full_run_is_a_model_folder(chatml_run: Path, tmp_path: Path) -> None:
+    folder = chatml_run / "adapter"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    stop = tiny.make_tokenizer(CHATML).convert_tokens_to_ids("<|im_end|>")
+    assert model.generation_config.eos_token_id[0] == stop
+    ids = torch.tensor([ids_elsewhere(folder, [{"role": "user", "content": "Hello?"}])])
+    said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=60)[0, ids.shape[1] :]
+    assert said[-1] == stop
+    assert tiny.make_tokenizer(CHATML).decode(said[:-1]) == "the capital of Norland is Mira"
+    assert "library_name: transformers" in (folder / "README.md").read_text()
+    assert fitune.generate(folder, "Hello?") == fitune.generate(chatml_run, "Hello?")
+
+
+def test_an_adapter_brings_tokenizer_template_and_card(model_folder: Path, tmp_path: Path, data_file: Path) -> None:
+    fitune.train(model=model_folder, data=data_file, output=str(tmp_path / "run"), template="alpaca", max_steps=1)
+    folder = tmp_path / "run" / "adapter"
+    ids = ids_elsewhere(folder, [{"role": "user", "content": "Hello?"}])
+    words = tokenizer.load(model_folder)
+    assert ids == Encoder(words, TABLE["alpaca"]).prompt([Message("user", "Hello?")])
+    card = (folder / "README.md").read_text()
+    assert "PeftModel.from_pretrained" in card
+    assert "Model ID" not in card  # PEFT's own says nothing
+    assert not (folder / "model.safetensors.index.json").exists()
+
+
+def test_models_merged_before_get_it_when_they_are_quantized(chatml_run: Path, tmp_path: Path) -> None:
+    fitune.merge(chatml_run, tmp_path / "merged")
+    (tmp_path / "merged" / "chat_template.jinja").unlink()
+    (tmp_path / "merged" / "generation_config.json").write_text('{"eos_token_id": 1}')
+    (tmp_path / "merged" / "README.md").write_text("mine")
+    fitune.quantize(tmp_path / "merged", tmp_path / "nf4")
+    found = json.loads((tmp_path / "nf4" / "generation_config.json").read_text())
+    assert found["eos_token_id"][1] == 1
+    assert (tmp_path / "nf4" / "chat_template.jinja").is_file()
+    assert (tmp_path / "nf4" / "README.md").read_text() == "mine"
 
 
 def test_the_card_says_what_a_reader_needs(chatml_run: Path, tmp_path: Path) -> None:

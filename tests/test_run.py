@@ -20,7 +20,7 @@ from fitune import files
 from fitune.checkpoint import RunFolder
 from fitune.config import build
 from fitune.console import Watcher
-from fitune.errors import ConfigError, Interrupted, RunFolderError
+from fitune.errors import ConfigError, ModelError, Interrupted, RunFolderError
 from fitune.files import MANIFEST, TEMPORARY, is_whole, sha256
 from fitune.records import Finding
 from fitune.training import resume_config, train
@@ -159,8 +159,10 @@ def test_resume_keeps_its_settings_and_its_data(unbroken: Path, model_folder: Pa
         resume_config(str(run), {"seed": 7})
     with pytest.raises(ConfigError, match="lora rank=2"):
         resume_config(str(run), {"lora": {"rank": 2}})
-    same = {"seed": 42, "lora": {"rank": 4}, "take": [], "model": "elsewhere"}
+    same = {"seed": 42, "lora": {"rank": 4}, "take": [], "model": str(model_folder)}
     assert resume_config(str(run), same) == resume_config(str(run), {})
+    with pytest.raises(ModelError, match="elsewhere: no such folder"):
+        resume_config(str(run), {"model": "elsewhere"})
     rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
     with pytest.raises(RunFolderError, match="the data files changed"):
         train(resume_config(str(run), {}), resume=True)

@@ -112,7 +112,7 @@ def save(model: Any, folder: Path) -> None:
         save_file({name: p.cpu().contiguous() for name, p in new_tokens.rows(inner).items()}, folder / NEW_ROWS)
         (folder / NEW_IDS).write_text(json.dumps(new_tokens.ids(inner)), encoding="utf-8")
     if not isinstance(model, PeftModel):
-        save_file(trained(model), folder / WEIGHTS)
+        save_file(trained(model), folder / WEIGHTS, metadata={"format": "pt"})
         (folder / OWN_CONFIG).write_text(json.dumps(model.fitune_method, indent=1), encoding="utf-8")
         return
     as_lora = lora.pissa_as_lora(model, get_peft_model_state_dict(model, save_embedding_layers=False))

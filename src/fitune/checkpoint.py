@@ -6,7 +6,7 @@
       steps.jsonl                    one StepRecord a line
       checks.json                    what was found while it ran
       checkpoints/step-000120/       trainable, optimizer and RNG tensors, state.json, MANIFEST.json
-      adapter/                       the result, in PEFT's format or ours (adapters.py)
+      adapter/                       the result, PEFT's format or ours (adapters.py), and what others need with it
       plan.html  measured.json                     what it was to take, and what its largest step took
       answers.json  result.json  report.html       at the end
 

@@ -78,7 +78,7 @@ def export(model: str | Path, output: str | Path, *, to: str = "original", shard
         (place / "config.json").write_text(text, encoding="utf-8")
         for file in folder.iterdir():
             of_weights = file.suffix in (".safetensors", ".bin") or ".index." in file.name
-            if file.is_file() and not of_weights and file.name not in ("config.json", "generation_config.json"):
+            if file.is_file() and not of_weights and file.name != "config.json":
                 shutil.copyfile(file, place / file.name)
     return Exported(str(target), count, files)
 

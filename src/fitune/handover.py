@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from fitune import adapters
 from fitune.encode import Encoder
 from fitune.errors import FituneError
 from fitune.files import write_atomic
@@ -21,6 +24,7 @@ from fitune.records import Conversation, Message, ToolCall
 from fitune.templates import ChatTemplate, PieceTemplate, Template
 from fitune.templates.as_jinja import KINDS, Frame, as_jinja, quoted
 from fitune.templates.base import arguments, joined
+from fitune.weights import SAFE_INDEX, stored_dtype
 
 GENERATION = "generation_config.json"
 TEMPLATE = "fitune_template.json"  # the template itself, for fitune
@@ -125,6 +129,10 @@ class Handover:
         """For JSON."""
         return asdict(self)
 
+    def warnings(self) -> list[str]:
+        """What a user should know at the end of a run: why there is no chat template, or what it refuses."""
+        return self.lines() if not self.written or self.proof.without else []
+
     def lines(self) -> list[str]:
         """What a user should know, a line each."""
         stops = ", ".join(self.stops)
@@ -141,20 +149,66 @@ class Handover:
         return lines
 
 
-def hand_over(folder: Path, tokenizer: Any, template: Template) -> Handover:
+def as_model(folder: Path, model: Any, file: str) -> bool:
+    """Make a folder with all weights of a model, by transformers' names, a model folder; False: it cannot be one.
+
+    Args:
+        folder: gets config.json, generation_config.json and an index that names the file.
+        model: a transformers model, all of it trained.
+        file: the weights in the folder.
+    """
+    from transformers.conversion_mapping import extract_weight_conversions_for_model
+
+    if not type(model).__module__.startswith("transformers.") or extract_weight_conversions_for_model(model):
+        return False  # the published names, or layouts, are others
+    with safe_open(folder / file, "pt") as tensors:
+        names = set(tensors.keys())
+    trained = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in names}
+    if any(tensor.data_ptr() not in trained for tensor in model.state_dict().values()):
+        return False
+    model.config.save_pretrained(str(folder))
+    if model.generation_config is not None:
+        write_atomic(folder / GENERATION, model.generation_config.to_json_string(use_diff=True))
+    index = {
+        "metadata": {"total_size": (folder / file).stat().st_size},
+        "weight_map": dict.fromkeys(sorted(names), file),
+    }
+    write_atomic(folder / SAFE_INDEX, json.dumps(index, indent=2) + "\n")
+    config = {**_read(folder / "config.json"), "dtype": str(stored_dtype(folder)).removeprefix("torch.")}
+    write_atomic(folder / "config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+    return True
+
+
+def of_run(folder: Path, model: Any, tokenizer: Any, template: Template) -> Handover:
+    """What a run trained, as others load it: a model folder where all was trained (method full), else an adapter.
+
+    Args:
+        folder: the run's adapter folder.
+        model: the transformers model in it.
+        tokenizer: the run's.
+        template: the run's.
+    """
+    own = (folder / adapters.OWN_CONFIG).is_file()
+    if own and adapters.read_own(folder).method == "full" and not (folder / adapters.NEW_IDS).is_file():
+        as_model(folder, model, adapters.WEIGHTS)
+    return hand_over(folder, tokenizer, template, getattr(model.generation_config, "eos_token_id", None))
+
+
+def hand_over(folder: Path, tokenizer: Any, template: Template, stops_of_base: Any = None) -> Handover:
     """Write the tokenizer, the chat template and the stop tokens into a model's folder.
 
     Args:
         folder: holds config.json and weights already.
         tokenizer: the run's.
         template: the run's.
+        stops_of_base: the base's eos_token_id, for a folder that does not say it.
     """
     encoder = Encoder(tokenizer, template)
     own = copy.copy(tokenizer)
     own.chat_template = None
     own.save_pretrained(str(folder))
     (folder / TEMPLATE).write_text(json.dumps(template.as_dict(), ensure_ascii=False), encoding="utf-8")
-    ids = write_stops(folder, encoder.stop_ids, encoder.stop_id)
+    ids = write_stops(folder, encoder.stop_ids, encoder.stop_id, stops_of_base)
     stops = [str(name) for name in tokenizer.convert_ids_to_tokens(ids)]
     plain = _as_others_load_it(folder)
     if isinstance(plain, str):
@@ -168,7 +222,7 @@ def hand_over(folder: Path, tokenizer: Any, template: Template) -> Handover:
     return Handover(template.name, stops, ids, jinja is not None, proof, reason, exceptions, pieces)
 
 
-def write_stops(folder: Path, trained: Sequence[int], first: int) -> list[int]:
+def write_stops(folder: Path, trained: Sequence[int], first: int, of_base: Any = None) -> list[int]:
     """Put ids that end an answer into generation_config.json, before those of the base; all of them.
 
     The file is changed in place: published ones hold settings that transformers refuses to save again.
@@ -176,7 +230,7 @@ def write_stops(folder: Path, trained: Sequence[int], first: int) -> list[int]:
     path = folder / GENERATION
     values = _read(path)
     config = _read(folder / "config.json")
-    of_base = values.get("eos_token_id", config.get("eos_token_id"))
+    of_base = values.get("eos_token_id", config.get("eos_token_id", of_base))
     base = of_base if isinstance(of_base, list) else [of_base]
     ids = list(dict.fromkeys(i for i in (first, *trained, *base) if isinstance(i, int)))
     write_atomic(path, json.dumps({**values, "eos_token_id": ids}, ensure_ascii=False, indent=2) + "\n")

@@ -12,14 +12,16 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from fitune.adapters import PEFT_CONFIG
 from fitune.checkpoint import RunFolder
 from fitune.config import RunConfig
+from fitune.files import write_atomic
 from fitune.handover import BORDER, PIECES, Handover
 from fitune.hub import revision_of
 from fitune.templates.as_jinja import KINDS
 
 CARD = "README.md"
-Kind = Literal["model", "adapter"]
+Kind = Literal["model", "adapter", "saved"]  # saved: what only fitune puts on its base
 FIGURES = {
     "base_held_out_loss": "held-out loss of the base model",
     "held_out_loss_before": "held-out loss before training",
@@ -34,9 +36,11 @@ FIGURES = {
 UNSAID = ("model", "data", "eval_data", "output", "cache", "adapter", "device", "force", "sample_prompts")
 
 
-def write(folder: Path, name: str, run: RunFolder, config: RunConfig, handed: Handover, kind: Kind = "model") -> None:
+def write(folder: Path, name: str, run: RunFolder, config: RunConfig, handed: Handover) -> None:
     """Write the card into a folder that fitune made itself."""
-    (folder / CARD).write_text(card(name, run, config, handed, kind), encoding="utf-8", newline="\n")
+    kind: Kind = "adapter" if (folder / PEFT_CONFIG).is_file() else "saved"
+    kind = "model" if (folder / "config.json").is_file() else kind
+    write_atomic(folder / CARD, card(name, run, config, handed, kind))
 
 
 def card(name: str, run: RunFolder, config: RunConfig, handed: Handover, kind: Kind = "model") -> str:
@@ -47,13 +51,13 @@ def card(name: str, run: RunFolder, config: RunConfig, handed: Handover, kind: K
         run: of which it speaks; what is not there is left out.
         config: the run's.
         handed: the template and the stop tokens.
-        kind: a whole model, or an adapter for the base.
+        kind: a whole model, an adapter for the base in PEFT's format, or what only fitune puts on the base.
     """
     base, hub = _base(config.model)
     head = ["---", *([f"base_model: {base}"] if hub else []), "license: unknown", "pipeline_tag: text-generation"]
     head += [f"library_name: {'peft' if kind == 'adapter' else 'transformers'}", "tags:", "- fitune"]
     head += [f"- {config.method}", "---"]
-    what = "An adapter for" if kind == "adapter" else "Made from"
+    what = "Made from" if kind == "model" else "An adapter for"
     parts = [
         "\n".join(head),
         f"# {name}",
@@ -84,6 +88,8 @@ def _revision(model: str) -> str:
 
 
 def _use(handed: Handover, kind: Kind, base: str) -> str:
+    if kind == "saved":
+        return f"fitune puts it on the base model:\n\n{_shell('fitune chat RUN', 'fitune merge RUN --output DIR')}"
     load = 'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")'
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if kind == "adapter":
@@ -101,11 +107,14 @@ def _use(handed: Handover, kind: Kind, base: str) -> str:
         lines += [f"ids = model.generate(inputs, max_new_tokens=256{stops})", "start = inputs.shape[1]"]
         lines.insert(0, "import torch")
     else:
-        folder = "RUN" if kind == "adapter" else "FOLDER"
-        talk = f"```bash\nfitune chat {folder}\n```"
+        talk = _shell(f"fitune chat {'RUN' if kind == 'adapter' else 'FOLDER'}")
         return f"No text renders this template's prompts, so take fitune, which makes them:\n\n{talk}"
     lines.append("print(tokenizer.decode(ids[0, start:], skip_special_tokens=True))")
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _shell(*commands: str) -> str:
+    return "\n".join(("```bash", *commands, "```"))
 
 
 def _by_pieces() -> list[str]:

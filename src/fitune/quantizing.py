@@ -22,11 +22,12 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from fitune import quant as quants
-from fitune import tokenizer, weights
+from fitune import templates, tokenizer, weights
 from fitune.charts import NARROW, WIDE, Series, line_chart
 from fitune.config import QuantOptions, quant_options
 from fitune.errors import FituneError, ModelError
 from fitune.files import check_new, whole_folder
+from fitune.handover import TEMPLATE, hand_over
 from fitune.model import load_model, locate, quantized_as, read_config
 from fitune.pages import render
 from fitune.quant.absmax import outlier_columns
@@ -159,6 +160,9 @@ def _write(model: Any, folder: Path, target: Path, layers: list[LayerError], opt
             of_weights = file.suffix in (".safetensors", ".bin") or ".index." in file.name
             if file.is_file() and not of_weights and not (place / file.name).exists():
                 shutil.copyfile(file, place / file.name)
+        if (folder / TEMPLATE).is_file():  # what a run has made answers as the run did, whichever version merged it
+            words = tokenizer.load(folder)
+            hand_over(place, words, templates.from_dict(tokenizer.read_json(folder / TEMPLATE), words))
         table = [asdict(layer) for layer in layers]
         (place / "quantization.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
         page = render(

@@ -21,7 +21,21 @@ from typing import Any
 
 import torch
 
-from fitune import adapters, environment, given, guards, hub, methods, optim, planview, precision, preflight, report
+from fitune import (
+    adapters,
+    environment,
+    given,
+    guards,
+    handover,
+    hub,
+    methods,
+    modelcard,
+    optim,
+    planview,
+    precision,
+    preflight,
+    report,
+)
 from fitune.batches import in_order
 from fitune.checkpoint import Loaded, RunFolder, restore_rng
 from fitune.config import RunConfig, build, merge
@@ -471,7 +485,11 @@ def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) ->
         seconds=seconds,
         history=tuple(records),
     )
+    handed = handover.of_run(run.adapter, causal_lm(job.tuned.model), job.tuned.tokenizer, job.tuned.template)
     run.write("result", result.as_dict())
+    modelcard.write(run.adapter, run.path.name, run, job.config, handed)
+    for line in handed.warnings():
+        watch.say(line)
     report.write(run)
     return result
 
