@@ -20,7 +20,7 @@ from fitune import files
 from fitune.checkpoint import RunFolder
 from fitune.config import build
 from fitune.console import Watcher
-from fitune.errors import ConfigError, ModelError, Interrupted, RunFolderError
+from fitune.errors import ConfigError, Interrupted, ModelError, RunFolderError
 from fitune.files import MANIFEST, TEMPORARY, is_whole, sha256
 from fitune.records import Finding
 from fitune.training import resume_config, train
