@@ -22,7 +22,7 @@ from fitune.encode import Encoder
 from fitune.errors import ConfigError, RunFolderError
 from fitune.handover import PIECES, hand_over, write_stops
 from fitune.records import Message
-from fitune.templates import TABLE, choose, user
+from fitune.templates import TABLE, choose, from_dict, user
 from fitune.templates.as_jinja import Frame, as_jinja, quoted
 
 BUNDLED = Path(fitune.__file__).parent / "bundled" / "model"
@@ -343,3 +343,34 @@ def test_runs_of_before_have_no_digest_of_values(moved: tuple[Path, Path]) -> No
     del data["inputs"]["the base's values"]
     (run / "data.json").write_text(json.dumps(data))
     assert isinstance(fitune.load(run, model=new).device, torch.device)
+
+
+THINKING = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' -%}"
+    "{%- if loop.last -%}{{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif -%}"
+    "{%- endif -%}{{ m.content + '<|im_end|>\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize("jinja", [
+    THINKING, THINKING.replace("assistant\\n' }}{%- endif -%}", "assistant\\n<think>\\n' }}{%- endif -%}"),
+    "{{ strftime_now('%d %b %Y') }}" + tiny.CHAT,
+    {"default": tiny.CHAT, "tool_use": "{{ tools | tojson }}" + tiny.CHAT},
+], ids=["last turn thinks", "thought opened", "date", "two templates"])  # fmt: skip
+def test_chat_templates_of_today_are_kept_and_proved(jinja: Any, tmp_path: Path) -> None:
+    words = tiny.make_tokenizer([*CHATML, "<think>", "</think>"])
+    words.chat_template = jinja
+    template = choose("chat_template", words)
+    if isinstance(jinja, str) and "strftime_now" in jinja:  # a run of long ago
+        template = from_dict({**template.as_dict(), "date": "2024-07-26"}, words)
+    done = hand_over(tmp_path, words, template)
+    assert done.written
+    assert not done.proof.differing
+    assert len(done.proof.same) >= 12
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    if "strftime_now" in jinja:
+        text = plain.apply_chat_template([{"role": "user", "content": "-"}], tokenize=False)
+        assert text.startswith("26 Jul 2024")  # what the model was tuned on, whatever day it is
+    else:
+        assert plain.chat_template == jinja

@@ -30,6 +30,7 @@ GENERATION = "generation_config.json"
 TEMPLATE = "fitune_template.json"  # the template itself, for fitune
 PIECES = "fitune_prompt.jinja"  # the prompt with a mark between its pieces, where no chat_template can be written
 BORDER = "\ue000"  # the mark: a character for private use
+Jinja = str | dict[str, str]  # a chat template, or several by name
 LEAST = 10  # conversations that must be the same
 
 
@@ -215,7 +216,7 @@ def hand_over(folder: Path, tokenizer: Any, template: Template, stops_of_base: A
         return Handover(template.name, stops, ids, written=False, proof=Proof(), reason=plain)
     jinja, proof, reason = _best(encoder, plain)
     if jinja is not None:
-        own.chat_template = _among_others(tokenizer, jinja)
+        own.chat_template = jinja
         own.save_pretrained(str(folder))
     pieces = (jinja is None or bool(proof.without)) and _write_pieces(folder, encoder, plain)
     exceptions = _exceptions(jinja, plain, encoder) if jinja is not None else []
@@ -252,21 +253,16 @@ def _as_others_load_it(folder: Path) -> Any:
         return f"transformers has no class for this tokenizer ({' '.join(str(error).split())[:120]})"
 
 
-def _among_others(tokenizer: Any, jinja: str) -> Any:
-    """The chat template; where the tokenizer has several by name and this is one of them, all of them."""
-    found = getattr(tokenizer, "chat_template", None)
-    return {**found, "default": jinja} if isinstance(found, dict) and "default" in found else jinja
-
-
 # ---- the proof ----
 
 
-def _best(encoder: Encoder, plain: Any) -> tuple[str | None, Proof, str]:
+def _best(encoder: Encoder, plain: Any) -> tuple[Jinja | None, Proof, str]:
     """The Jinja text to write, or None; its proof, or that of the best attempt; why there is none."""
     template = encoder.template
     if isinstance(template, ChatTemplate):
-        text = template.for_others()
-        return text, prove(text, plain, encoder), ""
+        changed = template.date is not None or template.options
+        own = template.for_others() if changed else template.jinja
+        return own, prove(own, plain, encoder), ""
     if not isinstance(template, PieceTemplate):
         return None, Proof(), "its control ids are written by no text"
     attempts = []
@@ -301,11 +297,11 @@ def _to_leave_out(proof: Proof) -> list[str]:
     )
 
 
-def prove(jinja: str, plain: Any, encoder: Encoder, without: Sequence[str] = ()) -> Proof:
+def prove(jinja: Jinja, plain: Any, encoder: Encoder, without: Sequence[str] = ()) -> Proof:
     """Compare ids, conversation by conversation; those that the run's template has no place for are left out.
 
     Args:
-        jinja: the Jinja text.
+        jinja: the Jinja text, or several by name.
         plain: the tokenizer as plain transformers loads it.
         encoder: of the run.
         without: kinds of conversations that the text must refuse.
@@ -336,15 +332,15 @@ def _expected(encoder: Encoder, conversation: Conversation) -> list[int] | None:
 
 
 def _rendered(
-    jinja: str, plain: Any, conversation: Conversation, encoder: Encoder, *, tokenize: bool = True, **how: Any
+    jinja: Jinja, plain: Any, conversation: Conversation, encoder: Encoder, *, tokenize: bool = True, **how: Any
 ) -> Any:
     """What transformers makes of a conversation: ids, or a text; None: the Jinja text refuses it."""
     in_place = isinstance(encoder.template, PieceTemplate)
+    plain.chat_template = jinja  # of several, transformers takes the one for tools where there are some
     try:
         return plain.apply_chat_template(
             [as_message(m, context=in_place) for m in conversation.messages],
             tools=[dict(tool) for tool in conversation.tools] or None,
-            chat_template=jinja,
             add_generation_prompt=conversation.messages[-1].role != "assistant",
             tokenize=tokenize,
             return_dict=False,
@@ -367,7 +363,7 @@ def as_message(message: Message, *, context: bool) -> dict[str, Any]:
     return values
 
 
-def _exceptions(jinja: str, plain: Any, encoder: Encoder) -> list[str]:
+def _exceptions(jinja: Jinja, plain: Any, encoder: Encoder) -> list[str]:
     """What a user may type that others encode otherwise than fitune, whatever the template."""
     found = []
     named = next((t for t in plain.all_special_tokens if plain.convert_tokens_to_ids(t) in encoder.stop_ids), None)
