@@ -42,6 +42,9 @@ def read(tmp_path: Path, rows: list[Any], **how: Any) -> tuple[list[Conversation
         ({"Question": "Sky?", "Response": "Blue."}, "question/response"),
         ({"问题": "Sky?", "回答": "Blue."}, "问题/回答"),
         ({"问": "Sky?", "答": "Blue."}, "问/答"),
+        ({"problem": "Sky?", "solution": "Blue."}, "problem/solution"),
+        ({"Human": "Sky?", "Assistant": "Blue."}, "human/assistant"),
+        ({"q": "Sky?", "a": "Blue."}, "q/a"),
         ({"指令": "Sky?", "输入": "", "输出": "Blue."}, "指令/输出"),
         ({"输入": "Sky?", "输出": "Blue."}, "输入/输出"),
         ({"input": "Sky?", "output": "Blue."}, "input/output"),
@@ -225,6 +228,26 @@ def test_rows_have_weights_too_and_notes_say_what_was_taken(tmp_path: Path) -> N
     (row,), report = read(tmp_path, [{"messages": turns, "weight": 0.5}])
     assert [m.weight for m in row.messages] == [1, 0.5, 1, 0]
     assert "1 row with answers of weight 0: context only" in report.notes
+
+
+@pytest.mark.parametrize(
+    "row", [["Sky?", "Blue."], [["Sky?", "Blue."]], TALK["messages"], [{"human": "Sky?", "assistant": "Blue."}]]
+)
+def test_a_list_alone_is_a_conversation(row: list[Any]) -> None:
+    assert convert(row).messages == PLAIN
+
+
+def test_a_thought_in_a_turn_goes_to_the_answer_after_it() -> None:
+    turns = [TALK["messages"][0], {"role": "reasoning", "content": "It is day."}, TALK["messages"][1]]
+    assert convert({"messages": turns}).messages == (PLAIN[0], Message("assistant", "Blue.", thought="It is day."))
+    assert "messages[1]: a thought without an answer after it" in refused({"messages": turns[:2]})
+
+
+def test_columns_can_be_mapped_to_thoughts_and_weights() -> None:
+    row = {"Question": "Sky?", "CoT": "It is day.", "Answer": "Blue.", "quality": 0.5}
+    columns = {"Question": "question", "Answer": "answer", "CoT": "reasoning_content", "quality": "weight"}
+    assert convert(row, columns=columns).messages[1] == Message("assistant", "Blue.", thought="It is day.", weight=0.5)
+    assert unused(row, "question/answer", columns) == []
 
 
 def test_a_thought_in_a_column_goes_to_the_answer(tmp_path: Path) -> None:

@@ -88,6 +88,11 @@ KINDS: list[tuple[str, bytes | str | list[dict], list[int]]] = [
     ("wrapped.json", json.dumps({"version": 1, "data": ROWS}), [1, 1]),
     ("wrapped.jsonl", json.dumps({"rows": ROWS}, indent=1), [3, 7]),
     ("train.json", json.dumps({"test": ROWS[:1], "train": ROWS}), [1, 1]),
+    ("columns.json", json.dumps({key: {str(n): row[key] for n, row in enumerate(ROWS)} for key in ROWS[0]}), [1, 2]),
+    ("numbers.json", json.dumps({str(n): row for n, row in enumerate(ROWS)}), [1, 2]),
+    ("lists.json", json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}), [1, 2]),
+    ("tabs.csv", CSV.replace(",hi", "\thi").replace(",3", "\t3").replace("prompt,", "prompt\t"), [2, 3]),
+    ("semicolons.csv", CSV.replace(",hi", ";hi").replace(",3", ";3").replace("prompt,", "prompt;"), [2, 3]),
     ("named.json", "\n\n" + json.dumps({"my_rows": ROWS}), [3, 3]),
     ("viewer.json", json.dumps({"features": [], "rows": [{"row_idx": 0, "row": row} for row in ROWS]}), [1, 1]),
     (
@@ -318,6 +323,15 @@ def test_one_row_alone_in_a_file_is_no_wrapper(tmp_path: Path, line: dict) -> No
     path = write(tmp_path / "a.jsonl", json.dumps(line))
     assert found(path) == [(line, 1)]
     assert load([str(path)], DataReport())[0].messages == (Message("user", "a"), Message("assistant", "b"))
+
+
+def test_a_list_of_turns_a_line_is_a_conversation_a_line(tmp_path: Path) -> None:
+    talks = [[{"role": "user", "content": str(n)}, {"role": "assistant", "content": "b"}] for n in range(3)]
+    lines = write(tmp_path / "a.jsonl", "".join(json.dumps(talk) + "\n" for talk in talks))
+    whole = write(tmp_path / "a.json", json.dumps(talks))
+    assert [row for row, _ in found(lines)] == [row for row, _ in found(whole)] == talks
+    assert [line for _, line in found(lines)] == [1, 2, 3]
+    assert [row.messages[0].content for row in load([str(lines)], DataReport())] == ["0", "1", "2"]
 
 
 def book(path: Path, sheets: dict[str, list[list]]) -> Path:

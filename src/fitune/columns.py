@@ -16,7 +16,8 @@ IGNORE = "ignore"  # what a column is mapped to that is to be left alone
 MEDIA = ("image", "images", "image_path", "image_url", "video", "videos", "audio", "audios")
 LABELS = ("label", "kto_tag")  # of KTO: is the answer a good one? Only where true or false; else it is any column
 FLAGS = ("loss", "train", "trainable")  # of a row, where true or false: a number may be a loss that was measured
-WEIGHTS = ("weight", "loss_weight", "sample_weight")  # of a row, where a number
+WEIGHTS = ("weight", "loss_weight", "loss_scale", "sample_weight")  # of a row, where a number
+FIELDS = frozenset({IGNORE, *THOUGHTS, *FLAGS, *WEIGHTS, *LABELS})  # what a column may be mapped to, in any format
 MOST = 10.0  # a weight above it is more likely that of a parcel
 OTHERWISE = "if the column means something else: --map {}=ignore"
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fitune.columns import IGNORE, propose, refuse, sizes, taken, used, weight
+from fitune.columns import FIELDS, IGNORE, propose, refuse, sizes, taken, used, weight
 from fitune.errors import ConfigError, DataError, did_you_mean, shorten
 from fitune.fields import FieldError, Row, listed, missing, text_of
 from fitune.records import SPAN, Conversation, Message, Source
-from fitune.turns import LEAVE_OUT, ROLE_KEYS, ending_in_answer, thought_of, turns_of, unused_keys
+from fitune.turns import LEAVE_OUT, PAIRS, ROLE_KEYS, ending_in_answer, thought_of, turns_of, unused_keys
 
 SYSTEMS, HISTORIES = ("system", "system_prompt", "系统"), ("history", "历史")
 SHORT = (
@@ -158,6 +158,15 @@ def _format(name: str, keys: str, more: str, convert: Callable[[Row], list[Messa
     return Format(name, frozenset(keys.split()), frozenset([*keys.split(), *more.split()]), convert)
 
 
+KNOWN = {
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("query", "response"),
+    ("prompt", "response"),
+    ("question", "answer"),
+}  # pairs that have more to say, above the others in FORMATS
+
+
 def _pair(prompt: str, answer: str, context: str = "", name: str = "") -> Format:
     more = f"{context} tools {' '.join((*SYSTEMS, *HISTORIES))}"
     return _format(name or f"{prompt}/{answer}", f"{prompt} {answer}", more, _asked_and_said(prompt, answer, context))
@@ -185,13 +194,10 @@ FORMATS = (
     _pair("prompt", "response"),
     _pair("question", "answer", "context"),
     _pair("question", "response"),
+    _pair("problem", "solution"),
     _pair("inputs", "targets"),
-    _pair("input", "output"),
     _pair("指令", "输出", "输入"),
-    _pair("输入", "输出"),
-    _pair("问题", "回答"),
-    _pair("问题", "答案"),
-    _pair("问", "答"),
+    *(_pair(*names) for names in PAIRS if names not in KNOWN),
     _talk("conversation"),
     _talk("dialogue"),
     _talk("dialog"),
@@ -219,7 +225,7 @@ def check(name: str, columns: Mapping[str, str]) -> None:
     if name != "auto" and name not in NAMES:
         raise ConfigError(f"unknown format {name!r}", fix=did_you_mean(name, ["auto", *NAMES]))
     known = NAMES[name].uses if name != "auto" else frozenset().union(*(fmt.uses for fmt in FORMATS))
-    known |= {IGNORE}
+    known |= FIELDS
     fields = [field for field in columns.values() if field != IGNORE]
     for column, field in columns.items():
         if field not in known:
@@ -241,7 +247,8 @@ def _first(row: Row, mapped: set[str], name: str = "auto") -> Format | None:
 
 def _known(name: str, mapped: set[str]) -> list[Format]:
     """The formats that a row may have; where columns were mapped, those that use them all."""
-    return [NAMES[name]] if name != "auto" else [fmt for fmt in FORMATS if mapped <= fmt.uses] or list(FORMATS)
+    wanted = mapped - FIELDS
+    return [NAMES[name]] if name != "auto" else [fmt for fmt in FORMATS if wanted <= fmt.uses] or list(FORMATS)
 
 
 def _find(row: Row, name: str, mapped: set[str]) -> Format:
@@ -249,9 +256,9 @@ def _find(row: Row, name: str, mapped: set[str]) -> Format:
     if fmt := _first(row, mapped, name):
         return fmt
     known = _known(name, mapped)
-    near = max(known, key=lambda fmt: len(fmt.keys & row.keys()))
+    near = max(known, key=lambda fmt: len(_there(fmt, row)))
     expected = "; ".join(f"{fmt.name}: {', '.join(sorted(fmt.keys))}" for fmt in known) if name != "auto" else SHORT
-    if not near.keys & row.keys() and name == "auto":
+    if not _there(near, row) and name == "auto":
         raise FieldError("", UNKNOWN, received=_names(row), expected=expected)
     absent = sorted(near.keys - row.keys())[0]
     texts = sizes(row)
@@ -259,11 +266,16 @@ def _find(row: Row, name: str, mapped: set[str]) -> Format:
     raise FieldError(absent, f"missing (a row of {near.name})", received=_names(row), expected=expected, fix=fix)
 
 
+def _there(fmt: Format, row: Row) -> set[str]:
+    """The keys of a format that a row has; a column `a` or `问` alone says too little."""
+    return {key for key in fmt.keys & row.keys() if len(key) > 1}
+
+
 def _understood(row: Row, name: str, columns: Mapping[str, str]) -> Mapping[str, str]:
     """The column map, with `Question` read as `question` where that makes a format of the row."""
     if name != "auto" or _first(*_renamed(row, columns)) is not None:
         return columns
-    known = frozenset().union(*(fmt.uses for fmt in FORMATS))
+    known = FIELDS.union(*(fmt.uses for fmt in FORMATS))
     lower = {key: key.strip().lower() for key in row if isinstance(key, str) and key not in columns}
     lower = {key: small for key, small in lower.items() if key != small and small not in row and small in known}
     return {**lower, **columns} if lower and _first(*_renamed(row, {**lower, **columns})) is not None else columns
@@ -275,6 +287,12 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> tuple[Row, set[str]]:
     fields = set(present.values()) - {IGNORE}
     rest = {key: value for key, value in row.items() if key not in present and key not in fields}
     return rest | {field: row[column] for column, field in present.items() if field != IGNORE}, fields
+
+
+def framed(row: object) -> Any:
+    """A row, which may be a conversation without a frame: a list of turns."""
+    turns = isinstance(row, list) and bool(row) and isinstance(row[0], (str, list, dict))
+    return {"messages": row} if turns else row
 
 
 def to_conversation(
@@ -293,6 +311,7 @@ def to_conversation(
     """
     columns = columns or {}
     try:
+        row = framed(row)
         if not isinstance(row, dict):
             raise FieldError("", "not a row", received=shorten(row), expected="an object")
         columns = _understood(row, name, columns)

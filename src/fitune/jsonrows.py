@@ -35,7 +35,11 @@ def read_json(path: Path, notice: Notice) -> Iterator[Item]:
         else:
             raise DataError("the file is empty", file=path, expected="rows to train on")
         if line.lstrip().startswith("["):
-            yield from _parse_array("\n" * blank + line + "".join(lines), str(path))
+            text = "".join(lines)
+            if text.strip() and _is_conversation(line):  # a conversation a line
+                yield from _parse_lines(chain([line], StringIO(text, newline="\n")), str(path), blank + 1)
+            else:
+                yield from _parse_array("\n" * blank + line + text, str(path))
             return
         rest: Iterable[str] = lines
         if line.lstrip().startswith("{"):
@@ -49,6 +53,17 @@ def read_json(path: Path, notice: Notice) -> Iterator[Item]:
             else:
                 rest = chain([following], lines)
         yield from _parse_lines(chain([line], rest), str(path), blank + 1)
+
+
+def _is_conversation(line: str) -> bool:
+    """A list of turns, and not of rows, that is closed at the end of its line."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return bool(values) and all(
+        isinstance(one, (str, list)) or (isinstance(one, dict) and one.keys() & set(ROLE_KEYS)) for one in values
+    )
 
 
 def _is_row(line: str) -> bool:
@@ -67,6 +82,10 @@ def _wrapped(text: str, path: Path, notice: Notice, blank: int) -> Iterator[Item
         return None
     lists = [name for name, value in values.items() if _holds_rows(name, value, alone=len(values) == 1)]
     if not lists:
+        table = _of_table(values)
+        if table is not None:
+            notice(f"{path}: read as a table, as pandas writes it")
+            return ((row, Source(str(path), number)) for number, row in enumerate(table, 1))
         return None
     chosen = next((name for name in WRAPPERS if name in lists), lists[0])
     others = ", ".join(name for name in lists if name != chosen)
@@ -75,6 +94,21 @@ def _wrapped(text: str, path: Path, notice: Notice, blank: int) -> Iterator[Item
     padded = "\n" * blank + text
     rows = _elements(padded, str(path), blank + places[chosen])
     return (_unpacked(item, columns) for item in rows)
+
+
+def _of_table(values: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The rows of a table that pandas wrote: columns of {number: cell}, rows by their number, or columns as lists."""
+    inner = list(values.values())
+    if not inner:
+        return None
+    if all(isinstance(one, dict) and one and one.keys() == inner[0].keys() for one in inner):
+        if all(name.isdigit() for name in inner[0]):
+            return [{name: column[at] for name, column in values.items()} for at in inner[0]]
+        return inner if all(name.isdigit() for name in values) else None
+    texts = (isinstance(one, list) and len(one) > 1 and all(isinstance(cell, str) for cell in one) for one in inner)
+    if len(inner) > 1 and all(texts) and len({len(one) for one in inner}) == 1:
+        return [dict(zip(values, cells, strict=True)) for cells in zip(*inner, strict=True)]
+    return None
 
 
 def _members(text: str) -> tuple[dict[str, Any], dict[str, int]]:

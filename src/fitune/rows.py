@@ -213,7 +213,7 @@ def _file(path: Path, source: DataSource, state: _State) -> Iterator[Conversatio
         try:
             if isinstance(item, DataError):
                 raise item
-            row, where = item
+            row, where = formats.framed(item[0]), item[1]
             conversation = formats.to_conversation(row, where, name=source.format or "auto", columns=source.map)
         except DataError as error:
             state.refuse(error, row)

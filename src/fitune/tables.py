@@ -9,6 +9,7 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ def read_csv(path: Path, notice: Notice, *, delimiter: str) -> Iterator[Item]:
     """Rows below a header; a quoted cell may hold line breaks, and the row's line is the one it starts on."""
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long answer
     with lines_of(path, notice, newline="") as lines:
+        first = next(lines, "")
+        if delimiter == "," and (other := _other_delimiter(first)):
+            delimiter = other
+            notice(f"{path}: its cells are separated by {other!r}")
+        lines = chain([first], lines)
         table = _csv_rows(csv.reader(lines, delimiter=delimiter, strict=True), str(path))
         line, header = next(table, (1, []))
         if not header:
@@ -38,6 +44,11 @@ def read_csv(path: Path, notice: Notice, *, delimiter: str) -> Iterator[Item]:
                     expected=f"{len(header)}: {', '.join(header)}",
                     fix='put cells that hold a separator or a line break into "quotes"',
                 )
+
+
+def _other_delimiter(header: str) -> str | None:
+    """What separates the cells of a file that is called CSV and has no comma in its header."""
+    return None if "," in header else next((mark for mark in ("\t", ";") if mark in header), None)
 
 
 def _refuse_twice(header: Sequence[str], path: Path, line: int) -> None:

@@ -31,9 +31,9 @@ TURN_IDS = {"name", "id", "tool_call_id"}  # tie results to calls; templates go 
 PAIRS = (  # a question and its answer in one object, or two texts in a list
     ("human", "assistant"), ("user", "assistant"), ("human", "bot"), ("human", "gpt"), ("question", "answer"),
     ("query", "response"), ("prompt", "response"), ("prompt", "completion"), ("instruction", "output"),
-    ("input", "output"), ("q", "a"), ("问题", "回答"), ("问", "答"),
+    ("input", "output"), ("q", "a"), ("输入", "输出"), ("问题", "回答"), ("问题", "答案"), ("问", "答"),
 )  # fmt: skip
-THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")  # keys; as a role, a turn before the answer
 # What of a turn is trained: OpenAI and Mistral say weight, ms-swift loss and loss_scale, LLaMA-Factory loss_weight,
 # axolotl train and training. MASKS say the contrary.
 WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask", "train", "training", "trainable")
@@ -60,9 +60,14 @@ def turns_of(value: object, where: str) -> list[Message]:
     if all(isinstance(turn, str) for turn in turns):  # question, answer, question, answer
         return [Message("assistant" if n % 2 else "user", text) for n, text in enumerate(turns)]
     messages: list[Message] = []
+    thought = ""
     for n, turn in enumerate(turns):
         place = f"{where}[{n}]"
+        if isinstance(turn, dict) and _role(turn)[1] in THOUGHTS:
+            thought = _thought_alone(turn, turns[n + 1 :], place)
+            continue
         for message in _turn(turn, place):
+            message, thought = replace(message, thought=thought or message.thought), ""
             if message.role == "system" and messages:
                 raise FieldError(f"{place}.role", "a system message after the first turn", received="system")
             if messages and _goes_on(messages[-1], message, turn):
@@ -70,6 +75,21 @@ def turns_of(value: object, where: str) -> list[Message]:
             else:
                 messages.append(message)
     return messages
+
+
+def _thought_alone(turn: Mapping[str, Any], after: list[Any], where: str) -> str:
+    """A thought in a turn of its own: it belongs to the answer that follows."""
+    role = _role(after[0])[1] if after and isinstance(after[0], dict) else ""
+    if ROLES.get(role) != "assistant" and role not in CALLS:
+        raise FieldError(
+            where, "a thought without an answer after it", received=role or "the end", expected="assistant"
+        )
+    text, thought = _content(turn.get(_text_key(turn)), f"{where}.{_text_key(turn)}", required=True)
+    return text or thought
+
+
+def _text_key(turn: Mapping[str, Any]) -> str:
+    return next((key for key in TEXT_KEYS if turn.get(key) is not None), "value" if "value" in turn else "content")
 
 
 def _goes_on(before: Message, message: Message, turn: object) -> bool:
@@ -110,7 +130,7 @@ def _turn(turn: object, where: str) -> list[Message]:
     role_key, role = _role(turn)
     if not role and (pair := pair_of(turn)):
         return _pair(turn, pair, where)
-    key = next((key for key in TEXT_KEYS if turn.get(key) is not None), "value" if "value" in turn else "content")
+    key = _text_key(turn)
     if role in CALLS:
         calls = parsed(turn.get(key), f"{where}.{key}", '{"name": ..., "arguments": {...}}')
         calls = _calls(calls, f"{where}.{key}")
@@ -118,7 +138,7 @@ def _turn(turn: object, where: str) -> list[Message]:
             Message("assistant", "", tool_calls=calls, thought=thought_of(turn, where), weight=_weight(turn, where))
         ]
     if role not in ROLES:
-        expected = ", ".join([*ROLES, *CALLS])
+        expected = ", ".join([*ROLES, *CALLS, *THOUGHTS])
         raise FieldError(f"{where}.{role_key}", "unknown role", received=shorten(turn.get(role_key)), expected=expected)
     if ROLES[role] == "tool":
         return _tool(turn, key, where)
