@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +14,11 @@ from pathlib import Path
 import pytest
 
 from fitune import demo, rows, tokenizer
+from fitune.checkpoint import RunFolder
+from fitune.console import Watcher
+from fitune.errors import ConfigError, Interrupted
 from fitune.records import DataReport
+from fitune.training import resume_config, train
 
 ROOT = Path(__file__).parents[1]
 DATA = demo.bundled() / "data"
@@ -92,3 +99,45 @@ def test_a_second_demo_takes_a_new_folder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "demo-1").mkdir(parents=True)
     assert demo.config().output == str(Path("runs") / "demo-2")
+
+
+@pytest.fixture
+def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo of a few steps that answers a few prompts."""
+    short = {"max_steps": 4, "save_every": 2, "eval_every": 4, "batch_size": 2, "sample_tokens": 4}
+    monkeypatch.setattr(demo, "COMMON", {**demo.COMMON, **short})
+    monkeypatch.setattr(demo, "ALL", 3)
+
+
+class Stopped(Watcher):
+    """Presses Ctrl-C at a step."""
+
+    def step(self, record) -> None:
+        if record.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_demo_that_is_resumed_has_its_before_and_after(short_demo: None, tmp_path: Path) -> None:
+    whole, answers = demo.demo(str(tmp_path / "whole"))
+    for name, resume in (
+        ("by the demo", lambda run: demo.demo(run, resume=True)),
+        ("by train", lambda run: train(resume_config(run, {}), resume=True)),  # what the message of Ctrl-C says
+    ):
+        run = RunFolder(tmp_path / name)
+        with pytest.raises(Interrupted):
+            demo.demo(str(run.path), Stopped())
+        assert not run.report.exists()
+        resume(str(run.path))
+        assert run.read("answers") == answers
+        assert {row["expected"] for row in answers}
+        assert len(answers) == 3
+        pages = [Path(folder, "report.html").read_text(encoding="utf-8") for folder in (whole.run, run.path)]
+        tables = [re.search("<h2>Before and after.*?</table>", page, re.DOTALL) for page in pages]
+        assert tables[0]
+        assert tables[1]
+        assert tables[0][0] == tables[1][0]
+
+
+def test_a_demo_is_resumed_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="which demo"):
+        demo.demo(resume=True)
