@@ -120,7 +120,14 @@ def measured(pages: dict[str, str], folder: Path, width: int) -> dict[str, Any]:
     wrapper = folder / "all.html"
     text = f'<meta charset="utf-8">{"".join(frames)}<pre id="found"></pre><script>{MEASURE}</script>'
     wrapper.write_text(text, encoding="utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={folder / 'profile'}",
+    ]
     command += ["--window-size=1400,1000", "--dump-dom", wrapper.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     found = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
