@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,7 +221,7 @@ def test_padding_in_the_rows_is_caught(tokenizer, side: str) -> None:
 def test_rows_without_a_label_are_caught(tokenizer) -> None:
     p = prepared(tokenizer, 3)
     assert not p.samples
-    assert "labels-empty: 20 rows have no token to train on" in refused(p)
+    assert "labels-empty: no row has a token to train on" in refused(p)
 
 
 def test_skipped_rows_and_unfilled_slots_are_told(tokenizer) -> None:
@@ -276,6 +277,18 @@ def test_too_many_cut_answers_are_refused_where_a_longer_limit_would_keep_them(t
     found = {f.rule: f for f in preflight.check_data(prepared(tokenizer, 12, rows, limit=12))}
     assert found["truncation"].level == "warn"
     assert "even the model's longest" in found["truncation"].text
+
+
+@pytest.mark.parametrize("length", [6, 9, 12, 20])
+@pytest.mark.parametrize("limit", [12, 600])
+def test_each_fact_is_one_finding_and_its_level_fits(tokenizer, length: int, limit: int) -> None:
+    """No `ok` above a warning that 41.9 % of the rows lose tokens."""
+    p = prepared(tokenizer, min(length, limit), (ROW, SHORT), limit=limit)
+    findings = preflight.check_data(p)
+    assert len({finding.rule for finding in findings}) == len(findings)
+    said = [finding for finding in findings if re.search(r"\b(lose|lost|cut|dropped)\b", finding.text)]
+    assert [finding.rule for finding in said] == ["truncation"]
+    assert (said[0].level == "ok") == (p.report.cut_answer + p.report.dropped + p.report.cut_text == 0)
 
 
 def test_rows_that_lose_answers_are_named_and_prompts_that_lose_text_warn(tokenizer) -> None:

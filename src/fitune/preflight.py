@@ -106,8 +106,6 @@ def rows(p: Prepared) -> Finding:
     r = p.report
     formats = ", ".join(f"{n:,} {name}" for name, n in r.formats.items())
     parts = [f"{r.rows:,} read ({formats}), {r.kept:,} trained, {r.held_out:,} held out"]
-    if r.dropped:
-        parts.append(f"{r.dropped:,} dropped")
     if r.samples != r.kept:
         parts.append(f"as {r.samples:,} samples{_repeated(r)}")
     if r.unused_columns:
@@ -176,17 +174,12 @@ def _first_lost(p: Prepared) -> str:
 
 
 def labels_empty(p: Prepared) -> Finding:
-    """Rows without a trained token teach nothing."""
+    """Rows without a trained token teach nothing; those that lost all of them to cutting are named by `truncation`."""
     r = p.report
-    if r.dropped:
-        return Finding(
-            "labels-empty",
-            "warn" if r.kept else "refuse",
-            f"{r.dropped} rows have no token to train on",
-            "a larger --max-length",
-        )
+    if not r.kept:
+        return Finding("labels-empty", "refuse", "no row has a token to train on", "a larger --max-length")
     share = r.trained_tokens / max(1, r.tokens)
-    return Finding("labels-empty", "ok", f"{share:.0%} of {r.tokens:,} tokens trained, in every row at least one")
+    return Finding("labels-empty", "ok", f"{share:.0%} of {r.tokens:,} tokens trained, at least one in each row kept")
 
 
 def eos_supervised(p: Prepared) -> Finding:
