@@ -12,8 +12,11 @@ tail, bitfit, adapter) are saved as the trainable tensors by name, with the sett
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from torch import Tensor
 from fitune import families, methods
 from fitune.config import RunConfig, build
 from fitune.errors import ConfigError, ModelError, did_you_mean
+from fitune.families import towers
 from fitune.methods import adapter as bottleneck
 from fitune.methods import lora, new_tokens
 from fitune.precision import DTYPES
@@ -121,11 +125,47 @@ def save(model: Any, folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         config.inference_mode = True
         config.save_pretrained(str(folder))
+        _to_whole(inner, folder)
         return
     # embeddings never change here; "auto" would ask the hub about the base model
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     if len(trained(model)) > 1 and model._is_prompt_learning:
         save_file(trained(model), folder / ENCODER)
+    _to_whole(inner, folder)
+
+
+def _to_whole(model: Any, folder: Path) -> None:
+    """Of a language model that is part of one that takes images too, PEFT's files are to fit the whole model."""
+    if (tower := getattr(model, "fitune_tower", None)) is not None:
+        _rewrite(folder, folder, towers.whole_adapter, tower)
+
+
+def _rewrite(source: Path, target: Path, how: Any, tower: towers.Tower) -> None:
+    stored, settings = load_file(source / WEIGHTS), _read_json(source / PEFT_CONFIG)
+    renamed, settings = how(stored, settings, tower)
+    save_file({renamed[name]: tensor for name, tensor in stored.items()}, target / WEIGHTS, metadata={"format": "pt"})
+    (target / PEFT_CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+@contextmanager
+def _of_language_model(model: Any, folder: Path) -> Iterator[Path]:
+    """An adapter folder whose files fit the language model alone: itself, or a copy that is gone afterwards."""
+    tower = getattr(_inner(model), "fitune_tower", None)
+    if tower is None or not (folder / PEFT_CONFIG).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        modules = [name for name, _ in _inner(model).named_modules()]
+        _rewrite(folder, Path(place), partial(towers.language_adapter, modules=modules), tower)
+        if (folder / ENCODER).is_file():
+            shutil.copyfile(folder / ENCODER, Path(place) / ENCODER)
+        yield Path(place)
+
+
+def stored(model: Any, folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, as the model calls them."""
+    with _of_language_model(model, folder) as place:
+        return load_file(place / WEIGHTS)
 
 
 def put(model: Any, folder: Path) -> Any:
@@ -142,7 +182,10 @@ def put(model: Any, folder: Path) -> Any:
         ids = json.loads((folder / NEW_IDS).read_text(encoding="utf-8"))
         new_tokens.add_rows(model, [new_tokens.NewToken("", i, (0,)) for i in ids])
         _load_rows(model, folder)
-    return _put_own(model, folder) if own else _put_peft(model, folder)
+    if own:
+        return _put_own(model, folder)
+    with _of_language_model(model, folder) as place:
+        return _put_peft(model, place)
 
 
 @torch.no_grad()
@@ -229,7 +272,8 @@ def load_into(model: Any, folder: Path) -> None:
     if here:
         _load_rows(model, folder)
     if isinstance(model, PeftModel) and not (folder / ENCODER).is_file():
-        _load_peft(model, folder)
+        with _of_language_model(model, folder) as place:
+            _load_peft(model, place)
         return
     _same_settings(folder, model)
     stored = load_file(folder / (ENCODER if isinstance(model, PeftModel) else WEIGHTS))
@@ -316,7 +360,8 @@ def add(model: Any, folder: Path, name: str) -> None:
         raise ModelError(f"{folder}: adapters with new tokens stand alone", fix="load it by itself")
     if isinstance(model, PeftModel) and (folder / PEFT_CONFIG).is_file():
         try:
-            model.load_adapter(str(folder), name, local_files_only=True)
+            with _of_language_model(model, folder) as place:
+                model.load_adapter(str(place), name, local_files_only=True)
         except Exception as error:
             raise ModelError(f"{folder}: does not fit beside", received=" ".join(str(error).split())[:300]) from error
         model.set_adapter(name)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fitune import adapters, optim, quant, weights
@@ -386,7 +385,7 @@ def resume_identity(loaded: Loaded, parameters: Mapping[str, Tensor], steps: int
 @torch.no_grad()
 def saved_complete(model: Any, folder: Path, batch: Batch, layout: Layout) -> Finding:
     """What was saved, read back, is what was trained: names, shapes, values, and the hidden states that it gives."""
-    stored = load_file(folder / adapters.WEIGHTS)
+    stored = adapters.stored(model, folder)
     mine = _as_saved(model)
     shapes = [{name: tuple(t.shape) for name, t in some.items()} for some in (stored, mine)]
     wrong = sorted(name for name in {*stored, *mine} if shapes[0].get(name) != shapes[1].get(name))

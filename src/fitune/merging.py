@@ -18,14 +18,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fitune import dataset, methods, modelcard, preflight, weights
+from fitune import dataset, methods, modelcard, preflight, weights, whole
 from fitune import quant as quants
 from fitune.batches import in_order
 from fitune.checkpoint import RunFolder
 from fitune.config import RunConfig
 from fitune.encode import Encoder
 from fitune.errors import FituneError, RunFolderError
-from fitune.families import Family
+from fitune.families import Family, towers
 from fitune.files import check_new, whole_folder
 from fitune.handover import Handover, hand_over
 from fitune.loading import base_of, load
@@ -128,7 +128,8 @@ def merge(
         return rounding
 
     plain = plain.to(DTYPES[chosen])
-    write = partial(_requantized, plain, config) if requantize else partial(_saved, plain)
+    files = Path(config.model if onto in (None, "original") else onto)
+    write = partial(_requantized, plain, config) if requantize else partial(_saved, plain, files)
     with whole_folder(target) as place:
         write(place)
         handed = hand_over(place, tuned.tokenizer, tuned.template)
@@ -142,6 +143,11 @@ def _check_ways(config: RunConfig, onto: str | None, *, requantize: bool) -> Non
     quantized = config.quant.name != "none" or quantized_as(read_config(Path(config.model))).name != "none"
     if (onto is not None or requantize) and not quantized:
         raise RunFolderError("--onto and --requantize are for runs on a quantized base", fix="leave them out")
+    if requantize and towers.of(Path(config.model)) is not None:
+        raise RunFolderError(
+            "--requantize: this run tuned the language model of one that takes images too",
+            fix="merge it without, and quantize the whole model by transformers when it is loaded",
+        )
     if onto is not None and requantize:
         raise RunFolderError("--onto and --requantize do not go together", fix="leave one of them out")
     if requantize and config.quant.name == "none":
@@ -174,14 +180,17 @@ def _again(plain: Any, config: RunConfig, *, requantize: bool) -> Any:
         return load_model(place, precision="fp32", quant=config.quant)
 
 
-def _saved(model: Any, folder: Path) -> None:
-    model.save_pretrained(str(folder), safe_serialization=True)
+def _saved(model: Any, base: Path, folder: Path) -> None:
+    if getattr(model, "fitune_tower", None) is not None:
+        whole.save(model, base, folder)
+    else:
+        model.save_pretrained(str(folder), safe_serialization=True)
 
 
 def _requantized(model: Any, config: RunConfig, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-        _saved(model, Path(place))
-        _saved(load_model(place, precision="fp32", quant=config.quant), folder)
+        model.save_pretrained(place, safe_serialization=True)
+        load_model(place, precision="fp32", quant=config.quant).save_pretrained(str(folder), safe_serialization=True)
 
 
 MOST_ROWS = 50  # held-out rows that a drift is measured on

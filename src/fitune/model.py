@@ -1,32 +1,30 @@
 """Model folders to models: reading, attaching a method, freezing. The one place where that happens.
 
 In: a folder (or a hub id), a method. Out: a transformers model, wrapped by the method, with exactly the method's
-parameters trainable. config.json is read by us before any Auto class sees it: code named in it is never run.
+parameters trainable. config.json is read in configs.py.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from copy import deepcopy
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GlmForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GlmForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fitune import adapters, catalog, families, hub, weights
 from fitune import quant as quants
 from fitune.config import QuantOptions, quant_options
+from fitune.configs import is_original, quantized_as, read_config, read_config_file, shape_of, without_weights
 from fitune.encode import Encoder
 from fitune.errors import ModelError, did_you_mean
-from fitune.families import Family, original
+from fitune.families import Family, original, towers
 from fitune.files import names_near
 from fitune.kernels.attention import FLAT
 from fitune.kernels.frozen import keep_stored
@@ -34,15 +32,6 @@ from fitune.kernels.gated import lean_mlps
 from fitune.kernels.norm import replace_norms
 from fitune.precision import DTYPES
 from fitune.templates import Template
-
-# Keys of config.json that choose code to run (CVE-2026-4372 is one of them). Who trains chooses, not the folder.
-CODE_KEYS = (
-    "auto_map",
-    "_attn_implementation",
-    "attn_implementation",
-    "_experts_implementation",
-    "experts_implementation",
-)
 
 
 @dataclass
@@ -84,145 +73,6 @@ def locate(model: str, only: Sequence[str] = ()) -> Path:
             fix=f"{names_near(model)}; {did_you_mean(model.lower(), catalog.entries())}",
         )
     return Path(hub.download(entry.id if entry is not None else model, only=only).folder)
-
-
-def read_config(folder: Path) -> Any:
-    """The transformers config of a folder, without anything that names code.
-
-    Raises:
-        ModelError: config.json is missing, broken, or of a model that needs code of its own.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{folder}: no config.json", expected="a model folder in transformers format")
-    return read_config_file(path)
-
-
-def read_config_file(path: Path) -> Any:
-    """The same of a config.json by whatever name.
-
-    Raises:
-        ModelError: it is broken, or of a model that needs code of its own.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON", received=" ".join(str(error).split())) from None
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if not isinstance(kind, str):
-        raise ModelError(
-            f"{path}: no model_type",
-            received=f"keys {sorted(values)[:8]}" if isinstance(values, dict) else repr(values)[:80],
-            expected='"model_type": "llama"',
-        )
-    if kind != original.TYPE and kind not in CONFIG_MAPPING:
-        code = "it works only with Python code from its folder, which fitune never runs"
-        raise ModelError(
-            f"{path}: model_type {kind!r} is unknown to transformers",
-            received=code if "auto_map" in values else None,
-            fix=_nearest(kind),
-        )
-    _check_quantized(path.parent, values.get("quantization_config"))
-    try:
-        return shape_of(values)
-    except ModelError:
-        raise
-    except Exception as error:  # each config class checks itself in its own way
-        raise ModelError(f"{path}: wrong values", received=" ".join(str(error).split())[:300]) from error
-
-
-# What people had when their model needed its own code, and the family that is native today
-SUCCESSORS = {
-    **dict.fromkeys(("baichuan", "internlm", "internlm2", "xverse", "yi", "aquila", "deepseek", "minicpm"), "llama"),
-    **dict.fromkeys(("orion", "telechat", "skywork"), "llama"),
-    **{"qwen": "qwen2", "phi-msft": "phi3", "phi3small": "phi3", "refinedweb": "falcon", "glm-130b": "glm"},
-}
-
-
-def _nearest(kind: str) -> str:
-    """The native family that is nearest to an unknown one."""
-    close = get_close_matches(kind.lower(), [*families.TABLE, *CONFIG_MAPPING.keys()], n=1, cutoff=0.75)
-    near = SUCCESSORS.get(kind.lower()) or (close[0] if close else "llama")
-    return f"take a model of a native family: nearest is {near!r}; or a version of this one in transformers' own layout"
-
-
-def shape_of(values: Mapping[str, Any]) -> Any:
-    """The config of a model from the values of a config.json, without what names code.
-
-    Raises:
-        ModelError: a ChatGLM that differs from the published ones.
-    """
-    plain = {name: value for name, value in values.items() if name not in CODE_KEYS}
-    original_ = plain["model_type"] == original.TYPE
-    config = original.config_of(plain) if original_ else CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
-    _check_sizes(config)
-    return config
-
-
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-
-
-def _check_sizes(config: Any) -> None:
-    """transformers takes any number, and fails later in its own way."""
-    found = {name: getattr(config, name, None) for name in SIZES}
-    wrong = [f"{name} {size}" for name, size in found.items() if isinstance(size, int) and size < 1]
-    if wrong:
-        raise ModelError("config.json: sizes that no model has", received=", ".join(wrong), expected="1 or more")
-    heads, groups = found["num_attention_heads"], found["num_key_value_heads"]
-    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
-        told = f"num_attention_heads {heads}, num_key_value_heads {groups}"
-        raise ModelError("config.json: heads that no group divides", received=told, expected="a multiple")
-
-
-def _check_quantized(folder: Path, found: Any) -> None:
-    """A folder may hold a model quantized by bitsandbytes; what others pack cannot be read."""
-    if found is not None and (not isinstance(found, dict) or found.get("quant_method") != "bitsandbytes"):
-        kind = found.get("quant_method") if isinstance(found, dict) else found
-        raise ModelError(
-            f"{folder}: holds a model quantized by {kind}",
-            expected="weights in fp32, bf16 or fp16, or quantized by bitsandbytes",
-            fix="take the original model, with --quant nf4 or int8 if it is to be small",
-        )
-
-
-STORAGES: dict[str, Literal["fp32", "bf16", "fp16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-def quantized_as(config: Any) -> QuantOptions:
-    """How the weights of a folder are quantized already, by its config."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return QuantOptions()
-    values = found if isinstance(found, dict) else found.to_dict()
-    left_out = values.get("llm_int8_skip_modules")
-    if values.get("load_in_8bit"):
-        return quants.Packed(name="int8", threshold=values.get("llm_int8_threshold", 6.0), left_out=left_out)
-    return quants.Packed(
-        name="nf4",
-        kind=values.get("bnb_4bit_quant_type", "fp4"),
-        double=values.get("bnb_4bit_use_double_quant", False),
-        storage=STORAGES.get(str(values.get("bnb_4bit_quant_storage", "uint8")).removeprefix("torch."), "uint8"),
-        left_out=left_out,
-    )
-
-
-def without_weights(config: Any) -> Any:
-    """A causal LM of that shape that takes no memory. It has a config of its own: a method may change it.
-
-    Raises:
-        ModelError: it is no causal LM.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
-    except ValueError as error:
-        raise ModelError(
-            f"model_type {config.model_type!r} is no causal language model", received=str(error)[:200]
-        ) from error
-    except Exception as error:  # each model fails in its own way at values that its config let through
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        fix = "the config.json of a published model"
-        raise ModelError("no model can be built from this config.json", received=told, fix=fix) from error
 
 
 def load_model(
@@ -276,6 +126,7 @@ def load_model(
     except Exception as error:  # safetensors, shapes, memory: each is told as it is
         raise ModelError(f"{path}: cannot be loaded", received=" ".join(str(error).split())[:400]) from error
     load_strict(path, info)
+    model.fitune_tower = towers.of(path)
     if options.name == "none":
         model = model.to(device)
     else:
@@ -315,20 +166,17 @@ def _read(path: Path, config: Any, how: Mapping[str, Any]) -> tuple[Any, dict[st
             None, state_dict=dict(original.tensors(weights.tensors(path), config)), **how
         )
         return found
-    if weights.is_bin(path):
+    tower = towers.of(path)
+    if tower is not None or weights.is_bin(path):
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        unpacked: tuple[Any, dict[str, Any]] = kind.from_pretrained(None, state_dict=dict(weights.tensors(path)), **how)
+        there = weights.tensors(path)
+        state = dict(there if tower is None else towers.tensors(there))
+        unpacked: tuple[Any, dict[str, Any]] = kind.from_pretrained(None, state_dict=state, **how)
         return unpacked
     loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
         str(path), trust_remote_code=False, use_safetensors=True, local_files_only=True, **how
     )
     return loaded
-
-
-def is_original(folder: Path) -> bool:
-    """Does a folder hold a ChatGLM2 or 3 in its published layout?"""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return values.get("model_type") == original.TYPE and not original.is_first(values)
 
 
 def _quantizing(config: Any, options: QuantOptions, precision: str) -> Any:
@@ -527,4 +375,16 @@ def groups(model: Any, family: Family) -> list[tuple[str, int, int]]:
     return [(part, trained, total) for part, (trained, total) in counts.items()]
 
 
-__all__ = ["FLAT", "Tuned", "load_model", "locate", "read_config", "trainable", "use_attention"]
+__all__ = [
+    "FLAT",
+    "Tuned",
+    "load_model",
+    "locate",
+    "quantized_as",
+    "read_config",
+    "read_config_file",
+    "shape_of",
+    "trainable",
+    "use_attention",
+    "without_weights",
+]

@@ -243,7 +243,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     dtypes.append(guards.fp16_range(model, probe, layout))
     if quant.name_of(base) != "none":
         dtypes.append(quant.trust.finding(quant.faults(base)))
-    model_findings = [preflight.family_found(family), intact, *sets, *dtypes, apart]
+    model_findings = [preflight.family_found(family), *families.towers.finding(base), intact, *sets, *dtypes, apart]
     preflight.raise_refused(model_findings)
     highest = max([int(probe.ids.max()), *(token.id for token in added)])
     if before is not None and config.adapter is None:

@@ -26,6 +26,7 @@ from fitune import templates, tokenizer, weights
 from fitune.charts import NARROW, WIDE, Series, line_chart
 from fitune.config import QuantOptions, quant_options
 from fitune.errors import FituneError, ModelError
+from fitune.families import towers
 from fitune.files import check_new, whole_folder
 from fitune.handover import TEMPLATE, hand_over
 from fitune.model import load_model, locate, quantized_as, read_config
@@ -82,6 +83,11 @@ def quantize(model: str | Path, output: str | Path, *, quant: QuantOptions | str
     check_new(target)
     if (there := quantized_as(read_config(folder)).name) != "none":
         raise ModelError(f"{folder}: is quantized already, as {there}", expected="the original model")
+    if towers.of(folder) is not None:
+        raise ModelError(
+            f"{folder}: takes images too, and fitune quantizes language models alone",
+            fix="--quant nf4 on train, chat and eval quantizes its language model while it is read",
+        )
     loaded = load_model(folder, quant=options)
     quants.trust.notice(quants.faults(loaded))
     outliers = _outliers(loaded, folder)

@@ -1,0 +1,180 @@
+"""config.json to a transformers config of a causal LM: the one place where a folder's kind of model is decided.
+
+In: a folder, a config.json, or its values. Out: the config, and how the weights are quantized already. It is read by us
+before any Auto class sees it: code named in it is never run, and of a model that takes images too the language model's
+config is given (families/towers.py), or the model is refused by name; every verb comes through here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from fitune import families
+from fitune import quant as quants
+from fitune.config import QuantOptions
+from fitune.errors import ModelError
+from fitune.families import original, towers
+
+# Keys of config.json that choose code to run (CVE-2026-4372 is one of them). Who trains chooses, not the folder.
+CODE_KEYS = (
+    "auto_map",
+    "_attn_implementation",
+    "attn_implementation",
+    "_experts_implementation",
+    "experts_implementation",
+)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder, without anything that names code.
+
+    Raises:
+        ModelError: config.json is missing, broken, or of a model that needs code of its own.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: no config.json", expected="a model folder in transformers format")
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> Any:
+    """The same of a config.json by whatever name.
+
+    Raises:
+        ModelError: it is broken, or of a model that needs code of its own.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON", received=" ".join(str(error).split())) from None
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(kind, str):
+        raise ModelError(
+            f"{path}: no model_type",
+            received=f"keys {sorted(values)[:8]}" if isinstance(values, dict) else repr(values)[:80],
+            expected='"model_type": "llama"',
+        )
+    if kind != original.TYPE and kind not in CONFIG_MAPPING:
+        code = "it works only with Python code from its folder, which fitune never runs"
+        raise ModelError(
+            f"{path}: model_type {kind!r} is unknown to transformers",
+            received=code if "auto_map" in values else None,
+            fix=_nearest(kind),
+        )
+    _check_quantized(path.parent, values.get("quantization_config"))
+    try:
+        return shape_of(values)
+    except ModelError:
+        raise
+    except Exception as error:  # each config class checks itself in its own way
+        raise ModelError(f"{path}: wrong values", received=" ".join(str(error).split())[:300]) from error
+
+
+# What people had when their model needed its own code, and the family that is native today
+SUCCESSORS = {
+    **dict.fromkeys(("baichuan", "internlm", "internlm2", "xverse", "yi", "aquila", "deepseek", "minicpm"), "llama"),
+    **dict.fromkeys(("orion", "telechat", "skywork"), "llama"),
+    **{"qwen": "qwen2", "phi-msft": "phi3", "phi3small": "phi3", "refinedweb": "falcon", "glm-130b": "glm"},
+}
+
+
+def _nearest(kind: str) -> str:
+    """The native family that is nearest to an unknown one."""
+    close = get_close_matches(kind.lower(), [*families.TABLE, *CONFIG_MAPPING.keys()], n=1, cutoff=0.75)
+    near = SUCCESSORS.get(kind.lower()) or (close[0] if close else "llama")
+    return f"take a model of a native family: nearest is {near!r}; or a version of this one in transformers' own layout"
+
+
+def shape_of(values: Mapping[str, Any]) -> Any:
+    """The config of a causal LM from the values of a config.json, without what names code; of a model that takes images
+    too that of its language model.
+
+    Raises:
+        ModelError: a ChatGLM that differs from the published ones; no causal LM, and none inside that is known.
+    """
+    plain = {name: value for name, value in values.items() if name not in CODE_KEYS}
+    original_ = plain["model_type"] == original.TYPE
+    found = original.config_of(plain) if original_ else CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
+    config = found if original_ else towers.language_config(found)
+    _check_sizes(config)
+    return config
+
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def _check_sizes(config: Any) -> None:
+    """transformers takes any number, and fails later in its own way."""
+    found = {name: getattr(config, name, None) for name in SIZES}
+    wrong = [f"{name} {size}" for name, size in found.items() if isinstance(size, int) and size < 1]
+    if wrong:
+        raise ModelError("config.json: sizes that no model has", received=", ".join(wrong), expected="1 or more")
+    heads, groups = found["num_attention_heads"], found["num_key_value_heads"]
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        told = f"num_attention_heads {heads}, num_key_value_heads {groups}"
+        raise ModelError("config.json: heads that no group divides", received=told, expected="a multiple")
+
+
+def _check_quantized(folder: Path, found: Any) -> None:
+    """A folder may hold a model quantized by bitsandbytes; what others pack cannot be read."""
+    if found is not None and (not isinstance(found, dict) or found.get("quant_method") != "bitsandbytes"):
+        kind = found.get("quant_method") if isinstance(found, dict) else found
+        raise ModelError(
+            f"{folder}: holds a model quantized by {kind}",
+            expected="weights in fp32, bf16 or fp16, or quantized by bitsandbytes",
+            fix="take the original model, with --quant nf4 or int8 if it is to be small",
+        )
+
+
+STORAGES: dict[str, Literal["fp32", "bf16", "fp16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def quantized_as(config: Any) -> QuantOptions:
+    """How the weights of a folder are quantized already, by its config."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return QuantOptions()
+    values = found if isinstance(found, dict) else found.to_dict()
+    left_out = values.get("llm_int8_skip_modules")
+    if values.get("load_in_8bit"):
+        return quants.Packed(name="int8", threshold=values.get("llm_int8_threshold", 6.0), left_out=left_out)
+    return quants.Packed(
+        name="nf4",
+        kind=values.get("bnb_4bit_quant_type", "fp4"),
+        double=values.get("bnb_4bit_use_double_quant", False),
+        storage=STORAGES.get(str(values.get("bnb_4bit_quant_storage", "uint8")).removeprefix("torch."), "uint8"),
+        left_out=left_out,
+    )
+
+
+def without_weights(config: Any) -> Any:
+    """A causal LM of that shape that takes no memory. It has a config of its own: a method may change it.
+
+    Raises:
+        ModelError: it is no causal LM.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
+    except ValueError as error:
+        raise ModelError(
+            f"model_type {config.model_type!r} is no causal language model", received=str(error)[:200]
+        ) from error
+    except Exception as error:  # each model fails in its own way at values that its config let through
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        fix = "the config.json of a published model"
+        raise ModelError("no model can be built from this config.json", received=told, fix=fix) from error
+
+
+def is_original(folder: Path) -> bool:
+    """Does a folder hold a ChatGLM2 or 3 in its published layout?"""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return values.get("model_type") == original.TYPE and not original.is_first(values)
