@@ -11,11 +11,17 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import chat_templates as kinds
+import tiny
+from fitune import families
+from fitune.chat import Chat
 from fitune.encode import Encoder
 from fitune.errors import FituneError
+from fitune.model import Tuned
 from fitune.records import Conversation, Message, Sample, Source, ToolCall
 from fitune.templates.jinja import of_tokenizer
 
@@ -280,3 +286,53 @@ def test_a_text_beside_the_templates_own_is_encoded_as_it_is_served() -> None:
     (sample,) = encoder.samples(Conversation((FRUIT, replace(CHERRY, thought="Two make five."))))
     pieces = encoder.tokenizer.convert_ids_to_tokens(sample.ids[sample.mask].tolist())
     assert ".Ċ" in pieces
+
+
+# ---- a conversation that goes on ----
+
+
+def tuned_of(name: str, say: Any) -> Tuned:
+    """A model that says what `say` gives for the ids of a prompt."""
+    encoder = encoder_of(name)
+    model = tiny.make_model("llama")
+    model.config.max_position_embeddings = 4096
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        said = encoder.tokenizer(say(input_ids[0].tolist()), add_special_tokens=False)["input_ids"]
+        return torch.cat([input_ids, torch.tensor([[*said, encoder.stop_id]])], dim=1)
+
+    model.generate = generate
+    return Tuned(model, encoder.tokenizer, encoder.template, encoder, families.of(model))
+
+
+@pytest.mark.parametrize("thought", ["", "Let me see."])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_chat_of_ten_turns_asks_what_was_trained(name: str, thought: str) -> None:
+    kind, encoder = KINDS[name], encoder_of(name)
+    if thought and "thought" in kind.refused:
+        return
+    messages = tuple(replace(m, thought=thought) if m.role == "assistant" else m for m in TEN)
+    trained = [
+        (sample.ids[: at.start].tolist(), encoder.tokenizer.decode(sample.ids[at]).removesuffix(kind.end))
+        for sample in encoder.samples(Conversation(messages))
+        for at in runs(sample)
+    ]
+    asked: list[list[int]] = []
+
+    def say(prompt: list[int]) -> str:
+        asked.append(prompt)
+        return trained[len(asked) - 1][1]
+
+    chat = Chat(tuned_of(name, say))
+    for message in messages[::2]:
+        chat.say(message.content)
+    assert asked == [prompt for prompt, _ in trained]
+    assert len(asked) == 10
+    assert [turn.content.strip() for turn in chat.history[1::2]] == [f"Answer {n}." for n in range(10)]
+    assert {turn.thought for turn in chat.history[1::2]} == {thought}
+
+
+def runs(sample: Sample) -> list[slice]:
+    """Where the labels of each answer stand."""
+    edges = np.flatnonzero(np.diff(sample.mask.astype(np.int8), prepend=0, append=0))
+    return [slice(int(start), int(end)) for start, end in edges.reshape(-1, 2)]

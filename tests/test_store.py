@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +95,15 @@ def same(a: Sample, b: Sample) -> bool:
     return np.array_equal(a.ids, b.ids) and np.array_equal(a.mask, b.mask) and facts[0] == facts[1]
 
 
+def _unthinking(row: Conversation) -> Conversation:
+    """Without thoughts, for which this vocabulary has no tags."""
+    return replace(row, messages=tuple(replace(message, thought="") for message in row.messages))
+
+
 @pytest.mark.parametrize("name", ["chat_template", "qwen", "alpaca", "plain"])
 @pytest.mark.parametrize("limit", [None, 30])
 def test_rows_encoded_together_are_the_rows_encoded_one_by_one(tokenizer, name: str, limit: int | None) -> None:
-    given = [row for row in some_rows() if name == "qwen" or not row.tools]
+    given = [_unthinking(row) for row in some_rows() if name == "qwen" or not row.tools]
     encoder = Encoder(tokenizer, choose(name, tokenizer), limit)
     together = encoder.samples_of(given)
     for row, made in zip(given, together, strict=True):

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fitune.generation import Sampling, answer
+from fitune.generation import Sampling, reply
 from fitune.model import Tuned
 from fitune.records import Message
 
@@ -34,9 +34,9 @@ class Chat:
         """The answer to the next turn; both are added to the history."""
         self.history.append(Message("user", text))
         system = [Message("system", self.system)] if self.system else []
-        reply = answer(self.tuned, [*system, *self.history], self.sampling, on_text=on_text, base=self.base)
-        self.history.append(Message("assistant", reply))
-        return reply
+        text, turn = reply(self.tuned, [*system, *self.history], self.sampling, on_text=on_text, base=self.base)
+        self.history.append(turn)
+        return text
 
     def reset(self) -> None:
         """Forget the conversation."""

@@ -252,10 +252,13 @@ def chat(
     from fitune.chat import HELP, Chat, talk
     from fitune.generation import Sampling
     from fitune.loading import load
+    from fitune.templates.base import kept_date
 
     console = Console()
     tuned = load(run, model=model, device=device, template=template, precision=precision, quant=quant)
     sampling = Sampling(temperature, top_p, max_tokens, seed)
+    if told := kept_date(tuned.template):
+        Console(stderr=True).print(told)
     other = Chat(tuned, sampling, system=system, base=True) if compare else None
     if sys.stdin.isatty():
         console.print(HELP)

@@ -258,6 +258,11 @@ class DataConfig(Options):
     """Leave out rows that cannot be used, and list them, instead of refusing the run."""
     template: str = "auto"
     """Prompt template: auto (the tokenizer's own, else alpaca), or a name."""
+    system_role: Literal["auto", "keep", "first-user"] = "auto"
+    """What becomes of a system text in the tokenizer's own template: keep, first-user (it goes into the first user's
+    turn), or auto (that, and it is said, where the template has no place for it: Gemma 2)."""
+    template_options: dict[str, Any] = {}
+    """Variables that the tokenizer's own template reads: enable_thinking=false. The run keeps them."""
     new_tokens: list[str] = []
     """Tokens that the vocabulary gets, each one id: their rows are trained beside any method, and saved."""
     answer_tokens: list[str] = []

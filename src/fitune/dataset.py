@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fitune import documents, lengths, preflight, rows, templates
 from fitune.cache import Cache, code_version, default_folder, folder_digest, key
+from fitune.checkpoint import RunFolder
 from fitune.config import LengthPolicy, RunConfig
 from fitune.console import Ticker, Watcher
 from fitune.encode import Encoder, encode_rows
@@ -113,9 +114,11 @@ def _cache(config: RunConfig, watch: Watcher) -> Cache:
 def _read(desk: _Desk, limit: int, vocabulary: int) -> Data:
     config, report = desk.config, DataReport()
     all_rows = _load(desk, config, report)
-    shape = templates.choose(_template(config, report), desk.words)
+    how: dict[str, Any] = {"system_role": config.system_role, "options": config.template_options}
+    shape = templates.choose(_template(config, report), desk.words, date=_date(config), **how)
     encoder = Encoder(desk.words, shape, train_on=config.train_on, answer_tokens=config.answer_tokens)
-    whole = desk.encoded(all_rows, encoder)
+    whole = _written(desk, all_rows, encoder, report)
+    all_rows = whole.rows
     train, held_out, held_out_whole = _split(desk, whole, encoder, report)
     train = train[rows.weigh(all_rows.column("source")[train], config.sources(), config.seed, report)]
     before, of = of_rows(whole, train)
@@ -169,7 +172,8 @@ def encode(rows_: Rows, encoder: Encoder, cache: Cache, tokenizer_digest: str, w
 
     def write(folder: Path) -> None:
         told = Ticker(watch, "encoding rows", len(rows_))
-        write_samples(folder, encode_rows(rows_, encoder, told))
+        bad: dict[int, DataError] = {}
+        write_samples(folder, encode_rows(rows_, encoder, told, bad.__setitem__), bad)
         told.end()
 
     template = encoder.template.as_dict()
@@ -309,7 +313,7 @@ def _split(
     if config.eval_data:
         given = config.model_copy(update={"data": config.eval_data, "take": [], "weight": []})
         held_out_report = DataReport()
-        held_out = desk.encoded(_load(desk, given, held_out_report), encoder)
+        held_out = _written(desk, _load(desk, given, held_out_report), encoder, held_out_report)
         report.skipped_bad += held_out_report.skipped_bad  # the counts are of training rows, but what is bad is told
         report.skipped = [*report.skipped, *held_out_report.skipped][: rows.MOST_PROBLEMS]
         report.held_out = len(held_out.rows)
@@ -321,6 +325,42 @@ def _split(
     chosen[np.random.default_rng([config.seed, 2**31]).permutation(there)[:wanted]] = True
     report.held_out = wanted
     return np.flatnonzero(~chosen), np.flatnonzero(chosen), whole
+
+
+def _written(desk: _Desk, some: Rows, encoder: Encoder, report: DataReport) -> Samples:
+    """The samples of the rows that the template can write.
+
+    Raises:
+        DataError, Problems: the others, each reason with its first row; where bad rows are skipped, they are only
+            counted and listed.
+    """
+    whole = desk.encoded(some, encoder)
+    if not whole.bad:
+        return whole
+    reasons: dict[str, list[DataError]] = {}
+    for row, error in sorted(whole.bad.items()):
+        reasons.setdefault(error.what.removeprefix(f"{some.source(row)}: "), []).append(error)
+    if not desk.config.skip_bad or len(whole.bad) == len(some):
+        problems = Collector()
+        for errors in reasons.values():
+            first = errors[0]
+            first.what += f" (and {len(errors) - 1} rows more)" if len(errors) > 1 else ""
+            first.fix = first.fix or "change such rows, or leave them out with --skip-bad"
+            problems.problems.append(first)
+        problems.raise_any()
+    for reason, errors in reasons.items():
+        report.bad_reasons[reason] = report.bad_reasons.get(reason, 0) + len(errors)
+    report.skipped_bad += len(whole.bad)
+    report.skipped = [*report.skipped, *(e.what for _, e in sorted(whole.bad.items()))][: rows.MOST_PROBLEMS]
+    good = some.view(np.setdiff1d(np.arange(len(some)), list(whole.bad)))
+    report.rows, report.formats = report.rows - len(whole.bad), good.formats()
+    return desk.encoded(good, encoder)
+
+
+def _date(config: RunConfig) -> str | None:
+    """The date that a run to be resumed gave its template; None: today's."""
+    run = RunFolder(config.output) if config.output else None
+    return run.read("template").get("date") if run is not None and run.has("template") else None
 
 
 def _template(config: RunConfig, report: DataReport) -> str:

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, takewhile
 from typing import Any
 
@@ -22,9 +23,9 @@ from numpy.typing import NDArray
 
 from fitune.config import TrainOn
 from fitune.documents import split
-from fitune.errors import ConfigError, FituneError
+from fitune.errors import ConfigError, DataError, FituneError
 from fitune.records import SPAN, Conversation, Message, Sample, Segment
-from fitune.templates import TABLE, Template
+from fitune.templates import TABLE, ChatTemplate, Template, thoughts
 from fitune.templates.base import Tools
 from fitune.tokenizer import adds_bos, encode, encode_many, opens_with_space, single_id, special
 
@@ -146,6 +147,7 @@ class Encoder:
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Ids of a prompt that the model is to go on from."""
+        messages = self._with_thoughts(messages)
         groups = self._grouped(self.template.prompt(messages, tools), messages, set())
         return [i for piece in self._pieces(groups, {}) for i in piece.ids]
 
@@ -153,9 +155,28 @@ class Encoder:
         """The samples of a row: one, or one per answer where the template wants that."""
         return self.samples_of([conversation])[0]
 
-    def samples_of(self, conversations: Sequence[Conversation]) -> list[list[Sample]]:
-        """The samples of many rows; their texts are encoded in one call, side by side on all cores."""
-        drafts = [self._drafts(conversation) for conversation in conversations]
+    def samples_of(
+        self, conversations: Sequence[Conversation], on_bad: Callable[[int, DataError], None] | None = None
+    ) -> list[list[Sample]]:
+        """The samples of many rows; their texts are encoded in one call, side by side on all cores.
+
+        Args:
+            conversations: the rows.
+            on_bad: is told the number of a row that the template cannot write, and why; it has no samples then.
+
+        Raises:
+            DataError: a row that the template cannot write, where nobody is told.
+        """
+        drafts: list[list[_Draft]] = []
+        for number, conversation in enumerate(conversations):
+            try:
+                drafts.append(self._drafts(conversation))
+            except FituneError as error:
+                named = _in_row(error, conversation)
+                if on_bad is None:
+                    raise named from error
+                on_bad(number, named)
+                drafts.append([])
         groups = [group for row in drafts for draft in row for group in draft.groups]
         known = self._encode_together(groups)
         return [[sample for draft in row for sample in draft.encoder._samples(draft, known)] for row in drafts]
@@ -263,7 +284,29 @@ class Encoder:
 
     def _groups(self, messages: Sequence[Message], tools: Tools, chosen: set[int]) -> list[_Group]:
         """The rendering of a row, in the groups that are encoded as one."""
+        messages = self._with_thoughts(messages)
         return self._grouped(self.template.render(messages, tools), messages, chosen)
+
+    def _with_thoughts(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Thoughts as text between tags, for templates that are not the tokenizer's own; those know their place.
+
+        Raises:
+            ConfigError: the vocabulary has no tags for them.
+        """
+        if isinstance(self.template, ChatTemplate) or not any(message.thought for message in messages):
+            return messages
+        kind = next((kind for kind in thoughts.KINDS if single_id(self.tokenizer, kind.open) is not None), None)
+        if kind is None:
+            raise ConfigError(
+                f"template {self.template.name!r} has no place for a thought, and the vocabulary has no tags for one",
+                received="an answer with a thought in a field of its own",
+                expected="a vocabulary with <think>, or a chat template that reads reasoning_content",
+                fix="--new-tokens '<think>' '</think>', or leave the thoughts out of the data",
+            )
+        return [
+            replace(m, content=thoughts.written(m.thought, m.content, kind), thought="") if m.thought else m
+            for m in messages
+        ]
 
     def _grouped(self, segments: Sequence[Segment], messages: Sequence[Message], chosen: set[int]) -> list[_Group]:
         groups: list[_Group] = []
@@ -413,8 +456,26 @@ def _of_user(segment: Segment) -> bool:
     return segment.role == "user" and not segment.literal
 
 
+def _in_row(error: FituneError, row: Conversation) -> DataError:
+    """The error with the place of its row."""
+    if isinstance(error, DataError) and error.file is not None:
+        return error
+    where = row.source
+    return DataError(
+        error.what,
+        file=where.file if where else None,
+        line=where.line if where else None,
+        received=error.received,
+        expected=error.expected,
+        fix=error.fix,
+    )
+
+
 def encode_rows(
-    rows: Iterable[Conversation], encoder: Encoder, on_row: Callable[[int], None] = lambda done: None
+    rows: Iterable[Conversation],
+    encoder: Encoder,
+    on_row: Callable[[int], None] = lambda done: None,
+    on_bad: Callable[[int, DataError], None] | None = None,
 ) -> Iterator[list[Sample]]:
     """The samples of each row, CHUNK rows at a time.
 
@@ -422,9 +483,15 @@ def encode_rows(
         rows: read once.
         encoder: with or without a max_length.
         on_row: is told how many rows are done.
+        on_bad: see Encoder.samples_of.
     """
     remaining, done = iter(rows), 0
     while some := list(islice(remaining, CHUNK)):
-        yield from encoder.samples_of(some)
+        told = None if on_bad is None else partial(_told, on_bad, done)
+        yield from encoder.samples_of(some, told)
         done += len(some)
         on_row(done)
+
+
+def _told(on_bad: Callable[[int, DataError], None], first: int, number: int, error: DataError) -> None:
+    on_bad(first + number, error)

@@ -30,6 +30,7 @@ from fitune.model import Tuned, causal_lm
 from fitune.records import Conversation, DataReport
 from fitune.step import held_out_loss
 from fitune.store import Rows
+from fitune.templates.base import kept_date
 
 CJK = "\u3400-\u9fff\uf900-\ufaff"
 UNITS = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")  # a Chinese character, or a word of anything else
@@ -142,6 +143,8 @@ def evaluate(
     """
     watch = watch or Watcher()
     tuned = load(run_or_model, model=model, device=device, template=template, precision=precision, quant=quant)
+    if told := kept_date(tuned.template):
+        watch.say(told)
     report = DataReport()
     sources = [DataSource(path=one) if isinstance(one, str) else one for one in data]
     sources = [

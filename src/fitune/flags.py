@@ -109,7 +109,13 @@ def pair(name: str, text: str) -> tuple[str, str]:
     return left.strip(), right
 
 
-EXAMPLES = {"map": "content=prompt", "fill": "name=Ada", "ranks": "q_proj=16", "peft": "r=4"}
+EXAMPLES = {
+    "map": "content=prompt",
+    "fill": "name=Ada",
+    "ranks": "q_proj=16",
+    "peft": "r=4",
+    "template_options": "enable_thinking=false",
+}
 
 
 Json = Annotated[bool, Parameter(negative="", help="Print one JSON object at the end, on standard output.")]

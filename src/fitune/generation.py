@@ -20,6 +20,7 @@ from fitune.errors import ModelError
 from fitune.methods import virtual
 from fitune.model import Tuned, causal_lm, computing, use_attention
 from fitune.records import SPAN, Conversation, Message
+from fitune.templates import ChatTemplate
 
 SIDE_BY_SIDE = 16  # prompts that are answered together
 
@@ -81,6 +82,33 @@ def answer(
         base: answer as the base model, without what was tuned.
     """
     return answers(tuned, [Conversation(tuple(messages))], sampling, on_text=on_text, base=base)[0]
+
+
+@torch.no_grad()
+def reply(
+    tuned: Tuned,
+    messages: Sequence[Message],
+    sampling: Sampling | None = None,
+    *,
+    on_text: Callable[[str], None] | None = None,
+    base: bool = False,
+) -> tuple[str, Message]:
+    """The model's answer as `answer` gives it, and as the turn that the conversation goes on from.
+
+    That turn has no frame, and a thought apart: the template decides what of it stands in the prompts to come.
+
+    Args:
+        tuned, messages, sampling, on_text, base: see `answer`.
+    """
+    if not isinstance(tuned.template, ChatTemplate):
+        text = answer(tuned, messages, sampling, on_text=on_text, base=base)
+        return text, Message("assistant", text)
+    before = virtual.of(tuned.model) if not base else None
+    prompts = [tuned.encoder.prompt(messages)]
+    count = before.count if before else 0
+    row = _generate(tuned, prompts, sampling or Sampling(), on_text=on_text, base=base, virtual_tokens=count)[0]
+    said = row[: next((n for n, i in enumerate(row) if i in tuned.encoder.stop_ids), len(row))]
+    return _text(tuned, row), tuned.template.read_answer(str(tuned.tokenizer.decode(said)))
 
 
 @torch.no_grad()

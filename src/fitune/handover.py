@@ -23,7 +23,7 @@ from fitune.files import write_atomic
 from fitune.records import Conversation, Message, ToolCall
 from fitune.templates import ChatTemplate, PieceTemplate, Template
 from fitune.templates.as_jinja import KINDS, Frame, as_jinja, quoted
-from fitune.templates.base import arguments, joined
+from fitune.templates.base import arguments, joined, kept_date
 from fitune.weights import SAFE_INDEX, stored_dtype
 
 GENERATION = "generation_config.json"
@@ -114,6 +114,7 @@ class Handover:
         proof: of it, or of the best attempt.
         reason: why none was written.
         exceptions: texts that get other ids all the same.
+        date: what to know of the date that the template writes.
         pieces: is there a PIECES file, with the ids of training.
     """
 
@@ -125,6 +126,7 @@ class Handover:
     reason: str = ""
     exceptions: list[str] = field(default_factory=list)
     pieces: bool = False
+    date: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -136,9 +138,10 @@ class Handover:
 
     def lines(self) -> list[str]:
         """What a user should know, a line each."""
-        stops = ", ".join(self.stops)
+        stops, date = ", ".join(self.stops), [self.date] if self.date else []
         if not self.written:
-            return [f"no chat_template written for {self.template}: {self.reason}", f"generation ends at {stops}"]
+            said = f"no chat_template written for {self.template}: {self.reason}"
+            return [said, f"generation ends at {stops}", *date]
         same = f"the ids of training in {len(self.proof.same)} of {len(self.proof.same)} conversations"
         if self.proof.differing:
             tried = len(self.proof.same) + len(self.proof.differing)
@@ -147,7 +150,7 @@ class Handover:
         if self.proof.without:
             refused = ", ".join(KINDS[kind] for kind in self.proof.without)
             lines.append(f"it refuses {refused}: as one text, their tokens would not be those of the training")
-        return lines
+        return [*lines, *date]
 
 
 def as_model(folder: Path, model: Any, file: str) -> bool:
@@ -213,14 +216,16 @@ def hand_over(folder: Path, tokenizer: Any, template: Template, stops_of_base: A
     stops = [str(name) for name in tokenizer.convert_ids_to_tokens(ids)]
     plain = _as_others_load_it(folder)
     if isinstance(plain, str):
-        return Handover(template.name, stops, ids, written=False, proof=Proof(), reason=plain)
+        return Handover(template.name, stops, ids, written=False, proof=Proof(), reason=plain, date=kept_date(template))
     jinja, proof, reason = _best(encoder, plain)
     if jinja is not None:
         own.chat_template = jinja
         own.save_pretrained(str(folder))
     pieces = (jinja is None or bool(proof.without)) and _write_pieces(folder, encoder, plain)
     exceptions = _exceptions(jinja, plain, encoder) if jinja is not None else []
-    return Handover(template.name, stops, ids, jinja is not None, proof, reason, exceptions, pieces)
+    return Handover(
+        template.name, stops, ids, jinja is not None, proof, reason, exceptions, pieces, kept_date(template)
+    )
 
 
 def write_stops(folder: Path, trained: Sequence[int], first: int, of_base: Any = None) -> list[int]:

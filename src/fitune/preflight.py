@@ -25,6 +25,8 @@ from fitune.families import Family
 from fitune.model import trainable
 from fitune.records import SPAN, Conversation, DataReport, Finding, Message, Sample, Source
 from fitune.store import Block, Samples, blocks, cut_answers, ends_whole
+from fitune.templates import ChatTemplate
+from fitune.templates.base import kept_date
 from fitune.tokenizer import parity
 
 NAMED = 3  # rows that a finding names
@@ -333,6 +335,18 @@ def template_parity(p: Prepared) -> Finding:
     )
 
 
+def chat_template(p: Prepared) -> Finding:
+    """What the tokenizer's own template does that its texts do not show: a date that it writes, texts that move."""
+    template = p.encoder.template
+    told = kept_date(template)
+    moved = isinstance(template, ChatTemplate) and template.moves_system
+    if moved and any(message.role == "system" for row in _some(p) for message in row.messages):
+        where = "system texts stand in the first user's turn"
+        why = "as asked" if p.config.system_role == "first-user" else "the chat template has no place for them"
+        return Finding("chat-template", "fixed", "; ".join(filter(None, (f"{where} ({why})", told))))
+    return Finding("chat-template", "ok", told or f"template {template.name}: no date, no text moved")
+
+
 def tokenizer_parity(p: Prepared) -> Finding:
     """The tokenizer in use splits texts as the folder's sentencepiece file does; repeated spaces are a known trap."""
     texts = [m.content for c in _some(p) for m in c.messages]
@@ -395,6 +409,7 @@ DATA_RULES: tuple[Rule, ...] = (
     answer_tokens,
     double_bos,
     template_parity,
+    chat_template,
     label_border,
     bpe_boundary,
     padding_side,

@@ -122,7 +122,12 @@ def resolve(config: RunConfig) -> RunConfig:
         changes["model"] = str(folder.resolve())
         read_config(folder)
         weights.check(folder)
-        templates.choose(config.template, tokenizer.load(folder))
+        templates.choose(
+            config.template,
+            tokenizer.load(folder),
+            system_role=config.system_role,
+            options=config.template_options,
+        )
     problems.raise_any()
     if config.adapter is not None:
         with problems.gather():

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from fitune.errors import DataError
 from fitune.formats import slots
 from fitune.records import Conversation, Message, Sample, Source, ToolCall
 
@@ -177,12 +178,13 @@ class Rows(Sequence[Conversation]):
 FACTS = ("cut_prompt", "cut_answer", "ends_whole", "prompt_length", "needed", "intact", "cut_text")
 
 
-def write_samples(folder: Path, made: Iterable[Sequence[Sample]]) -> None:
+def write_samples(folder: Path, made: Iterable[Sequence[Sample]], bad: Mapping[int, DataError] | None = None) -> None:
     """Write the samples of each row, row after row.
 
     Args:
         folder: empty.
         made: the samples of row 0, of row 1, ...; read once.
+        bad: rows that have none because the template cannot write them, and why; looked at when all are made.
     """
     columns = {name: array("i") for name in ("row", "shard", "start", "length", "trained", "weighted", *FACTS)}
     shard: list[Sample] = []
@@ -213,6 +215,11 @@ def write_samples(folder: Path, made: Iterable[Sequence[Sample]]) -> None:
             flush()
     flush()
     save_file({name: np.asarray(values) for name, values in columns.items()}, folder / COLUMNS)
+    told = {
+        row: [e.what, *(str(v) if v else None for v in (e.received, e.expected, e.fix))]
+        for row, e in (bad or {}).items()
+    }
+    (folder / META).write_text(json.dumps({"bad": told}, ensure_ascii=False), encoding="utf-8")
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -241,6 +248,12 @@ class Samples(Sequence[Sample]):
         self.rows, self._keep = rows, [keep]
         self._columns: dict[str, NDArray[np.int32]] = load_file(folder / COLUMNS)
         self._shards = [_shard(folder, n) for n in range(int(self._columns["shard"].max(initial=-1)) + 1)]
+        told = json.loads((folder / META).read_text(encoding="utf-8"))["bad"]
+        # rows that the template cannot write, and why
+        self.bad = {
+            int(row): DataError(what, received=received, expected=expected, fix=fix)
+            for row, (what, received, expected, fix) in told.items()
+        }
 
     def view(self, index: NDArray[Any]) -> Samples:
         """These of the samples, in this order; a number may come several times."""

@@ -12,7 +12,7 @@ conversation that ends in an answer is a training row, one that does not is a pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +21,47 @@ from fitune.templates import chatglm, jinja, pieces, user
 from fitune.templates.base import Template
 from fitune.templates.jinja import ChatTemplate
 from fitune.templates.pieces import PieceTemplate
+from fitune.templates.rendering import SystemRole
 
 __all__ = ["TABLE", "ChatTemplate", "PieceTemplate", "Template", "choose", "from_dict"]
 
 TABLE: dict[str, Template] = {template.name: template for template in (*pieces.ROWS, *chatglm.ROWS)}
 
 
-def choose(name: str, tokenizer: Any) -> Template:
+def choose(
+    name: str,
+    tokenizer: Any,
+    *,
+    system_role: SystemRole = "auto",
+    options: Mapping[str, Any] | None = None,
+    date: str | None = None,
+) -> Template:
     """The template that a name means for a tokenizer.
 
     Args:
         name: `auto` (ChatGLM's, or the tokenizer's own, else alpaca), `chat_template` (the tokenizer's own), a name of
             the table, or the path of a YAML file.
         tokenizer: whose own it may be.
+        system_role, options, date: of the tokenizer's own, see ChatTemplate.
 
     Raises:
         ConfigError: the name is unknown, or the YAML file cannot be used.
     """
+    own = name in ("auto", "chat_template") and bool(getattr(tokenizer, "chat_template", None))
+    if (options or system_role == "first-user") and not own:
+        raise ConfigError(
+            "template_options and system_role are for the tokenizer's own chat template",
+            received=f"template {name!r}, template_options {dict(options or {})}, system_role {system_role}",
+            expected="--template chat_template, and a tokenizer that has one",
+            fix="leave them out, or choose that template",
+        )
     if name.endswith((".yaml", ".yml")):
         return user.load(Path(name).expanduser())
     if name == "auto" and getattr(tokenizer, "family", None) in TABLE:
         return TABLE[tokenizer.family]  # ChatGLM's ids cannot be written as text, so not by a Jinja template either
     if name in ("auto", "chat_template"):
         if tokenizer.chat_template:
-            return jinja.of_tokenizer(tokenizer)
+            return jinja.of_tokenizer(tokenizer, system_role=system_role, options=options, date=date)
         if name == "chat_template":
             raise ConfigError("template 'chat_template': this tokenizer has none", fix="name one: --template alpaca")
         return TABLE["alpaca"]

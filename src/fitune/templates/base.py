@@ -68,6 +68,12 @@ class Template(Protocol):
         ...
 
 
+def kept_date(template: Template) -> str:
+    """What a user should know of the date that a template writes; nothing where it writes none."""
+    date = getattr(template, "date", None)
+    return f"the chat template writes a date: {date}, kept by the run" if date else ""
+
+
 def joined(message: Message) -> str:
     """Content and context as one text, for templates that keep no place for the context."""
     if message.context and message.content:
