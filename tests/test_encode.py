@@ -186,7 +186,9 @@ def test_clean_rows_raise_no_alarm(tokenizer, rows, template: str) -> None:
     wrong = {rule for rule, level in levels.items() if level != "ok"}
     # the marks of some templates are no tokens of the tiny vocabulary, and that is said
     stop = choose(template, tokenizer).stop
-    assert wrong == ({"stop-token-trained"} if stop and stop not in tokenizer.get_vocab() else set())
+    expected = {"stop-token-trained"} if stop and stop not in tokenizer.get_vocab() else set()
+    # and most characters of the Chinese answers are only there as bytes
+    assert wrong == expected | ({"byte-fallback"} if rows is CLEAN[4] else set())
 
 
 def test_a_masked_eos_is_caught(tokenizer) -> None:

@@ -366,7 +366,8 @@ def test_a_run_tells_every_rule_and_the_report_has_all(model_folder: Path, data_
         "nan-hidden", "grad-reaches", "accumulation-equality", "disk-space", "eval-memory", "frozen-intact",
         "saved-complete", "stale-cache",
     }  # fmt: skip
-    assert {finding["level"] for finding in [*data, *checks]} <= {"ok", "fixed"}
+    warned = {finding["rule"] for finding in [*data, *checks] if finding["level"] not in ("ok", "fixed")}
+    assert warned <= {"base-loss"}  # the model is random: it does worse than guessing
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert all(rule in page for rule in rules)
 

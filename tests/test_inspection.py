@@ -20,11 +20,10 @@ from fitune.inspection import (
     language,
     padding_wasted,
     page,
-    token_views,
-    tokenizer_view,
 )
 from fitune.records import Conversation, Message, Source
 from fitune.templates import choose
+from fitune.tokenview import token_views, tokenizer_view
 
 
 @pytest.mark.parametrize(

@@ -31,43 +31,15 @@ from fitune.methods import new_tokens
 from fitune.model import locate, read_config
 from fitune.pages import render
 from fitune.records import Conversation, DataReport, Finding, Sample
+from fitune.tokenview import CJK, TokenizerView, TokenView, token_views, tokenizer_view
 
-CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 KANA = re.compile(r"[\u3040-\u30ff]")
 HANGUL = re.compile(r"[\uac00-\ud7af]")
 LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
-MOST_PIECES = 8  # a character needs at most this many tokens
 BINS = 24
 MOST_EXAMPLES = 5  # groups of equal rows that are shown
 MOST_TEXTS = 20_000  # texts that the tokenizer view counts over, and
 MOST_CHARACTERS = 10_000  # of each so much
-
-
-@dataclass(frozen=True)
-class TokenView:
-    """One or several tokens that together show a text: a character may need two tokens."""
-
-    ids: list[int]
-    text: str
-    trained: bool
-    border: bool = False  # the first trained token after an untrained one
-
-
-@dataclass(frozen=True)
-class TokenizerView:
-    """What a tokenizer makes of the data."""
-
-    name: str
-    kind: str
-    vocabulary: int
-    tokens: int
-    characters: int
-    characters_per_token: float
-    tokens_per_chinese_character: float | None
-    byte_fallback_tokens: int
-    unknown_tokens: int
-    several_characters: list[str] = field(default_factory=list)  # single tokens of several Chinese characters
-    several_tokens: list[str] = field(default_factory=list)  # single characters that need several tokens
 
 
 def language(text: str) -> str:
@@ -144,90 +116,6 @@ def padding_wasted(lengths: ArrayLike, batch_size: int) -> float:
     rows = np.minimum(batch_size, len(order) - starts)
     padded = int((np.maximum.reduceat(order, starts) * rows).sum())
     return 1 - float(order.sum()) / max(1, padded)
-
-
-def token_views(tokenizer: Any, sample: Sample) -> list[TokenView]:
-    """The sample token by token; tokens that only together make a character are shown together."""
-    ids, mask = sample.ids.tolist(), sample.mask.tolist()
-    views: list[TokenView] = []
-    at = 0
-    while at < len(ids):
-        end = at + 1
-        text = tokenizer.decode(ids[at:end])
-        while "\ufffd" in text and end < min(len(ids), at + MOST_PIECES) and mask[end] == mask[at]:
-            end += 1
-            text = tokenizer.decode(ids[at:end])
-        if "\ufffd" in text:
-            end, text = at + 1, tokenizer.decode(ids[at : at + 1])
-        views.append(TokenView(ids[at:end], text, mask[at], border=mask[at] and at > 0 and not mask[at - 1]))
-        at = end
-    return views
-
-
-def vocabulary_kind(tokenizer: Any) -> str:
-    """BPE, byte-level BPE, SentencePiece unigram, ... from what the tokenizer is made of."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return "SentencePiece" if getattr(tokenizer, "family", None) else type(tokenizer).__name__
-    parts = json.loads(backend.to_str())
-    model = parts["model"]
-    text = json.dumps([parts.get("pre_tokenizer"), parts.get("decoder")])
-    kind = str(model.get("type", "?"))
-    if '"ByteLevel"' in text:
-        return f"byte-level {kind}"
-    return f"{kind} with byte fallback" if model.get("byte_fallback") else kind
-
-
-def tokenizer_view(name: str, tokenizer: Any, texts: Sequence[str]) -> TokenizerView:
-    """Counts over texts, and examples of tokens that hold several characters, and of characters that need several.
-
-    Args:
-        name: what to call it.
-        tokenizer: any.
-        texts: the data's texts.
-    """
-    tokens = characters = fallback = unknown = 0
-    chinese: Counter[str] = Counter()
-    long_tokens: Counter[str] = Counter()
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces = tokenizer.convert_ids_to_tokens(ids)
-        tokens, characters = tokens + len(ids), characters + len(text)
-        fallback += sum(bool(re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", str(piece))) for piece in pieces)
-        unknown += sum(i == tokenizer.unk_token_id for i in ids) if tokenizer.unk_token_id is not None else 0
-        chinese.update(CJK.findall(text))
-        long_tokens.update(i for i in ids)
-    cost = {c: _cost(tokenizer, c) for c in chinese}
-    several = [c for c, _ in chinese.most_common() if cost[c] > 1]
-    held = [tokenizer.decode([i]).strip() for i, _ in long_tokens.most_common(4000)]
-    return TokenizerView(
-        name=name,
-        kind=vocabulary_kind(tokenizer),
-        vocabulary=len(tokenizer),
-        tokens=tokens,
-        characters=characters,
-        characters_per_token=characters / max(1, tokens),
-        tokens_per_chinese_character=_per_chinese(tokenizer, texts),
-        byte_fallback_tokens=fallback,
-        unknown_tokens=unknown,
-        several_characters=[text for text in held if len(CJK.findall(text)) > 1 and len(text) < 12][:8],
-        several_tokens=[f"{c} ({cost[c]})" for c in several[:8]],
-    )
-
-
-def _cost(tokenizer: Any, character: str) -> int:
-    """Tokens of a character; the mark that sentencepiece puts before a text is no part of it."""
-    pieces = tokenizer.convert_ids_to_tokens(tokenizer(character, add_special_tokens=False)["input_ids"])
-    return len(pieces) - (len(pieces) > 1 and pieces[0] == "▁")
-
-
-def _per_chinese(tokenizer: Any, texts: Sequence[str]) -> float | None:
-    """Tokens per character over the runs of Chinese characters alone."""
-    runs = [run for text in texts for run in re.findall(rf"(?:{CJK.pattern})+", text)][:20_000]
-    characters = sum(map(len, runs))
-    if not characters:
-        return None
-    return sum(len(tokenizer(run, add_special_tokens=False)["input_ids"]) for run in runs) / characters
 
 
 @dataclass(frozen=True)
@@ -436,6 +324,7 @@ def _tokenizer_rows(views: Sequence[TokenizerView]) -> list[tuple[str, list[str]
         ("characters per token", [f"{v.characters_per_token:.2f}" for v in views]),
         ("tokens per Chinese character", [per_character(v) for v in views]),
         ("byte fallback, unknown", [f"{v.byte_fallback_tokens:,}, {v.unknown_tokens:,} tokens" for v in views]),
+        ("characters dropped", [", ".join(v.dropped) or "none" for v in views]),
         ("one token, several characters", [" ".join(v.several_characters) or "none seen" for v in views]),
         ("one character, several tokens", [" ".join(v.several_tokens) or "none seen" for v in views]),
     ]

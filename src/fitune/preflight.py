@@ -311,6 +311,16 @@ def answer_tokens(p: Prepared) -> Finding:
     return textchecks.answer_tokens(p.encoder, p.conversations)
 
 
+def lost_characters(p: Prepared) -> Finding:
+    """See `textchecks.lost_characters`."""
+    return textchecks.lost_characters(p.encoder, p.conversations)
+
+
+def byte_fallback(p: Prepared) -> Finding:
+    """See `textchecks.byte_fallback`."""
+    return textchecks.byte_fallback(p.encoder.tokenizer, p.samples)
+
+
 def double_bos(p: Prepared) -> Finding:
     """Two BOS tokens at the start of a row."""
     bos = p.encoder.tokenizer.bos_token_id
@@ -414,6 +424,8 @@ DATA_RULES: tuple[Rule, ...] = (
     bpe_boundary,
     padding_side,
     tokenizer_parity,
+    lost_characters,
+    byte_fallback,
     id_range,
 )
 

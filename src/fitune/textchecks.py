@@ -5,19 +5,30 @@ In: an encoder, rows, samples. Out: Findings. Only so many rows are looked at, e
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
 
 from fitune.encode import Encoder
-from fitune.records import Conversation, Finding, Message
-from fitune.tokenizer import special
+from fitune.errors import FituneError
+from fitune.records import Conversation, Finding, Message, Sample, Segment
+from fitune.tokenizer import coverage, special
 
 MOST_ROWS = 20_000  # that are searched for special tokens
+MOST_TEXTS = 500  # rows that are encoded and decoded again, and
+MOST_CHARACTERS = 10_000  # of each text so much
+MOST_SAMPLES = 5_000  # whose tokens are counted
+MOST_BYTES = 0.5  # share of bytes among the trained tokens above which a model does not know the language
 SHOWN = 6  # tokens or characters that a finding names
 
+T = TypeVar("T")
 
-def some(rows: Sequence[Conversation], most: int) -> Sequence[Conversation]:
+
+def some(rows: Sequence[T], most: int) -> Sequence[T]:
     """Up to so many rows, evenly over the data."""
     return rows[:: -(-len(rows) // most)] if len(rows) > most else rows
 
@@ -76,3 +87,89 @@ def _told(
     stay = [name for name in by_count if name in encoder.control]
     parts += [f"what marks turns stays text in answers: {counts(stay)}"] if stay else []
     return Finding("answer-tokens", "warn" if missing else "ok", "; ".join(parts) or "no answer holds special tokens")
+
+
+def lost_characters(encoder: Encoder, rows: Sequence[Conversation]) -> Finding:
+    """Texts come back from their ids: a vocabulary without byte pieces drops what it does not have, in silence.
+
+    Args:
+        encoder: of the run.
+        rows: what is trained.
+    """
+    known: dict[tuple[str, bool], Counter[str]] = {}
+    times, in_rows, of_template = Counter[str](), Counter[str](), Counter[str]()
+    affected, looked_at = 0, some(rows, MOST_TEXTS)
+    for row in looked_at:
+        found = Counter[str]()
+        for text, literal in {(s.text[:MOST_CHARACTERS], s.literal): None for s in _segments(encoder, row) if s.text}:
+            if (text, literal) not in known:
+                known[text, literal] = coverage.lost(encoder.tokenizer, text, literal=literal)
+            found += known[text, literal]
+            of_template += known[text, literal] if literal else Counter()
+        times += found
+        in_rows.update(found.keys())
+        affected += bool(found)
+    if not times:
+        text = f"the texts of {len(looked_at):,} rows come back whole from their tokens"
+        return Finding("lost-characters", "ok", text)
+    told = [f"{coverage.named(c)} {n:,} times in {in_rows[c]:,} rows" for c, n in times.most_common(SHOWN)]
+    more = f" and {len(times) - SHOWN} other characters" if len(times) > SHOWN else ""
+    own = ", ".join(coverage.named(c) for c, _ in of_template.most_common(SHOWN))
+    text = f"this tokenizer drops characters in {affected:,} of {len(looked_at):,} rows: {', '.join(told)}{more}"
+    return Finding(
+        "lost-characters",
+        "warn",
+        f"{text}; in the template's own text: {own}" if own else text,
+        "a base model whose vocabulary has them (byte pieces have all)"
+        + ("; another --template writes other marks" if own else ""),
+    )
+
+
+def _segments(encoder: Encoder, row: Conversation) -> list[Segment]:
+    if row.format != "text":
+        try:
+            return encoder.template.render(row.messages, row.tools)
+        except FituneError:
+            pass  # told elsewhere
+    return [Segment(message.content, literal=False) for message in row.messages]
+
+
+def byte_fallback(tokenizer: Any, samples: Sequence[Sample]) -> Finding:
+    """How many trained tokens are bytes of characters that the vocabulary does not have.
+
+    Args:
+        tokenizer: of the model.
+        samples: what is trained.
+    """
+    ids = np.concatenate([sample.ids[sample.mask] for sample in some(samples, MOST_SAMPLES)] or [np.zeros(0, np.int32)])
+    distinct, counts = np.unique(ids, return_counts=True)
+    count = int(counts[coverage.byte_tokens(tokenizer, distinct)].sum())
+    share = count / max(1, len(ids))
+    text = f"{share:.1%} of the trained tokens are bytes of characters that the vocabulary does not have"
+    if share <= MOST_BYTES:
+        return Finding("byte-fallback", "ok", text)
+    return Finding(
+        "byte-fallback",
+        "warn",
+        f"{text}: this model does not know this language",
+        "a base model that was trained on it; `fitune inspect --tokenizers` compares vocabularies on this data",
+    )
+
+
+def base_loss(loss: float, vocabulary: int) -> Finding:
+    """A base model that does worse than guessing does not know this language, or this is not its tokenizer.
+
+    Args:
+        loss: of the base model on held-out rows, per target token.
+        vocabulary: tokens that there are to guess among.
+    """
+    guessing = math.log(vocabulary)
+    text = f"the base model's held-out loss is {loss:.2f}; guessing among {vocabulary:,} tokens has {guessing:.2f}"
+    if not loss > guessing:
+        return Finding("base-loss", "ok", text)
+    return Finding(
+        "base-loss",
+        "warn",
+        f"{text}: this model does not know this language",
+        "a base model that was trained on it, with the tokenizer of its own folder",
+    )

@@ -35,6 +35,7 @@ from fitune import (
     precision,
     preflight,
     report,
+    textchecks,
 )
 from fitune.batches import in_order
 from fitune.checkpoint import Loaded, RunFolder, restore_rng
@@ -120,7 +121,7 @@ def _train(config: RunConfig, resume: bool, watch: Watcher) -> Result:
         known = run.read("measured") if resume and run.has("measured") else None
         parts = known["micro_batch_parts"] if known else _rehearse(job, watch)
         if not (resume and run.has("before")):
-            _begin(run, job)
+            _begin(run, job, watch)
         elif run.read_config().model != job.config.model:
             run.write_config(job.config)  # the base was moved
         if job.measured is not None:
@@ -216,7 +217,7 @@ def _batch(config: RunConfig) -> str:
     return f"{config.batch_tokens:,} tokens" if config.batch_tokens else f"{config.batch_size} rows"
 
 
-def _begin(run: RunFolder, job: Job) -> None:
+def _begin(run: RunFolder, job: Job, watch: Watcher) -> None:
     """What is written, and measured, before the first step."""
     run.create()
     job.config, moved = given.keep(job.config, run.path)
@@ -247,6 +248,8 @@ def _begin(run: RunFolder, job: Job) -> None:
         base = before if methods.find(job.config.method).same_at_start else _held_out(job)
         answers_of_base = _sample_answers(job)
     run.write("before", {"base_held_out_loss": base, "held_out_loss": before, "answers": answers_of_base})
+    if base is not None:
+        _note(run, watch, textchecks.base_loss(base, len(job.tuned.tokenizer)))
 
 
 def _rehearse(job: Job, watch: Watcher) -> int:
