@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fitune import quant, textchecks
 from fitune.batches import flat
 from fitune.config import RunConfig
+from fitune.contradictions import contradictions
 from fitune.encode import Encoder
 from fitune.errors import Collector, FituneError, TrainingError, shorten
 from fitune.families import Family
@@ -408,6 +409,14 @@ def stale_cache(p: Prepared) -> Finding:
     return Finding("stale-cache", "ok", f"from the cache; {len(some)} of its rows encoded again gave the same tokens")
 
 
+def folder_agrees(p: Prepared) -> Finding:
+    """The files of the folder say the same of the model: its type, its classes, its version."""
+    if found := contradictions(p.folder):
+        fix = "make them say the same, or download the folder again; --template says which prompts are meant"
+        return Finding("folder", "warn", f"the files of {p.folder} contradict each other: {'; '.join(found)}", fix)
+    return Finding("folder", "ok", "the folder's files say the same of the model")
+
+
 DATA_RULES: tuple[Rule, ...] = (
     rows,
     stale_cache,
@@ -426,6 +435,7 @@ DATA_RULES: tuple[Rule, ...] = (
     tokenizer_parity,
     lost_characters,
     byte_fallback,
+    folder_agrees,
     id_range,
 )
 

@@ -45,7 +45,7 @@ def choose(
         system_role, options, date: of the tokenizer's own, see ChatTemplate.
 
     Raises:
-        ConfigError: the name is unknown, or the YAML file cannot be used.
+        ConfigError: the name is unknown, or the YAML file cannot be used; the folder's files contradict each other.
     """
     own = name in ("auto", "chat_template") and bool(getattr(tokenizer, "chat_template", None))
     if (options or system_role == "first-user") and not own:
@@ -57,6 +57,14 @@ def choose(
         )
     if name.endswith((".yaml", ".yml")):
         return user.load(Path(name).expanduser())
+    if name == "auto" and (told := getattr(tokenizer, "contradiction", None)):
+        kinds = sorted(set(told.values()))
+        raise ConfigError(
+            f"template: the files of this folder name {' and '.join(kinds)}, whose prompts differ",
+            received="; ".join(told),
+            expected="one of them",
+            fix=" or ".join(f"--template {kind}" for kind in kinds),
+        )
     if name == "auto" and getattr(tokenizer, "family", None) in TABLE:
         return TABLE[tokenizer.family]  # ChatGLM's ids cannot be written as text, so not by a Jinja template either
     if name in ("auto", "chat_template"):

@@ -55,18 +55,30 @@ def load(folder: Path, settings: dict[str, Any], config: dict[str, Any]) -> Any:
             expected="64,789 pieces",
             fix="newer GLM models come with a tokenizer.json: put it into the folder",
         )
-    return ChatGLM2Tokenizer(file, family=_family(folder, settings, config), **keep)
+    made = ChatGLM2Tokenizer(file, family=_family(folder, settings, config), **keep)
+    told = named(settings, config) if settings.get("family") not in FAMILIES else {}
+    made.contradiction = told if len(set(told.values())) > 1 else {}
+    return made
+
+
+def named(settings: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
+    """Which of the two each file of a folder names: chatglm2 or chatglm3, by what it says where."""
+    names = {
+        "tokenizer_config.json": settings.get("name_or_path"),
+        "config.json": config.get("_name_or_path") or config.get("name_or_path"),
+    }
+    found = {file: re.search(r"chatglm[-_]?([23])", str(name or "").lower()) for file, name in names.items()}
+    return {f"{file} names {names[file]}": f"chatglm{hit[1]}" for file, hit in found.items() if hit}
 
 
 def _family(folder: Path, settings: dict[str, Any], config: dict[str, Any]) -> str:
     """chatglm2 or chatglm3: whatever in the folder names it; unnamed, the older one."""
     if settings.get("family") in FAMILIES:
         return str(settings["family"])
-    names = [settings.get("name_or_path"), config.get("_name_or_path"), config.get("name_or_path"), folder.name]
-    for name in names:
-        found = re.search(r"chatglm[-_]?([23])", str(name or "").lower())
-        if found:
-            return f"chatglm{found[1]}"
+    if by_files := named(settings, config):
+        return next(iter(by_files.values()))
+    if found := re.search(r"chatglm[-_]?([23])", folder.name.lower()):
+        return f"chatglm{found[1]}"
     return "chatglm3" if "<|assistant|>" in str(settings) else "chatglm2"
 
 
