@@ -182,14 +182,26 @@ def test_columns_line_up_behind_wide_characters() -> None:
     assert all(line[1] == " " for line in lines)  # cells do not touch their borders
 
 
+def test_a_model_alone_has_one_answer_to_a_prompt() -> None:
+    rows = [{"prompt": "1+1?", "expected": "2", "before": "two", "after": "two"}]
+    for base, headings in (
+        (True, ["prompt", "expected", "before", "after"]),
+        (False, ["prompt", "expected", "answer"]),
+    ):
+        file = io.StringIO()
+        Console(file=file, width=80).print(answers_table(rows, base=base))
+        assert re.findall(r"\w+", file.getvalue().splitlines()[2]) == headings
+        assert file.getvalue().count("two") == 1 + base
+
+
 def test_a_method_is_named_once_in_its_note() -> None:
     row = SimpleNamespace(
-        name="bitfit", trains="biases", trainable=None, training_bytes=None, merges=True, default_lr=1e-3,
+        name="bitfit", trains="biases (add: some)", trainable=None, training_bytes=None, merges=True, default_lr=1e-3,
         note="bitfit: this model has no bias terms",
     )  # fmt: skip
     file = io.StringIO()
     Console(file=file, width=80).print(methods_table([row], "llama"))
-    assert "bitfit: this model has no bias terms" in file.getvalue()
+    assert "bitfit: biases (add: some); this model has no bias terms" in " ".join(file.getvalue().split())
     assert "bitfit: bitfit" not in file.getvalue()
 
 

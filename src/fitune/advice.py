@@ -170,13 +170,12 @@ def advise(
     if too_small := below_all(asked.where):
         raise too_small
     exactly = Exact(asked, look(asked, words, watch), settings)
-    watch.say("looking for what fits")
     found = _searched(exactly, settings, watch)
     suggestions: list[Suggestion] = []
     refuted: list[search.Candidate] = []
     # where nothing fits by arithmetic, the nearest ways are planned too: it has a margin
     for candidate in _best(found.candidates, asked.config) or found.misses[:NEAREST]:
-        watch.say(f"planning exactly: {candidate.name}")
+        watch.progress("planning exactly", len(suggestions), shown)
         settled = settle(exactly, candidate)
         if settled is not None:
             suggestions.append(settled)
@@ -184,6 +183,7 @@ def advise(
             refuted.append(candidate)
         if len(suggestions) == shown:
             break
+    watch.progress("planning exactly", shown, shown)
     if not suggestions:
         raise _nothing_fits(asked, found)
     best = suggestions[0]
@@ -449,13 +449,14 @@ def _nothing_fits(asked: Asked, found: search.Found) -> ConfigError:
 
 def savers(exactly: Exact, settings: Mapping[str, Any], *, watch: Watcher | None = None) -> list[Saver]:
     """What each memory saver would give beside settings, the best for its cost first; each is planned exactly."""
-    found = []
-    for change, cost in _changes(exactly, exactly.with_settings(settings).config):
+    watch, found = watch or Watcher(), []
+    changes = list(_changes(exactly, exactly.with_settings(settings).config))
+    for done, (change, cost) in enumerate(changes):
+        watch.progress("planning memory savers", done, len(changes))
         one = _saver(exactly, settings, change, cost)
-        if watch is not None:
-            watch.say(f"planned: {flags(change)}")
         if one is not None and one.saves > 0:
             found.append(one)
+    watch.progress("planning memory savers", len(changes), len(changes))
     return sorted(found, key=lambda one: -one.worth)
 
 

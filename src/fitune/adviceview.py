@@ -103,11 +103,11 @@ def _table(title: str, names: Sequence[str], caption: str = "", left: int = 1) -
     """left: how many columns hold words; the first is stretched where there is one."""
     table = Table(
         title=title, title_justify="left", title_style="bold", caption=caption or None, caption_justify="left",
-        box=None, pad_edge=False, collapse_padding=True,
+        box=None, pad_edge=False, collapse_padding=True, padding=(0, 2),
     )  # fmt: skip
     table.add_column(names[0], style="cyan", ratio=1)
     for number, name in enumerate(names[1:], 1):
-        table.add_column(name, justify="left" if number < left else "right", no_wrap=True)
+        table.add_column("\n".join(name.rsplit(" ", 1)), justify="left" if number < left else "right", no_wrap=True)
     return table
 
 

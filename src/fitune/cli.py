@@ -313,7 +313,7 @@ def evaluate(
             watch=watch,
         )
     if found.samples:
-        console.print(answers_table(found.samples))
+        console.print(answers_table(found.samples, base=found.base is not None))
     console.print(scores_table(found))
     if json:
         print_json(found.as_dict())

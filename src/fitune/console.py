@@ -326,20 +326,22 @@ def kept_table(parts: Sequence[Any]) -> Table:
 
 
 def methods_table(rows: Sequence[Any], model: str) -> Table:
-    """Of each method (overview.Overview) a line."""
+    """Of each method (overview.Overview) a line; what else there is to know of some stands below."""
     table = Table(title=f"ways of tuning, figures for {model}", title_justify="left", box=None, pad_edge=False)
     table.add_column("method", style="cyan", no_wrap=True)
     table.add_column("trains", ratio=1)
     for name in ("parameters", "MiB", "merges", "learning\nrate"):
         table.add_column(name, justify="right", no_wrap=True)
+    notes: dict[str, list[str]] = {}
     for row in rows:
         known = row.trainable is not None
         figures = (f"{row.trainable:,}", f"{row.training_bytes / 2**20:,.0f}") if known else ("-", "-")
+        short, _, options = row.trains.partition(" (")
         merges = "yes" if row.merges else "no"
-        table.add_row(row.name, escape(row.trains), *figures, merges, f"{row.default_lr:g}")
-    table.caption = "\n".join(
-        escape(f"{row.name}: {row.note.removeprefix(f'{row.name}: ')}") for row in rows if row.note
-    )
+        table.add_row(row.name, escape(short.partition(";")[0]), *figures, merges, f"{row.default_lr:g}")
+        more = [f"{short} ({options}" if options else "", row.note.removeprefix(f"{row.name}: ")]
+        notes.setdefault("; ".join(filter(None, more)), []).append(row.name)
+    table.caption = "\n".join(escape(f"{', '.join(names)}: {note}") for note, names in notes.items() if note)
     table.caption_justify = "left"
     return table
 
@@ -348,7 +350,7 @@ def scores_table(found: Any) -> Table:
     """An evaluation.Evaluation: the base beside what was tuned."""
     title = f"{found.rows:,} rows, {found.target_tokens:,} target tokens, {found.asked:,} prompts answered"
     title += f", {found.too_long:,} too long to be" if found.too_long else ""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, min_width=min(len(title), 76))
     columns = [("base", found.base), ("tuned", found.scores)] if found.base else [("model", found.scores)]
     table.add_column("", style="cyan")
     for name, _ in columns:
@@ -415,14 +417,23 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     return table
 
 
-def answers_table(rows: Sequence[Mapping[str, Any]], limit: int = 60) -> Table:
-    """Prompt, expected answer, and the answers before and after."""
-    table = Table(title="before and after", title_justify="left")
-    for name in ("prompt", "expected", "before", "after"):
-        table.add_column(name, overflow="fold", ratio=1)
+def answers_table(rows: Sequence[Mapping[str, Any]], limit: int = 60, *, base: bool = True) -> Table:
+    """Prompt, expected answer, and the answers before and after.
+
+    Args:
+        rows: with prompt, expected, before and after.
+        limit: characters that are shown of each.
+        base: is there a model that answered before?
+    """
+    columns = {"prompt": "prompt", "expected": "expected", "before": "before", "after": "after"}
+    if not base:
+        columns = {"prompt": "prompt", "expected": "expected", "after": "answer"}
+    table = Table(title="before and after" if base else "answers", title_justify="left")
+    for title in columns.values():
+        table.add_column(title, overflow="fold", ratio=1)
     for row in rows:
         cells = []
-        for name in ("prompt", "expected", "before", "after"):
+        for name in columns:
             text = str(row.get(name, ""))
             text = escape(text if len(text) <= limit else text[: limit - 1] + "…")
             right = name in ("before", "after") and row.get(name) == row.get("expected")
