@@ -188,3 +188,5 @@ def test_a_run_trains_answer_tokens_and_its_chat_shows_them(tmp_path: Path) -> N
     settings = {**values, "answer_tokens": [EMO], "new_tokens": [EMO], "max_steps": 30, "lr": 0.05, "sample_prompts": 0}
     fitune.train(**settings)
     assert fitune.generate(fitune.load(str(tmp_path / "run")), "how?", max_new_tokens=8) == f"{EMO}glad"
+    fitune.merge(str(tmp_path / "run"), str(tmp_path / "merged"))
+    assert fitune.generate(fitune.load(str(tmp_path / "merged")), "how?", max_new_tokens=8) == f"{EMO}glad"

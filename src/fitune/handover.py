@@ -28,6 +28,7 @@ from fitune.weights import SAFE_INDEX, stored_dtype
 
 GENERATION = "generation_config.json"
 TEMPLATE = "fitune_template.json"  # the template itself, for fitune
+ANSWER_TOKENS = "fitune_answer_tokens.json"  # special tokens that answers produce: fitune shows these
 PIECES = "fitune_prompt.jinja"  # the prompt with a mark between its pieces, where no chat_template can be written
 BORDER = "\ue000"  # the mark: a character for private use
 Jinja = str | dict[str, str]  # a chat template, or several by name
@@ -226,6 +227,18 @@ def hand_over(folder: Path, tokenizer: Any, template: Template, stops_of_base: A
     return Handover(
         template.name, stops, ids, jinja is not None, proof, reason, exceptions, pieces, kept_date(template)
     )
+
+
+def write_answer_tokens(folder: Path, encoder: Encoder) -> None:
+    """Keep the special tokens that a run's answers produce, where there are any."""
+    if encoder.marks.answers:
+        (folder / ANSWER_TOKENS).write_text(json.dumps(list(encoder.marks.answers)), encoding="utf-8")
+
+
+def read_answer_tokens(folder: Path) -> list[str]:
+    """The special tokens that the answers of a merged model produce."""
+    file = folder / ANSWER_TOKENS
+    return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
 
 
 def write_stops(folder: Path, trained: Sequence[int], first: int, of_base: Any = None) -> list[int]:

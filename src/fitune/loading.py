@@ -15,7 +15,7 @@ from fitune.config import QuantOptions, RunConfig
 from fitune.encode import Encoder
 from fitune.errors import ConfigError, RunFolderError
 from fitune.families import Family
-from fitune.handover import TEMPLATE
+from fitune.handover import TEMPLATE, read_answer_tokens
 from fitune.model import Tuned, causal_lm, load_model, locate, pick_device
 from fitune.precision import choose
 from fitune.templates import Template
@@ -64,7 +64,8 @@ def load(
         shape = _template(folder, template, words)
         plain_model = load_model(folder, precision=precision or "fp32", quant=quant or "none", **how)
         quants.trust.notice(quants.faults(plain_model))
-        return Tuned(plain_model, words, shape, Encoder(words, shape), _family(plain_model))
+        encoder = Encoder(words, shape, answer_tokens=read_answer_tokens(folder) if template == "auto" else ())
+        return Tuned(plain_model, words, shape, encoder, _family(plain_model))
     config = run.read_config()
     if not run.adapter.is_dir():
         raise RunFolderError(f"{run.path}: this run is not finished", fix=f"fitune train --resume --output {run.path}")

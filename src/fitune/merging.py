@@ -27,7 +27,7 @@ from fitune.encode import Encoder
 from fitune.errors import FituneError, RunFolderError
 from fitune.families import Family, towers
 from fitune.files import check_new, whole_folder
-from fitune.handover import Handover, hand_over
+from fitune.handover import Handover, hand_over, write_answer_tokens
 from fitune.loading import base_of, load
 from fitune.methods import new_tokens
 from fitune.model import Tuned, causal_lm, load_model, output_head, quantized_as, read_config
@@ -133,6 +133,7 @@ def merge(
     with whole_folder(target) as place:
         write(place)
         handed = hand_over(place, tuned.tokenizer, tuned.template)
+        write_answer_tokens(place, tuned.encoder)
         modelcard.write(place, target.name, folder, config, handed)
         rounding = check(place)
     return Merged(str(target), chosen, error, rounding, drift, handed)

@@ -152,7 +152,7 @@ def byte_fallback(tokenizer: Any, samples: Sequence[Sample]) -> Finding:
         "byte-fallback",
         "warn",
         f"{text}: this model does not know this language",
-        "a base model that was trained on it; `fitune inspect --tokenizers` compares vocabularies on this data",
+        "a base model that was trained on it; `fitune inspect --compare` compares vocabularies on this data",
     )
 
 
