@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ import torch
 
 import fitune
 import tiny
-from fitune import cli
+from fitune import cli, families, tokenizer
 from fitune.config import build
-from fitune.evaluation import bleu4, evaluate, rouge_l
+from fitune.encode import Encoder
+from fitune.evaluation import Judged, _scores, bleu4, evaluate, exact_match, rouge_l
 from fitune.kernels import loss as loss_kernel
-from fitune.records import Finding
+from fitune.model import Tuned
+from fitune.records import Conversation, Finding, Message, ToolCall
+from fitune.templates import choose
 from fitune.training import train
 
 
@@ -111,3 +115,113 @@ def test_advertisegen_with_a_real_model(shared: Path) -> None:
     assert found.rows == 6
     assert found.scores.loss > 1
     assert found.scores.bleu4 is not None
+
+
+# ---- answers in a frame ----
+
+TAGS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "[CALLS]"]
+CALL = "{%- for c in m.tool_calls or [] -%}{{ '[CALLS]' + (c.function | tojson) }}{%- endfor -%}"
+LAST = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' and loop.last -%}"
+    "{{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif -%}{{ m.content }}" + CALL +
+    "{{ '<|im_end|>\\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)  # fmt: skip
+OPENED = LAST.replace("assistant\\n' }}{%- endif -%}", "assistant\\n<think>\\n' }}{%- endif -%}")
+BARE = LAST.replace("{{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}", "")
+TEMPLATES = {"last turn thinks": LAST, "thought opened": OPENED, "thoughts in the text": BARE, "chatml": "chatml"}
+CAPITAL = "the capital is Mira"
+
+
+def framed(name: str, *, special: bool = True) -> Tuned:
+    """A tiny model whose template puts a frame around answers. special: are the tags special tokens."""
+    words = tiny.make_tokenizer([*tiny.SPECIAL, *(TAGS if special else TAGS[:2])])
+    template = TEMPLATES[name]
+    words.chat_template = template if "{" in template else None
+    shape = choose("chat_template" if "{" in template else template, words)
+    model = tiny.make_model("llama")
+    return Tuned(model, words, shape, Encoder(words, shape), families.of(model))
+
+
+def answer_perfectly(monkeypatch: pytest.MonkeyPatch, tuned: Tuned, rows: list[Conversation], cut: int = 0) -> None:
+    """The model writes what it would be trained to write; `cut`: but for so many ids at the end."""
+
+    def generate(tuned: Tuned, prompts: list[list[int]], *_: object, **__: object) -> list[list[int]]:
+        samples = [list(map(int, tuned.encoder.samples(row)[-1].ids)) for row in rows]
+        assert all(sample[: len(prompt)] == prompt for sample, prompt in zip(samples, prompts, strict=True))
+        made = [sample[len(prompt) :] for sample, prompt in zip(samples, prompts, strict=True)]
+        return [ids[: len(ids) - cut] for ids in made]
+
+    monkeypatch.setattr("fitune.generation._generate", generate)
+
+
+def asked(answer: Message) -> Conversation:
+    return Conversation((Message("user", "the capital?"), answer))
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_perfect_answers_are_right_whatever_frame_they_stand_in(name: str, special: bool, monkeypatch) -> None:
+    tuned = framed(name, special=special)
+    said = [Message("assistant", CAPITAL), Message("assistant", f"<think>\nit is in the north\n</think>\n\n{CAPITAL}")]
+    if name in ("last turn thinks", "thought opened"):
+        said.append(Message("assistant", CAPITAL, thought="two plus three"))
+    rows = [asked(message) for message in said]
+    answer_perfectly(monkeypatch, tuned, rows)
+    judged = exact_match(tuned, rows)
+    assert [one.expected for one in judged] == [CAPITAL] * len(rows)
+    scores = _scores(1.0, judged)
+    assert (scores.exact_match, scores.rouge_l) == (1.0, pytest.approx(1.0))
+    assert scores.bleu4 == pytest.approx(100)
+    assert scores.thoughts == pytest.approx((len(rows) - 1) / len(rows))
+    assert scores.thought_match == 1.0
+    assert [one.thought for one in judged][:2] == ["", "it is in the north"]
+
+
+@pytest.mark.parametrize("name", ["last turn thinks", "thought opened"])
+def test_a_thought_that_is_not_closed_is_no_answer(name: str, monkeypatch) -> None:
+    """The planted fault: the expected text stands in the thought."""
+    tuned = framed(name)
+    rows = [asked(Message("assistant", CAPITAL, thought=CAPITAL))]
+    count = len(tokenizer.encode(tuned.tokenizer, f"\n</think>\n\n{CAPITAL}", literal=True))
+    answer_perfectly(monkeypatch, tuned, rows, cut=count + 1)
+    (judged,) = exact_match(tuned, rows)
+    assert judged.answer == ""
+    assert CAPITAL.startswith(judged.thought)
+    assert judged.thought
+    assert _scores(1.0, [judged]).exact_match == 0.0
+
+
+def test_calls_and_thoughts_are_figures_of_their_own(monkeypatch) -> None:
+    tuned = framed("last turn thinks")
+    call = Message("assistant", "", tool_calls=(ToolCall("weather", '{"city": "Mira"}'),))
+    rows = [asked(Message("assistant", "two plus three", thought="it is five")), asked(call)]
+    answer_perfectly(monkeypatch, tuned, rows)
+    judged = exact_match(tuned, rows)
+    assert _scores(1.0, judged).call_match == 1.0
+    wrong = [replace(judged[0], thought="it is two"), replace(judged[1], answer=judged[1].answer + "x")]
+    scores = _scores(1.0, wrong)
+    assert (scores.exact_match, scores.thought_match, scores.call_match) == (1.0, 0.0, 0.0)
+    plain = _scores(1.0, [Judged("q", "a", "a")])
+    assert (plain.thoughts, plain.thought_match, plain.call_match) == (None, None, None)
+
+
+def test_thinking_models_are_evaluated_whole(tmp_path: Path, monkeypatch, capsys) -> None:
+    """From a folder, on the command line: perfect answers score 100 %, where they scored nothing."""
+    tuned = framed("last turn thinks")
+    tuned.model.save_pretrained(tmp_path / "model")
+    tuned.tokenizer.save_pretrained(tmp_path / "model")
+    rows = [asked(Message("assistant", CAPITAL, thought="it is in the north"))]
+    messages = [
+        {"role": "user", "content": "the capital?"},
+        {"role": "assistant", "content": CAPITAL, "reasoning_content": "it is in the north"},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}), encoding="utf-8")
+    answer_perfectly(monkeypatch, tuned, rows)
+    arguments = ["eval", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--json"]
+    monkeypatch.setattr(sys, "argv", ["fitune", *map(str, arguments)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    out, err = capsys.readouterr()
+    assert json.loads(out)["scores"]["exact_match"] == 1.0
+    assert json.loads(out)["scores"]["thought_match"] == 1.0
+    assert "thought match" in err

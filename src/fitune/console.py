@@ -356,10 +356,15 @@ def scores_table(found: Any) -> Table:
     for name, _ in columns:
         table.add_column(name, justify="right")
     shown = {"loss": "{:.4f}", "perplexity": "{:,.2f}", "exact_match": "{:.1%}", "bleu4": "{:.2f}", "rouge_l": "{:.4f}"}
+    shown |= {
+        "thoughts": "{:.1%}",
+        "thought_match": "{:.1%}",
+        "call_match": "{:.1%}",
+    }  # apart from the answers' figures
     for name, form in shown.items():
         values = [getattr(scores, name) for _, scores in columns]
-        if values[0] is not None:
-            table.add_row(name.replace("_", " "), *(form.format(value) for value in values))
+        if any(value is not None for value in values):
+            table.add_row(name.replace("_", " "), *("-" if value is None else form.format(value) for value in values))
     return table
 
 

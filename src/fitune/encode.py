@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice, takewhile
 from typing import Any
 
@@ -142,8 +142,23 @@ class Encoder:
         return " ".join(s.token or s.text for s in segments if s.literal and not s.trained)
 
     def text(self, ids: Sequence[int]) -> str:
-        """What a model wrote, for a person: without special tokens, but for those that answers may name."""
-        return special.readable(self.tokenizer, ids, self.marks.answers.values())
+        """What a model wrote, for a person: without special tokens, but for those that answers may name, and tags of
+        thoughts, which some vocabularies count among them."""
+        return special.readable(self.tokenizer, ids, [*self.marks.answers.values(), *self._tags])
+
+    def without_special(self, text: str) -> str:
+        """The template's own text as `text` shows it."""
+        kept = {*self.marks.answers.values(), *self._tags}
+        gone = [t.content for i, t in self.tokenizer.added_tokens_decoder.items() if t.special and i not in kept]
+        for token in sorted(gone, key=len, reverse=True):
+            text = text.replace(token, "") if token else text
+        return text
+
+    @cached_property
+    def _tags(self) -> list[int]:
+        """Ids of tags of thoughts."""
+        ids = (single_id(self.tokenizer, tag) for kind in thoughts.KINDS for tag in (kind.open, kind.close))
+        return [i for i in ids if i is not None]
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Ids of a prompt that the model is to go on from."""

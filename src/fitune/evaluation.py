@@ -24,7 +24,7 @@ from fitune.config import DataSource
 from fitune.console import Ticker, Watcher
 from fitune.dataset import NO_LIMIT
 from fitune.errors import DataError
-from fitune.generation import SIDE_BY_SIDE, Sampling, answers
+from fitune.generation import SIDE_BY_SIDE, Sampling, answers, expected, read
 from fitune.loading import load
 from fitune.model import Tuned, causal_lm
 from fitune.records import Conversation, DataReport
@@ -43,10 +43,15 @@ class Judged:
     prompt: str
     expected: str
     answer: str
+    expected_thought: str = ""
+    thought: str = ""
+    calls: bool = False  # a call of a tool is expected
 
     @property
     def right(self) -> bool:
-        """The same text; white space at the ends does not count."""
+        """The same text; white space at the ends does not count, in calls nowhere."""
+        if self.calls:
+            return "".join(self.answer.split()) == "".join(self.expected.split())
         return self.answer.strip() == self.expected.strip()
 
 
@@ -65,8 +70,14 @@ def exact_match(
     for start in range(0, len(rows), SIDE_BY_SIDE):
         some = rows[start : start + SIDE_BY_SIDE]
         texts = answers(tuned, [row.question() for row in some], Sampling(max_new_tokens=max_new_tokens), base=base)
-        judged += [Judged(row.prompt()[-1].content, row.answer(), text) for row, text in zip(some, texts, strict=True)]
+        judged += [_judged(tuned, row, text) for row, text in zip(some, texts, strict=True)]
     return judged
+
+
+def _judged(tuned: Tuned, row: Conversation, text: str) -> Judged:
+    wanted, got = expected(tuned, row), read(tuned, row.question(), text)
+    prompt = row.prompt()[-1].content
+    return Judged(prompt, wanted.content, got.content, wanted.thought, got.thought, bool(wanted.tool_calls))
 
 
 def accuracy(judged: Sequence[Judged]) -> float:
@@ -79,13 +90,24 @@ def accuracy(judged: Sequence[Judged]) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one model. loss: per target token. exact_match, rouge_l: 0 to 1. bleu4: 0 to 100."""
+    """Of one model.
+
+    Args:
+        loss: per target token.
+        exact_match, bleu4, rouge_l: of answers without the template's frame and their thoughts; 0 to 1, bleu4 to 100.
+        thoughts: share of answers with a thought; None where none has one, nor should.
+        thought_match: of answers that should have a thought, those with this very one.
+        call_match: of answers that should call a tool, those that are this very call; not in the figures above.
+    """
 
     loss: float
     perplexity: float
     exact_match: float | None = None
     bleu4: float | None = None
     rouge_l: float | None = None
+    thoughts: float | None = None
+    thought_match: float | None = None
+    call_match: float | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +213,8 @@ def _askable(there: Rows, tuned: Tuned, limit: int) -> tuple[list[Conversation],
     """Rows that have a prompt, and room behind it; how many have none."""
     asked, too_long = [], 0
     for row in there:
-        if not row.prompt() or not row.answer():
+        answer = next((m for m in reversed(row.messages) if m.role == "assistant"), None)
+        if not row.prompt() or answer is None or not (answer.content or answer.tool_calls):
             continue
         if len(tuned.encoder.prompt(row.prompt(), row.tools)) < limit - 8:
             asked.append(row)
@@ -208,8 +231,22 @@ def _scores(loss: float, judged: Sequence[Judged]) -> Scores:
     perplexity = math.exp(min(loss, 700))
     if not judged:
         return Scores(loss, perplexity)
-    got, expected = [one.answer for one in judged], [one.expected for one in judged]
-    return Scores(loss, perplexity, accuracy(judged), bleu4(got, expected), rouge_l(got, expected))
+    apart = {
+        "thoughts": _share([bool(one.thought) for one in judged])
+        if any(one.thought or one.expected_thought for one in judged)
+        else None,
+        "thought_match": _share([one.thought == one.expected_thought for one in judged if one.expected_thought]),
+        "call_match": _share([one.right for one in judged if one.calls]),
+    }
+    texts = [one for one in judged if not one.calls]
+    if not texts:
+        return Scores(loss, perplexity, **apart)
+    got, wanted = [one.answer for one in texts], [one.expected for one in texts]
+    return Scores(loss, perplexity, accuracy(texts), bleu4(got, wanted), rouge_l(got, wanted), **apart)
+
+
+def _share(found: Sequence[bool]) -> float | None:
+    return sum(found) / len(found) if found else None
 
 
 def bleu4(got: Sequence[str], expected: Sequence[str]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from fitune.errors import ModelError
 from fitune.methods import virtual
 from fitune.model import Tuned, causal_lm, computing, use_attention
 from fitune.records import SPAN, Conversation, Message
-from fitune.templates import ChatTemplate
+from fitune.templates import ChatTemplate, thoughts
 
 SIDE_BY_SIDE = 16  # prompts that are answered together
 
@@ -211,6 +211,49 @@ def _generate(
         )
     tuned.model.train(training)
     return [row[width:].tolist() for row in out]
+
+
+def read(tuned: Tuned, question: Conversation, text: str) -> Message:
+    """An answer without the template's frame, its thought apart; one that ends in mid-thought has no text.
+
+    Args:
+        tuned: whose answer it is.
+        question: what was asked: some prompts open the thought themselves.
+        text: the answer, as `answers` gives it.
+    """
+    found = tuned.template.read_answer(text)
+    thought, said = (found.thought, found.content) if found.thought else thoughts.split(found.content)
+    if not any(kind.close in text for kind in thoughts.KINDS):
+        thought, said = _unclosed(tuned, question, said)
+    return Message("assistant", said, thought=thought)
+
+
+def _unclosed(tuned: Tuned, question: Conversation, text: str) -> tuple[str, str]:
+    """(thought, answer) of a text without a closing tag."""
+    for kind in thoughts.KINDS:
+        if text.lstrip().startswith(kind.open):
+            return text.lstrip().removeprefix(kind.open).strip(), ""
+        if kind.open in str(getattr(tuned.template, "jinja", "")):
+            ids = tuned.encoder.prompt(question.messages, question.tools)
+            if thoughts.opened(str(tuned.tokenizer.decode(ids[-32:]))) is not None:
+                return text.strip(), ""
+    return "", text
+
+
+def expected(tuned: Tuned, row: Conversation) -> Message:
+    """The answer that a row ends in, read as the model's own would be: what is trained, without its frame."""
+    last = max((turn for turn, message in enumerate(row.messages) if message.role == "assistant"), default=None)
+    answer = Message("assistant", "") if last is None else row.messages[last]
+    if last is None or SPAN in answer.content:  # several answers, each behind a frame of its own
+        return answer
+    segments = tuned.template.render(row.messages[: last + 1], row.tools)
+    own = [
+        tuned.encoder.without_special(s.text) if s.literal else s.text
+        for s in segments
+        if s.trained and s.turn == last and s.role != "stop"
+    ]
+    question = replace(row, messages=row.messages[:last])
+    return replace(read(tuned, question, tuned.template.answer_text("".join(own))), tool_calls=answer.tool_calls)
 
 
 def _text(tuned: Tuned, ids: list[int]) -> str:

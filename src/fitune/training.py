@@ -43,7 +43,7 @@ from fitune.config import RunConfig, build, merge
 from fitune.console import NAME, RUN_FOLDER, Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
 from fitune.files import write_atomic
-from fitune.generation import SIDE_BY_SIDE, Sampling, answers
+from fitune.generation import SIDE_BY_SIDE, Sampling, answers, expected, read
 from fitune.loading import base_of
 from fitune.memory import peak_mib
 from fitune.memory import plan as plans
@@ -51,7 +51,7 @@ from fitune.memory.closed import state_bytes
 from fitune.memory.trace import STATES, Tracer, count
 from fitune.model import causal_lm, trainable
 from fitune.prepare import Job, prepare, resolve
-from fitune.records import Finding, StepRecord
+from fitune.records import Conversation, Finding, StepRecord
 from fitune.recovery import careful_step, check_finite, rehearse
 from fitune.step import LossScale, StepResult, held_out_loss
 
@@ -300,6 +300,13 @@ def _held_out(job: Job) -> float | None:
     return held_out_loss(job.tuned.model, in_order(job.held_out, job.config.batch_size), job.layout)
 
 
+def _said(job: Job, row: Conversation, before: str, after: str) -> dict[str, str]:
+    """The expected answer and both others without their thoughts; of one that only thought, its thought."""
+    texts = {"before": before, "after": after}
+    said = {when: read(job.tuned, row.question(), text).content or text for when, text in texts.items()}
+    return {"expected": expected(job.tuned, row).content, **said}
+
+
 def _sample_answers(job: Job) -> list[str]:
     asked = [row.question() for row in job.held_out_rows[: job.config.sample_prompts]]
     sampling = Sampling(max_new_tokens=job.config.sample_tokens)
@@ -466,7 +473,7 @@ def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) ->
     run.write(
         "answers",
         [
-            {"prompt": row.prompt()[-1].content, "expected": row.answer(), "before": old, "after": new}
+            {"prompt": row.prompt()[-1].content, **_said(job, row, old, new)}
             for row, old, new in zip(asked, before["answers"], after, strict=True)
         ],
     )
