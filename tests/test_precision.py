@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, LlamaConfig
 
 import fitune
 import tiny
-from fitune import adapters, doctor, guards, optim, precision, preflight, recovery
+from fitune import adapters, doctor, guards, optim, precision, preflight, recovery, trial
 from fitune.batches import flat, in_order
 from fitune.checkpoint import RunFolder
 from fitune.config import RunConfig, build
@@ -56,6 +58,62 @@ def test_auto_takes_what_the_machine_computes_fast(tmp_path: Path, monkeypatch: 
     assert "106 times slower" in found.text
     assert "--storage-dtype bf16" in (found.fix or "")
     assert precision.speed(plain(precision="fp32"), CPU).level == "ok"
+
+
+def planted_step(monkeypatch: pytest.MonkeyPatch, folder: Path, shape: Any, fp32: float, bf16: float) -> None:
+    """A machine whose products are fast in bf16, and what a step of this model's widths does there."""
+    planted(monkeypatch, folder, fp32=291.0, bf16=2263.0, fp16=1.5)
+    size = trial.widths(shape)
+    assert size is not None
+    known = json.loads((folder / "rates.json").read_text())
+    known[f"{precision.machine(CPU)}-step-{size.width}x{size.inner}"] = {"fp32": fp32, "bf16": bf16}
+    (folder / "rates.json").write_text(json.dumps(known))
+
+
+@pytest.mark.parametrize(
+    ("width", "fp32", "bf16", "taken"),
+    [
+        (64, 12_000.0, 6_800.0, "fp32"),  # stories260K on a machine with AMX
+        (512, 2_000.0, 2_200.0, "fp32"),  # not worth the lost bits
+        (768, 700.0, 2_100.0, "bf16"),
+        (2048, 9.0, 1.0, "bf16"),  # a wide model is its products, no step is measured
+    ],
+)
+def test_auto_looks_at_a_step_as_narrow_as_the_model(
+    width: int, fp32: float, bf16: float, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = LlamaConfig(hidden_size=width, intermediate_size=3 * width)
+    planted_step(monkeypatch, tmp_path, shape, fp32, bf16)
+    monkeypatch.setattr(trial, "tokens_per_second", lambda size, dtype: pytest.fail("it is known"))
+    assert precision.resolve(plain(), CPU, shape).precision == taken
+    found = precision.speed(plain(precision="bf16"), CPU, shape)
+    assert found.level == ("ok" if taken == "bf16" else "warn")
+    if taken == "fp32":
+        assert f"a step {width} wide runs at {fp32:,.0f} tokens/s in fp32" in found.text
+    assert precision.speed(plain(precision="fp32"), CPU, shape).level == "ok"
+    assert precision.resolve(plain(precision="bf16"), CPU, shape).precision == "bf16"  # what is asked for stays
+
+
+def test_a_step_is_measured_once_where_products_are_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, tmp_path, fp32=291.0, bf16=2263.0, fp16=1.5)
+    shape = GPT2Config(n_embd=48)
+    assert trial.widths(shape) == trial.Widths(48, 192)
+    monkeypatch.setattr(trial, "TOKENS", (20, 30))
+    first = precision.choose(CPU, shape)
+    assert "a step 48 wide runs at" in first[1]
+    assert precision.choose(CPU, shape) == first  # bitwise
+    planted(monkeypatch, tmp_path, fp32=138.0, bf16=1.3, fp16=1.2)
+    assert precision.choose(CPU, shape)[0] == "fp32"
+    assert len(json.loads((tmp_path / "rates.json").read_text())) == 1  # nothing more was measured
+
+
+@pytest.mark.parametrize("width", [32, 48, 200, 260])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trial_step_goes_through_any_width(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "TOKENS", (70, 80))
+    before = torch.get_rng_state()
+    assert trial.tokens_per_second(trial.Widths(width, 2 * width), dtype) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_bf16_on_a_gpu_that_only_imitates_it_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,20 +358,78 @@ def test_float16_trainables_need_an_epsilon_that_is_there(model_folder: Path, da
         "model": str(model_folder), "data": [str(data_file)], "precision": "fp16", "trainable_dtype": "fp16",
         "max_steps": 3, "output": str(tmp_path / "run"),
     }  # fmt: skip
-    for epsilon in (1e-8, 1e-6, 1e-5):
-        with pytest.raises(
-            (ConfigError, Problems), match=r"float16 weights do not survive[\s\S]*--trainable-dtype fp32"
-        ):
-            train(build({**settings, "epsilon": epsilon}))
+    with pytest.raises((ConfigError, Problems), match=r"is zero in float16[\s\S]*--trainable-dtype fp32"):
+        train(build({**settings, "epsilon": 1e-8}))
+    with pytest.raises((ConfigError, Problems), match=r"learning rate / epsilon is 1,000[\s\S]*--force"):
+        train(build({**settings, "epsilon": 1e-6, "lr": 1e-3, "optimizer": "adamw-foreach"}))
     assert not (tmp_path / "run").exists()
-    done = train(build({**settings, "epsilon": 1e-4}))
+    done = train(build({**settings, "epsilon": 1e-5, "lr": 1e-4}))  # what the course teaches
     assert done.last_loss < 100
     kept = RunFolder(tmp_path / "run").read("plan")["kept"]
     assert next(part for part in kept if part["part"] == "trained")["dtype"] == "float16"
     checks = {check["rule"]: check for check in RunFolder(tmp_path / "run").read("checks")}
     assert checks["fp16-master"]["level"] == "warn"
+    forced = {"epsilon": 1e-6, "lr": 1e-3, "optimizer": "adamw-foreach", "force": True}
+    train(build({**settings, **forced, "output": str(tmp_path / "forced")}))
+    checks = {check["rule"]: check for check in RunFolder(tmp_path / "forced").read("checks")}
+    assert "hardly survive" in checks["fp16-master"]["text"]
     with pytest.raises(ConfigError, match=r"epsilon 0\.0001 with sgd, which has none"):
         optim.check(plain(optimizer="sgd", epsilon=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "epsilon", "lr", "force", "level", "told"),
+    [
+        ("adamw-foreach", 1e-8, 1e-4, True, "refuse", "zero in float16"),  # NaN at every learning rate
+        ("adamw", 1e-8, 1e-4, False, "refuse", "zero in float16"),
+        ("adamw", 1e-8, 1e-4, True, "warn", "zero in float16"),
+        ("adamw-foreach", 1e-5, 5e-5, False, "warn", "small updates are lost"),
+        ("adamw-foreach", 1e-5, 1e-4, False, "warn", "learning rate / epsilon is 10"),
+        ("adamw-foreach", 1e-5, 2e-4, False, "warn", "learning rate / epsilon is 20"),
+        ("adamw-foreach", 1e-5, 1e-3, False, "refuse", "learning rate / epsilon is 100"),
+        ("adamw-foreach", 1e-5, 1e-3, True, "warn", "learning rate / epsilon is 100"),
+        ("adamw-foreach", 1e-4, 1e-3, False, "warn", "learning rate / epsilon is 10"),
+        ("adamw", 1e-5, 1e-3, False, "warn", "small updates are lost"),
+        ("adamw-8bit", 1e-8, 1e-3, False, "warn", "small updates are lost"),
+        ("paged-adamw-8bit", 1e-8, 1e-3, False, "warn", "small updates are lost"),
+    ],
+)
+def test_the_settings_and_the_guard_say_the_same_of_an_epsilon(
+    optimizer: str, epsilon: float, lr: float, force: bool, level: str, told: str
+) -> None:
+    model = adapters.attach(make_base("llama", "fp16"), config_for("lora", "fp16"))
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.half()
+    config = plain(optimizer=optimizer, epsilon=epsilon, lr=lr, force=force, precision="fp16", trainable_dtype="fp16")
+    found = guards.fp16_master(model, optim.make(trainable(model), config), lr, force=force)
+    assert found.level == level
+    assert told in found.text
+    if level != "refuse":
+        return optim.check(config)
+    with pytest.raises(ConfigError, match=told):
+        optim.check(config)
+    return None
+
+
+def test_the_bounds_on_epsilon_hold_on_the_half_of_the_sweep_that_they_are_not_from() -> None:
+    """scripts/sweep_epsilon.py on stories260K: the bounds are from its even rows, these are the odd ones."""
+    path = Path(__file__).parents[1] / "results" / "epsilon.json"
+    sweep = json.loads(path.read_text(encoding="utf-8"))["sweep"]
+    fine = refused = 0
+    for row in sweep[1::2]:
+        found = optim.in_float16(row["optimizer"], row["epsilon"], row["lr"])
+        ratio = math.inf if row["ratio"] is None else row["ratio"]
+        if "small updates" in found.text:
+            assert ratio < 1.25, row
+            fine += 1
+        elif found.level == "refuse" and "is zero" not in found.text:
+            # fused AdamW ruins full tuning from there on, LoRA later: 1.04 times float32's loss at 1e4, 1.5 at 5e4
+            assert ratio > (1.5 if row["method"] == "full" or row["optimizer"] == "adamw-foreach" else 1.0), row
+            refused += 1
+    assert (fine, refused) == (33, 11)
+    nan = [row for row in sweep if row["optimizer"] == "adamw-foreach" and row["epsilon"] == 1e-8]
+    assert len(nan) == 8
+    assert all(row["ratio"] is None for row in nan)  # refused whatever the learning rate, --force or not
 
 
 def pure_float16(folder: Path, epsilon: float, *, steps: int) -> tuple[Any, Any, Any]:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     )
     from fitune.errors import FituneError
 
+from fitune.processor import set_defaults
+
+set_defaults()
 __version__ = metadata.version("fitune")
 __all__ = [
     "Converted",

@@ -81,7 +81,7 @@ def demo(
     console.print(
         f"exact match on {result.held_out_prompts} held-out prompts: [bold]{result.base_accuracy:.1%}[/] before, "
         f"[bold]{result.tuned_accuracy:.1%}[/] after; {result.seconds:.0f} s in all, "
-        f"peak memory {result.peak_memory_mib:,.0f} MiB ({result.expected_memory_mib:,.0f} expected)",
+        f"peak memory of the process {result.peak_memory_mib:,.0f} MiB ({result.expected_memory_mib:,.0f} expected)",
         highlight=False,
     )
     _next_steps(console, result.run, str(demos.bundled() / "model"))

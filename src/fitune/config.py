@@ -349,7 +349,7 @@ class RunConfig(DataConfig):
     halves the weights on a machine without fast bf16."""
     trainable_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Dtype of what is trained, of its gradients and of the optimizer's states. 16 bits lose small updates; float16
-    also needs an epsilon of 1e-4 or more."""
+    also needs an epsilon that is not small beside the learning rate."""
     quant: Annotated[QuantOptions, BeforeValidator(_quant)] = QuantOptions()
     """Quantized frozen weights: none, int8 or nf4 (QLoRA)."""
     checkpointing: bool | Annotated[int, Field(ge=1)] = False
@@ -420,7 +420,7 @@ class RunConfig(DataConfig):
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     force: bool = False
-    """Run though the plan says that it does not fit."""
+    """Run though the plan says that it does not fit, or an epsilon that float16 weights may not survive."""
 
     @field_validator("output", "adapter", mode="before")
     @classmethod

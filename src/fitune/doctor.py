@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from fitune import quant
+from fitune import environment, processor, quant
 from fitune.cache import default_folder
 from fitune.config import quant_options
 from fitune.errors import ConfigError
@@ -27,6 +28,7 @@ from fitune.precision import choose, measure
 from fitune.quant import trust
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
+LOOK = 0.5  # seconds for which other processes are watched
 LEAST_FREE = 2**30  # bytes of disk below which hardly a run's checkpoints fit
 
 
@@ -47,7 +49,7 @@ class Check:
 def doctor() -> list[Check]:
     """Every check, in the order in which one leans on the other; one that fails unexpectedly is broken, not a crash."""
     found: list[Check] = []
-    for check in (_python, _versions, _devices, _memory, _bf16, _bitsandbytes, _rates, _disk):
+    for check in (_python, _versions, _devices, _memory, _load, _bf16, _bitsandbytes, _rates, _disk):
         try:
             found += check()
         except Exception as error:  # whatever is wrong with a machine is what this verb is to tell
@@ -114,6 +116,13 @@ def _memory() -> Iterator[Check]:
     memory = psutil.virtual_memory()
     text = f"{memory.available / 2**30:,.1f} of {memory.total / 2**30:,.1f} GiB free, {psutil.cpu_count()} processors"
     yield Check("memory", "ok", f"{text}, {torch.get_num_threads()} torch threads")
+
+
+def _load() -> Iterator[Check]:
+    since = processor.moment()
+    time.sleep(LOOK)
+    found = environment.machine_load(processor.others(since), torch.get_num_threads(), processor.cores())
+    yield Check("processor", "warn" if found.level == "warn" else "ok", found.text, found.fix or "")
 
 
 def _device() -> torch.device:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,23 +145,38 @@ def quantised_trainable(model: Any) -> Finding:
     return Finding("quantised-trainable", "ok", "every trainable tensor is floating point")
 
 
-def fp16_master(model: Any, optimizer: torch.optim.Optimizer) -> Finding:
+def fp16_master(model: Any, optimizer: torch.optim.Optimizer, rate: float = 0.0, *, force: bool = False) -> Finding:
     """Weights that are trained in float16 need an epsilon that is not next to zero in it: Adam divides by it. In 16
-    bits small updates are lost; float32 keeps them."""
+    bits small updates are lost; float32 keeps them.
+
+    Args:
+        model: with its method.
+        optimizer: of its trainable parameters.
+        rate: the highest learning rate of the run; 0: not known.
+        force: what may ruin the model is a warning.
+    """
     low = {name: p for name, p in trainable(model).items() if p.dtype != torch.float32}
     if not low:
         return Finding("fp16-master", "ok", "what is trained is float32, with its gradients and states")
     halves = {id(p) for p in low.values() if p.dtype == torch.float16}
-    epsilons = [
-        float(group["eps"])
+    adams = [
+        (rate * group.get("times", 1.0), float(group["eps"]), name)
         for group in optimizer.param_groups
-        if isinstance(group.get("eps"), float) and any(id(p) in halves for p in group["params"])
+        if (name := _adam(group)) and any(id(p) in halves for p in group["params"])
     ]
-    if epsilons and min(epsilons) < optim.LEAST:
-        text = f"{len(halves)} trained tensors are float16, and epsilon is {min(epsilons):g}, which ruins them"
-        return Finding("fp16-master", "refuse", text, f"--trainable-dtype fp32, or --epsilon {optim.LEAST:g}")
+    if adams:
+        highest, epsilon, name = max(adams)
+        found = optim.in_float16(name, epsilon, highest, force=force)
+        return replace(found, text=f"{len(halves)} tensors: {found.text}")
     kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in low.values()}))
     return Finding("fp16-master", "warn", f"trained in {kinds}: small updates are lost", "--trainable-dtype fp32")
+
+
+def _adam(group: Mapping[str, Any]) -> str | None:
+    """Which of torch's AdamW a group of parameters belongs to; others compute in float32, or have no epsilon."""
+    if not isinstance(group.get("eps"), float) or "fused" not in group:
+        return None
+    return "adamw" if group["fused"] else "adamw-foreach"
 
 
 FP16_HIGHEST = 65504.0

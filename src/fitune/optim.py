@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fitune import methods
 from fitune.config import RunConfig
 from fitune.errors import ConfigError, did_you_mean
+from fitune.records import Finding
 
 Groups = list[dict[str, Any]]
 
@@ -25,7 +27,8 @@ Groups = list[dict[str, Any]]
 @dataclass(frozen=True)
 class Kind:
     """An optimizer: bytes of its states per trained parameter (where that is float32), and its rate in times of
-    AdamW's. epsilon: it has one."""
+    AdamW's. epsilon: it has one. harm: learning rate over epsilon above which float16 weights take harm,
+    and from which they are ruined; None: it computes in float32 and keeps states of its own."""
 
     name: str
     state_bytes: float
@@ -33,10 +36,17 @@ class Kind:
     why: str
     rate: float = 1.0
     epsilon: bool = False
+    harm: tuple[float, float] | None = None
 
 
 SHARED = 256  # numbers in a table of bitsandbytes
-LEAST = 1e-4  # the least epsilon that float16 weights survive: smaller ones were finite and ruined, or NaN
+# In float16 the second moment of every gradient below 5.5e-3 is zero, so that a step is rate x gradient / epsilon, and
+# what becomes of the model follows rate / epsilon alone. (harm, ruin): from a half of the rows of results/epsilon.json.
+FOREACH = (
+    5.0,
+    100.0,
+)  # above the first the held-out loss was up to 1.5 times float32's, from the second on 1.6 and more
+FUSED = (100.0, 10_000.0)  # divides by the second moment before it is rounded; full tuning was ruined from 3,000 on
 
 
 def _adamw(groups: Groups, *, eps: float, **how: bool) -> torch.optim.Optimizer:
@@ -65,8 +75,15 @@ def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
 TABLE: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("adamw", 8, partial(_adamw, fused=True), "the usual one, in one fused kernel", epsilon=True),
-        Kind("adamw-foreach", 8, partial(_adamw, foreach=True), "the same, a larger peak in the step", epsilon=True),
+        Kind("adamw", 8, partial(_adamw, fused=True), "the usual one, in one fused kernel", epsilon=True, harm=FUSED),
+        Kind(
+            "adamw-foreach",
+            8,
+            partial(_adamw, foreach=True),
+            "the same, a larger peak in the step",
+            epsilon=True,
+            harm=FOREACH,
+        ),
         Kind("adamw-8bit", 2.03, _bitsandbytes("AdamW8bit"), "states in 8 bits, a quarter of the memory", epsilon=True),
         Kind(
             "paged-adamw-8bit",
@@ -100,13 +117,12 @@ def check(config: RunConfig) -> None:
     kind = find(config.optimizer)
     if config.epsilon != type(config).model_fields["epsilon"].default and not kind.epsilon:
         raise ConfigError(f"epsilon {config.epsilon:g} with {kind.name}, which has none", fix="leave it out")
-    if config.trainable_dtype == "fp16" and kind.epsilon and config.epsilon < LEAST:
-        raise ConfigError(
-            "float16 weights do not survive this epsilon: it is zero, or next to it, in their precision",
-            received=f"trainable_dtype fp16, optimizer {kind.name}, epsilon {config.epsilon:g}",
-            expected=f"epsilon {LEAST:g} or more",
-            fix=f"--trainable-dtype fp32, which is right beside --precision fp16; or --epsilon {LEAST:g}",
-        )
+    if config.trainable_dtype == "fp16" and kind.harm is not None:
+        rate = peak_rate(config) * methods.find(config.method).highest_rate(config)
+        found = in_float16(kind.name, config.epsilon, rate, force=config.force)
+        if found.level == "refuse":
+            given = f"optimizer {kind.name}, epsilon {config.epsilon:g}, learning rate {rate:g}"
+            raise ConfigError(found.text, received=f"trainable_dtype fp16, {given}", fix=found.fix)
     if not config.optimizer_in_backward:
         return
     wrong = []
@@ -122,6 +138,42 @@ def check(config: RunConfig) -> None:
             received="; ".join(wrong),
             fix="--method full --accumulation 1 --max-grad-norm 0, or leave it out",
         )
+
+
+def peak_rate(config: RunConfig) -> float:
+    """The highest learning rate of a run.
+
+    Raises:
+        ConfigError: there is no such method or optimizer.
+    """
+    return config.lr or methods.find(config.method).default_lr * find(config.optimizer).rate
+
+
+def in_float16(name: str, epsilon: float, rate: float, *, force: bool = False) -> Finding:
+    """What an epsilon does to weights that are trained in float16: the rule fp16-master.
+
+    Args:
+        name: of the optimizer.
+        epsilon: its own.
+        rate: the highest learning rate; 0: it is not known.
+        force: what may ruin the model is a warning. NaN for sure stays refused.
+    """
+    harm, fp32 = find(name).harm, "--trainable-dtype fp32, which is right beside --precision fp16"
+    zero = bool(torch.tensor(epsilon, dtype=torch.float16) == 0)
+    if harm is None or (rate <= harm[0] * epsilon and not zero):
+        return Finding("fp16-master", "warn", "trained in float16: small updates are lost", fp32)
+    enough = 10.0 ** math.ceil(math.log10(max(rate / harm[0], 1e-7)) - 1e-9)
+    fix = [fp32, f"--epsilon {enough if rate else 1e-4:g}", *([] if zero else [f"--lr {harm[0] * epsilon:g}"])]
+    text = f"learning rate / epsilon is {rate / epsilon:,.0f}: where gradients are small, steps are too large"
+    if zero:
+        text = f"epsilon {epsilon:g} is zero in float16, and Adam divides by it"
+    elif rate < harm[1] * epsilon * (1 - 1e-9):
+        return Finding("fp16-master", "warn", text, "; or ".join(fix))
+    sure = zero and harm == FOREACH  # NaN at every learning rate
+    if force and not sure:
+        return Finding("fp16-master", "warn", f"float16 weights hardly survive this: {text}", "; or ".join(fix))
+    fix += [] if sure else ["--force, to try it anyway"]
+    return Finding("fp16-master", "refuse", f"float16 weights do not survive this: {text}", "; or ".join(fix))
 
 
 def make(

@@ -127,7 +127,7 @@ def ask(model: str, *, data: Sequence[Any], gpu: str | None, settings: Mapping[s
         shape, folder, name = shape_for(model)
     problems.raise_any()
     with problems.gather():
-        config = _precision(config, where)
+        config = _precision(config, where, shape)
     with problems.gather():
         quant_settings(config, shape)
         check_quantized(config, methods.find(config.method), shape, torch.device(where.kind))
@@ -173,11 +173,11 @@ def shape_for(model: str) -> tuple[Any, Path | None, str]:
     return read_config(folder), folder if path.is_dir() else None, folder.absolute().name if path.is_dir() else model
 
 
-def _precision(config: RunConfig, where: devices.Device) -> RunConfig:
+def _precision(config: RunConfig, where: devices.Device, shape: Any) -> RunConfig:
     """auto for a device that may not be here: bf16 where that is computed, else fp16 on a GPU."""
     if config.precision == "auto" and where.kind == "cuda":
         config = config.model_copy(update={"precision": "bf16" if where.bf16 else "fp16"})
-    return precision.resolve(config, pick_device("cpu") if not where.here else pick_device(config.device))
+    return precision.resolve(config, pick_device("cpu") if not where.here else pick_device(config.device), shape)
 
 
 # ---- rows ----

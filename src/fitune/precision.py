@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fitune import quant
+from fitune import quant, trial
 from fitune.cache import default_folder
 from fitune.config import RunConfig
 from fitune.errors import ConfigError
@@ -29,6 +30,8 @@ from fitune.records import Finding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FASTER = 1.5  # bf16 must be so many times faster than float32 on a CPU to be chosen there
+STEP_FASTER = 1.2  # and a step as narrow as a small model's so many times
+WIDE = 1024  # from this width on a step is its matrix products
 RATES = "rates.json"  # where they are kept, in the cache
 SLOWER = 0.5  # below this share of float32's rate a precision is worth a warning
 
@@ -48,14 +51,19 @@ def describe(config: RunConfig) -> str:
     return f"{config.precision}, frozen weights {storage}{kind}, trained {config.trainable_dtype}"
 
 
-def resolve(config: RunConfig, device: torch.device) -> RunConfig:
+def resolve(config: RunConfig, device: torch.device, shape: Any = None) -> RunConfig:
     """The config with a precision in place of auto.
+
+    Args:
+        config: the settings.
+        device: where it computes.
+        shape: the model's transformers config; None: it is not known.
 
     Raises:
         ConfigError: the settings do not go together.
     """
     if config.precision == "auto":
-        config = config.model_copy(update={"precision": choose(device)[0]})
+        config = config.model_copy(update={"precision": choose(device, shape)[0]})
     if config.trainable_dtype != "fp32" and config.trainable_dtype != config.precision:
         raise ConfigError(
             f"trainable_dtype {config.trainable_dtype} with precision {config.precision}",
@@ -75,8 +83,13 @@ def resolve(config: RunConfig, device: torch.device) -> RunConfig:
 EMULATED = "is not computed by this GPU, only imitated, which is many times slower than fp16"
 
 
-def choose(device: torch.device) -> tuple[str, str]:
-    """The precision for a device, and why."""
+def choose(device: torch.device, shape: Any = None) -> tuple[str, str]:
+    """The precision for a device, and why.
+
+    Args:
+        device: where it computes.
+        shape: the transformers config of the model; None: any, by matrix products alone.
+    """
     if device.type == "cuda":
         name, major = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)[0]
         if major >= 8:
@@ -86,18 +99,36 @@ def choose(device: torch.device) -> tuple[str, str]:
         return "fp32", f"nothing is known about 16 bits on {device.type}"
     measured = rates(device)
     told = "a matrix product runs at {fp32:,.1f} GFLOP/s in fp32 on this CPU, {bf16:,.1f} in bf16".format(**measured)
-    chosen = "bf16" if measured["bf16"] >= FASTER * measured["fp32"] else "fp32"
-    return chosen, told
+    size = trial.widths(shape)
+    if measured["bf16"] < FASTER * measured["fp32"]:
+        return "fp32", told
+    if size is None or size.width >= WIDE:
+        return "bf16", told
+    step = step_rates(device, size)
+    text = "a step {width} wide runs at {fp32:,.0f} tokens/s in fp32 on this CPU, {bf16:,.0f} in bf16"
+    chosen = "bf16" if step["bf16"] >= STEP_FASTER * step["fp32"] else "fp32"
+    return chosen, f"{text.format(width=size.width, **step)}; {told}"
 
 
 def rates(device: torch.device) -> dict[str, float]:
     """GFLOP/s of a matrix product in each precision; measured once on a machine and kept, so that a choice made by
     them is the same in every run."""
-    key, path = machine(device), default_folder() / RATES
+    return _kept(machine(device), DTYPES, lambda: measure(device))
+
+
+def step_rates(device: torch.device, size: trial.Widths) -> dict[str, float]:
+    """Tokens a second of a step through two blocks of a model's widths, in fp32 and bf16; kept likewise."""
+    names = ("fp32", "bf16")
+    key = f"{machine(device)}-step-{size.width}x{size.inner}"
+    return _kept(key, names, lambda: {name: trial.tokens_per_second(size, DTYPES[name]) for name in names})
+
+
+def _kept(key: str, names: Iterable[str], measured: Callable[[], dict[str, float]]) -> dict[str, float]:
+    path = default_folder() / RATES
     known = _read(path)
-    if key in known:
+    if set(known.get(key, {})) == set(names):
         return known[key]
-    known[key] = measure(device)
+    known[key] = measured()
     with suppress(OSError):  # then it is measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(known, indent=1))
@@ -123,9 +154,9 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {
-            key: {name: float(found[name]) for name in DTYPES}
+            key: {name: float(rate) for name, rate in found.items()}
             for key, found in values.items()
-            if set(found) == set(DTYPES)
+            if set(found) <= set(DTYPES)
         }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
@@ -145,9 +176,9 @@ def _rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * rows * inner * inner / best / 1e9
 
 
-def speed(config: RunConfig, device: torch.device) -> Finding:
+def speed(config: RunConfig, device: torch.device, shape: Any = None) -> Finding:
     """A precision that this machine computes much more slowly than float32 is told; so is why one would be chosen."""
-    chosen, why = choose(device)
+    chosen, why = choose(device, shape)
     if chosen == config.precision:
         return Finding("precision", "ok", f"{chosen}: {why}")
     if chosen == "fp16" and config.precision == "bf16":
@@ -156,6 +187,8 @@ def speed(config: RunConfig, device: torch.device) -> Finding:
         return Finding("precision", "ok", f"{config.precision}; auto would take {chosen}: {why}")
     measured = rates(device)
     mine, plain = measured[config.precision], measured["fp32"]
+    if config.precision == "bf16" and mine >= FASTER * plain:  # in products it is faster, in this model's step not
+        return Finding("precision", "warn", f"bf16 gains nothing: {why}", "--precision auto")
     text = f"{config.precision} runs at {mine:,.1f} GFLOP/s here, fp32 at {plain:,.1f}"
     if mine < SLOWER * plain:
         fix = "--precision fp32 --storage-dtype bf16 (16-bit weights, computed in float32), or --precision auto"

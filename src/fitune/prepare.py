@@ -133,8 +133,9 @@ def resolve(config: RunConfig) -> RunConfig:
         with problems.gather():
             changes["adapter"] = str(adapters.locate(config.adapter).resolve())
     with problems.gather():
-        config = precision.resolve(config, pick_device(config.device))
-        quant_settings(config, read_config(folder))
+        shape = read_config(folder)
+        config = precision.resolve(config, pick_device(config.device), shape)
+        quant_settings(config, shape)
     problems.raise_any()
     changes["output"] = config.output or _free_folder(folder.name, config.method)
     return config.model_copy(update=changes)
@@ -244,7 +245,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     dtype = precision.DTYPES[config.trainable_dtype]
     sets = [preflight.trainable_set(model, expected, dtype), guards.quantised_trainable(model)]
     stored = weights.stored_dtype(folder)
-    dtypes = [precision.speed(config, device), precision.weights_kept(model, stored)]
+    dtypes = [precision.speed(config, device, model_config), precision.weights_kept(model, stored)]
     dtypes.append(guards.fp16_range(model, probe, layout))
     if quant.name_of(base) != "none":
         dtypes.append(quant.trust.finding(quant.faults(base)))
@@ -278,7 +279,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
         total_steps=total,
         eval_every=eval_every,
         save_every=config.save_every or eval_every,
-        lr=config.lr or method.default_lr * optim.find(config.optimizer).rate,
+        lr=optim.peak_rate(config),
     )
 
 

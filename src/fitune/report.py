@@ -92,8 +92,9 @@ def _mib(size: float) -> str:
     return "<0.1" if 0 < size < 0.05 * MIB else f"{size / MIB:,.1f}"
 
 
-def _memory(plan: Mapping[str, Any], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Predicted beside measured by component, MiB: of the largest step, and what is there beside the tensors."""
+def _memory(plan: Mapping[str, Any], measured: Mapping[str, Any], process_mib: float) -> list[dict[str, Any]]:
+    """Predicted beside measured, MiB, each row of one quantity: every component of the largest step, all its tensors,
+    and what a process holds beside them."""
     steps = [moment for moment in plan["phases"] if moment["phase"] in ("forward", "loss", "backward")]
     parts = max(steps or plan["phases"], key=lambda moment: moment["bytes"])["parts"]
     found = {**measured.get("parts", {}), **measured.get("at_the_end", {})}
@@ -137,7 +138,7 @@ def write(run: RunFolder) -> None:
         **_charts(records, result["held_out_loss_before"]),
         answers=answers,
         score=_score(answers),
-        memory=_memory(plan, run.read("measured") if run.has("measured") else {}),
+        memory=_memory(plan, run.read("measured") if run.has("measured") else {}, result["peak_memory_mib"]),
         cuda=plan["device"] == "cuda",
         parts=_parts(plan),
         kept=plan.get("kept", []),

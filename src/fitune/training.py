@@ -34,6 +34,7 @@ from fitune import (
     planview,
     precision,
     preflight,
+    processor,
     report,
     textchecks,
 )
@@ -45,7 +46,7 @@ from fitune.errors import ConfigError, Interrupted, RunFolderError
 from fitune.files import write_atomic
 from fitune.generation import SIDE_BY_SIDE, Sampling, answers, expected, read
 from fitune.loading import base_of
-from fitune.memory import peak_mib
+from fitune.memory import forget_peak, peak_mib
 from fitune.memory import plan as plans
 from fitune.memory.closed import state_bytes
 from fitune.memory.trace import STATES, Tracer, count
@@ -114,10 +115,13 @@ def _train(config: RunConfig, resume: bool, watch: Watcher) -> Result:
     if not resume:
         run.check_free()
     with _deterministic():
+        since = processor.moment()
         job = prepare(config, watch)
+        job.findings += _load(job, since)
         _tell(job, watch)
         if resume:
             _check_same_data(run, job)
+        forget_peak(job.tuned.device)
         known = run.read("measured") if resume and run.has("measured") else None
         parts = known["micro_batch_parts"] if known else _rehearse(job, watch)
         if not (resume and run.has("before")):
@@ -164,6 +168,13 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
             f"one from what it tuned: fitune train --adapter {output} --output NEW ...",
         )
     return stored
+
+
+def _load(job: Job, since: processor.Moment) -> list[Finding]:
+    """Where the CPU computes: is it free for it?"""
+    if job.tuned.device.type != "cpu":
+        return []
+    return [environment.machine_load(processor.others(since), torch.get_num_threads(), processor.cores())]
 
 
 def _tell(job: Job, watch: Watcher) -> None:
@@ -360,13 +371,14 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
     config, model = job.config, job.tuned.model
     parameters = trainable(model)
     optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
-    _note(run, watch, guards.fp16_master(model, optimizer))
+    _note(run, watch, guards.fp16_master(model, optimizer, job.lr, force=config.force))
     torch.manual_seed(config.seed)
     state = _restore(run, parameters, optimizer, watch) if resume else None
     state = state or _State(parts=parts, scale=LossScale(LossScale.START if precision.scaled(config) else 1.0))
     run.truncate_steps(state.step)
     started, bits = state.step, guards.fingerprint(model)
     model.train()
+    since = processor.moment()
     watch.start(job.total_steps, state.step, job.tuned.device)
     try:
         end = state.step if state.patience_is_over(config) else job.total_steps
@@ -400,6 +412,8 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
                 raise _interrupted(run, f"stopped after step {state.step} of {job.total_steps}, saved")
     finally:
         watch.stop()
+    for finding in _load(job, since):
+        _note(run, watch, finding)
     _measured_states(run, optimizer)
     if config.final == "best" or config.patience is not None:
         _back_to_best(run, parameters, state, watch)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,12 +17,26 @@ def resident_mib() -> float:
     return float(psutil.Process().memory_info().rss / MIB)
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let peaks count from now on, where the system can: loading maps whole files, whose pages it may drop again, and
+    that is no memory that a run needs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with suppress(OSError):  # not everywhere allowed
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_mib(device: torch.device) -> float:
-    """The most that was held: of the GPU's memory on a GPU, else of main memory by this process."""
+    """The most that was held: of the GPU's memory on a GPU, else of main memory by this process; since `forget_peak`
+    on CUDA and Linux, else since the process began."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_reserved(device) / MIB)
     if sys.platform == "win32":
         return float(psutil.Process().memory_info().peak_wset / MIB)
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return float(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

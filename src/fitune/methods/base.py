@@ -64,6 +64,10 @@ class Method:
         """The learning rate of a parameter, in times of the run's."""
         return 1.0
 
+    def highest_rate(self, config: RunConfig) -> float:
+        """The learning rate of the parameters that have the highest, in times of the run's."""
+        return self.rates(config, "")
+
     def virtual_tokens(self, config: RunConfig) -> int:
         """Positions that it takes before every row."""
         return 0

@@ -109,6 +109,10 @@ class Lora(Method):
         """LoRA+: B learns faster."""
         return config.lora.b_rate if ".lora_B." in name else 1.0
 
+    def highest_rate(self, config: RunConfig) -> float:
+        """See Method."""
+        return max(1.0, config.lora.b_rate)
+
 
 def _rank(name: str, ranks: dict[str, int], default: int) -> int:
     return ranks.get(get_pattern_key(list(ranks), name), default) if ranks else default
