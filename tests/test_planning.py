@@ -762,7 +762,7 @@ def test_the_report_shows_predicted_beside_measured(finished: Path) -> None:
         assert part in report
     for name in ("frozen weights", "activations"):
         told_ = f"{measured[name] / MIB:.1f}"
-        assert f"<td>{name}</td><td>{told_}</td><td>{told_}</td>" in report
+        assert f'<td>{name}</td><td class="n">{told_}</td><td class="n">{told_}</td>' in report
 
 
 def test_a_rehearsal_changes_nothing(

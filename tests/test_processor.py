@@ -130,10 +130,13 @@ def test_a_run_says_that_the_cores_are_taken(
     rows = {
         row["what"].partition(":")[0]: row for row in report._memory(run.read("plan"), run.read("measured"), 1000.0)
     }
-    total, beside = rows["all tensors of that step"], rows["beside the tensors"]
-    assert total["measured"] == pytest.approx(total["predicted"], rel=0.05)  # the same quantity twice
-    assert beside["measured"] == pytest.approx(1000.0 - total["measured"])
-    assert beside["predicted"] == sum(run.read("plan")["outside"].values()) / 2**20
+    total, beside = (
+        {key: float(row[key].replace(",", "")) for key in ("predicted", "measured")}
+        for row in (rows["all tensors of that step"], rows["beside the tensors"])
+    )
+    assert total["measured"] == pytest.approx(total["predicted"], rel=0.05, abs=0.1)  # the same quantity twice
+    assert beside["measured"] == pytest.approx(1000.0 - total["measured"], abs=0.2)
+    assert beside["predicted"] == pytest.approx(sum(run.read("plan")["outside"].values()) / 2**20, abs=0.1)
 
 
 def test_a_peak_counts_from_when_it_is_asked_to() -> None:

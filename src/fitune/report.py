@@ -102,8 +102,15 @@ def _memory(plan: Mapping[str, Any], measured: Mapping[str, Any], process_mib: f
         {"what": name, "predicted": _mib(parts.get(name, 0)), "measured": _mib(found.get(name, 0)) if found else ""}
         for name in dict.fromkeys([*parts, *found])
     ]
-    beside = [{"what": name, "predicted": _mib(size), "measured": ""} for name, size in plan["outside"].items()]
-    return [*rows, *beside]
+    tensors = sum(found.values())
+    total = {
+        "what": "all tensors of that step",
+        "predicted": _mib(sum(parts.values())),
+        "measured": _mib(tensors) if found else "",
+    }
+    rest = _mib(process_mib * MIB - tensors) if found and plan["device"] != "cuda" else ""
+    names = f"beside the tensors: {'; '.join(plan['outside'])}"
+    return [*rows, total, {"what": names, "predicted": _mib(sum(plan["outside"].values())), "measured": rest}]
 
 
 def _charts(records: Sequence[StepRecord], before: float | None) -> dict[str, list[str]]:
