@@ -12,6 +12,7 @@ from fitune.lengths import automatic, choices, rule_of_thumb
 from fitune.records import Conversation, DataReport, Message, Source
 from fitune.templates import TABLE, choose
 from fitune.templates.base import as_json
+from fitune.templates.jinja import ChatTemplate
 
 
 def test_the_rule_of_thumb_by_hand() -> None:
@@ -67,13 +68,22 @@ def test_tools_and_system_texts_are_never_cut_inside(tokenizer) -> None:
     assert shorter.cut_answer > 0
 
 
-@pytest.mark.parametrize("name", ["auto", "chatml", "alpaca", "llama2", "llama3"])
+# a template whose turns no special token begins: its marks and the texts are encoded as one
+WORDS = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", ["auto", "chatml", "alpaca", "llama2", "llama3", "words"])
 def test_a_system_text_stays_whole_wherever_a_template_has_it(tokenizer, name: str) -> None:
-    encoder = Encoder(tokenizer, choose(name, tokenizer))
+    template = ChatTemplate(WORDS, tokenizer, "<|end|>") if name == "words" else choose(name, tokenizer)
+    encoder = Encoder(tokenizer, template)
     rules = "only ever say what is true of Norland " * 3
     first, asked = Message("system", rules), (Message("user", "why " * 30), Message("assistant", "no"))
     row, alone = tool_row(first, *CALLED, *asked, tools=False), tool_row(first, *asked, tools=False)
-    last = Encoder(tokenizer, choose(name, tokenizer), train_on="last")
+    last = Encoder(tokenizer, template, train_on="last")
     sample = last.sample(row)
     assert sample.needed < sample.intact == len(last.sample(alone)) < len(sample)
     for limit in range(sample.needed, len(sample)):

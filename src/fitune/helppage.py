@@ -20,7 +20,9 @@ GROUPS: dict[str, tuple[str, ...]] = {  # fields of RunConfig, and what verbs ad
         "data", "eval_data", "format", "map", "fill", "take", "weight", "skip_bad", "max_length", "length_policy",
         "max_lost", "val_share", "val_rows", "cache",
     ),
-    "Model and prompt": ("model", "tokenizer", "template", "train_on", "new_tokens", "samples", "ids", "compare"),
+    "Model and prompt": (
+        "model", "tokenizer", "template", "train_on", "new_tokens", "answer_tokens", "samples", "ids", "compare",
+    ),
     "Method": (
         "method", "adapter", "lora", "freeze", "tail", "bitfit", "prompt", "p_tuning", "prefix", "bottleneck", "ia3",
         "peft",
