@@ -325,7 +325,7 @@ class Encoder:
 
     def _grouped(self, segments: Sequence[Segment], messages: Sequence[Message], chosen: set[int]) -> list[_Group]:
         groups: list[_Group] = []
-        after_text = False
+        after_text, chat = False, isinstance(self.template, ChatTemplate)
         for n, segment in enumerate(segments):
             if segment.joined:
                 continue  # encoded with the one before it
@@ -333,7 +333,8 @@ class Encoder:
             trained = segment.trained and segment.turn in chosen
             weight = messages[segment.turn].weight if trained else 1.0
             groups.append(_Group(group, trained, continued=after_text and self._opens_with_space, weight=weight))
-            after_text = bool(segment.text)
+            # in a chat template's own rendering what stands behind a stop token goes on, too
+            after_text = bool(segment.text) or (chat and segment.role == "stop")
         return groups
 
     def _pieces(self, groups: Sequence[_Group], known: Known) -> list[_Piece]:
