@@ -59,6 +59,7 @@ def read(tmp_path: Path, rows: list[Any], **how: Any) -> tuple[list[Conversation
         ({"dialogue": ["Sky?", "Blue."]}, "dialogue"),
         ({"data": ["Sky?", "Blue."], "id": None}, "data"),
         ({"data": [["Sky?", "Blue."]]}, "data"),
+        ({"messages": [["user", "Sky?"], ["assistant", "Blue."]]}, "messages"),
         ({"chat": [{"role": "human", "content": "Sky?"}, {"role": "bot", "content": "Blue."}]}, "chat"),
         ({"messages": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Blue."}]}, "messages"),
         ({"messages": [{"role": "user", "value": "Sky?"}, {"role": "model", "text": "Blue."}]}, "messages"),

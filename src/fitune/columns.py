@@ -134,7 +134,8 @@ def propose(lengths: Mapping[str, int]) -> str:
         return "--map COLUMN=prompt COLUMN=completion"
     if len(texts) == 1:
         return f"--map {_quoted(next(iter(texts)))}=text"
-    said = _named(texts, SAID) or max(_free(texts, ASKED) or texts, key=lambda name: texts[name])
+    free = _free(texts, ASKED) or list(texts)
+    said = _named(texts, SAID) or max(reversed(free), key=lambda name: texts[name])  # of equal ones the last
     rest = {name: size for name, size in texts.items() if name != said}
     asked = _named(rest, ASKED) or max(rest, key=lambda name: rest[name])
     return f"--map {_quoted(asked)}=prompt {_quoted(said)}=completion"

@@ -124,6 +124,8 @@ def _role(turn: Mapping[str, Any]) -> tuple[str, str]:
 def _turn(turn: object, where: str) -> list[Message]:
     """The messages of one turn: one, or a question with its answer, or a call with its result."""
     if isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn):
+        if turn[0].strip().lower() in ROLES:  # [role, text], which is no question with its answer
+            return _turn({"role": turn[0], "content": turn[1]}, where)
         return [Message("user", turn[0]), _said(turn[1], f"{where}[1]")]
     if not isinstance(turn, dict):
         raise FieldError(where, "not a turn", received=shorten(turn), expected="{role, content}")
