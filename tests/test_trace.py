@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import test_contract as contract
 import tiny
 from fitune import adapters, families, methods
 from fitune import quant as quants
 from fitune.batches import flat
-from fitune.config import RunConfig
+from fitune.config import RunConfig, build
 from fitune.memory import overrides, plan, trace
 from fitune.memory.cuda import Cuda
 from fitune.memory.trace import Building, Tracer
@@ -301,3 +302,24 @@ def test_the_plain_loop_of_llama_1b(checkpointing: bool, published: int) -> None
     own = benchmark.own(checkpointing)
     assert own.peak.bytes / 2**20 < (4800, 2900)[checkpointing]
     assert sum(own.closed.values()) == pytest.approx(own.peak.bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["adamw-8bit", "lion-8bit"])
+def test_what_an_update_in_8_bits_takes_is_seen(name: str) -> None:
+    """The peak of a model whose activations are small: the update of its largest matrix."""
+    shape = LlamaConfig(
+        vocab_size=2000, hidden_size=256, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=4
+    )
+    config = build({"model": "m", "data": ["d"], "method": "full", "optimizer": name, "precision": "fp32"})
+    work = plan.Work(config, shape, [[batch(9)], [batch(9)]])
+    said = predicted(work)
+    model = adapters.attach(LlamaForCausalLM(shape), config)
+    there = trace.count(model, Tracer())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        plan.go(model, work, trace.Blind())
+    now = measured = there
+    for event in profile.profiler.kineto_results.events():
+        now += event.nbytes() if event.name() == "[memory]" else 0
+        measured = max(measured, now)
+    assert any(block.op.endswith("8bit_blockwise") for block in said.blocks)
+    assert most(said) == pytest.approx(measured, rel=CLOSE), f"{most(said) / measured - 1:+.3%}"

@@ -64,5 +64,17 @@ STANDS_IN: dict[Any, Callable[..., Any]] = {
     aten.mkldnn_rnn_layer.default: _lstm,
 }
 
+
+def _update_8bit(target: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[int]:
+    """On a CPU bitsandbytes makes states, gradient and two halves of the update plain, in float32
+    (bitsandbytes/backends/cpu/ops.py, _optimizer_update_8bit_blockwise_cpu); on CUDA one kernel does it all."""
+    gradient: Tensor = args[1]
+    plain = 4 * gradient.numel()
+    low = 0 if gradient.dtype == torch.float32 else 1  # the weight is copied too
+    return [] if target != "cpu" else [plain] * (5 + low)
+
+
 # Bytes that a kernel takes beside its outputs while it runs: (target, args, kwargs, outputs) -> sizes.
-INSIDE: dict[str, Callable[[str, Sequence[Any], Mapping[str, Any], Any], Sequence[int]]] = {}
+INSIDE: dict[str, Callable[[str, Sequence[Any], Mapping[str, Any], Any], Sequence[int]]] = {
+    "bitsandbytes::optimizer_update_8bit_blockwise": _update_8bit,
+}
