@@ -19,7 +19,7 @@ from fitune.errors import ConfigError, Problems
 from fitune.generation import _Streamer
 from fitune.methods import new_tokens
 from fitune.prepare import prepare, resolve
-from fitune.records import Conversation, Message, Source
+from fitune.records import Conversation, Message, Sample, Source
 from fitune.templates import choose
 from fitune.templates.jinja import ChatTemplate
 
@@ -37,9 +37,12 @@ def words() -> Any:
     return made
 
 
+def labels_of(words: Any, sample: Sample) -> list[str]:
+    return words.convert_ids_to_tokens(sample.ids[sample.mask])
+
+
 def labels(encoder: Encoder, row: Conversation) -> list[str]:
-    sample = encoder.sample(row)
-    return encoder.tokenizer.convert_ids_to_tokens(sample.ids[sample.mask])
+    return labels_of(encoder.tokenizer, encoder.sample(row))
 
 
 def as_rendered(words: Any, messages: tuple[Message, ...], jinja: str = tiny.CHAT) -> list[int]:
@@ -134,6 +137,22 @@ def test_special_tokens_in_answers_are_asked_for_with_counts(words: Any) -> None
     assert told.level == "warn"
     assert "<|end|> in 1 rows" in told.text
     assert "take it out of the data" in str(told.fix)
+
+
+def test_line_breaks_that_are_added_tokens_stay_one_token() -> None:
+    """Gemma and GPT-NeoX have runs of line breaks and spaces as added tokens, and templates have them too."""
+    words = tiny.make_tokenizer()
+    words.add_tokens([AddedToken(text, normalized=False, special=False) for text in ("\n\n", "  ")])
+    encoder = Encoder(words, choose("alpaca", words))
+    assert words.convert_tokens_to_ids("\n\n") in encoder.prompt([Message("user", "a\n\nb")])[-20:]
+    sample = encoder.sample(Conversation((Message("user", "a"), Message("assistant", "b\n\nc  d"))))
+    assert labels_of(words, sample) == ["b", "\n\n", "c", "  ", "d", "<|end|>"]
+
+
+def test_names_that_are_bare_letters_are_not_looked_for_inside_words() -> None:
+    words = tiny.make_tokenizer([*tiny.SPECIAL, "eop"])
+    said = Conversation((Message("user", "who?"), Message("assistant", "people")))
+    assert textchecks.answer_tokens(Encoder(words, choose("auto", words)), [said]).level == "ok"
 
 
 def test_answer_tokens_are_shown_in_answers_and_no_other_special_token(words: Any) -> None:

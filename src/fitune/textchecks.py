@@ -40,7 +40,8 @@ def answer_tokens(encoder: Encoder, rows: Sequence[Conversation]) -> Finding:
         encoder: of the run.
         rows: what is trained.
     """
-    names = [name for name, special_ in special.added(encoder.tokenizer).items() if special_]
+    # ChatGLM calls some `sop` and `eop`: bare letters, which words have too ("people")
+    names = [name for name, special_ in special.added(encoder.tokenizer).items() if special_ and not name.isalnum()]
     named = encoder.marks.answers
     names = sorted({*names, *named}, key=len, reverse=True)
     if not names:

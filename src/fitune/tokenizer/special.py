@@ -22,6 +22,8 @@ from fitune.tokenizer import single_id
 
 # what marks a part of an answer: a template may write it into its prompt, yet answers have it in their own text
 PART_OF_ANSWER = re.compile("think|thought|reason|tool", re.IGNORECASE)
+# vocabularies also have runs of spaces and line breaks as added tokens: these are text wherever they stand
+MARK = re.compile(r"[<\[{(].+[>\]})]")
 MOST_NAMED = 12  # tokens that an error lists
 
 
@@ -41,7 +43,8 @@ def control(tokenizer: Any, stops: Iterable[int], frame: str) -> set[str]:
     """
     own = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     ends = {*map(str, filter(None, own)), *(str(tokenizer.convert_ids_to_tokens(i)) for i in stops)}
-    return ends | {name for name in added(tokenizer) if name in frame and not PART_OF_ANSWER.search(name)}
+    marks = {name for name in added(tokenizer) if MARK.fullmatch(name) and not PART_OF_ANSWER.search(name)}
+    return ends | {name for name in marks if name in frame}
 
 
 @dataclass(frozen=True)
