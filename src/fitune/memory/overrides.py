@@ -65,16 +65,20 @@ STANDS_IN: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _update_8bit(target: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[int]:
-    """On a CPU bitsandbytes makes states, gradient and two halves of the update plain, in float32
-    (bitsandbytes/backends/cpu/ops.py, _optimizer_update_8bit_blockwise_cpu); on CUDA one kernel does it all."""
-    gradient: Tensor = args[1]
-    plain = 4 * gradient.numel()
-    low = 0 if gradient.dtype == torch.float32 else 1  # the weight is copied too
-    return [] if target != "cpu" else [plain] * (5 + low)
+def _update(plain: int) -> Callable[[str, Sequence[Any], Mapping[str, Any], Any], Sequence[int]]:
+    """On a CPU bitsandbytes' optimizers are torch operations on so many float32 copies: the gradient, halves of the
+    update, states of 8 bits (bitsandbytes/backends/cpu/ops.py, _optimizer_update_*_cpu); on CUDA one kernel does it."""
+
+    def inside(target: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[int]:
+        gradient: Tensor = args[1]
+        low = 0 if gradient.dtype == torch.float32 else 1  # the weight is copied too
+        return [] if target != "cpu" else [4 * gradient.numel()] * (plain + low)
+
+    return inside
 
 
 # Bytes that a kernel takes beside its outputs while it runs: (target, args, kwargs, outputs) -> sizes.
 INSIDE: dict[str, Callable[[str, Sequence[Any], Mapping[str, Any], Any], Sequence[int]]] = {
-    "bitsandbytes::optimizer_update_8bit_blockwise": _update_8bit,
+    "bitsandbytes::optimizer_update_8bit_blockwise": _update(5),
+    "bitsandbytes::optimizer_update_32bit": _update(3),
 }
