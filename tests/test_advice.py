@@ -95,7 +95,8 @@ def test_a_suggestion_fits_and_no_larger_batch_does(seed: int, tmp_path: Path) -
     rows = len(exactly.rows.samples)
     for more in sorted(larger(exactly, best))[:2]:
         assert not exactly.plan({**best.settings, "batch_size": more}).fits
-    assert min(wanted["batch_size"], rows) <= best.micro_batch * best.accumulation
+    asked, step = min(wanted["batch_size"], rows), best.micro_batch * best.accumulation
+    assert step == asked or (step < asked and best.settings.get("optimizer_in_backward"))
     assert best.micro_batch <= best.largest_batch
     machine = next(one for one in found.advice if one.about == "machine")
     assert machine.figures["needed"] == best.plan.needed
@@ -344,9 +345,48 @@ def test_train_fit_takes_the_suggestion_and_runs(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit) as done:
         cli.app(["train", *common, "--fit", "--output", str(run), "--json"])
     assert done.value.code in (0, None)
-    result = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    result = json.loads(told.out)
     assert result["steps"] == 2
     assert "checkpointing" in (run / "config.yaml").read_text()
+    # one predicted figure: in the table, in the reason, before the run, in its folder and in its result
+    planned = json.loads((run / "plan.json").read_text())
+    assert result["expected_memory_mib"] == planned["needed"] / 2**20
+    text = " ".join(told.err.split())
+    assert text.count(plan.size(planned["needed"])) >= 3
+    assert f"needs {plan.size(planned['needed'])} of" in text
+
+
+def test_rows_of_a_step_stay_what_was_asked() -> None:
+    assert advice._parts(8, 3) == [2, 1]  # and not 3 x 3 = 9
+    assert advice._parts(8, 8) == [8, 4, 2, 1]
+    assert advice._parts(7, 5) == [1]
+    assert advice._parts(7, 5, every=True) == [5, 4, 3, 2, 1]  # one micro-batch a step: the nearest below
+    for asked in range(1, 40):
+        config = build({"model": "m", "data": ["d"], "batch_size": asked})
+        for most in range(1, asked):
+            smaller = advice._smaller(config, most)
+            assert smaller["batch_size"] * smaller["accumulation"] == asked
+            assert smaller["batch_size"] <= most
+
+
+def test_a_result_of_the_bundled_model_is_headed_as_that(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from fitune import adviceview
+
+    model, data = str(shape_file(tmp_path, 3)), str(tiny.write_rows(tmp_path / "rows.jsonl", 24))
+    found = advice.advise(model, data=[data], gpu="8GB", method="lora", shown=1, with_savers=False)
+    values = found.as_dict()
+    for one in (*values["suggestions"], *values["candidates"]):
+        assert 0.5 < one["result_of_bundled_2m_model"] <= 1
+        assert "quality" not in one
+    console = Console(width=80, record=True)
+    adviceview.show(found, console)
+    shown = " ".join(console.export_text().split())
+    for text in (shown, " ".join(adviceview.page(found).split())):
+        assert "2M model" in text
+        assert "a result of the bundled model of 2 million parameters, not of yours" in text
 
 
 def test_fit_for_another_gpu_is_planned_and_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

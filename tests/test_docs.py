@@ -89,3 +89,27 @@ def test_tables_in_the_documents_are_those_of_the_results(page: str, results: st
     for language in ("", ".zh-CN"):
         text = (ROOT / "docs" / f"{page}{language}.md").read_text(encoding="utf-8")
         assert "\n".join(module.lines(ROOT / "results" / {"memory": "savers.json"}.get(page, f"{page}.json"))) in text
+
+
+def test_the_table_of_models_and_methods_is_what_the_methods_say() -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("support_table", ROOT / "scripts" / "support_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    table = "\n".join(module.lines())
+    for name in ("README.md", "README.zh-CN.md"):
+        assert table in (ROOT / name).read_text(encoding="utf-8")
+    assert module.NOT_YET in table  # a shape that a method refuses is found
+
+
+def test_the_install_lines_are_those_of_the_constraints() -> None:
+    pinned = (ROOT / "src" / "fitune" / "constraints.txt").read_text(encoding="utf-8")
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        versions = re.findall(r"^pip install (torch==\S+)", text, re.MULTILINE)
+        assert len(versions) == 2
+        assert all(f"\n{version}\n" in pinned for version in versions)
+        assert "--constraint src/fitune/constraints.txt" in text

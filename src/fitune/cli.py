@@ -137,14 +137,15 @@ def train(
     from fitune.training import resume_config
     from fitune.training import train as run_training
 
-    console = console_for(json)
+    console, outside = console_for(json), None
     if fit and checked is not None:
-        checked = _fitted(values, checked, gpu, console, json)
-        if checked is None:
+        planned = _fitted(values, checked, gpu, console, json)
+        if planned is None:
             return
+        checked, outside = planned
     if checked is None:
         checked = resume_config(values["output"], values)
-    result = run_training(checked, resume=resume, watch=Terminal(console, verbose=verbose))
+    result = run_training(checked, resume=resume, watch=Terminal(console, verbose=verbose), outside=outside)
     base, before, after = result.base_held_out_loss, result.held_out_loss_before, result.held_out_loss_after
     if base is not None and before is not None and after is not None:
         of_base = f"{base:.4f} of the base, " if base != before else ""
@@ -165,8 +166,9 @@ def train(
 
 def _fitted(
     values: dict[str, Any], checked: settings.RunConfig, gpu: str | None, console: Console, json: bool
-) -> settings.RunConfig | None:
-    """The settings with those that fit best; None: they are for another machine, and nothing is run."""
+) -> tuple[settings.RunConfig, dict[str, int]] | None:
+    """The settings with those that fit best, and what their plan counts beside the tensors; None: they are for another
+    machine, and nothing is run."""
     from fitune.advice import advise
     from fitune.adviceview import show_fit
     from fitune.console import Terminal
@@ -180,7 +182,7 @@ def _fitted(
         console.print(f"planned for {found.where}, which is not here: nothing is run", highlight=False)
         print_figures(found.as_dict(), json)
         return None
-    return settings.build(settings.merge(values, best.settings))
+    return settings.build(settings.merge(values, best.settings)), best.plan.outside
 
 
 @app.command

@@ -5,6 +5,7 @@ In: a RunConfig. Out: a Job. Whatever is wrong is found here, before the first s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,12 +190,13 @@ def _free_folder(model: str, method: str) -> str:
     return str(path)
 
 
-def prepare(config: RunConfig, watch: Watcher) -> Job:
+def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None = None) -> Job:
     """Read and check the data, load the model, put the method on it, check that too.
 
     Args:
         config: as `resolve` gave it.
         watch: is told what is found.
+        outside: bytes beside the tensors, as a plan of this run had them before; None: as they are now.
 
     Raises:
         FituneError: whatever refuses the run.
@@ -214,7 +216,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     method = methods.find(config.method)
     check_quantized(config, method, model_config, device)
     work = _work(config, model_config, data, added, steps.likely_layout(config.layout, model_config))
-    plan = _planned(work, device, folder.name)
+    plan = _planned(work, device, folder.name, outside)
     _refuse_what_cannot_fit(plan, config)
     base = load_model(
         folder,
@@ -238,7 +240,7 @@ def prepare(config: RunConfig, watch: Watcher) -> Job:
     layout, apart = leak.packing_leak(model, samples, config.layout)
     if layout != work.layout:
         work = _work(config, model_config, data, added, layout)
-        plan = _planned(work, device, folder.name)
+        plan = _planned(work, device, folder.name, outside)
         _refuse_what_cannot_fit(plan, config)
     probe = guards.probe(samples)
     intact = guards.base_intact(folder)
@@ -296,9 +298,9 @@ def _work(config: RunConfig, shape: Any, data: dataset.Data, added: list[Any], l
     return plans.Work(config, shape, deciding, held_out, layout, added)
 
 
-def _planned(work: plans.Work, device: torch.device, name: str) -> plans.Plan:
+def _planned(work: plans.Work, device: torch.device, name: str, outside: Mapping[str, int] | None = None) -> plans.Plan:
     """The plan on this machine."""
-    return plans.plan(work, devices.here(device.type), name=name)
+    return plans.plan(work, devices.here(device.type), name=name, outside=outside)
 
 
 def _refuse_what_cannot_fit(plan: plans.Plan, config: RunConfig) -> None:

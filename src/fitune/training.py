@@ -12,7 +12,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -86,25 +86,32 @@ class Result:
         return {name: value for name, value in vars(self).items() if name != "history"}
 
 
-def train(config: RunConfig, *, resume: bool = False, watch: Watcher | None = None) -> Result:
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    watch: Watcher | None = None,
+    outside: Mapping[str, int] | None = None,
+) -> Result:
     """Run, or go on with, a training.
 
     Args:
         config: the settings; with `resume`, those of the run folder (see `resume_config`).
         resume: go on from the newest whole checkpoint of config.output.
         watch: is told what happens.
+        outside: bytes beside the tensors, where a plan of this run was shown before: then there is one figure.
 
     Raises:
         FituneError: the run was refused, went wrong, or was interrupted (then it is saved).
     """
     watch = watch or Watcher()
     try:
-        return _train(config, resume, watch)
+        return _train(config, resume, watch, outside)
     finally:
         watch.stop()
 
 
-def _train(config: RunConfig, resume: bool, watch: Watcher) -> Result:
+def _train(config: RunConfig, resume: bool, watch: Watcher, outside: Mapping[str, int] | None) -> Result:
     config = resolve(config)
     run = RunFolder(str(config.output))
     if resume and run.has("result"):
@@ -116,7 +123,7 @@ def _train(config: RunConfig, resume: bool, watch: Watcher) -> Result:
         run.check_free()
     with _deterministic():
         since = processor.moment()
-        job = prepare(config, watch)
+        job = prepare(config, watch, outside)
         job.findings += _load(job, since)
         _tell(job, watch)
         if resume:
