@@ -193,6 +193,7 @@ WRONG = {
     "export": ("export models/llama --output runs", ["2 problems", "nearest in models: llama-", "is not empty"]),
     "inspect": ("inspect trian.jsonl --model models/llama", ["2 problems", "train.jsonl", "llama-small"]),
     "plan": ("plan lama-3.1-8b --data trian.jsonl", ["2 problems", "of the catalog: llama-3.1-8b", "train.jsonl"]),
+    "moved base": ("chat runs/mine --model models/llma-small", ["nearest in models: llama-small"]),
     "methods": ("methods --model models/lama", ["nearest in models: llama-"]),
     "home": ("train --model ~/nowhere/x --data ~/n.jsonl", ["2 problems", f"{Path.home()}"]),
 }  # fmt: skip
@@ -300,6 +301,7 @@ def test_a_finished_run_says_how_to_go_on(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create()
     folder.write_config(build({**ROWS, "output": str(folder.path), "max_steps": 20}))
+    folder.write("result", {})
     with pytest.raises(ConfigError) as caught:
         resume_config(str(folder.path), names.ours({"max-steps": 25}))
     assert "max_steps 25 (the run has 20)" in str(caught.value)

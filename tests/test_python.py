@@ -244,7 +244,7 @@ def test_python_is_silent_unless_asked(settings, tmp_path: Path) -> None:
         [sys.executable, "-c", code, json.dumps(values)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    silent, _, asked = done.stdout.partition("settings")
+    silent, _, asked = done.stdout.partition("model  ")
     assert silent == ""
     assert "step 4/4" in asked
     before, _, after = done.stderr.partition("UserWarning: mine")

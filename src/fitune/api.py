@@ -159,7 +159,7 @@ def plan(
     settings = names.ours(settings)
     cache = _cache(settings.get("cache", "auto"))
     there = given.sources(data, "data", cache) if _is_given(data) else []
-    early.together(lambda: early.shape(str(model)), *((lambda one=one: early.data(one)) for one in _paths(there)))
+    early.together(lambda: early.shape(str(model)), *early.each(early.data, *_paths(there)))
     make = quietly(import_module("fitune.planning").plan)
     made: Plan = make(model, data=there, gpu=gpu, words=words, watch=watch, **settings)
     return made
@@ -193,7 +193,9 @@ def load(
         precision: fp32, bf16, fp16 or auto. Default: the run's own; of a model folder fp32.
         quant: none, int8, nf4 or fp4. Default: as in the run; of a model folder none.
     """
-    early.together(lambda: early.run_or_model(run_or_model), lambda: early.template(template))
+    early.together(
+        lambda: early.run_or_model(run_or_model), lambda: early.template(template), *early.each(early.folder, model)
+    )
     open_ = quietly(import_module("fitune.loading").load)
     how = {"device": device, "template": template, "precision": precision, "quant": quant}
     tuned: Tuned = open_(run_or_model, model=model, **how)
@@ -252,6 +254,6 @@ def evaluate(run_or_model: str | Path, data: Data, **how: Any) -> Evaluation:
     """
     cache = _cache("auto")
     there = _paths(given.sources(data, "data", cache))
-    early.together(lambda: early.run_or_model(run_or_model), *((lambda one=one: early.data(one)) for one in there))
+    early.together(lambda: early.run_or_model(run_or_model), *early.each(early.data, *there))
     found: Evaluation = quietly(import_module("fitune.evaluation").evaluate)(run_or_model, there, **how)
     return found

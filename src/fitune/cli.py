@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -204,8 +203,8 @@ def inspect(
     given = settings.merge(settings.parse_assignments(set_ or []), typed(flags))
     early.together(
         lambda: early.folder(model),
-        *(partial(early.data, source) for source in data),
-        *(partial(early.folder, other) for other in compare or ()),
+        *early.each(early.data, *data),
+        *early.each(early.folder, *(compare or ())),
         lambda: early.template(str(given.get("template", "auto"))),
         lambda: check_page(html),
     )
@@ -250,7 +249,7 @@ def chat(
             received=f"temperature {temperature}, top-p {top_p}, max tokens {max_tokens}",
             expected="temperature >= 0, 0 < top-p <= 1, max tokens >= 1",
         )
-    early.together(lambda: early.run_or_model(run), lambda: early.template(template))
+    early.together(lambda: early.run_or_model(run), lambda: early.template(template), *early.each(early.folder, model))
     from fitune.chat import HELP, Chat, talk
     from fitune.generation import Sampling
     from fitune.loading import load
@@ -291,8 +290,9 @@ def evaluate(
     columns = dict(pair("map", text) for text in map_ or [])
     early.together(
         lambda: early.run_or_model(run),
-        *(partial(early.data, source) for source in data),
+        *early.each(early.data, *data),
         lambda: early.template(template),
+        *early.each(early.folder, model),
     )
     from fitune.console import Terminal, answers_table, scores_table
     from fitune.evaluation import evaluate as run_evaluation
@@ -338,10 +338,8 @@ def merge(
     json: Json = False,
 ) -> None:
     """Make a run's model a plain one, which transformers loads without fitune or PEFT."""
-    onto_model = [onto] if onto not in (None, "original") else []
-    early.together(
-        lambda: early.run(run), lambda: early.new_folder(output), *(partial(early.folder, one) for one in onto_model)
-    )
+    weights = onto if onto != "original" else None
+    early.together(lambda: early.run(run), lambda: early.new_folder(output), *early.each(early.folder, weights, model))
     from fitune.merging import merge as run_merge
 
     console = console_for(json)

@@ -7,6 +7,7 @@ beside each path. What needs a model or data to be read comes later (prepare.py)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,11 @@ def together(*checks: Callable[[], Any]) -> None:
         with problems.gather():
             check()
     problems.raise_any()
+
+
+def each(check: Callable[[Any], None], *values: Any) -> list[Callable[[], None]]:
+    """One check of several values; what was not given (None) needs none."""
+    return [partial(check, value) for value in values if value is not None]
 
 
 # ---- models and runs ----

@@ -70,7 +70,7 @@ def locate(model: str, only: Sequence[str] = ()) -> Path:
         raise ModelError(
             f"{model}: no such folder",
             expected="a model folder, a hub id such as Qwen/Qwen2.5-0.5B, or a name of the catalog",
-            fix=f"{names_near(model)}; {did_you_mean(model.lower(), catalog.entries())}",
+            fix=f"{names_near(model, folders=True)}; {did_you_mean(model.lower(), catalog.entries())}",
         )
     return Path(hub.download(entry.id if entry is not None else model, only=only).folder)
 

@@ -6,7 +6,6 @@ In: what was typed. Out: tables in the terminal, a page, one JSON object. Nothin
 from __future__ import annotations
 
 import shlex
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -112,10 +111,10 @@ def _check(model: str, data: list[str], tokenizer: Path | None, given: dict[str,
     early.together(
         lambda: settings.build({**given, "model": model, "data": data or ["-"]}),
         lambda: early.shape(model),
-        *(partial(early.data, source) for source in data),
+        *early.each(early.data, *data),
         lambda: early.template(str(given.get("template", "auto"))),
-        lambda: early.folder(tokenizer) if tokenizer is not None else None,
-        lambda: early.adapter(str(given["adapter"])) if given.get("adapter") else None,
+        *early.each(early.folder, tokenizer),
+        *early.each(early.adapter, given.get("adapter")),
     )
 
 

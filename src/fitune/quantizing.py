@@ -9,7 +9,6 @@ value of at least the threshold on a few words of text, which LLM.int8() takes o
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from fitune.charts import NARROW, WIDE, Series, line_chart
 from fitune.config import QuantOptions, quant_options
 from fitune.errors import FituneError, ModelError
 from fitune.families import towers
-from fitune.files import check_new, whole_folder
+from fitune.files import as_json, check_new, whole_folder
 from fitune.handover import TEMPLATE, hand_over
 from fitune.model import load_model, locate, quantized_as, read_config
 from fitune.pages import render
@@ -170,7 +169,7 @@ def _write(model: Any, folder: Path, target: Path, layers: list[LayerError], opt
             words = tokenizer.load(folder)
             hand_over(place, words, templates.from_dict(tokenizer.read_json(folder / TEMPLATE), words))
         table = [asdict(layer) for layer in layers]
-        (place / "quantization.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+        (place / "quantization.json").write_text(as_json(table, indent=1), encoding="utf-8")
         page = render(
             "quantization",
             title=f"{folder.name} as {_kind(options)}",
