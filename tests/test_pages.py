@@ -18,7 +18,7 @@ import pytest
 
 import tiny
 from fitune import adviceview, inspection, planview, report
-from fitune.charts import Bar, Series, bar_chart, line_chart, log_ticks, thinned
+from fitune.charts import Bar, Part, Series, StackedBar, bar_chart, line_chart, log_ticks, stacked_bars, thinned
 from fitune.checkpoint import RunFolder
 from fitune.config import build, quant_options
 from fitune.console import Watcher
@@ -207,6 +207,10 @@ def test_the_report_has_both_scales_and_no_card_twice(pages: dict[str, str], fin
     assert other["held-out loss of the base model"] == "1.5000"
     assert other["held-out loss before"] == "9.0000"
     assert len(page) < 1_000_000  # 5,000 steps
+    assert re.search(r'id="loss-log" checked', page)  # from 10 to 0.05: a linear scale would show a line at zero
+    assert not report._wide([3.0, 2.5, 1.9])
+    assert not report._wide([3.0, 0.0])
+    assert not report._wide([])
 
 
 # ---- charts ----
@@ -219,6 +223,19 @@ def test_a_long_line_is_thinned_and_keeps_its_peaks() -> None:
     assert {(777.0, 40.0), (3333.0, -40.0), points[0], points[-1]} <= set(kept)
     assert list(kept) == sorted(kept)
     assert thinned(points[:600], 300) == points[:600]
+
+
+def test_long_names_stand_whole_above_their_bars() -> None:
+    names = ("--batch-size 4 --accumulation 2", "通义千问" * 4)
+    bars = [StackedBar(name, [Part("weights", 10.0, "--line1")]) for name in names]
+    narrow = stacked_bars(bars, label="x", unit="MiB", width=350)
+    for name in names:
+        assert f">{name}: 10 MiB</text>" in narrow
+        assert f">{name}</text>" in stacked_bars(bars, label="x", unit="MiB", width=960)  # beside it
+    [cut] = re.findall(
+        r">(x+….*?)<", stacked_bars([replace(bars[0], label="x" * 90)], label="x", unit="MiB", width=350)
+    )
+    assert cut.endswith("…: 10 MiB")
 
 
 def heights(chart: str) -> list[float]:

@@ -237,10 +237,13 @@ def stacked_bars(
     if not any(bar.total > 0 for bar in bars):
         return "<p>nothing to draw</p>"
     values = [f"{bar.total:{form}} {unit}" for bar in bars]
-    names = [_cut(bar.label, width * 0.4) for bar in bars]
-    left = max(map(text_width, names + values)) * 1.08 + 10  # bold letters are wider
+    above = max(text_width(bar.label) for bar in bars) > width * 0.4  # names that are long stand above their bars
+    names = [
+        _above(bar.label, value, width - 24) if above else bar.label for bar, value in zip(bars, values, strict=True)
+    ]
+    left = 16.0 if above else max(map(text_width, names + values)) * 1.08 + 10  # bold letters are wider
     high = _high(max(bar.total for bar in bars), limit)
-    room, tall, gap, top = width - left - RIGHT, 26, 12, 20 if limit else 6
+    room, tall, gap, top = width - left - RIGHT, 26, 30 if above else 12, 20 if limit else 6
     low = top + len(bars) * (tall + gap)
     parts = []
     if limit:
@@ -248,12 +251,16 @@ def stacked_bars(
     for at, text in _places(high, room):
         parts.append(f'<line class="grid" x1="{left + at:.1f}" x2="{left + at:.1f}" y1="{top}" y2="{low}"/>')
         text += f" {unit}" if at == 0 else ""
-        parts.append(f'<text x="{left + at:.1f}" y="{low + 16}" text-anchor="middle">{text}</text>')
+        shift = max(text_width(text) / 2 - left - at, 0)  # the first one does not begin before the drawing
+        parts.append(f'<text x="{left + at + shift:.1f}" y="{low + 16}" text-anchor="middle">{text}</text>')
     for number, (bar, name, value) in enumerate(zip(bars, names, values, strict=True)):
-        y = top + number * (tall + gap) + gap / 2
+        y = top + number * (tall + gap) + (gap - 4 if above else gap / 2)
         weight = ' font-weight="700"' if bar.strong else ""
-        parts.append(f'<text x="{left - 8:.1f}" y="{y + 10}" text-anchor="end"{weight}>{escape(name)}</text>')
-        parts.append(f'<text x="{left - 8:.1f}" y="{y + 24}" text-anchor="end"{weight}>{value}</text>')
+        if above:
+            parts.append(f'<text x="{left:.1f}" y="{y - 6}"{weight}>{escape(name)}</text>')
+        else:
+            parts.append(f'<text x="{left - 8:.1f}" y="{y + 10}" text-anchor="end"{weight}>{escape(name)}</text>')
+            parts.append(f'<text x="{left - 8:.1f}" y="{y + 24}" text-anchor="end"{weight}>{value}</text>')
         parts += _pieces(bar, left, y, tall, room / high, unit, form)
     parts += _limit_line(limit, high, left, room, top, low)
     entries = {part.name: part.colour for bar in bars for part in bar.parts if part.value > 0}
@@ -333,6 +340,11 @@ _DASHED = 'stroke="var(--fg)" stroke-width="1.6" stroke-dasharray="6 4"'
 def text_width(text: str, size: float = LETTER) -> float:
     """About how wide a text is drawn; Chinese characters are squares."""
     return sum(size if unicodedata.east_asian_width(c) in "WF" else 0.58 * size for c in text)
+
+
+def _above(name: str, value: str, room: float) -> str:
+    """A bar's name and value in one line; only the name is shortened."""
+    return f"{_cut(name, room - text_width(f': {value}'))}: {value}"
 
 
 def _cut(text: str, room: float) -> str:

@@ -20,6 +20,7 @@ from fitune.pages import render
 from fitune.records import StepRecord
 
 MIB = 2**20
+WIDE_RANGE = 30  # of losses, largest to smallest
 
 
 FILES = {  # of a run folder, and what a reader finds in them
@@ -123,11 +124,19 @@ def _charts(records: Sequence[StepRecord], before: float | None) -> dict[str, li
     ]
     rates = [Series("learning rate", [(r.step, r.lr) for r in records])]
 
-    def drawn(series: Sequence[Series], name: str, *, log: bool = False) -> list[str]:
-        return [line_chart(series, x_label="step", y_label=name, width=width, log=log) for width in (WIDE, NARROW)]
+    def drawn(series: Sequence[Series], name: str, height: int = 230, *, log: bool = False) -> list[str]:
+        return [
+            line_chart(series, x_label="step", y_label=name, width=width, height=height, log=log)
+            for width in (WIDE, NARROW)
+        ]
 
     loss, log = drawn(losses, "loss"), drawn(losses, "loss", log=True)
-    return {"loss": loss, "loss_log": log, "rates": drawn(rates, "learning rate")}
+    return {"loss": loss, "loss_log": log, "rates": drawn(rates, "learning rate", 110)}
+
+
+def _wide(losses: Sequence[float]) -> bool:
+    """Do they differ by so much that a linear scale shows most of them as zero? Then the logarithmic one is first."""
+    return bool(losses) and min(losses) > 0 and max(losses) / min(losses) > WIDE_RANGE
 
 
 def write(run: RunFolder) -> None:
@@ -143,6 +152,7 @@ def write(run: RunFolder) -> None:
         about=_about(config),
         numbers=_numbers(result),
         **_charts(records, result["held_out_loss_before"]),
+        log_first=_wide([record.loss for record in records if record.applied]),
         answers=answers,
         score=_score(answers),
         memory=_memory(plan, run.read("measured") if run.has("measured") else {}, result["peak_memory_mib"]),
