@@ -1,0 +1,140 @@
+"""Verbs that make a model out of a model, as they are typed: merge, download, convert, export, quantize.
+
+In: what was typed. Out: a folder, a line or two in the terminal, one JSON object. Nothing here loads torch before it is
+needed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from fitune import config as settings
+from fitune import early
+from fitune.flags import Json, Moved, console_for, print_json
+
+
+def merge(
+    run: Annotated[str, Parameter(help="A finished run.")],
+    *,
+    output: Annotated[Path, Parameter(help="Folder of the plain model; must be new or empty.")],
+    dtype: Annotated[str, Parameter(help="Of its weights: auto (as the base's), fp32, bf16 or fp16.")] = "auto",
+    force: Annotated[bool, Parameter(negative="", help="Write it though its logits have drifted.")] = False,
+    onto: Annotated[
+        str | None, Parameter(help="For a quantized base: put it on `original`, or a folder's weights, and measure.")
+    ] = None,
+    requantize: Annotated[
+        bool, Parameter(negative="", help="Quantize the merged model as the base was, and measure.")
+    ] = False,
+    model: Moved = None,
+    json: Json = False,
+) -> None:
+    """Make a run's model a plain one, which transformers loads without fitune or PEFT."""
+    weights = onto if onto != "original" else None
+    early.together(lambda: early.run(run), lambda: early.new_folder(output), *early.each(early.folder, weights, model))
+    from fitune.merging import merge as run_merge
+
+    console = console_for(json)
+    done = run_merge(run, output, dtype=dtype, force=force, onto=onto, requantize=requantize, model=model)
+    if done.drift is not None:
+        console.print(f"[yellow]drift[/] {done.drift.told()}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{done.folder}: {done.dtype}; relative error of the logits {done.merge_error:.1e} by merging, "
+        f"{done.rounding_error:.1e} as written",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for line in done.handed.lines() if done.handed is not None else ():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"talk to it   fitune chat {done.folder}", highlight=False, soft_wrap=True)
+    if json:
+        print_json(done.as_dict())
+
+
+def download(
+    model: Annotated[str, Parameter(help="org/name on the hub, ms:org/name on ModelScope, or a name of the catalog.")],
+    *,
+    json: Json = False,
+) -> None:
+    """Fetch a model into the cache, or what is missing of it; name@revision pins one."""
+    os.environ.pop("TQDM_DISABLE", None)  # a transfer is what one wants to see the bar of
+    from fitune import catalog
+    from fitune.hub import download as fetch
+    from fitune.hub import transfer_bar
+
+    console = console_for(json)
+    entry = catalog.get(model)
+    with transfer_bar(console) as on_bytes:
+        done = fetch(entry.id if entry is not None else model, on_bytes=on_bytes)
+    console.print(
+        f"{done.id} at {done.revision}: {done.files} files, {done.bytes / 2**20:,.1f} MiB, in {done.folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if json:
+        print_json(done.as_dict())
+
+
+def convert(
+    model: Annotated[str, Parameter(help="Folder with old .bin weights.")],
+    *,
+    output: Annotated[Path, Parameter(help="Folder with safetensors; must be new or empty.")],
+    json: Json = False,
+) -> None:
+    """Write old .bin weights as safetensors, without unpickling them."""
+    early.together(lambda: early.model(model), lambda: early.new_folder(output))
+    from fitune.converting import convert as run_convert
+
+    done = run_convert(model, output)
+    text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
+    console_for(json).print(text, highlight=False, soft_wrap=True)
+    if json:
+        print_json(done.as_dict())
+
+
+def export(
+    model: Annotated[str, Parameter(help="Model folder, such as `fitune merge` writes.")],
+    *,
+    output: Annotated[Path, Parameter(help="Folder of the exported model; must be new or empty.")],
+    to: Annotated[Literal["original"], Parameter(help="original: ChatGLM2's and 3's published layout.")] = "original",
+    json: Json = False,
+) -> None:
+    """Write a model in another layout, tensors bit for bit."""
+    early.together(lambda: early.model(model), lambda: early.new_folder(output))
+    from fitune.exporting import export as run_export
+
+    done = run_export(model, output, to=to)
+    text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
+    console_for(json).print(text, highlight=False, soft_wrap=True)
+    if json:
+        print_json(done.as_dict())
+
+
+def quantize(
+    model: Annotated[str, Parameter(help="Model folder or hub id.")],
+    *,
+    quant: Annotated[Literal["int8", "nf4", "fp4"], Parameter(help="Quantization format.")] = "nf4",
+    double: Annotated[bool, Parameter(help="4 bits: quantize the scales too.")] = True,
+    output: Annotated[Path, Parameter(help="Folder of the quantized model; must be new or empty.")],
+    json: Json = False,
+) -> None:
+    """Write a model with quantized linear layers, and tell what that costs layer by layer."""
+    early.together(lambda: early.model(model), lambda: early.new_folder(output))
+    from fitune.console import quantized_table
+    from fitune.quantizing import quantize as run_quantize
+
+    console = console_for(json)
+    options = settings.quant_options(quant).model_copy(update={"double": double})
+    done = run_quantize(model, output, quant=options)
+    console.print(quantized_table(done))
+    console.print(
+        f"{done.folder}: {done.bytes_before / 2**20:,.1f} MiB of weights before, {done.bytes_after / 2**20:,.1f} now; "
+        f"picture {Path(done.folder) / 'quantization.html'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if json:
+        print_json(done.as_dict())
