@@ -19,6 +19,7 @@ from fitune.errors import ConfigError, DataError, FituneError, Problems
 from fitune.records import Conversation, Message, Segment, Source, ToolCall
 from fitune.templates import PieceTemplate, choose, from_dict
 from fitune.templates.jinja import ChatTemplate, of_tokenizer
+from test_chat_templates import KINDS, ROWS, TOOL
 from test_encode import prepared
 
 HI, HELLO = Message("user", "Hi?"), Message("assistant", "Hello.")
@@ -271,6 +272,20 @@ def test_a_greeting_that_trains_the_default_system_text_is_found() -> None:
     found = preflight.label_border(replace(p, encoder=wrong, samples=samples))
     assert found.level == "refuse"
     assert "labels in turn 1, where its answer has" in found.text
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.options])
+def test_checks_find_nothing_wrong_with_any_kind(name: str) -> None:
+    kind = KINDS[name]
+    tools = () if name == "r1" else (TOOL,)
+    rows = [
+        Conversation(row, format="messages", tools=tools if case.startswith("call") else ())
+        for case, row in ROWS.items()
+        if case not in kind.refused
+    ]
+    p = prepared(kinds.make_tokenizer(kind.jinja, kind.eos), rows=rows, max_length=2000)
+    for rule in (preflight.label_border, preflight.template_parity, preflight.eos_supervised, preflight.double_bos):
+        assert rule(p).level == "ok", rule(p)
 
 
 def test_samples_that_repeat_prompts_say_what_it_costs() -> None:

@@ -6,7 +6,7 @@ In: what was prepared. Out: Findings. `refuse` stops the run before it costs any
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fitune import quant, textchecks
-from fitune.batches import flat
+from fitune import labels, quant, textchecks
 from fitune.config import RunConfig
 from fitune.contradictions import contradictions
 from fitune.encode import Encoder
-from fitune.errors import Collector, FituneError, TrainingError, shorten
+from fitune.errors import Collector, TrainingError, shorten
 from fitune.families import Family
 from fitune.model import trainable
-from fitune.records import SPAN, Conversation, DataReport, Finding, Message, Sample, Source
+from fitune.records import Conversation, DataReport, Finding, Sample, Source
 from fitune.store import Block, Samples, blocks, cut_answers, ends_whole
 from fitune.templates import ChatTemplate
 from fitune.templates.base import kept_date
@@ -110,21 +109,11 @@ def rows(p: Prepared) -> Finding:
     formats = ", ".join(f"{n:,} {name}" for name, n in r.formats.items())
     parts = [f"{r.rows:,} read ({formats}), {r.kept:,} trained, {r.held_out:,} held out"]
     if r.samples != r.kept:
-        parts.append(f"as {r.samples:,} samples{_repeated(r)}")
+        why = ", one for each answer, because the template writes answers otherwise once something follows them: "
+        parts.append(f"as {r.samples:,} samples{why if r.repeated else ''}{r.cost()}")
     if r.unused_columns:
         parts.append(f"columns not used: {', '.join(sorted(r.unused_columns))}")
     return Finding("rows", "ok", "; ".join([*parts, *r.notes]))
-
-
-def _repeated(r: DataReport) -> str:
-    """What it costs that the answers of a conversation are samples of their own."""
-    if not r.repeated:
-        return ""
-    share = r.repeated / max(1, r.tokens - r.repeated)
-    return (
-        f", one for each answer, because the template writes answers otherwise once something follows them: "
-        f"{r.repeated:,} tokens of prompts repeated ({share:.0%} more)"
-    )
 
 
 def bad_row(p: Prepared) -> Finding:
@@ -222,32 +211,9 @@ def label_border(p: Prepared) -> Finding:
     must have the labels that it has behind a question, wherever it stands.
     """
     for row, sample, turns in _trained(p):
-        labelled = flat([sample], [0]).label_rows + 1  # behind the shift
-        runs = np.split(labelled, np.flatnonzero(np.diff(labelled) > 1) + 1)
-        filled = any(SPAN in message.content for message in row.messages)
-        for n, turn in enumerate(turns[:1] if filled else turns):
-            begins = max(1, len(p.encoder.prompt(row.messages[:turn], row.tools)))
-            run = runs[n] if n < len(runs) else np.array([-1])
-            first = int(run[0])
-            if first != begins:
-                text = f"{sample.source}: the first label is token {first}, the answer begins at token {begins}"
-                return Finding("label-border", "refuse", text)
-            alone = None if filled else _alone(p.encoder, row, turn)
-            if alone is not None and sample.ids[run[:-1]].tolist() != alone[:-1]:
-                text = f"{sample.source}: {len(run)} labels in turn {turn + 1}, where its answer has {len(alone)}"
-                return Finding("label-border", "refuse", text)
+        if text := labels.wrong(p.encoder, row, sample, turns):
+            return Finding("label-border", "refuse", f"{sample.source}: {text}")
     return Finding("label-border", "ok", "labels are the answers' own tokens and their stops, from the first one on")
-
-
-def _alone(encoder: Encoder, row: Conversation, turn: int) -> list[int] | None:
-    """The labels of an answer behind a question; None where the template has none for it there."""
-    answer = replace(row.messages[turn], weight=1.0)
-    asked = Conversation((Message("user", "?"), answer), row.source, row.format, row.tools)
-    try:
-        sample = encoder.with_max_length(None).sample(asked)
-    except FituneError:
-        return None
-    return None if sample is None else [int(i) for i in sample.ids[sample.mask]]
 
 
 def _trained(p: Prepared) -> Iterator[tuple[Conversation, Sample, list[int]]]:

@@ -238,6 +238,11 @@ class DataReport:
     lengths: dict[str, float] = field(default_factory=dict)  # of the uncut samples, in tokens
     length_choices: list[LengthChoice] = field(default_factory=list)
 
+    def cost(self) -> str:
+        """What it costs that answers of a conversation are samples of their own; nothing where they are not."""
+        share = self.repeated / max(1, self.tokens - self.repeated)
+        return f"{self.repeated:,} tokens of prompts repeated ({share:.0%} more)" if self.repeated else ""
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)

@@ -7,6 +7,7 @@ template wants is tried on a conversation made for it, never guessed from words 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +25,7 @@ SystemRole = Literal["auto", "keep", "first-user"]
 # How users' texts are marked: whole, without the blanks at their ends, not at all but with special tokens in them
 # broken, or (None) not at all, as whoever serves the model renders them
 Marking = Literal["whole", "inner", "broken"] | None
+CALL_ID = re.compile(r"call\d{5}")  # ids of calls, where a template asks for them: the turn and the number in it
 DATED = "strftime_now"  # the function by which a template asks for today's date
 
 

@@ -1,0 +1,64 @@
+"""What the labels of a sample must be: each answer's own tokens and its stop, wherever the answer stands.
+
+In: a row, one of its samples, the turns that it trains. Out: what is wrong, as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fitune.batches import flat
+from fitune.encode import Encoder
+from fitune.errors import FituneError
+from fitune.records import SPAN, Conversation, Message, Sample
+from fitune.templates import thoughts
+from fitune.templates.rendering import CALL_ID
+
+
+def wrong(encoder: Encoder, row: Conversation, sample: Sample, turns: Sequence[int]) -> str:
+    """What is wrong with the labels; an empty text where nothing is.
+
+    Args:
+        encoder: made the sample.
+        row: the conversation.
+        sample: uncut.
+        turns: of the answers that it trains, ascending.
+    """
+    labelled = flat([sample], [0]).label_rows + 1  # behind the shift
+    filled = any(SPAN in message.content for message in row.messages)
+    turns = turns[:1] if filled else turns
+    starts = [max(1, len(encoder.prompt(row.messages[:turn], row.tools))) for turn in turns]
+    for turn, begins, after in zip(turns, starts, [*starts[1:], len(sample)], strict=True):
+        first = int(labelled[0]) if len(labelled) else -1
+        if first != begins:
+            return f"the first label is token {first}, the answer begins at token {begins}"
+        # to the first gap, or to where the next answer follows at once
+        run = labelled[(labelled - begins == np.arange(len(labelled))) & (labelled < after)]
+        labelled = labelled[len(run) :]
+        here, alone = sample.ids[run].tolist(), [] if filled else _alone(encoder, row, turn)
+        if alone and here != alone and _text(encoder, here) != _text(encoder, alone):
+            return f"{len(here)} labels in turn {turn + 1}, where its answer has {len(alone)}"
+    return ""
+
+
+def _alone(encoder: Encoder, row: Conversation, turn: int) -> list[int]:
+    """The labels of an answer behind a question; none where the template has none for it there."""
+    answer = replace(row.messages[turn], weight=1.0)
+    asked = Conversation((Message("user", "?"), answer), row.source, row.format, row.tools)
+    try:
+        sample = encoder.with_max_length(None).sample(asked)
+    except FituneError:
+        return []
+    return [] if sample is None else [int(i) for i in sample.ids[sample.mask]]
+
+
+def _text(encoder: Encoder, ids: Sequence[Any]) -> str:
+    """What labels say, without their stop (the role that follows may decide it), the tags of a thought (some templates
+    open one behind a question only) and ids of calls (which count them)."""
+    ids = [i for i in ids if i not in encoder.stop_ids]
+    text = CALL_ID.sub("", str(encoder.tokenizer.decode(ids)))
+    return "".join("".join(thoughts.pieces(text)[::2]).split())
