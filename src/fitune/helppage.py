@@ -21,7 +21,8 @@ GROUPS: dict[str, tuple[str, ...]] = {  # fields of RunConfig, and what verbs ad
         "max_lost", "val_share", "val_rows", "cache",
     ),
     "Model and prompt": (
-        "model", "tokenizer", "template", "train_on", "new_tokens", "answer_tokens", "samples", "ids", "compare",
+        "model", "tokenizer", "template", "template_options", "system_role", "train_on", "new_tokens", "answer_tokens",
+        "samples", "ids", "compare",
     ),
     "Method": (
         "method", "adapter", "lora", "freeze", "tail", "bitfit", "prompt", "p_tuning", "prefix", "bottleneck", "ia3",
