@@ -167,15 +167,7 @@ def _kernels(name: str, quantizer: Any) -> Check:
     tried = f"{len(layers)} layers in {len(DTYPES)} dtypes"
     if not faults:
         return Check(f"{name} kernels", "ok", f"right for {tried}")
-    told = []
-    for kernel, instead in dict.fromkeys((fault.kernel, fault.instead) for fault in faults):
-        these = [fault for fault in faults if fault.kernel == kernel]
-        shapes = ", ".join(dict.fromkeys(fault.kind.size for fault in these))
-        kinds = ", ".join(dict.fromkeys(fault.kind.form for fault in these))
-        dtypes = ", ".join(dict.fromkeys(fault.dtype for fault in these))
-        worst = max(fault.error for fault in these)
-        told.append(f"{kernel} is wrong for {shapes} ({kinds}; {dtypes}; off by up to {worst:.2f}), {instead} is used")
-    text = f"{'; '.join(told)}; of {tried}"
+    text = f"{trust.told(faults)}; of {tried}"
     return Check(f"{name} kernels", "warn", text, trust.OTHERS)
 
 

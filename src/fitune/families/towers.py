@@ -62,9 +62,9 @@ def language_config(whole: Any) -> Any:
     """
     kind = whole.model_type
     text = whole.get_text_config(decoder=True)
-    if kind not in TABLE and text is whole and type(whole) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return whole
     more = any(getattr(whole, name, None) is not None for name in ("text_config", "vision_config", "audio_config"))
+    if kind not in TABLE and not more and type(whole) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return whole
     if kind not in TABLE and more:
         raise ModelError(
             f"model_type {kind!r} takes more than text, and its language model is not one that fitune can tune alone",

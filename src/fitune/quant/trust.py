@@ -24,7 +24,7 @@ from fitune.records import Finding
 
 FUSED = {"cuda"}  # devices on which bitsandbytes' own product is used, not only its packed weights
 ROWS = (1, 16)  # of a product that is tried: one row has a kernel of its own
-SHOWN = 3  # faults that a finding lists
+SHOWN = 8  # shapes that are listed
 OTHERS = "fitune computes exactly; transformers and PEFT on this machine compute with the wrong weights"
 
 Key = tuple["Kind", str, torch.dtype]  # of layers, their device, and what they compute in
@@ -58,10 +58,6 @@ class Fault:
     kernel: str
     error: float
     instead: str
-
-    def __str__(self) -> str:
-        layer = f"{self.kind.form} {self.kind.size} ({self.kind.setting}) in {self.dtype} on {self.device}"
-        return f"{layer}: {self.kernel} is off by {self.error:.2g}, {self.instead} is used"
 
 
 _ways: dict[Key, Way] = {}
@@ -159,15 +155,32 @@ def off(got: Tensor, exact: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def finding(faults: Iterable[Fault]) -> Finding:
+def told(faults: Iterable[Fault]) -> str:
+    """Which shapes, formats and dtypes each kernel gets wrong, by how much at most, and what is used."""
+    groups: dict[tuple[str, str], list[Fault]] = {}
+    for fault in faults:
+        groups.setdefault((fault.kernel, fault.instead), []).append(fault)
+    lines = []
+    for (kernel, instead), some in groups.items():
+        shapes = list(dict.fromkeys(fault.kind.size for fault in some))
+        more = f" and {len(shapes) - SHOWN} more" if len(shapes) > SHOWN else ""
+        what = [list(dict.fromkeys(names)) for names in zip(*map(_what, some), strict=True)]
+        worst = max(fault.error for fault in some)
+        kinds = "; ".join(", ".join(names) for names in what)
+        wrong = f"{kernel} is wrong for {', '.join(shapes[:SHOWN])}{more} ({kinds}; off by up to {worst:.2f})"
+        lines.append(f"{wrong}, {instead} is used")
+    return "; ".join(lines)
+
+
+def _what(fault: Fault) -> tuple[str, str, str, str]:
+    return fault.kind.form, fault.kind.setting, fault.dtype, fault.device
+
+
+def finding(faults: Sequence[Fault]) -> Finding:
     """What the kernels make of the model's own packed layers is what those stand for."""
-    found = list(faults)
-    if not found:
+    if not faults:
         return Finding("quant-kernels", "ok", "what is computed with packed weights is what they stand for")
-    shown = "; ".join(map(str, found[:SHOWN]))
-    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    text = f"kernels of bitsandbytes are wrong on this machine for layers of this model: {shown}{more}"
-    return Finding("quant-kernels", "warn", text, OTHERS)
+    return Finding("quant-kernels", "warn", f"on this machine {told(faults)}", OTHERS)
 
 
 @cache
