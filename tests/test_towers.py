@@ -22,6 +22,7 @@ from transformers import (
 import fitune
 import tiny
 from fitune import quant as quants
+from fitune import weights
 from fitune.config import QuantOptions, build
 from fitune.errors import ModelError, Problems, RunFolderError
 from fitune.families import towers
@@ -44,6 +45,7 @@ LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }  # fmt: skip
+ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
 EYE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
     "patch_size": 14,
@@ -56,6 +58,7 @@ QWEN_EYE = {
 CLIP, SIGLIP = {**EYE, "model_type": "clip_vision_model"}, {**EYE, "model_type": "siglip_vision_model"}
 WHOLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gemma3": ({**WINDOW, "model_type": "gemma3_text", "query_pre_attn_scalar": 8}, SIGLIP),
+    "glm4v": ({**TEXT, "rope_parameters": ROTARY}, QWEN_EYE),
     "idefics3": ({**TEXT, "model_type": "llama"}, EYE),
     "internvl": ({**TEXT, "model_type": "qwen2"}, {**EYE, "image_size": [28, 28], "patch_size": [14, 14]}),
     "lfm2_vl": (
@@ -64,6 +67,7 @@ WHOLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "llava": ({**TEXT, "model_type": "llama"}, CLIP),
     "llava_next": ({**TEXT, "model_type": "mistral"}, CLIP),
+    "llava_next_video": ({**TEXT, "model_type": "llama"}, CLIP),
     "llava_onevision": ({**TEXT, "model_type": "qwen2"}, SIGLIP),
     "mistral3": ({**TEXT, "model_type": "mistral"}, {**EYE, "model_type": "pixtral"}),
     "qwen2_5_vl": (THREE_AXES, QWEN_EYE),
@@ -123,6 +127,9 @@ def test_the_language_model_gives_the_logits_of_the_whole_one(kind: str, tmp_pat
         name: tuple(p.shape) for name, p in mine.named_parameters()
     }
     assert not any("vision" in name or "visual" in name for name in mine.state_dict())
+    # merging finds the place of every tensor
+    there = {towers.language_name(name) for name, _ in weights.tensors(folder)}
+    assert mine.state_dict().keys() - {"lm_head.weight"} <= there
 
 
 @pytest.mark.parametrize("kind", FEW)

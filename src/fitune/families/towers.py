@@ -34,7 +34,8 @@ class Tower:
 
 TABLE: dict[str, Tower] = {
     **dict.fromkeys(("gemma3", "internvl", "lfm2_vl", "llava", "llava_next", "llava_onevision", "mistral3"), Tower()),
-    **dict.fromkeys(("qwen3_5", "video_llava", "vipllava"), Tower()),
+    **dict.fromkeys(("llava_next_video", "qwen3_5", "video_llava", "vipllava"), Tower()),
+    "glm4v": Tower(like="glm4"),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), Tower(like="qwen2")),
     "qwen3_vl": Tower(like="qwen3"),
     **dict.fromkeys(("idefics3", "smolvlm"), Tower("model.text_model")),
