@@ -181,11 +181,13 @@ def test_train_prints_one_json_object(model_folder: Path, data_file: Path, tmp_p
     assert result["trainable_parameters"] == 3 * 2 * (32 + 48 + 32 + 24)  # 3 blocks, rank 2, q: 32 -> 48, v: 32 -> 24
     before, *_ = err[err.index("model      ") :].partition("step 1/")  # behind the progress of a library
     lines = before.splitlines()
-    names = ["model", "data", "method", "steps", "memory", "checks", "warnings", "run folder"]
-    assert [line[:11].strip() for line in lines] == names  # eight lines, whatever was found
+    last = next(n for n, line in enumerate(lines) if line.startswith("run folder"))
+    names = [line[:11].strip() for line in lines[: last + 1]]
+    assert names[:6] == ["model", "data", "method", "steps", "memory", "checks"]
+    assert set(names[6:-1]) <= {"warnings"} or set(names[6:-1]) <= {"warning", ""}  # a busy machine is worth one
     assert "checks passed" in before
     assert "\x1b" not in err
-    assert all(len(line) <= 80 for line in lines[:-1])
+    assert all(len(line) <= 80 for line in lines[:last])
 
     monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("你好\n"))
     code, out, _ = run(["chat", tmp_path / "run", "--max-tokens", 5], capsys, monkeypatch)

@@ -79,6 +79,7 @@ def test_a_warning_is_shown_whole_and_once(width: int) -> None:
     assert lines[0].startswith("warning    truncation: ")
     assert all(line.startswith(" " * 11) and cell_len(line) <= width for line in lines[1:])
     assert "all is as it should be" not in text
+    assert not any(line.endswith(" ") for line in lines)
     assert "warnings   none" not in text
 
 

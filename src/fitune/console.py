@@ -157,7 +157,16 @@ class Terminal(Watcher):
         if passed and not warned:
             self.summary({"warnings": "none"})
         for finding in warned:
-            self.console.print(warning(finding))
+            self._warn(finding)
+
+    def _warn(self, finding: Finding) -> None:
+        """A warning beside its label, in as many lines as it takes, with what to do about it."""
+        fix = f" (fix: {finding.fix})" if finding.fix else ""
+        text = Text(f"{finding.rule}: {finding.text}{fix}")
+        for number, line in enumerate(text.wrap(self.console, max(self.console.width - NAME, 20))):
+            line.rstrip()
+            label = "" if number else "warning"
+            self.console.print(Text.assemble((label.ljust(NAME), "yellow"), line), no_wrap=True, overflow="ignore")
 
     def kept(self, parts: Sequence[Any]) -> None:
         """See Watcher."""
@@ -276,16 +285,6 @@ def pairs(title: str, values: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in values.items():
         table.add_row(f"[cyan]{escape(str(name))}[/]", escape(str(value)))
-    return table
-
-
-def warning(finding: Finding) -> Table:
-    """A warning beside its label, in as many lines as it takes, with what to do about it."""
-    table = Table.grid(padding=(0, 1), expand=False)
-    table.add_column(no_wrap=True, width=NAME - 1)
-    table.add_column(overflow="fold")
-    fix = f" (fix: {finding.fix})" if finding.fix else ""
-    table.add_row("[yellow]warning[/]", escape(f"{finding.rule}: {finding.text}{fix}"))
     return table
 
 
