@@ -112,13 +112,13 @@ def train(
 
 
 def _train(config: RunConfig, resume: bool, watch: Watcher, outside: Mapping[str, int] | None) -> Result:
-    config = resolve(config)
-    run = RunFolder(str(config.output))
-    if resume and run.has("result"):
+    if resume and (run := RunFolder(str(config.output))).has("result"):
         watch.say(
             f"{run.path}: this run is finished. To train it further: fitune train --adapter {run.path} --output NEW ..."
         )
         return Result(**run.read("result"), history=tuple(run.read_steps()))
+    config = resolve(config)
+    run = RunFolder(str(config.output))
     if not resume:
         run.check_free()
     with _deterministic():
@@ -153,10 +153,7 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
     """
     run = RunFolder(output)
     stored = run.read_config()
-    base = stored.model if run.has("result") else base_of(run, stored, given.get("model"))
-    stored = stored.model_copy(
-        update={"output": output, "model": base, "force": bool(given.get("force", stored.force))}
-    )
+    stored = stored.model_copy(update={"output": output, "force": bool(given.get("force", stored.force))})
     # the run has them resolved, and its data is checked by its SHA-256; where prepared data is kept, and whether a run
     # that may not fit is tried, decides nothing
     paths = ("output", "model", "data", "eval_data", "adapter", "cache", "force")
@@ -174,7 +171,9 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
             fix="leave these flags out; to go on from a finished run, by other settings or for more steps, start a new "
             f"one from what it tuned: fitune train --adapter {output} --output NEW ...",
         )
-    return stored
+    if run.has("result"):
+        return stored  # it is finished, and needs no base
+    return stored.model_copy(update={"model": base_of(run, stored, given.get("model"))})
 
 
 def _load(job: Job, since: processor.Moment) -> list[Finding]:
