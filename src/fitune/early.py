@@ -162,12 +162,12 @@ def run(path: str | Path) -> None:
         raise RunFolderError(f"{path}: not a run folder (no {CONFIG})", fix="give the folder that --output named")
 
 
-def base(run: str | Path, moved: str | None) -> None:
+def base(run: str | Path, moved: str | Path | None) -> None:
     """Raises ModelError or RunFolderError where the base model of a run lies neither where it was nor where it is said
     to be now; of a model folder nothing is asked."""
     file = Path(run).expanduser() / CONFIG
     if moved is not None:
-        model(moved)
+        model(str(moved))
     elif file.is_file():
         hub.check_base(str(read_yaml(file).get("model", "")), run)
 
