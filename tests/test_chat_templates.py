@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,11 @@ from fitune import families
 from fitune.chat import Chat
 from fitune.encode import Encoder
 from fitune.errors import FituneError
+from fitune.formats import to_conversation
 from fitune.model import Tuned
 from fitune.records import Conversation, Message, Sample, Source, ToolCall
 from fitune.templates.jinja import of_tokenizer
+from fitune.tokenizer import load
 
 IDS = re.compile(r"call\d{5}")  # of calls, where a template asks for them
 SYSTEM, FRUIT, CHERRY = (
@@ -336,3 +339,23 @@ def runs(sample: Sample) -> list[slice]:
     """Where the labels of each answer stand."""
     edges = np.flatnonzero(np.diff(sample.mask.astype(np.int8), prepend=0, append=0))
     return [slice(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+
+
+@pytest.mark.shared
+def test_the_cases_on_a_real_vocabulary(shared: Path) -> None:
+    tokenizer = load(shared / "tokenizers" / "qwen2")
+    row, _ = (
+        to_conversation(json.loads(line), Source("multi.jsonl", n))
+        for n, line in enumerate((shared / "cases" / "multi.jsonl").read_text().splitlines(), 1)
+    )
+    last, opened = ((shared / "cases" / f"think-{name}.jinja").read_text() for name in ("last-turn", "in-prompt"))
+
+    def trained(jinja: str, **how: Any) -> list[str]:
+        tokenizer.chat_template = jinja
+        encoder = Encoder(tokenizer, of_tokenizer(tokenizer), **how)
+        return [tokenizer.decode(sample.ids[sample.mask]) for sample in encoder.samples(row)]
+
+    fruits = ("A cherry.", "A lemon.")
+    assert trained(last) == [f"<think>\n\n</think>\n\n{fruit}<|im_end|>" for fruit in fruits]
+    assert trained(last, train_on="last") == ["<think>\n\n</think>\n\nA lemon.<|im_end|>"]
+    assert trained(opened) == [f"\n</think>\n\n{fruit}<|im_end|>" for fruit in fruits]

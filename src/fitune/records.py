@@ -240,8 +240,11 @@ class DataReport:
 
     def cost(self) -> str:
         """What it costs that answers of a conversation are samples of their own; nothing where they are not."""
-        share = self.repeated / max(1, self.tokens - self.repeated)
-        return f"{self.repeated:,} tokens of prompts repeated ({share:.0%} more)" if self.repeated else ""
+        return f"{self.repeated:,} tokens of prompts repeated ({self.more():.0%} more)" if self.repeated else ""
+
+    def more(self) -> float:
+        """The repeated tokens as a share of what one pass over each conversation would have."""
+        return self.repeated / max(1, self.tokens - self.repeated)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -204,12 +204,12 @@ def _summary(job: Job) -> dict[str, str]:
     share = r.trained_tokens / max(1, r.tokens)
     way = c.method if c.quant.name == "none" else f"{c.method} on {c.quant.kind if c.quant.name == 'nf4' else 'int8'}"
     adapter = "" if c.adapter is None else f", going on from {Path(c.adapter).name}"
-    cost = f"; {r.samples:,} samples, {r.cost()}" if r.repeated else ""
+    cost = f" (+{r.more():.0%} prompts repeated)" if r.repeated else ""
     passes = f"{round(job.total_steps / max(1, len(job.loader.epoch_steps(0))), 2):g}"
     return {
         "model": f"{Path(c.model).name}: {job.total:,} parameters, {c.precision} on {job.tuned.device}",
-        "data": f"{files[0]}{more}: {r.kept:,} rows, {r.held_out:,} held out; {r.tokens:,} tokens, {share:.0%} trained"
-        f"{cost}",
+        "data": f"{files[0]}{more}: {r.kept:,} rows, {r.held_out:,} held out; {r.tokens:,} tokens{cost}, "
+        f"{share:.0%} trained",
         "method": f"{way}{adapter}: {job.trainable:,} parameters ({job.trainable / job.total:.2%})",
         "steps": f"{job.total_steps:,} of {_batch(c)}{f' x {c.accumulation}' if c.accumulation > 1 else ''}, "
         f"{passes} {'epoch' if passes == '1' else 'epochs'}; learning rate {job.lr:g}",
