@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tiny
-from fitune import advice, cli, flags
+from fitune import advice, cli, exact, flags
 from fitune.batches import Loader
 from fitune.config import build, merge, parse_assignments
 from fitune.console import Watcher
@@ -23,6 +23,7 @@ from fitune.errors import ConfigError, FituneError
 from fitune.memory import device, flops, plan, search, steps
 from fitune.planning import ask, look, work_of
 from fitune.records import Sample
+from fitune.savers import smaller_batches
 from fitune.training import train
 from test_benchmarks import gpu
 
@@ -358,16 +359,16 @@ def test_train_fit_takes_the_suggestion_and_runs(tmp_path: Path, capsys: pytest.
 
 
 def test_rows_of_a_step_stay_what_was_asked() -> None:
-    assert advice._parts(8, 3) == [2, 1]  # and not 3 x 3 = 9
-    assert advice._parts(8, 8) == [8, 4, 2, 1]
-    assert advice._parts(7, 5) == [1]
-    assert advice._parts(7, 5, every=True) == [5, 4, 3, 2, 1]  # one micro-batch a step: the nearest below
+    assert exact.parts(8, 3) == [2, 1]  # and not 3 x 3 = 9
+    assert exact.parts(8, 8) == [8, 4, 2, 1]
+    assert exact.parts(7, 5) == [1]
+    assert exact.parts(7, 5, every=True) == [5, 4, 3, 2, 1]  # one micro-batch a step: the nearest below
     for asked in range(1, 40):
         config = build({"model": "m", "data": ["d"], "batch_size": asked})
         for most in range(1, asked):
-            smaller = advice._smaller(config, most)
-            assert smaller["batch_size"] * smaller["accumulation"] == asked
-            assert smaller["batch_size"] <= most
+            less = smaller_batches(config, most)
+            assert less["batch_size"] * less["accumulation"] == asked
+            assert less["batch_size"] <= most
 
 
 def test_a_result_of_the_bundled_model_is_headed_as_that(tmp_path: Path) -> None:
