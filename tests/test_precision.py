@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -404,6 +405,9 @@ def test_the_settings_and_the_guard_say_the_same_of_an_epsilon(
     found = guards.fp16_master(model, optim.make(trainable(model), config), lr, force=force)
     assert found.level == level
     assert told in found.text
+    named = re.search(r"--epsilon ([0-9.e-]+)", found.fix or "")
+    if named:  # what is proposed is taken
+        assert "small updates" in optim.in_float16(optimizer, float(named[1]), lr).text
     if level != "refuse":
         return optim.check(config)
     with pytest.raises(ConfigError, match=told):

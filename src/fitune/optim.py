@@ -160,9 +160,11 @@ def in_float16(name: str, epsilon: float, rate: float, *, force: bool = False) -
     """
     harm, fp32 = find(name).harm, "--trainable-dtype fp32, which is right beside --precision fp16"
     zero = bool(torch.tensor(epsilon, dtype=torch.float16) == 0)
-    if harm is None or (rate <= harm[0] * epsilon and not zero):
+    if harm is None or (rate <= harm[0] * epsilon * (1 + 1e-9) and not zero):
         return Finding("fp16-master", "warn", "trained in float16: small updates are lost", fp32)
-    enough = 10.0 ** math.ceil(math.log10(max(rate / harm[0], 1e-7)) - 1e-9)
+    least = max(rate / harm[0], 1e-7)
+    digit = 10.0 ** math.floor(math.log10(least))
+    enough = math.ceil(least / digit - 1e-9) * digit
     fix = [fp32, f"--epsilon {enough if rate else 1e-4:g}", *([] if zero else [f"--lr {harm[0] * epsilon:g}"])]
     text = f"learning rate / epsilon is {rate / epsilon:,.0f}: where gradients are small, steps are too large"
     if zero:
