@@ -11,7 +11,7 @@ import pytest
 
 from fitune import tokenizer as tokenizers
 from fitune.encode import Encoder
-from fitune.errors import ConfigError, ModelError
+from fitune.errors import ConfigError, DataError, ModelError
 from fitune.records import Conversation, Message, ToolCall
 from fitune.templates import TABLE, choose, from_dict
 
@@ -320,7 +320,7 @@ def test_chatglm_1_and_2_make_one_sample_per_answer(shared: Path, name: str) -> 
         Encoder(loaded, TABLE[name], train_on="last").samples(Conversation(turns))[0].ids.tolist()
         == samples[-1].ids.tolist()
     )
-    with pytest.raises(ConfigError, match="no place for tools"):
+    with pytest.raises(DataError, match="no place for tools"):
         encoder.samples(Conversation(turns, tools=(TOOL,)))
 
 
