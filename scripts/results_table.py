@@ -22,7 +22,7 @@ def lines(path: Path) -> list[str]:
         real = record.get("real", {}).get("precisions", {})
         rows = [_precision(name, row, real.get(name)) for name, row in record["precisions"].items()]
     else:
-        head = ["", "memory, MiB", "memory ratio", "seconds a step", "time ratio", "against"]
+        head = ["", "plan, MiB", "allocated, MiB", "ratio", "peak in", "against"]
         rows = [_saver(name, row) for name, row in record["savers"].items()]
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
@@ -39,8 +39,8 @@ def _precision(name: str, row: dict[str, Any], real: dict[str, Any] | None) -> l
 
 
 def _saver(name: str, row: dict[str, Any]) -> list[str]:
-    ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("memory_ratio", "time_ratio")]
-    return [name, f"{row['peak_mib']}", ratios[0], f"{row['seconds_a_step']:.2f}", ratios[1], row.get("against", "")]
+    ratio = f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else ""
+    return [name, f"{row['plan_mib']}", f"{row['allocated_mib']}", ratio, row["phase"], row.get("against", "")]
 
 
 if __name__ == "__main__":
