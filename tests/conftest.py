@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from hypothesis import settings
 
 import tiny
-from fitune import precision
+from fitune import precision, processor
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 os.environ["FITUNE_CACHE"] = tempfile.mkdtemp(prefix="fitune-cache-")  # nor what lies in the user's own cache
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _idle() -> Iterator[None]:
+    """No other process is at work, whatever the machine that the tests run on does meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processor, "others", lambda since: 0.0)
+        yield
 
 
 @pytest.fixture(scope="session")
