@@ -51,7 +51,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fitune import adapters, catalog, families, methods
+from fitune import adapters, catalog, determinism, families, methods
 from fitune import model as models
 from fitune import quant as quants
 from fitune.config import QuantOptions, RunConfig, build
@@ -266,10 +266,12 @@ def measure(work: plan.Work, card: Card, limit: int | None) -> tuple[dict[str, A
     if limit is not None:
         whole = max(0, limit) + 512  # torch cuts a fraction of all bytes off to a whole number of them
         torch.cuda.set_per_process_memory_fraction(min(1.0, whole / card.total))
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    where = models.pick_device("cuda")
     died, began, seen = None, time.perf_counter(), Updates()
     try:
-        plan.go(build_model(work.config, work.shape, torch.device("cuda")), work, seen)
+        with determinism.exact(where):
+            determinism.strict(True)
+            plan.go(build_model(work.config, work.shape, where), work, seen, on_gpu=True)
         torch.cuda.synchronize()
         seen.check()
     except RuntimeError as error:

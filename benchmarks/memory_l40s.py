@@ -33,10 +33,14 @@ from peft import get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from fitune.kernels.target import Target
 from fitune.memory import trace
 from fitune.memory.allocator import EMPTY_CACHE, Allocator, Event
 from fitune.memory.cuda import Cuda
 from fitune.memory.trace import Building, Tracer
+
+# an Ampere GPU or newer; no multiprocessors: a plain script does not ask for deterministic kernels, which take more
+GPU = Target("cuda", (8, 0))
 
 LONGEST = 641  # fitted on FITTED_ON alone, with --fit
 FITTED_ON = "lora--llama-3.2-3B-rank32"
@@ -100,12 +104,12 @@ def batch(length: int) -> tuple[torch.Tensor, torch.Tensor]:
 def traced(row: Mapping[str, Any], shape: Mapping[str, Any], lengths: Sequence[int]) -> tuple[list[Event], int, int]:
     """Events of a run over batches of these lengths, how many of them are the weights', and its trainable weights."""
     model = build(row, shape)
-    tracer = Tracer("cuda")
+    tracer = Tracer(GPU)
     with tracer.during("load"):
         trace.shadows(model, tracer)
     weights = len(tracer.events)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with tracer, Cuda():
+    with tracer, Cuda(GPU):
         optimizer = optimizer_of(row, model)
         for step, length in enumerate(lengths):
             if length == 0:

@@ -23,10 +23,14 @@ from transformers import AutoModelForCausalLM
 
 from fitune import catalog
 from fitune.config import build
+from fitune.kernels.target import Target
 from fitune.memory import device, plan, steps, trace
 from fitune.memory.cuda import Cuda
 from fitune.memory.trace import Building, Tracer
 from fitune.model import shape_of
+
+# an Ampere GPU or newer; no multiprocessors: a plain script does not ask for deterministic kernels, which take more
+GPU = Target("cuda", (8, 0))
 
 ROWS, LENGTH, RANK = 2, 1024, 8
 MIB = 2**20
@@ -41,11 +45,11 @@ def plain_trace(checkpointing: bool) -> int:
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tracer = Tracer("cuda")
+    tracer = Tracer(GPU)
     trace.shadows(model.train(), tracer)
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.ones(ROWS, LENGTH, dtype=torch.long)
-    with tracer, Cuda():
+    with tracer, Cuda(GPU):
         optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
         for _ in range(2):
             optimizer.zero_grad()

@@ -20,6 +20,7 @@ from fitune.batches import Loader
 from fitune.config import build, merge, parse_assignments
 from fitune.console import Watcher
 from fitune.errors import ConfigError, FituneError
+from fitune.kernels.target import AMPERE
 from fitune.memory import device, flops, plan, search, steps
 from fitune.planning import ask, look, work_of
 from fitune.records import Sample
@@ -302,11 +303,11 @@ def build_shape(layers: int) -> Any:
 def test_arithmetic_over_small_models_is_near_the_plan_of_the_whole(method: str) -> None:
     shape = build_shape(layers=12)
     config = build({"model": "-", "data": ["-"], "method": method, "precision": "bf16"})
-    line = search._line(config, shape, "cuda")
+    line = search._line(config, shape, AMPERE)
     assert line is not None
     batch = steps.made_up(4, 500, shape.vocab_size)
     work = plan.Work(config, shape, [[steps.made_up(1, 9, shape.vocab_size)], [batch]])
-    tracer = plan.traced(plan.without_values(work), work, "cuda")
+    tracer = plan.traced(plan.without_values(work), work, AMPERE)
     exactly = plan.tops_of_steps(tracer)[-1]
     for phase, (fixed, slope) in line.phases.items():
         assert fixed + slope * 2000 == pytest.approx(exactly[phase], rel=0.04), phase

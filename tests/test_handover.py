@@ -316,24 +316,6 @@ def test_a_moved_base_is_named_and_given(moved: tuple[Path, Path], data_file: Pa
     fitune.load(run)  # the run's config names the new place
 
 
-@pytest.mark.parametrize("verb", [["chat"], ["eval", "--data", "DATA"], ["merge", "--output", "OUT"], ["train"]])
-def test_every_verb_says_where_a_moved_base_is_to_be_named(
-    verb: list[str], moved: tuple[Path, Path], data_file: Path, monkeypatch, capsys
-) -> None:
-    run, _ = moved
-    places = {"DATA": str(data_file), "OUT": str(run.parent / "out")}
-    arguments = [*(places.get(word, word) for word in verb[1:])]
-    named = ["--resume", "--output", str(run)] if verb == ["train"] else [str(run)]
-    monkeypatch.setattr(sys, "argv", ["fitune", verb[0], *named, *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert f"{run.parent / 'base'}: no such folder" in " ".join(said.split())
-    assert "--model NEW says where it is now" in said
-    assert "bloom" not in said  # names of the catalog
-
-
 def test_another_model_is_refused_with_both_digests(moved: tuple[Path, Path], monkeypatch, capsys) -> None:
     """Of the same names and shapes: only the values differ."""
     run, new = moved

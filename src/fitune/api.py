@@ -194,9 +194,7 @@ def load(
         quant: none, int8, nf4 or fp4. Default: as in the run; of a model folder none.
     """
     early.together(
-        lambda: early.run_or_model(run_or_model),
-        lambda: early.template(template),
-        lambda: early.base(run_or_model, model),
+        lambda: early.run_or_model(run_or_model), lambda: early.template(template), *early.each(early.folder, model)
     )
     open_ = quietly(import_module("fitune.loading").load)
     how = {"device": device, "template": template, "precision": precision, "quant": quant}

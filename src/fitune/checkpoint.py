@@ -253,16 +253,19 @@ class RunFolder:
 
 
 def rng_state() -> dict[str, Tensor]:
-    """The random number generators that training draws from."""
+    """The random number generators that training draws from: the CPU's, and that of the GPU in use."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state |= {f"cuda{n}": s for n, s in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def restore_rng(state: Mapping[str, Tensor]) -> None:
-    """Put back what `rng_state` gave."""
+def restore_rng(state: Mapping[str, Tensor]) -> bool:
+    """Put back what `rng_state` gave; False: this machine has no GPU for that of a GPU, or the other way round."""
     torch.set_rng_state(state["cpu"])
-    gpus = [state[name] for name in sorted(state) if name.startswith("cuda")]
-    if gpus and len(gpus) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(gpus)
+    here = torch.cuda.is_initialized()
+    # checkpoints once kept the states of all GPUs, by number
+    theirs = state.get("cuda", state.get(f"cuda{torch.cuda.current_device()}" if here else ""))
+    if here and theirs is not None:
+        torch.cuda.set_rng_state(theirs)
+    return bool(here == any(name.startswith("cuda") for name in state))

@@ -249,7 +249,7 @@ def chat(
             received=f"temperature {temperature}, top-p {top_p}, max tokens {max_tokens}",
             expected="temperature >= 0, 0 < top-p <= 1, max tokens >= 1",
         )
-    early.together(lambda: early.run_or_model(run), lambda: early.template(template), lambda: early.base(run, model))
+    early.together(lambda: early.run_or_model(run), lambda: early.template(template), *early.each(early.folder, model))
     from fitune.chat import HELP, Chat, talk
     from fitune.generation import Sampling
     from fitune.loading import load
@@ -290,9 +290,9 @@ def evaluate(
     columns = dict(pair("map", text) for text in map_ or [])
     early.together(
         lambda: early.run_or_model(run),
-        lambda: early.base(run, model),
         *early.each(early.data, *data),
         lambda: early.template(template),
+        *early.each(early.folder, model),
     )
     from fitune.console import Terminal, answers_table, scores_table
     from fitune.evaluation import evaluate as run_evaluation

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fitune import catalog, formats, hub, readers, templates
-from fitune.config import DataSource, RunConfig, build, read_yaml
+from fitune.config import DataSource, RunConfig, build
 from fitune.errors import Collector, ConfigError, DataError, ModelError, RunFolderError, nearest
 from fitune.files import check_new, check_writable, names_near
 
@@ -160,16 +160,6 @@ def run(path: str | Path) -> None:
         raise RunFolderError(f"{path}: not a run folder (there is no such folder)", fix=_run_near(path))
     if not (folder / CONFIG).is_file():
         raise RunFolderError(f"{path}: not a run folder (no {CONFIG})", fix="give the folder that --output named")
-
-
-def base(run: str | Path, moved: str | Path | None) -> None:
-    """Raises ModelError or RunFolderError where the base model of a run lies neither where it was nor where it is said
-    to be now; of a model folder nothing is asked."""
-    file = Path(run).expanduser() / CONFIG
-    if moved is not None:
-        model(str(moved))
-    elif file.is_file():
-        hub.check_base(str(read_yaml(file).get("model", "")), run)
 
 
 def _run_near(path: str | Path) -> str:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
+from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,14 +19,19 @@ import torch
 
 from fitune.records import Finding
 
-PACKAGES = ("fitune", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+PACKAGES = ("fitune", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 
 
-def describe() -> dict[str, Any]:
-    """Versions, operating system, processor, threads, memory and GPUs."""
+def describe(device: torch.device) -> dict[str, Any]:
+    """Versions, operating system, processor, threads, memory and GPUs.
+
+    Args:
+        device: the one that is used.
+    """
     return {
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": _device(device),
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
@@ -32,6 +40,48 @@ def describe() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],  # noqa: PTH119
     }
+
+
+def _version(name: str) -> str | None:
+    """None: it is not installed, as where the folder of the sources is on the path."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    """What decides the bits on a device: its name and, of a GPU, its libraries and driver."""
+    if device.type != "cuda":
+        return {"name": device.type}
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "capability": list(torch.cuda.get_device_capability(device)),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, from the file where Linux has it; None: nobody says."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"Kernel Module[^0-9]*([0-9]+(?:\.[0-9]+)+)", text)
+    return found[1] if found else None
+
+
+DECIDING = ("torch", "transformers", "peft", "bitsandbytes")  # whose versions decide what is computed
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, between two of `describe`, that may change the bits of a run."""
+    pairs = [(name, before["packages"].get(name), now["packages"].get(name)) for name in DECIDING]
+    there, here = before.get("device") or {}, now["device"]
+    pairs += [(f"device {name}", there[name], here.get(name)) for name in there]
+    return [f"{name}: {old}, now {new}" for name, old, new in pairs if old is not None and old != new]
 
 
 SLACK = 0.5  # cores that are asked for in vain before there is a warning

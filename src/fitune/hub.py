@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from fitune.cache import default_folder
-from fitune.errors import ModelError, RunFolderError
+from fitune.errors import ModelError
 
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin")
 MODELSCOPE = "https://www.modelscope.cn"
@@ -67,16 +67,6 @@ def parse(name: str) -> tuple[str, str, str | None] | None:
     if found is None or name.startswith((".", "~", "/")):
         return None
     return ("ms" if found[1] else "hf"), found[2], found[3]
-
-
-def check_base(base: str, run: str | Path) -> None:
-    """Raises RunFolderError where the base model of a run is not where the run found it."""
-    if not Path(base).is_dir():
-        raise RunFolderError(
-            f"{base}: no such folder, and it is the base model of the run {run}",
-            expected="the folder that the run was trained on",
-            fix="restore it; --model NEW says where it is now",
-        )
 
 
 def revision_of(folder: Path) -> str | None:

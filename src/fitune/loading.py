@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fitune import families, hub, templates, tokenizer, weights
+from fitune import families, templates, tokenizer, weights
 from fitune import quant as quants
 from fitune.checkpoint import RunFolder
 from fitune.config import QuantOptions, RunConfig
@@ -94,10 +94,16 @@ def base_of(run: RunFolder, config: RunConfig, model: str | Path | None = None) 
         model: where the base lies now; None: where the run found it.
 
     Raises:
-        ModelError, RunFolderError: it is not there, or what lies there is another model.
+        ModelError: it is not there.
+        RunFolderError: what lies there is another model.
     """
     if model is None:
-        hub.check_base(config.model, run.path)
+        if not Path(config.model).is_dir():
+            raise RunFolderError(
+                f"{config.model}: no such folder, and it is the base model of the run {run.path}",
+                expected="the folder that the run was trained on",
+                fix="restore it; --model NEW says where it is now",
+            )
         return config.model
     folder = locate(str(model))
     weights.check(folder)

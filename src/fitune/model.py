@@ -7,8 +7,8 @@ parameters trainable. config.json is read in configs.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GlmForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fitune import adapters, catalog, families, hub, weights
+from fitune import adapters, catalog, determinism, families, hub, weights
 from fitune import quant as quants
 from fitune.config import QuantOptions, quant_options
 from fitune.configs import is_original, quantized_as, read_config, read_config_file, shape_of, without_weights
@@ -284,12 +284,12 @@ def compute_dtype(model: Any) -> torch.dtype:
     return getattr(causal_lm(model), "fitune_compute", torch.float32)  # type: ignore[no-any-return]
 
 
-def computing(model: Any) -> AbstractContextManager[Any]:
+@contextmanager
+def computing(model: Any) -> Iterator[None]:
     """Inside, layers compute in the model's precision, whatever their weights are kept in."""
-    dtype = compute_dtype(model)
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
+    dtype, device = compute_dtype(model), next(model.parameters()).device
+    with determinism.kernels(device), nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
+        yield
 
 
 def use_attention(model: Any, name: str, bounds: Tensor | None = None, prefix: Any = None) -> None:
@@ -322,9 +322,12 @@ def pick_device(name: str) -> torch.device:
         ModelError: it is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            determinism.use_gpu(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(

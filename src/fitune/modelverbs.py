@@ -34,12 +34,7 @@ def merge(
 ) -> None:
     """Make a run's model a plain one, which transformers loads without fitune or PEFT."""
     weights = onto if onto != "original" else None
-    early.together(
-        lambda: early.run(run),
-        lambda: early.base(run, model),
-        lambda: early.new_folder(output),
-        *early.each(early.folder, weights),
-    )
+    early.together(lambda: early.run(run), lambda: early.new_folder(output), *early.each(early.folder, weights, model))
     from fitune.merging import merge as run_merge
 
     console = console_for(json)

@@ -24,6 +24,7 @@ from fitune.cache import Cache
 from fitune.config import RunConfig, build
 from fitune.console import Watcher
 from fitune.errors import Collector, ConfigError, DataError
+from fitune.kernels.target import of
 from fitune.lengths import automatic, choices, summary
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
@@ -335,7 +336,7 @@ def verify(config: RunConfig, watch: Watcher | None = None) -> Verified:
     """
     job = prepare(resolve(config), watch or Watcher())
     work = _three(job)
-    target = job.tuned.device.type
+    target = of(job.tuned.device)
     seen = plans.usage(plans.traced(plans.without_values(work), work, target))
     measured, allocated = _really(job, work)
     phases = {moment.phase: moment.bytes for moment in measured.phases}
@@ -358,7 +359,7 @@ def _three(job: Job) -> plans.Work:
 def _really(job: Job, work: plans.Work) -> tuple[plans.Usage, int]:
     """What a trace of real tensors sees, and, the work done once more, the most bytes that torch counts itself."""
     model, cuda = job.tuned.model, job.tuned.device.type == "cuda"
-    tracer = trace.Tracer(job.tuned.device.type)
+    tracer = trace.Tracer(of(job.tuned.device))
     tracer.at("load")
     there = trace.count(model, tracer)
     tracer.at("")

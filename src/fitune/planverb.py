@@ -171,7 +171,7 @@ def _verified(model: str, data: list[str] | None, given: dict[str, Any], console
 def _calibration(console: Console) -> dict[str, Any]:
     from datetime import date
 
-    from fitune.memory.device import calibrate
+    from fitune.memory.calibration import calibrate
 
     found = calibrate(date.today().isoformat())
     console.print(

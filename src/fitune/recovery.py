@@ -21,7 +21,7 @@ from fitune.errors import TrainingError
 from fitune.memory.trace import Tracer
 from fitune.model import causal_lm, trainable
 from fitune.records import Batch, Layout, Source
-from fitune.step import LossScale, StepResult, apply_gradients, loss_sum, make_gradients
+from fitune.step import LossScale, Made, StepResult, apply_gradients, loss_sum, make_gradients
 from fitune.tensors import finite
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
@@ -157,9 +157,7 @@ def rehearse(
         )
 
 
-def _apply(
-    model: Any, made: StepResult, optimizer: torch.optim.Optimizer, max_grad_norm: float, scale: float
-) -> StepResult:
+def _apply(model: Any, made: Made, optimizer: torch.optim.Optimizer, max_grad_norm: float, scale: float) -> StepResult:
     try:
         return apply_gradients(model, made, optimizer, max_grad_norm, scale)
     except (RuntimeError, MemoryError) as error:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fitune.kernels import placed as placing
 from fitune.kernels.attention import FLAT
 from fitune.kernels.loss import label_loss
+from fitune.kernels.placed import Placed
 from fitune.methods import virtual
 from fitune.model import causal_lm, computing, output_head, trainable, use_attention
 from fitune.optim import InBackward
@@ -65,12 +66,21 @@ class StepResult:
     finite: bool = True
 
 
-def hidden_states(model: Any, batch: Batch, layout: Layout) -> Tensor:
+def place(model: Any, batch: Batch, layout: Layout = "flat") -> Placed:
+    """The batch on the model's device, with what the method lays before its documents."""
+    device, before = next(causal_lm(model).parameters()).device, virtual.of(model)
+    if before is None or layout != "flat":
+        return placing.place(batch, device)
+    return placing.place(batch, device, **{"laid" if before.prefix is None else "prefix": before.count})
+
+
+def hidden_states(model: Any, batch: Batch, layout: Layout, placed: Placed | None = None) -> Tensor:
     """(T, W): the last hidden states of all tokens of a batch; those of virtual tokens before them are left out.
 
     Args:
         model: with or without a method's wrapper.
         batch: flat, as always; what the model gets depends on the layout.
+        placed: the same batch on the model's device, where it is there already.
         layout: flat (all documents in one row, attention per document), padded (a row each, padded on the right and
             masked by position), documents (a forward each: for models that neither of the others suits).
 
@@ -78,44 +88,33 @@ def hidden_states(model: Any, batch: Batch, layout: Layout) -> Tensor:
         NotImplementedError: a prefix in another layout than flat.
     """
     before = virtual.of(model)
+    placed = placed or place(model, batch, layout)
     with computing(model):
         if layout == "flat":
-            return _flat(model, batch, before)
+            return _flat(model, batch, before, placed)
         if before is not None and before.prefix is not None:
             raise NotImplementedError("a prefix needs flat batches")
-        return _separate(model, batch, before, padded=layout == "padded")
+        return _separate(model, batch, before, placed.ids, padded=layout == "padded")
 
 
-def _flat(model: Any, batch: Batch, before: virtual.Virtual | None) -> Tensor:
+def _flat(model: Any, batch: Batch, before: virtual.Virtual | None, placed: Placed) -> Tensor:
     inner = causal_lm(model)
-    device = next(inner.parameters()).device
-    ids, positions = (torch.from_numpy(values).to(device) for values in (batch.ids, batch.positions))
-    bounds, inputs, keep = torch.from_numpy(batch.bounds), {"input_ids": ids[None]}, None
-    extra: dict[str, Any] = {}
-    laid = 0  # virtual tokens that stand in the batch itself
+    inputs: dict[str, Any] = {"input_ids": placed.ids[None]}
     if before is not None and before.prefix is not None:
-        positions, extra = positions + before.count, {"prefix": before.prefix}
+        inputs["prefix"] = before.prefix
     elif before is not None:
-        embedded, keep, bounds, positions = _laid_before(inner, ids, batch, before)
-        inputs, laid = {"inputs_embeds": embedded[None]}, before.count
+        words = inner.get_input_embeddings()(placed.ids)
+        rows = torch.cat([cast(Tensor, before.embeddings).to(words.dtype), words])
+        inputs = {"inputs_embeds": rows.index_select(0, cast(Tensor, placed.order))[None]}
+    positions, bounds = placed.positions, placed.documents.bounds
     if hasattr(inner.base_model, "flat_positions"):  # a model that makes its positions from the ids, ChatGLM's first
-        positions = inner.base_model.flat_positions(ids, batch.bounds.tolist(), laid)
-    use_attention(model, FLAT, bounds, extra.get("prefix"))
+        laid = 0 if placed.order is None or before is None else before.count
+        positions = inner.base_model.flat_positions(placed.ids, batch.bounds.tolist(), laid)
+    use_attention(model, FLAT, bounds, inputs.get("prefix"))
     out: Tensor = inner.base_model(
-        **inputs, position_ids=positions[None], cu_seq_lens_q=bounds, use_cache=False, **extra
+        **inputs, position_ids=positions[None], cu_seq_lens_q=bounds, documents=placed.documents, use_cache=False
     ).last_hidden_state[0]
-    return out if keep is None else out[keep]
-
-
-def _laid_before(
-    inner: Any, ids: Tensor, batch: Batch, before: virtual.Virtual
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Embeddings with the virtual ones before each document, places of the real tokens, bounds, positions."""
-    documents = _embedded(inner, ids, batch, before)
-    lengths = [len(document) for document in documents]
-    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device)
-    return torch.cat(documents), torch.nonzero(positions >= before.count)[:, 0], bounds, positions
+    return out if placed.keep is None else out[placed.keep]
 
 
 def _embedded(inner: Any, ids: Tensor, batch: Batch, before: virtual.Virtual) -> list[Tensor]:
@@ -129,10 +128,9 @@ def _documents(values: Tensor, batch: Batch) -> tuple[Tensor, ...]:
     return torch.split(values, [int(end - start) for start, end in pairwise(batch.bounds)])
 
 
-def _separate(model: Any, batch: Batch, before: virtual.Virtual | None, *, padded: bool) -> Tensor:
+def _separate(model: Any, batch: Batch, before: virtual.Virtual | None, ids: Tensor, *, padded: bool) -> Tensor:
     """Documents in rows of their own: padded side by side, or one after the other."""
     inner = causal_lm(model)
-    ids = torch.from_numpy(batch.ids).to(next(inner.parameters()).device)
     use_attention(model, "sdpa")
     skip = 0 if before is None else before.count
     name = "input_ids" if before is None else "inputs_embeds"
@@ -166,20 +164,18 @@ def _own_positions(inner: Any, ids: Tensor, batch: Batch, before: int) -> list[d
     return [{"position_ids": one[None]} for one in each]
 
 
-def label_hidden(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
+def label_hidden(model: Any, batch: Batch, layout: Layout = "flat", placed: Placed | None = None) -> Tensor:
     """(L, W): the last hidden states of the rows that carry a label. The rest never reaches the head."""
-    hidden = hidden_states(model, batch, layout)
-    return hidden[torch.from_numpy(batch.label_rows).to(hidden.device)]
+    placed = placed or place(model, batch, layout)
+    return hidden_states(model, batch, layout, placed)[placed.label_rows]
 
 
 def loss_sum(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
     """Sum of the cross-entropies of the batch's target tokens, each times its weight, float32."""
-    inner = causal_lm(model)
-    hidden = label_hidden(model, batch, layout)
-    labels = torch.from_numpy(batch.labels).to(hidden.device)
-    weights = None if batch.weights is None else torch.from_numpy(batch.weights).to(hidden.device)
+    inner, placed = causal_lm(model), place(model, batch, layout)
+    hidden = label_hidden(model, batch, layout, placed)
     with computing(model):
-        return label_loss(output_head(model), hidden, labels, inner.config.vocab_size, weights)
+        return label_loss(output_head(model), hidden, placed.labels, inner.config.vocab_size, placed.weights)
 
 
 def training_step(
@@ -209,9 +205,25 @@ def training_step(
     # --------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Made:
+    """The first half of a step. total: the sum of its losses, a float64 scalar that still lies on the model's device:
+    nothing waits for it before the step's end. weight: what it is divided by. tokens, targets: of all rows."""
+
+    total: Tensor
+    weight: float
+    tokens: int
+    targets: int
+
+    @property
+    def loss(self) -> float:
+        """Per target token; waits for the device."""
+        return self.total.item() / self.weight
+
+
 def make_gradients(
     model: Any, micro_batches: Sequence[Batch], layout: Layout, reached: list[Batch], scale: float = 1.0
-) -> StepResult:
+) -> Made:
     """The first half of a step: gradients of scale x the objective; no norm yet.
 
     Args:
@@ -219,30 +231,34 @@ def make_gradients(
         reached: holds, whatever happens, the micro-batch that was worked on last.
     """
     weight = sum(batch.weight for batch in micro_batches)
-    total = 0.0
+    sums = []
     for batch in micro_batches:
         reached[:] = [batch]
         loss = loss_sum(model, batch, layout)
         (loss * (scale / weight)).backward()
-        total += loss.item()
+        sums.append(loss.detach().double())
     tokens, targets = (sum(sizes) for sizes in zip(*((len(b.ids), b.targets) for b in micro_batches), strict=True))
-    return StepResult(total / weight, 0.0, tokens, targets)
+    return Made(sum(sums[1:], sums[0]), weight, tokens, targets)
 
 
 def apply_gradients(
-    model: Any, made: StepResult, optimizer: torch.optim.Optimizer, max_grad_norm: float, scale: float = 1.0
+    model: Any, made: Made, optimizer: torch.optim.Optimizer, max_grad_norm: float, scale: float = 1.0
 ) -> StepResult:
-    """The second half of a step: take off the scale, clip and update; or drop gradients that are not finite."""
+    """The second half of a step: take off the scale, clip and update; or drop gradients that are not finite. Loss and
+    norm are read together, the only time in a step that the CPU waits for a GPU."""
     if scale != 1:
         for parameter in trainable(model).values():
             if parameter.grad is not None:
                 parameter.grad.div_(scale)
     if isinstance(optimizer, InBackward):
-        norm, _ = optimizer.taken()
+        taken, _ = optimizer.taken()
+        size = made.total.new_tensor(taken)
     else:
-        norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), max_grad_norm or float("inf")).item()
-    done = replace(made, grad_norm=norm, finite=math.isfinite(made.loss) and math.isfinite(norm))
-    if done.finite:
+        size = torch.nn.utils.clip_grad_norm_(trainable(model).values(), max_grad_norm or float("inf")).double()
+    total, norm = (float(one) for one in torch.stack([made.total, size]).cpu())
+    finite = math.isfinite(total) and math.isfinite(norm)
+    done = StepResult(total / made.weight, norm, made.tokens, made.targets, finite)
+    if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return done

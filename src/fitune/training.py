@@ -23,6 +23,7 @@ import torch
 
 from fitune import (
     adapters,
+    determinism,
     environment,
     given,
     guards,
@@ -45,12 +46,13 @@ from fitune.console import NAME, RUN_FOLDER, Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
 from fitune.files import write_atomic
 from fitune.generation import SIDE_BY_SIDE, Sampling, answers, expected, read
+from fitune.kernels.target import of
 from fitune.loading import base_of
 from fitune.memory import forget_peak, peak_mib
 from fitune.memory import plan as plans
 from fitune.memory.closed import state_bytes
 from fitune.memory.trace import STATES, Tracer, count
-from fitune.model import causal_lm, trainable
+from fitune.model import causal_lm, pick_device, trainable
 from fitune.prepare import Job, prepare, resolve
 from fitune.records import Conversation, Finding, StepRecord
 from fitune.recovery import careful_step, check_finite, rehearse
@@ -112,16 +114,16 @@ def train(
 
 
 def _train(config: RunConfig, resume: bool, watch: Watcher, outside: Mapping[str, int] | None) -> Result:
-    if resume and (run := RunFolder(str(config.output))).has("result"):
+    config = resolve(config)
+    run = RunFolder(str(config.output))
+    if resume and run.has("result"):
         watch.say(
             f"{run.path}: this run is finished. To train it further: fitune train --adapter {run.path} --output NEW ..."
         )
         return Result(**run.read("result"), history=tuple(run.read_steps()))
-    config = resolve(config)
-    run = RunFolder(str(config.output))
     if not resume:
         run.check_free()
-    with _deterministic():
+    with determinism.exact(pick_device(config.device)):
         since = processor.moment()
         job = prepare(config, watch, outside)
         job.findings += _load(job, since)
@@ -131,6 +133,7 @@ def _train(config: RunConfig, resume: bool, watch: Watcher, outside: Mapping[str
         forget_peak(job.tuned.device)
         known = run.read("measured") if resume and run.has("measured") else None
         parts = known["micro_batch_parts"] if known else _rehearse(job, watch)
+        determinism.strict((known or job.measured or {}).get("deterministic", True))
         if not (resume and run.has("before")):
             _begin(run, job, watch)
         elif run.read_config().model != job.config.model:
@@ -153,7 +156,10 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
     """
     run = RunFolder(output)
     stored = run.read_config()
-    stored = stored.model_copy(update={"output": output, "force": bool(given.get("force", stored.force))})
+    base = stored.model if run.has("result") else base_of(run, stored, given.get("model"))
+    stored = stored.model_copy(
+        update={"output": output, "model": base, "force": bool(given.get("force", stored.force))}
+    )
     # the run has them resolved, and its data is checked by its SHA-256; where prepared data is kept, and whether a run
     # that may not fit is tried, decides nothing
     paths = ("output", "model", "data", "eval_data", "adapter", "cache", "force")
@@ -171,9 +177,7 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
             fix="leave these flags out; to go on from a finished run, by other settings or for more steps, start a new "
             f"one from what it tuned: fitune train --adapter {output} --output NEW ...",
         )
-    if run.has("result"):
-        return stored  # it is finished, and needs no base
-    return stored.model_copy(update={"model": base_of(run, stored, given.get("model"))})
+    return stored
 
 
 def _load(job: Job, since: processor.Moment) -> list[Finding]:
@@ -242,7 +246,7 @@ def _begin(run: RunFolder, job: Job, watch: Watcher) -> None:
     job.config, moved = given.keep(job.config, run.path)
     job.data_sha256 = {moved.get(path, path): sha256 for path, sha256 in job.data_sha256.items()}
     run.write_config(job.config)
-    run.write("environment", environment.describe())
+    run.write("environment", environment.describe(job.tuned.device))
     run.write("template", job.tuned.template.as_dict())
     job.tuned.tokenizer.save_pretrained(str(run.tokenizer))
     parts = {name: {"trainable": trained, "total": total} for name, trained, total in job.groups()}
@@ -272,10 +276,29 @@ def _begin(run: RunFolder, job: Job, watch: Watcher) -> None:
 
 
 def _rehearse(job: Job, watch: Watcher) -> int:
-    """The largest step, before anything is written; what it took is for the run folder, beside the plan."""
+    """The largest step, before anything is written: in how many parts a micro-batch fits. What it took is for the run
+    folder, beside the plan. Where an operation has no deterministic algorithm, a finding says so, and the run goes on
+    without."""
+    determinism.strict(True)
+    try:
+        return _rehearse_once(job, watch, deterministic=True)
+    except RuntimeError as error:
+        operation = determinism.lacking(error)
+        if operation is None:
+            raise
+    determinism.strict(False)
+    text = (
+        f"{operation} has no deterministic algorithm on {job.tuned.device}: the same run again, or resumed, may differ"
+    )
+    job.findings.append(Finding("deterministic", "warn", text))
+    watch.findings(job.findings[-1:])
+    return _rehearse_once(job, watch, deterministic=False)
+
+
+def _rehearse_once(job: Job, watch: Watcher, *, deterministic: bool) -> int:
     model, device, training = job.tuned.model, job.tuned.device, job.tuned.model.training
     model.train()
-    tracer = Tracer(device.type)
+    tracer = Tracer(of(device))
     tracer.at("load")
     count(model, tracer)
     tracer.at("")
@@ -285,7 +308,8 @@ def _rehearse(job: Job, watch: Watcher) -> int:
         parts = rehearse(model, largest, job.layout, states, tracer, job.source, watch.say)
     tracer.close()
     model.train(training)
-    job.measured = {"parts": plans.usage(tracer).peak.parts, "micro_batch_parts": parts}
+    peak = plans.usage(tracer).peak.parts
+    job.measured = {"parts": peak, "micro_batch_parts": parts, "deterministic": deterministic}
     return parts
 
 
@@ -469,10 +493,24 @@ def _restore(
         _note(run, watch, finding)
     _put(loaded, parameters)
     optim.load_state(optimizer, parameters, loaded.optimizer, loaded.optimizer_scalars)
-    restore_rng(loaded.rng)
+    same = restore_rng(loaded.rng)
+    _note(run, watch, _same_machine(run, parameters, random=same))
     watch.say(f"going on from {whole[0].name}")
     state = {**loaded.state, "step": loaded.step, "best": tuple(loaded.state["best"])}
     return _State(**{**state, "scale": LossScale(**state.get("scale", {}))})
+
+
+def _same_machine(run: RunFolder, parameters: dict[str, torch.nn.Parameter], *, random: bool) -> Finding:
+    """Does the run go on where it began? Elsewhere it goes on, and its bits are others."""
+    now = environment.describe(next(iter(parameters.values())).device)
+    changed = environment.changes(run.read("environment"), now) if run.has("environment") else []
+    changed += [] if random else ["the random numbers of a GPU cannot be put back"]
+    if not changed:
+        return Finding("resume-machine", "ok", "the same device and versions as at the start")
+    text = (
+        f"not the machine that it began on: {'; '.join(changed)}; the losses may differ from those of an unbroken run"
+    )
+    return Finding("resume-machine", "warn", text)
 
 
 def _note(run: RunFolder, watch: Watcher, finding: Finding) -> None:
@@ -524,17 +562,6 @@ def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) ->
         watch.say(line)
     report.write(run)
     return result
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Inside, torch uses algorithms that give the same bits every time."""
-    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn)
 
 
 @contextmanager

@@ -155,14 +155,16 @@ class SelfAttention(nn.Module):
         )
         if past is not None:
             key, value = past.update(key, value, self.layer_idx)
-        pieces = [(0, length)] if bounds is None else list(pairwise(bounds))
         before = None if prefix is None else [t.to(key.dtype) for t in prefix[self.layer_idx]]
+        documents = [(query, key, value)]
+        if bounds is not None:  # split, not slices: their backward pass writes zeros for all other documents
+            lengths = [end - start for start, end in pairwise(bounds)]
+            documents = list(zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True))
         outputs = []
-        for (start, end), mask in zip(pieces, allowed, strict=True):
-            keys, values = (key, value) if bounds is None else (key[:, :, start:end], value[:, :, start:end])
+        for (queries, keys, values), mask in zip(documents, allowed, strict=True):
             if before is not None:
                 keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
-            outputs.append(F.scaled_dot_product_attention(query[:, :, start:end], keys, values, attn_mask=mask))
+            outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
         return self.dense(torch.cat(outputs, dim=2).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

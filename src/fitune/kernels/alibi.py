@@ -66,18 +66,19 @@ class AlibiAttention(BloomAttention):  # type: ignore[misc]  # transformers has 
             return out
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         prefix = self.state.prefix[self.layer_idx] if self.state.prefix else None
+        lengths = [end - start for start, end in pairwise(self.state.bounds.tolist())]
         outputs = []
-        for start, end in pairwise(self.state.bounds.tolist()):
-            keys, values = key[:, :, start:end], value[:, :, start:end]
+        # split, not slices: the backward pass of a slice writes zeros for all other documents
+        for queries, keys, values in zip(*(one.split(lengths, dim=2) for one in (query, key, value)), strict=True):
             if prefix is not None:
                 keys = torch.cat([prefix[0].to(keys.dtype), keys], dim=2)
                 values = torch.cat([prefix[1].to(values.dtype), values], dim=2)
             outputs.append(
                 F.scaled_dot_product_attention(
-                    query[:, :, start:end],
+                    queries,
                     keys,
                     values,
-                    attn_mask=self._bias(end - start, keys),
+                    attn_mask=self._bias(queries.shape[2], keys),
                     dropout_p=self.attention_dropout.p if self.training else 0.0,
                     scale=self.inv_norm_factor,
                 )

@@ -2,7 +2,8 @@
 
 In: q, k, v of all documents side by side, and their bounds (`cu_seq_lens_q`, a forward keyword that transformers hands
 through to the attention function). Out: the same as if each document had been run alone. Registered with transformers
-under the name FLAT; no module is patched. Without bounds it is transformers' own SDPA path.
+under the name FLAT; no module is patched. Without bounds it is transformers' own SDPA path. On a CUDA GPU all documents
+go through one call (`kernels/flash.py`), where that kernel can do what the model wants.
 
 Shapes: B = 1, H = query heads, K = key/value heads, T = tokens of all documents, E = head width.
 """
@@ -10,6 +11,7 @@ Shapes: B = 1, H = query heads, K = key/value heads, T = tokens of all documents
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fitune.kernels import flash, target
 
 FLAT = "fitune_flat"
 
@@ -35,6 +39,7 @@ def flat_attention(
     softcap: float | None = None,
     prefix: Sequence[tuple[Tensor, Tensor]] | None = None,
     s_aux: Tensor | None = None,
+    documents: flash.Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention per document; the signature is transformers' attention interface.
@@ -45,6 +50,7 @@ def flat_attention(
         softcap: scores are bent to stay below it (Gemma 2); SDPA cannot do that, so it is written out.
         prefix: of each layer, keys and values (1, K, k, E) that stand before every document (prefix-tuning).
         s_aux: (H,) a score of every head for seeing nothing (gpt-oss); written out too.
+        documents: the bounds as one call for all documents needs them; without, there is a call for each.
 
     Returns:
         (1, T, H, E), and no attention weights.
@@ -54,37 +60,54 @@ def flat_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return plain
-    grouped = query.shape[1] != key.shape[1]
-    bounds = cu_seq_lens_q.tolist()
-    before = None if prefix is None else [t.to(query.dtype) for t in prefix[cast(int, module.layer_idx)]]
+    before = None if prefix is None else prefix[cast(int, module.layer_idx)]
+    if documents is not None and flash.refusal(query, flash.computed_in(query), dropout, softcap, s_aux) is None:
+        return flash.attend(query, key, value, documents, scaling, sliding_window, before), None
+    lengths = [end - start for start, end in pairwise(cu_seq_lens_q.tolist())]
+    if before is not None:
+        before = before[0].to(query.dtype), before[1].to(query.dtype)
+    how = _How(dropout, scaling, sliding_window, softcap, s_aux)
     outputs = []
-    for start, end in pairwise(bounds):
-        keys, values = key[:, :, start:end], value[:, :, start:end]
+    # split, not slices: the backward pass of a slice writes zeros for all other documents
+    for q, k, v in zip(*(one.split(lengths, dim=2) for one in (query, key, value)), strict=True):
         if before is not None:
-            keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
-        mask = _mask(end - start, keys.shape[2], sliding_window, query.device)
-        if softcap is not None or s_aux is not None:
-            mask = _mask(end - start, keys.shape[2], sliding_window, query.device, always=True)
-            written = (scaling or query.shape[-1] ** -0.5, softcap, s_aux, dropout)
-            outputs.append(_written_out(query[:, :, start:end], keys, values, mask, *written))
-            continue
-        shared = grouped
-        if grouped and mask is not None and query.device.type == "cuda":  # no fused kernel there takes both
-            times, shared = query.shape[1] // keys.shape[1], False
-            keys, values = (one.repeat_interleave(times, dim=1) for one in (keys, values))
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:end],
-                keys,
-                values,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=shared,
-            )
-        )
+            k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
+        outputs.append(_document(q, k, v, how))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class _How:
+    """See `flat_attention`."""
+
+    dropout: float
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def _document(query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
+    """Attention of one document, (1, H, L, E), to its keys and values, (1, K, S, E)."""
+    length, keys = query.shape[2], key.shape[2]
+    if how.softcap is not None or how.sinks is not None:
+        mask = _mask(length, keys, how.window, query.device, always=True)
+        return _written_out(query, key, value, mask, how)
+    mask = _mask(length, keys, how.window, query.device)
+    shared = query.shape[1] != key.shape[1]
+    if shared and mask is not None and target.of(query.device).kind == "cuda":  # no fused kernel there takes both
+        times, shared = query.shape[1] // key.shape[1], False
+        key, value = (one.repeat_interleave(times, dim=1) for one in (key, value))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=how.dropout,
+        is_causal=mask is None,
+        scale=how.scaling,
+        enable_gqa=shared,
+    )
 
 
 def _written_out(
@@ -92,25 +115,22 @@ def _written_out(
     key: Tensor,  # (1, K, S, E)
     value: Tensor,
     mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dropout: float,
+    how: _How,
 ) -> Tensor:
     """Attention in its parts: (1, H, L, E)."""
     groups = query.shape[1] // key.shape[1]
     keys, values = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ keys.transpose(-1, -2) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = query @ keys.transpose(-1, -2) * (how.scaling or query.shape[-1] ** -0.5)
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
+    if how.sinks is not None:
+        column = how.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
         weights = torch.cat([scores, column], dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
     else:
         weights = scores.softmax(dim=-1, dtype=torch.float32)
-    return F.dropout(weights.to(query.dtype), dropout) @ values
+    return F.dropout(weights.to(query.dtype), how.dropout) @ values
 
 
 def _mask(length: int, keys: int, width: int | None, device: torch.device, *, always: bool = False) -> Tensor | None:

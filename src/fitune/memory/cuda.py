@@ -7,6 +7,7 @@ torch chooses it there, and autocast's list of functions that compute in float32
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fitune.kernels.flash import HALF, WIDEST
+from fitune.kernels.target import AMPERE, Target, of, planned
+
 aten = torch.ops.aten
-HALF = (torch.bfloat16, torch.float16)
-FLASH_WIDTH = 256  # the widest head of torch's flash attention (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)
 
 # https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32"
 FLOAT32 = frozenset(
@@ -34,7 +36,25 @@ FLOAT32 = frozenset(
 
 
 class Cuda(TorchFunctionMode):
-    """See the module's text."""
+    """See the module's text.
+
+    Args:
+        target: the GPU.
+    """
+
+    def __init__(self, target: Target = AMPERE) -> None:
+        super().__init__()
+        self.target = target
+        self._entered: list[AbstractContextManager[None]] = []  # it enters itself once more in a backward pass
+
+    def __enter__(self) -> Any:
+        self._entered.append(planned(self.target))
+        self._entered[-1].__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._entered.pop().__exit__(*raised)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -73,13 +93,14 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention as torch runs it on a GPU: flash in 16 bits without a mask, else memory-efficient; the latter takes
-    no grouped heads, and a mask of numbers whose rows are whole multiples of 16 (sdp_utils.cpp, attention.cpp)."""
+    """Attention as torch runs it on a GPU: flash in 16 bits without a mask (capability 8.0), else memory-efficient,
+    which takes no grouped heads, and a mask of numbers whose rows are whole multiples of 16 (sdp_utils.cpp,
+    attention.cpp)."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (one.to(dtype) for one in (query, key, value))
     width = query.shape[-1]
-    if attn_mask is None and query.dtype in HALF and width <= FLASH_WIDTH:
+    if attn_mask is None and query.dtype in HALF and width <= WIDEST and of(query.device).capability >= (8, 0):
         if rest := -width % 8:
             query, key, value = (F.pad(one, (0, rest)) for one in (query, key, value))
         out: Tensor = aten._scaled_dot_product_flash_attention(

@@ -8,6 +8,7 @@ for the GPU's name, else defaults on the safe side.
 from __future__ import annotations
 
 import json
+import os
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,23 +21,27 @@ import psutil
 import torch
 
 from fitune.cache import default_folder
-from fitune.errors import ConfigError, ModelError, did_you_mean
+from fitune.determinism import CUBLAS_BYTES
+from fitune.errors import ConfigError, did_you_mean
 from fitune.files import write_atomic
+from fitune.kernels.target import Target
 from fitune.memory.measure import resident_mib
 
 MIB, GIB = 2**20, 2**30
 HERE = ("this machine", "this-machine", "here", "auto")
 CALIBRATIONS = "gpus.json"  # in the cache
 CONTEXT = 725 * MIB  # the most that was seen of 300 to 725 MiB: it depends on GPU, driver and the kernels loaded
-# torch asks cuBLAS for 4 MiB x 2 + 16 KiB x 8 for each thread that multiplies, 32 MiB on Hopper and later
-# (aten/src/ATen/cuda/CublasHandlePool.cpp); one thread goes forward and one backward
-WORKSPACE, HOPPER = 8_519_680, 32 * MIB
+# torch asks for what CUBLAS_WORKSPACE_CONFIG says, which a run sets, for each thread that multiplies: one goes forward
+# and one backward (aten/src/ATen/cuda/CublasHandlePool.cpp)
+WORKSPACE = CUBLAS_BYTES
+MULTIPROCESSORS = 144  # of a GPU that nobody named: on the safe side of all but the largest
 
 
 @dataclass(frozen=True)
 class Gpu:
     """A GPU of the catalog. memory_mib: as its driver tells; tflops: of 16-bit matrix products with float32 sums,
-    dense, and gigabytes_per_second: of its memory, both as NVIDIA's data sheets give them; bf16: can it compute that?
+    dense, gigabytes_per_second: of its memory, and multiprocessors, all as NVIDIA's data sheets give them; bf16: can it
+    compute that?
     """
 
     name: str
@@ -45,12 +50,13 @@ class Gpu:
     tflops: float
     bf16: bool
     gigabytes_per_second: float
+    multiprocessors: int
 
 
 @dataclass(frozen=True)
 class Device:
     """Where a run is to fit. budget: bytes that it may take; None: nobody said. kind: cuda or cpu. tflops, bandwidth
-    (bytes a second): None where nobody knows. here: is it this machine's?"""
+    (bytes a second): None where nobody knows. here: is it this machine's? multiprocessors: of a GPU."""
 
     name: str
     kind: str
@@ -59,6 +65,14 @@ class Device:
     tflops: float | None = None
     bandwidth: float | None = None
     here: bool = False
+    multiprocessors: int = MULTIPROCESSORS
+
+    @property
+    def target(self) -> Target:
+        """What the code that runs there decides by; bf16 came with compute capability 8.0."""
+        if self.kind != "cuda":
+            return Target(self.kind)
+        return Target("cuda", (8, 0) if self.bf16 else (7, 5), self.multiprocessors)
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,8 @@ def find(text: str | None) -> Device:
         return Device(text, "cuda", int(float(size[1]) * (GIB if size[2] == "g" else MIB)))
     found = named(text)
     speed = found.gigabytes_per_second * 1e9
-    return Device(found.name, "cuda", found.memory_mib * MIB, found.bf16, found.tflops, speed)
+    memory = found.memory_mib * MIB
+    return Device(found.name, "cuda", memory, found.bf16, found.tflops, speed, multiprocessors=found.multiprocessors)
 
 
 def named(text: str) -> Gpu:
@@ -134,16 +149,29 @@ def _forms(gpu: Gpu) -> set[str]:
 
 
 def here(kind: str = "auto") -> Device:
-    """This machine: its first GPU with what is free there, else its main memory."""
+    """This machine: a GPU with what other processes leave of it, else its main memory.
+
+    Args:
+        kind: auto, cpu, cuda, or cuda:1.
+    """
     if kind.startswith("cuda") or (kind == "auto" and torch.cuda.is_available()):
-        free, _ = torch.cuda.mem_get_info()
-        name = torch.cuda.get_device_name()
-        known = by_driver(name)
-        mine = free + torch.cuda.memory_reserved() + calibration(name).context  # the context is there since just now
-        bf16 = torch.cuda.get_device_capability()[0] >= 8
-        tflops, bandwidth = (known.tflops, known.gigabytes_per_second * 1e9) if known else (None, None)
-        return Device(name, "cuda", mine, bf16, tflops, bandwidth, here=True)
+        index = torch.device("cuda" if kind == "auto" else kind).index
+        return _gpu_here(torch.cuda.current_device() if index is None else index)
     return Device("this machine's CPU", "cpu", psutil.virtual_memory().available + int(resident_mib() * MIB), here=True)
+
+
+def _gpu_here(index: int) -> Device:
+    free, total = torch.cuda.mem_get_info(index)
+    name, properties = torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index)
+    known = by_driver(name)
+    tflops, bandwidth = (known.tflops, known.gigabytes_per_second * 1e9) if known else (None, None)
+    # What this process takes is its own to use, its context too, which grows: a plan counts the whole of it. Where the
+    # driver does not say what that is, what torch holds is known to be, and the rest counts as other processes'.
+    mine = of_this_process(index)
+    budget = free + (torch.cuda.memory_reserved(index) if mine is None else mine)
+    bf16 = torch.cuda.get_device_capability(index) >= (8, 0)
+    processors = properties.multi_processor_count
+    return Device(name, "cuda", min(budget, total), bf16, tflops, bandwidth, here=True, multiprocessors=processors)
 
 
 def by_driver(name: str) -> Gpu | None:
@@ -166,53 +194,25 @@ def calibration(name: str) -> Calibration:
         known = json.loads((default_folder() / CALIBRATIONS).read_text(encoding="utf-8"))
         alike = (one for one in known if (gpu := by_driver(one)) is not None and gpu.name == name)
         return Calibration(**known[name if name in known else next(alike, name)])
-    hopper = any(part in name.lower() for part in ("h100", "h200", "h20", "b200", "gb200"))
-    return Calibration(workspace=HOPPER if hopper else WORKSPACE)
+    return Calibration()
 
 
-def calibrate(date: str) -> dict[str, Any]:
-    """Measure this machine's GPU and keep it: {"gpu": name, "context": bytes, "workspace": bytes, ...}.
+def of_this_process(index: int) -> int | None:
+    """Bytes that the driver says this process takes of a GPU; None: it does not say (that needs nvidia-ml-py)."""
+    with suppress(Exception):  # the library is missing, or the driver does not let it look
+        mine = [line for line in torch.cuda.list_gpu_processes(index).splitlines() if str(os.getpid()) in line.split()]
+        size = re.search(r"([0-9.]+) MB", mine[0])
+        if size:
+            return int(float(size[1]) * MIB)
+    return None
 
-    Args:
-        date: of today, kept beside.
 
-    Raises:
-        ModelError: there is no CUDA GPU here.
-    """
-    if not torch.cuda.is_available():
-        raise ModelError(
-            "no CUDA GPU here to calibrate",
-            expected="a machine with one",
-            fix=f"plans for other GPUs take defaults: {CONTEXT >> 20} MiB of context, two workspaces of cuBLAS",
-        )
-    name = torch.cuda.get_device_name()
-    torch.zeros(1, device="cuda")
-    a = torch.ones(256, 256, device="cuda", dtype=torch.float16, requires_grad=True)
-    before = torch.cuda.memory_allocated()
-    product = a @ a
-    workspace = torch.cuda.memory_allocated() - before - product.numel() * product.element_size()
-    product.sum().backward()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    context = _of_this_process(total - free) - torch.cuda.memory_reserved()
-    found = Calibration(max(0, context), max(0, workspace) or calibration(name).workspace, date)
+def keep_calibration(name: str, found: Calibration) -> Path:
+    """Keep what was measured for a GPU, by its driver's name; the file."""
     path = default_folder() / CALIBRATIONS
     known: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         known = json.loads(path.read_text(encoding="utf-8"))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps({**known, name: asdict(found)}, indent=1))
-    return {"gpu": name, **asdict(found), "file": str(Path(path))}
-
-
-def _of_this_process(used: int) -> int:
-    """What the driver says that this process takes of the GPU; where it does not say, all that is used."""
-    with suppress(Exception):  # needs NVIDIA's management library
-        import os
-
-        mine = [line for line in torch.cuda.list_gpu_processes().splitlines() if str(os.getpid()) in line]
-        size = re.search(r"([0-9.]+) MB", mine[0])
-        if size:
-            return int(float(size[1]) * MIB)
-    return used
+    return path

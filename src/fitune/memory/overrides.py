@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fitune.kernels.target import Target
+
 aten = torch.ops.aten
 
 # Numbers read from tensors that hold none: what a healthy run reads. A norm, a loss: 1. A check: passed.
@@ -41,16 +43,16 @@ def _one(dtype: torch.dtype) -> float | int | bool:
     return 1.0 if dtype.is_floating_point else 1
 
 
-def _layer_norm(target: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, *rest: Any) -> Any:
+def _layer_norm(target: Target, x: Tensor, shape: Sequence[int], weight: Tensor | None, *rest: Any) -> Any:
     """On a CPU mean and deviation have the dtype of the weight, on meta (as on CUDA) they are float32
     (aten/src/ATen/native/layer_norm.cpp, param_scalar_type; measured by the test)."""
     out, mean, deviation = aten.native_layer_norm.default(x, shape, weight, *rest)
-    if target == "cpu" and weight is not None:
+    if target.kind == "cpu" and weight is not None:
         mean, deviation = mean.to(weight.dtype), deviation.to(weight.dtype)
     return out, mean, deviation
 
 
-def _lstm(target: str, x: Tensor, *rest: Any) -> Any:
+def _lstm(target: Target, x: Tensor, *rest: Any) -> Any:
     """oneDNN keeps gates and states for the backward pass in a workspace, which meta leaves empty: about 60 bytes for
     each token and unit, in pages (measured by the test)."""
     out, hidden, cell, _ = aten.mkldnn_rnn_layer.default(x, *rest)
@@ -65,20 +67,51 @@ STANDS_IN: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _update(plain: int) -> Callable[[str, Sequence[Any], Mapping[str, Any], Any], Sequence[int]]:
+def _update(plain: int) -> Callable[[Target, Sequence[Any], Mapping[str, Any], Any], Sequence[int]]:
     """On a CPU bitsandbytes' optimizers are torch operations on so many float32 copies: the gradient, halves of the
     update, states of 8 bits (bitsandbytes/backends/cpu/ops.py, _optimizer_update_*_cpu); on CUDA one kernel does it."""
 
-    def inside(target: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[int]:
+    def inside(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[int]:
         gradient: Tensor = args[1]
         low = 0 if gradient.dtype == torch.float32 else 1  # the weight is copied too
-        return [] if target != "cpu" else [4 * gradient.numel()] * (plain + low)
+        return [] if target.kind != "cpu" else [4 * gradient.numel()] * (plain + low)
 
     return inside
 
 
-# Bytes that a kernel takes beside its outputs while it runs: (target, args, kwargs, outputs) -> sizes.
-INSIDE: dict[str, Callable[[str, Sequence[Any], Mapping[str, Any], Any], Sequence[int]]] = {
+def _flash_backward(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> list[int]:
+    """FlashAttention 2's backward pass: its gradients; a float32 sum for those of the queries and for each query's
+    row, the former once for every group of multiprocessors that adds to it, since it is deterministic; and those of
+    keys and values with as many heads as queries. Documents of a flat batch stand 128 rows apart
+    (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd and mha_varlen_bwd).
+
+    Args:
+        args: grad_out, query, key, value, out, logsumexp, bounds of queries, ...: (T, H, E), or (B, H, L, E) where
+            bounds is None.
+    """
+    query, key, bounds = args[1], args[2], args[6]
+    if bounds is None:
+        documents, heads, length, width = query.shape
+        rows, groups = documents * _multiple(length, 128), key.shape[1]
+    else:
+        documents, (tokens, heads, width) = bounds.numel() - 1, query.shape
+        rows, groups = tokens + 128 * documents, key.shape[1]
+    times = -(-target.multiprocessors // (documents * heads)) or 1
+    sums = 4 * rows * heads * _multiple(width, 32 if width <= 128 else 64) * times
+    given = [one.numel() * one.element_size() for one in outputs if isinstance(one, Tensor)]
+    wide = [] if groups == heads else [key.numel() // groups * heads * key.element_size()] * 2
+    return [*given, 4 * rows * heads, sums, *wide]
+
+
+def _multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
+
+
+# Bytes that a kernel takes while it runs, its outputs among them where they are there at the same time:
+# (target, args, kwargs, outputs) -> sizes.
+INSIDE: dict[str, Callable[[Target, Sequence[Any], Mapping[str, Any], Any], Sequence[int]]] = {
+    "aten::_flash_attention_backward": _flash_backward,
+    "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
     "bitsandbytes::optimizer_update_8bit_blockwise": _update(5),
     "bitsandbytes::optimizer_update_32bit": _update(3),
 }

@@ -18,6 +18,7 @@ import torch
 
 from fitune import adapters, families, methods, optim, precision, quant
 from fitune.config import RunConfig
+from fitune.kernels.target import CPU, Target
 from fitune.memory import allocator, device, trace
 from fitune.memory.closed import closed
 from fitune.memory.cuda import Cuda
@@ -145,21 +146,22 @@ def without_values(work: Work) -> Any:
     return model
 
 
-def traced(model: Any, work: Work, target: str = "cpu") -> Tracer:
+def traced(model: Any, work: Work, target: Target = CPU) -> Tracer:
     """Everything that the steps, an evaluation and a checkpoint allocate.
 
     Args:
         model: as `without_values` gave it; it is of no use afterwards.
         work: what goes over it.
-        target: cpu or cuda.
+        target: where it is to run.
     """
     tracer = Tracer(target)
     state = torch.get_rng_state()
     tracer.at("load")
     trace.shadows(model, tracer)
     tracer.at("")
-    with Cuda() if target == "cuda" else nullcontext():
-        go(model, work, tracer, on_gpu=target == "cuda")
+    on_gpu = target.kind == "cuda"
+    with Cuda(target) if on_gpu else nullcontext():
+        go(model, work, tracer, on_gpu=on_gpu)
     tracer.close()
     torch.set_rng_state(state)
     return tracer
@@ -318,7 +320,7 @@ def plan(work: Work, where: device.Device, *, name: str, outside: Mapping[str, i
     trained = sum(p.numel() for p in trainable(model).values())
     total = sum(quant.numel(p) for p in model.parameters())
     try:
-        tracer = traced(model, work, where.kind)
+        tracer = traced(model, work, where.target)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         seen, figures = _by_forms(forms), {}

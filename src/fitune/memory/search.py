@@ -21,6 +21,7 @@ from fitune import families, methods, precision, quant
 from fitune.config import RunConfig, build, merge
 from fitune.errors import ConfigError, FituneError
 from fitune.kernels.loss import chunk_rows
+from fitune.kernels.target import Target
 from fitune.memory import device, flops, plan, steps
 from fitune.memory.flops import Counts
 from fitune.model import without_weights
@@ -127,7 +128,7 @@ def search(
     for number, (name, settings, quality) in enumerate(ways):
         tell(number, len(ways))
         config = plan.without_words(build({**settings, "model": "-", "data": ["-"]}))
-        line = _line(config, shape, where.kind)
+        line = _line(config, shape, where.target)
         if line is None:
             continue
         for longest in max_lengths:
@@ -227,7 +228,7 @@ def _possible(settings: Mapping[str, Any], empty: Any, family: families.Family, 
     return expected is None or bool(expected)
 
 
-def _line(config: RunConfig, shape: Any, target: str) -> _Line | None:
+def _line(config: RunConfig, shape: Any, target: Target) -> _Line | None:
     """Two traces of small models, and what they say of the whole one. None: this way cannot be traced."""
     depth = shape.num_hidden_layers
     # blocks of the small models: those that the method names, and one or two of the others
@@ -253,7 +254,7 @@ def _line(config: RunConfig, shape: Any, target: str) -> _Line | None:
     return _Line(phases, Counts(**{**values, "share": min(1.0, grown(*through) / depth)}))
 
 
-def _small(config: RunConfig, shape: Any, depth: int, target: str) -> _Line:
+def _small(config: RunConfig, shape: Any, depth: int, target: Target) -> _Line:
     """A model of that many blocks: bytes of each phase as a line in tokens."""
     small = deepcopy(shape)
     small.num_hidden_layers = depth

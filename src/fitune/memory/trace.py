@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fitune.kernels.target import CPU, Target
 from fitune.memory import overrides
 
 REAL = 2**16  # elements up to which integer tensors are computed
@@ -152,13 +153,13 @@ class Tracer(_Mode):
     """Sees every allocation of what runs inside.
 
     Args:
-        target: cpu or cuda: whose kernels' own memory is counted.
+        target: whose kernels' own memory is counted.
 
     `events` are (number of a block, bytes), negative where it is freed; `blocks` by that number; `course` says from
     which event on which phase and region it was.
     """
 
-    def __init__(self, target: str = "cpu") -> None:
+    def __init__(self, target: Target = CPU) -> None:
         super().__init__()
         self.target = target
         self.blocks: list[Block] = []

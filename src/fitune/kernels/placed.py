@@ -1,0 +1,104 @@
+"""A batch on the model's device: everything of it goes there in one copy.
+
+In: a batch, as numpy arrays, and what stands before each of its documents. Out: tensors. To a GPU they go as the parts
+of one buffer, from pinned memory, so that nothing waits: a copy for each would cost a launch and a wait. On a CPU
+nothing is copied at all.
+
+Shapes: T = tokens, L = label rows, D = documents, k = rows laid before each document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fitune.kernels.flash import Documents, laid_before
+from fitune.records import Batch
+
+ALIGNED = 8  # bytes at which each part of the buffer begins
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A batch as a model takes it.
+
+    ids: (T,). positions: (T,), or (T + D x k,) where rows are laid before. documents: their bounds. label_rows, labels,
+    weights: (L,), see records.Batch. order: where embeddings are laid before, of each row which of [those; the
+    batch's] it is; keep: the rows of the batch among them.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    documents: Documents
+    label_rows: Tensor
+    labels: Tensor
+    weights: Tensor | None = None
+    order: Tensor | None = None
+    keep: Tensor | None = None
+
+
+def place(batch: Batch, device: torch.device, *, laid: int = 0, prefix: int = 0) -> Placed:
+    """The batch on a device.
+
+    Args:
+        batch: flat.
+        device: the model's.
+        laid: embeddings that are laid before every document.
+        prefix: keys and values that stand before every document; its positions begin behind them.
+    """
+    bounds, positions = batch.bounds, batch.positions + prefix if prefix else batch.positions
+    parts: dict[str, NDArray[Any]] = {"ids": batch.ids, "label_rows": batch.label_rows, "labels": batch.labels}
+    if batch.weights is not None:
+        parts["weights"] = batch.weights
+    if laid:
+        bounds, parts["order"], positions = laid_before(batch.bounds, laid)
+        parts["keep"] = np.flatnonzero(positions >= laid)
+    parts["positions"], parts["queries"] = positions, bounds.astype(np.int32)
+    longest = int(np.diff(bounds).max())
+    if prefix:
+        parts["keys"], parts["rows"], _ = laid_before(batch.bounds, prefix)
+    there = send(parts, device)
+    queries = there.pop("queries")
+    keys, rows = there.pop("keys", queries), there.pop("rows", None)
+    documents = Documents(torch.from_numpy(bounds), queries, keys, (longest, longest + prefix), rows)
+    return Placed(documents=documents, **there)
+
+
+def send(parts: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    """Arrays on a device, by name: on a CPU as they are, on a GPU as views of one buffer."""
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in parts.items()}
+    return views(pack(parts, pin=device.type == "cuda").to(device, non_blocking=True), parts)
+
+
+def pack(parts: Mapping[str, NDArray[Any]], *, pin: bool) -> Tensor:
+    """The bytes of all arrays, one behind the other.
+
+    Args:
+        pin: in memory that a GPU reads by itself, while the CPU goes on.
+    """
+    buffer = torch.empty(sum(map(_room, parts.values())), dtype=torch.uint8, pin_memory=pin)
+    start = 0
+    for array in parts.values():
+        buffer[start : start + array.nbytes] = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8))
+        start += _room(array)
+    return buffer
+
+
+def views(buffer: Tensor, parts: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+    """The arrays as tensors in the buffer that `pack` made of them."""
+    found, start = {}, 0
+    for name, array in parts.items():
+        found[name] = buffer[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype)
+        start += _room(array)
+    return found
+
+
+def _room(array: NDArray[Any]) -> int:
+    return -(-array.nbytes // ALIGNED) * ALIGNED

@@ -1,0 +1,65 @@
+"""A GPU's budget is what other processes leave of it; the seam is torch.cuda, since no GPU need be here."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fitune.memory import calibration, device
+
+MIB = 2**20
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """GPU 0 is full of another process, GPU 1 has 20,000 of 24,000 MiB free; this process holds 1,000 MiB there."""
+    free = {0: 100 * MIB, 1: 20_000 * MIB}
+
+    def index(which: object) -> int:
+        return torch.device(which).index or 0 if isinstance(which, (str, torch.device)) else int(which or 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda which=None: (free[index(which)], 24_000 * MIB))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda which=None: f"GPU {index(which)}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda which=None: (8, 6))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda which=None: SimpleNamespace(multi_processor_count=84)
+    )
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda which=None: 1_000 * MIB if index(which) else 0)
+    monkeypatch.setattr(torch.cuda, "list_gpu_processes", lambda which=None: "no library")
+    return free
+
+
+def test_a_plan_for_the_second_gpu_asks_the_second_gpu(two_gpus) -> None:
+    assert device.here("cuda:1").name == "GPU 1"
+    assert device.here("cuda").name == device.here().name == "GPU 0"
+    assert device.here("cuda").budget == 100 * MIB
+    assert device.here("cuda:1").multiprocessors == 84
+
+
+def test_the_budget_is_the_whole_but_for_other_processes(two_gpus, monkeypatch) -> None:
+    """With 3,400 MiB of others: what is free, what torch holds, and the context where the driver says what it takes."""
+    assert device.here("cuda:1").budget == 21_000 * MIB
+    mine = "\n".join(
+        f"process {pid:>10d} uses {mib:>12.3f} MB GPU memory" for pid, mib in ((1, 2400), (os.getpid(), 1600))
+    )
+    monkeypatch.setattr(torch.cuda, "list_gpu_processes", lambda which=None: mine)
+    assert device.here("cuda:1").budget == 21_600 * MIB
+    monkeypatch.setattr(torch.cuda, "list_gpu_processes", lambda which=None: 1 / 0)  # as where the driver fails
+    assert device.here("cuda:1").budget == 21_000 * MIB
+
+
+def test_the_steps_of_a_calibration_are_those_of_a_run() -> None:
+    calibration.small_steps(torch.device("cpu"))
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_a_calibration_measures_a_context(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path))
+    found = calibration.calibrate("2026-01-02")
+    assert 100 * MIB < found["context"] < 2_000 * MIB
+    assert found["workspace"] == device.WORKSPACE
