@@ -586,13 +586,13 @@ def test_states_of_8_bits_are_that_in_every_dtype() -> None:
     assert size(optimizer="adamw-8bit") == size(optimizer="adamw-8bit", trainable_dtype="bf16") == 2.03
 
 
-def test_copies_of_a_checkpoint_take_no_memory_of_a_gpu(shape: str) -> None:
+def test_a_checkpoint_takes_no_memory_of_a_gpu_and_copies_no_states_on_a_cpu(shape: str) -> None:
     on_gpu = planned(shape, method="full")
     on_cpu = planned(shape, method="full", gpu=None, device="cpu")
     assert "checkpoint" not in {m.phase for m in on_gpu.phases}
     states, copies = (next(m for m in on_cpu.phases if m.phase == "checkpoint").parts[name]
                       for name in ("optimizer states", "temporaries"))  # fmt: skip
-    assert states == copies
+    assert copies < states / 10  # what is small, and what tensors share
 
 
 def test_closed_forms_stand_beside_and_agree(by_method: dict[str, plans.Plan]) -> None:
