@@ -93,7 +93,7 @@ NO_THOUGHT = {"thought": "no place for a thought"}
 ALTERNATE = dict.fromkeys(("greeting", "two answers", "two users"), "alternate")
 R1_CALL = '<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>clock\n```json\n{"city": "CITY"}\n```<|tool_call_end|><|tool_calls_end|>'
 KINDS: dict[str, Kind] = {
-    "qwen2.5": Kind(kinds.QWEN25, "<|im_end|>", "<|im_end|>", HERMES, thought=THINK, drops=True),
+    "qwen2.5": Kind(kinds.QWEN25, "<|im_end|>", "<|im_end|>", HERMES, thought=THINK, drops=True, splits=("thought",)),
     "qwen3": Kind(
         kinds.QWEN3, "<|im_end|>", "<|im_end|>", f"<think>\n\n</think>\n\n{HERMES}", thought=THINK, empty="<think>\n\n</think>\n\n{}",
         splits=(*SEVERAL, "call", "calls as turns"),
@@ -119,15 +119,16 @@ KINDS: dict[str, Kind] = {
         kinds.V31, "<|end_of_sentence|>", "<|end_of_sentence|>", thought="{}</think>\n\n{}", empty="</think>{}", drops=True,
         options={"thinking": True}, opened=True, splits=(*SEVERAL, "greeting"), refused=NO_TOOLS,
     ),
-    "gemma2": Kind(kinds.GEMMA2, "<eos>", "<end_of_turn>", thought=THINK, drops=True, refused={**NO_TOOLS, **ALTERNATE}),
-    "gemma3": Kind(kinds.GEMMA3, "<eos>", "<end_of_turn>", thought=THINK, drops=True, refused={**NO_TOOLS, **ALTERNATE}),
+    "gemma2": Kind(kinds.GEMMA2, "<eos>", "<end_of_turn>", thought=THINK, drops=True, splits=("thought",), refused={**NO_TOOLS, **ALTERNATE}),
+    "gemma3": Kind(kinds.GEMMA3, "<eos>", "<end_of_turn>", thought=THINK, drops=True, splits=("thought",), refused={**NO_TOOLS, **ALTERNATE}),
     "mistral": Kind(
         kinds.MISTRAL, "<eos>", "<eos>",
         '[TOOL_CALLS] [{"name": "clock", "arguments": {"city": "CITY"}, "id": "ID"}]', thought=f" {THINK}", empty=" {}", drops=True,
-        splits=("system",), refused=ALTERNATE,
+        splits=("system", "thought"), refused=ALTERNATE,
     ),
     "llama3.1": Kind(
         kinds.LLAMA31, "<|eot_id|>", "<|eot_id|>", '{"name": "clock", "parameters": {"city": "CITY"}}', thought=THINK, drops=True,
+        splits=("thought",),
     ),
     "glm4.5": Kind(
         kinds.GLM45, "<eos>", "<|user|>",
@@ -207,7 +208,7 @@ def test_contract(name: str, case: str) -> None:
 def served(encoder: Encoder, kind: Kind, row: Conversation, sample: Sample, turn: int) -> None:
     """The ids are those of transformers up to the stop token; where it does not render the answer behind its prompt, or
     not its thought, those of the prompt."""
-    messages = [as_openai(kind, m, n) for n, m in enumerate(row.messages)]
+    messages = [as_openai(kind, m, n, last=n == turn) for n, m in enumerate(row.messages)]
     if kind.jinja is kinds.GEMMA2 and messages[0]["role"] == "system":
         rules = messages.pop(0)["content"]
         messages[0]["content"], turn = f"{rules}\n\n{messages[0]['content']}", turn - 1
@@ -233,12 +234,12 @@ def rendered_so(kind: Kind, row: Conversation, turn: int) -> bool:
     return not kind.opened and not (first is HELLO and turn == 0 and header)
 
 
-def as_openai(kind: Kind, message: Message, turn: int) -> dict[str, Any]:
-    """A message as transformers gets it."""
+def as_openai(kind: Kind, message: Message, turn: int, *, last: bool) -> dict[str, Any]:
+    """A message as transformers gets it; where the template has no place for a thought, earlier answers go without."""
     values: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.thought and kind.drops:
+    if message.thought and kind.drops and last:
         values["content"] = THINK.format(message.thought, message.content)
-    elif message.thought:
+    elif message.thought and not kind.drops:
         values["reasoning_content"] = message.thought
     if message.tool_calls:
         function = {"name": "clock", "arguments": json.loads(message.tool_calls[0].arguments)}
@@ -359,3 +360,64 @@ def test_the_cases_on_a_real_vocabulary(shared: Path) -> None:
     assert trained(last) == [f"<think>\n\n</think>\n\n{fruit}<|im_end|>" for fruit in fruits]
     assert trained(last, train_on="last") == ["<think>\n\n</think>\n\nA lemon.<|im_end|>"]
     assert trained(opened) == [f"\n</think>\n\n{fruit}<|im_end|>" for fruit in fruits]
+
+
+def test_ids_of_calls_are_those_of_the_row_where_the_template_takes_them() -> None:
+    """Mistral's are nine letters and digits; those of another form give way to some that are right."""
+    encoder = encoder_of("mistral")
+
+    def trained(number: str) -> str:
+        call = replace(CALL, tool_calls=(replace(CALL.tool_calls[0], id=number),))
+        row = Conversation((FRUIT, call, replace(RESULT, call_id=number), TIME), Source("f", 1), "messages", (TOOL,))
+        (sample,) = encoder.samples(row)
+        return encoder.tokenizer.decode(sample.ids)
+
+    assert trained("abc123XYZ").count("abc123XYZ") == 2
+    assert "call_Zk2" not in trained("call_Zk2mW")
+    assert IDS.search(trained("call_Zk2mW"))
+    assert "<eos>" not in trained("<eos>abcd").split("[TOOL_CALLS]")[1].split("]<eos>")[0]  # an id is no control token
+
+
+def test_names_and_ids_reach_the_template() -> None:
+    """A template that writes them all, without asking for them."""
+    jinja = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
+        "{% elif m.role == 'tool' %}<|observation|>{{ m.name }} {{ m.tool_call_id }} {{ m.content }}"
+        "{% else %}<|assistant|>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.id }} "
+        "{{ c.function.arguments | tojson }}{% endfor %}<eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = kinds.make_tokenizer(jinja)
+    encoder = Encoder(tokenizer, of_tokenizer(tokenizer))
+    call = {"id": "c-7", "type": "function", "function": {"name": "clock", "arguments": {"city": "Rome"}}}
+    given = [
+        {"role": "user", "content": "Time?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "clock", "tool_call_id": "c-7", "content": "10:05"},
+        {"role": "assistant", "content": "It is 10:05."},
+    ]
+    (sample,) = encoder.samples(to_conversation({"messages": given}, Source("f", 1)))
+    assert sample.ids.tolist() == tokenizer.apply_chat_template(given, tokenize=True, return_dict=False)
+
+
+def test_a_thought_behind_a_prompt_that_opened_it_has_one_opening_tag() -> None:
+    """A template that opens the thought and writes the last answer as it is given behind it (Nemotron Nano)."""
+    jinja = (
+        "{% set last = messages[-1].role == 'assistant' %}"
+        "{% for m in (messages[:-1] if last else messages) %}"
+        "{% if m.role == 'user' %}<|user|>{{ m.content }}"
+        "{% else %}<|assistant|>{{ m.content.split('</think>')[-1] | trim }}<eos>{% endif %}{% endfor %}"
+        "{% if last %}<|assistant|><think>\n{{ messages[-1].content | trim }}<eos>"
+        "{% elif add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    )
+    tokenizer = kinds.make_tokenizer(jinja)
+    encoder = Encoder(tokenizer, of_tokenizer(tokenizer))
+    for answer in (
+        THOUGHT,
+        replace(TAGGED, content=TAGGED.content.replace("Lemons are yellow", "Cherries are fruits")),
+    ):
+        row = Conversation((FRUIT, answer), Source("f", 1), "messages")
+        (sample,) = encoder.samples(row)
+        text = tokenizer.decode(sample.ids[sample.mask])
+        assert text.startswith("Cherries are fruits.\n</think>\n\nA ")
+        assert tokenizer.decode(sample.ids).count("<think>") == 1

@@ -379,7 +379,7 @@ def test_templates_that_want_a_sample_per_answer_keep_their_rows(tokenizer) -> N
     turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d " * 40))
     given = [Conversation(turns, Source("f", n)) for n in range(3)]
     values = {name: value for name, value in TABLE["chatml"].as_dict().items() if name != "kind"}
-    template = type("PerAnswer", (PieceTemplate,), {"one_answer_per_sample": True})(**values)
+    template = type("PerAnswer", (PieceTemplate,), {"one_answer_per_sample": lambda *_: True})(**values)
     samples, of = tiny.encoded(given, Encoder(tokenizer, template, 60), DataReport())
     assert of.tolist() == [0, 0, 1, 1, 2, 2]
     assert [sample.ends_whole for sample in samples] == [True, False] * 3

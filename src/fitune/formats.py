@@ -378,7 +378,9 @@ def _texts(messages: Iterable[Message]) -> list[str]:
             message.content,
             message.context,
             message.thought,
-            *(part for c in message.tool_calls for part in (c.name, c.arguments)),
+            message.call_id,
+            message.name,
+            *(part for c in message.tool_calls for part in (c.name, c.arguments, c.id)),
         )
     ]
 

@@ -32,10 +32,11 @@ class Source:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function that the model asks to be called; `arguments` is a JSON object as text."""
+    """A function that the model asks to be called; `arguments` is a JSON object as text. id: as the row has it."""
 
     name: str
     arguments: str
+    id: str = ""
 
 
 SPAN = "[MASK]"  # a gap in a prompt that an answer of its own fills in; several answers are kept with it between them
@@ -45,7 +46,8 @@ SPAN = "[MASK]"  # a gap in a prompt that an answer of its own fills in; several
 class Message:
     """One turn. `context` is alpaca's `input`: templates with a slot for it keep it apart from the content.
 
-    tool_calls: what an assistant's turn calls. role "tool": what a call gave back. thought: what an assistant's turn
+    tool_calls: what an assistant's turn calls. role "tool": what a call gave back; call_id and name: of which call, of
+    which function, where the row says so. thought: what an assistant's turn
     thought before it answered, where the row keeps it in a field of its own. weight: how much of an answer the loss
     sees; 0: the answer is context only.
     """
@@ -56,6 +58,8 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     thought: str = ""
     weight: float = 1.0
+    call_id: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)

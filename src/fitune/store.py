@@ -19,7 +19,7 @@ import json
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -44,7 +44,7 @@ BLOCK = 4096  # samples that are looked at together
 
 def _as_json(row: Conversation) -> str:
     messages = [
-        [m.role, m.content, m.context, [[call.name, call.arguments] for call in m.tool_calls], m.thought, m.weight]
+        [m.role, m.content, m.context, [astuple(call) for call in m.tool_calls], m.thought, m.weight, m.call_id, m.name]
         for m in row.messages
     ]
     return json.dumps([messages, list(row.tools)], ensure_ascii=False, separators=(",", ":"))
@@ -163,8 +163,8 @@ class Rows(Sequence[Conversation]):
         messages, tools = json.loads(file.read(end - start))
         return Conversation(
             tuple(
-                Message(role, text, context, tuple(ToolCall(*call) for call in calls), thought, weight)
-                for role, text, context, calls, thought, weight in messages
+                Message(role, text, context, tuple(ToolCall(*call) for call in calls), *rest)
+                for role, text, context, calls, *rest in messages
             ),
             source=Source(self.meta["files"][columns["file"][at]], int(columns["line"][at])),
             format=self.meta["formats"][columns["format"][at]],

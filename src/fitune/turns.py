@@ -27,7 +27,7 @@ ROLES: dict[str, Role] = {
 CALLS = ("function_call", "tool_call", "tool_calls")  # roles whose text is a call as JSON
 ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 TURN = "[{role, content}, ...]"
-TURN_IDS = {"name", "id", "tool_call_id"}  # tie results to calls; templates go by the order
+TURN_IDS = {"name", "id", "tool_call_id"}  # tie results to calls
 PAIRS = (  # a question and its answer in one object, or two texts in a list
     ("human", "assistant"), ("user", "assistant"), ("human", "bot"), ("human", "gpt"), ("question", "answer"),
     ("query", "response"), ("prompt", "response"), ("prompt", "completion"), ("instruction", "output"),
@@ -197,13 +197,14 @@ def _tool(turn: Mapping[str, Any], key: str, where: str) -> list[Message]:
         value = turn.get(key)
         if isinstance(value, dict):  # results are often objects, and go to the model as JSON
             value = json.dumps(value, ensure_ascii=False, default=str)
-        return [Message("tool", _content(value, f"{where}.{key}", required=True)[0])]
+        text = _content(value, f"{where}.{key}", required=True)[0]
+        return [Message("tool", text, call_id=_name(turn, "tool_call_id"), name=_name(turn, "name"))]
     call = _call({"name": turn.get("name"), "arguments": turn.get("parameters")}, where)
     result = turn.get("observation")
     if not isinstance(result, str):
         result = json.dumps(result, ensure_ascii=False, default=str)
     weight = _weight(turn, where)
-    return [Message("assistant", "", tool_calls=(call,), weight=weight), Message("tool", result)]
+    return [Message("assistant", "", tool_calls=(call,), weight=weight), Message("tool", result, name=call.name)]
 
 
 # ---- what a turn holds ----
@@ -310,8 +311,9 @@ def _call(call: object, where: str) -> ToolCall:
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise FieldError(where, "not a call", received=shorten(call), expected="{name, arguments}")
     arguments = inner.get("arguments", inner.get("parameters"))
+    own = _name(call, "id") if isinstance(call, dict) else ""
     if arguments is None or arguments == "":
-        return ToolCall(inner["name"], "{}")
+        return ToolCall(inner["name"], "{}", own)
     values = parsed(arguments, f"{where}.arguments", "a JSON object")
     if not isinstance(values, dict):
         raise FieldError(
@@ -319,4 +321,10 @@ def _call(call: object, where: str) -> ToolCall:
         )
     # text stays as it was written: the model learns it letter by letter
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
-    return ToolCall(inner["name"], text)
+    return ToolCall(inner["name"], text, own)
+
+
+def _name(values: Mapping[str, Any], key: str) -> str:
+    """A name or an id; "" where there is none."""
+    value = values.get(key)
+    return value if isinstance(value, str) else ""

@@ -194,6 +194,9 @@ class Dialogue:
         mark = self.renderer.marks.wrapped(thought, turn)
         if whole.startswith(prompt):
             text = whole[len(prompt) :]
+            kind = thoughts.opened(prompt)
+            if kind and thought and text.lstrip().startswith(kind[0].open):  # the prompt has the tag already
+                text = thoughts.behind(prompt, text, mark)
         else:
             text = thoughts.behind(prompt, self._other_header(prompt, whole, turn), mark)
         if thought and thoughts.closed(prompt):

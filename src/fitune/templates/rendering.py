@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
@@ -87,7 +87,14 @@ class Renderer:
         Raises:
             ConfigError: the template fails, for whatever reason: it is a program that others wrote.
         """
-        return self._render(self._dicts(messages, marked), self._tools(tools, marked), generate)
+        made = self._tools(tools, marked)
+        try:
+            return self._render(self._dicts(messages, marked), made, generate)
+        except ConfigError:
+            if not any(m.call_id or any(call.id for call in m.tool_calls) for m in messages):
+                raise
+        # ids of another form than the template wants, such as Mistral's nine characters: it gets some that are right
+        return self._render(self._dicts([_without_ids(m) for m in messages], marked), made, generate)
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, generate: bool) -> str:
         try:
@@ -153,7 +160,7 @@ class Renderer:
         called: list[tuple[str, str]] = []  # id and name of each call without a result so far
         moved = ""
         for turn, message in enumerate(messages):
-            values = self._dict(message, turn, marked, manner)
+            values = self._dict(message, turn, marked, manner, last=turn == len(messages) - 1)
             if message.role == "system" and self.moves_system:
                 moved = values["content"]
                 continue
@@ -170,15 +177,19 @@ class Renderer:
             )
         return out
 
-    def _dict(self, message: Message, turn: int, marked: Marking, manner: Manner) -> dict[str, Any]:
+    def _dict(self, message: Message, turn: int, marked: Marking, manner: Manner, *, last: bool) -> dict[str, Any]:
         values: dict[str, Any] = {"role": message.role}
+        if message.call_id:
+            values["tool_call_id"] = self._own(message.call_id, turn, marked and "broken", tags=False)
+        if message.name:
+            values["name"] = self._own(message.name, turn, marked and "broken", tags=False)
         content: str | None = self._own(joined(message), turn, marked, tags=message.role == "assistant")
         thought = message.thought
         place = self.thought_place if thought else None
         if place == "field":
             own = self._own(thought, turn, marked, tags=False)
             values |= {"reasoning_content": own, "thinking": own, "reasoning": own}
-        elif place is not None:
+        elif place is not None and last:  # whoever serves the model sends earlier answers without what was thought
             content = thoughts.written(self._own(thought, turn, marked, tags=False), content or "", place)
         if message.tool_calls:
             content = content or manner.content
@@ -280,13 +291,22 @@ class Renderer:
 
 def _call(call: ToolCall, manner: Manner, made: Callable[[Any], Any] = lambda value: value) -> dict[str, Any]:
     given = made(call.arguments if manner.as_text else arguments(call))
-    return {"type": "function", "function": {"name": call.name, "arguments": given}}
+    own = {"id": made(call.id)} if call.id else {}
+    return {**own, "type": "function", "function": {"name": call.name, "arguments": given}}
+
+
+def _without_ids(message: Message) -> Message:
+    calls = tuple(replace(call, id="") for call in message.tool_calls)
+    return replace(message, call_id="", tool_calls=calls)
 
 
 def _with_ids(values: dict[str, Any], called: list[tuple[str, str]], turn: int) -> None:
-    """Ids of calls, nine letters and digits as Mistral wants them, and on each result the id and name of its call."""
+    """Ids of calls that have none, nine letters and digits as Mistral wants them, and on each result the id and name of
+    its call."""
     for n, call in enumerate(values.get("tool_calls", ())):
-        call["id"] = f"call{turn:03d}{n:02d}"
+        call.setdefault("id", f"call{turn:03d}{n:02d}")
         called.append((call["id"], call["function"]["name"]))
     if values["role"] == "tool" and called:
-        values["tool_call_id"], values["name"] = called.pop(0)
+        number, name = called.pop(0)
+        values.setdefault("tool_call_id", number)
+        values.setdefault("name", name)
