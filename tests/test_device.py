@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fitune import model
+from fitune.errors import ModelError
 from fitune.memory import calibration, device
 
 MIB = 2**20
@@ -63,3 +65,30 @@ def test_on_a_gpu_a_calibration_measures_a_context(tmp_path, monkeypatch) -> Non
     found = calibration.calibrate("2026-01-02")
     assert 100 * MIB < found["context"] < 2_000 * MIB
     assert found["workspace"] == device.WORKSPACE
+
+
+def test_what_a_run_took_is_counted_as_its_plan_counts_it(two_gpus, monkeypatch) -> None:
+    """The context is in both: as the driver says, or as supposed where it says nothing."""
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda which=None: 3_000 * MIB)
+    gpu = torch.device("cuda:1")
+    supposed = device.calibration("GPU 1").context / MIB
+    assert device.peak_taken_mib(gpu) == 3_000 + supposed
+    mine = f"process {os.getpid():>10d} uses     1400.000 MB GPU memory"
+    monkeypatch.setattr(torch.cuda, "list_gpu_processes", lambda which=None: mine)
+    assert device.peak_taken_mib(gpu) == 3_400
+
+
+def test_a_plain_model_goes_to_a_gpu_tensor_by_tensor(model_folder, monkeypatch) -> None:
+    """Not through main memory: transformers is told where, before it reads."""
+    seen: list[dict] = []
+
+    def read(path, config, how):
+        seen.append(dict(how))
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(model, "_read", read)
+    for where in ("cuda:1", "cpu"):
+        with pytest.raises(ModelError, match="cannot be loaded"):
+            model.load_model(model_folder, device=torch.device(where))
+    assert seen[0]["device_map"] == {"": torch.device("cuda:1")}
+    assert "device_map" not in seen[1]

@@ -351,3 +351,50 @@ def test_a_run_stops_early_and_ends_with_its_best_weights(model_folder: Path, da
         train(build({**values, "output": str(broken), "patience": 2}), watch=CrashAt(done.steps - 1))
     train(resume_config(str(broken), {}), resume=True)
     assert digest(broken) == digest(tmp_path / "run")
+
+
+def test_an_evaluation_that_does_not_fit_goes_over_fewer_rows(monkeypatch) -> None:
+    """Planted: memory for two rows. The figure is the same, and nothing else is caught."""
+    said: list[str] = []
+
+    def work(rows: int) -> int:
+        if rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return 10 * rows
+
+    assert recovery.in_fewer(work, 8, "held-out rows", said.append) == 20
+    assert said == [f"out of memory: {n} held-out rows side by side from here on" for n in (4, 2)]
+    with pytest.raises(TrainingError, match="a single one of the held-out rows"):
+        recovery.in_fewer(lambda rows: work(100), 4, "held-out rows", said.append)
+    with pytest.raises(ValueError, match="other"):
+        recovery.in_fewer(lambda rows: int("other"), 4, "held-out rows", said.append)
+
+
+def test_a_held_out_loss_that_runs_out_of_memory_does_not_end_the_run(
+    model_folder, data_file, tmp_path, monkeypatch
+) -> None:
+    from fitune import training
+    from fitune.config import RunConfig
+
+    real, seen = training.held_out_loss, []
+
+    def small(model, batches, layout):
+        batches = list(batches)
+        seen.append(max(len(batch.rows) for batch in batches))
+        if seen[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, batches, layout)
+
+    given = {
+        "model": str(model_folder),
+        "data": [str(data_file)],
+        "sample_prompts": 0,
+        "max_length": 64,
+        "max_lost": 1.0,
+    }
+    how = {"max_steps": 2, "batch_size": 2, "val_share": 0.2}
+    plain = training.train(RunConfig(**given, **how, output=str(tmp_path / "plain")))
+    monkeypatch.setattr(training, "held_out_loss", small)
+    found = training.train(RunConfig(**given, **how, output=str(tmp_path / "small")))
+    assert found.held_out_loss_after == pytest.approx(plain.held_out_loss_after, rel=1e-5)
+    assert set(seen) == {1, 2}

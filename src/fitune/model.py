@@ -121,6 +121,8 @@ def load_model(
         quants.find(options.name)  # says so where bitsandbytes is missing
         # the values must not depend on the precision of the run: a merge, in float32, must find the same ones
         how["dtype"], how["device_map"] = weights.stored_dtype(path), {"": device}
+    elif torch.device(device).type == "cuda":
+        how["device_map"] = {"": device}  # each tensor goes there as it is read: main memory never holds the model
     try:
         model, info = _read(path, config, how)
     except Exception as error:  # safetensors, shapes, memory: each is told as it is

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from fitune.records import Batch, Layout, Source
 from fitune.step import LossScale, Made, StepResult, apply_gradients, loss_sum, make_gradients
 from fitune.tensors import finite
 
+T = TypeVar("T")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 MOST_BAD = 3  # steps in a row that are not finite
 GOOD = "; the last checkpoint is good"
@@ -94,6 +95,36 @@ def careful_step(
         parts *= 2
         most = max(len(piece.rows) for batch in micro_batches for piece in split(batch, parts))
         say(f"out of memory: the step is done again with micro-batches of at most {most} rows, to the same objective")
+
+
+def in_fewer(work: Callable[[int], T], rows: int, what: str, say: Callable[[str], None]) -> T:
+    """Work that goes over rows without gradients, done again with half as many side by side where memory runs out.
+
+    Args:
+        work: is given how many rows go side by side.
+        rows: how many at first.
+        what: they are, for people.
+        say: is told when they are halved.
+
+    Raises:
+        TrainingError: not even one fits.
+    """
+    while True:
+        try:
+            return work(rows)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            told = " ".join(str(error).split())[:200]
+        _free()  # outside of `except`: the error would keep the tensors of its frames alive
+        if rows == 1:
+            raise TrainingError(
+                f"out of memory with a single one of the {what}",
+                received=told,
+                fix="a smaller --max-length, or a larger GPU; the checkpoints are good",
+            )
+        rows = max(1, rows // 2)
+        say(f"out of memory: {rows} {what} side by side from here on")
 
 
 def rehearse(
@@ -171,6 +202,10 @@ def _apply(model: Any, made: Made, optimizer: torch.optim.Optimizer, max_grad_no
 def _forget(optimizer: torch.optim.Optimizer) -> None:
     """Drop gradients and whatever the failed step left."""
     optimizer.zero_grad(set_to_none=True)
+    _free()
+
+
+def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -48,14 +48,15 @@ from fitune.files import write_atomic
 from fitune.generation import SIDE_BY_SIDE, Sampling, answers, expected, read
 from fitune.kernels.target import of
 from fitune.loading import base_of
-from fitune.memory import forget_peak, peak_mib
+from fitune.memory import device as devices
+from fitune.memory import forget_peak
 from fitune.memory import plan as plans
 from fitune.memory.closed import state_bytes
 from fitune.memory.trace import STATES, Tracer, count
 from fitune.model import causal_lm, pick_device, trainable
 from fitune.prepare import Job, prepare, resolve
 from fitune.records import Conversation, Finding, StepRecord
-from fitune.recovery import careful_step, check_finite, rehearse
+from fitune.recovery import careful_step, check_finite, in_fewer, rehearse
 from fitune.step import LossScale, StepResult, held_out_loss
 
 
@@ -266,10 +267,10 @@ def _begin(run: RunFolder, job: Job, watch: Watcher) -> None:
         "data",
         {"sha256": job.data_sha256, "inputs": job.inputs, "report": job.report.as_dict(), "findings": findings},
     )
-    before = _held_out(job)
+    before = _held_out(job, watch)
     with adapters.disabled(job.tuned.model):
-        base = before if methods.find(job.config.method).same_at_start else _held_out(job)
-        answers_of_base = _sample_answers(job)
+        base = before if methods.find(job.config.method).same_at_start else _held_out(job, watch)
+        answers_of_base = _sample_answers(job, watch)
     run.write("before", {"base_held_out_loss": base, "held_out_loss": before, "answers": answers_of_base})
     if base is not None:
         _note(run, watch, textchecks.base_loss(base, len(job.tuned.tokenizer)))
@@ -337,10 +338,16 @@ def _measured_states(run: RunFolder, optimizer: torch.optim.Optimizer) -> None:
         run.write("measured", {**run.read("measured"), "at_the_end": {STATES: sum(held.values())}})
 
 
-def _held_out(job: Job) -> float | None:
+def _held_out(job: Job, watch: Watcher) -> float | None:
     if not job.held_out:
         return None
-    return held_out_loss(job.tuned.model, in_order(job.held_out, job.config.batch_size), job.layout)
+    held_out = job.held_out
+    return in_fewer(
+        lambda rows: held_out_loss(job.tuned.model, in_order(held_out, rows), job.layout),
+        job.config.batch_size,
+        "held-out rows",
+        watch.say,
+    )
 
 
 def _said(job: Job, row: Conversation, before: str, after: str) -> dict[str, str]:
@@ -350,11 +357,15 @@ def _said(job: Job, row: Conversation, before: str, after: str) -> dict[str, str
     return {"expected": expected(job.tuned, row).content, **said}
 
 
-def _sample_answers(job: Job) -> list[str]:
+def _sample_answers(job: Job, watch: Watcher) -> list[str]:
     asked = [row.question() for row in job.held_out_rows[: job.config.sample_prompts]]
     sampling = Sampling(max_new_tokens=job.config.sample_tokens)
-    some = (asked[start : start + SIDE_BY_SIDE] for start in range(0, len(asked), SIDE_BY_SIDE))
-    return [text for questions in some for text in answers(job.tuned, questions, sampling)]
+
+    def answered(rows: int) -> list[str]:
+        some = (asked[start : start + rows] for start in range(0, len(asked), rows))
+        return [text for questions in some for text in answers(job.tuned, questions, sampling)]
+
+    return in_fewer(answered, SIDE_BY_SIDE, "prompts answered", watch.say)
 
 
 def _check_same_data(run: RunFolder, job: Job) -> None:
@@ -423,7 +434,7 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
             done, state.parts = careful_step(model, micro_batches, optimizer, *how)
             seconds = time.perf_counter() - began
             last = state.step == job.total_steps
-            loss = _held_out(job) if state.step % job.eval_every == 0 or last else None
+            loss = _held_out(job, watch) if state.step % job.eval_every == 0 or last else None
             state.evaluated(loss)
             early = state.patience_is_over(config)
             record = _record(state.step, epoch, done, rate, seconds, loss)
@@ -529,7 +540,7 @@ def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) ->
     _note(run, watch, saved)
     records, before = run.read_steps(), run.read("before")
     asked = job.held_out_rows[: job.config.sample_prompts]
-    after = _sample_answers(job)
+    after = _sample_answers(job, watch)
     run.write(
         "answers",
         [
@@ -550,7 +561,7 @@ def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) ->
         trainable_parameters=job.trainable,
         total_parameters=job.total,
         real_tokens_per_second=sum(record.tokens for record in records) / max(seconds, 1e-9),
-        peak_memory_mib=peak_mib(job.tuned.device),
+        peak_memory_mib=devices.peak_taken_mib(job.tuned.device),
         expected_memory_mib=job.plan.needed / plans.MIB,
         seconds=seconds,
         history=tuple(records),

@@ -25,7 +25,7 @@ from fitune.determinism import CUBLAS_BYTES
 from fitune.errors import ConfigError, did_you_mean
 from fitune.files import write_atomic
 from fitune.kernels.target import Target
-from fitune.memory.measure import resident_mib
+from fitune.memory.measure import peak_mib, resident_mib
 
 MIB, GIB = 2**20, 2**30
 HERE = ("this machine", "this-machine", "here", "auto")
@@ -205,6 +205,17 @@ def of_this_process(index: int) -> int | None:
         if size:
             return int(float(size[1]) * MIB)
     return None
+
+
+def peak_taken_mib(device: torch.device) -> float:
+    """The most that a run took, counted as a plan counts it: on a GPU what torch reserved and the CUDA context beside
+    it, as the driver tells, or as a plan supposes where it does not; on a CPU the process."""
+    if device.type != "cuda":
+        return peak_mib(device)
+    mine = of_this_process(device.index or 0)
+    supposed = calibration(torch.cuda.get_device_name(device)).context
+    context = supposed if mine is None else max(0, mine - torch.cuda.memory_reserved(device))
+    return peak_mib(device) + context / MIB
 
 
 def keep_calibration(name: str, found: Calibration) -> Path:
