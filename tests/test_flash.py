@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import test_contract as contract
 import tiny
 from fitune.batches import flat
-from fitune.kernels import flash, target
-from fitune.kernels.attention import flat_attention
+from fitune.kernels import attention, flash, target
+from fitune.kernels.attention import chosen, flat_attention
 from fitune.kernels.placed import place
 from fitune.memory import overrides, plan
+from fitune.model import ready
 from fitune.records import Sample
 
 FLASH = "_flash_attention_forward"
@@ -68,29 +69,31 @@ def test_64_documents_take_as_many_operations_as_one(method: str, kind: str) -> 
 
 
 def test_a_call_for_each_document_would_be_noticed(monkeypatch) -> None:
-    monkeypatch.setattr(flash, "refusal", lambda *args: "planted")
+    monkeypatch.setattr(attention, "_refusal", lambda *args: "planted")
     one, many = (operations("lora", "llama", documents) for documents in (1, 64))
     assert many.total() > 2 * one.total()
 
 
+def test_what_the_kernel_cannot_do_takes_a_call_for_each_document() -> None:
+    half, gpu = torch.bfloat16, target.AMPERE
+    assert flash.refusal(gpu, 64, half) is None
+    assert flash.refusal(gpu, 60, half) is None  # made wider
+    for said, how in (("soft cap", {"softcap": 30.0}), ("sinks", {"sinks": True}), ("dropout", {"dropout": 0.1})):
+        assert said in str(flash.refusal(gpu, 64, half, **how))
+    assert "width 320" in str(flash.refusal(gpu, 320, half))
+    assert "float32" in str(flash.refusal(gpu, 64, torch.float32))
+    assert "7.5" in str(flash.refusal(target.Target("cuda", (7, 5), 40), 64, torch.float16))
+    assert "CUDA" in str(flash.refusal(target.CPU, 64, half))
+
+
 @pytest.mark.parametrize(
-    ("said", "how"),
-    [
-        ("soft cap", {"softcap": 30.0}),
-        ("sinks", {"sinks": torch.zeros(4)}),
-        ("dropout", {"dropout": 0.1}),
-    ],
+    ("kind", "said"),
+    [("llama", "one call"), ("gemma2", "soft cap"), ("bloom", "ALiBi"), ("gpt_oss", "sinks"), ("chatglm", "both ways")],
 )
-def test_what_the_kernel_cannot_do_takes_a_call_for_each_document(said: str, how: dict) -> None:
-    query = torch.empty(1, 4, 10, 64, dtype=torch.bfloat16, device="meta")
+def test_how_attention_goes_is_said_once_for_a_model(kind: str, said: str) -> None:
     with target.planned(target.AMPERE):
-        assert flash.refusal(query, torch.bfloat16) is None
-        assert said in str(flash.refusal(query, torch.bfloat16, **how))
-        assert "width 320" in str(flash.refusal(query.new_empty(1, 4, 10, 320), torch.bfloat16))
-        assert "float32" in str(flash.refusal(query, torch.float32))
-    with target.planned(target.Target("cuda", (7, 5), 40)):
-        assert "7.5" in str(flash.refusal(query, torch.float16))
-    assert "CUDA" in str(flash.refusal(query, torch.bfloat16))
+        assert said in chosen(ready(tiny.make_model(kind), "bf16"), torch.bfloat16)
+    assert "not on a CUDA GPU" in chosen(tiny.make_model("llama"), torch.bfloat16)
 
 
 def test_documents_with_a_prefix_have_their_keys_behind_it() -> None:
@@ -124,7 +127,7 @@ def flash_by_hand(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
         return (torch.cat(outs).to(q.dtype),)
 
     monkeypatch.setattr(flash, "aten", type("aten", (), {FLASH: staticmethod(kernel)}))
-    monkeypatch.setattr(flash, "refusal", lambda *args: None)
+    monkeypatch.setattr(attention, "_refusal", lambda *args: None)
     yield calls
 
 

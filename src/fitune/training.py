@@ -46,6 +46,7 @@ from fitune.console import NAME, RUN_FOLDER, Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
 from fitune.files import write_atomic
 from fitune.generation import SIDE_BY_SIDE, Sampling, answers, expected, read
+from fitune.kernels.attention import chosen
 from fitune.kernels.target import of
 from fitune.loading import base_of
 from fitune.memory import device as devices
@@ -53,7 +54,7 @@ from fitune.memory import forget_peak
 from fitune.memory import plan as plans
 from fitune.memory.closed import state_bytes
 from fitune.memory.trace import STATES, Tracer, count
-from fitune.model import causal_lm, pick_device, trainable
+from fitune.model import causal_lm, compute_dtype, pick_device, trainable
 from fitune.prepare import Job, prepare, resolve
 from fitune.records import Conversation, Finding, StepRecord
 from fitune.recovery import careful_step, check_finite, in_fewer, rehearse
@@ -227,6 +228,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "model": c.model,
         "data": ", ".join(source.path for source in c.sources()),
         "template": job.tuned.template.name,
+        "attention": chosen(causal_lm(job.tuned.model), compute_dtype(job.tuned.model)),
         "batch": f"{_batch(c)} x {c.accumulation}, {job.layout}, max length {c.max_length}",
         "row lengths": ", ".join(f"{name} {value:,.0f}" for name, value in job.report.lengths.items()),
         "steps": f"{job.total_steps} ({len(job.loader.epoch_steps(0))} in the first epoch)",

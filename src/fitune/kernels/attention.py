@@ -61,7 +61,7 @@ def flat_attention(
         )
         return plain
     before = None if prefix is None else prefix[cast(int, module.layer_idx)]
-    if documents is not None and flash.refusal(query, flash.computed_in(query), dropout, softcap, s_aux) is None:
+    if documents is not None and _refusal(query, dropout, softcap, s_aux) is None:
         return flash.attend(query, key, value, documents, scaling, sliding_window, before), None
     lengths = [end - start for start, end in pairwise(cu_seq_lens_q.tolist())]
     if before is not None:
@@ -74,6 +74,35 @@ def flat_attention(
             k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
         outputs.append(_document(q, k, v, how))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _refusal(query: Tensor, dropout: float, softcap: float | None, sinks: Tensor | None) -> str | None:
+    where, dtype = target.of(query.device), flash.computed_in(query)
+    return flash.refusal(where, query.shape[-1], dropout=dropout, dtype=dtype, softcap=softcap, sinks=sinks is not None)
+
+
+def chosen(model: Any, dtype: torch.dtype) -> str:
+    """How a model's flat batches go through attention, in words, and why.
+
+    Args:
+        model: transformers'.
+        dtype: what it computes in.
+    """
+    config, device = model.config, next(model.parameters()).device
+    if hasattr(model, "flat_state"):
+        return "a call for each document: ALiBi"
+    if hasattr(model.base_model, "flat_positions"):
+        return "a call for each document: a prompt that attends both ways"
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    why = flash.refusal(
+        target.of(device),
+        width,
+        dtype,
+        getattr(config, "attention_dropout", None) or 0.0,
+        getattr(config, "attn_logit_softcapping", None),
+        any("sinks" in name for name, _ in model.named_parameters()),
+    )
+    return "one call for all documents (FlashAttention)" if why is None else f"a call for each document: {why}"
 
 
 @dataclass(frozen=True)

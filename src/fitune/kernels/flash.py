@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from fitune.kernels import target
+from fitune.kernels.target import Target
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -60,16 +60,22 @@ def laid_before(bounds: NDArray[Any], count: int) -> tuple[NDArray[np.int32], ND
 
 
 def refusal(
-    query: Tensor, dtype: torch.dtype, dropout: float = 0.0, softcap: float | None = None, sinks: Tensor | None = None
+    where: Target,
+    width: int,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: bool = False,
 ) -> str | None:
     """Why this kernel cannot do it; None: it can.
 
     Args:
-        query: (1, H, T, E).
+        where: the device.
+        width: of a head.
         dtype: what is computed in.
-        dropout, softcap, sinks: as for `attention.flat_attention`.
+        dropout, softcap: as for `attention.flat_attention`.
+        sinks: have heads a score for seeing nothing?
     """
-    where = target.of(query.device)
     if where.kind != "cuda":
         return "not on a CUDA GPU"
     if where.capability < (8, 0):
@@ -78,11 +84,11 @@ def refusal(
         return f"{str(dtype).removeprefix('torch.')} is not a 16-bit dtype"
     if softcap is not None:
         return "a soft cap on the scores"
-    if sinks is not None:
+    if sinks:
         return "attention sinks"
     if dropout:
         return "dropout on attention weights"
-    return f"heads of width {query.shape[-1]}" if query.shape[-1] > WIDEST else None
+    return f"heads of width {width}" if width > WIDEST else None
 
 
 def computed_in(query: Tensor) -> torch.dtype:
