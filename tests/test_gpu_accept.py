@@ -101,14 +101,14 @@ def test_what_was_measured_is_judged_by_what_was_said() -> None:
     assert checks.judged({"predicted": said, "left_out": "too big"}, "")[1] == {"why": "too big"}
 
 
-@pytest.mark.parametrize("section", ["kernels", "throughput"])
+@pytest.mark.parametrize("section", ["throughput"])
 def test_a_section_runs_on_a_cpu(section: str, tmp_path: Path) -> None:
     """The others are runs of whole programs: `make test-full` has them."""
     dry_run(section, tmp_path)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("section", ["machine", "resume", "runs", "memory", "capped"])
+@pytest.mark.parametrize("section", ["machine", "kernels", "resume", "runs", "memory", "capped"])
 def test_a_section_of_whole_programs_runs_on_a_cpu(section: str, tmp_path: Path) -> None:
     dry_run(section, tmp_path)
 
