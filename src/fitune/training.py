@@ -457,7 +457,8 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
                 raise _interrupted(run, f"stopped after step {state.step} of {job.total_steps}, saved")
     finally:
         watch.stop()
-    for finding in _load(job, since):
+    warned = any(finding.rule == "machine-load" and finding.level == "warn" for finding in job.findings)
+    for finding in [] if warned else _load(job, since):
         _note(run, watch, finding)
     _measured_states(run, optimizer)
     if config.final == "best" or config.patience is not None:
