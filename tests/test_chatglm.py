@@ -266,7 +266,8 @@ def test_published_layouts_with_their_tokenizers_train_and_chat(version: int, sh
     columns = {} if version == 3 else {"map": {"content": "prompt", "summary": "completion"}}
     longest = 640 if version == 3 else 160  # lists of tools are never cut
     done = fitune.train(
-        model=str(folder), data=[str(data)], take=24, max_length=longest, max_lost=1.0, batch_size=4, max_steps=8, lr=2e-2,
+        model=str(folder), data=[str(data)], take=24, max_length=longest, max_lost=1.0, batch_size=4, max_steps=8,
+        lr=2e-2,
         precision="fp32", lora={"targets": "all-linear"}, sample_prompts=0, skip_bad=True, device="cpu",
         output=str(tmp_path / "run"), **columns,
     )  # fmt: skip
@@ -349,7 +350,7 @@ def test_wrong_numbers_of_answers_and_other_templates_are_refused() -> None:
         with pytest.raises(DataError, match=r"f:1:\w+: as many answers as gaps are needed"):
             to_conversation(row, Source("f", 1))
     row = {"prompt": "a [MASK] b [MASK]", "completion": ["one", "two"]}
-    with pytest.raises(DataError, match="f:1: .*has no place for that"):
+    with pytest.raises(DataError, match=r"f:1: .*has no place for that"):
         Encoder(tiny.make_tokenizer(), TABLE["alpaca"]).samples(to_conversation(row, Source("f", 1)))
 
 

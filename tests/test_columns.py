@@ -133,7 +133,7 @@ def test_text_before_a_call_belongs_to_the_answer_that_calls() -> None:
     ]
     assert convert({"conversations": turns}).messages[1:] == (
         Message("assistant", "Let me look.", tool_calls=(ToolCall("clock", '{"city": "Rome"}'),)),
-        Message("tool", "10:05"),
+        Message("tool", "10:05", name="clock"),
         Message("assistant", "10:05"),
         Message("assistant", "Anything else?"),  # two answers of text stay two
     )

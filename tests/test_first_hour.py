@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from fitune import early, names
+from fitune import cli, early, names
 from fitune.config import Options, RunConfig, build, merge, parse_assignments, read_yaml
 from fitune.errors import ConfigError, FituneError, Problems, RunFolderError, did_you_mean
 from fitune.files import as_json, names_near
@@ -334,3 +334,16 @@ def test_errors_are_ours(place: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(FituneError):
             check(value)
+
+
+def test_an_option_of_a_verb_is_never_taken_for_another_tools() -> None:
+    """`merge --dtype bf16` is merge's own, though `dtype` is a precision in Trainer."""
+    verbs = [verb for verb in cli.app if not verb.startswith("-")]
+    assert "merge" in verbs
+    for verb in verbs:
+        own = cli.own_options(verb)
+        for name in own:
+            words = [verb, f"--{name.replace('_', '-')}", "x"]
+            assert names.flags(words, verb, own) == words or name in names.VALUES, words
+    assert names.flags(["merge", "--dtype", "bf16"], "merge", cli.own_options("merge")) == ["merge", "--dtype", "bf16"]
+    assert names.flags(["train", "--dtype", "bf16"], "train", cli.own_options("train"))[1] == "--precision"

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -375,6 +376,12 @@ def _lines() -> Iterator[str]:
             return
 
 
+def own_options(verb: str) -> set[str]:
+    """The names of a verb's options, but for the settings of a run."""
+    command = app[verb].default_command if verb in app else None
+    return set(signature(command).parameters) if command else set()
+
+
 def main() -> None:
     """The `fitune` command."""
     quiet.for_good()
@@ -383,7 +390,8 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on a Windows console, or with LANG=C
     try:
         words = sys.argv[1:]
-        app(names.flags(words, words[0] if words else ""), exit_on_error=False, print_error=False)
+        verb = words[0] if words else ""
+        app(names.flags(words, verb, own_options(verb)), exit_on_error=False, print_error=False)
     except FituneError as error:
         _fail(str(error), error.exit_code)
     except CycloptsError as error:

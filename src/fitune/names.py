@@ -7,7 +7,7 @@ SAME, MEANS and INSTEAD is one of ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -293,8 +293,13 @@ def problem(given: str, value: Any) -> ConfigError | None:
 # ---- the command line ----
 
 
-def flags(words: Sequence[str], verb: str) -> list[str]:
+def flags(words: Sequence[str], verb: str, own: Collection[str] = ()) -> list[str]:
     """A command line by our names: `--learning_rate 1e-4` is `--lr 1e-4`.
+
+    Args:
+        words: as typed.
+        verb: the first of them.
+        own: names of options of the verb itself, which mean what it says, whatever they mean elsewhere.
 
     Raises:
         ConfigError, Problems: names of others that cannot be taken.
@@ -305,6 +310,9 @@ def flags(words: Sequence[str], verb: str) -> list[str]:
         word, at = words[at], at + 1
         typed, equals, value = word.partition("=")
         name = _plain(typed[2:]) if word.startswith("--") else ""
+        if name in own and _of_others(name):
+            out.append(word)
+            continue
         if not (_of_others(name) or name in VALUES or _of_answers(name, verb)):
             out.append(word)
             continue
