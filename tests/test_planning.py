@@ -39,6 +39,7 @@ from test_recovery import OOM, make
 
 MIB, GIB = 2**20, 2**30
 SMALL = "qwen2.5-0.5b"
+BUNDLED_ROWS = str(Path(fitune.__file__).parent / "bundled" / "data" / "train.jsonl")
 SHAPE = {
     "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2000, "max_position_embeddings": 512,
@@ -120,7 +121,7 @@ def test_a_file_that_is_no_config_is_told(text: str, message: str, name: str, tm
 
 
 def test_an_unknown_name_gets_a_hint(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"did you mean 'qwen2.5-0.5b'"):
+    with pytest.raises(ModelError, match=r"of the catalog: qwen2\.5-0\.5b"):
         planned("qwen2.5-0.5")
     with pytest.raises(ModelError, match=r"no config\.json"):
         planned(str(tmp_path))
@@ -288,18 +289,22 @@ def test_a_calibration_is_kept_by_the_driver_s_name_and_found_by_both(
 # ---- mistakes ----
 
 
-def test_several_mistakes_are_told_at_once() -> None:
+def test_several_mistakes_are_told_at_once(data_file: Path) -> None:
+    """Paths and names first, before torch is imported; then what needs it."""
+    wrong = {"gpu": "rtx-4091", "method": "lroa", "optimizer": "adam"}
+    paths = {"data": ["none.jsonl", "neither.jsonl"], "eval_data": ["nor.jsonl"], "adapter": "nowhere"}
     with pytest.raises(Problems) as caught:
-        fitune.plan(
-            "qwen2.5-0.5", data=["none.jsonl", "neither.jsonl"], gpu="rtx-4091", method="lroa", optimizer="adam",
-            eval_data=["nor.jsonl"], adapter="nowhere", template="alpacca",
-        )  # fmt: skip
+        fitune.plan("qwen2.5-0.5", template="alpacca", **paths, **wrong)
     text = str(caught.value)
     for part in (
-        "9 problems", "--gpu 'rtx-4091'", "unknown method 'lroa'", "unknown optimizer 'adam'", "none.jsonl: no such",
-        "neither.jsonl: no such", "nor.jsonl: no such", "nowhere: no adapter", "unknown template", "qwen2.5-0.5: no",
+        "6 problems", "none.jsonl: no such", "neither.jsonl: no such", "nor.jsonl: no such", "nowhere: no such",
+        "unknown template", "qwen2.5-0.5: no", "of the catalog: qwen2.5-0.5b",
     ):  # fmt: skip
         assert part in text
+    with pytest.raises(Problems) as caught:
+        fitune.plan("qwen2.5-0.5b", data=[data_file], **wrong)
+    for part in ("3 problems", "--gpu 'rtx-4091'", "unknown method 'lroa'", "unknown optimizer 'adam'"):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -329,14 +334,15 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str, shape: s
     ("arguments", "parts"),
     [
         ([], ["plan: of which model?"]),
-        (["qwen2.5-0.5", "--gpu", "0GB"], ["2 problems", "--gpu '0GB'", "did you mean 'qwen2.5-0.5b'?"]),
+        (["qwen2.5-0.5", "--gpu", "0GB"], ["of the catalog: qwen2.5-0.5b"]),
+        (["qwen2.5-0.5b", "--gpu", "0GB", "--method", "lroa"], ["2 problems", "--gpu '0GB'", "unknown method 'lroa'"]),
         ([SMALL, "--data", "none.jsonl", "--method", "lora"], ["none.jsonl: no such file"]),
         ([SMALL, "--set", "gpu=24GB"], ["unknown setting 'gpu'"]),
         ([SMALL, "--set", "words=x", "--batch-size", "0"], ["2 problems", "'words'", "batch_size: wrong value"]),
         ([SMALL, "--force"], ["--force"]),
         ([SMALL, "--output", "run"], ["--output"]),
         ([SMALL, "--verify"], ["--verify: with which data?"]),
-        ([SMALL, "--verify", "--data", "x", "--gpu", "24GB"], ["--gpu would do nothing"]),
+        ([SMALL, "--verify", "--data", BUNDLED_ROWS, "--gpu", "24GB"], ["--gpu would do nothing"]),
         ([SMALL, "--verify", "--calibrate"], ["one at a time"]),
         ([SMALL, "--verify", "--data", __file__], ["unknown kind of file"]),
     ],
@@ -1008,7 +1014,7 @@ def test_a_resumed_run_takes_the_parts_of_its_rehearsal(
 
 def test_help_of_plan_has_the_settings_of_train(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, _ = command(["plan", "--help"], capsys, monkeypatch)
+    code, out, _ = command(["plan", "--help-all"], capsys, monkeypatch)
     assert code == 0
     for flag in ("--method", "--quant", "--lora.rank", "--gpu", "--tokenizer", "--verify", "--calibrate", "--prove"):
         assert flag in out

@@ -159,10 +159,23 @@ def plan(
     settings = names.ours(settings)
     cache = _cache(settings.get("cache", "auto"))
     there = given.sources(data, "data", cache) if _is_given(data) else []
-    early.together(lambda: early.shape(str(model)), *early.each(early.data, *_paths(there)))
+    held_out = _listed(settings.get("eval_data"))
+    early.together(
+        lambda: early.shape(str(model)),
+        *early.each(early.data, *_paths(there), *held_out),
+        lambda: early.template(str(settings.get("template", "auto"))),
+        *early.each(early.folder, words),
+        *early.each(early.adapter, settings.get("adapter")),
+    )
     make = quietly(import_module("fitune.planning").plan)
     made: Plan = make(model, data=there, gpu=gpu, words=words, watch=watch, **settings)
     return made
+
+
+def _listed(paths: Any) -> list[Any]:
+    """The paths that stand in a setting of data; rows in memory need no look."""
+    several = paths if isinstance(paths, (list, tuple)) else [paths]
+    return [str(one) for one in several if isinstance(one, (str, Path))]
 
 
 def _is_given(data: Data) -> bool:

@@ -368,13 +368,14 @@ def _by_forms(forms: Mapping[str, int]) -> Usage:
 
 
 FAR = 0.35  # share by which closed forms and trace may differ before it is told
+SCRATCH = 64 * MIB  # and bytes: what kernels take for themselves is in no closed form
 
 
 def _notes(peak: Moment, forms: Mapping[str, int], how: str, why: str) -> list[str]:
     if how != "trace":
         return [f"by closed forms, which may be a third off: {why}"]
     total = sum(forms.values())
-    if abs(total / max(1, peak.bytes) - 1) <= FAR:
+    if abs(total / max(1, peak.bytes) - 1) <= FAR or abs(total - peak.bytes) <= SCRATCH:
         return []
     return [
         f"closed forms give {total / MIB:,.0f} MiB, the trace {peak.bytes / MIB:,.0f}: this model keeps other things "
