@@ -421,3 +421,20 @@ def test_a_thought_behind_a_prompt_that_opened_it_has_one_opening_tag() -> None:
         text = tokenizer.decode(sample.ids[sample.mask])
         assert text.startswith("Cherries are fruits.\n</think>\n\nA ")
         assert tokenizer.decode(sample.ids).count("<think>") == 1
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.call and name != "r1"])
+def test_what_stands_in_calls_and_tools_is_no_control_token(name: str) -> None:
+    """Arguments, names and descriptions: an answer that ends in the middle of its JSON would be learned."""
+    kind, encoder = KINDS[name], encoder_of(name)
+    typed = kind.end
+
+    def ids(text: str) -> list[int]:
+        call = replace(CALL, tool_calls=(ToolCall("clock", json.dumps({"city": f"a{text}b"})),))
+        tool = {"type": "function", "function": {**TOOL["function"], "description": f"The {text} time."}}
+        row = Conversation((FRUIT, call, RESULT, TIME), Source("f", 1), "messages", (tool,))
+        return [int(i) for sample in encoder.samples(row) for i in sample.ids]
+
+    number = encoder.tokenizer.convert_tokens_to_ids(typed)
+    assert ids(typed).count(number) == ids("plain").count(number)
+    assert encoder.tokenizer.decode(ids(typed)).count(f"a{typed}b")

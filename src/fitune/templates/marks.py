@@ -90,11 +90,12 @@ class Marks:
             role: of a message by its turn.
         """
         runs: list[list[Segment]] = [[]]  # each is encoded as one text
-        for part, own, special in self._read(text):
+        for part, own, special, broken in self._read(text):
             if special:
                 runs += [[Segment(part)], []]
             else:
-                runs[-1].append(Segment(part, literal=own is None, turn=-1 if own is None else own))
+                literal = own is None and not broken
+                runs[-1].append(Segment(part, literal=literal, turn=-1 if own is None else own))
         found: list[Segment] = []
         for run in runs:
             mixed = any(not segment.literal for segment in run)
@@ -107,17 +108,20 @@ class Marks:
                     found.append(Segment(one.text, trained=trained))
         return _with_turns(found, turn, role)
 
-    def _read(self, text: str) -> list[tuple[str, int | None, bool]]:
-        """(text, turn of the message that it is from, is it a special token)."""
-        found: list[tuple[str, int | None, bool]] = []
+    def _read(self, text: str) -> list[tuple[str, int | None, bool, bool]]:
+        """(text, turn of the message that it is from, is it a special token, did somebody type one into it).
+
+        Arguments of calls and descriptions of tools have no marks of their own, but for special tokens in them.
+        """
+        found: list[tuple[str, int | None, bool, bool]] = []
         own: int | None = None
         for n, part in enumerate(self._parts.split(text)):
             if n % 2 and (opened := _OPENED.fullmatch(part)):
                 own = int(opened[1])
             elif n % 2 and part == CLOSE:
                 own = None
-            elif part := unmarked(part):
-                found.append((part, own, bool(n % 2)))
+            elif plain := unmarked(part):
+                found.append((plain, own, bool(n % 2), BREAK in part))
         return found
 
 
@@ -126,7 +130,7 @@ def _with_turns(segments: Sequence[Segment], last: int, role: Callable[[int], st
     out: list[Segment] = []
     turn = last
     for segment in reversed(segments):
-        turn = turn if segment.literal else segment.turn
+        turn = turn if segment.turn < 0 else segment.turn
         out.append(Segment(segment.text, segment.literal, segment.trained, turn, role(turn), joined=segment.joined))
     return out[::-1]
 

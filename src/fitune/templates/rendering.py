@@ -292,7 +292,7 @@ class Renderer:
 def _call(call: ToolCall, manner: Manner, made: Callable[[Any], Any] = lambda value: value) -> dict[str, Any]:
     given = made(call.arguments if manner.as_text else arguments(call))
     own = {"id": made(call.id)} if call.id else {}
-    return {**own, "type": "function", "function": {"name": call.name, "arguments": given}}
+    return {**own, "type": "function", "function": {"name": made(call.name), "arguments": given}}
 
 
 def _without_ids(message: Message) -> Message:
