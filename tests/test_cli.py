@@ -325,3 +325,9 @@ def test_ctrl_c_is_told_in_a_word(capsys: Any, monkeypatch: pytest.MonkeyPatch) 
 def test_every_target_that_is_typed_counts(words: list[str], targets: Any) -> None:
     _, bound, _ = cli.app.parse_args(["train", *words], exit_on_error=False, print_error=False)
     assert flags.typed(bound.arguments["flags"]) == {"lora": {"targets": targets}}
+
+
+def test_an_option_that_is_needed_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = run(["merge", "x"], capsys, monkeypatch)
+    assert code == 2
+    assert err.startswith("error: --output is needed")

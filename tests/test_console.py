@@ -210,3 +210,16 @@ def test_neighbouring_blocks_are_one_line() -> None:
     parts = [("embedding", 0, 10), ("block 0", 2, 5), ("block 1", 2, 5), ("head", 0, 1)]
     rows = [("embedding", 10, 0, 10), ("block 0 ... block 1, each", 3, 2, 5), ("head", 1, 0, 1), ("all", 17, 4, 21)]
     assert console.parameters(parts) == rows
+
+
+def test_a_held_out_loss_is_shown_with_the_step_that_it_is_of() -> None:
+    """In lines only where it was measured; beside a bar with its step; the memory has room in both."""
+    out = io.StringIO()
+    terminal = Terminal(Console(file=out, width=80))
+    terminal.start(40, 0, torch.device("cpu"))
+    for number in range(1, 9):
+        record = StepRecord(number, 0.1, 2.0, 1e-4, 1.0, 100, 50, 0.1, 1.5 if number == 4 else None)
+        terminal.step(record)
+    terminal.stop()
+    lines = out.getvalue().splitlines()
+    assert [("held-out" in line, "MiB" in line) for line in lines] == [(False, True), (True, True), (False, True)]

@@ -369,3 +369,16 @@ def test_a_run_asks_nothing_of_the_network(model_folder: Path, data: Path, tmp_p
             env=environment,
         )
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are those of POSIX")
+def test_what_is_saved_can_be_read_by_whom_the_umask_says(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """safetensors alone makes files that only their owner can read: a server under another name could not load them."""
+    from fitune.merging import merge
+
+    given = {"model": str(model_folder), "data": [str(data_file)], "max_steps": 1, "batch_size": 2, "sample_prompts": 0}
+    train(build({**given, "output": str(tmp_path / "run"), "max_length": 64, "max_lost": 1.0}))
+    merge(tmp_path / "run", tmp_path / "merged")
+    saved = [*(tmp_path / "run").rglob("*.safetensors"), *(tmp_path / "merged").rglob("*.safetensors")]
+    assert len(saved) >= 4
+    assert {path.stat().st_mode & 0o777 for path in saved} == {0o666 & ~files.UMASK}

@@ -409,6 +409,8 @@ def _told(error: CycloptsError) -> str:
     text = " ".join(str(error).split()).replace(f"{QUANT}name", "quant").replace(QUANT, "quant.")
     found = re.search(r"nullable\[\w+\] (\S+) (.*?) \[type=\w+, input_value=(.*?), input_type", text)
     name = found[1].replace(".constrained-int", "") if found else ""
+    if missing := re.search(r"parameter (--\S+) requires an argument\.?$", text, re.IGNORECASE):
+        return f"{missing[1]} is needed"
     return f"--{name}: {found[2]}, received {found[3]}" if found else text
 
 

@@ -116,7 +116,7 @@ class Terminal(Watcher):
         self.done = self.tokens = self.total = 0
         self.seconds = 0.0
         self.device = torch.device("cpu")
-        self.held_out: float | None = None
+        self.held_out: tuple[int, float] | None = None  # the step at which it was measured last, and what it was
         self.preparing: Progress | None = None
 
     def __enter__(self) -> Terminal:
@@ -221,7 +221,7 @@ class Terminal(Watcher):
         self.tokens += record.tokens
         self.seconds += record.seconds
         if record.held_out_loss is not None:
-            self.held_out = record.held_out_loss
+            self.held_out = (record.step, record.held_out_loss)
         text = self._figures(record)
         if self.bar is not None:
             self.bar.update(self.task, completed=record.step, description=text)
@@ -230,7 +230,10 @@ class Terminal(Watcher):
 
     def _figures(self, record: StepRecord) -> str:
         """What a step reached: as many figures as there is room for beside a bar, the first ones first."""
-        held_out = [] if self.held_out is None else [f"held-out {self.held_out:.4f}"]
+        held_out = []
+        if self.held_out is not None and (self.bar is not None or self.held_out[0] == record.step):
+            measured, value = self.held_out
+            held_out = [f"held-out {value:.4f}" + ("" if measured == record.step else f" (step {measured})")]
         speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
         figures = [f"loss {record.loss:.4f}", *held_out, speed, f"{peak_mib(self.device):,.0f} MiB"]
         while len(figures) > 1 and len("  ".join(figures)) > self._room():
@@ -238,7 +241,9 @@ class Terminal(Watcher):
         return "  ".join(figures)
 
     def _room(self) -> int:
-        """Columns of the figures beside the bar."""
+        """Columns of the figures beside the bar, or behind the step's number where there is none."""
+        if self.bar is None:
+            return self.console.width - len(f"step {self.total}/{self.total}  ")
         return self.console.width - ECHO - self._bar_width() - len(f"{self.total}/{self.total}   0:00:00")
 
     def stopping(self) -> None:

@@ -27,6 +27,8 @@ from fitune.errors import RunFolderError, nearest
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"
+UMASK = os.umask(0o022)  # the only way to ask for it is to set it
+os.umask(UMASK)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FIX = "free some space or choose another --output, then go on with --resume; earlier checkpoints are whole"
 
@@ -54,7 +56,10 @@ def _error_number(error: Exception) -> int | None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or a folder's entries, onto the disk; some systems cannot open a folder."""
+    """Force a file, or a folder's entries, onto the disk; some systems cannot open a folder. Who may read the file
+    follows from the user's umask: safetensors makes files that nobody else can."""
+    if path.is_file() and os.name != "nt":
+        path.chmod(0o666 & ~UMASK)
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
     try:
         handle = os.open(path, flags)
