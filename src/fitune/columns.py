@@ -7,16 +7,26 @@ column that means something else than its name says is left out with `--map COLU
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fitune.errors import shorten
 from fitune.fields import FieldError, Row, missing
-from fitune.turns import LEAVE_OUT, THOUGHTS, no_media, weight_of
+from fitune.records import Message
+from fitune.turns import FLAGS as TURN_FLAGS
+from fitune.turns import LEAVE_OUT, MEDIA_KEY, THOUGHTS, no_media, weight_of
 
 IGNORE = "ignore"  # what a column is mapped to that is to be left alone
-MEDIA = ("image", "images", "image_path", "image_url", "video", "videos", "audio", "audios")
-LABELS = ("label", "kto_tag")  # of KTO: is the answer a good one? Only where true or false; else it is any column
-FLAGS = ("loss", "train", "trainable")  # of a row, where true or false: a number may be a loss that was measured
-WEIGHTS = ("weight", "loss_weight", "loss_scale", "sample_weight")  # of a row, where a number
+# Of KTO and its kin: is the answer a good one? Only where the value is one of MARKS; else it is any column
+BAD_LABELS = ("undesirable", "is_bad", "is_undesirable", "is_rejected")  # true says the contrary
+LABELS = ("label", "kto_tag", "kto_label", "desirable", "is_desirable", "is_good", "is_preferred", "is_positive",
+          *BAD_LABELS)  # fmt: skip
+MARKS = {  # true is 1 and false is 0
+    1: True, 0: False, -1: False, "true": True, "false": False, "1": True, "0": False, "-1": False,
+    "1.0": True, "0.0": False, "desirable": True, "undesirable": False, "good": True, "bad": False,
+    "chosen": True, "rejected": False, "thumbs_up": True, "thumbs_down": False,
+}  # fmt: skip
+FLAGS = ("loss", *TURN_FLAGS)  # of a row, where true or false: a number may be a loss that was measured
+WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss_mask", "sample_weight")  # of a row, where a number or a flag
 FIELDS = frozenset({IGNORE, *THOUGHTS, *FLAGS, *WEIGHTS, *LABELS})  # what a column may be mapped to, in any format
 MOST = 10.0  # a weight above it is more likely that of a parcel
 OTHERWISE = "if the column means something else: --map {}=ignore"
@@ -34,20 +44,30 @@ def refuse(row: Row) -> None:
     Raises:
         FieldError: pictures, sound or films; an answer that is marked as bad.
     """
-    for name in MEDIA:
-        if not missing(row.get(name)) and row[name] not in ("", [], {}):
-            error = no_media(name, row[name])
+    for name, value in row.items():
+        if isinstance(name, str) and MEDIA_KEY.fullmatch(name) and not missing(value) and value not in ("", [], {}):
+            error = no_media(name, value)
             error.fix = f"{LEAVE_OUT}; {OTHERWISE.format(name)}"
             raise error
     for name in LABELS:
-        if _boolean(row.get(name)) is False:
+        if _good(row, name) is False:
+            shown = row[name] if isinstance(row[name], str) else str(row[name]).lower()
             raise FieldError(
                 name,
-                "the answer is marked as a bad one (false), which plain tuning would train",
+                f"the answer is marked as a bad one ({shown}), which plain tuning would train",
                 received=shorten(row[name]),
                 expected="true, or no label",
                 fix=f"{LEAVE_OUT}; {OTHERWISE.format(name)}",
             )
+
+
+def _good(row: Row, name: str) -> bool | None:
+    """What a label says of the answer; None: it is no label."""
+    value = row.get(name)
+    if isinstance(value, str):
+        value = value.strip().lower().replace(" ", "_").replace("-", "_" if len(value.strip()) > 2 else "-")
+    mark = MARKS.get(value) if isinstance(value, (str, bool, int, float)) else None
+    return mark if mark is None or name not in BAD_LABELS else not mark
 
 
 def _boolean(value: object) -> bool | None:
@@ -67,53 +87,93 @@ def _number(value: object) -> object:
         return value
 
 
-def weight(row: Row) -> float:
-    """How much of a row the loss sees.
+def _weighs(name: str, value: object) -> bool:
+    """Does a column say how much of its row the loss sees? Text and objects say nothing: they are any column."""
+    if isinstance(value, list):
+        return bool(value) and (name != "loss" or all(isinstance(one, bool) for one in value))
+    if _boolean(value) is not None:
+        return True
+    number = _number(value)
+    if name in WEIGHTS:
+        return isinstance(number, (int, float))
+    return name in TURN_FLAGS and isinstance(number, (int, float)) and number in (0, 1)
+
+
+def _columns_of_weights(row: Row) -> list[str]:
+    return [name for name in dict.fromkeys((*FLAGS, *WEIGHTS)) if _weighs(name, row.get(name))]
+
+
+def weighted(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages with the weights that columns of their row give them: one for all, or a list with one for each turn
+    or each answer.
 
     Raises:
-        FieldError: a number that is no weight.
+        FieldError: a number that is no weight, or a list of another length.
     """
-    product = 1.0
-    for name in FLAGS:
-        flag = _boolean(row.get(name))
-        product *= 1.0 if flag is None else float(flag)
-    for name in WEIGHTS:
-        value = _number(row.get(name))
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or missing(value):
-            continue  # text: any column
-        try:
-            number = weight_of(value, name, name)
-        except FieldError as error:
-            error.fix = OTHERWISE.format(name)
-            raise
-        if number > MOST:
+    for name in _columns_of_weights(row):
+        value = row[name]
+        several = value if isinstance(value, list) else [value] * len(messages)
+        said = [n for n, message in enumerate(messages) if message.role == "assistant"]
+        if len(several) == len(messages):
+            several = [several[n] for n in said]
+        if len(several) != len(said):
             raise FieldError(
                 name,
-                "no weight of the loss",
-                received=shorten(value),
-                expected=f"a number from 0 (context only) to {MOST:g}",
-                fix=OTHERWISE.format(name),
+                "a list of weights that fits neither the turns nor the answers",
+                received=f"{len(several)} entries",
+                expected=f"{len(messages)} (turns) or {len(said)} (answers)",
+                fix=f"{LEAVE_OUT}; {OTHERWISE.format(name)}",
             )
-        product *= number
-    return product
+        messages = list(messages)
+        for n, one in zip(said, several, strict=True):
+            messages[n] = replace(messages[n], weight=messages[n].weight * _factor(name, one))
+    return messages
+
+
+def _factor(name: str, value: object) -> float:
+    """A column's value as a weight.
+
+    Raises:
+        FieldError: it is none.
+    """
+    flag = _boolean(value)
+    if flag is not None:
+        return float(flag)
+    try:
+        number = weight_of(_number(value), name, name)
+    except FieldError as error:
+        error.fix = OTHERWISE.format(name)
+        raise
+    if number > MOST:
+        raise FieldError(
+            name,
+            "no weight of the loss",
+            received=shorten(value),
+            expected=f"a number from 0 (context only) to {MOST:g}",
+            fix=OTHERWISE.format(name),
+        )
+    return number
 
 
 def used(row: Row, *, flat: bool) -> list[str]:
     """The columns that are obeyed beside a row's conversation; flat: its prompt and its answer are columns too."""
-    flags = [name for name in (*FLAGS, *LABELS) if _boolean(row.get(name)) is not None]
-    weights = [name for name in WEIGHTS if isinstance(_number(row.get(name)), (int, float))]
-    return [*flags, *weights, *(name for name in THOUGHTS if flat and isinstance(row.get(name), (str, list)))]
+    labels = [name for name in LABELS if _good(row, name) is not None]
+    thoughts = [name for name in THOUGHTS if flat and isinstance(row.get(name), (str, list))]
+    return [*_columns_of_weights(row), *labels, *thoughts]
 
 
 def taken(row: Row, *, flat: bool) -> list[str]:
     """What a user should know of how such columns were understood, for a note with counts."""
     found = []
     for name in used(row, flat=flat):
+        value = row[name]
         if name in LABELS:
-            found.append(f"with {name} true: trained as good answers")
+            found.append(f"with {name} {str(value).strip().lower()}: trained as good answers")
         elif name in THOUGHTS:
             found.append(f"with a column {name!r}: taken as the thought before the answer")
-        elif _boolean(row[name]) is not True:
+        elif isinstance(value, list):
+            found.append(f"with a column {name!r}: taken as the weights of its turns, or --map {name}=ignore")
+        elif _boolean(value) is not True:
             found.append(f"with a column {name!r}: taken as the row's weight in the loss, or --map {name}=ignore")
     return found
 

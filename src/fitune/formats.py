@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fitune.columns import FIELDS, IGNORE, propose, refuse, sizes, taken, used, weight
+from fitune.columns import FIELDS, IGNORE, propose, refuse, sizes, taken, used, weighted
 from fitune.errors import ConfigError, DataError, did_you_mean, shorten
 from fitune.fields import FieldError, Row, listed, missing, text_of
 from fitune.records import SPAN, Conversation, Message, Source
-from fitune.turns import LEAVE_OUT, PAIRS, ROLE_KEYS, ending_in_answer, thought_of, turns_of, unused_keys
+from fitune.turns import LEAVE_OUT, PAIRS, ROLE_KEYS, ending_in_answer, speaker, thought_of, turns_of, unused_keys
 
+TOOLS = ("tools", "functions")  # the second is OpenAI's older name
 SYSTEMS, HISTORIES = ("system", "system_prompt", "系统"), ("history", "历史")
 SHORT = (
     "messages; conversations; instruction, output; prompt, completion; query, response; question, answer; text; "
@@ -132,14 +133,40 @@ def _completion(row: Row, field: str, prompt: str = "") -> list[Message]:
     return ending_in_answer(turns_of(value, field), field) if isinstance(value, list) else [_answer(row, field)]
 
 
-def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
-    """Function descriptions, each in OpenAI's frame `{type: function, function: {name, description, parameters}}`."""
+def _tools(row: Row, fmt: Format) -> tuple[Mapping[str, Any], ...]:
+    """Function descriptions, each in OpenAI's frame `{type: function, function: {name, description, parameters}}`.
+
+    They stand in a column, or in the system's turn (ChatGLM3).
+    """
+    found = {name: _described(row.get(name), name) for name in TOOLS}
+    for name in fmt.uses - {*TOOLS, *SYSTEMS}:
+        value = row.get(name)
+        turns = listed(value, name, "turns") if name in fmt.keys & set(TURNS) else value
+        for n, turn in enumerate(turns if isinstance(turns, list) else []):
+            if isinstance(turn, dict) and turn.get("tools"):
+                found[f"{name}[{n}].tools"] = _of_turn(turn, f"{name}[{n}]")
+    there = [name for name, tools in found.items() if tools]
+    if len(there) > 1 and any(found[name] != found[there[0]] for name in there):
+        raise FieldError(there[1], "tools in two places", received=" and ".join(there), expected="one list of them")
+    return found[there[0]] if there else ()
+
+
+def _of_turn(turn: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
+    if speaker(turn) != "system":
+        raise FieldError(
+            f"{where}.tools", "tools in a turn", received=speaker(turn), expected="a column tools, or the system's turn"
+        )
+    return _described(turn["tools"], f"{where}.tools")
+
+
+def _described(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
+    """The function descriptions of one place."""
     tools = []
-    for n, tool in enumerate(listed(row.get("tools"), "tools", "a list of function descriptions")):
+    for n, tool in enumerate(listed(value, where, "a list of function descriptions")):
         inner = tool.get("function", tool) if isinstance(tool, dict) else tool
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             expected = "{name, description, parameters}"
-            raise FieldError(f"tools[{n}]", "not a function description", received=shorten(tool), expected=expected)
+            raise FieldError(f"{where}[{n}]", "not a function description", received=shorten(tool), expected=expected)
         tools.append(tool if "function" in tool else {"type": "function", "function": tool})
     return tuple(tools)
 
@@ -155,7 +182,8 @@ class Format:
 
 
 def _format(name: str, keys: str, more: str, convert: Callable[[Row], list[Message]]) -> Format:
-    return Format(name, frozenset(keys.split()), frozenset([*keys.split(), *more.split()]), convert)
+    uses = [*keys.split(), *more.split()]
+    return Format(name, frozenset(keys.split()), frozenset([*uses, *(TOOLS if "tools" in uses else ())]), convert)
 
 
 KNOWN = {
@@ -348,7 +376,7 @@ def _convert(row: Row, source: Source, name: str, columns: Mapping[str, str]) ->
         raise FieldError(named, "a second system message", received=shorten(system), expected="one")
     if system:
         messages = [Message("system", system), *messages]
-    tools = _tools(row) if "tools" in fmt.uses else ()
+    tools = _tools(row, fmt) if "tools" in fmt.uses else ()
     for text in (*_texts(messages), json.dumps(tools, ensure_ascii=False, default=str) if tools else ""):
         if half := SURROGATE.search(text):
             raise FieldError("", "half a character (a lone surrogate)", received=shorten(half[0]), expected="text")
@@ -362,9 +390,7 @@ def _is_flat(fmt: Format) -> bool:
 
 def _weighted(messages: list[Message], row: Row, *, flat: bool) -> list[Message]:
     """The messages with the weight of their row, and the thought that stands in a column of its own."""
-    factor = weight(row)
-    if factor != 1:
-        messages = [replace(m, weight=m.weight * factor) if m.role == "assistant" else m for m in messages]
+    messages = weighted(row, messages)
     if flat and not messages[-1].thought and (thought := thought_of(row)):
         messages = [*messages[:-1], replace(messages[-1], thought=thought)]
     return messages

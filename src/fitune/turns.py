@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from fitune.errors import shorten
-from fitune.fields import FieldError, listed, parsed
+from fitune.fields import FieldError, listed, missing, parsed
 from fitune.records import Message, Role, ToolCall
 
 ROLES: dict[str, Role] = {
@@ -33,15 +35,28 @@ PAIRS = (  # a question and its answer in one object, or two texts in a list
     ("query", "response"), ("prompt", "response"), ("prompt", "completion"), ("instruction", "output"),
     ("input", "output"), ("q", "a"), ("输入", "输出"), ("问题", "回答"), ("问题", "答案"), ("问", "答"),
 )  # fmt: skip
-THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")  # keys; as a role, a turn before the answer
+THOUGHTS = (  # keys; as a role, a turn before the answer
+    "reasoning_content", "thinking", "reasoning", "thought", "cot", "CoT", "complex_cot", "Complex_CoT",
+    "chain_of_thought", "reasoning_details",
+)  # fmt: skip
 # What of a turn is trained: OpenAI and Mistral say weight, ms-swift loss and loss_scale, LLaMA-Factory loss_weight,
 # axolotl train and training. MASKS say the contrary.
-WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask", "train", "training", "trainable")
+FLAGS = ("train", "training", "trainable", "train_on_turn", "do_train", "calculate_loss", "compute_loss", "learn",
+         "supervise", "supervised")  # fmt: skip
+WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask", *FLAGS)
 MASKS = ("mask", "masked")
 SPANS = ("train_detail", "training_detail")  # axolotl's flags for parts of a turn
 TURN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, "tool_calls", "function_call", *THOUGHTS, *WEIGHTS, *MASKS}
 CALLED_KEYS = {"parameters", "observation"}  # ChatGLM3's turn of a tool: what it was called with, what it gave back
 MEDIA = ("image", "audio", "video", "file")  # how the types of parts that are no text begin
+MEDIA_KEY = re.compile(  # names of keys and columns that hold pictures, sound or films, or say where they lie
+    r"(input_?)?(image|img|picture|photo|audio|video)s?"
+    r"(_?(path|file|file_?name|url|uri|bytes|base64|b64|data|array|values|features|tensor)s?)?|pixel_values(_\w+)?",
+    re.IGNORECASE,
+)
+ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs")  # of a call; input is Anthropic's
+CALL_KEYS = {"name", "id", "type", "index", "function", "call_id", "tool_call_id", "cache_control", *ARGUMENTS}
+CHANNELS = ("analysis", "commentary", "final")  # of gpt-oss: a thought, a call, an answer
 LEAVE_OUT = "leave such rows out with --skip-bad"
 
 
@@ -63,11 +78,11 @@ def turns_of(value: object, where: str) -> list[Message]:
     thought = ""
     for n, turn in enumerate(turns):
         place = f"{where}[{n}]"
-        if isinstance(turn, dict) and _role(turn)[1] in THOUGHTS:
-            thought = _thought_alone(turn, turns[n + 1 :], place)
+        if isinstance(turn, dict) and _is_thought(turn):
+            thought = _lines(thought, _thought_alone(turn, turns[n + 1 :], place))
             continue
         for message in _turn(turn, place):
-            message, thought = replace(message, thought=thought or message.thought), ""
+            message, thought = replace(message, thought=_lines(thought, message.thought)), ""
             if message.role == "system" and messages:
                 raise FieldError(f"{place}.role", "a system message after the first turn", received="system")
             if messages and _goes_on(messages[-1], message, turn):
@@ -77,6 +92,29 @@ def turns_of(value: object, where: str) -> list[Message]:
     return messages
 
 
+def _lines(*texts: str) -> str:
+    return "\n".join(filter(None, texts))
+
+
+def _channel(turn: Mapping[str, Any]) -> str:
+    """Where gpt-oss says it: one of CHANNELS, or ""."""
+    channel = turn.get("channel")
+    return channel if channel in CHANNELS and ROLES.get(_role(turn)[1]) in ("assistant", "tool") else ""
+
+
+def _recipient(turn: Mapping[str, Any]) -> str:
+    """Which tool an answer of gpt-oss speaks to."""
+    if not _channel(turn) or ROLES[_role(turn)[1]] != "assistant":
+        return ""
+    return _name(turn, "recipient").removeprefix("functions.")
+
+
+def _is_thought(turn: Mapping[str, Any]) -> bool:
+    if _channel(turn) == "analysis" and ROLES[_role(turn)[1]] == "assistant":
+        return not _recipient(turn)
+    return _role(turn)[1] in THOUGHTS
+
+
 def _thought_alone(turn: Mapping[str, Any], after: list[Any], where: str) -> str:
     """A thought in a turn of its own: it belongs to the answer that follows."""
     role = _role(after[0])[1] if after and isinstance(after[0], dict) else ""
@@ -84,7 +122,12 @@ def _thought_alone(turn: Mapping[str, Any], after: list[Any], where: str) -> str
         raise FieldError(
             where, "a thought without an answer after it", received=role or "the end", expected="assistant"
         )
-    text, thought = _content(turn.get(_text_key(turn)), f"{where}.{_text_key(turn)}", required=True)
+    if _weight(turn, where) != 1:
+        raise FieldError(
+            where, "a thought with a weight of its own", received="not 1", expected="the weight at its answer"
+        )
+    key = next((key for key in (*TEXT_KEYS, "thinking") if turn.get(key)), "content")
+    text, thought = _content(turn.get(key), f"{where}.{key}", required=True)
     return text or thought
 
 
@@ -99,7 +142,7 @@ def _goes_on(before: Message, message: Message, turn: object) -> bool:
 
 
 def _is_call(turn: Mapping[str, Any]) -> bool:
-    return _role(turn)[1] in CALLS or bool(turn.keys() & CALLED_KEYS)
+    return _role(turn)[1] in CALLS or bool(turn.keys() & CALLED_KEYS) or bool(_recipient(turn))
 
 
 def _joined(before: Message, message: Message, where: str) -> Message:
@@ -110,8 +153,13 @@ def _joined(before: Message, message: Message, where: str) -> Message:
             received=f"{before.weight:g} and {message.weight:g}",
             expected="one weight for the whole answer",
         )
-    thought = "\n".join(text for text in (before.thought, message.thought) if text)
+    thought = _lines(before.thought, message.thought)
     return replace(before, tool_calls=(*before.tool_calls, *message.tool_calls), thought=thought)
+
+
+def speaker(turn: Mapping[str, Any]) -> str:
+    """Whose turn it is; "" where nothing says so."""
+    return ROLES.get(_role(turn)[1], "")
 
 
 def _role(turn: Mapping[str, Any]) -> tuple[str, str]:
@@ -129,13 +177,14 @@ def _turn(turn: object, where: str) -> list[Message]:
         return [Message("user", turn[0]), _said(turn[1], f"{where}[1]")]
     if not isinstance(turn, dict):
         raise FieldError(where, "not a turn", received=shorten(turn), expected="{role, content}")
+    _no_media_beside(turn, where)
     role_key, role = _role(turn)
     if not role and (pair := pair_of(turn)):
         return _pair(turn, pair, where)
     key = _text_key(turn)
-    if role in CALLS:
-        calls = parsed(turn.get(key), f"{where}.{key}", '{"name": ..., "arguments": {...}}')
-        calls = _calls(calls, f"{where}.{key}")
+    if role in CALLS or _recipient(turn):
+        said = turn.get(key) if role in CALLS else {"name": _recipient(turn), "arguments": turn.get(key)}
+        calls = _calls(parsed(said, f"{where}.{key}", '{"name": ..., "arguments": {...}}'), f"{where}.{key}")
         return [
             Message("assistant", "", tool_calls=calls, thought=thought_of(turn, where), weight=_weight(turn, where))
         ]
@@ -144,7 +193,48 @@ def _turn(turn: object, where: str) -> list[Message]:
         raise FieldError(f"{where}.{role_key}", "unknown role", received=shorten(turn.get(role_key)), expected=expected)
     if ROLES[role] == "tool":
         return _tool(turn, key, where)
-    return [_message(turn, key, ROLES[role], where)]
+    if _channel(turn) == "commentary":
+        raise FieldError(
+            f"{where}.channel", "commentary to nobody", received="commentary", expected="a recipient", fix=LEAVE_OUT
+        )
+    turn, results = _parts_of_calls(turn, key, ROLES[role], where)
+    return results if results and not turn[key] else [*results, _message(turn, key, ROLES[role], where)]
+
+
+def _no_media_beside(turn: Mapping[str, Any], where: str) -> None:
+    """Refuse pictures, sound and films that stand in keys of their own."""
+    for key, value in turn.items():
+        if isinstance(key, str) and MEDIA_KEY.fullmatch(key) and value not in ("", [], {}) and not missing(value):
+            raise no_media(f"{where}.{key}", value)
+
+
+def _parts_of_calls(
+    turn: Mapping[str, Any], key: str, role: Role, where: str
+) -> tuple[Mapping[str, Any], list[Message]]:
+    """Anthropic's parts: calls in an answer go beside its text, results in a user's turn are turns before it."""
+    parts = turn.get(key)
+    if not isinstance(parts, list):
+        return turn, []
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
+    if role == "assistant" and "tool_use" in kinds:
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise FieldError(f"{where}.{key}", "calls in two places", received="tool_use", expected="one list of them")
+        calls = [part for part, kind in zip(parts, kinds, strict=True) if kind == "tool_use"]
+        rest = [part for part, kind in zip(parts, kinds, strict=True) if kind != "tool_use"]
+        return {**turn, key: rest, "tool_calls": calls}, []
+    if role == "user" and "tool_result" in kinds:
+        count = kinds.count("tool_result")
+        if "tool_result" in kinds[count:]:
+            raise FieldError(
+                f"{where}.{key}", "text before a tool's result", received=shorten(parts), expected="the results first"
+            )
+        results = []
+        for n, part in enumerate(parts[:count]):
+            content = part.get("content")
+            text = "" if content is None else _content(content, f"{where}.{key}[{n}].content", required=True)[0]
+            results.append(Message("tool", text, call_id=_name(part, "tool_use_id")))
+        return {**turn, key: parts[count:]}, results
+    return turn, []
 
 
 def _message(turn: Mapping[str, Any], key: str, role: Role, where: str) -> Message:
@@ -158,7 +248,7 @@ def _message(turn: Mapping[str, Any], key: str, role: Role, where: str) -> Messa
         return Message(role, content)
     if not calls:
         _said(content, f"{where}.{key}")
-    thought = "\n".join(text for text in (thought_of(turn, where), thought) if text)
+    thought = _lines(thought_of(turn, where), thought)
     return Message(role, content, tool_calls=calls, thought=thought, weight=_weight(turn, where))
 
 
@@ -177,6 +267,8 @@ def pair_of(values: Mapping[str, Any]) -> tuple[str, str] | None:
 def unused_keys(turn: Mapping[str, Any]) -> set[str]:
     """The keys of a turn that nothing is made of."""
     known = TURN_KEYS | TURN_IDS | (CALLED_KEYS if _is_call(turn) else set())
+    known = known | ({"channel", "recipient"} if _channel(turn) else set())
+    known = known | ({"tools"} if ROLES.get(_role(turn)[1]) == "system" else set())
     if not _role(turn)[1] and (pair := pair_of(turn)):
         known = known | set(pair)
     return turn.keys() - known
@@ -257,7 +349,7 @@ def thought_of(turn: Mapping[str, Any], where: str = "") -> str:
         value = turn.get(key)
         place = f"{where}.{key}" if where else key
         if isinstance(value, list):
-            value = "\n".join(filter(None, _content(value, place, required=True)))
+            value = _lines(*_content(_plain_parts(value), place, required=True))
         if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
         if not isinstance(value, str):
@@ -265,6 +357,19 @@ def thought_of(turn: Mapping[str, Any], where: str = "") -> str:
         if value.strip() and value not in texts:  # some write it under two names
             texts.append(value)
     return "\n".join(texts)
+
+
+def _plain_parts(parts: list[Any]) -> list[Any]:
+    """OpenRouter's parts of a thought, {type: reasoning.text, text} or {type: reasoning.summary, summary}, as text."""
+    found = []
+    for part in parts:
+        kind = part.get("type", "reasoning.") if isinstance(part, dict) else ""
+        text = (
+            next((part[key] for key in ("text", "summary") if isinstance(part.get(key), str)), None) if kind else part
+        )
+        plain = isinstance(text, str) and (not kind or str(kind).startswith("reasoning."))
+        found.append({"type": "text", "text": text} if plain else part)
+    return found
 
 
 def _weight(turn: Mapping[str, Any], where: str) -> float:
@@ -287,6 +392,9 @@ def weight_of(value: object, name: str, where: str) -> float:
         return 1.0
     if isinstance(value, bool):
         return float(value is not (name in MASKS))
+    if isinstance(value, str) and name not in MASKS:  # a number as text, as in cells of CSV
+        with suppress(ValueError):
+            value = float(value)
     number = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
     if not number or name in MASKS:  # a mask of 1 may mean either
         expected = "true or false" if name in MASKS else "true, false, or a number from 0 (context only) on"
@@ -310,7 +418,18 @@ def _call(call: object, where: str) -> ToolCall:
     inner = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise FieldError(where, "not a call", received=shorten(call), expected="{name, arguments}")
-    arguments = inner.get("arguments", inner.get("parameters"))
+    holder = inner if inner.keys() & set(ARGUMENTS) or not isinstance(call, dict) else call
+    there = [key for key in ARGUMENTS if key in holder]
+    arguments = next((holder[key] for key in there if holder[key] not in (None, "", {})), None)
+    unknown = sorted(str(key) for key in inner.keys() - CALL_KEYS)
+    if not there and unknown:
+        raise FieldError(
+            where,
+            "a call whose arguments are not found",
+            received=", ".join(unknown),
+            expected='{"name": ..., "arguments": {...}}',
+            fix="name them arguments",
+        )
     own = _name(call, "id") if isinstance(call, dict) else ""
     if arguments is None or arguments == "":
         return ToolCall(inner["name"], "{}", own)
