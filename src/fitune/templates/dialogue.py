@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
-from fitune.errors import DataError, ModelError, shorten
+from fitune.errors import ConfigError, DataError, ModelError, shorten
 from fitune.records import Message, Segment
 from fitune.templates import thoughts
 from fitune.templates.base import Tools, joined, no_place_for_tools
-from fitune.templates.marks import moved, start, turns, unmarked
-from fitune.templates.rendering import ANSWER, ASKED, CALL, RESULT, SAID, USER, Marking, Renderer
+from fitune.templates.marks import CLOSE, moved, start, turns, unmarked
+from fitune.templates.rendering import ANSWER, ASKED, CALL, RESULT, SAID, USER, VALUE, Marking, Renderer
 
 _TAG = re.compile(r"<[^<>\n]*>|\[[^\[\]\n]*\]")  # what a border between prompt and answer must not cut
 MARKINGS: tuple[Literal["whole", "inner"], ...] = ("whole", "inner")
@@ -37,6 +37,13 @@ class Ends:
         return next_turn(self.renderer, found) is not None
 
     @cached_property
+    def repeated(self) -> str:
+        """What the template puts behind every last answer's stop, where that ends in the stop again (Command-R+)."""
+        text = answered(self.renderer).rpartition(SAID)[2]
+        after = text.partition(self.stop)[2] if self.stop else ""
+        return after if self.stop and self.stop in after else ""
+
+    @cached_property
     def call_stop(self) -> str | None:
         """The token that ends an answer that calls."""
         if not self.renderer.takes_calls:
@@ -46,7 +53,7 @@ class Ends:
         if self.appended:
             more = self.renderer.tried([USER, CALL, RESULT], manner, tools=True) or ""
             return _first_behind(self.renderer, text, more) or self.stop
-        if self.stop and self.stop in text.rpartition(ASKED)[2]:
+        if self.stop and self.stop in text.rpartition(VALUE)[2]:  # behind the call, not behind the question
             return self.stop
         ended = self.renderer.marks.last_special(text)
         return ended[1] if ended else self.stop
@@ -104,9 +111,9 @@ class Dialogue:
         """The rendering before an answer, with its header."""
         if turn not in self._prompts:
             before = self.messages[:turn]
-            asked = bool(before) and before[-1].role != "assistant"
-            found = None if asked else self._unasked(before)
-            self._prompts[turn] = self._text(before, generate=True) if found is None else found
+            asked = bool(before) and before[-1].role not in ("assistant", "system")
+            text = None if asked else self._unasked(before)
+            self._prompts[turn] = self._text(before, generate=True) if text is None else text
         return self._prompts[turn]
 
     def _unasked(self, before: Sequence[Message]) -> str | None:
@@ -114,25 +121,46 @@ class Dialogue:
 
         What stands before such an answer is seen in a rendering with one; its header is that of any answer.
         """
-        header = self._header
-        if before and not header:
+        if before and before[-1].role == "system" and self._text(before, generate=True).endswith(self._header):
+            return None
+        if before and not self._header:
             return None
         text = self._text([*before, ANSWER], generate=False)
         at = start(text, len(before))
-        if at is None or not header:
+        if at is None or not self._header:
             return None if at is None else text[:at].rstrip()
-        # an opened thought, or an empty one, stands in the header and perhaps not in the rendering
+        found = self._headed(text[:at])
+        return None if found is None else text[: found[0]] + self._header
+
+    def _headed(self, text: str, begin: int | None = None) -> tuple[int, int] | None:
+        """Where the header stands that comes last in what is before an answer, or first from `begin` on: both its ends.
+
+        An opened thought or an empty one, and words that begin the answer, stand in the header and perhaps not before
+        an answer that was given; a header before another message's text is not this one's.
+        """
+        last = text.rfind(CLOSE) + 1
+        header = self._header
         thought = min((header.index(kind.open) for kind in thoughts.KINDS if kind.open in header), default=0)
-        for written in filter(None, (header, header[:thought])):
-            if (found := text.rfind(written, 0, at)) >= 0:
-                return text[:found] + header
+        line = header[: header.find("\n") + 1]
+        for written in filter(None, (header, header[:thought], line if _TAG.search(line) else "")):
+            found = text.rfind(written, last) if begin is None else text.find(written, begin)
+            if found >= 0:
+                return found, found + len(written)
         return None
 
     @cached_property
     def _header(self) -> str:
         """What the template writes before an answer that is to come."""
-        plain, asked = self.renderer.text([USER]), self.renderer.text([USER], generate=True)
-        return asked.removeprefix(plain) if asked.startswith(plain) else ""
+        try:
+            plain = self.renderer.text([USER], self.tools)
+            asked = self.renderer.text([USER], self.tools, generate=True)
+        except ConfigError:
+            return ""
+        if plain == asked:  # the header is always there (Command-R7B)
+            header = asked.rpartition(ASKED)[2].partition(self.ends.stop or ASKED)[2]
+            return header if _TAG.search(header) else ""
+        at = _shared(plain, asked)  # where nothing is to come, some end the conversation with a token
+        return asked[at:] if ASKED in asked[:at] else ""
 
     def stable(self, turn: int) -> bool:
         """Does the prompt of this answer hold the earlier answers as they were when they were the last ones?"""
@@ -162,7 +190,8 @@ class Dialogue:
             rest = self.prompt(after)[len(self._kept(answer)) :]
             answered = self._answer(text, answer, stop)
             if stop is None and self.ends.appended:  # the token of the turn that follows, unless that is an answer too
-                stop = None if after == answer + 1 else self.renderer.marks.first_special(rest)
+                stop = self.renderer.marks.first_special(rest)
+                stop = None if after == answer + 1 and stop != self.ends.stop else stop
                 rest = rest.lstrip().removeprefix(stop) if stop else rest
                 answered = self._answer(text, answer, stop) if stop else answered[:-1]
             segments += answered
@@ -228,6 +257,13 @@ class Dialogue:
         """The answer in a rendering that does not begin with its prompt: what stands behind what both have."""
         shared = _shared(prompt, whole)
         rest = whole[shared:]
+        if self._header and self._header in prompt[shared:] and not turns(prompt[shared:]):
+            # what ends the turn before is another in the two: each has its own header, or the answer has none
+            at, near = start(whole, turn), max(0, shared - len(self._header))
+            found = self._headed(whole[:at]) if at is not None else self._headed(whole, near)
+            if found and found[0] >= near:
+                return whole[found[1] :]
+            return self._alone(turn) if at is None else whole[at:]
         if turns(prompt[shared:]) or turns(rest) - {turn}:  # the difference reaches into the prompt's texts
             return self._alone(turn)
         return rest.lstrip() if prompt[shared:] else rest
@@ -237,6 +273,8 @@ class Dialogue:
         alone = Dialogue((USER, self.messages[turn]), self.tools, self.renderer, self.ends)
         prompt, whole = alone.prompt(1), alone.whole(1)
         at = len(prompt) if whole.startswith(prompt) else start(whole, 1)
+        if at is None and (found := alone._headed(whole)):
+            at = found[1]
         if at is None:
             raise ModelError(
                 "the chat template writes a conversation otherwise once it is answered, and the answer cannot be told "
@@ -249,12 +287,14 @@ class Dialogue:
     def _ended(self, text: str, turn: int) -> tuple[str, str | None, str]:
         """(answer, its stop token, what the template puts behind it); None where the template ends it with nothing."""
         usual = self.ends.call_stop if self.messages[turn].tool_calls else self.ends.stop
+        kept = text.removesuffix(self.ends.repeated)
+        more = text[len(kept) :]
         for stop in dict.fromkeys((usual, self.ends.stop)):
-            before, found, after = text.rpartition(stop) if stop else (text, "", "")
+            before, found, after = kept.rpartition(stop) if stop else (kept, "", "")
             if found and not turns(after):
-                return before, stop, after
-        if self.ends.appended and usual is not None:
-            return text, None, ""
+                return before, stop, after + more
+        if (self.ends.appended or more) and usual is not None:
+            return kept, None, more
         raise ModelError(
             "the chat template does not end an answer with a stop token: a model trained so would never stop",
             received=repr(unmarked(text)[-40:]),
@@ -306,6 +346,12 @@ def _shared(one: str, other: str) -> int:
             if tag.start() < at < tag.end():
                 at = tag.start()
     return at
+
+
+def answered(renderer: Renderer) -> str:
+    """The rendering of a question and its answer; with tools, where the template fails without."""
+    messages = [USER, ANSWER]
+    return renderer.tried(messages) or renderer.tried(messages, tools=True) or ""
 
 
 def next_turn(renderer: Renderer, answered: str) -> str | None:

@@ -24,8 +24,8 @@ from typing import Any
 from fitune.errors import ConfigError, FituneError
 from fitune.records import Message, Segment
 from fitune.templates.base import Tools
-from fitune.templates.dialogue import Dialogue, Ends, next_turn
-from fitune.templates.rendering import ANSWER, DATED, MUSED, SAID, USER, Renderer, SystemRole
+from fitune.templates.dialogue import Dialogue, Ends, answered, next_turn
+from fitune.templates.rendering import DATED, MUSED, SAID, USER, Renderer, SystemRole
 
 NAMED = "default", "tool_use"  # templates that a tokenizer may have beside each other
 
@@ -213,10 +213,12 @@ def _quoted(value: Any) -> str:
 
 def find_stop(renderer: Renderer) -> str | None:
     """The special token that the template puts behind an answer (often not the tokenizer's EOS) or, where it puts none,
-    before the turn that follows."""
-    text = renderer.tried([USER, ANSWER]) or ""
+    before the turn that follows; the EOS, where it follows at once (Command-R7B ends the text, then the turn)."""
+    text = answered(renderer)
     after = text.rpartition(SAID)[2]
     found = [token for token in renderer.tokenizer.get_added_vocab() if token and token in after]
     if not found:
         return next_turn(renderer, text)
-    return min(found, key=lambda token: (after.index(token), -len(token)), default=None)
+    stop = min(found, key=lambda token: (after.index(token), -len(token)))
+    eos = renderer.tokenizer.eos_token
+    return str(eos) if eos and after.startswith(eos, after.index(stop) + len(stop)) else stop
