@@ -220,14 +220,7 @@ class Dialogue:
         """An answer as text, behind its prompt."""
         prompt, whole, message = self.prompt(turn), self.whole(turn), self.messages[turn]
         thought = message.thought or thoughts.split(message.content)[0]
-        mark = self.renderer.marks.wrapped(thought, turn)
-        if whole.startswith(prompt):
-            text = whole[len(prompt) :]
-            kind = thoughts.opened(prompt)
-            if kind and thought and text.lstrip().startswith(kind[0].open):  # the prompt has the tag already
-                text = thoughts.behind(prompt, text, mark)
-        else:
-            text = thoughts.behind(prompt, self._other_header(prompt, whole, turn), mark)
+        answer = message.content if message.thought else thoughts.answer_of(message.content)
         if thought and thoughts.closed(prompt):
             raise DataError(
                 "the template closes the thought before the answer begins, and the row has one",
@@ -235,23 +228,21 @@ class Dialogue:
                 expected="an answer without a thought",
                 fix="set in template_options what opens the thought, or leave such rows out",
             )
-        if thought and _squeezed(mark) not in _squeezed(text):
-            text = self._with_thought(text, mark, thought)
-        self._check_answer(text, turn)
-        return text
-
-    def _with_thought(self, text: str, mark: str, thought: str) -> str:
-        """The answer behind its thought, which the template left out, as the family writes it."""
-        place = self.renderer.thought_place
-        kind = thoughts.KINDS[0] if place == "field" else place
-        if kind is None:
+        text = whole[len(prompt) :] if whole.startswith(prompt) else self._other_header(prompt, whole, turn)
+        if start(text, turn) == 0 and not whole.startswith(prompt):  # blanks before it may be the answer's own
+            own = answer[: len(answer) - len(answer.lstrip())]
+            text = own + text if whole[: start(whole, turn)].endswith(own) else text
+        if thought and self.renderer.thought_place is None and not thoughts.written_in(text, thought, answer):
             raise DataError(
                 "the template has no place for a thought, and the vocabulary has no tags for one",
                 received=shorten(thought),
                 expected="a template that reads reasoning_content, or names <think>",
                 fix="--template chatml with the thought in the content, or leave the thoughts out of the data",
             )
-        return thoughts.written(mark, text.lstrip(), kind)
+        mark = self.renderer.marks.wrapped(thought, turn)
+        text = thoughts.behind(prompt, text, mark, answer, self.renderer.thought_style)
+        self._check_answer(text, turn)
+        return text
 
     def _other_header(self, prompt: str, whole: str, turn: int) -> str:
         """The answer in a rendering that does not begin with its prompt: what stands behind what both have."""
@@ -332,10 +323,6 @@ def _left_out(what: str, text: str) -> DataError:
         expected="a template with a place for it",
         fix="leave such rows out, or choose a template by name: --template chatml",
     )
-
-
-def _squeezed(text: str) -> str:
-    return "".join(unmarked(text).split())
 
 
 def _shared(one: str, other: str) -> int:

@@ -183,6 +183,7 @@ class Renderer:
             values["tool_call_id"] = self._own(message.call_id, turn, marked and "broken", tags=False)
         if message.name:
             values["name"] = self._own(message.name, turn, marked and "broken", tags=False)
+        message = self._apart(message)
         content: str | None = self._own(joined(message), turn, marked, tags=message.role == "assistant")
         thought = message.thought
         place = self.thought_place if thought else None
@@ -190,12 +191,23 @@ class Renderer:
             own = self._own(thought, turn, marked, tags=False)
             values |= {"reasoning_content": own, "thinking": own, "reasoning": own}
         elif place is not None and last:  # whoever serves the model sends earlier answers without what was thought
-            content = thoughts.written(self._own(thought, turn, marked, tags=False), content or "", place)
+            content = self.thought_style.written(self._own(thought, turn, marked, tags=False), content or "")
         if message.tool_calls:
             content = content or manner.content
             made = (lambda value: value) if marked is None else self.marks.everywhere
             values["tool_calls"] = [_call(call, manner, made) for call in message.tool_calls]
         return {**values, "content": content}
+
+    def _apart(self, message: Message) -> Message:
+        """A thought that stands in the text goes into its field, where the template has one: not all look for tags."""
+        place = self.thought_place == "field" and self.thought_style.seen  # between tags, not in a channel of its own
+        if message.role != "assistant" or message.thought or not place:
+            return message
+        thought = thoughts.split(message.content)[0]
+        kind = thoughts.tags_in(message.content)
+        if not thought or kind is None or not message.content.lstrip().startswith(kind.open):
+            return message
+        return replace(message, content=thoughts.answer_of(message.content), thought=thought)
 
     def _own(self, text: str, turn: int, marked: Marking, *, tags: bool) -> str:
         """A user's text; in an answer the tags of a thought are the family's, and templates look for them."""
@@ -279,14 +291,37 @@ class Renderer:
         return found is not None and GAVE in found
 
     @cached_property
+    def _thoughts(self) -> list[str]:
+        """Renderings of an answer with a thought: in its field, in a part of the content, beside a call, left out."""
+        mused = Message("assistant", SAID, thought=MUSED)
+        parts = [{"type": "thinking", "thinking": MUSED}, {"type": "text", "text": SAID}]
+        found = [self.tried([USER, mused])]
+        try:
+            asked: list[dict[str, Any]] = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": parts}]
+            found.append(self._render(asked, None, False))
+        except ConfigError:
+            found.append(None)
+        calling = replace(mused, tool_calls=CALL.tool_calls)
+        found.append(self.tried([USER, calling], self.manner, tools=True) if self.takes_calls else None)
+        return [text or "" for text in (*found, self.tried([USER, ANSWER]))]
+
+    @cached_property
     def thought_place(self) -> Literal["field"] | thoughts.Tags | None:
         """Where a thought goes: into its field, into the content between tags, or nowhere."""
-        found = self.tried([USER, Message("assistant", SAID, thought=MUSED)])
-        if found is not None and MUSED in found:
+        field, _, calling, _ = self._thoughts
+        if MUSED in field or MUSED in calling:  # Kimi K2 keeps those beside calls
             return "field"
         known = (kind for kind in thoughts.KINDS if kind.close in self.jinja)
         held = (kind for kind in thoughts.KINDS if single_id(self.tokenizer, kind.open) is not None)
         return next(known, None) or next(held, None)
+
+    @cached_property
+    def thought_style(self) -> thoughts.Style:
+        """How the template itself writes a thought; where it never does, as most do."""
+        place = self.thought_place
+        found = (thoughts.style_in(text, MUSED, SAID) for text in self._thoughts)
+        usual = place if isinstance(place, thoughts.Tags) else thoughts.KINDS[0]
+        return next(filter(None, found), thoughts.Style(usual))
 
 
 def _call(call: ToolCall, manner: Manner, made: Callable[[Any], Any] = lambda value: value) -> dict[str, Any]:
