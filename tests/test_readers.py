@@ -385,6 +385,23 @@ def test_a_file_of_text_is_a_document_and_a_folder_of_them_many(tmp_path: Path) 
     assert str(error).startswith(f"{tmp_path / 'e.txt'}:1: the document is empty")
 
 
+@pytest.mark.parametrize(
+    "content", [JSONL, "\n" + JSONL.replace("\n", "\n\n"), '[\n {"text": "a"},\n {"text": "b"}\n]\n']
+)
+def test_rows_in_json_under_the_name_of_a_text_are_rows(tmp_path: Path, content: str) -> None:
+    notes: list[str] = []
+    items = list(read(write(tmp_path / "rows.txt", content), notes.append))
+    rows = [(item[0], item[1].line) for item in items if not isinstance(item, DataError)]
+    assert rows == found(write(tmp_path / "rows.jsonl", content))
+    assert len(rows) == 2
+    assert notes == [f"{tmp_path / 'rows.txt'}: read as rows in JSON, which it holds, not as plain text"]
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}\nand more', "[1, 2]", "[]", '{"a": 1}\n[1]', '{"a": '])
+def test_other_text_stays_a_document(tmp_path: Path, content: str) -> None:
+    assert found(write(tmp_path / "a.txt", content)) == [({"text": content}, 1)]
+
+
 def test_texts_beside_rows_are_left_alone_with_a_note(tmp_path: Path) -> None:
     for name, content in (("a.jsonl", JSONL), ("README.md", "#"), ("LICENSE.txt", "x"), ("one.txt", "story")):
         write(tmp_path / name, content)

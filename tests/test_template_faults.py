@@ -212,6 +212,21 @@ def test_options_go_with_the_template() -> None:
     assert told == again.prompt([HI])
 
 
+@pytest.mark.parametrize("name", ["auto", "chat_template"])
+def test_options_that_the_template_never_reads_are_refused(name: str) -> None:
+    tokenizer = encoder_for(kinds.QWEN3, options={}).tokenizer
+    assert choose(name, tokenizer, options={"enable_thinking": False}).name == "chat_template"
+    with pytest.raises(Problems) as caught:
+        choose(name, tokenizer, options={"enable_thinkin": False, "tools": 1})
+    text = str(caught.value)
+    assert "template_options: the chat template never reads 'enable_thinkin'" in text
+    assert "did you mean 'enable_thinking'?" in text
+    assert "never reads 'tools'" in text  # set by the rows
+    silent = encoder_for(kinds.GEMMA2, options={}).tokenizer
+    with pytest.raises(ConfigError, match="never reads 'enable_thinking'"):
+        choose(name, silent, options={"enable_thinking": False})
+
+
 # ---- thoughts ----
 
 

@@ -213,13 +213,28 @@ def _suffix(path: Path) -> str:
 
 
 def _read_document(path: Path, notice: Notice) -> Iterator[Item]:
-    """A file of plain text is one document."""
+    """A file of plain text is one document, unless it is rows in JSON under another name."""
     with lines_of(path, notice) as lines:
         text = "".join(lines)
-    if text.strip():
+    if _holds_rows(text):
+        notice(f"{path}: read as rows in JSON, which it holds, not as plain text")
+        yield from read_json(path, lambda text: None)
+    elif text.strip():
         yield {"text": text}, Source(str(path), 1)
     else:
         yield DataError("the document is empty", file=path, line=1, expected="some text to train on")
+
+
+def _holds_rows(text: str) -> bool:
+    """Is a text nothing but JSON objects, one a line or all in a list?"""
+    start = text.lstrip("\ufeff \t\r\n")[:1]
+    try:
+        if start == "{":
+            return all(isinstance(json.loads(line), dict) for line in text.split("\n") if line.strip())
+        rows = json.loads(text) if start == "[" else []
+    except (ValueError, RecursionError):
+        return False
+    return bool(rows) and all(isinstance(row, dict) for row in rows)
 
 
 READERS: dict[str, Callable[[Path, Notice], Iterator[Item]]] = {

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fitune.errors import ConfigError, did_you_mean
+from fitune.errors import Collector, ConfigError, did_you_mean
 from fitune.templates import chatglm, jinja, pieces, user
 from fitune.templates.base import Template
 from fitune.templates.jinja import ChatTemplate
@@ -48,6 +48,7 @@ def choose(
         ConfigError: the name is unknown, or the YAML file cannot be used; the folder's files contradict each other.
     """
     own = name in ("auto", "chat_template") and bool(getattr(tokenizer, "chat_template", None))
+    own = own and not (name == "auto" and getattr(tokenizer, "family", None) in TABLE)
     if (options or system_role == "first-user") and not own:
         raise ConfigError(
             "template_options and system_role are for the tokenizer's own chat template",
@@ -69,7 +70,9 @@ def choose(
         return TABLE[tokenizer.family]  # ChatGLM's ids cannot be written as text, so not by a Jinja template either
     if name in ("auto", "chat_template"):
         if tokenizer.chat_template:
-            return jinja.of_tokenizer(tokenizer, system_role=system_role, options=options, date=date)
+            template = jinja.of_tokenizer(tokenizer, system_role=system_role, options=options, date=date)
+            _check_options(options or {}, template)
+            return template
         if name == "chat_template":
             raise ConfigError("template 'chat_template': this tokenizer has none", fix="name one: --template alpaca")
         return TABLE["alpaca"]
@@ -82,6 +85,27 @@ def choose(
             fix=did_you_mean(name, known),
         )
     return TABLE[name]
+
+
+def _check_options(options: Mapping[str, Any], template: ChatTemplate) -> None:
+    """Refuse options that the template never reads: they would change nothing.
+
+    Raises:
+        ConfigError: each of them is named, with the nearest that it reads.
+    """
+    known = template.reads()
+    problems = Collector()
+    for option in options:
+        if option not in known:
+            problems.problems.append(
+                ConfigError(
+                    f"template_options: the chat template never reads {option!r}",
+                    received=f"{option}={options[option]}",
+                    expected=", ".join(sorted(known)) or "nothing: it reads no options",
+                    fix=did_you_mean(option, known) or "leave it out",
+                )
+            )
+    problems.raise_any()
 
 
 def from_dict(values: dict[str, Any], tokenizer: Any) -> Template:

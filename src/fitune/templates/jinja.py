@@ -137,6 +137,10 @@ class ChatTemplate:
             before += f"{{%- macro {DATED}(form) -%}}{{{{ {_quoted(dates)}[form] }}}}{{%- endmacro -%}}\n"
         return before + text
 
+    def reads(self) -> set[str]:
+        """The names of variables that it reads, but for those that it is always given."""
+        return set().union(*(renderer.reads for renderer in self._renderers.values()))
+
     @property
     def moves_system(self) -> bool:
         """Do system texts stand in the first user's turn?"""

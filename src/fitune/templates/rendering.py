@@ -26,6 +26,7 @@ SystemRole = Literal["auto", "keep", "first-user"]
 # broken, or (None) not at all, as whoever serves the model renders them
 Marking = Literal["whole", "inner", "broken"] | None
 CALL_ID = re.compile(r"call\d{5}")  # ids of calls, where a template asks for them: the turn and the number in it
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 DATED = "strftime_now"  # the function by which a template asks for today's date
 
 
@@ -145,6 +146,15 @@ class Renderer:
                 received=shorten(str(error), 300),
                 fix="choose a template by name: --template chatml",
             ) from error
+
+    @property
+    def reads(self) -> set[str]:
+        """The names of variables that the template reads, but for those that `text` always sets."""
+        from jinja2 import meta
+
+        environment = self._compiled.environment
+        names: set[str] = meta.find_undeclared_variables(environment.parse(self.jinja))
+        return names - set(environment.globals) - {DATED, *GIVEN}
 
     # ---- messages as templates want them ----
 
