@@ -231,3 +231,19 @@ def test_thoughts_have_many_names(thought: dict[str, Any]) -> None:
 def test_a_thought_that_is_hidden_is_refused_by_name() -> None:
     hidden = [{"type": "reasoning.encrypted", "data": "x"}]
     assert "messages[1].reasoning_details[0]: not a part" in refused(USER, {**ANSWER, "reasoning_details": hidden})
+
+
+@pytest.mark.parametrize(
+    ("turns", "fix"),
+    [
+        ([USER, ANSWER, USER], "end it with an answer, or leave such rows out with --skip-bad"),
+        ([USER, {"role": "system", "content": "s"}, ANSWER], "join them in one, at the beginning, or leave such rows"),
+        ([{**USER, "content": "\ud83d"}, ANSWER], "write the whole character, or leave such rows out with --skip-bad"),
+    ],
+)
+def test_what_is_wrong_with_turns_has_a_fix(turns: list[Any], fix: str) -> None:
+    assert f"fix:      {fix}" in refused(*turns)
+
+
+def test_a_system_column_beside_a_systems_turn_has_a_fix() -> None:
+    assert "fix:      join them in one" in refused({"role": "system", "content": "s"}, USER, ANSWER, system="t")

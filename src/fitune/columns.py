@@ -6,6 +6,7 @@ column that means something else than its name says is left out with `--map COLU
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -33,9 +34,11 @@ OTHERWISE = "if the column means something else: --map {}=ignore"
 
 # Parts of names that tell a question from an answer, in the order in which they are looked for
 ASKED = ("question", "query", "prompt", "instruct", "input", "request", "problem", "ask", "user", "human", "source",
-         "问", "题", "指令", "输入", "提示", "content", "title")  # fmt: skip
-SAID = ("answer", "response", "completion", "output", "reply", "target", "solution", "summary", "assistant",
+         "问", "题", "指令", "输入", "提示", "content", "article", "document", "sentence", "title")  # fmt: skip
+SAID = ("answer", "response", "completion", "output", "reply", "target", "solution", "summary", "highlight", "headline",
+        "sentiment", "assistant",
         "答", "回复", "输出", "摘要")  # fmt: skip
+Q_AND_A = re.compile(r"(^|[_\s.-])q([_\s.-]|$)"), re.compile(r"(^|[_\s.-])a([_\s.-]|$)")  # q_text and a_text
 
 
 def refuse(row: Row) -> None:
@@ -194,6 +197,9 @@ def propose(lengths: Mapping[str, int]) -> str:
         return "--map COLUMN=prompt COLUMN=completion"
     if len(texts) == 1:
         return f"--map {_quoted(next(iter(texts)))}=text"
+    letters = [next((name for name in texts if letter.search(name.lower())), None) for letter in Q_AND_A]
+    if letters[0] and letters[1]:
+        return f"--map {_quoted(letters[0])}=prompt {_quoted(letters[1])}=completion"
     free = _free(texts, ASKED) or list(texts)
     said = _named(texts, SAID) or max(reversed(free), key=lambda name: texts[name])  # of equal ones the last
     rest = {name: size for name, size in texts.items() if name != said}

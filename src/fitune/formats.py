@@ -16,7 +16,17 @@ from fitune.columns import FIELDS, IGNORE, propose, refuse, sizes, taken, used, 
 from fitune.errors import ConfigError, DataError, did_you_mean, shorten
 from fitune.fields import FieldError, Row, listed, missing, text_of
 from fitune.records import SPAN, Conversation, Message, Source
-from fitune.turns import LEAVE_OUT, PAIRS, ROLE_KEYS, ending_in_answer, speaker, thought_of, turns_of, unused_keys
+from fitune.turns import (
+    LEAVE_OUT,
+    ONE_SYSTEM,
+    PAIRS,
+    ROLE_KEYS,
+    ending_in_answer,
+    speaker,
+    thought_of,
+    turns_of,
+    unused_keys,
+)
 
 TOOLS = ("tools", "functions")  # the second is OpenAI's older name
 SYSTEMS, HISTORIES = ("system", "system_prompt", "系统"), ("history", "历史")
@@ -350,7 +360,7 @@ def to_conversation(
         root = re.split(r"[.\[]", error.field)[0]
         field = own.get(root, root) + error.field[len(root) :]
         fix = error.fix
-        if not error.field and isinstance(row, dict):
+        if error.what == UNKNOWN and isinstance(row, dict):
             fix = fix or what_they_are(sizes(row))
         raise DataError(
             error.what,
@@ -373,13 +383,19 @@ def _convert(row: Row, source: Source, name: str, columns: Mapping[str, str]) ->
     named = next((field for field in SYSTEMS if field in fmt.uses and not missing(row.get(field))), "")
     system = text_of(row, named) if named else ""
     if system and messages[0].role == "system":
-        raise FieldError(named, "a second system message", received=shorten(system), expected="one")
+        raise FieldError(named, "a second system message", received=shorten(system), expected="one", fix=ONE_SYSTEM)
     if system:
         messages = [Message("system", system), *messages]
     tools = _tools(row, fmt) if "tools" in fmt.uses else ()
     for text in (*_texts(messages), json.dumps(tools, ensure_ascii=False, default=str) if tools else ""):
         if half := SURROGATE.search(text):
-            raise FieldError("", "half a character (a lone surrogate)", received=shorten(half[0]), expected="text")
+            raise FieldError(
+                "",
+                "half a character (a lone surrogate)",
+                received=shorten(half[0]),
+                expected="text",
+                fix=f"write the whole character, or {LEAVE_OUT}",
+            )
     return Conversation(tuple(messages), source=source, format=fmt.name, tools=tools)
 
 

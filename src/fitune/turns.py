@@ -58,12 +58,14 @@ ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs")  # of a call;
 CALL_KEYS = {"name", "id", "type", "index", "function", "call_id", "tool_call_id", "cache_control", *ARGUMENTS}
 CHANNELS = ("analysis", "commentary", "final")  # of gpt-oss: a thought, a call, an answer
 LEAVE_OUT = "leave such rows out with --skip-bad"
+ONE_SYSTEM = f"join them in one, at the beginning, or {LEAVE_OUT}"
 
 
 def ending_in_answer(messages: list[Message], where: str) -> list[Message]:
     """The messages, the last of which is an answer."""
     if messages[-1].role != "assistant":
-        raise FieldError(where, "no answer at the end", received=messages[-1].role, expected="assistant")
+        fix = f"end it with an answer, or {LEAVE_OUT}"
+        raise FieldError(where, "no answer at the end", received=messages[-1].role, expected="assistant", fix=fix)
     return messages
 
 
@@ -84,7 +86,8 @@ def turns_of(value: object, where: str) -> list[Message]:
         for message in _turn(turn, place):
             message, thought = replace(message, thought=_lines(thought, message.thought)), ""
             if message.role == "system" and messages:
-                raise FieldError(f"{place}.role", "a system message after the first turn", received="system")
+                what = "a system message after the first turn"
+                raise FieldError(f"{place}.role", what, received="system", expected="one at most", fix=ONE_SYSTEM)
             if messages and _goes_on(messages[-1], message, turn):
                 messages[-1] = _joined(messages[-1], message, place)
             else:
