@@ -252,7 +252,7 @@ def test_timeline_with_and_without_colour() -> None:
     plain = printed(plan_timeline(example(), 96, 12))
     lines = plain.splitlines()
     assert "▼" in lines[0]
-    assert "peak 16.1 GiB" in lines[0]
+    assert "peak of tensors 16.1 GiB" in lines[0]
     assert "A" in plain
     assert not any(block in plain for block in "▁▂▃▄▅▆▇█")
     assert lines[1].startswith("24.0 │")

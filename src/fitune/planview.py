@@ -355,7 +355,7 @@ def _draw_timeline(plan: Plan, width: int, height: int, pens: Pens) -> Text:
     levels = [_levels(stack, height * 8 / high) for stack in stacks]
     top = max(range(len(totals)), key=totals.__getitem__)
     text = Text(no_wrap=True, overflow="crop")
-    text.append(_peak_above(f"peak {unit.named(plan['peak']['bytes'])}", left + 1 + top, width, pens) + "\n", "bold")
+    text.append(_peak_above(f"peak of tensors {unit.named(plan['peak']['bytes'])}", left + 1 + top, width, pens) + "\n", "bold")
     axis = {height - 1: unit.text(high), 0: "0"} | ({line: unit.text(budget)} if line is not None else {})
     for row in reversed(range(height)):
         text.append(axis.get(row, "").rjust(left - 1) + " " + pens.sign("│", "|"), "dim")
@@ -530,7 +530,7 @@ def _area(plan: Plan, width: int) -> str:
         form=unit.form,
         spans=_spans(points),
         limit=_limit(plan, unit),
-        peak=Peak(at[top], totals[top] / unit.size, f"peak {unit.named(plan['peak']['bytes'])}"),
+        peak=Peak(at[top], totals[top] / unit.size, f"peak of tensors {unit.named(plan['peak']['bytes'])}"),
         width=width,
     )
 
