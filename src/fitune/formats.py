@@ -444,6 +444,8 @@ def notes(row: Row, conversation: Conversation, columns: Mapping[str, str]) -> l
     weights = [m.weight for m in conversation.messages if m.role == "assistant"]
     renamed = _renamed(row, _understood(row, "auto", columns))[0]
     found = taken(renamed, flat=_is_flat(NAMES[conversation.format]))
+    if conversation.format == "preference":
+        found = [*found, "of preference: the chosen answer alone is trained, as plain tuning"]
     if not any(weights):
         return [*found, "without an answer of weight above 0: left out"]
     if not all(weights):
