@@ -355,7 +355,8 @@ def _draw_timeline(plan: Plan, width: int, height: int, pens: Pens) -> Text:
     levels = [_levels(stack, height * 8 / high) for stack in stacks]
     top = max(range(len(totals)), key=totals.__getitem__)
     text = Text(no_wrap=True, overflow="crop")
-    text.append(_peak_above(f"peak of tensors {unit.named(plan['peak']['bytes'])}", left + 1 + top, width, pens) + "\n", "bold")
+    mark = f"peak of tensors {unit.named(plan['peak']['bytes'])}"
+    text.append(_peak_above(mark, left + 1 + top, width, pens) + "\n", "bold")
     axis = {height - 1: unit.text(high), 0: "0"} | ({line: unit.text(budget)} if line is not None else {})
     for row in reversed(range(height)):
         text.append(axis.get(row, "").rjust(left - 1) + " " + pens.sign("│", "|"), "dim")
