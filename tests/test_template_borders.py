@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import chat_templates as kinds
-from fitune import labels
+from fitune import handover, labels
 from fitune.encode import Encoder
+from fitune.errors import FituneError
 from fitune.records import Conversation, Message, Source, ToolCall
 from fitune.templates.jinja import of_tokenizer
 
@@ -192,3 +194,14 @@ def test_what_ends_calls_ends_generation_too() -> None:
     assert encoder.template.other_stops == ("<|call|>",)
     stops = encoder.tokenizer.convert_tokens_to_ids(["<|end|>", "<|call|>"])
     assert set(stops) <= set(encoder.stop_ids)
+
+
+def test_a_template_that_fails_without_tools_is_handed_over(tmp_path: Path) -> None:
+    """What is typed at the edges of a message is tried with a tool then."""
+    tokenizer = kinds.make_tokenizer(LAST_RESULT.replace("{% for t in tools %}", "{% for t in tools + [] %}"))
+    with pytest.raises(FituneError):
+        Encoder(tokenizer, of_tokenizer(tokenizer)).prompt([USER])
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    found = handover.hand_over(tmp_path, tokenizer, of_tokenizer(tokenizer))
+    assert found.written
+    assert "tools" in found.proof.same

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -385,8 +385,7 @@ def _exceptions(jinja: Jinja, plain: Any, encoder: Encoder) -> list[str]:
     """What a user may type that others encode otherwise than fitune, whatever the template."""
     found = []
     named = next((t for t in plain.all_special_tokens if plain.convert_tokens_to_ids(t) in encoder.stop_ids), None)
-    typed = _talk(f"Say {named} now")
-    expected = encoder.prompt(typed.messages)
+    typed, expected = _written(encoder, _talk(f"Say {named} now"))
     if named is not None and _rendered(jinja, plain, typed, encoder) != expected:
         literal = _rendered(jinja, plain, typed, encoder, sanitize_control_tokens=True) == expected
         unless = ", unless `sanitize_control_tokens=True` is given" if literal else ""
@@ -396,13 +395,23 @@ def _exceptions(jinja: Jinja, plain: Any, encoder: Encoder) -> list[str]:
         )
     differing = [
         name
-        for name, conversation in EDGES.items()
-        if _rendered(jinja, plain, conversation, encoder) != encoder.prompt(conversation.messages)
+        for name, (edge, ids) in {name: _written(encoder, one) for name, one in EDGES.items()}.items()
+        if _rendered(jinja, plain, edge, encoder) != ids
     ]
     return [
         *found,
         *([f"{', '.join(differing)}: it becomes one token with what stands beside it"] if differing else []),
     ]
+
+
+def _written(encoder: Encoder, conversation: Conversation) -> tuple[Conversation, list[int] | None]:
+    """A conversation and its prompt, with a tool where the template fails without one; None where it fails so too."""
+    for one in (conversation, replace(conversation, tools=(_TOOL,))):
+        try:
+            return one, encoder.prompt(one.messages, one.tools)
+        except FituneError:
+            continue
+    return conversation, None
 
 
 def _write_pieces(folder: Path, encoder: Encoder, plain: Any) -> bool:
