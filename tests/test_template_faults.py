@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,35 @@ def test_a_greeting_that_trains_the_default_system_text_is_found() -> None:
     found = preflight.label_border(replace(p, encoder=wrong, samples=samples))
     assert found.level == "refuse"
     assert "labels in turn 1, where its answer has" in found.text
+
+
+def test_rows_with_wrong_labels_are_named_and_can_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_with(kinds.QWEN25, tmp_path / "model")
+    data = write(
+        tmp_path / "rows.jsonl", [[HI, HELLO]] * 120 + [[HELLO, HI, HELLO]] + [[HI, HELLO], [HELLO, HI, HELLO]]
+    )
+    clean = read(folder, data, cache="none", skip_bad=True)
+    assert (clean.report.kept, clean.report.skipped_bad) == (123, 0)
+    own = ChatTemplate.prompt, ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "prompt", lambda self, m, tools=(): own[0](self, m, tools) if m else [])
+
+    def render(self: Any, m: Any, tools: Any = ()) -> list[Segment]:
+        first = m[0].role == "assistant"
+        return [replace(s, trained=True) if first and s.turn == 0 else s for s in own[1](self, m, tools)]
+
+    monkeypatch.setattr(ChatTemplate, "render", render)
+    (found,) = [one for one in read(folder, data, cache="none").findings if one.rule == "label-border"]
+    assert found.level == "refuse"
+    assert re.search(
+        r"rows.jsonl:12[13]: \d+ labels in turn 1, .*: '.*system.*Hello.*', not 'Hello.*'; expected", found.text
+    )
+    assert "--skip-bad" in str(found.fix)
+    skipped = read(folder, data, cache="none", skip_bad=True)
+    assert (skipped.report.rows, skipped.report.kept, skipped.report.skipped_bad) == (121, 121, 2)
+    assert [text.split(": ")[0] for text in skipped.report.skipped] == [f"{data}:121", f"{data}:123"]
+    assert {one.rule: one.level for one in skipped.findings}["label-border"] == "ok"
+    with pytest.raises(DataError, match="labels are not the answer's own"):
+        read(folder, write(tmp_path / "bad.jsonl", [[HELLO, HI, HELLO]] * 2), cache="none", skip_bad=True)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.options])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fitune import documents, lengths, preflight, rows, templates
+from fitune import documents, labels, lengths, preflight, rows, templates
 from fitune.cache import Cache, code_version, default_folder, folder_digest, key
 from fitune.checkpoint import RunFolder
 from fitune.config import LengthPolicy, RunConfig
@@ -53,6 +53,7 @@ class _Desk:
     words: Any
     cache: Cache
     watch: Watcher
+    every_label: bool = False  # rows whose labels are not the answers' own are left out as bad ones
 
     def encoded(self, some: Rows, encoder: Encoder) -> Samples:
         """The samples of these rows."""
@@ -96,6 +97,10 @@ def read(
         data = _read(desk, limit, vocabulary)
         anew = replace(stale, level="fixed", text=f"{stale.text}; it was made anew")
         data.findings = [anew if finding.rule == stale.rule else finding for finding in data.findings]
+    border = next((finding for finding in data.findings if finding.rule == "label-border"), None)
+    if border is not None and border.level == "refuse" and config.skip_bad:  # a few rows were looked at: now all are
+        desk.every_label = True
+        data = _read(desk, limit, vocabulary)
     return data
 
 
@@ -335,12 +340,15 @@ def _written(desk: _Desk, some: Rows, encoder: Encoder, report: DataReport) -> S
             counted and listed.
     """
     whole = desk.encoded(some, encoder)
-    if not whole.bad:
+    bad = dict(whole.bad)
+    if desk.every_label:
+        bad |= labels.wrong_rows(encoder, whole, [n for n in range(len(some)) if n not in bad])
+    if not bad:
         return whole
     reasons: dict[str, list[DataError]] = {}
-    for row, error in sorted(whole.bad.items()):
+    for row, error in sorted(bad.items()):
         reasons.setdefault(error.what.removeprefix(f"{some.source(row)}: "), []).append(error)
-    if not desk.config.skip_bad or len(whole.bad) == len(some):
+    if not desk.config.skip_bad or len(bad) == len(some):
         problems = Collector()
         for errors in reasons.values():
             first = errors[0]
@@ -350,10 +358,10 @@ def _written(desk: _Desk, some: Rows, encoder: Encoder, report: DataReport) -> S
         problems.raise_any()
     for reason, errors in reasons.items():
         report.bad_reasons[reason] = report.bad_reasons.get(reason, 0) + len(errors)
-    report.skipped_bad += len(whole.bad)
-    report.skipped = [*report.skipped, *(e.what for _, e in sorted(whole.bad.items()))][: rows.MOST_PROBLEMS]
-    good = some.view(np.setdiff1d(np.arange(len(some)), list(whole.bad)))
-    report.rows, report.formats = report.rows - len(whole.bad), good.formats()
+    report.skipped_bad += len(bad)
+    report.skipped = [*report.skipped, *(e.what for _, e in sorted(bad.items()))][: rows.MOST_PROBLEMS]
+    good = some.view(np.setdiff1d(np.arange(len(some)), list(bad)))
+    report.rows, report.formats = report.rows - len(bad), good.formats()
     return desk.encoded(good, encoder)
 
 

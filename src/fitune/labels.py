@@ -5,7 +5,7 @@ In: a row, one of its samples, the turns that it trains. Out: what is wrong, as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,14 @@ import numpy as np
 
 from fitune.batches import flat
 from fitune.encode import Encoder
-from fitune.errors import FituneError
+from fitune.errors import DataError, FituneError, shorten
 from fitune.records import SPAN, Conversation, Message, Sample
+from fitune.store import Samples
 from fitune.templates import thoughts
 from fitune.templates.rendering import CALL_ID
+
+EXPECTED = "labels on each answer's own text and its stop"
+FIX = "leave such rows out with --skip-bad, or choose a template by name: --template chatml"
 
 
 def wrong(encoder: Encoder, row: Conversation, sample: Sample, turns: Sequence[int]) -> str:
@@ -41,8 +45,37 @@ def wrong(encoder: Encoder, row: Conversation, sample: Sample, turns: Sequence[i
         labelled = labelled[len(run) :]
         here, alone = sample.ids[run].tolist(), [] if filled else _alone(encoder, row, turn)
         if alone and here != alone and _text(encoder, here) != _text(encoder, alone):
-            return f"{len(here)} labels in turn {turn + 1}, where its answer has {len(alone)}"
+            said, own = (shorten(str(encoder.tokenizer.decode(ids))) for ids in (here, alone))
+            return f"{len(here)} labels in turn {turn + 1}, where its answer has {len(alone)}: {said}, not {own}"
     return ""
+
+
+def of_row(encoder: Encoder, row: Conversation, made: Sequence[Sample]) -> list[tuple[Conversation, Sample, list[int]]]:
+    """A row's samples and the turns that each trains; none where one is cut, or the row is plain text."""
+    if row.format == "text" or any(sample.cut_prompt or sample.cut_answer for sample in made):
+        return []
+    turns = sorted(encoder.trained_turns(row.messages))
+    each = [[turn] for turn in turns] if encoder.one_answer_per_sample(row) else [turns]
+    return [(row, *both) for both in zip(made, each, strict=True)] if len(each) == len(made) else []
+
+
+def wrong_rows(encoder: Encoder, samples: Samples, some: Iterable[int]) -> dict[int, DataError]:
+    """Rows whose labels are wrong, by number, each as an error that names the row.
+
+    Args:
+        encoder: made the samples.
+        samples: of all rows, uncut.
+        some: numbers of the rows to look at, ascending.
+    """
+    found: dict[int, DataError] = {}
+    of = samples.column("row")
+    for number in some:
+        made = [samples[n] for n in range(*np.searchsorted(of, [number, number + 1]))]
+        for row, sample, turns in of_row(encoder, samples.rows[number], made):
+            if text := wrong(encoder, row, sample, turns):
+                what = f"{row.source}: the labels are not the answer's own"
+                found[number] = DataError(what, received=text, expected=EXPECTED, fix=FIX)
+    return found
 
 
 def _alone(encoder: Encoder, row: Conversation, turn: int) -> list[int]:

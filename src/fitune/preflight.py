@@ -212,7 +212,8 @@ def label_border(p: Prepared) -> Finding:
     """
     for row, sample, turns in _trained(p):
         if text := labels.wrong(p.encoder, row, sample, turns):
-            return Finding("label-border", "refuse", f"{sample.source}: {text}")
+            text = f"{sample.source}: {text}; expected {labels.EXPECTED}"
+            return Finding("label-border", "refuse", text, labels.FIX)
     return Finding("label-border", "ok", "labels are the answers' own tokens and their stops, from the first one on")
 
 
@@ -223,13 +224,8 @@ def _trained(p: Prepared) -> Iterator[tuple[Conversation, Sample, list[int]]]:
         row = p.conversations[int(p.rows_of[end])]
         if row.format == "text" or row.characters() > PROBE_CHARACTERS:
             continue
-        turns = sorted(p.encoder.trained_turns(row.messages))
         first = int(np.searchsorted(p.rows_of, p.rows_of[end]))
-        made = [p.samples[n] for n in range(first, int(end) + 1)]
-        each = [[turn] for turn in turns] if p.encoder.one_answer_per_sample(row) else [turns]
-        whole = not any(sample.cut_prompt or sample.cut_answer for sample in made)
-        if whole and len(each) == len(made):
-            yield from ((row, sample, some) for sample, some in zip(made, each, strict=True))
+        yield from labels.of_row(p.encoder, row, [p.samples[n] for n in range(first, int(end) + 1)])
 
 
 def bpe_boundary(p: Prepared) -> Finding:
