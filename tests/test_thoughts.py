@@ -61,6 +61,14 @@ COMMAND = (
     LOOP + "<|assistant|>{% if m.reasoning_content %}<|START_THINKING|>{{ m.reasoning_content }}<|END_THINKING|>"
     "{% endif %}<|START_TEXT|>{{ m.content }}" + ASK + "<|START_THINKING|>{% endif %}"
 )
+# Command R7B: the same without a field
+COMMAND7 = LOOP + "<|assistant|><|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>" + ASK + "{% endif %}"
+COMMAND7 += "{# <|START_THINKING|><|END_THINKING|> #}"
+# Gemma 4: thoughts beside calls only, in no tags of those kinds
+CHANNEL = (
+    LOOP + "<|assistant|>{% for c in m.tool_calls or [] %}<|channel|>{{ m.reasoning_content }}<|end|>"
+    "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{{ m.content }}" + ASK + "{% endif %}"
+)
 
 
 def trained(jinja: str, answer: Message, **options: Any) -> str:
@@ -106,6 +114,13 @@ BARE, LINES = "Two and three.</think>Five.", "Two and three.\n</think>\n\nFive."
         (QWQ, CODE, {}, f"\n</think>\n\n{CODE.content}"),
         (QWQ, replace(CODE, thought="Two and three."), {}, f"Two and three.\n</think>\n\n{CODE.content}"),
         (QWQ, INLINE, {}, LINES),
+        (COMMAND7, FIVE, {}, "<|START_RESPONSE|>Five.<|END_RESPONSE|>"),
+        (
+            COMMAND7,
+            THOUGHT,
+            {},
+            "<|START_THINKING|>Two and three.<|END_THINKING|><|START_RESPONSE|>Five.<|END_RESPONSE|>",
+        ),
         (COMMAND, FIVE, {}, "<|END_THINKING|><|START_TEXT|>Five."),
         (COMMAND, THOUGHT, {}, "Two and three.<|END_THINKING|><|START_TEXT|>Five."),
         (COMMAND, INLINE, {}, "Two and three.<|END_THINKING|><|START_TEXT|>Five."),
@@ -128,3 +143,10 @@ def test_a_thought_that_the_answer_repeats_is_written_all_the_same() -> None:
     """A template that drops thoughts: that "Five." stands in the answer does not mean that the thought was written."""
     assert trained(QWQ, replace(FIVE, thought="Five.")) == "Five.\n</think>\n\nFive."
     assert trained(KIMI, replace(FIVE, thought="Five.")) == "<think>Five.</think>Five."
+
+
+def test_a_thought_that_is_written_beside_calls_in_no_known_tags_has_no_place_there() -> None:
+    tokenizer = kinds.make_tokenizer(CHANNEL)
+    renderer = of_tokenizer(tokenizer)._renderers["default"]
+    assert renderer.takes_calls
+    assert renderer.thought_place != "field"

@@ -200,7 +200,7 @@ class Renderer:
         if place == "field":
             own = self._own(thought, turn, marked, tags=False)
             values |= {"reasoning_content": own, "thinking": own, "reasoning": own}
-        elif place is not None and last:  # whoever serves the model sends earlier answers without what was thought
+        elif place is not None and last and self.answers_at_once:  # earlier answers are served without their thoughts
             content = self.thought_style.written(self._own(thought, turn, marked, tags=False), content or "")
         if message.tool_calls:
             content = content or manner.content
@@ -319,7 +319,7 @@ class Renderer:
     def thought_place(self) -> Literal["field"] | thoughts.Tags | None:
         """Where a thought goes: into its field, into the content between tags, or nowhere."""
         field, _, calling, _ = self._thoughts
-        if MUSED in field or MUSED in calling:  # Kimi K2 keeps those beside calls
+        if MUSED in field or (MUSED in calling and thoughts.style_in(calling, MUSED, SAID)):  # Kimi K2 keeps the latter
             return "field"
         known = (kind for kind in thoughts.KINDS if kind.close in self.jinja)
         held = (kind for kind in thoughts.KINDS if single_id(self.tokenizer, kind.open) is not None)
@@ -330,8 +330,15 @@ class Renderer:
         """How the template itself writes a thought; where it never does, as most do."""
         place = self.thought_place
         found = (thoughts.style_in(text, MUSED, SAID) for text in self._thoughts)
-        usual = place if isinstance(place, thoughts.Tags) else thoughts.KINDS[0]
-        return next(filter(None, found), thoughts.Style(usual))
+        kind = place if isinstance(place, thoughts.Tags) else thoughts.KINDS[0]
+        return next(filter(None, found), thoughts.usual(kind))
+
+    @cached_property
+    def answers_at_once(self) -> bool:
+        """Does an answer's text stand right behind its header, so that a thought may stand in the text?"""
+        before, prompt = self._thoughts[-1].partition(SAID)[0], self.tried([USER]) or ""
+        header, asked = ("".join(thoughts.pieces(text)[::2]) for text in (before, prompt))
+        return asked.startswith(header.rstrip())
 
 
 def _call(call: ToolCall, manner: Manner, made: Callable[[Any], Any] = lambda value: value) -> dict[str, Any]:

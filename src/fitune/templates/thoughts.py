@@ -18,6 +18,7 @@ class Tags:
 
     open: str
     close: str
+    bare: bool = False  # no line breaks beside them
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ KINDS = (
     Tags("<seed:think>", "</seed:think>"),
     Tags("[THINK]", "[/THINK]"),
     Tags("<thinking>", "</thinking>"),
-    Tags("<|START_THINKING|>", "<|END_THINKING|>"),
+    Tags("<|START_THINKING|>", "<|END_THINKING|>", bare=True),
 )
 _TAGS = re.compile("|".join(re.escape(tag) for kind in KINDS for tag in (kind.open, kind.close)))
 
@@ -75,9 +76,14 @@ def split(text: str) -> tuple[str, str]:
     return before.rpartition(kind.open)[2].strip(), after.strip()
 
 
+def usual(kind: Tags) -> Style:
+    """How most templates with these tags write a thought."""
+    return Style(kind, "", "", "") if kind.bare else Style(kind)
+
+
 def written(thought: str, answer: str, kind: Tags) -> str:
     """A thought before its answer, as the models of this family write it."""
-    return Style(kind).written(thought, answer)
+    return usual(kind).written(thought, answer)
 
 
 def opened(prompt: str) -> tuple[Tags, bool] | None:
@@ -176,7 +182,7 @@ def _in_open(found: tuple[Tags, bool], text: str, thought: str, answer: str, sty
     """What stands behind a prompt that has opened a thought."""
     kind, line = found
     if style.tags != kind:
-        style = Style(kind)
+        style = usual(kind)
     if not style.seen and not line:  # behind a bare "<think>" the block ends right after the text
         style = replace(style, after="")
     blocks, rest = peeled(text, thought)
