@@ -98,6 +98,7 @@ BARE, LINES = "Two and three.</think>Five.", "Two and three.\n</think>\n\nFive."
         (KIMI, THOUGHT, {}, f"<think>{BARE}"),
         (KIMI, INLINE, {}, f"<think>{BARE}"),
         (KIMI, FIVE, {}, "<think></think>Five."),
+        (KIMI, EMPTY, {}, "<think></think>Five."),
         (KIMI, MENTION, {}, f"<think></think>{MENTION.content}"),
         (SPARK, THOUGHT, {}, BARE),
         (SPARK, INLINE, {}, BARE),
@@ -150,3 +151,12 @@ def test_a_thought_that_is_written_beside_calls_in_no_known_tags_has_no_place_th
     renderer = of_tokenizer(tokenizer)._renderers["default"]
     assert renderer.takes_calls
     assert renderer.thought_place != "field"
+
+
+def test_a_second_answer_stands_behind_the_first_where_the_thought_was_closed() -> None:
+    tokenizer = kinds.make_tokenizer(V32)
+    encoder = Encoder(tokenizer, of_tokenizer(tokenizer))
+    samples = encoder.samples(Conversation((ASKED, FIVE, replace(FIVE, content="Or so.")), Source("f", 1), "messages"))
+    assert "Five." in tokenizer.decode(samples[-1].ids)
+    assert tokenizer.decode(samples[-1].ids[samples[-1].mask]).endswith("Or so.<eos>")
+    assert not any("</think>" in tokenizer.decode(sample.ids[sample.mask]) for sample in samples)

@@ -173,7 +173,7 @@ def behind(prompt: str, text: str, thought: str, answer: str, style: Style) -> s
         return _in_open(found, text, thought, answer, style)
     if full and (len(blocks) == 1 or not full[-1].opened):  # a closing tag alone is text where nothing was opened
         return text
-    if not thought or (not full and written_in(text, thought, answer)):
+    if (not thought and len(blocks) < 2) or (not full and written_in(text, thought, answer)):
         return text
     return style.written(thought, said)
 
