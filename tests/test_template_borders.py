@@ -123,6 +123,11 @@ CASES: dict[str, tuple[str, tuple[Message, ...], list[tuple[str, str]]]] = {
         (HELLO, USER, ANSWER),
         [("<|system|>Think first.\n<|assistant|>\nHere are my steps:\n", "Hello.<|end|>"), ("Here are my steps:\n", "Blue.<|end|>")],
     ),
+    "two answers, a blank line before the header": (
+        WORDS.replace("{% if add_generation_prompt %}", "{% if add_generation_prompt %}{{ '\n' }}"),
+        (USER, ANSWER, MORE),
+        [("Here are my steps:\n", "Blue.<|end|>"), ("Blue.\n<|end|>\n<|assistant|>\nHere are my steps:\n", "Or grey.<|end|>")],
+    ),
     "two answers, words in the header": (
         WORDS,
         (USER, ANSWER, MORE),
@@ -187,6 +192,15 @@ def test_an_answer_is_its_own_text_and_its_stop(name: str) -> None:
     assert [labels.wrong(encoder, row, sample, some) for sample, some in zip(samples, each, strict=True)] == [""] * len(
         samples
     )
+
+
+def test_calls_that_the_template_counts_are_no_wrong_labels() -> None:
+    counted = CALLS.replace("<tool_call>", '<tool_call>{"tool_call_id": "{{ messages[:at] | length }}"} ')
+    encoder = encoder_of(CALL_STOP.replace(CALLS, "{% set at = loop.index0 %}" + counted))
+    row = Conversation((USER, CALL, RESULT, AGAIN, RESULT, TIME), Source("f", 1), "messages", (TOOL,))
+    (sample,) = encoder.samples(row)
+    assert '"tool_call_id": "3"' in encoder.tokenizer.decode(sample.ids[sample.mask])
+    assert labels.wrong(encoder, row, sample, [1, 3, 5]) == ""
 
 
 def test_what_ends_calls_ends_generation_too() -> None:

@@ -5,6 +5,7 @@ In: a row, one of its samples, the turns that it trains. Out: what is wrong, as 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from fitune.store import Samples
 from fitune.templates import thoughts
 from fitune.templates.rendering import CALL_ID
 
+_COUNTED = re.compile(rf'{CALL_ID.pattern}|"(?:tool_call_)?id": "[0-9]+"')  # ids that fitune gives, or the template
 EXPECTED = "labels on each answer's own text and its stop"
 FIX = "leave such rows out with --skip-bad, or choose a template by name: --template chatml"
 
@@ -93,5 +95,5 @@ def _text(encoder: Encoder, ids: Sequence[Any]) -> str:
     """What labels say, without their stop (the role that follows may decide it), the tags of a thought (some templates
     open one behind a question only) and ids of calls (which count them)."""
     ids = [i for i in ids if i not in encoder.stop_ids]
-    text = CALL_ID.sub("", str(encoder.tokenizer.decode(ids)))
+    text = _COUNTED.sub("", str(encoder.tokenizer.decode(ids)))
     return "".join("".join(thoughts.pieces(text)[::2]).split())

@@ -160,7 +160,7 @@ class Dialogue:
             header = asked.rpartition(ASKED)[2].partition(self.ends.stop or ASKED)[2]
             return header if _TAG.search(header) else ""
         at = _shared(plain, asked)  # where nothing is to come, some end the conversation with a token
-        return asked[at:] if ASKED in asked[:at] else ""
+        return asked[at:].lstrip() if ASKED in asked[:at] else ""
 
     def stable(self, turn: int) -> bool:
         """Does the prompt of this answer hold the earlier answers as they were when they were the last ones?"""
