@@ -397,7 +397,7 @@ def test_skipping_hides_neither_a_broken_file_nor_one_without_a_good_row(tmp_pat
 
 def test_a_bad_row_says_how_to_go_on(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"prompt": "a", "completion": ""}')
-    with pytest.raises(DataError, match="fix:      mend the row, or leave bad rows out with --skip-bad"):
+    with pytest.raises(DataError, match="fix:      fix the row, or leave bad rows out with --skip-bad"):
         load([path], DataReport())
 
 

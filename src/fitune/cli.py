@@ -329,7 +329,7 @@ app.command(planverb.plan)
 
 @app.command
 def doctor(*, json: Json = False) -> None:
-    """Is this machine fit to fine-tune? Exit code 1 where something is broken, with what mends it."""
+    """Is this machine fit to fine-tune? Exit code 1 where something is broken, with its fix."""
     from fitune.console import doctor_table
     from fitune.doctor import doctor as examine
 

@@ -1,6 +1,6 @@
 """Is this machine fit to fine-tune: versions, processors, memory, dtypes, a real 4-bit step, the disk.
 
-In: nothing. Out: a list of checks, each with what was found and, where something is broken, what mends it.
+In: nothing. Out: a list of checks, each with what was found and, where something is broken, its fix.
 """
 
 from __future__ import annotations

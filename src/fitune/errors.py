@@ -22,7 +22,7 @@ from pathlib import Path
 
 
 class FituneError(Exception):
-    """A mistake that a user can mend: says what it got, what it wanted, and what to do."""
+    """A mistake that a user can fix: says what it got, what it wanted, and what to do."""
 
     exit_code = 2
 

@@ -220,7 +220,7 @@ def _elements(text: str, file: str, start: int) -> Generator[Item, None, int]:
                 line=getattr(error, "lineno", line),
                 received=shorten(text[at : at + 60]),
                 expected="a list of objects, separated by commas",
-                fix="nothing after this place can be read; mend the file there",
+                fix="nothing after this place can be read; fix the file there",
             ) from None
         yield row, Source(file, line)
     return at

@@ -122,7 +122,7 @@ def bad_row(p: Prepared) -> Finding:
     slots = ", ".join(f"{{{{{name}}}}} in {count:,} rows" for name, count in r.unfilled_slots.items())
     if r.skipped_bad:
         listed = "; ".join(r.skipped[:3])
-        return Finding("bad-row", "warn", f"{r.skipped_bad:,} bad rows skipped: {listed}", "mend them in the file")
+        return Finding("bad-row", "warn", f"{r.skipped_bad:,} bad rows skipped: {listed}", "fix them in the file")
     if slots:
         name = next(iter(r.unfilled_slots))
         return Finding("bad-row", "warn", f"slots that nothing fills: {slots}", f"--fill {name}=...")

@@ -77,7 +77,7 @@ def careful_step(
         else:
             done = _apply(model, made, optimizer, max_grad_norm, scale.value)
             if done.finite or not math.isfinite(done.loss) or not scale.lower():
-                scale.value = scale.value if done.finite else began  # what no scale mends is not the scale's fault
+                scale.value = scale.value if done.finite else began  # what no scale repairs is not the scale's fault
                 scale.passed()
                 return done, parts
             restore_rng(before)

@@ -161,7 +161,7 @@ class _State:
                 self.left_out.append(error)
         elif self.told < MOST_PROBLEMS and not self._known(error):
             if not self.told:
-                error.fix = error.fix or "mend the row, or leave bad rows out with --skip-bad"
+                error.fix = error.fix or "fix the row, or leave bad rows out with --skip-bad"
             self.told += 1
             self.problems.problems.append(error)
 

@@ -72,7 +72,7 @@ def _csv_rows(reader: Any, file: str) -> Iterator[tuple[int, list[str]]]:
                 file=file,
                 line=line,
                 expected='closed "quotes", and "" for a quote inside them',
-                fix="nothing after this place can be read; mend the file there",
+                fix="nothing after this place can be read; fix the file there",
             ) from None
         if cells:
             yield line, cells
