@@ -292,7 +292,7 @@ def state_tensors(
         for key, value in states.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 mine = value.detach().cpu().contiguous()
-                storage = mine.untyped_storage()._cdata
+                storage = value.untyped_storage()._cdata  # value lives on: its address is not given to another
                 # bitsandbytes' parameters share their tables, and safetensors refuses tensors that share memory
                 apart = storage in taken or mine.numel() <= SHARED
                 tensors[f"{name}|{key}"] = mine.clone() if apart else mine

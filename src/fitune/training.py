@@ -458,8 +458,8 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
     finally:
         watch.stop()
     warned = any(finding.rule == "machine-load" and finding.level == "warn" for finding in job.findings)
-    for finding in [] if warned else _load(job, since):
-        _note(run, watch, finding)
+    for finding in _load(job, since):
+        _note(run, Watcher() if warned else watch, finding)
     _measured_states(run, optimizer)
     if config.final == "best" or config.patience is not None:
         _back_to_best(run, parameters, state, watch)
