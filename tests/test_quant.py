@@ -10,20 +10,23 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, get_4bit_type, int8_vectorwise_quant
+from bitsandbytes.functional import dequantize_4bit, get_4bit_type
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
 
 import tiny
-from fitune import adapters, guards, precision
+from fitune import adapters, guards, leak, precision
 from fitune import quant as quants
 from fitune.batches import flat
 from fitune.config import QuantOptions, build, quant_options
 from fitune.errors import ConfigError, ModelError, Problems, RunFolderError
+from fitune.kernels import target
 from fitune.kernels.frozen import Frozen
+from fitune.memory.trace import Tracer
 from fitune.merging import merge
 from fitune.model import load_model, ready
 from fitune.quant import absmax, nf4, trust
+from fitune.quant.int8 import Int8Linear
 from fitune.quantizing import quantize
 from fitune.step import loss_sum
 from fitune.training import train
@@ -41,6 +44,25 @@ def inputs(rows: int = 12, width: int = 80, outliers: int = 0) -> torch.Tensor:
 
 def off(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
+
+
+def llm_int8(x: torch.Tensor, weight: torch.Tensor, threshold: float) -> torch.Tensor:
+    """LLM.int8() by hand: inputs quantized by row, columns over the threshold taken out and added as they are."""
+    columns = absmax.outlier_columns(x, threshold)
+    rest = x.clone()
+    rest[:, columns] = 0
+    (q_x, scale_x), (q_w, scale_w) = absmax.quantize(rest, by_row=True), absmax.quantize(weight, by_row=True)
+    product = (q_x.double() @ q_w.double().T).to(x.dtype) * scale_x * scale_w.T
+    return product + x[:, columns] @ absmax.dequantize(q_w[:, columns], scale_w).to(x.dtype).T
+
+
+def bitsandbytes_product(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The product that bitsandbytes takes on a GPU, here by its kernels for a CPU."""
+    state = bnb.MatmulLtState()
+    state.CB, state.SCB = layer.weight.data, layer.scales()
+    state.has_fp16_weights, state.threshold, state.is_training = False, 6.0, False
+    out: torch.Tensor = bnb.matmul(x.half(), None, state=state)
+    return out.to(x.dtype)
 
 
 # ---- the references ----
@@ -62,7 +84,7 @@ def test_outliers_are_what_ruins_int8_and_taking_them_out_mends_it() -> None:
     exact = x @ WEIGHT.T
     assert absmax.outlier_columns(x, 6.0).tolist() == [0, 1]
     assert absmax.outlier_columns(x, 0.0).tolist() == []
-    plain, decomposed = off(absmax.llm_int8(x, WEIGHT, 0.0), exact), off(absmax.llm_int8(x, WEIGHT, 6.0), exact)
+    plain, decomposed = off(llm_int8(x, WEIGHT, 0.0), exact), off(llm_int8(x, WEIGHT, 6.0), exact)
     assert decomposed < 0.012
     assert plain > 2 * decomposed
 
@@ -77,13 +99,8 @@ def test_int8_of_bitsandbytes_is_the_reference() -> None:
     weight = layer.plain_weight(torch.float32)
     assert torch.allclose(layer(x), x @ weight.T, atol=1e-5)
     assert off(layer(x), x @ WEIGHT.T) < 0.01  # 8-bit weights, plain inputs
-    assert off(layer(x), absmax.llm_int8(x, WEIGHT, 6.0)) < 0.02  # as on a GPU, where inputs are quantized too
-    # bitsandbytes' own kernels against the reference with its outlier columns
-    state = bnb.MatmulLtState()
-    state.CB, state.SCB, _ = int8_vectorwise_quant(WEIGHT.half())
-    state.has_fp16_weights, state.threshold, state.is_training = False, 6.0, False
-    theirs = bnb.matmul(x.half(), None, state=state).float()
-    assert off(theirs, absmax.llm_int8(x, WEIGHT, 6.0)) < 4e-3  # they round to float16
+    # what is tested below by their product is LLM.int8() with its outlier columns
+    assert off(bitsandbytes_product(layer, x), llm_int8(x, WEIGHT, 6.0)) < 4e-3  # they round to float16
 
 
 @pytest.mark.parametrize("shape", [(48, 80), (3, 64), (5, 13)])
@@ -144,6 +161,38 @@ def test_bitsandbytes_alone_evaluates_another_function_than_it_trains() -> None:
     x = inputs(outliers=2)
     training = layer.train()(x)
     assert off(layer.eval()(x), training) > 1e-3
+
+
+def test_no_document_moves_another_through_int8_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLM.int8() looks for outlier columns over the whole batch; the product here, one on every device, does not."""
+    model = load_model(folder, quant="int8")
+    with torch.no_grad():  # inputs as large as those of models of billions of parameters
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.mul_(3)
+    assert leak._leak(model, samples(), "flat").moved <= 1e-6
+    assert leak.packing_leak(model, samples())[0] == "flat"
+    monkeypatch.setattr(Int8Linear, "product", bitsandbytes_product)
+    assert leak._leak(model, samples(), "flat").moved > leak.MOVED
+    assert leak.packing_leak(model, samples())[0] == "documents"  # one forward for each
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_weights_are_made_plain_in_the_same_bits_on_cpu_and_gpu(dtype: torch.dtype) -> None:
+    """A GPU casts as it multiplies: one kernel and one new tensor. The right value: number times rounded scale."""
+    layer = quants.find("int8").make(WEIGHT, QuantOptions(name="int8"), torch.device("cpu"))
+    here = layer.plain_weight(dtype)
+    with target.planned(target.AMPERE):
+        assert torch.equal(layer.plain_weight(dtype), here)
+    exact = absmax.dequantize(layer.weight.data, layer.scales()[:, None] / 127)
+    assert here.dtype == dtype
+    assert (here.float() - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
+    for where in (target.CPU, target.AMPERE):
+        tracer = Tracer(where)
+        with tracer, target.planned(where):
+            made = layer.plain_weight(dtype)
+        sizes = sorted(size for _, size in tracer.events if size > 1000)
+        assert sizes == [made.numel() * made.element_size()], where
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])

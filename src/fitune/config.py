@@ -163,8 +163,8 @@ class QuantOptions(Options):
     storage: Literal["uint8", "fp32", "bf16", "fp16"] = "uint8"
     """As which dtype the packed 4-bit weights lie in memory; the bytes are the same."""
     threshold: float = Field(default=6.0, ge=0)
-    """int8 on a GPU: input columns with a value above it are computed in the compute dtype. On a CPU, where inputs are
-    not quantized, it does nothing."""
+    """Of int8, for transformers alone, which quantizes inputs but for columns with a value above it: what is quantized
+    and written keeps it. fitune quantizes no inputs, so in a run it does nothing."""
     skip: list[str] = []
     """Linear layers that stay as they are: whole names, or parts of names between dots (model.layers.1.mlp, down_proj).
     The output head always does."""

@@ -149,7 +149,8 @@ def _bitsandbytes() -> Iterator[Check]:
             yield Check(name, "broken", f"{error.what}: {error.received or ''}".rstrip(": "), error.fix or "")
             continue
         yield _quantized_step(name, quantizer)
-        yield _kernels(name, quantizer)
+        if name == "nf4":  # products with int8 weights are torch's own
+            yield _kernels(name, quantizer)
 
 
 # (out, in): rows of whole blocks of 64; multiples of 16 that are none (a bug of bitsandbytes' kernel for AVX512); of 4
@@ -159,7 +160,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _kernels(name: str, quantizer: Any) -> Check:
     """The shapes that this machine's kernels for packed weights get wrong; fitune finds them in a model by itself."""
-    options = [quant_options("nf4"), quant_options("fp4")] if name == "nf4" else [quant_options(name)]
+    options = [quant_options("nf4"), quant_options("fp4")]
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator) / 16 for shape in PROBES]
     layers = [quantizer.make(weight, how, _device()) for how in options for weight in weights]

@@ -313,7 +313,21 @@ def load_state(
     for name, value in {**tensors, **scalars}.items():
         named, _, key = name.rpartition("|")
         parameter = parameters[named]
-        if isinstance(value, Tensor) and (key != "step" or id(parameter) in on_device):
-            value = value.to(parameter.device)
         holder = optimizer.of(parameter) if isinstance(optimizer, InBackward) else optimizer
+        if isinstance(value, Tensor) and key in PAGED and getattr(holder, "is_paged", False):
+            value = _paged(holder, parameter, value)
+        elif isinstance(value, Tensor) and (key != "step" or id(parameter) in on_device):
+            value = value.to(parameter.device)
         holder.state[parameter][key] = value
+
+
+PAGED = ("state1", "state2")  # what bitsandbytes' paged optimizers keep in memory that moves between GPU and host
+
+
+def _paged(optimizer: Any, parameter: torch.nn.Parameter, value: Tensor) -> Tensor:
+    """The state in a buffer of the optimizer's own, paged where it would have paged it at its first step: a plain
+    tensor would lie on the GPU for the rest of the run, and one on the host is moved there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on a CPU nothing is paged, and it says so
+        buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+    return buffer.copy_(value)

@@ -1,9 +1,9 @@
-"""int8 by the largest value, and LLM.int8()'s decomposition: the readable reference for what bitsandbytes computes.
+"""int8 by the largest value: the readable reference for how bitsandbytes packs a weight, with a scale for each row.
 
     scale = max|x| / 127,  q = round(x / scale),  x' = q * scale
 
-LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339): the weight has a scale per row, the input one per row too. Columns
-of the input that hold a value above the threshold are taken out of both, multiplied as they are, and added.
+LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) quantizes inputs too, but for columns with a value above a
+threshold; fitune does not (int8.py), and counts such columns where it quantizes a model (quantizing.py).
 
 Shapes: x (N, in), weight (out, in).
 """
@@ -41,15 +41,3 @@ def outlier_columns(x: Tensor, threshold: float) -> Tensor:
     """Numbers of the columns of x (N, in) that hold a value of at least the threshold; 0: none are taken out."""
     over = (x.abs() >= threshold).any(dim=0) if threshold > 0 else torch.zeros(x.shape[-1], dtype=torch.bool)
     return torch.nonzero(over)[:, 0]
-
-
-def llm_int8(x: Tensor, weight: Tensor, threshold: float) -> Tensor:
-    """x W^T as LLM.int8() computes it: (N, out)."""
-    columns = outlier_columns(x, threshold)
-    rest = x.clone()
-    rest[:, columns] = 0
-    q_x, scale_x = quantize(rest, by_row=True)
-    q_w, scale_w = quantize(weight, by_row=True)
-    # sums of int8 products need 32 bits; float64 holds them exactly, and every device has it
-    product = (q_x.double() @ q_w.double().T).to(x.dtype) * scale_x * scale_w.T
-    return product + x[:, columns] @ dequantize(q_w[:, columns], scale_w).to(x.dtype).T

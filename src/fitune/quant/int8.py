@@ -1,8 +1,8 @@
 """int8 weights by bitsandbytes (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339); the reference is absmax.py.
 
-On a CUDA GPU the product is LLM.int8()'s: inputs are quantized too, but for columns over the threshold. On any other
-device bitsandbytes trains with plain inputs and evaluates with quantized ones cast to float16, so that a held-out loss
-measures another function; here the inputs are never quantized there: 8-bit weights, products in the compute dtype.
+Only its weights are taken: they are made plain in the compute dtype for a product, and dropped, on every device.
+LLM.int8() quantizes inputs too, but for the columns that hold a value above a threshold, and those it looks for over
+the whole batch: in a flat batch one document would move another. It waits for the GPU to count them, at each layer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from transformers import BitsAndBytesConfig
 
 from fitune.config import QuantOptions
 from fitune.kernels.frozen import Frozen
-from fitune.quant import trust
-from fitune.quant.absmax import llm_int8
+from fitune.kernels.target import of
+from fitune.quant.absmax import HIGHEST
 from fitune.quant.base import Quantizer, sizes
 
 
@@ -33,37 +33,11 @@ class Int8Linear(Frozen, bnb.nn.Linear8bitLt):  # type: ignore[misc]  # bitsandb
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
         """See Frozen. torch's own arithmetic: no kernel of bitsandbytes takes part."""
-        values: Tensor = self.weight.data.to(dtype)
-        return values * (self.scales() / 127).to(dtype)[:, None]
-
-    def product(self, x: Tensor) -> Tensor:
-        """See Frozen."""
-        return self.fused_product(x) if trust.fused(self, x) else Frozen.product(self, x)
-
-    # what trust.py asks of a packed layer
-
-    def kind(self) -> trust.Kind:
-        """See Nf4Linear."""
-        return trust.Kind("int8", tuple(self.weight.shape), f"threshold {self.state.threshold:g}")
-
-    def ways(self) -> list[tuple[str, trust.Way]]:
-        """See Nf4Linear."""
-        return [("torch's product of numbers and scales", Int8Linear.plain_weight)]
-
-    def watched(self) -> list[tuple[str, trust.Way]]:
-        """See Nf4Linear."""
-        return []
-
-    def fused_product(self, x: Tensor) -> Tensor:
-        """LLM.int8() by bitsandbytes."""
-        if self.weight.CB is not None:
-            self.init_8bit_state()  # type: ignore[operator]
-        out: Tensor = bnb.matmul(x, self.weight, state=self.state)
-        return out
-
-    def expected_product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """LLM.int8() by the reference."""
-        return llm_int8(x.float(), weight, self.state.threshold)
+        values: Tensor = self.weight.data
+        scales = (self.scales() / HIGHEST).to(dtype)[:, None]
+        if of(values.device).kind == "cuda":
+            return values * scales  # cast as they are read, in one kernel
+        return values.to(dtype).mul_(scales)  # a CPU would cast into a tensor beside the result
 
 
 class Int8(Quantizer):

@@ -160,10 +160,6 @@ class Nf4Linear(Frozen, bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbyte
         """bitsandbytes' product."""
         return bnb.matmul_4bit(x, self.weight.t(), quant_state=self.weight.quant_state)  # type: ignore[no-any-return]
 
-    def expected_product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """What it is to be, but for its rounding."""
-        return torch.nn.functional.linear(x, weight.to(x.dtype))
-
 
 def _empty_state(shape: torch.Size, blocks: int, options: QuantOptions) -> QuantState:
     """The scales of a weight without values, as `quantize_4bit` makes them."""
