@@ -358,7 +358,9 @@ def judged(case: Case, predicted: Mapping[str, Any], measured: Mapping[str, Any]
     return {"case": asdict(case), "name": case.name, "predicted": predicted, "measured": measured, "died": died}
 
 
-def run_one(case: Case, card: Card, say: Callable[[Any], None], *, wait: bool) -> None:
+def run_one(
+    case: Case, card: Card, say: Callable[[Any], None], *, wait: bool, measure: Callable[..., Any] = measure
+) -> None:
     """Say a plan, and measure.
 
     Args:
@@ -366,6 +368,7 @@ def run_one(case: Case, card: Card, say: Callable[[Any], None], *, wait: bool) -
         card: the GPU.
         say: is given the plan (where there is a turn to wait for), then all that was found.
         wait: stay away from the GPU until a line comes in that says GO.
+        measure: does the work; another for a stand-in.
     """
     work = work_of(case, card.precision)
     predicted = predict(work, card.device(case.cap), case.model)
@@ -421,7 +424,8 @@ def kinds(cap: int) -> list[Case]:
     random.Random(cap // GIB).shuffle(found)
     names, before, order = list(METHODS), Counter[str](), {}
     for kind in found:
-        order[kind] = (before[kind.method], (names.index(kind.method) - 2 * CAPS.index(cap)) % len(names))
+        first = 2 * CAPS.index(cap) if cap in CAPS else 0
+        order[kind] = (before[kind.method], (names.index(kind.method) - first) % len(names))
         before[kind.method] += 1
     return sorted(found, key=order.__getitem__)
 
@@ -443,7 +447,7 @@ def tokens_at(cap: int, kind: Case) -> float:
     return tokens
 
 
-def around(cap: int, card: Card, most: int) -> list[Case]:
+def around(cap: int, card: Card, most: int, aims: Sequence[tuple[float, float]] = AIMS) -> list[Case]:
     """Configurations whose plans lie around a limit; see `choose`."""
 
     @cache
@@ -451,10 +455,16 @@ def around(cap: int, card: Card, most: int) -> list[Case]:
         size: int = predict(work_of(case, card.precision), card.device(), case.model)["needed"]
         return size
 
-    return choose(cap, kinds(cap)[:TRIED], needed, most)
+    return choose(cap, kinds(cap)[:TRIED], needed, most, aims)
 
 
-def choose(cap: int, open_kinds: Sequence[Case], needed: Callable[[Case], int], most: int) -> list[Case]:
+def choose(
+    cap: int,
+    open_kinds: Sequence[Case],
+    needed: Callable[[Case], int],
+    most: int,
+    aims: Sequence[tuple[float, float]] = AIMS,
+) -> list[Case]:
     """Pairs of configurations: one that should just fit under a limit, and the same with longer rows that should not.
 
     Args:
@@ -462,12 +472,13 @@ def choose(cap: int, open_kinds: Sequence[Case], needed: Callable[[Case], int], 
         open_kinds: what is tried, in this order; their length is changed.
         needed: the bytes that a plan says.
         most: how many configurations.
+        aims: what is looked for, in limits: one below and one above, for each pair in turn.
     """
     found: list[Case] = []
     for kind in open_kinds:
         if len(found) + 2 > most:
             break
-        below, above = (length_for(kind, aim * cap, needed) for aim in AIMS[len(found) // 2 % len(AIMS)])
+        below, above = (length_for(kind, aim * cap, needed) for aim in aims[len(found) // 2 % len(aims)])
         if below is None or above is None:
             continue
         if (1 - NEAR) * cap <= needed(below) <= cap < needed(above) <= (1 + NEAR) * cap:

@@ -4,9 +4,10 @@
 
 Sections (`scripts/gpu_checks.py`) run in processes of their own, each with a deadline, so that one that fails, hangs or
 breaks the driver stops no other; this process imports no torch. Each check is a line of JSON in DIR/gpu.jsonl, written
-and synced when it is known; DIR/SECTION.log has what a section printed, DIR/summary.txt the table that ends the run,
-also where it is told to stop. `--dry-run` goes through every section on a CPU, with tiny models: it shows that the code
-runs, not what a GPU does. `scripts/gpu_prepare.py` makes what a bare machine needs.
+and synced when it is known; DIR/sections.log has what the sections printed, DIR/summary.txt the table that ends the
+run, also where it is told to stop. Where the folder takes no more, the rest is printed. `--dry-run` goes through every
+section on a CPU, with tiny models: it shows that the code runs, not what a GPU does. Packages that a bare machine lacks
+are taken from `.whl/`, which `scripts/gpu_prepare.py` fills. docs/gpu.md says how to report what came out.
 
 Exit code: 1 where a check failed, or a section ended without one; else 0.
 """
@@ -16,153 +17,327 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+import zipfile
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent
 CHECKS = Path(__file__).with_name("gpu_checks.py")
-RESULTS, SUMMARY = "gpu.jsonl", "summary.txt"
+WHEELS, PREPARED = ROOT / ".whl", ROOT / ".gpu" / "prepared.json"  # of scripts/gpu_prepare.py
+RESULTS, SUMMARY, LOG = "gpu.jsonl", "summary.txt", "sections.log"
+MARK = "RESULT "  # begins a line of a section that is a check
+SECONDS = 480.0
+DRY = 5  # times as long where there is no GPU, and perhaps other work beside
 LEAST = 10.0  # seconds under which a section is not begun
-DRY = 5  # times the deadlines where there is no GPU, and perhaps other work beside
 GRACE = 3.0  # seconds between the wish and the force to end
+LAST = 1500  # characters of what a failed section printed last
+WIDTH = 200  # of a line of the summary
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the acceptance. seconds: its deadline, of 480 in all."""
+    """A part of the acceptance. seconds: its share of 480; what one leaves over is there for those behind it."""
 
     name: str
     seconds: int
 
 
-# What tells most stands first, for a machine that is taken away early.
+# What shows most stands first, for a machine that is taken away early.
 SECTIONS = (
-    Section("machine", 40),
-    Section("kernels", 60),
-    Section("resume", 75),
-    Section("throughput", 120),
-    Section("runs", 60),
+    Section("machine", 30),
+    Section("kernels", 90),
+    Section("resume", 60),
+    Section("throughput", 115),
+    Section("runs", 55),
     Section("memory", 75),
-    Section("capped", 50),
+    Section("capped", 55),
 )
+
+
+@dataclass
+class Results:
+    """The checks so far, in memory and on the disk as long as that takes them."""
+
+    out: Path
+    rows: list[Row] = field(default_factory=list)
+    full: str = ""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, section: str, check: str, passed: bool, **figures: Any) -> None:
+        """One more check: when this returns, it is on the disk."""
+        row = {"section": section, "check": check, "passed": passed, **figures}
+        with self._lock:
+            self.rows.append(row)
+            print(line(row), flush=True)
+            self._to(RESULTS, json.dumps(row, ensure_ascii=False) + "\n")
+
+    def log(self, text: str) -> None:
+        """What a section printed."""
+        self._to(LOG, text)
+
+    def end(self, seconds: float) -> bool:
+        """The summary, as the last line of the results, as a table, and printed. Passed?"""
+        if self.full:
+            self.add("all", "folder of the results", False, why=self.full)
+        failed = [f"{row['section']}: {row['check']}" for row in self.rows if not row["passed"]]
+        text = table(self.rows)
+        self.add("all", "summary", not failed, checks=len(self.rows), failed=failed, seconds=round(seconds, 1))
+        text += line(self.rows[-1]) + "\n"
+        self._to(SUMMARY, text, mode="w")
+        print(f"\n{text}", flush=True)
+        return not failed
+
+    def _to(self, name: str, text: str, mode: str = "a") -> None:
+        try:
+            with (self.out / name).open(mode, encoding="utf-8", errors="replace") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # a full disk, a folder that went away: the run goes on, and prints
+            self.full = f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class How:
+    """How sections are run. together: all of them in one process, which saves imports; without deadlines of their
+    own. packages: a folder for the path, or None. work: for runs and models, deleted at the end."""
+
+    dry: bool
+    together: bool
+    work: Path
+    packages: Path | None = None
+
+    def command(self, names: Sequence[str], seconds: float) -> list[str]:
+        """What starts a process that goes through sections."""
+        flags = [*(["--dry-run"] if self.dry else []), *(["--together"] if self.together else [])]
+        given = ["--work", str(self.work), "--seconds", f"{seconds:.0f}"]
+        return [sys.executable, str(CHECKS), *names, *given, *flags]
+
+    def environment(self) -> dict[str, str]:
+        """Of these processes."""
+        ahead = [str(self.packages)] if self.packages else []
+        path = os.pathsep.join([*ahead, *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def main() -> int:
     """See the module's text."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=480.0, help="for all sections together")
-    parser.add_argument("--only", nargs="*", choices=[one.name for one in SECTIONS], help="these sections")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny models")
-    args = parser.parse_args()
+    args = parsed()
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = [one for one in SECTIONS if not args.only or one.name in args.only]
+    seconds = args.seconds or SECONDS * (DRY if args.dry_run else 1)
+    results, began = Results(args.out), time.monotonic()
+    work = Path(tempfile.mkdtemp(prefix="fitune-gpu-"))
     signal.signal(signal.SIGTERM, _stop)
     try:
-        run_all(wanted, args.out, args.seconds, dry=args.dry_run)
+        results.add("all", "begin", True, **header(dry=args.dry_run))
+        packages = unpack(WHEELS, work / "packages", results)
+        run_all(wanted, results, seconds, How(args.dry_run, args.together, work, packages))
     except (KeyboardInterrupt, SystemExit):
-        _write(args.out, {"section": "all", "check": "interrupted", "passed": False})
-    rows = read(args.out)
-    text = table(rows)
-    (args.out / SUMMARY).write_text(text, encoding="utf-8")
-    print(text)
-    return 0 if all(row["passed"] for row in rows) else 1
+        results.add("all", "interrupted", False)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the summary comes, whatever else is wished
+        passed = results.end(time.monotonic() - began)
+        shutil.rmtree(work, ignore_errors=True)
+    return 0 if passed else 1
 
 
-def run_all(sections: Iterable[Section], out: Path, seconds: float, *, dry: bool) -> None:
+def parsed() -> argparse.Namespace:
+    """What is typed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results; three files")
+    parser.add_argument("--seconds", type=float, help=f"for all sections: {SECONDS:.0f}; {DRY} times that in a dry run")
+    parser.add_argument("--only", nargs="*", choices=[one.name for one in SECTIONS], help="these sections")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny models")
+    parser.add_argument("--together", action="store_true", help="of a dry run: all sections in one process")
+    args = parser.parse_args()
+    if args.together and not args.dry_run:
+        parser.error("--together is for a dry run: on a GPU one section must not take another with it")
+    return args
+
+
+def header(*, dry: bool) -> Row:
+    """Date, commit, what this is."""
+    commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain")
+    if not commit and PREPARED.exists():  # a copy without its history
+        commit = json.loads(PREPARED.read_text(encoding="utf-8")).get("commit", "")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit, "changed": bool(changed),
+        "dry_run": dry, "python": sys.version.split()[0],
+    }  # fmt: skip
+
+
+def git(*words: str) -> str:
+    """What git answers here; nothing where there is none."""
+    with suppress(OSError):
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+    return ""
+
+
+# ---- packages that are not here ----
+
+
+def unpack(wheels: Path, into: Path, results: Results) -> Path | None:
+    """Those of the wheels whose package is not installed, or is older than what fitune asks for, as a folder for the
+    path; None: there are none.
+
+    Wheels that were made for another Python cannot be used: that is a failed check.
+    """
+    found = sorted(wheels.glob("*.whl"))
+    least = {name: bound for path in found if path.name.startswith("fitune-") for name, bound in bounds(path).items()}
+    missing = [path for path in found if not installed(path, least)]
+    wrong = [path.name for path in missing if not fits(path.name)]
+    for path in missing:
+        with zipfile.ZipFile(path) as packed:
+            packed.extractall(into)
+    if found:
+        names = [path.name.split("-")[0] for path in missing]
+        why = {"why": f"for another Python: {', '.join(wrong)}"} if wrong else {}
+        results.add("all", "packages", not wrong, unpacked=names, installed_already=len(found) - len(missing), **why)
+    return into if missing else None
+
+
+def bounds(path: Path) -> dict[str, tuple[int, ...]]:
+    """The lowest versions that a wheel asks of other packages."""
+    with zipfile.ZipFile(path) as packed:
+        name = next(name for name in packed.namelist() if name.endswith(".dist-info/METADATA"))
+        text = packed.read(name).decode("utf-8")
+    asked = re.findall(r"^Requires-Dist: ([\w.-]+).*?>=([\d.]+)", text, re.MULTILINE)
+    return {plain(name): numbers(version) for name, version in asked}
+
+
+def plain(name: str) -> str:
+    """A package's name as wheels write it."""
+    return re.sub(r"[-_.]+", "_", name).lower()
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Of a version, to compare it."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def installed(path: Path, least: Mapping[str, tuple[int, ...]]) -> bool:
+    """Is a wheel's package here, and not too old?"""
+    name = path.name.split("-")[0]
+    try:
+        return numbers(metadata.version(name)) >= least.get(plain(name), ())
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def fits(name: str) -> bool:
+    """Can this Python use a wheel of that name?"""
+    python, abi = name.removesuffix(".whl").split("-")[-3:-1]
+    found = re.match(r"cp3(\d+)$", python)
+    minor = sys.version_info.minor
+    return found is None or (minor >= int(found[1]) if abi == "abi3" else minor == int(found[1]))
+
+
+# ---- sections ----
+
+
+def run_all(sections: Sequence[Section], results: Results, seconds: float, how: How) -> None:
     """Each section in a process of its own, as long as there is time."""
-    _write(out, {"section": "all", "check": "begin", "passed": True, **_header(dry=dry)})
+    if how.together:
+        run([one.name for one in sections], results, seconds, how)
+        return
     end = time.monotonic() + seconds
-    for section in sections:
+    for at, section in enumerate(sections):
         left = end - time.monotonic()
-        if left < LEAST:
-            _write(out, {"section": section.name, "check": "begun", "passed": False, "why": "no time left"})
+        share = left * section.seconds / sum(one.seconds for one in sections[at:])
+        if share < LEAST:
+            results.add(section.name, "ended", False, why="no time left")
+        else:
+            run([section.name], results, share, how)
+
+
+def run(names: Sequence[str], results: Results, seconds: float, how: How) -> None:
+    """Sections in one process; that it ended, and how, is a check too."""
+    began, name = time.monotonic(), names[0] if len(names) == 1 else "all"
+    results.log(f"==== {' '.join(names)}\n")
+    child = subprocess.Popen(
+        how.command(names, seconds), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=how.environment(), text=True,
+        encoding="utf-8", errors="replace", start_new_session=True,
+    )  # fmt: skip
+    last: deque[str] = deque(maxlen=60)
+    reader = threading.Thread(target=read, args=(child, results, last, name), daemon=True)
+    reader.start()
+    code: int | None = None
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            code = child.wait(seconds)
+    finally:
+        end_group(child)
+        reader.join(GRACE)
+    why = {"why": "too late" if code is None else f"exit code {code}", "last": "".join(last)[-LAST:]} if code else {}
+    if code is None:
+        why = {"why": f"not done after {seconds:.0f} s", "last": "".join(last)[-LAST:]}
+    results.add(name, "ended", code == 0, seconds=round(time.monotonic() - began, 1), **why)
+
+
+def read(child: subprocess.Popen[str], results: Results, last: deque[str], name: str) -> None:
+    """Take down what a section prints: checks, and the rest."""
+    assert child.stdout is not None
+    for text in child.stdout:
+        if not text.startswith(MARK):
+            last.append(text)
+            results.log(text)
             continue
-        run_section(section, out, min(section.seconds * (DRY if dry else 1), left), dry=dry)
-
-
-def run_section(section: Section, out: Path, seconds: float, *, dry: bool) -> None:
-    """One section; that it ended, and how, is a check too."""
-    command = [sys.executable, str(CHECKS), section.name, "--out", str(out), *(["--dry-run"] if dry else [])]
-    began = time.monotonic()
-    with (out / f"{section.name}.log").open("w", encoding="utf-8") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            code: int | None = child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            end_group(child)
-    took = round(time.monotonic() - began, 1)
-    why = {} if code == 0 else {"why": "too late" if code is None else f"exit code {code}", "last": _last(log.name)}
-    _write(out, {"section": section.name, "check": "ended", "passed": code == 0, "seconds": took, **why})
+            row = json.loads(text.removeprefix(MARK))
+            results.add(row.pop("section"), row.pop("check"), row.pop("passed"), **row)
+        except (ValueError, KeyError, TypeError):
+            results.add(name, "a broken line", False, why=text[:80])
 
 
-def end_group(child: subprocess.Popen[Any]) -> None:
+def end_group(child: subprocess.Popen[str]) -> None:
     """End a section and whatever it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(child.pid, number)
         except ProcessLookupError:
             break
-        try:
+        with suppress(subprocess.TimeoutExpired):
             child.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            continue
     child.wait()
 
 
 def _stop(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the summary must still be written
     raise SystemExit(1)
 
 
-def _header(*, dry: bool) -> dict[str, Any]:
-    """Date, commit, what this is."""
-    here = Path(__file__).parent
-    found = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    commit = found.stdout.strip() or os.environ.get("FITUNE_COMMIT")
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit, "dry_run": dry}
+# ---- what is printed ----
 
 
-def _last(log: str, most: int = 1500) -> str:
-    return Path(log).read_text(encoding="utf-8", errors="replace")[-most:]
+def line(row: Row) -> str:
+    """A check in a line: section, check, passed or failed, and its figures."""
+    rest = {key: value for key, value in row.items() if key not in ("section", "check", "passed", "last")}
+    figures = " ".join(", ".join(f"{key} {value}" for key, value in rest.items()).split())
+    return f"{row['section']:<11}{row['check']:<40}{'passed' if row['passed'] else 'FAILED'}  {figures}"[:WIDTH]
 
 
-def _write(out: Path, row: dict[str, Any]) -> None:
-    """One line, on the disk when this returns."""
-    with (out / RESULTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read(out: Path) -> list[dict[str, Any]]:
-    """The checks that are there; a line that was not finished counts as a failed one."""
-    rows = []
-    for line in (out / RESULTS).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            rows.append({"section": "all", "check": "a broken line", "passed": False, "why": line[:80]})
-    return rows
-
-
-def table(rows: Iterable[dict[str, Any]]) -> str:
-    """A line for each check: section, check, passed or failed, and its figures."""
-    lines = []
-    for row in rows:
-        rest = {key: value for key, value in row.items() if key not in ("section", "check", "passed", "last")}
-        figures = ", ".join(f"{key} {value}" for key, value in rest.items())
-        lines.append(
-            f"{row['section']:<11}{row['check']:<34}{'passed' if row['passed'] else 'FAILED'}  {figures}"[:200]
-        )
-    return "\n".join(lines) + "\n"
+def table(rows: Iterable[Row]) -> str:
+    """A line for each check."""
+    return "".join(line(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,67 @@
 """The sections of `scripts/gpu_accept.py`: each is run in a process of its own, by name.
 
-In: a section's name, a folder, `--dry-run` for a CPU with tiny models. Out: a line of JSON for each check, in the
-folder's gpu.jsonl. A section that cannot go on raises: that it ended is a check of the caller's.
+In: names of sections; `--dry-run` for a CPU with tiny models. Out: a printed line of JSON for each check. A section
+that cannot go on raises: that it ended is a check of the caller's. Those with figures of speed and memory stand in
+gpu_figures.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
-if (ROOT / "src").is_dir():  # not everything that is needed to install this package is on a bare machine
-    sys.path.insert(0, str(ROOT / "src"))
+SOURCES = [str(ROOT / name) for name in ("src", "scripts", "benchmarks")]  # a bare machine cannot install the package
+sys.path[:0] = SOURCES
 
-from gpu_accept import _write as write  # noqa: E402
+from gpu_accept import MARK  # noqa: E402
 
-WORK = Path(tempfile.gettempdir()) / f"fitune-gpu-{os.getuid() if hasattr(os, 'getuid') else 'me'}"
-CASES = ROOT / ".gpu" / "cases.json"  # of scripts/gpu_prepare.py
-PATIENCE = 50  # seconds for one command
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "4090": 165.0, "L40S": 362.0}  # 16 bits, dense, data sheets
+PATIENCE = 90.0  # seconds for one command
+STEPS, KILLED_AT = 12, 4  # of a run that is killed
 
 
 @dataclass(frozen=True)
 class Here:
-    """Where the results go, and on what."""
+    """On what a section runs, and where to. together: sections share this process, and commands run in it as well.
+    seconds: what the section has."""
 
     section: str
-    out: Path
     dry: bool
+    work: Path
+    together: bool = False
+    seconds: float = 600.0
 
     @property
     def device(self) -> str:
         """For `--device`."""
         return "cpu" if self.dry else "cuda"
 
+    @property
+    def at_once(self) -> int:
+        """How many commands may run side by side."""
+        return 1 if self.together else 2 if self.dry else 6
+
     def say(self, check: str, passed: bool, **figures: Any) -> None:
         """A check is known."""
-        write(self.out, {"section": self.section, "check": check, "passed": bool(passed), **figures})
+        row = {"section": self.section, "check": check, "passed": bool(passed), **figures}
+        print(MARK + json.dumps(row, ensure_ascii=False, default=str), flush=True)
 
 
 SECTIONS: dict[str, Callable[[Here], None]] = {}
@@ -59,16 +72,45 @@ def section(run: Callable[[Here], None]) -> Callable[[Here], None]:
     return SECTIONS.setdefault(run.__name__, run)
 
 
-def fitune(*args: object, seconds: float = PATIENCE) -> dict[str, Any]:
-    """A command of fitune with --json, to its result; RuntimeError with its last words where it fails."""
-    command = [sys.executable, "-m", "fitune", *map(str, args), "--json"]
-    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+# ---- commands ----
+
+
+def fitune(here: Here, *args: object, good: Sequence[int] = (0,)) -> Any:
+    """A command of fitune with --json, to its result; RuntimeError with its last words where its exit code is not a
+    good one."""
+    words = [*map(str, args), "--json"]
+    code, out, errors = (_inside if here.together else _outside)(words, PATIENCE * (5 if here.dry else 1))
+    if code not in good:
+        raise RuntimeError(f"fitune {' '.join(words)}: exit code {code}: {errors[-800:]}")
+    begins = min(at for at in (out.find("{"), out.find("["), len(out)) if at >= 0)
+    return json.loads(out[begins:])
+
+
+def _outside(words: Sequence[str], seconds: float) -> tuple[int, str, str]:
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=seconds, env={**os.environ, "PYTHONPATH": path}
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])}: exit code {done.returncode}: {done.stderr[-800:]}")
-    return dict(json.loads(done.stdout[done.stdout.index("{") :]))
+        [sys.executable, "-m", "fitune", *words], capture_output=True, text=True, encoding="utf-8", errors="replace",
+        timeout=seconds, env=environment(),
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def _inside(words: Sequence[str], seconds: float) -> tuple[int, str, str]:
+    from fitune.cli import main as typed
+
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    typing = patch.object(sys, "argv", ["fitune", *words])
+    with typing, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            typed()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return code, out.getvalue(), errors.getvalue()
+
+
+def environment() -> dict[str, str]:
+    """Of a process that finds the package here."""
+    path = os.pathsep.join([*SOURCES[:1], *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path}
 
 
 # ---- machine ----
@@ -78,29 +120,30 @@ def fitune(*args: object, seconds: float = PATIENCE) -> dict[str, Any]:
 def machine(here: Here) -> None:
     """Versions; which kernels attention takes, and what a new length costs; the rate of matrix products."""
     import torch
-    import transformers
 
-    from fitune import environment
+    from fitune import environment as around
     from fitune.model import pick_device
 
     device = pick_device(here.device)
-    here.say("versions", True, **environment.describe(device)["device"], torch=torch.__version__,
-             transformers=transformers.__version__)  # fmt: skip
+    found = around.describe(device)
+    total = torch.cuda.mem_get_info(device)[1] >> 20 if device.type == "cuda" else found["memory_mib"]
+    here.say("versions", True, **found["device"], total_mib=total, python=found["python"], **found["packages"])
     size = 256 if here.dry else 8192
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     seconds = timed(lambda: a @ a, device, times=10)
-    here.say("matrix products", True, bf16_tflops=round(2 * size**3 / seconds / 1e12, 1))
+    here.say("matrix products", True, bf16_tflops=round(2 * size**3 / seconds / 1e12, 3))
     for name, own in (("torch's choice", False), ("a run's choice", True)):
         kernels, lengths = attention_of(device, own=own)
-        passed = not own or not any("cudnn" in kernel.lower() for kernel in kernels)
-        here.say(f"attention: {name}", passed, kernels=kernels, seconds_of_new_lengths=lengths)
-    here.say("doctor", True, **_short(fitune("doctor", seconds=30)))
+        passed = bool(kernels) and not (own and any("cudnn" in kernel.lower() for kernel in kernels))
+        here.say(f"attention: {name}", passed, seconds_of_new_lengths=lengths, kernels=kernels)
+    checks = fitune(here, "doctor", good=(0, 1))["checks"]
+    wrong = [f"{one['name']}: {one['text']}"[:160] for one in checks if one["level"] != "ok"]
+    broken = any(one["level"] == "broken" for one in checks)  # a CUDA build of torch where no GPU is, in a dry run
+    here.say("doctor", here.dry or not broken, checks=len(checks), not_ok=wrong)
 
 
 def attention_of(device: Any, *, own: bool) -> tuple[list[str], list[float]]:
     """The kernels of torch's attention, forward and backward, and seconds of three new lengths and an old one."""
-    from contextlib import nullcontext
-
     import torch
     from torch.nn import functional as F
 
@@ -111,12 +154,13 @@ def attention_of(device: Any, *, own: bool) -> tuple[list[str], list[float]]:
         F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
 
     kinds = [torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU]
-    with determinism.kernels(device) if own else nullcontext():
+    with determinism.kernels(device) if own else contextlib.nullcontext():
         with torch.profiler.profile(activities=kinds) as seen:
             run(300)
         lengths = [round(timed(lambda n=n: run(n), device, times=1, warm=0), 4) for n in (311, 312, 313, 311)]
     names = [event.key for event in seen.key_averages()]
-    return [n[:60] for n in names if any(w in n.lower() for w in ("flash", "fmha", "attention", "cudnn"))][:6], lengths
+    known = ("flash", "fmha", "attention", "cudnn", "mha", "softmax")
+    return [n[:60] for n in names if any(word in n.lower() for word in known)][:6], lengths
 
 
 def timed(work: Callable[[], Any], device: Any, *, times: int, warm: int = 3) -> float:
@@ -137,30 +181,39 @@ def timed(work: Callable[[], Any], device: Any, *, times: int, warm: int = 3) ->
     return (time.perf_counter() - began) / times
 
 
-def _short(found: Mapping[str, Any]) -> dict[str, Any]:
-    checks = found.get("checks") or found.get("findings") or []
-    return {"not_ok": [f"{one.get('rule')}: {one.get('text')}"[:120] for one in checks if one.get("level") != "ok"]}
-
-
 # ---- kernels ----
 
 
 @section
 def kernels(here: Here) -> None:
-    """The tests that need a GPU; without one, that they are found."""
-    marks = ["--collect-only"] if here.dry else []
-    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "--timeout", "45", *marks]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    print(done.stdout)
-    failed = [line[:150] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    here.say("pytest -m cuda", done.returncode == 0, failed=failed[:20], last=done.stdout.strip()[-200:])
+    """The tests that need a GPU, but for resuming, which is a section; without a GPU, that they are found."""
+    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.cuda" in path.read_text("utf-8")]
+    if here.together:
+        files = [file for file in files if file.endswith("test_gpu.py")]
+    chosen = ["-m", "cuda and not full", "-k", "not new_processes"]
+    how = ["--collect-only", "-q"] if here.dry else ["-v", "--timeout", "60"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *chosen, *how, *files]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(),
+                              timeout=max(1.0, here.seconds - 5))  # fmt: skip
+        out, ended = done.stdout, f"exit code {done.returncode}"
+    except subprocess.TimeoutExpired as late:
+        out, ended = (late.stdout or b"").decode("utf-8", "replace"), "not done in time"
+    print(out, flush=True)
+    counts = outcomes(out, collected=here.dry)
+    passed = ended == "exit code 0" and not counts["failed"] and not counts["skipped"] and counts["ran"] > 0
+    here.say("pytest -m cuda", passed, ended=ended, **counts)
+
+
+def outcomes(out: str, *, collected: bool) -> dict[str, Any]:
+    """Of pytest's output: how many tests ran and were skipped, and the names of those that failed."""
+    if collected:
+        return {"ran": len(re.findall(r"^\S+::\S+", out, re.MULTILINE)), "skipped": 0, "failed": []}
+    found = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", out, re.MULTILINE)
+    failed = [name.removeprefix("tests/") for name, said in found if said in ("FAILED", "ERROR")]
+    failed += re.findall(r"^ERROR (\S+)", out, re.MULTILINE)  # a file that cannot be read
+    skipped = sum(said == "SKIPPED" for _, said in found)
+    return {"ran": len(found) - skipped, "skipped": skipped, "failed": failed[:20]}
 
 
 # ---- resume ----
@@ -168,236 +221,118 @@ def kernels(here: Here) -> None:
 
 @section
 def resume(here: Here) -> None:
-    """A run that is killed and goes on, and the same run once more, have the same bits, in new processes."""
-    for name, flags in (("lora with dropout", ("--lora.dropout", 0.1)), ("nf4", ("--quant", "nf4"))):
-        whole, again, broken = (_run(here, f"{name}-{n}", flags) for n in ("whole", "again", "broken"))
-        _train(whole)
-        _train(again)
-        here.say(f"{name}: twice the same", _digest(whole) == _digest(again))
-        _kill_after(broken, steps=4)
-        _train(broken)
-        here.say(f"{name}: killed and resumed", _digest(whole) == _digest(broken), sha256=_digest(whole)[:12])
+    """A run that is killed and goes on, and the same run once more, have the same bits, in new processes. The runs go
+    on side by side: what they cost is their start."""
+    cases = (("lora with dropout", ("--lora.dropout", 0.1)), ("nf4", ("--quant", "nf4")))
+    cases = cases[: 1 if here.together else None]
+    runs = {(name, n): bundled(here, f"{name}-{n}", *flags) for name, flags in cases for n in ("one", "two", "killed")}
+    with ThreadPoolExecutor(here.at_once) as pool:
+        begun = {key: pool.submit(_begin, here, key[1], run) for key, run in runs.items()}
+    with ThreadPoolExecutor(here.at_once) as pool:
+        again = {name: pool.submit(fitune, here, *_resumed(runs[name, "killed"])) for name, _ in cases}
+    for name, _ in cases:
+        failed = [str(one.exception())[:300] for one in (*(begun[name, n] for n in ("one", "two", "killed")),
+                                                         again[name]) if one.exception()]  # fmt: skip
+        if failed:
+            here.say(f"{name}: runs", False, why=failed)
+            continue
+        first, second, last = (_digest(runs[name, n]) for n in ("one", "two", "killed"))
+        here.say(f"{name}: twice the same", first == second, sha256=first[:12])
+        figures = {"killed_after": begun[name, "killed"].result(), "of": STEPS, "sha256": last[:12]}
+        here.say(f"{name}: killed and resumed", first == last, **figures)
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
+    """A run of `fitune train`: its folder, and what is typed."""
+
     folder: Path
     args: tuple[object, ...]
 
 
-def _run(here: Here, name: str, flags: tuple[object, ...]) -> _Run:
+def bundled(here: Here, name: str, *flags: object) -> Run:
+    """A short run of the bundled model."""
     from fitune import demo
 
-    folder = WORK / f"{name.replace(' ', '-')}-{os.getpid()}"
-    bundled = Path(demo.__file__).parent / "bundled"
-    fixed = ("--model", bundled / "model", "--data", bundled / "data" / "train.jsonl", "--device", here.device)
-    small = ("--max-steps", 6, "--save-every", 1, "--batch-size", 4, "--sample-prompts", 0, "--val-share", 0)
+    folder, parts = here.work / name.replace(" ", "-"), Path(demo.__file__).parent / "bundled"
+    fixed = ("--model", parts / "model", "--data", parts / "data" / "train.jsonl", "--device", here.device)
+    small = ("--max-steps", STEPS, "--save-every", 1, "--batch-size", 4, "--sample-prompts", 0, "--val-share", 0)
     precision = ("--precision", "fp32" if here.dry else "bf16")
-    return _Run(folder, (*fixed, *small, *precision, *flags, "--output", folder))
+    return Run(folder, ("train", *fixed, *small, *precision, *flags, "--output", folder))
 
 
-def _command(run: _Run) -> tuple[object, ...]:
-    begun = (run.folder / "config.yaml").exists()
-    return ("train", "--resume", "--output", run.folder) if begun else ("train", *run.args)
+def _resumed(run: Run) -> tuple[object, ...]:
+    return ("train", "--resume", "--output", run.folder)
 
 
-def _train(run: _Run) -> None:
-    fitune(*_command(run))
+def _begin(here: Here, kind: str, run: Run) -> int:
+    """A whole run, or one that is killed; the steps that it had done."""
+    if kind != "killed":
+        fitune(here, *run.args)
+        return STEPS
+    return _kill(run)
 
 
-def _kill_after(run: _Run, steps: int) -> None:
-    """Begin a run, and kill its process when so many steps are written; no signal that it could catch."""
-    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    child = subprocess.Popen(
-        [sys.executable, "-m", "fitune", *map(str, _command(run))],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+def _kill(run: Run) -> int:
+    """Begin a run, and kill its process when some steps are written, by a signal that it cannot catch; how many.
+
+    Raises:
+        RuntimeError: it ended before.
+    """
     written = run.folder / "steps.jsonl"
-    while child.poll() is None and not (written.exists() and len(written.read_bytes().splitlines()) >= steps):
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
-    child.wait()
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen([sys.executable, "-m", "fitune", *map(str, run.args)], stdout=subprocess.DEVNULL,
+                                 stderr=errors, env=environment())  # fmt: skip
+        while child.poll() is None and _lines(written) < KILLED_AT:
+            time.sleep(0.002)
+        ended = child.poll()
+        child.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+        child.wait()
+        errors.seek(0)
+        if ended is not None:
+            raise RuntimeError(f"exit code {ended} before it was killed: {errors.read()[-300:]}")
+    return _lines(written)
 
 
-def _digest(run: _Run) -> str:
+def _lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def _digest(run: Run) -> str:
     files = sorted((run.folder / "adapter").rglob("*.safetensors"))
+    assert files, f"no adapter in {run.folder}"
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-# ---- throughput ----
-
-
-@section
-def throughput(here: Here) -> None:
-    """Tokens a second of LoRA on all linear layers of a random 8B model, rank 16, bf16: many documents, one, a longer
-    batch, and on nf4; the operations that took longest."""
-    shapes = [("34 documents, 4,096 tokens", 34, 4096), ("1 document, 4,096 tokens", 1, 4096), ("68, 8,192", 68, 8192)]
-    for quant in ("none", "nf4"):
-        bench = _Bench(here, quant)
-        for name, documents, tokens in shapes if quant == "none" else shapes[:1]:
-            bench.measure(f"{quant}: {name}", documents, tokens)
-        bench.profile(f"{quant}: longest operations")
-        del bench
-        _forget()
-
-
-class _Bench:
-    """A random model with LoRA on it, and steps of made-up batches."""
-
-    def __init__(self, here: Here, quant: str) -> None:
-
-        import memory_gpu
-        from fitune import catalog, optim
-        from fitune.config import build
-        from fitune.model import pick_device, shape_of, trainable
-
-        self.here, self.device = here, pick_device(here.device)
-        self.shape = shape_of(catalog.find("llama-3.1-8b").config)
-        if here.dry:
-            sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
-            self.shape.update({**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
-        lora = {"rank": 16, "targets": "all-linear"}
-        self.config = build({"model": "-", "data": ["-"], "precision": "bf16", "lora": lora, "quant": quant})
-        self.model = memory_gpu.build_model(self.config, self.shape, self.device)
-        self.model.train()
-        self.trained = trainable(self.model)
-        self.optimizer = optim.make(self.trained, self.config)
-
-    def step(self, documents: int, tokens: int) -> Any:
-        from fitune import determinism
-        from fitune.memory.steps import made_up
-        from fitune.step import training_step
-
-        tokens = tokens // 32 if self.here.dry else tokens
-        batch = made_up(min(documents, tokens), max(2, tokens // documents), self.shape.vocab_size)
-        with determinism.exact(self.device):
-            determinism.strict(True)
-            return training_step(self.model, [batch], self.optimizer, 1.0)
-
-    def measure(self, name: str, documents: int, tokens: int) -> None:
-        seconds = timed(lambda: self.step(documents, tokens), self.device, times=2 if self.here.dry else 10,
-                        warm=1 if self.here.dry else 3)  # fmt: skip
-        done = self.step(documents, tokens)
-        rate = done.tokens / seconds
-        parameters = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
-        figures = {"tokens_per_second": round(rate), "ms": round(1000 * seconds, 1), "finite": done.finite}
-        peak = next((value for part, value in PEAK_TFLOPS.items() if part in _gpu_name(self.device)), None)
-        if peak and self.config.quant.name == "none":
-            figures["share_of_peak"] = round(4 * parameters * rate / peak / 1e12, 3)
-        self.here.say(name, done.finite, **figures, **_peak(self.device))
-
-    def profile(self, name: str, most: int = 12) -> None:
-        import torch
-
-        cuda = self.device.type == "cuda"
-        kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[kind]) as seen:
-            self.step(34, 4096)
-        key = "self_device_time_total" if cuda else "self_cpu_time_total"
-        rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, key))[:most]
-        longest = [f"{row.key[:50]} {getattr(row, key) / 1000:.1f} ms x {row.count}" for row in rows]
-        self.here.say(name, True, longest=longest)
-
-
-def _gpu_name(device: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-
-
-def _peak(device: Any) -> dict[str, Any]:
-    import torch
-
-    if device.type != "cuda":
-        return {}
-    return {"allocated_mib": torch.cuda.max_memory_allocated(device) >> 20}
-
-
-def _forget() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-# ---- memory ----
-
-
-@section
-def runs(here: Here) -> None:
-    """Whole runs: what they took beside what was said before."""
-    for name, flags in (("lora", ()), ("nf4, checkpointing", ("--quant", "nf4", "--checkpointing"))):
-        run = _run(here, f"run-{name.replace(', ', '-')}", flags)
-        found = fitune(*_command(run))
-        off = found["peak_memory_mib"] / found["expected_memory_mib"] - 1
-        figures = {key: round(found[key], 1) for key in ("peak_memory_mib", "expected_memory_mib")}
-        here.say(f"{name}: peak beside plan", here.dry or off <= 0.10, off=f"{off:+.1%}", **figures)
-
-
-@section
-def memory(here: Here) -> None:
-    """Configurations that were chosen beforehand: allocated and reserved bytes beside the plan's."""
-    _cases(here, capped=False)
-
-
-@section
-def capped(here: Here) -> None:
-    """On a card made smaller: what was said to fit goes through, and what was not, does not."""
-    _cases(here, capped=True)
-
-
-def _cases(here: Here, *, capped: bool) -> None:
-    if here.dry:
-        found = fitune("plan", _run(here, "plan", ()).args[1], "--data", _run(here, "plan", ()).args[3], "--verify",
-                       "--device", "cpu")  # fmt: skip
-        here.say("plan --verify", True, **{k: v for k, v in found.items() if isinstance(v, (int, float))})
-        return
-    import memory_gpu
-
-    card = memory_gpu.probe()
-    sizes = json.loads(CASES.read_text(encoding="utf-8"))
-    near = min(sizes, key=lambda size: abs(int(size) * memory_gpu.GIB - card.total))
-    for values in sizes[near]["capped" if capped else "plain"]:
-        case = memory_gpu.Case(**values)
-        found, why = memory_gpu.ask({"do": "run", "case": values, "card": asdict(card)})
-        passed, figures = judged(found, why)
-        here.say(case.name, passed, **figures)
-
-
-def judged(found: dict[str, Any] | None, why: str) -> tuple[bool, dict[str, Any]]:
-    """Of what was measured: did it go as was said, and the figures. Within 2.5 % where it ran; what was said to fit
-    must not die, and what was said not to fit may run (plans are on the safe side)."""
-    if found is None or "predicted" not in found:
-        return False, {"why": why}
-    said = found["predicted"]
-    if "measured" not in found:
-        return False, {"why": found.get("left_out") or found.get("failed") or why}
-    if found["died"]:
-        return not said["fits"], {"died": found["died"], "said_to_fit": said["fits"]}
-    off = {name: found["measured"][f"max_{name}"] / said[name] - 1 for name in ("allocated", "reserved")}
-    figures = {f"{name}_off": f"{value:+.2%}" for name, value in off.items()}
-    return abs(off["allocated"]) <= 0.025, {
-        **figures,
-        "said_to_fit": said["fits"],
-        "seconds": found["measured"]["seconds"],
-    }
 
 
 def main() -> int:
     """See the module's text."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("section", choices=SECTIONS)
-    parser.add_argument("--out", type=Path, required=True)
+    import gpu_figures  # noqa: F401  # registers its sections
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="+", choices=SECTIONS)
+    parser.add_argument("--work", type=Path, help="for runs and models; a temporary one otherwise")
+    parser.add_argument("--seconds", type=float, default=600.0, help="what a section has")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--together", action="store_true", help="commands run in this process too")
     args = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
-    SECTIONS[args.section](Here(args.section, args.out, args.dry_run))
+    with tempfile.TemporaryDirectory() as own:
+        work = args.work or Path(own)
+        return max([go(Here(name, args.dry_run, work, args.together, args.seconds)) for name in args.sections])
+
+
+def go(here: Here) -> int:
+    """One section. 1: it could not go on; why is printed."""
+    began = time.perf_counter()
+    try:
+        SECTIONS[here.section](here)
+        print(f"{here.section}: {time.perf_counter() - began:.1f} s, {time.process_time():.1f} s of a core so far")
+    except Exception as error:  # another section may still run
+        traceback.print_exc()
+        here.say("goes to its end", False, why=f"{type(error).__name__}: {error}"[:300])
+        return 1
     return 0
 
 
 if __name__ == "__main__":
+    sys.modules["gpu_checks"] = sys.modules["__main__"]  # gpu_figures imports it
     sys.exit(main())
