@@ -78,7 +78,7 @@ def test_the_run_folder_stands_alone(unbroken: Path) -> None:
     assert names == {
         "config.yaml", "environment.json", "template.json", "plan.json", "data.json", "before.json", "tokenizer",
         "steps.jsonl", "checkpoints", "adapter", "answers.json", "result.json", "report.html", "checks.json",
-        "plan.html", "measured.json",
+        "plan.html", "measured.json", "seal.json",
     }  # fmt: skip
     result = json.loads((unbroken / "result.json").read_text())
     assert result["steps"] == 12
@@ -126,7 +126,7 @@ def test_a_resume_that_forgets_the_optimizer_or_the_rng_would_be_noticed(
         with pytest.raises(Crash):
             train(build(settings(model_folder, data, run)), watch=StopAt(7, crash))
         with monkeypatch.context() as patch:
-            patch.setattr(f"fitune.training.{fault}", lambda *args: None)
+            patch.setattr(f"fitune.resuming.{fault}", lambda *args: None)
             train(resume_config(str(run), {}), resume=True)
         assert digest(run) != digest(unbroken)
 

@@ -91,7 +91,7 @@ def train(
     if resume and "output" not in settings:
         raise ConfigError("resume: which run?", expected="output, the run folder")
     if resume:
-        early.run(settings["output"])
+        early.resumed(settings["output"])
         return _run(
             {name: value for name, value in settings.items() if name not in ROWS}, True, verbose, on_step, watch
         )

@@ -9,13 +9,17 @@
       adapter/                       the result, PEFT's format or ours (adapters.py), and what others need with it
       plan.html  measured.json                     what it was to take, and what its largest step took
       answers.json  result.json  report.html       at the end
+      seal.json                      sums of all this and the run's identity (integrity.py)
+      run.lock                       while a process works in the folder (locks.py)
 
-A checkpoint is a sealed folder (see files.py); resume falls back to the last whole one.
+A checkpoint is a sealed folder (see files.py) whose manifest holds the run's identity, its step, and a digest of the
+lines of steps.jsonl up to it; resume takes the newest that is whole and fits (resuming.py).
 Files are safetensors and JSON; nothing is ever pickled or unpickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,6 +30,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,6 +39,8 @@ from fitune.config import RunConfig, build
 from fitune.errors import RunFolderError
 from fitune.files import TEMPORARY, as_json, check_new, disk, is_whole, seal, sync, write_atomic, write_json
 from fitune.records import StepRecord
+
+SEAL = "seal.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
+        self.identity: dict[str, str] | None = None  # of the run, by its seal; each checkpoint holds it
+        self._log = hashlib.sha256()  # of the lines of steps.jsonl that this process knows
 
     @property
     def checkpoints(self) -> Path:
@@ -121,8 +130,7 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """The resolved config, every default written out."""
-        text = yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
-        write_atomic(self.path / "config.yaml", text)
+        write_atomic(self.path / "config.yaml", config_text(config))
 
     def read_config(self) -> RunConfig:
         """The config that the run was started with.
@@ -141,23 +149,50 @@ class RunFolder:
 
     def append_step(self, record: StepRecord) -> None:
         """One more line of steps.jsonl."""
-        with disk(self.path), self.steps.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(as_json(record.as_dict()) + "\n")
+        line = (as_json(record.as_dict()) + "\n").encode()
+        with disk(self.path), self.steps.open("ab") as file:
+            file.write(line)
+        self._log.update(line)
 
     def read_steps(self) -> list[StepRecord]:
         """The steps so far; a last line that was cut off by a crash is left out."""
-        if not self.steps.is_file():
-            return []
-        records = []
-        for line in self.steps.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, TypeError):
-                records.append(StepRecord.from_dict(json.loads(line)))
-        return records
+        return [record for _, record in self._lines()]
+
+    def _lines(self) -> list[tuple[bytes, StepRecord]]:
+        """The whole lines of steps.jsonl, and what they say."""
+        found = []
+        for line in self.steps.read_bytes().splitlines(keepends=True) if self.steps.is_file() else ():
+            with suppress(ValueError, TypeError, AttributeError):
+                found.append((line, StepRecord.from_dict(json.loads(line))))
+        return [one for one in found if one[0].endswith(b"\n")]
 
     def truncate_steps(self, last: int) -> None:
         """Forget what was logged after the checkpoint that a run goes on from."""
-        kept = [as_json(record.as_dict()) for record in self.read_steps() if record.step <= last]
-        write_atomic(self.steps, "".join(f"{line}\n" for line in kept))
+        kept = b"".join(line for line, record in self._lines() if record.step <= last)
+        self._log = hashlib.sha256(kept)
+        write_atomic(self.steps, kept.decode())
+
+    def log_problem(self, step: int, digest: str | None) -> str:
+        """What is wrong with steps.jsonl up to a step; nothing, where it is as it was when the checkpoint was made.
+
+        Args:
+            step: of the checkpoint.
+            digest: of the lines up to it, from its manifest; None: it is from before there was one.
+        """
+        content = self.steps.read_bytes() if self.steps.is_file() else b""
+        lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+        if len(lines) < step:
+            return f"{self.steps.name} has {len(lines)} lines"
+        same = digest is None or hashlib.sha256(b"".join(lines[:step])).hexdigest() == digest
+        return "" if same else f"{self.steps.name} has other lines than when it was made"
+
+    def check_log(self) -> None:
+        """Raises RunFolderError where steps.jsonl is not what this process wrote: it is about to be sealed."""
+        if hashlib.sha256(self.steps.read_bytes()).digest() != self._log.digest():
+            raise RunFolderError(
+                f"{self.steps}: was changed while the run went on",
+                fix=f"fitune train --resume --output {self.path} goes on from a checkpoint before the change",
+            )
 
     # ---- checkpoints ----
 
@@ -188,7 +223,9 @@ class RunFolder:
                 save_file(rng_state(), temporary / "rng.safetensors")
                 text = as_json({"step": step, "optimizer": scalars, **state})
                 (temporary / "state.json").write_text(text, encoding="utf-8")
-                seal(temporary)
+                if self.steps.is_file():
+                    sync(self.steps)  # else a crash may leave a checkpoint of steps that no line speaks of
+                seal(temporary, step=step, run=self.identity, log=self._log.hexdigest())
                 if final.exists():  # a resumed run comes by here again
                     shutil.rmtree(final)
                 temporary.replace(final)
@@ -224,16 +261,24 @@ class RunFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
     def load(self, path: Path) -> Loaded:
-        """A checkpoint's content."""
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return Loaded(
-            step=state.pop("step"),
-            trainable=load_file(path / "trainable.safetensors"),
-            optimizer=load_file(path / "optimizer.safetensors"),
-            optimizer_scalars=state.pop("optimizer"),
-            rng=load_file(path / "rng.safetensors"),
-            state=state,
-        )
+        """A checkpoint's content.
+
+        Raises:
+            RunFolderError: something is missing in it, or broken.
+        """
+        try:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            return Loaded(
+                step=state.pop("step"),
+                trainable=load_file(path / "trainable.safetensors"),
+                optimizer=load_file(path / "optimizer.safetensors"),
+                optimizer_scalars=state.pop("optimizer"),
+                rng=load_file(path / "rng.safetensors"),
+                state=state,
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            told = " ".join(str(error).split())[:200]
+            raise RunFolderError(f"{path}: broken", received=told, fix="remove it, and go on with --resume") from None
 
     def save_adapter(self, save: Callable[[Path], None]) -> None:
         """The result, whole or not at all.
@@ -250,6 +295,11 @@ class RunFolder:
             shutil.rmtree(self.adapter, ignore_errors=True)
             temporary.replace(self.adapter)
             sync(self.path)
+
+
+def config_text(config: RunConfig) -> str:
+    """Every setting as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
 
 
 def rng_state() -> dict[str, Tensor]:

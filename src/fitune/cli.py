@@ -126,7 +126,7 @@ def train(
     if resume and "output" not in values:
         raise ConfigError("--resume: which run?", fix="add --output RUN")
     if resume:
-        early.run(values["output"])
+        early.resumed(values["output"])
     if gpu is not None and not fit:
         raise ConfigError("--gpu without --fit", fix="fitune plan takes --gpu; train takes it with --fit")
     if fit and resume:
@@ -322,7 +322,10 @@ def evaluate(
         print_json(found.as_dict())
 
 
-for verb in (modelverbs.merge, modelverbs.download, modelverbs.convert, modelverbs.export, modelverbs.quantize):
+for verb in (
+    modelverbs.merge, modelverbs.reseal, modelverbs.download, modelverbs.convert, modelverbs.export,
+    modelverbs.quantize,
+):  # fmt: skip
     app.command(verb)
 app.command(planverb.plan)
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fitune import catalog, formats, hub, readers, templates
+from fitune import catalog, formats, hub, locks, readers, templates
 from fitune.config import DataSource, RunConfig, build
 from fitune.errors import Collector, ConfigError, DataError, ModelError, RunFolderError, nearest
 from fitune.files import check_new, check_writable, names_near
@@ -162,6 +162,12 @@ def run(path: str | Path) -> None:
         raise RunFolderError(f"{path}: not a run folder (no {CONFIG})", fix="give the folder that --output named")
 
 
+def resumed(path: str | Path) -> None:
+    """The same for a run that is to go on: nor may another process work in it."""
+    run(path)
+    locks.check(Path(path).expanduser())
+
+
 def _run_near(path: str | Path) -> str:
     return f"{names_near(path, folders=True)}" + (
         f"; runs: {', '.join(nearest(str(path), _runs()))}" if _runs() else ""
@@ -210,6 +216,7 @@ def template(name: str) -> None:
 def new_folder(path: str | Path) -> None:
     """Raises RunFolderError where a folder is not new, or cannot be written."""
     target = Path(path).expanduser()
+    locks.check(target)
     resume = "choose another --output, or go on with this run: --resume"
     check_new(target, resume if (target / CONFIG).is_file() else "choose another --output")
     check_writable(target)

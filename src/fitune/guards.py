@@ -21,8 +21,7 @@ from torch import Tensor
 
 from fitune import adapters, optim, quant, weights
 from fitune.batches import flat, split
-from fitune.checkpoint import Loaded, RunFolder, restore_rng, rng_state
-from fitune.files import MANIFEST
+from fitune.checkpoint import Loaded, restore_rng, rng_state
 from fitune.kernels.loss import chunk_rows
 from fitune.leak import PROBE_TOKENS
 from fitune.methods import lora
@@ -357,19 +356,17 @@ def frozen_intact(before: Mapping[str, tuple[int, bool]], model: Any, rate: floa
 # ---- when a run goes on ----
 
 
-def partial_checkpoint(run: RunFolder) -> Finding:
-    """Checkpoints that are not whole do not count; the newest whole one does."""
-    every = sorted(run.checkpoints.glob("step-*"), reverse=True)
-    whole = run.whole_checkpoints()
-    broken = [path.name for path in every if path not in whole]
-    if broken:
-        use = whole[0].name if whole else "the beginning"
-        return Finding(
-            "partial-checkpoint",
-            "fixed",
-            f"{', '.join(broken)} not whole (no matching {MANIFEST}): going on from {use}",
-        )
-    return Finding("partial-checkpoint", "ok", f"{len(every)} checkpoints, all whole")
+def partial_checkpoint(path: Path | None, reasons: Sequence[str]) -> Finding:
+    """Checkpoints that are not whole, or do not fit the log, do not count; the newest that does is gone on from.
+
+    Args:
+        path: of that one; None: there is none.
+        reasons: of each newer one why not.
+    """
+    if reasons:
+        use = path.name if path else "the beginning"
+        return Finding("partial-checkpoint", "fixed", f"{', '.join(reasons)}: going on from {use}")
+    return Finding("partial-checkpoint", "ok", "the newest checkpoint is whole" if path else "no checkpoint yet")
 
 
 def resume_identity(loaded: Loaded, parameters: Mapping[str, Tensor], steps: int) -> Finding:

@@ -5,10 +5,12 @@ In: a path. Out: Tuned, with the run's own template and stop tokens.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fitune import families, templates, tokenizer, weights
+from fitune import families, integrity, locks, sums, templates, tokenizer, weights
 from fitune import quant as quants
 from fitune.checkpoint import RunFolder
 from fitune.config import QuantOptions, RunConfig
@@ -20,7 +22,7 @@ from fitune.model import Tuned, causal_lm, load_model, locate, pick_device
 from fitune.precision import choose
 from fitune.templates import Template
 
-WEIGHTS, VALUES = "the base's weights", "the base's values"  # what a run folder keeps digests of
+WEIGHTS, CONFIG = "the base's weights", "the base's config.json"  # what a run folder keeps digests of
 
 
 def load(
@@ -66,9 +68,7 @@ def load(
         quants.trust.notice(quants.faults(plain_model))
         encoder = Encoder(words, shape, answer_tokens=read_answer_tokens(folder) if template == "auto" else ())
         return Tuned(plain_model, words, shape, encoder, _family(plain_model))
-    config = run.read_config()
-    if not run.adapter.is_dir():
-        raise RunFolderError(f"{run.path}: this run is not finished", fix=f"fitune train --resume --output {run.path}")
+    config = finished(run)
     base = base_of(run, config, model)
     words = tokenizer.load(run.tokenizer)
     shape = templates.from_dict(run.read("template"), words)
@@ -85,6 +85,33 @@ def load(
     return Tuned(loaded, words, shape, encoder, _family(loaded))
 
 
+def finished(run: RunFolder, reads: Sequence[str] = integrity.MODEL, missing: Sequence[str] = ()) -> RunConfig:
+    """The settings of a finished run, of which all that a verb reads is as the run left it.
+
+    Args:
+        run: the run.
+        reads: files and folders of it.
+        missing: those of them that need not be there.
+
+    Raises:
+        RunFolderError: it is not finished, or something in it is otherwise.
+    """
+    warned = integrity.check(run, reads, missing=missing)
+    if warned is not None:
+        quants.trust.warn_once(f"warning: {warned.text}; {warned.fix}")
+    done = run.adapter.is_dir() if warned is not None else integrity.was_finished(run)
+    if not done:
+        working = locks.holder(run.path)
+        raise RunFolderError(
+            f"{run.path}: this run {'still goes on' if working else 'is not finished'}",
+            received=working,
+            fix="wait until it has ended"
+            if working
+            else f"fitune train --resume --output {shlex.quote(str(run.path))}",
+        )
+    return run.read_config()
+
+
 def base_of(run: RunFolder, config: RunConfig, model: str | Path | None = None) -> str:
     """The folder of a run's base model, or the one it was moved to.
 
@@ -97,27 +124,40 @@ def base_of(run: RunFolder, config: RunConfig, model: str | Path | None = None) 
         ModelError: it is not there.
         RunFolderError: what lies there is another model.
     """
-    if model is None:
-        if not Path(config.model).is_dir():
-            raise RunFolderError(
-                f"{config.model}: no such folder, and it is the base model of the run {run.path}",
-                expected="the folder that the run was trained on",
-                fix="restore it; --model NEW says where it is now",
-            )
-        return config.model
-    folder = locate(str(model))
+    if model is None and not Path(config.model).is_dir():
+        raise RunFolderError(
+            f"{config.model}: no such folder, and it is the base model of the run {run.path}",
+            expected="the folder that the run was trained on",
+            fix="restore it; --model NEW says where it is now",
+        )
+    folder = Path(config.model) if model is None else locate(str(model))
     weights.check(folder)
     known = run.read("data").get("inputs", {}) if run.has("data") else {}
-    there: dict[str, dict[str, Any]] = {WEIGHTS: weights.facts(folder), VALUES: weights.sampled(folder)}
-    for name in there:
-        if name in known and known[name] != there[name]:
+    there: dict[str, Callable[[], dict[str, Any]]] = {
+        WEIGHTS: lambda: weights.facts(folder),
+        CONFIG: lambda: config_of(folder),
+        integrity.TENSORS: lambda: weights.summed(folder),
+    }
+    for name, found in there.items():
+        if name in known and known[name] != found() and known[name] != (mine := _fresh(name, folder, found)):
+            changed = f"{name} changed since the run {run.path} began"
             raise RunFolderError(
-                f"{folder}: not the base model of the run {run.path}",
-                received=_digests(known[name], there[name]),
-                expected=_digests(there[name], known[name]),
-                fix="give the folder that the run was trained on, wherever it lies now",
+                f"{folder}: {changed if model is None else f'not the base model of the run {run.path}'}",
+                received=_digests(known[name], mine),
+                expected=_digests(mine, known[name]),
+                fix="restore it, or give the folder that the run was trained on, wherever it lies now: --model FOLDER",
             )
-    return str(folder.resolve())
+    return config.model if model is None else str(folder.resolve())
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The sum of a base's config.json, as data.json keeps it."""
+    return {"config.json": sums.summed(folder / "config.json")}
+
+
+def _fresh(name: str, folder: Path, found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The same, from the files themselves: a sum that was kept may be damaged."""
+    return weights.summed(folder, fresh=True) if name == integrity.TENSORS else found()
 
 
 def _digests(other: dict[str, Any], mine: dict[str, Any]) -> str:
@@ -126,7 +166,7 @@ def _digests(other: dict[str, Any], mine: dict[str, Any]) -> str:
     texts = [
         f"{name} {value[0]:,} bytes, header {value[1][:16]}"
         if isinstance(value, list)
-        else f"{name} SHA-256 {value[:16]}"
+        else f"{name} SHA-256 {value.get('sha256', value.get('sha256_tree', ''))[:16]}"
         for name, value in sorted(told.items())
     ]
     return f"{', '.join(texts[:3])}{f' and {len(texts) - 3} more' if len(texts) > 3 else ''}" or "none of these files"

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fitune import dataset, methods, modelcard, preflight, weights, whole
+from fitune import dataset, integrity, methods, modelcard, preflight, weights, whole
 from fitune import quant as quants
 from fitune.batches import in_order
 from fitune.checkpoint import RunFolder
@@ -28,7 +28,7 @@ from fitune.errors import FituneError, RunFolderError
 from fitune.families import Family, towers
 from fitune.files import check_new, whole_folder
 from fitune.handover import Handover, hand_over, write_answer_tokens
-from fitune.loading import base_of, load
+from fitune.loading import base_of, finished, load
 from fitune.methods import new_tokens
 from fitune.model import Tuned, causal_lm, load_model, output_head, quantized_as, read_config
 from fitune.precision import DTYPES, NAMES
@@ -100,7 +100,9 @@ def merge(
     target = Path(output).expanduser()
     check_new(target)
     folder = RunFolder(run)
-    config = folder.read_config()
+    config = finished(
+        folder, (*integrity.BEGIN, *integrity.END), missing=[name for name in integrity.END if name != "adapter"]
+    )
     config = config.model_copy(update={"model": base_of(folder, config, model)})
     if dtype not in ("auto", *DTYPES):
         raise RunFolderError("--dtype", received=dtype, expected=f"auto, {', '.join(DTYPES)}")

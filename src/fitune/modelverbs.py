@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from fitune import config as settings
-from fitune import early
+from fitune import early, locks
 from fitune.flags import Json, Moved, console_for, print_json
 
 
@@ -52,6 +52,22 @@ def merge(
     console.print(f"talk to it   fitune chat {done.folder}", highlight=False, soft_wrap=True)
     if json:
         print_json(done.as_dict())
+
+
+def reseal(run: Annotated[str, Parameter(help="Run folder.")], *, json: Json = False) -> None:
+    """Accept a run's files as they are now, after a change on purpose; prints what was changed."""
+    early.resumed(run)
+    from fitune.checkpoint import RunFolder
+    from fitune.integrity import reseal as run_reseal
+
+    console, folder = console_for(json), RunFolder(run)
+    with locks.held(folder.path, console.print):
+        found = run_reseal(folder)
+    for line in found or ["nothing was changed"]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{run}: sealed as it is now", highlight=False, markup=False, soft_wrap=True)
+    if json:
+        print_json({"run": str(run), "changed": found})
 
 
 def download(

@@ -18,6 +18,7 @@ from fitune import (
     families,
     formats,
     guards,
+    integrity,
     leak,
     loading,
     methods,
@@ -32,6 +33,7 @@ from fitune import (
 )
 from fitune.batches import Loader
 from fitune.cache import folder_digest, key
+from fitune.checkpoint import SEAL, RunFolder
 from fitune.config import DataSource, RunConfig
 from fitune.console import Watcher
 from fitune.errors import Collector, ConfigError, TrainingError
@@ -132,7 +134,10 @@ def resolve(config: RunConfig) -> RunConfig:
     problems.raise_any()
     if config.adapter is not None:
         with problems.gather():
-            changes["adapter"] = str(adapters.locate(config.adapter).resolve())
+            place = adapters.locate(config.adapter).resolve()
+            changes["adapter"] = str(place)
+            if (place.parent / SEAL).is_file():
+                integrity.check(RunFolder(place.parent), ("adapter",))
     with problems.gather():
         shape = read_config(folder)
         config = precision.resolve(config, pick_device(config.device), shape)
@@ -333,12 +338,13 @@ def _inputs(config: RunConfig, folder: Path, template: dict[str, Any]) -> dict[s
     """Names of things that decide a run beside its data, with digests of them."""
     found = {
         loading.WEIGHTS: weights.facts(folder),
-        loading.VALUES: weights.sampled(folder),
+        loading.CONFIG: loading.config_of(folder),
+        integrity.TENSORS: weights.summed(folder),
         "the tokenizer": folder_digest(folder),
         "the template": key(template),
     }
     if config.adapter is not None:
-        found["the adapter"] = weights.facts(Path(config.adapter))
+        found["the adapter's tensors"] = weights.summed(Path(config.adapter))
     return found
 
 

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,22 +29,24 @@ from fitune import (
     guards,
     handover,
     hub,
+    integrity,
+    locks,
     methods,
     modelcard,
     optim,
     planview,
     precision,
-    preflight,
     processor,
     report,
+    resuming,
     textchecks,
 )
 from fitune.batches import in_order
-from fitune.checkpoint import Loaded, RunFolder, restore_rng
+from fitune.checkpoint import Loaded, RunFolder, config_text
 from fitune.config import RunConfig, build, merge
 from fitune.console import NAME, RUN_FOLDER, Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
-from fitune.files import write_atomic
+from fitune.files import json_text, write_atomic
 from fitune.generation import SIDE_BY_SIDE, Sampling, answers, expected, read
 from fitune.kernels.attention import chosen
 from fitune.kernels.target import of
@@ -58,6 +60,7 @@ from fitune.model import causal_lm, compute_dtype, pick_device, trainable
 from fitune.prepare import Job, prepare, resolve
 from fitune.records import Conversation, Finding, StepRecord
 from fitune.recovery import careful_step, check_finite, in_fewer, rehearse
+from fitune.resuming import note
 from fitune.step import LossScale, StepResult, held_out_loss
 
 
@@ -116,9 +119,25 @@ def train(
 
 
 def _train(config: RunConfig, resume: bool, watch: Watcher, outside: Mapping[str, int] | None) -> Result:
-    config = resolve(config)
-    run = RunFolder(str(config.output))
-    if resume and run.has("result"):
+    asked, config = config, resolve(config)
+    with ExitStack() as stack:
+        while True:
+            run = RunFolder(str(config.output))
+            try:
+                stack.enter_context(locks.held(run.path, watch.say))
+                break
+            except locks.InUseError:
+                if asked.output is not None:
+                    raise
+                config = resolve(asked)  # another run took the name that was free
+        return _alone(run, config, resume, watch, outside)
+
+
+def _alone(
+    run: RunFolder, config: RunConfig, resume: bool, watch: Watcher, outside: Mapping[str, int] | None
+) -> Result:
+    """Train, as the one process that works in the folder."""
+    if resume and _is_finished(run, watch):
         watch.say(
             f"{run.path}: this run is finished. To train it further: fitune train --adapter {run.path} --output NEW ..."
         )
@@ -136,18 +155,35 @@ def _train(config: RunConfig, resume: bool, watch: Watcher, outside: Mapping[str
         known = run.read("measured") if resume and run.has("measured") else None
         parts = known["micro_batch_parts"] if known else _rehearse(job, watch)
         determinism.strict((known or job.measured or {}).get("deterministic", True))
-        if not (resume and run.has("before")):
+        if not (resume and _has_begun(run)):
             _begin(run, job, watch)
         elif run.read_config().model != job.config.model:
-            run.write_config(job.config)  # the base was moved
-        if job.measured is not None:
-            run.write("measured", job.measured)
+            integrity.replace(run, "config.yaml", config_text(job.config))  # the base was moved
         with _stop_on_signal(watch) as stopped:
             try:
                 return _loop(run, job, watch, resume=resume, stopped=stopped, parts=parts)
             except KeyboardInterrupt:
                 newest = Path(run.newest_name()).name
                 raise _interrupted(run, f"stopped at once, last checkpoint: {newest}") from None
+
+
+def _is_finished(run: RunFolder, watch: Watcher) -> bool:
+    """Is all there that a finished run has? Raises where something of the run is otherwise than it left it.
+
+    What is gone of what the run made is made again: then the run is not finished.
+    """
+    there = [*integrity.BEGIN, *integrity.END]
+    warned = integrity.check(run, there, missing=integrity.END)
+    if warned is not None:
+        if _has_begun(run):
+            note(run, watch, warned)
+        return run.has("result")
+    return integrity.complete(run)
+
+
+def _has_begun(run: RunFolder) -> bool:
+    """Is all there that is written before the first step? What was killed before that begins anew."""
+    return run.identity is not None or (run.has("before") and any(run.checkpoints.glob("step-*")))
 
 
 def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
@@ -157,6 +193,7 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
         ConfigError: a setting differs from the run's.
     """
     run = RunFolder(output)
+    integrity.check(run, (*integrity.BEGIN, *integrity.END), missing=integrity.END)
     stored = run.read_config()
     base = stored.model if run.has("result") else base_of(run, stored, given.get("model"))
     stored = stored.model_copy(
@@ -164,8 +201,7 @@ def resume_config(output: str, given: dict[str, Any]) -> RunConfig:
     )
     # the run has them resolved, and its data is checked by its SHA-256; where prepared data is kept, and whether a run
     # that may not fit is tried, decides nothing
-    paths = ("output", "model", "data", "eval_data", "adapter", "cache", "force")
-    others = {name: value for name, value in given.items() if name not in paths}
+    others = {name: value for name, value in given.items() if name not in integrity.PLACES}
     wanted = build(merge(stored.model_dump(mode="json"), others))
     differing = [
         f"{name} {getattr(wanted, name)} (the run has {getattr(stored, name)})"
@@ -197,8 +233,8 @@ def _tell(job: Job, watch: Watcher) -> None:
     watch.kept(job.kept)
     watch.plan(job.plan)
     watch.findings(job.findings)
-    for note in job.report.notes:
-        watch.say(f"{'note':{NAME}}{note}")
+    for line in job.report.notes:
+        watch.say(f"{'note':{NAME}}{line}")
     watch.summary({RUN_FOLDER: str(job.config.output)})
 
 
@@ -274,8 +310,11 @@ def _begin(run: RunFolder, job: Job, watch: Watcher) -> None:
         base = before if methods.find(job.config.method).same_at_start else _held_out(job, watch)
         answers_of_base = _sample_answers(job, watch)
     run.write("before", {"base_held_out_loss": base, "held_out_loss": before, "answers": answers_of_base})
+    if job.measured is not None:
+        run.write("measured", job.measured)
+    integrity.begin(run)
     if base is not None:
-        _note(run, watch, textchecks.base_loss(base, len(job.tuned.tokenizer)))
+        note(run, watch, textchecks.base_loss(base, len(job.tuned.tokenizer)))
 
 
 def _rehearse(job: Job, watch: Watcher) -> int:
@@ -337,7 +376,8 @@ def _measured_states(run: RunFolder, optimizer: torch.optim.Optimizer) -> None:
     if run.has("measured"):
         tensors = [t for states in optimizer.state.values() for t in states.values() if isinstance(t, torch.Tensor)]
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        run.write("measured", {**run.read("measured"), "at_the_end": {STATES: sum(held.values())}})
+        measured = {**run.read("measured"), "at_the_end": {STATES: sum(held.values())}}
+        integrity.replace(run, "measured.json", json_text(measured))
 
 
 def _held_out(job: Job, watch: Watcher) -> float | None:
@@ -376,7 +416,7 @@ def _check_same_data(run: RunFolder, job: Job) -> None:
             f"{run.path}: the data files changed since this run began", fix="restore them, or start a new run"
         )
     stored = run.read("data").get("inputs", {}) if run.has("data") else {}
-    changed = sorted(name for name, value in stored.items() if job.inputs.get(name) != value)
+    changed = sorted(name for name, value in job.inputs.items() if stored.get(name, value) != value)
     if changed:
         raise RunFolderError(
             f"{run.path}: {', '.join(changed)} changed since this run began",
@@ -416,10 +456,12 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
     config, model = job.config, job.tuned.model
     parameters = trainable(model)
     optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
-    _note(run, watch, guards.fp16_master(model, optimizer, job.lr, force=config.force))
+    note(run, watch, guards.fp16_master(model, optimizer, job.lr, force=config.force))
     torch.manual_seed(config.seed)
-    state = _restore(run, parameters, optimizer, watch) if resume else None
-    state = state or _State(parts=parts, scale=LossScale(LossScale.START if precision.scaled(config) else 1.0))
+    with_best = config.final == "best" or config.patience is not None
+    loaded = resuming.restore(run, parameters, optimizer, watch, with_best=with_best) if resume else None
+    scale = LossScale(LossScale.START if precision.scaled(config) else 1.0)
+    state = _restored(loaded) if loaded else _State(parts=parts, scale=scale)
     run.truncate_steps(state.step)
     started, bits = state.step, guards.fingerprint(model)
     model.train()
@@ -444,7 +486,7 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
             watch.step(record)
             where = {"sources": job.source, "checkpoint": run.newest_name()}
             if state.step == started + 2 and done.finite:
-                _note(run, watch, guards.frozen_intact(bits, model, rate))
+                note(run, watch, guards.frozen_intact(bits, model, rate))
             state.bad = check_finite(model, state.bad, done, micro_batches, job.layout, where)
             due = state.step % job.save_every == 0 or last or early or state.best[0] == state.step
             if stopped.is_set() or (due and not state.bad):
@@ -459,11 +501,10 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
         watch.stop()
     warned = any(finding.rule == "machine-load" and finding.level == "warn" for finding in job.findings)
     for finding in _load(job, since):
-        _note(run, Watcher() if warned else watch, finding)
+        note(run, Watcher() if warned else watch, finding)
     _measured_states(run, optimizer)
-    if config.final == "best" or config.patience is not None:
-        _back_to_best(run, parameters, state, watch)
-        return _finish(run, job, watch, state.best[1])
+    if with_best:
+        return _finish(run, job, watch, _back_to_best(run, job, state, watch))
     return _finish(run, job, watch, run.read_steps()[-1].held_out_loss)
 
 
@@ -479,68 +520,26 @@ def _record(
     return StepRecord(step, epoch, *figures)
 
 
-def _back_to_best(run: RunFolder, parameters: dict[str, torch.nn.Parameter], state: _State, watch: Watcher) -> None:
-    """Put the weights with the best held-out loss back."""
-    if state.best[0] is None or state.best[0] == state.step:
-        return
-    _put(run.load(run.checkpoint(state.best[0])), parameters)
-    watch.say(f"the result is step {state.best[0]}, with the best held-out loss, {state.best[1]:.4f}")
+def _back_to_best(run: RunFolder, job: Job, state: _State, watch: Watcher) -> float | None:
+    """Put the weights with the best held-out loss back; that loss, measured again where they were read back."""
+    step, loss = state.best
+    if step is None or loss is None or step == state.step:
+        return loss
+    measure = partial(_held_out, job, watch)
+    return resuming.back_to_best(run, trainable(job.tuned.model), step, loss, measure, watch)
 
 
-@torch.no_grad()
-def _put(loaded: Loaded, parameters: dict[str, torch.nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(loaded.trainable[name])
-
-
-def _restore(
-    run: RunFolder, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, watch: Watcher
-) -> _State | None:
-    """Put the newest whole checkpoint back; says so. None: there is none, the run starts anew."""
-    whole = run.whole_checkpoints()
-    if not whole:
-        watch.say("no whole checkpoint yet: starting from the first step")
-        return None
-    loaded = run.load(whole[0])
-    found = [guards.partial_checkpoint(run), guards.resume_identity(loaded, parameters, len(run.read_steps()))]
-    for finding in found:
-        _note(run, watch, finding)
-    _put(loaded, parameters)
-    optim.load_state(optimizer, parameters, loaded.optimizer, loaded.optimizer_scalars)
-    same = restore_rng(loaded.rng)
-    _note(run, watch, _same_machine(run, parameters, random=same))
-    watch.say(f"going on from {whole[0].name}")
+def _restored(loaded: Loaded) -> _State:
+    """What a checkpoint remembers beside weights, optimizer and random numbers."""
     state = {**loaded.state, "step": loaded.step, "best": tuple(loaded.state["best"])}
     return _State(**{**state, "scale": LossScale(**state.get("scale", {}))})
-
-
-def _same_machine(run: RunFolder, parameters: dict[str, torch.nn.Parameter], *, random: bool) -> Finding:
-    """Does the run go on where it began? Elsewhere it goes on, and its bits are others."""
-    now = environment.describe(next(iter(parameters.values())).device)
-    changed = environment.changes(run.read("environment"), now) if run.has("environment") else []
-    changed += [] if random else ["the random numbers of a GPU cannot be put back"]
-    if not changed:
-        return Finding("resume-machine", "ok", "the same device and versions as at the start")
-    text = (
-        f"not the machine that it began on: {'; '.join(changed)}; the losses may differ from those of an unbroken run"
-    )
-    return Finding("resume-machine", "warn", text)
-
-
-def _note(run: RunFolder, watch: Watcher, finding: Finding) -> None:
-    """A check that was made while the run went on: for the report, and told where it is not well."""
-    noted = run.read("checks") if run.has("checks") else []
-    run.write("checks", [*noted, asdict(finding)])
-    if finding.level != "ok":
-        watch.findings([finding])
-    preflight.raise_refused([finding])
 
 
 def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) -> Result:
     """The adapter, the answers after, result.json and the report."""
     run.save_adapter(partial(adapters.save, job.tuned.model))
     saved = guards.saved_complete(job.tuned.model, run.adapter, guards.probe(job.loader.samples), job.layout)
-    _note(run, watch, saved)
+    note(run, watch, saved)
     records, before = run.read_steps(), run.read("before")
     asked = job.held_out_rows[: job.config.sample_prompts]
     after = _sample_answers(job, watch)
@@ -575,6 +574,8 @@ def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) ->
     for line in handed.warnings():
         watch.say(line)
     report.write(run)
+    run.check_log()
+    integrity.end(run)
     return result
 
 

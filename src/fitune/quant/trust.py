@@ -185,11 +185,12 @@ def finding(faults: Sequence[Fault]) -> Finding:
 
 
 @cache
-def _logged(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Log a line for people, each text once."""
     logging.getLogger("fitune").warning(text)
 
 
 def notice(faults: Sequence[Fault]) -> None:
     """Log the same, once, for what has no list of findings: chat, evaluation, merging, quantizing."""
     if faults:
-        _logged(f"warning: {finding(faults).text}; {OTHERS}")
+        warn_once(f"warning: {finding(faults).text}; {OTHERS}")

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fitune import sums
 from fitune.errors import ModelError
 from fitune.weights import bins
 
@@ -179,21 +180,14 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
 
 
-SAMPLES, SAMPLE = 64, 1 << 18  # places of a file that `sampled` reads, and bytes of each
+def summed(folder: Path, *, fresh: bool = False) -> dict[str, dict[str, Any]]:
+    """Of each file the length and the sum of all that is in it: `facts` are the same for every fine-tune.
 
-
-def sampled(folder: Path) -> dict[str, str]:
-    """Of each file the SHA-256 of pieces all over it, 16 MiB at most: `facts` are the same for every fine-tune."""
-    found: dict[str, str] = {}
-    for file in files(folder):
-        size, told = file.stat().st_size, hashlib.sha256()
-        apart = max(SAMPLE, size // SAMPLES)
-        with file.open("rb") as stream:
-            for start in range(0, size, apart):
-                stream.seek(start)
-                told.update(stream.read(SAMPLE))
-        found[file.name] = told.hexdigest()
-    return found
+    Args:
+        folder: of a model.
+        fresh: believe no sum that was kept (sums.py).
+    """
+    return {file.name: sums.summed(file, fresh=fresh) for file in files(folder)}
 
 
 def facts(folder: Path) -> dict[str, list[Any]]:
