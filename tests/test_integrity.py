@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -42,8 +43,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(build({**values, "output": str(folder / "done")}))
     with pytest.raises(Crash):
         train(build({**values, "output": str(folder / "stopped")}), watch=CrashAt(5))
-    shutil.copytree(folder / "stopped", folder / "begun")
-    shutil.rmtree(folder / "begun" / "checkpoints")
     return folder
 
 
@@ -433,11 +432,11 @@ def test_a_living_run_is_refused_until_its_process_is_gone(
     assert f"process {working.pid}" in str(caught.value)
     working.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
     working.wait()
-    assert (stopped / locks.LOCK).is_file()  # it stays behind, and locks nothing
+    assert (stopped / files.LOCK).is_file()  # it stays behind, and locks nothing
     assert locks.holder(stopped) is None
     with locks.held(stopped, print):
         assert f"process {os.getpid()}" in str(locks.holder(stopped))
-    assert not (stopped / locks.LOCK).exists()
+    assert not (stopped / files.LOCK).exists()
 
 
 def test_a_folder_with_nothing_begun_in_it_is_gone_again(tmp_path: Path) -> None:
@@ -448,6 +447,31 @@ def test_a_folder_with_nothing_begun_in_it_is_gone_again(tmp_path: Path) -> None
     with locks.held(folder, print):
         (folder / "config.yaml").write_text("")
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_two_runs_without_an_output_get_a_folder_each(place: Path, tmp_path: Path, monkeypatch) -> None:
+    from fitune import training
+
+    config = RunFolder(place / "done").read_config()
+    names = iter(["first", "second"])  # what is free when they look: the first is taken in between
+    monkeypatch.setattr(
+        training, "resolve", lambda c: c.model_copy(update={"output": c.output or str(tmp_path / next(names))})
+    )
+    with locks.held(tmp_path / "first", print), contextlib.ExitStack() as stack:
+        taken, run = training._take_folder(config.model_copy(update={"output": None}), stack, Watcher())
+        assert run.path == Path(str(taken.output)) == tmp_path / "second"
+        assert locks.holder(run.path)
+        with pytest.raises(locks.InUseError):
+            training._take_folder(config.model_copy(update={"output": str(tmp_path / "first")}), stack, Watcher())
+
+
+def test_a_path_that_cannot_be_a_folder_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="cannot be written"), locks.held(tmp_path / "file" / "run", print):
+        pass
+    (tmp_path / "run" / files.LOCK).mkdir(parents=True)
+    with pytest.raises(RunFolderError, match="cannot be written"), locks.held(tmp_path / "run", print):
+        pass
 
 
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch) -> None:
@@ -532,6 +556,48 @@ def torn(place: Path, out: Path, seed: int, count: int, heavy: int) -> list[str]
 
 def test_mutations_of_a_finished_run_are_never_silent(place: Path, tmp_path: Path) -> None:
     assert torn(place, tmp_path, seed=7, count=50, heavy=4) == []
+
+
+def half(place: Path, out: Path, seed: int, count: int, whole: int) -> list[str]:
+    """Mutations of a run that is not finished: it is refused, and the file named, or goes on to the same end.
+
+    Args:
+        place, out, seed, count: as for `torn`.
+        whole: so many are gone on with to their end; of the others the checkpoint that would be is looked at.
+    """
+    draw, wrong = random.Random(seed), []
+    every = sorted(path for path in (place / "stopped").rglob("*") if path.is_file() and path.stat().st_size)
+    name = "adapter/adapter_model.safetensors"
+    for number in range(count):
+        run = Path(shutil.copytree(place / "stopped", out / "run"))
+        victim = draw.choice(every).relative_to(place / "stopped")
+        how = f"{number}: {mutate(run / victim, draw, every)} ({victim})"
+        try:
+            resume_config(str(run), {})
+            path, _ = resuming.newest(checked(run), with_best=True)
+            resuming._noted(RunFolder(run))
+            if path is not None and any(file.read_bytes() != (place / "stopped" / file.relative_to(run)).read_bytes()
+                                        for file in path.iterdir()):  # fmt: skip
+                wrong.append(f"{how}: goes on from what was damaged")
+            whole -= 1
+            if whole >= 0 and (resume(run), (run / name).read_bytes())[1] != (place / "done" / name).read_bytes():
+                wrong.append(f"{how}: ends otherwise")
+        except FituneError as error:
+            if victim.name not in str(error) and victim.parts[0] not in str(error):
+                wrong.append(f"{how}: does not name it: {error}")
+        except Exception as error:
+            wrong.append(f"{how}: traceback: {error!r}")
+        shutil.rmtree(run)
+    return wrong
+
+
+def test_mutations_of_a_run_that_goes_on_are_never_silent(place: Path, tmp_path: Path) -> None:
+    assert half(place, tmp_path, seed=7, count=80, whole=2) == []
+
+
+@pytest.mark.full
+def test_many_mutations_of_a_run_that_goes_on_are_never_silent(place: Path, tmp_path: Path) -> None:
+    assert half(place, tmp_path, seed=1, count=400, whole=40) == []
 
 
 @pytest.mark.full

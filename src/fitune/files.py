@@ -26,10 +26,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fitune.errors import RunFolderError, nearest
-from fitune.locks import LOCK
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"
+LOCK = "run.lock"  # of a run folder that a process works in: see locks.py
 UMASK = os.umask(0o022)  # the only way to ask for it is to set it
 os.umask(UMASK)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fitune.errors import RunFolderError
+from fitune.files import LOCK, disk
 
-LOCK = "run.lock"
 TRIES, APART = 10, 0.05  # a reader that asks who holds it has it for a moment
 NOT_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems without locks
 
@@ -73,9 +73,10 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         InUseError: another process has it; the message says which.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        handle = _acquire(folder, say)
+        with disk(folder, "choose another --output"):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = _acquire(folder, say)
         try:
             yield
         finally:

@@ -35,6 +35,7 @@ FILES = {  # of a run folder, and what a reader finds in them
     "environment.json": "machine and versions",
     "adapter": "what was trained",
     "checkpoints": "the newest and the best checkpoints",
+    "seal.json": "checksums of all these but the pages, and the run's identity",
 }
 GROUPS = {"adapter": "bottleneck", "p-tuning": "p_tuning"}  # methods whose settings have another name
 

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,14 +28,25 @@ Parameters = Mapping[str, torch.nn.Parameter]
 
 def note(run: RunFolder, watch: Watcher, finding: Finding) -> None:
     """A check that was made while the run went on: for the report, and told where it is not well."""
-    noted = run.read("checks") if run.has("checks") else []
-    if not isinstance(noted, list) or not all(isinstance(one, dict) and {"rule", "text"} <= set(one) for one in noted):
-        path = run.path / "checks.json"
-        raise RunFolderError(f"{path}: broken", expected="a list of checks", fix="remove it: only the report reads it")
-    run.write("checks", [*noted, asdict(finding)])
+    run.write("checks", [*_noted(run), asdict(finding)])
     if finding.level != "ok":
         watch.findings([finding])
     preflight.raise_refused([finding])
+
+
+def _noted(run: RunFolder) -> list[dict[str, Any]]:
+    """The checks so far. Their file grows while the run goes on, so it is sealed at the end alone."""
+    path = run.path / "checks.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        if isinstance(found, list) and all({"rule", "level", "text"} <= set(one) for one in found):
+            return found
+        told = "something else"
+    except (OSError, ValueError, TypeError) as error:
+        told = " ".join(str(error).split())[:200]
+    raise RunFolderError(
+        f"{path}: broken", received=told, expected="a list of checks", fix="remove it: only the report reads it"
+    )
 
 
 def problem(run: RunFolder, path: Path) -> str:

@@ -119,18 +119,23 @@ def train(
 
 
 def _train(config: RunConfig, resume: bool, watch: Watcher, outside: Mapping[str, int] | None) -> Result:
-    asked, config = config, resolve(config)
     with ExitStack() as stack:
-        while True:
-            run = RunFolder(str(config.output))
-            try:
-                stack.enter_context(locks.held(run.path, watch.say))
-                break
-            except locks.InUseError:
-                if asked.output is not None:
-                    raise
-                config = resolve(asked)  # another run took the name that was free
-        return _alone(run, config, resume, watch, outside)
+        taken, run = _take_folder(config, stack, watch)
+        return _alone(run, taken, resume, watch, outside)
+
+
+def _take_folder(config: RunConfig, stack: ExitStack, watch: Watcher) -> tuple[RunConfig, RunFolder]:
+    """The settings, resolved, and the run's folder, which is this process's own until the stack is left."""
+    while True:
+        taken = resolve(config)
+        run = RunFolder(str(taken.output))
+        try:
+            stack.enter_context(locks.held(run.path, watch.say))
+        except locks.InUseError:
+            if config.output is not None:
+                raise
+            continue  # another run took the name that was free
+        return taken, run
 
 
 def _alone(
