@@ -80,6 +80,7 @@ TRIED = 12  # kinds of configurations that are tried around a limit
 WEIGHT_BYTES = {"full": 18.0, "freeze": 2.8, "lora": 2.0, "qlora": 0.75, "int8": 1.2, "prefix": 2.0}
 SHORT, LONG = 64, 1024  # lengths of which a plan is made first, to find another
 LONGEST, MOST_TOKENS = 8192, 32_768  # of a row, of a micro-batch: more would take too long
+LARGE = 100 * GIB  # a limit above which micro-batches may be twice as large
 STEPS, CLOSE = 5, 0.008  # how often a length is bettered, and when it is good
 SPREAD = 0.02  # of random weights
 PATIENCE = 600  # seconds that a process may take
@@ -420,7 +421,7 @@ def kinds(cap: int) -> list[Case]:
     rows = itertools.cycle((1, 4, 2, 8, 3))
     axes = itertools.product(MODELS, METHODS, (False, True))
     every = [Case(model, method, checkpointing, next(rows), SHORT) for model, method, checkpointing in axes]
-    found = [kind for kind in every if SHORT * kind.rows <= tokens_at(cap, kind) <= most_tokens(kind.rows)]
+    found = [kind for kind in every if SHORT * kind.rows <= tokens_at(cap, kind) <= most_tokens(kind.rows, cap)]
     random.Random(cap // GIB).shuffle(found)
     names, before, order = list(METHODS), Counter[str](), {}
     for kind in found:
@@ -430,9 +431,9 @@ def kinds(cap: int) -> list[Case]:
     return sorted(found, key=order.__getitem__)
 
 
-def most_tokens(rows: int) -> int:
-    """Of a micro-batch of so many rows."""
-    return min(MOST_TOKENS, rows * LONGEST)
+def most_tokens(rows: int, cap: float) -> int:
+    """Of a micro-batch of so many rows, under a limit in bytes."""
+    return min(MOST_TOKENS * (2 if cap > LARGE else 1), rows * LONGEST)
 
 
 def tokens_at(cap: int, kind: Case) -> float:
@@ -497,7 +498,7 @@ def length_for(kind: Case, target: float, needed: Callable[[Case], int]) -> Case
         if slope <= 0:
             return None
         length = round(one.length + (target - needed(one)) / slope)
-        if not SHORT <= length <= most_tokens(kind.rows) // kind.rows:
+        if not SHORT <= length <= most_tokens(kind.rows, target) // kind.rows:
             return None
         found = replace(kind, length=length)
         if abs(needed(found) / target - 1) <= CLOSE or length in (one.length, other.length):

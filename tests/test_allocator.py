@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -544,18 +547,26 @@ def test_the_smallest_budget_completes_and_a_step_less_does_not(events: list[Eve
 
 # The real one
 
-ON_THE_GPU = """
+
+def replayed(events: list[Event], cuda: Any) -> list[tuple[int, int]]:
+    """Bytes allocated and reserved after each event, by torch's own allocator."""
+    blocks, found = {}, []
+    for key, size in events:
+        if size > 0:
+            blocks[key] = cuda.caching_allocator_alloc(size)
+        elif size < 0:
+            cuda.caching_allocator_delete(blocks.pop(key))
+        else:
+            cuda.empty_cache()
+        found.append((cuda.memory_allocated(), cuda.memory_reserved()))
+    return found
+
+
+ON_THE_GPU = f"""
+from __future__ import annotations
 import json, sys, torch
-blocks, told = {}, []
-for key, size in json.load(sys.stdin):
-    if size > 0:
-        blocks[key] = torch.cuda.caching_allocator_alloc(size)
-    elif size < 0:
-        torch.cuda.caching_allocator_delete(blocks.pop(key))
-    else:
-        torch.cuda.empty_cache()
-    told.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-print(json.dumps(told))
+{inspect.getsource(replayed)}
+print(json.dumps(replayed(json.load(sys.stdin), torch.cuda)))
 """
 
 
@@ -579,11 +590,32 @@ def random_events(count: int, seed: int) -> list[Event]:
     return events
 
 
-@pytest.mark.cuda
-@BOTH
-def test_the_real_allocator_reserves_the_same(expandable: bool) -> None:
+class Simulated:
+    """Looks like torch.cuda, and is the simulation."""
+
+    def __init__(self, expandable: bool) -> None:
+        self.made, self.keys = Allocator(expandable=expandable), itertools.count()
+
+    def caching_allocator_alloc(self, size: int) -> int:
+        key = next(self.keys)
+        self.made.allocate(key, size)
+        return key
+
+    def caching_allocator_delete(self, key: int) -> None:
+        self.made.free(key)
+
+    def empty_cache(self) -> None:
+        self.made.empty_cache()
+
+    def memory_allocated(self) -> int:
+        return self.made.allocated
+
+    def memory_reserved(self) -> int:
+        return self.made.reserved
+
+
+def on_the_gpu(events: list[Event], *, expandable: bool) -> list[tuple[int, int]]:
     """In a process of its own: nothing else is allocated there, and how segments grow is set when it starts."""
-    events = random_events(2000, seed=0)
     run = subprocess.run(
         [sys.executable, "-c", ON_THE_GPU],
         input=json.dumps(events),
@@ -592,12 +624,25 @@ def test_the_real_allocator_reserves_the_same(expandable: bool) -> None:
         text=True,
         check=True,
     )
+    return [(allocated, reserved) for allocated, reserved in json.loads(run.stdout)]
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@BOTH
+def test_the_real_allocator_reserves_the_same(expandable: bool, where: str) -> None:
+    """Without a GPU the simulation stands in for torch.cuda: that shows that the replay works."""
+    events = random_events(2000, seed=0)
+    if where == "cuda":
+        found = on_the_gpu(events, expandable=expandable)
+    else:
+        compile(ON_THE_GPU, "on the GPU", "exec")
+        found = replayed(events, Simulated(expandable))
     made = Allocator(expandable=expandable)
-    for at, ((key, size), told) in enumerate(zip(events, json.loads(run.stdout), strict=True)):
+    for at, ((key, size), there) in enumerate(zip(events, found, strict=True)):
         if size > 0:
             made.allocate(key, size)
         elif size < 0:
             made.free(key)
         else:
             made.empty_cache()
-        assert [made.allocated, made.reserved] == told, f"event {at}: {key}, {size}"
+        assert (made.allocated, made.reserved) == there, f"event {at}: {key}, {size}"

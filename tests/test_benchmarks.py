@@ -352,6 +352,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.full  # half a minute; scripts/gpu_accept.py does as much
 def test_two_small_configurations_for_real() -> None:
     found, why = gpu.ask({"do": "probe"})
     assert found is not None, why

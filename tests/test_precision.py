@@ -562,10 +562,16 @@ def _missing(monkeypatch: pytest.MonkeyPatch) -> list[doctor.Check]:
     return found
 
 
+ON_A_GPU = [
+    pytest.param(low, name, marks=pytest.mark.full if (low, name) in (("fp32", "int8"), ("fp16", "int8")) else ())
+    for low in ("fp32", "bf16", "fp16")
+    for name in ("none", "int8", "nf4")
+]
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", ["none", "int8", "nf4"])
-@pytest.mark.parametrize("low", ["fp32", "bf16", "fp16"])
-def test_precisions_on_a_gpu(name: str, low: str, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("low", "name"), ON_A_GPU)
+def test_precisions_on_a_gpu(low: str, name: str, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     settings = {"model": str(model_folder), "data": [str(data_file)], "precision": low, "max_steps": 10, "lr": 1e-2}
     done = train(build({**settings, "quant": name, "device": "cuda", "output": str(tmp_path / "run")}))

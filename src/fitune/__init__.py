@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 from fitune.processor import set_defaults
 
 set_defaults()
-__version__ = metadata.version("fitune")
+try:
+    __version__ = metadata.version("fitune")
+except metadata.PackageNotFoundError:  # the sources are on the path, as on a machine where nothing can be installed
+    __version__ = "0+sources"
 __all__ = [
     "Converted",
     "Downloaded",
