@@ -30,6 +30,7 @@ from fitune import families, methods
 from fitune.config import RunConfig, build
 from fitune.errors import ConfigError, ModelError, did_you_mean
 from fitune.families import towers
+from fitune.files import expand
 from fitune.methods import adapter as bottleneck
 from fitune.methods import lora, new_tokens
 from fitune.precision import DTYPES
@@ -246,7 +247,7 @@ def locate(path: str) -> Path:
     Raises:
         ModelError: there is none.
     """
-    folder = Path(path).expanduser()
+    folder = expand(path)
     for place in (folder, folder / "adapter"):
         if (place / WEIGHTS).is_file():
             return place

@@ -10,7 +10,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from fitune import catalog
@@ -18,6 +17,7 @@ from fitune.config import RunConfig
 from fitune.console import Ticker, Watcher
 from fitune.errors import ConfigError
 from fitune.exact import Exact, Suggestion, below_all, flags, labelled, largest_batch, named, parts, shorter_lengths
+from fitune.files import expand
 from fitune.memory import plan as plans
 from fitune.memory import search
 from fitune.planning import Asked, ask, look
@@ -217,7 +217,7 @@ def _nothing_fits(asked: Asked, found: search.Found) -> ConfigError:
 
 def _command(model: str, data: Sequence[Any], best: Suggestion) -> str:
     """What to type; a model of the catalog by its id on the hub, one that is named by its config.json by its folder."""
-    entry, path = catalog.get(model), Path(model).expanduser()
+    entry, path = catalog.get(model), expand(model)
     if entry is not None and not path.exists():
         model = entry.id
     elif path.is_file():

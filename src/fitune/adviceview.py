@@ -93,7 +93,7 @@ def show_fit(found: Any, console: Console) -> None:
     console.print(reasons(found.advice))
     _end(found, console)
     console.print("[bold]set by --fit[/]", end="  ")
-    console.print(found.suggestions[0].flags, highlight=False, soft_wrap=True)
+    console.print(escape(found.suggestions[0].flags), highlight=False, soft_wrap=True)
 
 
 def _end(found: Any, console: Console) -> None:

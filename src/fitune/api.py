@@ -120,14 +120,13 @@ def _run(
     on_step: Callable[[StepRecord], None] | None,
     watch: Watcher | None,
 ) -> Result:
-    from rich.console import Console
-
     from fitune.config import build
     from fitune.console import Several, Steps, Terminal
+    from fitune.screen import Screen
     from fitune.training import resume_config
     from fitune.training import train as run
 
-    told = [Terminal(Console())] if verbose else []
+    told = [Terminal(Screen())] if verbose else []
     told += [Steps(on_step)] if on_step is not None else []  # type: ignore[list-item]
     told += [watch] if watch is not None else []  # type: ignore[list-item]
     config = resume_config(settings["output"], dict(settings)) if resume else build(settings)

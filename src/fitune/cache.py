@@ -24,7 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fitune.files import TEMPORARY, disk, is_whole, seal
+from fitune.errors import RunFolderError
+from fitune.files import TEMPORARY, disk, expand, is_whole, seal
 
 DAYS = 30  # what no run has used for so long is removed when something new comes
 FIX = "free some space, choose another folder with --cache, or keep nothing with --cache none"
@@ -48,13 +49,18 @@ CODE = (
 
 
 def default_folder() -> Path:
-    """FITUNE_CACHE, else the system's place for caches."""
+    """FITUNE_CACHE, else the system's place for caches.
+
+    Raises:
+        RunFolderError: this user has no home, and none of the variables that name another place is set.
+    """
     if named := os.environ.get("FITUNE_CACHE"):
         return Path(named)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    variable, inside = ("LOCALAPPDATA", "AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", ".cache")
+    try:
+        base = Path(os.environ.get(variable) or Path.home() / inside)
+    except RuntimeError:
+        raise RunFolderError("no home folder for a cache", fix="set HOME, or FITUNE_CACHE to a folder") from None
     return base / "fitune" / "data"
 
 
@@ -67,7 +73,7 @@ class Cache:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="fitune-") if folder is None else None
-        self.folder = Path(self._temporary.name) if self._temporary else (folder or Path()).expanduser()
+        self.folder = Path(self._temporary.name) if self._temporary else expand(folder or Path())
         self.found: set[str] = set()  # entries that were there already
         self._used: set[Path] = set()
         self._forgotten: set[Path] = set()

@@ -37,7 +37,7 @@ from torch import Tensor
 from fitune import optim
 from fitune.config import RunConfig, build
 from fitune.errors import RunFolderError
-from fitune.files import TEMPORARY, as_json, check_new, disk, is_whole, seal, sync, write_atomic, write_json
+from fitune.files import TEMPORARY, as_json, check_new, disk, expand, is_whole, seal, sync, write_atomic, write_json
 from fitune.records import StepRecord
 
 SEAL = "seal.json"
@@ -59,7 +59,7 @@ class RunFolder:
     """A run's folder. See the module's text for what lies in it."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand(path)
         self.identity: dict[str, str] | None = None  # of the run, by its seal; each checkpoint holds it
         self._log = hashlib.sha256()  # of the lines of steps.jsonl that this process knows
 

@@ -6,8 +6,8 @@ after Ctrl-C); a result for programs is one JSON object on standard output (`--j
 
 from __future__ import annotations
 
-import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,10 +17,9 @@ from typing import Annotated, Any, Optional
 
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
-from rich.console import Console
 
 from fitune import config as settings
-from fitune import early, helppage, modelverbs, names, planverb, quiet
+from fitune import early, helppage, modelverbs, names, planverb, quiet, screen
 from fitune.errors import ConfigError, FituneError
 from fitune.flags import (
     QUANT,
@@ -68,7 +67,7 @@ def demo(
 
     console = console_for(json)
     if kill:
-        killed = demos.kill_demo(output, say=lambda text: console.print(text, highlight=False))
+        killed = demos.kill_demo(output, say=console.say)
         verdict = "[green]equal, bit for bit[/]" if killed.equal else "[red]NOT equal[/]"
         console.print(f"{killed.kills} kills, {killed.kills_inside_a_save} inside a save: weights and losses {verdict}")
         if json:
@@ -89,13 +88,12 @@ def demo(
         print_json(result.as_dict())
 
 
-def _next_steps(console: Console, run: str, model: str) -> None:
-    console.print(f"\nrun folder   {run}   (open {Path(run) / 'report.html'})", highlight=False, soft_wrap=True)
-    console.print(f"talk to it   fitune chat {run} --compare", highlight=False, soft_wrap=True)
-    console.print(
-        f"your data    fitune train --model {model} --data my.jsonl --output runs/mine", highlight=False, soft_wrap=True
-    )
-    console.print("what fits    fitune plan llama-3.1-8b --gpu 24GB --data my.jsonl", highlight=False, soft_wrap=True)
+def _next_steps(console: screen.Screen, run: str, model: str) -> None:
+    named = shlex.quote(run)
+    console.say(f"\nrun folder   {run}   (open {Path(run) / 'report.html'})")
+    console.say(f"talk to it   fitune chat {named} --compare")
+    console.say(f"your data    fitune train --model {shlex.quote(model)} --data my.jsonl --output runs/mine")
+    console.say("what fits    fitune plan llama-3.1-8b --gpu 24GB --data my.jsonl")
 
 
 @app.command
@@ -157,15 +155,13 @@ def train(
         f"{result.peak_memory_mib:,.0f} MiB ({result.expected_memory_mib:,.0f} expected)",
         highlight=False,
     )
-    console.print(
-        f"run folder {result.run} (open report.html; fitune chat {result.run})", highlight=False, soft_wrap=True
-    )
+    console.say(f"run folder {result.run} (open report.html; fitune chat {shlex.quote(result.run)})")
     if json:
         print_json(result.as_dict())
 
 
 def _fitted(
-    values: dict[str, Any], checked: settings.RunConfig, gpu: str | None, console: Console, json: bool
+    values: dict[str, Any], checked: settings.RunConfig, gpu: str | None, console: screen.Screen, json: bool
 ) -> tuple[settings.RunConfig, dict[str, int]] | None:
     """The settings with those that fit best, and what their plan counts beside the tensors; None: they are for another
     machine, and nothing is run."""
@@ -179,7 +175,7 @@ def _fitted(
     best = found.suggestions[0]
     show_fit(found, console)
     if not found.here:
-        console.print(f"planned for {found.where}, which is not here: nothing is run", highlight=False)
+        console.print(f"planned for {found.where}, which is not here: nothing is run", markup=False, highlight=False)
         print_figures(found.as_dict(), json)
         return None
     return settings.build(settings.merge(values, best.settings)), best.plan.outside
@@ -222,7 +218,7 @@ def inspect(
     show(seen, console, ids=ids)
     if html is not None:
         write_atomic(html, page(seen))
-        console.print(f"page {html}", highlight=False, soft_wrap=True)
+        console.say(f"page {html}")
     if json:
         print_json(seen.as_dict())
 
@@ -256,11 +252,11 @@ def chat(
     from fitune.loading import load
     from fitune.templates.base import kept_date
 
-    console = Console()
+    console = screen.Screen()
     tuned = load(run, model=model, device=device, template=template, precision=precision, quant=quant)
     sampling = Sampling(temperature, top_p, max_tokens, seed)
     if told := kept_date(tuned.template):
-        Console(stderr=True).print(told)
+        screen.Screen(stderr=True).say(told)
     other = Chat(tuned, sampling, system=system, base=True) if compare else None
     if sys.stdin.isatty():
         console.print(HELP)
@@ -368,7 +364,10 @@ def methods(
 def _lines() -> Iterator[str]:
     """Lines from the terminal, with a prompt, or from a pipe."""
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        for line in sys.stdin:
+            yield line
+            if screen.failed(sys.stdout):  # nobody reads the answers any more
+                return
         return
     with suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history in input()
@@ -388,9 +387,7 @@ def own_options(verb: str) -> set[str]:
 def main() -> None:
     """The `fitune` command."""
     quiet.for_good()
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on a Windows console, or with LANG=C
+    screen.guard()
     try:
         words = sys.argv[1:]
         verb = words[0] if words else ""
@@ -402,9 +399,9 @@ def main() -> None:
         _fail(f"{_told(error)}\n  fix:      fitune {verb}{' ' if verb else ''}--help", 2)
     except KeyboardInterrupt:
         _fail("stopped", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+    finally:
+        if text := screen.lost():
+            sys.stderr.write(f"{text}\n")
 
 
 def _told(error: CycloptsError) -> str:
@@ -419,5 +416,5 @@ def _told(error: CycloptsError) -> str:
 
 def _fail(text: str, code: int) -> None:
     label = "" if code == 130 else "error: "
-    sys.stderr.write(f"{label}{text}\n")
+    sys.stderr.write(screen.visible(f"{label}{text}\n"))
     raise SystemExit(code)

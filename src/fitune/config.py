@@ -26,7 +26,7 @@ from pydantic import (
 
 from fitune import names
 from fitune.errors import Collector, ConfigError, did_you_mean, shorten
-from fitune.files import names_near
+from fitune.files import expand, names_near
 
 
 class Options(BaseModel):
@@ -195,7 +195,7 @@ def path_text(value: object) -> object:
     text = str(value) if isinstance(value, PurePath) else value
     if isinstance(text, str) and text.startswith("~"):
         with suppress(RuntimeError):  # ~somebody who is not there
-            return str(Path(text).expanduser())
+            return str(expand(text))
     return text
 
 
@@ -500,7 +500,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is no YAML, or holds no mapping.
     """
     try:
-        values = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+        values = yaml.safe_load(expand(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file", fix=names_near(path)) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

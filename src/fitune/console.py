@@ -192,7 +192,12 @@ class Terminal(Watcher):
             return
         if self.preparing is None:
             bar = BarColumn(self._bar_width())
-            columns = (TextColumn("{task.description}"), bar, TextColumn("{task.completed:,}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                bar,
+                TextColumn("{task.completed:,}"),
+                TimeRemainingColumn(),
+            )
             self.preparing = Progress(*columns, console=self.console, transient=True)
             self.preparing.start()
             self.task = self.preparing.add_task(what, total=total)
@@ -206,7 +211,7 @@ class Terminal(Watcher):
         self.total, self.done, self.device = total, done, device
         if self.console.is_terminal:
             bar = BarColumn(self._bar_width())
-            columns = (TextColumn("{task.completed}/{task.total}"), bar, TextColumn("{task.description}"))
+            columns = (TextColumn("{task.completed}/{task.total}"), bar, TextColumn("{task.description}", markup=False))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=False)
             self.bar.start()
             self.task = self.bar.add_task("step", total=total, completed=done)
@@ -305,7 +310,7 @@ def doctor_table(checks: Sequence[Any]) -> Table:
 
 def quantized_table(done: Any) -> Table:
     """Of each quantized layer (quantizing.QuantizedModel) a line."""
-    table = Table(title=f"layers as {done.quant}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"layers as {escape(done.quant)}", title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", style="cyan")
     for name in ("weights", "mean error", "largest", "outlier columns"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -331,7 +336,7 @@ def kept_table(parts: Sequence[Any]) -> Table:
 
 def methods_table(rows: Sequence[Any], model: str) -> Table:
     """Of each method (overview.Overview) a line; what else there is to know of some stands below."""
-    table = Table(title=f"ways of tuning, figures for {model}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"ways of tuning, figures for {escape(model)}", title_justify="left", box=None, pad_edge=False)
     table.add_column("method", style="cyan", no_wrap=True)
     table.add_column("trains", ratio=1)
     for name in ("parameters", "MiB", "merges", "learning\nrate"):

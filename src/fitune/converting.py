@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from fitune import weights
 from fitune.errors import ModelError
-from fitune.files import check_new, whole_folder
+from fitune.files import check_new, expand, whole_folder
 from fitune.model import locate
 from fitune.weights import bins
 
@@ -45,7 +45,7 @@ def convert(model: str | Path, output: str | Path) -> Converted:
         ModelError: there is nothing to convert, or a file that cannot be trusted.
         RunFolderError: the folder is not empty.
     """
-    folder, target = locate(str(model)), Path(output).expanduser()
+    folder, target = locate(str(model)), expand(output)
     check_new(target)
     weights.check(folder)
     if not weights.is_bin(folder):

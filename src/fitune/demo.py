@@ -24,7 +24,7 @@ from fitune.checkpoint import RunFolder
 from fitune.config import RunConfig, build
 from fitune.console import Watcher
 from fitune.errors import ConfigError, RunFolderError
-from fitune.files import TEMPORARY, sha256
+from fitune.files import TEMPORARY, expand, sha256
 from fitune.training import resume_config, train
 
 KILLS = 3
@@ -154,7 +154,7 @@ def kill_demo(output: str | None, say: Callable[[str], None]) -> KillResult:
     Raises:
         RunFolderError: a run could not be finished.
     """
-    root = Path(output).expanduser() if output else Path(tempfile.mkdtemp(prefix="fitune-kill-"))
+    root = expand(output) if output else Path(tempfile.mkdtemp(prefix="fitune-kill-"))
     changes = {"max_steps": 60, "save_every": 4, "eval_every": 30, "sample_prompts": 0}
     say("an unbroken run ...")
     unbroken = RunFolder(root / "unbroken")

@@ -14,7 +14,7 @@ from typing import Any
 from fitune import catalog, formats, hub, locks, readers, templates
 from fitune.config import DataSource, RunConfig, build
 from fitune.errors import Collector, ConfigError, DataError, ModelError, RunFolderError, nearest
-from fitune.files import check_new, check_writable, names_near
+from fitune.files import check_new, check_writable, expand, names_near
 
 CONFIG, MODEL, WEIGHTS = "config.yaml", "config.json", "adapter_model.safetensors"
 RUNS = Path("runs")  # where runs lie that were given no --output
@@ -87,7 +87,7 @@ def each(check: Callable[[Any], None], *values: Any) -> list[Callable[[], None]]
 
 def model(name: str) -> None:
     """Raises ModelError where a name is that of no model: a folder, a hub id or an entry of the catalog."""
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if folder.is_dir():
         _holds(folder, MODEL, "a model folder in transformers format")
     elif folder.exists():
@@ -98,13 +98,13 @@ def model(name: str) -> None:
 
 def shape(name: str) -> None:
     """The same for what needs no weights: a config.json will do."""
-    if not Path(name).expanduser().is_file() and catalog.get(name) is None:
+    if not expand(name).is_file() and catalog.get(name) is None:
         model(name)
 
 
 def folder(path: str | Path) -> None:
     """Raises ModelError where there is no such folder, and no hub has it."""
-    if not Path(path).expanduser().is_dir():
+    if not expand(path).is_dir():
         model(str(path))
 
 
@@ -134,7 +134,7 @@ def _named(name: str) -> None:
 
 def _is_local(name: str) -> bool:
     """Is this the path of something that lies here, rather than a hub's org/name?"""
-    path = Path(name).expanduser()
+    path = expand(name)
     return (path.parent.is_dir() or path.parts[0] == RUNS.name) and catalog.by_id(name) is None
 
 
@@ -155,7 +155,7 @@ def _runs() -> list[str]:
 
 def run(path: str | Path) -> None:
     """Raises RunFolderError where there is no run folder."""
-    folder = Path(path).expanduser()
+    folder = expand(path)
     if not folder.exists():
         raise RunFolderError(f"{path}: not a run folder (there is no such folder)", fix=_run_near(path))
     if not (folder / CONFIG).is_file():
@@ -176,7 +176,7 @@ def _run_near(path: str | Path) -> str:
 
 def run_or_model(path: str | Path) -> None:
     """Raises ModelError where there is neither a run folder nor a model."""
-    folder = Path(path).expanduser()
+    folder = expand(path)
     if folder.is_dir() and (folder / CONFIG).is_file():
         return
     if folder.is_dir() and not (folder / MODEL).is_file():
@@ -186,7 +186,7 @@ def run_or_model(path: str | Path) -> None:
 
 def adapter(path: str) -> None:
     """Raises ModelError where there is no adapter."""
-    folder = Path(path).expanduser()
+    folder = expand(path)
     if not folder.exists():
         raise ModelError(f"{path}: no such adapter folder", fix=_run_near(path))
     if not any((place / WEIGHTS).is_file() for place in (folder, folder / "adapter")):
@@ -207,7 +207,7 @@ def data(source: DataSource | str) -> None:
 
 def template(name: str) -> None:
     """Raises ConfigError where there is no template of that name; those of a tokenizer are looked at later."""
-    if name.endswith(YAML) and not Path(name).expanduser().is_file():
+    if name.endswith(YAML) and not expand(name).is_file():
         raise ConfigError(f"template {name}: no such file", expected="a YAML file", fix=names_near(name))
     if name not in ("auto", "chat_template"):
         templates.choose(name, None)
@@ -215,7 +215,7 @@ def template(name: str) -> None:
 
 def new_folder(path: str | Path) -> None:
     """Raises RunFolderError where a folder is not new, or cannot be written."""
-    target = Path(path).expanduser()
+    target = expand(path)
     locks.check(target)
     resume = "choose another --output, or go on with this run: --resume"
     check_new(target, resume if (target / CONFIG).is_file() else "choose another --output")

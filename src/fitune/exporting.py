@@ -20,7 +20,7 @@ from transformers import GlmConfig
 from fitune import weights
 from fitune.errors import ModelError
 from fitune.families import original
-from fitune.files import check_new, whole_folder
+from fitune.files import check_new, expand, whole_folder
 from fitune.model import locate, quantized_as, read_config
 
 LAYOUTS = ("original",)
@@ -55,7 +55,7 @@ def export(model: str | Path, output: str | Path, *, to: str = "original", shard
     """
     if to not in LAYOUTS:
         raise ModelError(f"--to {to}", expected=", ".join(LAYOUTS))
-    folder, target = locate(str(model)), Path(output).expanduser()
+    folder, target = locate(str(model)), expand(output)
     check_new(target)
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
         raise ModelError(

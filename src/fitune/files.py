@@ -25,13 +25,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fitune.errors import RunFolderError, nearest
+from fitune.errors import ConfigError, RunFolderError, nearest
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"
 LOCK = "run.lock"  # of a run folder that a process works in: see locks.py
 UMASK = os.umask(0o022)  # the only way to ask for it is to set it
 os.umask(UMASK)
+HALF = re.compile("[\ud800-\udfff]")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FIX = "free some space or choose another --output, then go on with --resume; earlier checkpoints are whole"
 
@@ -78,10 +79,10 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
+    """A file that is there whole or not at all; what is no Unicode text stands there escaped."""
     with disk(path.parent):
         temporary = path.with_name(f"{TEMPORARY}{path.name}")
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
@@ -99,7 +100,12 @@ def json_text(value: Any) -> str:
 
 def as_json(value: Any, **how: Any) -> str:
     """JSON that every reader takes: it has no word for what is not finite, so that is null."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, **how)
+    return in_unicode(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, **how))
+
+
+def in_unicode(text: str) -> str:
+    """JSON with half characters escaped: a name that is not UTF-8 has them, and no file takes them as they are."""
+    return text if text.isascii() else HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def _finite(value: Any) -> Any:
@@ -233,6 +239,23 @@ def _is_there(path: Path) -> bool:
         return False
 
 
+def expand(path: str | Path) -> Path:
+    """A path as a user gives it, `~` for the home folder; of a user who has none, or whom nobody knows, as it is.
+
+    Raises:
+        ConfigError: it is not Unicode text. The libraries that read and write models take no other.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = str(path).encode("utf-8", "backslashreplace").decode()
+        raise ConfigError(f"{shown}: is no text in UTF-8", fix="rename it") from None
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 MOST_NAMES = 10_000  # of a folder that are looked at
 
 
@@ -247,7 +270,7 @@ def names_near(path: str | Path, *, folders: bool = False) -> str | None:
         >>> names_near("/usr/lip")
         'nearest in /usr: lib, bin, sbin'
     """
-    wanted = Path(path).expanduser()
+    wanted = expand(path)
     if _is_there(wanted):
         return None
     missing, place = wanted, wanted.parent

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
 from cyclopts import Parameter
 from pydantic import BaseModel, Field, create_model
-from rich.console import Console
 
 from fitune import config as settings
 from fitune.errors import ConfigError
 from fitune.files import as_json
+from fitune.screen import Screen, check_written
 
 
 def optional(model: type[BaseModel], name: str, without: tuple[str, ...] = ()) -> type[BaseModel]:
@@ -136,12 +136,16 @@ Quant = Annotated[
 ]
 
 
-def console_for(json: bool) -> Console:
+def console_for(json: bool) -> Screen:
     """Where people read: standard error where a program reads standard output."""
-    return Console(stderr=json)
+    return Screen(stderr=json)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The one JSON object of `--json`, on standard output."""
+    """The one JSON object of `--json`, on standard output.
+
+    Raises:
+        FituneError: it could not be written.
+    """
     sys.stdout.write(as_json(value) + "\n")
-    sys.stdout.flush()
+    check_written()

@@ -145,7 +145,10 @@ def transfer_bar(console: Console) -> Iterator[OnBytes | None]:
         yield None
         return
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), console=console
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        console=console,
     ) as bar:
         tasks: dict[str, TaskID] = {}
 

@@ -31,6 +31,7 @@ from fitune.methods import new_tokens
 from fitune.model import locate, read_config
 from fitune.pages import render
 from fitune.records import Conversation, DataReport, Finding, Sample
+from fitune.screen import visible
 from fitune.tokenview import CJK, TokenizerView, TokenView, token_views, tokenizer_view
 
 KANA = re.compile(r"[\u3040-\u30ff]")
@@ -305,7 +306,7 @@ def _tokenizer_table(views: Sequence[TokenizerView]) -> Table:
     table = Table(title="tokenizers" if len(views) > 1 else "tokenizer", title_justify="left")
     table.add_column("")
     for view in views:
-        table.add_column(view.name, overflow="fold")
+        table.add_column(escape(view.name), overflow="fold")
     for name, values in _tokenizer_rows(views):
         table.add_row(name, *map(escape, values))
     return table
@@ -336,7 +337,7 @@ def _coloured(tokens: Sequence[TokenView], *, ids: bool) -> Text:
         if token.border:
             text.append("▶", style="bold yellow")
         shade = ("black on green", "black on bright_green") if token.trained else ("", "on grey23")
-        text.append(token.text, style=shade[number % 2])
+        text.append(visible(token.text), style=shade[number % 2])
         if ids:
             text.append(f"{token.ids}", style="dim")
     return text

@@ -26,7 +26,7 @@ from fitune.config import RunConfig
 from fitune.encode import Encoder
 from fitune.errors import FituneError, RunFolderError
 from fitune.families import Family, towers
-from fitune.files import check_new, whole_folder
+from fitune.files import check_new, expand, whole_folder
 from fitune.handover import Handover, hand_over, write_answer_tokens
 from fitune.loading import base_of, finished, load
 from fitune.methods import new_tokens
@@ -97,7 +97,7 @@ def merge(
     Raises:
         RunFolderError: the run is not finished, its method cannot be merged, or the folder is not empty.
     """
-    target = Path(output).expanduser()
+    target = expand(output)
     check_new(target)
     folder = RunFolder(run)
     config = finished(

@@ -25,7 +25,7 @@ from fitune.configs import is_original, quantized_as, read_config, read_config_f
 from fitune.encode import Encoder
 from fitune.errors import ModelError, did_you_mean
 from fitune.families import Family, original, towers
-from fitune.files import names_near
+from fitune.files import expand, names_near
 from fitune.kernels.attention import FLAT
 from fitune.kernels.frozen import keep_stored
 from fitune.kernels.gated import lean_mlps
@@ -60,7 +60,7 @@ def locate(model: str, only: Sequence[str] = ()) -> Path:
     Raises:
         ModelError: neither is there.
     """
-    folder = Path(model).expanduser()
+    folder = expand(model)
     if folder.is_dir():
         return folder
     if folder.exists():

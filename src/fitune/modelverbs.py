@@ -7,6 +7,7 @@ needed.
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,16 +41,14 @@ def merge(
     console = console_for(json)
     done = run_merge(run, output, dtype=dtype, force=force, onto=onto, requantize=requantize, model=model)
     if done.drift is not None:
-        console.print(f"[yellow]drift[/] {done.drift.told()}", highlight=False, soft_wrap=True)
-    console.print(
+        console.say(f"drift {done.drift.told()}", style="yellow")
+    console.say(
         f"{done.folder}: {done.dtype}; relative error of the logits {done.merge_error:.1e} by merging, "
-        f"{done.rounding_error:.1e} as written",
-        highlight=False,
-        soft_wrap=True,
+        f"{done.rounding_error:.1e} as written"
     )
     for line in done.handed.lines() if done.handed is not None else ():
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"talk to it   fitune chat {done.folder}", highlight=False, soft_wrap=True)
+        console.say(line)
+    console.say(f"talk to it   fitune chat {shlex.quote(done.folder)}")
     if json:
         print_json(done.as_dict())
 
@@ -85,11 +84,7 @@ def download(
     entry = catalog.get(model)
     with transfer_bar(console) as on_bytes:
         done = fetch(entry.id if entry is not None else model, on_bytes=on_bytes)
-    console.print(
-        f"{done.id} at {done.revision}: {done.files} files, {done.bytes / 2**20:,.1f} MiB, in {done.folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.say(f"{done.id} at {done.revision}: {done.files} files, {done.bytes / 2**20:,.1f} MiB, in {done.folder}")
     if json:
         print_json(done.as_dict())
 
@@ -106,7 +101,7 @@ def convert(
 
     done = run_convert(model, output)
     text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
-    console_for(json).print(text, highlight=False, soft_wrap=True)
+    console_for(json).say(text)
     if json:
         print_json(done.as_dict())
 
@@ -124,7 +119,7 @@ def export(
 
     done = run_export(model, output, to=to)
     text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
-    console_for(json).print(text, highlight=False, soft_wrap=True)
+    console_for(json).say(text)
     if json:
         print_json(done.as_dict())
 
@@ -146,11 +141,9 @@ def quantize(
     options = settings.quant_options(quant).model_copy(update={"double": double})
     done = run_quantize(model, output, quant=options)
     console.print(quantized_table(done))
-    console.print(
+    console.say(
         f"{done.folder}: {done.bytes_before / 2**20:,.1f} MiB of weights before, {done.bytes_after / 2**20:,.1f} now; "
-        f"picture {Path(done.folder) / 'quantization.html'}",
-        highlight=False,
-        soft_wrap=True,
+        f"picture {Path(done.folder) / 'quantization.html'}"
     )
     if json:
         print_json(done.as_dict())

@@ -24,6 +24,7 @@ from fitune.cache import Cache
 from fitune.config import RunConfig, build
 from fitune.console import Watcher
 from fitune.errors import Collector, ConfigError, DataError
+from fitune.files import expand
 from fitune.kernels.target import of
 from fitune.lengths import automatic, choices, summary
 from fitune.memory import device as devices
@@ -165,7 +166,7 @@ def shape_for(model: str) -> tuple[Any, Path | None, str]:
         ModelError: nothing of that name, or a config that cannot be read.
     """
     entry = catalog.get(model)
-    path = Path(model).expanduser()
+    path = expand(model)
     if entry is not None and not path.exists():
         return shape_of(entry.config), None, entry.name
     if path.is_file():
@@ -190,7 +191,7 @@ def look(wanted: Asked, words: str | Path | None, watch: Watcher) -> Rows:
     limit = getattr(shape, "max_position_embeddings", None) or dataset.NO_LIMIT
     limit -= methods.find(config.method).virtual_tokens(config)
     _check_length(config, limit)
-    folder = Path(words).expanduser() if words is not None else wanted.folder
+    folder = expand(words) if words is not None else wanted.folder
     if words is None and (config.data == [NO_DATA] or folder is None or not _has_tokenizer(folder)):
         return _without_tokenizer(config, shape, limit)
     assert folder is not None

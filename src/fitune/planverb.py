@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from fitune import config as settings
 from fitune import early
 from fitune.errors import ConfigError
 from fitune.flags import Json, SetOption, console_for, optional, print_json, typed
+from fitune.screen import Screen
 
 
 def check_page(html: Path | None) -> None:
@@ -93,16 +93,16 @@ def plan(
     console.print(plan_timeline(seen, min(console.width, 100), 10))
     for note in made.notes:
         console.print(note, style="yellow", markup=False, highlight=False)
-    console.print(verdict(seen), highlight=False)
+    console.print(verdict(seen), markup=False, highlight=False)
     if made.fits is False:
         from fitune.advice import what_helps
 
         help_ = what_helps(model, data=data or (), gpu=gpu, words=words, settings=given)
-        console.print(help_.text, highlight=False)
+        console.print(help_.text, markup=False, highlight=False)
         seen["helps"] = help_.as_dict()
     if html is not None:
         write_atomic(html, page(seen))
-        console.print(f"page {html}", highlight=False, soft_wrap=True)
+        console.say(f"page {html}")
     print_figures(seen, json)
 
 
@@ -124,7 +124,7 @@ def _advised(
     gpu: str | None,
     words: str | None,
     given: dict[str, Any],
-    console: Console,
+    console: Screen,
     html: Path | None,
 ) -> dict[str, Any]:
     """What fits, ranked, with the reasons."""
@@ -138,7 +138,7 @@ def _advised(
     show(found, console)
     if html is not None:
         write_atomic(html, page(found))
-        console.print(f"page {html}", highlight=False, soft_wrap=True)
+        console.say(f"page {html}")
     return found.as_dict()
 
 
@@ -147,7 +147,7 @@ def print_figures(values: dict[str, Any], json: bool) -> None:
         print_json(values)
 
 
-def _verified(model: str, data: list[str] | None, given: dict[str, Any], console: Console) -> dict[str, Any]:
+def _verified(model: str, data: list[str] | None, given: dict[str, Any], console: Screen) -> dict[str, Any]:
     """Three steps for real, beside their plan."""
     if not data:
         raise ConfigError("--verify: with which data?", fix="add --data FILE")
@@ -168,22 +168,20 @@ def _verified(model: str, data: list[str] | None, given: dict[str, Any], console
     return found.as_dict()
 
 
-def _calibration(console: Console) -> dict[str, Any]:
+def _calibration(console: Screen) -> dict[str, Any]:
     from datetime import date
 
     from fitune.memory.calibration import calibrate
 
     found = calibrate(date.today().isoformat())
-    console.print(
+    console.say(
         f"{found['gpu']}: context {found['context'] / 2**20:,.0f} MiB, "
-        f"a workspace {found['workspace'] / 2**20:,.1f} MiB; kept in {found['file']}",
-        highlight=False,
-        soft_wrap=True,
+        f"a workspace {found['workspace'] / 2**20:,.1f} MiB; kept in {found['file']}"
     )
     return found
 
 
-def _proof(console: Console) -> dict[str, Any]:
+def _proof(console: Screen) -> dict[str, Any]:
     from fitune.proof import proof, proof_table
 
     found = proof()

@@ -22,7 +22,7 @@ from torch import nn
 from fitune import quant, trial
 from fitune.cache import default_folder
 from fitune.config import RunConfig
-from fitune.errors import ConfigError
+from fitune.errors import ConfigError, RunFolderError
 from fitune.files import write_atomic
 from fitune.kernels.frozen import Frozen
 from fitune.records import Finding
@@ -124,12 +124,15 @@ def step_rates(device: torch.device, size: trial.Widths) -> dict[str, float]:
 
 
 def _kept(key: str, names: Iterable[str], measured: Callable[[], dict[str, float]]) -> dict[str, float]:
-    path = default_folder() / RATES
+    try:
+        path = default_folder() / RATES
+    except RunFolderError:  # nowhere to keep it
+        return measured()
     known = _read(path)
     if set(known.get(key, {})) == set(names):
         return known[key]
     known[key] = measured()
-    with suppress(OSError):  # then it is measured again next time
+    with suppress(OSError, RunFolderError):  # then it is measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(known, indent=1))
     return known[key]

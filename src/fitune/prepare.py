@@ -37,7 +37,7 @@ from fitune.checkpoint import SEAL, RunFolder
 from fitune.config import DataSource, RunConfig
 from fitune.console import Watcher
 from fitune.errors import Collector, ConfigError, TrainingError
-from fitune.files import sha256
+from fitune.files import expand, sha256
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
 from fitune.memory import steps
@@ -122,7 +122,7 @@ def resolve(config: RunConfig) -> RunConfig:
             formats.check(source.format or "auto", source.map)
     with problems.gather():
         folder = locate(config.model)
-        changes["model"] = str(folder.resolve())
+        changes["model"] = str(expand(folder.resolve()))
         read_config(folder)
         weights.check(folder)
         templates.choose(

@@ -26,7 +26,7 @@ from fitune.charts import NARROW, WIDE, Series, line_chart
 from fitune.config import QuantOptions, quant_options
 from fitune.errors import FituneError, ModelError
 from fitune.families import towers
-from fitune.files import as_json, check_new, whole_folder
+from fitune.files import as_json, check_new, expand, whole_folder
 from fitune.handover import TEMPLATE, hand_over
 from fitune.model import load_model, locate, quantized_as, read_config
 from fitune.pages import render
@@ -76,7 +76,7 @@ def quantize(model: str | Path, output: str | Path, *, quant: QuantOptions | str
         ConfigError: no such quantizer.
     """
     options = quant_options(quant) if isinstance(quant, str) else quant
-    target, folder = Path(output).expanduser(), locate(str(model))
+    target, folder = expand(output), locate(str(model))
     if options.name == "none":
         raise ModelError("nothing to do: quant is none", fix="--quant nf4 or int8")
     check_new(target)

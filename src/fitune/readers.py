@@ -20,7 +20,7 @@ from typing import Any
 
 from fitune.encodings import Item, Notice, encoding_of, head_of, lines_of, not_text
 from fitune.errors import DataError, FituneError, shorten
-from fitune.files import names_near
+from fitune.files import expand, names_near
 from fitune.jsonrows import read_json
 from fitune.records import Source
 from fitune.tables import read_arrow, read_csv, read_parquet, read_xlsx
@@ -40,7 +40,7 @@ def locate(name: str) -> Path:
     Raises:
         DataError: it looks like a hub id, but the hub does not give it.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     with _told(path):
         if path.exists() or not HUB_ID.fullmatch(name) or _suffix(path) in READERS:
             return path

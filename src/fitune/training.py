@@ -586,7 +586,8 @@ def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) ->
 
 @contextmanager
 def _stop_on_signal(watch: Watcher) -> Iterator[threading.Event]:
-    """Inside, Ctrl-C and SIGTERM set the event; a second one ends the program at once."""
+    """Inside, Ctrl-C, SIGTERM and SIGHUP (the terminal is gone) set the event; a second one ends the program at once.
+    What was ignored from the start stays so: `nohup`, the background of a script."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -598,7 +599,9 @@ def _stop_on_signal(watch: Watcher) -> Iterator[threading.Event]:
         stopped.set()
         watch.stopping()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
+    heard = [number for number in wanted if number is not None and signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield stopped
     finally:

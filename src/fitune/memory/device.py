@@ -22,7 +22,7 @@ import torch
 
 from fitune.cache import default_folder
 from fitune.determinism import CUBLAS_BYTES
-from fitune.errors import ConfigError, did_you_mean
+from fitune.errors import ConfigError, RunFolderError, did_you_mean
 from fitune.files import write_atomic
 from fitune.kernels.target import Target
 from fitune.memory.measure import peak_mib, resident_mib
@@ -190,7 +190,7 @@ def _words(name: str) -> set[str]:
 
 def calibration(name: str) -> Calibration:
     """What was measured for a GPU of this name, the driver's or the catalog's; else the defaults."""
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RunFolderError):
         known = json.loads((default_folder() / CALIBRATIONS).read_text(encoding="utf-8"))
         alike = (one for one in known if (gpu := by_driver(one)) is not None and gpu.name == name)
         return Calibration(**known[name if name in known else next(alike, name)])

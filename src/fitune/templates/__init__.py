@@ -13,10 +13,10 @@ conversation that ends in an answer is a training row, one that does not is a pr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from fitune.errors import Collector, ConfigError, did_you_mean
+from fitune.files import expand
 from fitune.templates import chatglm, jinja, pieces, user
 from fitune.templates.base import Template
 from fitune.templates.jinja import ChatTemplate
@@ -57,7 +57,7 @@ def choose(
             fix="leave them out, or choose that template",
         )
     if name.endswith((".yaml", ".yml")):
-        return user.load(Path(name).expanduser())
+        return user.load(expand(name))
     if name == "auto" and (told := getattr(tokenizer, "contradiction", None)):
         kinds = sorted(set(told.values()))
         raise ConfigError(
