@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from fitune.errors import RunFolderError
-from fitune.files import TEMPORARY, disk, expand, is_whole, seal
+from fitune.files import disk, expand, is_whole, seal, sync
+from fitune.scratch import OURS, TEMPORARY, Scratch, anywhere
 
 DAYS = 30  # what no run has used for so long is removed when something new comes
 FIX = "free some space, choose another folder with --cache, or keep nothing with --cache none"
@@ -72,8 +73,9 @@ class Cache:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="fitune-") if folder is None else None
-        self.folder = Path(self._temporary.name) if self._temporary else expand(folder or Path())
+        with disk(Path(tempfile.gettempdir()), "free some space, or name another place: TMPDIR"):
+            self._temporary = anywhere() if folder is None else None
+        self.folder = self._temporary.path if self._temporary else expand(folder or Path())
         self.found: set[str] = set()  # entries that were there already
         self._used: set[Path] = set()
         self._forgotten: set[Path] = set()
@@ -107,13 +109,11 @@ class Cache:
             return path
         self._sweep()
         with disk(self.folder, FIX):
-            temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.folder))
-            try:
+            with Scratch(self.folder / kind) as temporary:
                 write(temporary)
                 seal(temporary)
                 path = self._publish(temporary, kind, key)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            sync(self.folder)
         self._used.add(path)
         return path
 
@@ -145,6 +145,8 @@ class Cache:
         for path in self.folder.iterdir():
             with suppress(OSError):  # another run may remove it at the same time
                 days = (now - path.stat().st_mtime) / 86400
+                if OURS.fullmatch(path.name):
+                    continue  # under construction, or gone with its process
                 ours = path.name.startswith((TEMPORARY, "rows-", "samples-", "given-")) and path.is_dir()
                 if ours and days > (1 if path.name.startswith(TEMPORARY) else DAYS):
                     shutil.rmtree(path, ignore_errors=True)

@@ -46,7 +46,7 @@ def convert(model: str | Path, output: str | Path) -> Converted:
         RunFolderError: the folder is not empty.
     """
     folder, target = locate(str(model)), expand(output)
-    check_new(target)
+    check_new(target, whole=True)
     weights.check(folder)
     if not weights.is_bin(folder):
         raise ModelError(f"{folder}: its weights are safetensors already")

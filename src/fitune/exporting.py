@@ -56,7 +56,7 @@ def export(model: str | Path, output: str | Path, *, to: str = "original", shard
     if to not in LAYOUTS:
         raise ModelError(f"--to {to}", expected=", ".join(LAYOUTS))
     folder, target = locate(str(model)), expand(output)
-    check_new(target)
+    check_new(target, whole=True)
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder}: is a run", expected="a model", fix=f"fitune merge {folder} --output MERGED, then that"

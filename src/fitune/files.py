@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +25,15 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fitune.errors import ConfigError, RunFolderError, nearest
+from fitune.scratch import TEMPORARY as TEMPORARY
+from fitune.scratch import Scratch
 
 MANIFEST = "MANIFEST.json"
+<<<<<<< HEAD
 TEMPORARY = ".tmp-"
 LOCK = "run.lock"  # of a run folder that a process works in: see locks.py
+=======
+>>>>>>> b25b1be (What is under construction has a name of its process's own; leftovers of the dead are removed, of the living kept)
 UMASK = os.umask(0o022)  # the only way to ask for it is to set it
 os.umask(UMASK)
 HALF = re.compile("[\ud800-\udfff]")
@@ -81,10 +85,10 @@ def sync(path: Path) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """A file that is there whole or not at all; what is no Unicode text stands there escaped."""
     with disk(path.parent):
-        temporary = path.with_name(f"{TEMPORARY}{path.name}")
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-        sync(temporary)
-        temporary.replace(path)
+        with Scratch(path, file=True) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+            sync(temporary)
+            temporary.replace(path)
         sync(path.parent)
 
 
@@ -215,9 +219,25 @@ def is_whole(folder: Path) -> bool:
     return whole(folder) is not None
 
 
+<<<<<<< HEAD
 def check_new(target: Path, fix: str = "choose another --output") -> None:
     """Raises RunFolderError where something lies there already."""
     if target.exists() and (not target.is_dir() or any(path.name != LOCK for path in target.iterdir())):
+=======
+def check_new(target: Path, fix: str = "choose another --output", *, whole: bool = False) -> None:
+    """Raises RunFolderError where something lies there already.
+
+    Args:
+        target: a folder that will be written.
+        fix: what to do.
+        whole: is it written beside, and renamed? A mount point cannot be.
+    """
+    if whole and target.is_dir() and os.path.ismount(target):
+        raise RunFolderError(
+            f"{target}: is a mount point, which no folder can be renamed to", fix=f"--output {target / 'model'}"
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+>>>>>>> b25b1be (What is under construction has a name of its process's own; leftovers of the dead are removed, of the living kept)
         raise RunFolderError(f"{target}: is not empty; nothing of yours is overwritten", fix=fix)
 
 
@@ -290,18 +310,21 @@ def names_near(path: str | Path, *, folders: bool = False) -> str | None:
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which takes its place and name only when everything went well."""
-    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    target = Path(os.path.realpath(target))  # a link stays one
     with disk(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
+        with Scratch(target) as temporary:
             yield temporary
-            for path in temporary.iterdir():
-                sync(path)
-            if target.exists():
+            temporary.chmod(0o777 & ~UMASK)
+            sync_all(temporary)
+            if os.name == "nt" and target.exists():  # elsewhere an empty one is replaced
                 target.rmdir()
             temporary.replace(target)
-            sync(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        sync(target.parent)
+
+
+def sync_all(folder: Path) -> None:
+    """Force a folder with everything in it onto the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)

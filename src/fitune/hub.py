@@ -28,6 +28,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from fitune.cache import default_folder
 from fitune.errors import ModelError
+from fitune.files import disk, sync, write_json
+from fitune.scratch import alone
 
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin")
 MODELSCOPE = "https://www.modelscope.cn"
@@ -268,7 +270,7 @@ def _from_modelscope(identity: str, revision: str, only: Sequence[str], on_bytes
     else:
         files = _files_of(identity, revision)
         root.mkdir(parents=True, exist_ok=True)
-        listed.write_text(json.dumps([asdict(file) for file in files]), encoding="utf-8")
+        write_json(listed, [asdict(file) for file in files])
         missing = [file for file in chosen(files, only) if _size(root / file.path) != file.size]
         check_room(root, sum(file.size for file in missing), f"ms:{identity}")
         for file in missing:
@@ -335,8 +337,17 @@ def _files_of(identity: str, revision: str) -> list[Remote]:
 
 def _fetch(address: str, file: Remote, target: Path, on_bytes: OnBytes | None) -> None:
     """One file, going on from where an earlier try ended; whole and checked, or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.incomplete")
+    with disk(target.parent, "free some space, or name another place: FITUNE_CACHE"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # by size and sum: of another content nothing is gone on with
+        partial = target.with_name(f"{target.name}.{file.size}-{(file.sha256 or '')[:8]}.incomplete")
+        with alone(partial):
+            if _size(target) != file.size:  # else another process was faster
+                _fetch_alone(address, file, target, partial, on_bytes)
+        partial.unlink(missing_ok=True)
+
+
+def _fetch_alone(address: str, file: Remote, target: Path, partial: Path, on_bytes: OnBytes | None) -> None:
     told = ""
     for _ in range(TRIES):
         try:
@@ -356,7 +367,9 @@ def _fetch(address: str, file: Remote, target: Path, on_bytes: OnBytes | None) -
             if file.sha256 and _sha256(partial) != file.sha256:
                 partial.unlink()
                 raise ModelError(f"{file.path}: arrived damaged (its SHA-256 differs)", fix="download it again")
+            sync(partial)
             partial.replace(target)
+            sync(target.parent)
             return
     raise ModelError(
         f"{file.path}: does not arrive",

@@ -8,7 +8,6 @@ again, gives another model, and how far off it is gets measured.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,13 +25,14 @@ from fitune.config import RunConfig
 from fitune.encode import Encoder
 from fitune.errors import FituneError, RunFolderError
 from fitune.families import Family, towers
-from fitune.files import check_new, expand, whole_folder
+from fitune.files import check_new, disk, expand, whole_folder
 from fitune.handover import Handover, hand_over, write_answer_tokens
 from fitune.loading import base_of, finished, load
 from fitune.methods import new_tokens
 from fitune.model import Tuned, causal_lm, load_model, output_head, quantized_as, read_config
 from fitune.precision import DTYPES, NAMES
 from fitune.records import Finding, Message
+from fitune.scratch import Scratch
 from fitune.step import label_hidden
 
 PROBE = ("Hello, world!", "你好，世界", "1 + 1 = 2")
@@ -98,7 +98,7 @@ def merge(
         RunFolderError: the run is not finished, its method cannot be merged, or the folder is not empty.
     """
     target = expand(output)
-    check_new(target)
+    check_new(target, whole=True)
     folder = RunFolder(run)
     config = finished(
         folder, (*integrity.BEGIN, *integrity.END), missing=[name for name in integrity.END if name != "adapter"]
@@ -114,7 +114,7 @@ def merge(
         plain = merged(_plain(folder, config, tuned, onto), tuned.family, config)
         error = _relative(plain(input_ids=probe).logits, before)
     other = onto is not None or requantize
-    drift = _drift(folder, config, tuned, _again(plain, config, requantize=requantize)) if other else None
+    drift = _drift(folder, config, tuned, _again(plain, config, target, requantize=requantize)) if other else None
     if drift is not None and not force:
         raise RunFolderError(
             f"these are other weights than the run was tuned on: {drift.told()}",
@@ -174,12 +174,13 @@ def _plain(run: RunFolder, config: RunConfig, tuned: Tuned, onto: str | None) ->
     return load_model(base, precision="fp32", adapter=run.adapter)
 
 
-def _again(plain: Any, config: RunConfig, *, requantize: bool) -> Any:
-    """The merged model as it will be: itself, or quantized again."""
+def _again(plain: Any, config: RunConfig, target: Path, *, requantize: bool) -> Any:
+    """The merged model as it will be: itself, or quantized again, by way of a folder beside the target."""
     if not requantize:
         return plain
-    with tempfile.TemporaryDirectory() as place:
-        plain.save_pretrained(place, safe_serialization=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with disk(target.parent), Scratch(target) as place:
+        plain.save_pretrained(str(place), safe_serialization=True)
         return load_model(place, precision="fp32", quant=config.quant)
 
 
@@ -191,8 +192,8 @@ def _saved(model: Any, base: Path, folder: Path) -> None:
 
 
 def _requantized(model: Any, config: RunConfig, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-        model.save_pretrained(place, safe_serialization=True)
+    with Scratch(folder / "plain") as place:
+        model.save_pretrained(str(place), safe_serialization=True)
         load_model(place, precision="fp32", quant=config.quant).save_pretrained(str(folder), safe_serialization=True)
 
 

@@ -79,7 +79,7 @@ def quantize(model: str | Path, output: str | Path, *, quant: QuantOptions | str
     target, folder = expand(output), locate(str(model))
     if options.name == "none":
         raise ModelError("nothing to do: quant is none", fix="--quant nf4 or int8")
-    check_new(target)
+    check_new(target, whole=True)
     if (there := quantized_as(read_config(folder)).name) != "none":
         raise ModelError(f"{folder}: is quantized already, as {there}", expected="the original model")
     if towers.of(folder) is not None:
