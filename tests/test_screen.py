@@ -112,10 +112,9 @@ REDIRECTED = [("> /dev/full", 0, "No space left"), (">&-", 0, ""), ("2>&- >&- <&
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux")
 @pytest.mark.parametrize(("where", "code", "said"), REDIRECTED)
-@pytest.mark.parametrize("unbuffered", [False, True])
-@pytest.mark.parametrize("verb", ["train", "inspect", "chat", "--help"])
+@pytest.mark.parametrize("verb", ["train", "chat", "--help"])
 def test_real_streams_that_fail(
-    where: str, code: int, said: str, unbuffered: bool, verb: str, tmp_path: Path, model_folder: Path
+    where: str, code: int, said: str, verb: str, tmp_path: Path, model_folder: Path
 ) -> None:
     rows, run_ = tiny.write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "run"
     words = {
@@ -123,7 +122,7 @@ def test_real_streams_that_fail(
         "inspect": f"inspect {rows} --model {model_folder}",
         "chat": f"chat {model_folder} --max-tokens 2",
     }.get(verb, verb)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1" if unbuffered else ""}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1" if verb == "chat" else ""}
     script = f"set -o pipefail; echo hello | {sys.executable} -m fitune {words} {where}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == code, done.stderr
