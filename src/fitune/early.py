@@ -165,7 +165,7 @@ def run(path: str | Path) -> None:
 def resumed(path: str | Path) -> None:
     """The same for a run that is to go on: nor may another process work in it."""
     run(path)
-    locks.check(Path(path).expanduser())
+    locks.check(expand(path))
 
 
 def _run_near(path: str | Path) -> str:

@@ -29,11 +29,7 @@ from fitune.scratch import TEMPORARY as TEMPORARY
 from fitune.scratch import Scratch
 
 MANIFEST = "MANIFEST.json"
-<<<<<<< HEAD
-TEMPORARY = ".tmp-"
 LOCK = "run.lock"  # of a run folder that a process works in: see locks.py
-=======
->>>>>>> b25b1be (What is under construction has a name of its process's own; leftovers of the dead are removed, of the living kept)
 UMASK = os.umask(0o022)  # the only way to ask for it is to set it
 os.umask(UMASK)
 HALF = re.compile("[\ud800-\udfff]")
@@ -219,11 +215,6 @@ def is_whole(folder: Path) -> bool:
     return whole(folder) is not None
 
 
-<<<<<<< HEAD
-def check_new(target: Path, fix: str = "choose another --output") -> None:
-    """Raises RunFolderError where something lies there already."""
-    if target.exists() and (not target.is_dir() or any(path.name != LOCK for path in target.iterdir())):
-=======
 def check_new(target: Path, fix: str = "choose another --output", *, whole: bool = False) -> None:
     """Raises RunFolderError where something lies there already.
 
@@ -236,8 +227,7 @@ def check_new(target: Path, fix: str = "choose another --output", *, whole: bool
         raise RunFolderError(
             f"{target}: is a mount point, which no folder can be renamed to", fix=f"--output {target / 'model'}"
         )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
->>>>>>> b25b1be (What is under construction has a name of its process's own; leftovers of the dead are removed, of the living kept)
+    if target.exists() and (not target.is_dir() or any(path.name != LOCK for path in target.iterdir())):
         raise RunFolderError(f"{target}: is not empty; nothing of yours is overwritten", fix=fix)
 
 

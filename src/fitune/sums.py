@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,7 +17,8 @@ from typing import Any
 
 from fitune import files
 from fitune.cache import default_folder
-from fitune.files import TEMPORARY
+from fitune.errors import RunFolderError
+from fitune.files import write_json
 
 NAME = "sums.json"
 SETTLED = 2_000_000_000  # nanoseconds since its last change: within a clock's tick two changes look like one
@@ -61,17 +61,14 @@ def _read() -> dict[str, Any]:
     try:
         found = json.loads((default_folder() / NAME).read_text(encoding="utf-8"))
         return {name: one for name, one in found.items() if isinstance(one, dict)}
-    except (OSError, ValueError, RuntimeError, AttributeError):
+    except (OSError, ValueError, RunFolderError, AttributeError):
         return {}
 
 
 def _keep(name: str, known: dict[str, Any]) -> None:
     """Write it down; of two processes at once the later one's list stays, and the other sum is made again some day."""
     kept = {path: one for path, one in _read().items() if Path(path).is_file()} | {name: known}
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError, RunFolderError):
         folder = default_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(kept, file)
-        Path(temporary).replace(folder / NAME)
+        write_json(folder / NAME, kept)
