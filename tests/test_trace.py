@@ -91,7 +91,7 @@ def test_what_is_said_is_what_is_allocated(variant: str, kind: str, precision: s
     config = contract.config_for(variant, precision, quant=quant)
     if refused(variant, kind, config, quant):
         pytest.skip("this method does not go on these weights, and the contract says why")
-    work = plan.Work(config, tiny.make_model(kind).config, [[batch(9, 5)], [batch(*[240] * 21)]])
+    work = plan.Work(config, tiny.make_model(kind).config, [[batch(9, 5)], [batch(*[240] * 25)]])
     said = most(predicted(work))  # before the run
     measured = really(config, kind, work, quant)
     assert measured >= LEAST
@@ -126,7 +126,7 @@ def test_every_saver_and_optimizer_is_seen(changes: dict[str, Any]) -> None:
 
 def test_a_trace_that_forgets_activations_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     config = contract.config_for("lora")
-    work = plan.Work(config, tiny.make_model("llama").config, [[batch(*[240] * 21)]])
+    work = plan.Work(config, tiny.make_model("llama").config, [[batch(*[240] * 25)]])
     right = most(predicted(work))
     found = Tracer._see
     monkeypatch.setattr(Tracer, "_see", lambda self, t, op: found(self, t.new_empty(0) if op == "aten::add" else t, op))

@@ -379,6 +379,9 @@ class RunConfig(DataConfig):
     """Rows per micro-batch. Activations grow with it."""
     batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens per micro-batch, in place of batch_size: memory stays even where rows differ in length."""
+    loss_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Label rows whose logits are there at once; each takes 6 bytes for each word of the vocabulary, 8 in fp32. auto:
+    32 MiB of logits on a CPU; on a GPU at least 512 rows, a quarter of the largest micro-batch where there is room."""
     layout: Literal["auto", "flat", "padded", "documents"] = "auto"
     """How documents go through the model. auto: flat, unless a probe on the model shows that documents leak."""
     accumulation: int = Field(default=1, ge=1)

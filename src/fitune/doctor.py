@@ -1,4 +1,4 @@
-"""Is this machine fit to fine-tune: versions, processors, memory, dtypes, a real 4-bit step, the disk.
+"""Is this machine fit to fine-tune: versions, processors, GPUs, memory, dtypes, a real 4-bit step, the disk.
 
 In: nothing. Out: a list of checks, each with what was found and, where something is broken, its fix.
 """
@@ -20,10 +20,12 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from fitune import environment, processor, quant
+from fitune import environment, gpu, processor, quant
 from fitune.cache import default_folder
 from fitune.config import quant_options
 from fitune.errors import ConfigError
+from fitune.gpu import Card
+from fitune.memory.device import by_driver
 from fitune.precision import choose, measure
 from fitune.quant import trust
 
@@ -54,7 +56,7 @@ def doctor() -> list[Check]:
             found += check()
         except Exception as error:  # whatever is wrong with a machine is what this verb is to tell
             name = check.__name__.removeprefix("_")
-            found.append(Check(name, "broken", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+            found.append(Check(name, "broken", f"{type(error).__name__}: {_reason(error)}"))
     return found
 
 
@@ -91,14 +93,12 @@ def _versions() -> Iterator[Check]:
 
 
 def _devices() -> Iterator[Check]:
-    if torch.cuda.is_available():
-        kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        for number in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(number)
-            major, minor = torch.cuda.get_device_capability(number)
-            text = f"{torch.cuda.get_device_name(number)}, {kind}, compute capability {major}.{minor}"
-            yield Check(f"gpu {number}", "ok", f"{text}, {free / 2**30:,.1f} of {total / 2**30:,.1f} GiB free")
-    elif torch.version.cuda or torch.version.hip:
+    cards = gpu.cards()
+    for card in cards:
+        yield from _gpu(card)
+    if cards:
+        return
+    if torch.version.cuda or torch.version.hip:
         yield Check(
             "gpu",
             "broken",
@@ -110,6 +110,107 @@ def _devices() -> Iterator[Check]:
         yield Check("gpu", "ok", "MPS (Apple); fitune is not tested on it")
     else:
         yield Check("gpu", "ok", "none; everything runs on the CPU")
+
+
+SECONDS = 0.75  # of each rate of a GPU; there are four
+Found = tuple[Literal["ok", "warn", "broken"], str, str]
+
+
+def _gpu(card: Card) -> Iterator[Check]:
+    """All about a GPU; what cannot be found out says why, and stops nothing else."""
+    probes: dict[str, tuple[Callable[[Card], Found], Literal["warn", "broken"]]] = {
+        "": (_identity, "broken"),
+        " memory": (_gpu_memory, "warn"),
+        " bf16": (_gpu_bf16, "warn"),
+        " attention": (_attention, "warn"),
+        " bitsandbytes": (_library, "warn"),
+        " products": (_products, "broken"),
+        " copies": (_copies, "warn"),
+    }
+    for name, (probe, worst) in probes.items():
+        title = f"gpu {card.number}{name}"
+        try:
+            level, text, fix = probe(card)
+        except Exception as error:
+            text = f"cannot be found out: {type(error).__name__}: {_reason(error)}"
+            yield Check(title, worst, text, DRIVER if worst == "broken" else "")
+        else:
+            yield Check(title, level, text, fix)
+
+
+DRIVER = "nvidia-smi must work; free the GPU, restart its driver, or --device cpu"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _identity(card: Card) -> Found:
+    major, minor = card.capability()
+    try:
+        versions = ", ".join(f"{name} {version or 'unknown'}" for name, version in card.versions().items())
+    except Exception as error:
+        versions = f"versions unknown: {_reason(error)}"
+    return "ok", f"{card.name()}, compute capability {major}.{minor}, {versions}", ""
+
+
+def _gpu_memory(card: Card) -> Found:
+    """Free memory, and who holds the rest: a process in another container is not listed."""
+    free, total = card.memory()
+    text = f"{free / 2**30:,.1f} of {total / 2**30:,.1f} GiB free"
+    try:
+        holders = card.holders()
+    except Exception as error:
+        return "ok", f"{text}; who holds the rest is unknown: {_reason(error)}", ""
+    if not holders:
+        return "ok", f"{text}; the driver lists no process", ""
+    return "ok", f"{text}; held by {', '.join(map(str, holders))}", ""
+
+
+def _gpu_bf16(card: Card) -> Found:
+    if card.capability() >= (8, 0):
+        return "ok", "in hardware", ""
+    return "warn", "not in hardware, which came with compute capability 8.0", "--precision auto takes fp16"
+
+
+def _attention(card: Card) -> Found:
+    """Which kernels are there; what a flat batch takes; and torch's own first choice, which fitune does not take where
+    that is cuDNN's, since it plans anew for each length that it meets."""
+    found = card.attention()
+    there = [name for name, reason in found.items() if reason is None]
+    missing = [f"{name} ({reason})" for name, reason in found.items() if reason is not None]
+    try:
+        first = card.default_attention()
+    except Exception as error:
+        first = f"unknown ({_reason(error)})"
+    parts = [f"there: {', '.join(there) or 'none'}", *([f"not there: {'; '.join(missing)}"] if missing else [])]
+    parts.append(f"torch's default: {first}{', which fitune does not take' if first == 'cuDNN' else ''}")
+    parts.append("a flat batch: " + ("one call" if found.get(gpu.ONE_CALL) is None else "a call for each document"))
+    slow = found.get(gpu.ONE_CALL) is not None and card.capability() >= (8, 0)
+    return "warn" if slow else "ok", "; ".join(parts), "pip install --force-reinstall torch" if slow else ""
+
+
+def _library(card: Card) -> Found:
+    name, on_gpu = card.bitsandbytes()
+    if on_gpu:
+        return "ok", name, ""
+    return "broken", f"{name}, which knows no GPU", "pip install --force-reinstall bitsandbytes; --quant none works"
+
+
+def _products(card: Card) -> Found:
+    """Matrix products, beside the data sheet's."""
+    half, known = card.half(), by_driver(card.name())
+    low, full = (card.product_rate(dtype, SECONDS) for dtype in (half, torch.float32))
+    share = f" ({low / known.tflops:.0%} of the data sheet's {known.tflops:,.0f})" if known else ""
+    name = str(half).removeprefix("torch.")
+    return "ok", f"{low:,.1f} TFLOP/s in {name}{share}, {full:,.1f} in float32", ""
+
+
+def _copies(card: Card) -> Found:
+    there, within = (card.copy_rate(way, SECONDS) for way in ("host to device", "device to device"))
+    known = by_driver(card.name())
+    share = f" ({within / 1e9 / known.gigabytes_per_second:.0%} of the data sheet's)" if known else ""
+    return "ok", f"host to device {there / 1e9:,.1f} GB/s; on the device {within / 1e9:,.0f} GB/s{share}", ""
 
 
 def _memory() -> Iterator[Check]:
@@ -193,6 +294,8 @@ def _quantized_step(name: str, quantizer: Any) -> Check:
 
 
 def _rates() -> Iterator[Check]:
+    if gpu.cards():  # theirs are measured with larger products
+        return
     device = _device()
     measured = measure(device)
     text = ", ".join(f"{name} {rate:,.1f}" for name, rate in measured.items())

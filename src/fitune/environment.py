@@ -59,11 +59,11 @@ def _device(device: torch.device) -> dict[str, Any]:
         "capability": list(torch.cuda.get_device_capability(device)),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "driver": _driver(),
+        "driver": driver(),
     }
 
 
-def _driver() -> str | None:
+def driver() -> str | None:
     """The version of NVIDIA's driver, from the file where Linux has it; None: nobody says."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")

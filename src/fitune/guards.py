@@ -22,10 +22,9 @@ from torch import Tensor
 from fitune import adapters, optim, quant, weights
 from fitune.batches import flat, split
 from fitune.checkpoint import Loaded, restore_rng, rng_state
-from fitune.kernels.loss import chunk_rows
 from fitune.leak import PROBE_TOKENS
 from fitune.methods import lora
-from fitune.model import causal_lm, compute_dtype, trainable
+from fitune.model import causal_lm, compute_dtype, loss_rows, trainable
 from fitune.records import Batch, Finding, Layout, Sample
 from fitune.recovery import first_non_finite
 from fitune.step import hidden_states, loss_sum
@@ -314,8 +313,7 @@ def disk_space(folder: Path, trained_bytes: int, keep: int, free: int | None = N
 
 def eval_memory(model: Any) -> Finding:
     """Held-out losses never hold the logits of a batch: the head sees label rows, a chunk at a time."""
-    vocabulary = causal_lm(model).config.vocab_size
-    rows = chunk_rows(vocabulary)
+    vocabulary, rows = causal_lm(model).config.vocab_size, loss_rows(model)
     mib = 2 * rows * vocabulary * 4 / 2**20
     return Finding("eval-memory", "ok", f"logits of at most {rows:,} rows at once ({mib:,.0f} MiB with their gradient)")
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fitune import adapters, catalog, determinism, families, hub, weights
 from fitune import quant as quants
-from fitune.config import QuantOptions, quant_options
+from fitune.config import QuantOptions, RunConfig, quant_options
 from fitune.configs import is_original, quantized_as, read_config, read_config_file, shape_of, without_weights
 from fitune.encode import Encoder
 from fitune.errors import ModelError, did_you_mean
@@ -29,7 +29,9 @@ from fitune.files import expand, names_near
 from fitune.kernels.attention import FLAT
 from fitune.kernels.frozen import keep_stored
 from fitune.kernels.gated import lean_mlps
+from fitune.kernels.loss import chunk_rows
 from fitune.kernels.norm import replace_norms
+from fitune.kernels.target import of
 from fitune.precision import DTYPES
 from fitune.templates import Template
 
@@ -279,6 +281,19 @@ def output_head(model: Any) -> nn.Module:
     factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
     return head if factor == 1.0 and cap is None else ScaledHead(head, factor, cap)
+
+
+def loss_rows(model: Any) -> int:
+    """Of how many label rows its losses compute the logits at once: as the run has it (`set_loss_rows`), or as the
+    vocabulary and the device suggest."""
+    inner = causal_lm(model)
+    suggested = chunk_rows(inner.config.vocab_size, of(next(inner.parameters()).device))
+    return getattr(inner, "fitune_loss_rows", None) or suggested
+
+
+def set_loss_rows(model: Any, config: RunConfig) -> None:
+    """Fix that number for a run; auto leaves it open."""
+    causal_lm(model).fitune_loss_rows = None if config.loss_rows == "auto" else config.loss_rows
 
 
 def compute_dtype(model: Any) -> torch.dtype:

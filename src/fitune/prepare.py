@@ -6,7 +6,7 @@ In: a RunConfig. Out: a Job. Whatever is wrong is found here, before the first s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from fitune.model import (
     pick_device,
     quantized_as,
     read_config,
+    set_loss_rows,
     trainable,
     without_weights,
 )
@@ -223,6 +224,7 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
     work = _work(config, model_config, data, added, steps.likely_layout(config.layout, model_config))
     plan = _planned(work, device, folder.name, outside)
     _refuse_what_cannot_fit(plan, config)
+    config = config.model_copy(update={"loss_rows": plan.loss_rows})
     base = load_model(
         folder,
         precision=config.precision,
@@ -241,8 +243,10 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
     if config.adapter is not None:
         adapters.load_into(model, adapters.locate(config.adapter))
     checkpoint_blocks(model, family, config.checkpointing)
+    set_loss_rows(model, config)
     samples = data.samples
     layout, apart = leak.packing_leak(model, samples, config.layout)
+    work = replace(work, config=config)
     if layout != work.layout:
         work = _work(config, model_config, data, added, layout)
         plan = _planned(work, device, folder.name, outside)

@@ -83,6 +83,7 @@ def _planned(exactly: Exact, settings: Mapping[str, Any]) -> plans.Plan | None:
 
 
 SAME = "the objective stays the same"
+FEWER_ROWS = 64  # label rows whose logits are there at once; a GPU has 512 or more by default
 
 
 def _changes(exactly: Exact, config: RunConfig) -> Iterator[tuple[dict[str, Any], str]]:
@@ -95,6 +96,8 @@ def _changes(exactly: Exact, config: RunConfig) -> Iterator[tuple[dict[str, Any]
             {"quant": {"name": "nf4"}},
             f"4-bit weights kept {search.KEPT['nf4']:.0%} of the gain of the bundled 2M model",
         )
+    if exactly.asked.where.kind == "cuda" and config.loss_rows == "auto":
+        yield {"loss_rows": FEWER_ROWS}, "the output head is read more often"
     if config.batch_size > 1 and not config.optimizer_in_backward:
         yield smaller_batches(config, config.batch_size // 2), SAME
     for shorter in shorter_lengths(exactly):

@@ -22,7 +22,7 @@ from fitune.kernels.attention import FLAT
 from fitune.kernels.loss import label_loss
 from fitune.kernels.placed import Placed
 from fitune.methods import virtual
-from fitune.model import causal_lm, computing, output_head, trainable, use_attention
+from fitune.model import causal_lm, computing, loss_rows, output_head, trainable, use_attention
 from fitune.optim import InBackward
 from fitune.records import Batch, Layout
 
@@ -175,7 +175,8 @@ def loss_sum(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
     inner, placed = causal_lm(model), place(model, batch, layout)
     hidden = label_hidden(model, batch, layout, placed)
     with computing(model):
-        return label_loss(output_head(model), hidden, placed.labels, inner.config.vocab_size, placed.weights)
+        vocabulary, rows = inner.config.vocab_size, loss_rows(model)
+        return label_loss(output_head(model), hidden, placed.labels, vocabulary, placed.weights, rows)
 
 
 def training_step(

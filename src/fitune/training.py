@@ -270,6 +270,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "data": ", ".join(source.path for source in c.sources()),
         "template": job.tuned.template.name,
         "attention": chosen(causal_lm(job.tuned.model), compute_dtype(job.tuned.model)),
+        "loss": f"logits of {c.loss_rows:,} rows at once",
         "batch": f"{_batch(c)} x {c.accumulation}, {job.layout}, max length {c.max_length}",
         "row lengths": ", ".join(f"{name} {value:,.0f}" for name, value in job.report.lengths.items()),
         "steps": f"{job.total_steps} ({len(job.loader.epoch_steps(0))} in the first epoch)",

@@ -10,8 +10,8 @@ the model, Q of all query heads, K of all key heads, M of the MLP.
     inputs of trained linear layers        W in front of q, k, v and of gate and up, M in front of down
 
 each in the dtype of the computation, in blocks at or above the first trained parameter. With checkpointing a block
-keeps its input (W), and one block at a time all of it. Logits go in chunks of 32 MiB in float32, three at a time:
-logits, their log-softmax and its gradient.
+keeps its input (W), and one block at a time all of it. Logits go in chunks of rows: their
+log-softmax in float32, which becomes their gradient, and one of both in the dtype of the computation.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any
 
 from fitune import families, optim, quant
 from fitune.config import RunConfig
-from fitune.kernels.loss import chunk_rows
 from fitune.memory import trace
 from fitune.methods.prefix import key_width
-from fitune.model import causal_lm, trainable
+from fitune.model import causal_lm, loss_rows, trainable
 from fitune.precision import DTYPES
 
 
@@ -50,9 +49,14 @@ def closed(model: Any, config: RunConfig, tokens: int, labels: int) -> dict[str,
         trace.GRADIENTS: count * size,
         trace.STATES: int(count * state_bytes(config)),
         trace.ACTIVATIONS: tokens * _per_token(model, config, shape),
-        trace.LOSS: 12 * min(labels, chunk_rows(shape.vocab_size)) * shape.vocab_size + 8 * labels * shape.hidden_size,
+        trace.LOSS: _logit_bytes(config) * min(labels, loss_rows(model)) * shape.vocab_size
+        + 8 * labels * shape.hidden_size,
     }
     return {name: int(value) for name, value in found.items() if value}
+
+
+def _logit_bytes(config: RunConfig) -> int:
+    return 4 + DTYPES[config.precision].itemsize
 
 
 def state_bytes(config: RunConfig) -> float:

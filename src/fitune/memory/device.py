@@ -56,7 +56,8 @@ class Gpu:
 @dataclass(frozen=True)
 class Device:
     """Where a run is to fit. budget: bytes that it may take; None: nobody said. kind: cuda or cpu. tflops, bandwidth
-    (bytes a second): None where nobody knows. here: is it this machine's? multiprocessors: of a GPU."""
+    (bytes a second): None where nobody knows. here: is it this machine's? multiprocessors: of a GPU. total: bytes of
+    all its memory; None: as its budget."""
 
     name: str
     kind: str
@@ -66,6 +67,7 @@ class Device:
     bandwidth: float | None = None
     here: bool = False
     multiprocessors: int = MULTIPROCESSORS
+    total: int | None = None
 
     @property
     def target(self) -> Target:
@@ -171,7 +173,8 @@ def _gpu_here(index: int) -> Device:
     budget = free + (torch.cuda.memory_reserved(index) if mine is None else mine)
     bf16 = torch.cuda.get_device_capability(index) >= (8, 0)
     processors = properties.multi_processor_count
-    return Device(name, "cuda", min(budget, total), bf16, tflops, bandwidth, here=True, multiprocessors=processors)
+    rates = {"tflops": tflops, "bandwidth": bandwidth}
+    return Device(name, "cuda", min(budget, total), bf16, **rates, here=True, multiprocessors=processors, total=total)
 
 
 def by_driver(name: str) -> Gpu | None:

@@ -19,13 +19,13 @@ import torch
 from fitune import adapters, families, methods, optim, precision, quant
 from fitune.config import RunConfig
 from fitune.kernels.target import CPU, Target
-from fitune.memory import allocator, device, trace
+from fitune.memory import allocator, chunks, device, trace
 from fitune.memory.closed import closed
 from fitune.memory.cuda import Cuda
 from fitune.memory.measure import resident_mib
 from fitune.memory.trace import Blind, Block, Building, Tracer
 from fitune.methods import new_tokens
-from fitune.model import causal_lm, checkpoint_blocks, outline, trainable
+from fitune.model import causal_lm, checkpoint_blocks, loss_rows, outline, set_loss_rows, trainable
 from fitune.records import Batch, Layout
 from fitune.step import LossScale, apply_gradients, held_out_loss, make_gradients
 
@@ -72,7 +72,7 @@ class Plan:
     as [{"what", "count", "bytes"}]. allocated: by the allocator's count. reserved: from the GPU, with fragmentation;
     smallest: the least with which it goes through, giving cached memory back when needed; both None on a CPU.
     outside: beside the tensors. needed: all of it. budget, spare, fits: of the device, None where nobody said how much
-    there is. closed: the same by closed forms.
+    there is. closed: the same by closed forms. loss_rows: of how many label rows logits are there at once.
     """
 
     model: str
@@ -101,6 +101,7 @@ class Plan:
     budget: int | None
     closed: dict[str, int]
     notes: list[str] = field(default_factory=list)
+    loss_rows: int = 0
 
     @property
     def spare(self) -> int | None:
@@ -142,6 +143,7 @@ def without_values(work: Work) -> Any:
             new_tokens.add_rows(base, work.added)
         model = adapters.attach(base, config)
         checkpoint_blocks(model, family, config.checkpointing)
+    set_loss_rows(model, config)
     torch.set_rng_state(state)
     return model
 
@@ -309,11 +311,26 @@ def plan(work: Work, where: device.Device, *, name: str, outside: Mapping[str, i
     """The plan of a run.
 
     Args:
-        work: what it does.
+        work: what it does. Where its loss_rows are auto they are chosen here.
         where: it is to fit.
         name: of the model, for people.
         outside: bytes beside the tensors, where they are known better than by the calibration.
     """
+    vocabulary = int(work.shape.vocab_size) + len(work.added)
+    fewest = chunks.least(work.config, vocabulary, where.target)
+    made = _plan(_with_loss_rows(work, fewest), where, name, outside)
+    more = chunks.most(work.config, vocabulary, where.target, work.largest.targets) - fewest
+    if more == 0 or not chunks.roomy(made.needed + chunks.EACH * vocabulary * more, where):
+        return made
+    larger = _plan(_with_loss_rows(work, fewest + more), where, name, outside)
+    return larger if chunks.roomy(larger.needed, where) else made
+
+
+def _with_loss_rows(work: Work, rows: int) -> Work:
+    return replace(work, config=work.config.model_copy(update={"loss_rows": rows}))
+
+
+def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int] | None) -> Plan:
     model = without_values(work)
     batch = work.largest
     forms = closed(model, work.config, len(batch.ids), batch.targets)
@@ -359,6 +376,7 @@ def plan(work: Work, where: device.Device, *, name: str, outside: Mapping[str, i
         budget=where.budget,
         closed=forms,
         notes=_notes(seen.peak, forms, how, why),
+        loss_rows=loss_rows(model),
     )
 
 

@@ -20,9 +20,8 @@ import torch
 from fitune import families, methods, precision, quant
 from fitune.config import RunConfig, build, merge
 from fitune.errors import ConfigError, FituneError
-from fitune.kernels.loss import chunk_rows
 from fitune.kernels.target import Target
-from fitune.memory import device, flops, plan, steps
+from fitune.memory import chunks, device, flops, plan, steps
 from fitune.memory.flops import Counts
 from fitune.model import without_weights
 
@@ -261,7 +260,7 @@ def _small(config: RunConfig, shape: Any, depth: int, target: Target) -> _Line:
     if getattr(small, "layer_types", None):
         small.layer_types = list(shape.layer_types)[:depth]
     # the loss goes in chunks: labels for one and a bit are enough, more take more time here and no more memory
-    labels = chunk_rows(small.vocab_size) // 4 + 8
+    labels = chunks.least(config, small.vocab_size, target) // 4 + 8
     warm, *batches = (steps.made_up(4, tokens // 4, small.vocab_size, labels) for tokens in (32, *TOKENS))
     layout = steps.likely_layout(config.layout, small)
     work = plan.Work(config, small, [[warm], *([batch] for batch in batches)], None, layout)
