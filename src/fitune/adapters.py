@@ -22,18 +22,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fitune import families, methods
 from fitune.config import RunConfig, build
-from fitune.errors import ConfigError, ModelError, did_you_mean
+from fitune.errors import ConfigError, ModelError, Problems, did_you_mean, shorten
 from fitune.families import towers
 from fitune.files import expand
 from fitune.methods import adapter as bottleneck
 from fitune.methods import lora, new_tokens
 from fitune.precision import DTYPES
+from fitune.untrusted import read_json
+from fitune.weights import safe
 
 PEFT_CONFIG, OWN_CONFIG = "adapter_config.json", "fitune_adapter.json"
 WEIGHTS, ENCODER = "adapter_model.safetensors", "encoder.safetensors"
@@ -142,7 +143,7 @@ def _to_whole(model: Any, folder: Path) -> None:
 
 
 def _rewrite(source: Path, target: Path, how: Any, tower: towers.Tower) -> None:
-    stored, settings = load_file(source / WEIGHTS), _read_json(source / PEFT_CONFIG)
+    stored, settings = safe.load(source / WEIGHTS), _read_json(source / PEFT_CONFIG)
     renamed, settings = how(stored, settings, tower)
     save_file({renamed[name]: tensor for name, tensor in stored.items()}, target / WEIGHTS, metadata={"format": "pt"})
     (target / PEFT_CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")
@@ -166,7 +167,7 @@ def _of_language_model(model: Any, folder: Path) -> Iterator[Path]:
 def stored(model: Any, folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder, as the model calls them."""
     with _of_language_model(model, folder) as place:
-        return load_file(place / WEIGHTS)
+        return safe.load(place / WEIGHTS)
 
 
 def put(model: Any, folder: Path) -> Any:
@@ -180,8 +181,7 @@ def put(model: Any, folder: Path) -> Any:
         missing = WEIGHTS if own or peft else PEFT_CONFIG
         raise ModelError(f"{folder}: no {missing}", expected="an adapter folder (safetensors), PEFT's or fitune's")
     if (folder / NEW_IDS).is_file():
-        ids = json.loads((folder / NEW_IDS).read_text(encoding="utf-8"))
-        new_tokens.add_rows(model, [new_tokens.NewToken("", i, (0,)) for i in ids])
+        new_tokens.add_rows(model, [new_tokens.NewToken("", i, (0,)) for i in _new_ids(folder)])
         _load_rows(model, folder)
     if own:
         return _put_own(model, folder)
@@ -192,7 +192,7 @@ def put(model: Any, folder: Path) -> Any:
 @torch.no_grad()
 def _load_rows(model: Any, folder: Path) -> None:
     mine = new_tokens.rows(_inner(model))
-    stored = load_file(folder / NEW_ROWS) if (folder / NEW_ROWS).is_file() else {}
+    stored = safe.load(folder / NEW_ROWS) if (folder / NEW_ROWS).is_file() else {}
     _same_shapes(folder, mine, stored)
     for name, parameter in mine.items():
         parameter.copy_(stored[name])
@@ -206,10 +206,22 @@ def read_own(folder: Path) -> RunConfig:
     """
     path = folder / OWN_CONFIG
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return build({"model": str(folder), "data": ["-"], **values})
-    except (OSError, ValueError, TypeError, ConfigError) as error:
+        return build({**read_json(path), "model": str(folder), "data": ["-"]})
+    except (FileNotFoundError, ConfigError, Problems) as error:
         raise ModelError(f"{path}: broken", received=" ".join(str(error).split())[:200]) from None
+
+
+def _new_ids(folder: Path) -> list[int]:
+    """The ids of new tokens that an adapter folder has rows for.
+
+    Raises:
+        ModelError: the file holds something else.
+    """
+    path = folder / NEW_IDS
+    ids: list[int] = read_json(path, kind=list)
+    if not all(type(one) is int and 0 <= one < 2**31 for one in ids):
+        raise ModelError(f"{path}: not a list of ids", received=shorten(ids), expected="[32000, 32001]")
+    return ids
 
 
 def _put_own(model: Any, folder: Path) -> Any:
@@ -231,7 +243,7 @@ def _put_peft(model: Any, folder: Path) -> Any:
 
 
 def _same_names(folder: Path, wanted: set[str]) -> None:
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with safe.opened(folder / WEIGHTS) as file:
         stored = set(file.keys())
     if stored != wanted:
         raise ModelError(
@@ -262,7 +274,7 @@ def load_into(model: Any, folder: Path) -> None:
         ModelError: it was made by another method or with other settings.
     """
     here = new_tokens.ids(_inner(model))
-    theirs = json.loads((folder / NEW_IDS).read_text(encoding="utf-8")) if (folder / NEW_IDS).is_file() else []
+    theirs = _new_ids(folder) if (folder / NEW_IDS).is_file() else []
     if here != theirs:
         raise ModelError(
             f"{folder}: has other new tokens than this run",
@@ -277,7 +289,7 @@ def load_into(model: Any, folder: Path) -> None:
             _load_peft(model, place)
         return
     _same_settings(folder, model)
-    stored = load_file(folder / (ENCODER if isinstance(model, PeftModel) else WEIGHTS))
+    stored = safe.load(folder / (ENCODER if isinstance(model, PeftModel) else WEIGHTS))
     mine = _parameters(model)
     _same_shapes(folder, mine, stored)
     for name, parameter in mine.items():
@@ -288,7 +300,7 @@ def _load_peft(model: Any, folder: Path) -> None:
     if not (folder / PEFT_CONFIG).is_file():
         raise _other(folder, [OWN_CONFIG])
     _same_settings(folder, model)
-    stored = load_file(folder / WEIGHTS)
+    stored = safe.load(folder / WEIGHTS)
     mine = get_peft_model_state_dict(model, save_embedding_layers=False)
     _same_shapes(folder, mine, stored)
     set_peft_model_state_dict(model, stored)
@@ -325,11 +337,12 @@ def _plain(value: Any) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """The settings beside an adapter; none where there is no such file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        values = {}
-    return values if isinstance(values, dict) else {}
+        values: dict[str, Any] = read_json(path)
+    except FileNotFoundError:
+        return {}
+    return values
 
 
 def _same_shapes(folder: Path, mine: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
@@ -370,7 +383,7 @@ def add(model: Any, folder: Path, name: str) -> None:
     if not (folder / OWN_CONFIG).is_file() or not any(bottleneck.wrappers(model)):
         raise ModelError(f"{folder}: cannot stand beside what is there", expected="an adapter of the same kind")
     bottleneck.add(model, families.of(model), read_own(folder).bottleneck, name)
-    stored = load_file(folder / WEIGHTS)
+    stored = safe.load(folder / WEIGHTS)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for key, value in stored.items():

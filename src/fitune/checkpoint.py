@@ -34,11 +34,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fitune import optim
+from fitune import optim, runfiles
 from fitune.config import RunConfig, build
-from fitune.errors import RunFolderError
+from fitune.errors import FituneError, RunFolderError
 from fitune.files import TEMPORARY, as_json, check_new, disk, expand, is_whole, seal, sync, write_atomic, write_json
 from fitune.records import StepRecord
+from fitune.untrusted import read_json, read_yaml
 
 SEAL = "seal.json"
 
@@ -116,13 +117,11 @@ class RunFolder:
         """
         path = self.path / f"{name}.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return runfiles.check(path, read_json(path, RunFolderError, object))
         except FileNotFoundError:
             raise RunFolderError(
                 f"{self.path}: no {name}.json", expected="a run folder that fitune train wrote", fix="check the path"
             ) from None
-        except ValueError as error:
-            raise RunFolderError(f"{path}: broken", received=str(error)) from None
 
     def has(self, name: str) -> bool:
         """Is that JSON file there?"""
@@ -139,11 +138,17 @@ class RunFolder:
             RunFolderError: this is no run folder.
         """
         path = self.path / "config.yaml"
-        if not path.is_file():
+        if not path.exists():
             raise RunFolderError(
                 f"{self.path}: not a run folder (no config.yaml)", fix="give the folder that --output named"
             )
-        return build(yaml.safe_load(path.read_text(encoding="utf-8")))
+        values = read_yaml(path, RunFolderError)
+        if not values:
+            raise RunFolderError(f"{path}: empty", expected="the settings of the run", fix=runfiles.FIX)
+        try:
+            return build(values)
+        except FituneError as error:
+            raise RunFolderError(f"{path}: broken", received=str(error), fix=runfiles.FIX) from None
 
     # ---- steps ----
 

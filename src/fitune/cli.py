@@ -19,7 +19,7 @@ from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
 from fitune import config as settings
-from fitune import early, helppage, modelverbs, names, planverb, quiet, screen
+from fitune import early, helppage, lastcatch, modelverbs, names, planverb, quiet, screen
 from fitune.errors import ConfigError, FituneError
 from fitune.flags import (
     QUANT,
@@ -399,6 +399,8 @@ def main() -> None:
         _fail(f"{_told(error)}\n  fix:      fitune {verb}{' ' if verb else ''}--help", 2)
     except KeyboardInterrupt:
         _fail("stopped", 130)
+    except Exception as error:  # none of ours: a defect, told with what it takes to report it
+        _fail(lastcatch.report(error, sys.argv[1:]), 1)
     finally:
         if text := screen.lost():
             sys.stderr.write(f"{text}\n")

@@ -24,29 +24,32 @@ from pydantic import (
     field_validator,
 )
 
-from fitune import names
+from fitune import names, untrusted
 from fitune.errors import Collector, ConfigError, did_you_mean, shorten
 from fitune.files import expand, names_near
+
+# the most that a number may be: far above what anybody trains with, and below what never ends
+MOST_COUNT, MOST_BATCH, MOST_WIDTH = 10**9, 10**6, 10**5
 
 
 class Options(BaseModel):
     """A group of settings: unknown keys are refused, and values cannot be changed once checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class LoraOptions(Options):
     """LoRA (Hu et al. 2021, arXiv:2106.09685). Trainable parameters per target: rank x (inputs + outputs)."""
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=MOST_WIDTH)
     """Width of the update. Trainable bytes (weights, gradients, Adam states) grow with it."""
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: float = Field(default=16.0, gt=0, le=1e9)
     """The update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of the update."""
-    targets: str | list[str] = "auto"
+    targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     """Which linear layers: auto (the family's attention projections), all-linear, or names."""
-    ranks: dict[str, Annotated[int, Field(ge=1)]] = {}
+    ranks: dict[str, Annotated[int, Field(ge=1, le=MOST_WIDTH)]] = {}
     """Other ranks for some targets: the end of a name, or a regular expression, to a rank."""
     dora: bool = False
     """DoRA (Liu et al. 2024, arXiv:2402.09353): magnitudes are trained beside; one more number per output."""
@@ -54,7 +57,7 @@ class LoraOptions(Options):
     """rsLoRA (Kalajdzievski 2023, arXiv:2312.03732): scaled by alpha / sqrt(rank), so that high ranks learn."""
     init: Literal["default", "pissa"] = "default"
     """default: B = 0, nothing changes at the start. pissa: the base's largest singular vectors (arXiv:2404.02948)."""
-    b_rate: float = Field(default=1.0, gt=0)
+    b_rate: float = Field(default=1.0, gt=0, le=1e6)
     """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the matrices B learn so many times faster; 16 is usual there."""
     save: list[str] = []
     """Modules trained whole beside it: embeddings, head, or names. They cost 16 bytes a parameter."""
@@ -63,9 +66,9 @@ class LoraOptions(Options):
 class FreezeOptions(Options):
     """Training only some of the base's own parameters. The backward pass stops at the first of them."""
 
-    blocks: int = Field(default=2, ge=0)
+    blocks: int = Field(default=2, ge=0, le=10_000)
     """The last so many transformer blocks."""
-    tensors: int | None = Field(default=None, ge=1)
+    tensors: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     """In place of blocks: the last so many parameter tensors."""
     patterns: list[str] = []
     """In place of blocks: parameters whose names contain a match of one of these regular expressions."""
@@ -81,11 +84,11 @@ class TailOptions(Options):
     kind: Literal["block", "mlp"] = "block"
     """block: copies of transformer blocks whose outputs begin at zero (LLaMA Pro, Wu et al. 2024, arXiv:2401.02415).
     mlp: a small residual MLP behind the final norm."""
-    blocks: int = Field(default=2, ge=1)
+    blocks: int = Field(default=2, ge=1, le=10_000)
     """How many new blocks."""
     interleaved: bool = False
     """Spread over the depth in place of all behind the last one."""
-    width: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1, le=MOST_WIDTH)
     """Inner width of the MLP. Default: a quarter of the model's."""
     head: bool = False
     """Train the output head too."""
@@ -101,7 +104,7 @@ class BitfitOptions(Options):
 class PromptOptions(Options):
     """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): trained vectors before the input; tokens x width."""
 
-    tokens: int = Field(default=20, ge=1)
+    tokens: int = Field(default=20, ge=1, le=MOST_WIDTH)
     """How many virtual tokens. Each makes every row one token longer."""
     init: Literal["vocab", "random", "text"] = "vocab"
     """They begin as tokens of the vocabulary drawn by the seed, at random, or as the words of `text`."""
@@ -112,22 +115,22 @@ class PromptOptions(Options):
 class PTuningOptions(Options):
     """P-tuning (Liu et al. 2021, arXiv:2103.10385): virtual tokens through a trained encoder."""
 
-    tokens: int = Field(default=20, ge=1)
+    tokens: int = Field(default=20, ge=1, le=MOST_WIDTH)
     """How many virtual tokens."""
     encoder: Literal["mlp", "lstm"] = "mlp"
     """What the vectors go through."""
-    width: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1, le=MOST_WIDTH)
     """Inner width of the encoder. Default: the model's."""
 
 
 class PrefixOptions(Options):
     """Prefix tuning (Li & Liang 2021, arXiv:2101.00190; P-Tuning v2, arXiv:2110.07602): keys and values per layer."""
 
-    tokens: int = Field(default=20, ge=1)
+    tokens: int = Field(default=20, ge=1, le=MOST_WIDTH)
     """How many prefix tokens. Trainable: tokens x layers x 2 x width of the keys."""
     projection: bool = False
     """Make them by a trained MLP; steadier, and many times more parameters."""
-    width: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1, le=MOST_WIDTH)
     """Inner width of that MLP. Default: the model's."""
 
 
@@ -137,7 +140,7 @@ class BottleneckOptions(Options):
     kind: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
     """houlsby: after attention and MLP; pfeiffer: after the MLP (arXiv:2005.00247); parallel: beside the MLP
     (arXiv:2110.04366)."""
-    width: int = Field(default=64, ge=1)
+    width: int = Field(default=64, ge=1, le=MOST_WIDTH)
     """Inner width."""
     activation: Literal["relu", "gelu", "silu"] = "gelu"
     """What stands between its two layers."""
@@ -146,7 +149,7 @@ class BottleneckOptions(Options):
 class Ia3Options(Options):
     """IA3 (Liu et al. 2022, arXiv:2205.05638): trained factors on keys, values and the MLP's inner activations."""
 
-    targets: str | list[str] = "auto"
+    targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     """Which linear layers: auto (keys, values and the MLP's output layer), or names."""
 
 
@@ -162,7 +165,7 @@ class QuantOptions(Options):
     """Quantize the scales of the blocks of 64 weights too: 0.516 bytes a weight in place of 0.5625."""
     storage: Literal["uint8", "fp32", "bf16", "fp16"] = "uint8"
     """As which dtype the packed 4-bit weights lie in memory; the bytes are the same."""
-    threshold: float = Field(default=6.0, ge=0)
+    threshold: float = Field(default=6.0, ge=0, le=1e9)
     """Of int8, for transformers alone, which quantizes inputs but for columns with a value above it: what is quantized
     and written keeps it. fitune quantizes no inputs, so in a run it does nothing."""
     skip: list[str] = []
@@ -204,9 +207,9 @@ class DataSource(Options):
 
     path: str
     """A file, a folder of files, or the id of a data set on the hub."""
-    take: int | None = Field(default=None, ge=1)
+    take: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     """So many rows of it, drawn with the seed. Default: all."""
-    weight: float | None = Field(default=None, gt=0)
+    weight: float | None = Field(default=None, gt=0, le=1e6)
     """How often its rows are trained in a pass: 2 is twice each, 0.5 is half of them, drawn by the seed. Default: 1."""
     format: str | None = None
     """Its format, where it differs from that of the others."""
@@ -250,9 +253,9 @@ class DataConfig(Options):
     """What columns of other names mean: content=prompt summary=completion."""
     fill: dict[str, str] = {}
     """Texts for the slots {{name}} in the data: name=Ada."""
-    take: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_listed)] = []
+    take: Annotated[list[Annotated[int, Field(ge=1, le=MOST_COUNT)]], BeforeValidator(_listed)] = []
     """So many rows of each source of data, drawn with the seed; one number, or one for each."""
-    weight: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(_listed)] = []
+    weight: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], BeforeValidator(_listed)] = []
     """How often the rows of each source are trained in a pass; one number, or one for each."""
     skip_bad: bool = False
     """Leave out rows that cannot be used, and list them, instead of refusing the run."""
@@ -268,7 +271,7 @@ class DataConfig(Options):
     answer_tokens: list[str] = []
     """Special tokens of the vocabulary that answers are to produce: each is one id in answers, in all other text it
     stays text."""
-    max_length: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    max_length: Annotated[int, Field(ge=2, le=MOST_COUNT)] | Literal["auto"] = "auto"
     """Longest row in tokens. Longer rows are cut: activations grow with it."""
     length_policy: LengthPolicy = "split"
     """What becomes of rows longer than max_length: split (documents of plain text become several samples; conversations
@@ -334,7 +337,7 @@ class RunConfig(DataConfig):
     """Run folder. Must be new or empty. Default: runs/<model>-<method>-<number>."""
     val_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the rows that is held out where no eval_data is given (at most val_rows)."""
-    val_rows: int = Field(default=200, ge=1)
+    val_rows: int = Field(default=200, ge=1, le=MOST_COUNT)
     """Most rows that are held out from the training data."""
     method: str = "lora"
     """How to tune: full, freeze, tail, bitfit, prompt, p-tuning, prefix, adapter, lora, ia3, or peft:TYPE for any other
@@ -352,7 +355,7 @@ class RunConfig(DataConfig):
     also needs an epsilon that is not small beside the learning rate."""
     quant: Annotated[QuantOptions, BeforeValidator(_quant)] = QuantOptions()
     """Quantized frozen weights: none, int8 or nf4 (QLoRA)."""
-    checkpointing: bool | Annotated[int, Field(ge=1)] = False
+    checkpointing: bool | Annotated[int, Field(ge=1, le=10_000)] = False
     """Keep no activations inside blocks, compute them again in the backward pass: less memory, a third more work. A
     number n: in every nth block only."""
     lora: LoraOptions = LoraOptions()
@@ -375,50 +378,50 @@ class RunConfig(DataConfig):
     """Settings of the method ia3."""
     peft: dict[str, Any] = {}
     """Settings of PEFT's own config, for the method peft:TYPE."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=MOST_BATCH)
     """Rows per micro-batch. Activations grow with it."""
-    batch_tokens: int | None = Field(default=None, ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     """Tokens per micro-batch, in place of batch_size: memory stays even where rows differ in length."""
     loss_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Label rows whose logits are there at once; each takes 6 bytes for each word of the vocabulary, 8 in fp32. auto:
     32 MiB of logits on a CPU; on a GPU at least 512 rows, a quarter of the largest micro-batch where there is room."""
     layout: Literal["auto", "flat", "padded", "documents"] = "auto"
     """How documents go through the model. auto: flat, unless a probe on the model shows that documents leak."""
-    accumulation: int = Field(default=1, ge=1)
+    accumulation: int = Field(default=1, ge=1, le=MOST_BATCH)
     """Micro-batches per optimizer step. Costs no memory."""
-    epochs: float = Field(default=3.0, gt=0)
+    epochs: float = Field(default=3.0, gt=0, le=10_000)
     """Passes over the data."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     """Stop after so many optimizer steps, whatever epochs says."""
-    lr: float | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0, le=1e6)
     """Peak learning rate. Default: the method's own."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps over which the learning rate rises."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=1e6)
     """Decoupled weight decay of matrices."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, le=1e12)
     """Gradients are scaled down to this norm; 0: they are not."""
     optimizer: str = "adamw"
     """adamw, adamw-foreach, adamw-8bit, paged-adamw-8bit, adafactor, lion, lion-8bit or sgd. States take 8 bytes a
     trained parameter with adamw, 2 in 8 bits, 4 with lion and sgd, 1 with lion-8bit, next to none with adafactor."""
-    epsilon: float = Field(default=1e-8, gt=0)
+    epsilon: float = Field(default=1e-8, gt=0, le=1.0)
     """Epsilon of adamw in all its forms: what is added to the root of the second moment."""
     optimizer_in_backward: bool = False
     """For the method full: update each parameter as soon as its gradient is there, and drop the gradient. 4 bytes a
     parameter less."""
-    eval_every: int | None = Field(default=None, ge=1)
+    eval_every: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     """Steps between held-out evaluations. Default: five times a run."""
-    save_every: int | None = Field(default=None, ge=1)
+    save_every: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     """Steps between checkpoints. Default: as eval_every."""
-    patience: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     """Stop early, after so many evaluations in a row without a better held-out loss; the result is then the best."""
     final: Literal["last", "best"] = "last"
     """What the result is: the weights after the last step, or those with the best held-out loss."""
-    keep_last: int = Field(default=2, ge=1)
+    keep_last: int = Field(default=2, ge=1, le=MOST_COUNT)
     """How many of the newest checkpoints are kept, besides the best one."""
-    sample_prompts: int = Field(default=3, ge=0)
+    sample_prompts: int = Field(default=3, ge=0, le=MOST_BATCH)
     """Held-out prompts that are answered before and after, for the report."""
-    sample_tokens: int = Field(default=64, ge=1)
+    sample_tokens: int = Field(default=64, ge=1, le=MOST_BATCH)
     """Longest such answer, in tokens."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
@@ -503,16 +506,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is no YAML, or holds no mapping.
     """
     try:
-        values = yaml.safe_load(expand(path).read_text(encoding="utf-8"))
+        values = untrusted.read_yaml(expand(path), ConfigError)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file", fix=names_near(path)) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML", received=" ".join(str(error).split())) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: wrong content", received=type(values).__name__, expected="a mapping of settings")
-    return names.ours(values)
+    return names.ours(values or {})
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
@@ -536,7 +533,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
 def value_of(text: str) -> Any:
     """A value as YAML has it; what is no YAML is text."""
     try:
-        value = yaml.safe_load(text)
+        value = untrusted.parse_yaml(text)
     except yaml.YAMLError:
         return text
     # YAML 1.1 reads 1e-4 as text; every user of this field means a number

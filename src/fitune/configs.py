@@ -7,7 +7,8 @@ config is given (families/towers.py), or the model is refused by name; every ver
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
@@ -20,9 +21,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from fitune import families
 from fitune import quant as quants
 from fitune.config import QuantOptions
-from fitune.errors import ModelError
+from fitune.errors import ModelError, shorten
 from fitune.families import original, towers
+from fitune.untrusted import read_json
 
+MOST_OF_LIST = 10_000  # entries of a list in a config.json that are looked at
 # Keys of config.json that choose code to run (CVE-2026-4372 is one of them). Who trains chooses, not the folder.
 CODE_KEYS = (
     "auto_map",
@@ -51,15 +54,12 @@ def read_config_file(path: Path) -> Any:
     Raises:
         ModelError: it is broken, or of a model that needs code of its own.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON", received=" ".join(str(error).split())) from None
-    kind = values.get("model_type") if isinstance(values, dict) else None
+    values = read_values(path)
+    kind = values.get("model_type")
     if not isinstance(kind, str):
         raise ModelError(
             f"{path}: no model_type",
-            received=f"keys {sorted(values)[:8]}" if isinstance(values, dict) else repr(values)[:80],
+            received=f"keys {sorted(values)[:8]}" if kind is None else shorten(kind),
             expected='"model_type": "llama"',
         )
     if kind != original.TYPE and kind not in CONFIG_MAPPING:
@@ -70,12 +70,26 @@ def read_config_file(path: Path) -> Any:
             fix=_nearest(kind),
         )
     _check_quantized(path.parent, values.get("quantization_config"))
+    _check_numbers(path, values)
     try:
         return shape_of(values)
     except ModelError:
         raise
     except Exception as error:  # each config class checks itself in its own way
         raise ModelError(f"{path}: wrong values", received=" ".join(str(error).split())[:300]) from error
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of a config.json.
+
+    Raises:
+        ModelError: it is missing, or no JSON object.
+    """
+    try:
+        values: dict[str, Any] = read_json(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file", expected="the config.json of a model") from None
+    return values
 
 
 # What people had when their model needed its own code, and the family that is native today
@@ -108,19 +122,57 @@ def shape_of(values: Mapping[str, Any]) -> Any:
     return config
 
 
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+# the most that a size may be: many times that of any published model
+SIZES = {
+    "vocab_size": 10**8,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "num_hidden_layers": 10**4,
+    "num_attention_heads": 10**5,
+    "num_key_value_heads": 10**5,
+    "head_dim": 10**5,
+    "max_position_embeddings": 10**9,
+}
+OTHER_SIZES = re.compile(r"(num|n)_|_(size|dim|layers?|heads?|experts?|rank|channels|width)$|^d_|window|layers$|embd$")
+MOST_OF_OTHERS = 10**10  # no size of a model, whatever it counts, has so many
 
 
 def _check_sizes(config: Any) -> None:
-    """transformers takes any number, and fails later in its own way."""
+    """transformers takes any number, and fails later in its own way, or never ends."""
     found = {name: getattr(config, name, None) for name in SIZES}
-    wrong = [f"{name} {size}" for name, size in found.items() if isinstance(size, int) and size < 1]
+    wrong = [
+        f"{name} {shorten(size, 40)} (expected: 1 to {SIZES[name]:,})"
+        for name, size in found.items()
+        if isinstance(size, (int, float)) and not (1 <= size <= SIZES[name] and size == int(size))
+    ]
     if wrong:
-        raise ModelError("config.json: sizes that no model has", received=", ".join(wrong), expected="1 or more")
+        raise ModelError("config.json: sizes that no model has", received=", ".join(wrong), fix="copy the file again")
     heads, groups = found["num_attention_heads"], found["num_key_value_heads"]
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         told = f"num_attention_heads {heads}, num_key_value_heads {groups}"
         raise ModelError("config.json: heads that no group divides", received=told, expected="a multiple")
+
+
+def _check_numbers(path: Path, values: Mapping[str, Any]) -> None:
+    """Raises ModelError for numbers that are no size, at any depth; what is -1 says `none` in some families."""
+    wrong: list[str] = []
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                look(inner, f"{name}.{key}" if name else key)
+        elif isinstance(value, list):
+            for inner in value[:MOST_OF_LIST]:
+                look(inner, name)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            size = OTHER_SIZES.search(name.rpartition(".")[2]) is not None
+            if not math.isfinite(value) or abs(value) > 10**15 or (size and not -1 <= value <= MOST_OF_OTHERS):
+                wrong.append(f"{name} {shorten(value, 40)}")
+
+    look(values, "")
+    if wrong:
+        received = ", ".join(list(dict.fromkeys(wrong))[:5])
+        raise ModelError(f"{path}: numbers that no model has", received=received, fix="copy the file again")
 
 
 def _check_quantized(folder: Path, found: Any) -> None:
@@ -176,5 +228,5 @@ def without_weights(config: Any) -> Any:
 
 def is_original(folder: Path) -> bool:
     """Does a folder hold a ChatGLM2 or 3 in its published layout?"""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_values(folder / "config.json")
     return values.get("model_type") == original.TYPE and not original.is_first(values)

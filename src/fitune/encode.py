@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fitune.config import TrainOn
 from fitune.documents import split
-from fitune.errors import ConfigError, DataError, FituneError
+from fitune.errors import ConfigError, DataError, FituneError, RunawayError
 from fitune.records import SPAN, Conversation, Message, Sample, Segment
 from fitune.templates import TABLE, ChatTemplate, Template, thoughts
 from fitune.templates.base import Tools
@@ -186,6 +186,8 @@ class Encoder:
         for number, conversation in enumerate(conversations):
             try:
                 drafts.append(self._drafts(conversation))
+            except RunawayError as error:  # the next row would take as long
+                raise _in_row(error, conversation) from None
             except FituneError as error:
                 named = _in_row(error, conversation)
                 if on_bad is None:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 
 from fitune.errors import DataError, shorten
 from fitune.records import Source
+from fitune.untrusted import check_file
 
 Item = tuple[Any, Source] | DataError
 Notice = Callable[[str], None]  # is told how a file was understood
@@ -31,6 +32,12 @@ BOMS = (  # UTF-32's begins with UTF-16's, so it is asked first
 GZIP = b"\x1f\x8b"
 SAMPLE = 1 << 22  # bytes that are looked at to tell GB18030 from other encodings
 BLOCK = 1 << 20
+MOST_ROW = 64 << 20  # characters of a row
+MOST_LINE = 1 << 30  # characters of a line that holds a whole list
+BOMB, BOMB_RATIO = (
+    256 << 20,
+    200,
+)  # unpacked bytes from which on a file may not grow so many times: text grows 10
 WIDE_SHARE, WIDE_LEAST = 0.2, 4  # zero bytes of the head, at even or at odd places alone, that mean UTF-16
 COMMON = frozenset("的一是不了在人有我他这中大来上个国和地到说们为子你时要就出会可以对生能学下年得自")
 CHINESE = re.compile("[\u4e00-\u9fff]")
@@ -63,15 +70,52 @@ def _decodes(raw: bytes) -> bool:
     return True
 
 
+class _Unpacked(gzip.GzipFile):
+    """A gzip file that is given up when it unpacks to what no text does."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "rb")
+        self._path, self._packed = path, path.stat().st_size
+
+    def _counted(self, data: bytes) -> bytes:
+        if self.tell() > max(BOMB, BOMB_RATIO * self._packed):
+            raise too_large(self._path, f"{self._packed:,} bytes unpack to more than {self.tell():,}")
+        return data
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As of any file; at most so much at once that it can be given up in time."""
+        return self._counted(super().read(size))
+
+    def read1(self, size: int = -1) -> bytes:
+        """As of any file."""
+        return self._counted(super().read1(size))
+
+
+def too_large(path: Path, received: str) -> DataError:
+    """A packed file that grows beyond measure."""
+    return DataError(
+        "a packed file that is nearly nothing but repetition",
+        file=path,
+        received=received,
+        expected=f"packed text, which grows some ten times ({BOMB_RATIO} at most)",
+        fix="unpack it and look at it",
+    )
+
+
 def opened(path: Path) -> BinaryIO:
-    """The file, unpacked where it is packed."""
+    """The file, unpacked where it is packed.
+
+    Raises:
+        DataError: it is no ordinary file: a pipe or a device never ends.
+    """
+    check_file(path, DataError)
     file = path.open("rb")
     packed = file.read(2) == GZIP
     file.seek(0)
     if not packed:
         return file
     file.close()
-    return cast(BinaryIO, gzip.open(path, "rb"))
+    return cast(BinaryIO, _Unpacked(path))
 
 
 def head_of(path: Path) -> bytes:
@@ -147,7 +191,35 @@ def lines_of(path: Path, notice: Notice, newline: str | None = None) -> Iterator
     if encoding != "utf-8-sig":
         notice(f"{path}: read as {encoding.upper()}")
     with io.TextIOWrapper(opened(path), encoding, newline=newline) as stream:
-        yield _without_nul(stream, path)
+        yield _without_nul(_lines(stream, path), path)
+
+
+def check_row(size: int, path: Path, line: int) -> None:
+    """Raises DataError for a row of more characters than any has."""
+    if size > MOST_ROW:
+        raise DataError(
+            "a row that is too long",
+            file=path,
+            line=line,
+            received=f"more than {MOST_ROW >> 20} million characters",
+            expected=f"{MOST_ROW >> 20} million at most",
+            fix="split the text into several rows, or leave the row out",
+        )
+
+
+def _lines(stream: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    """Lines, none of them longer than a row may be; the first may hold a whole list or object."""
+    number, first = 0, True
+    while line := stream.readline(MOST_ROW + 1):
+        number += 1
+        if len(line) > MOST_ROW:
+            if not first or not line.lstrip("\ufeff \t\r").startswith(("[", "{")) or "\0" in line:
+                check_row(len(line), path, number)
+            line += stream.readline(MOST_LINE)
+            if not line.endswith("\n") and stream.read(1):
+                check_row(len(line), path, number)
+        first = first and not line.strip()
+        yield line
 
 
 def _without_nul(lines: Iterable[str], path: Path) -> Iterator[str]:

@@ -5,6 +5,7 @@ turns into an exit code. Draw on this tree, never on bare `ValueError`, for anyt
 
     FituneError              exit code 2
       ConfigError            a setting, a flag, a key of the YAML file
+        RunawayError         a chat template that does not end
       DataError              a file or a row, with file:line:field
       ModelError             a model folder, a tokenizer, an adapter
       TrainingError          a run that went wrong (non-finite loss, a refused check)
@@ -43,6 +44,10 @@ class FituneError(Exception):
 
 class ConfigError(FituneError):
     """A setting is unknown, of the wrong type, or does not go with another one."""
+
+
+class RunawayError(ConfigError):
+    """A chat template takes more than any real one does: it is asked nothing more, whichever row it was."""
 
 
 class DataError(FituneError):

@@ -12,16 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GlmConfig
 
 from fitune import weights
+from fitune.configs import read_values
 from fitune.errors import ModelError
 from fitune.families import original
 from fitune.files import check_new, expand, whole_folder
 from fitune.model import locate, quantized_as, read_config
+from fitune.weights import safe
 
 LAYOUTS = ("original",)
 SHARD = 4 * 2**30  # bytes of a file
@@ -63,7 +64,7 @@ def export(model: str | Path, output: str | Path, *, to: str = "original", shard
         )
     config = read_config(folder)
     weights.check(folder)
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_values(folder / "config.json")
     if values.get("model_type") == original.TYPE:
         raise ModelError(f"{folder}: is in its published layout already")
     if not isinstance(config, GlmConfig) or quantized_as(config).name != "none":
@@ -87,11 +88,11 @@ def _write(folder: Path, place: Path, config: GlmConfig, shard: int) -> tuple[in
     """Tensors into files of at most so many bytes; how many there are of both."""
     where: dict[str, Path] = {}
     for file in weights.files(folder):
-        with safe_open(file, "pt") as tensors:
+        with safe.opened(file) as tensors:
             where |= dict.fromkeys(tensors.keys(), file)
 
     def read(name: str) -> Tensor:
-        with safe_open(where[name], "pt") as tensors:
+        with safe.opened(where[name]) as tensors:
             tensor: Tensor = tensors.get_tensor(name)
         return tensor
 

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from fitune import adapters
 from fitune.encode import Encoder
 from fitune.errors import FituneError
@@ -24,7 +22,8 @@ from fitune.records import Conversation, Message, ToolCall
 from fitune.templates import ChatTemplate, PieceTemplate, Template
 from fitune.templates.as_jinja import KINDS, Frame, as_jinja, quoted
 from fitune.templates.base import arguments, joined, kept_date
-from fitune.weights import SAFE_INDEX, stored_dtype
+from fitune.untrusted import read_json
+from fitune.weights import SAFE_INDEX, safe, stored_dtype
 
 GENERATION = "generation_config.json"
 TEMPLATE = "fitune_template.json"  # the template itself, for fitune
@@ -166,7 +165,7 @@ def as_model(folder: Path, model: Any, file: str) -> bool:
 
     if not type(model).__module__.startswith("transformers.") or extract_weight_conversions_for_model(model):
         return False  # the published names, or layouts, are others
-    with safe_open(folder / file, "pt") as tensors:
+    with safe.opened(folder / file) as tensors:
         names = set(tensors.keys())
     trained = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in names}
     if any(tensor.data_ptr() not in trained for tensor in model.state_dict().values()):
@@ -238,7 +237,7 @@ def write_answer_tokens(folder: Path, encoder: Encoder) -> None:
 def read_answer_tokens(folder: Path) -> list[str]:
     """The special tokens that the answers of a merged model produce."""
     file = folder / ANSWER_TOKENS
-    return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
+    return [str(name) for name in read_json(file, kind=list)] if file.is_file() else []
 
 
 def write_stops(folder: Path, trained: Sequence[int], first: int, of_base: Any = None) -> list[int]:
@@ -257,8 +256,7 @@ def write_stops(folder: Path, trained: Sequence[int], first: int, of_base: Any =
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    return dict(read_json(path)) if path.is_file() else {}
 
 
 def _as_others_load_it(folder: Path) -> Any:

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fitune.encodings import Item, Notice, lines_of
+from fitune.encodings import Item, Notice, check_row, lines_of
 from fitune.errors import DataError, shorten
 from fitune.formats import TURNS
 from fitune.records import Source
@@ -162,6 +162,7 @@ def _parse_lines(lines: Iterable[str], file: str, first: int) -> Iterator[Item]:
         line = line.lstrip("\ufeff")  # files with a mark that were put together
         if not line.strip():
             continue
+        check_row(len(line), Path(file), number)
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -211,6 +212,7 @@ def _elements(text: str, file: str, start: int) -> Generator[Item, None, int]:
     while (at := _skip(text, at)) < len(text) and text[at] != "]":
         line += text.count("\n", counted, at)
         counted = at
+        begun = at
         try:
             row, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
@@ -222,5 +224,6 @@ def _elements(text: str, file: str, start: int) -> Generator[Item, None, int]:
                 expected="a list of objects, separated by commas",
                 fix="nothing after this place can be read; fix the file there",
             ) from None
+        check_row(at - begun, Path(file), line)
         yield row, Source(file, line)
     return at

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -31,6 +30,7 @@ from fitune.handover import TEMPLATE, hand_over
 from fitune.model import load_model, locate, quantized_as, read_config
 from fitune.pages import render
 from fitune.quant.absmax import outlier_columns
+from fitune.weights import safe
 
 TEXT = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2. 今天天气很好，我们去公园散步。"
 THRESHOLD = 6.0  # the paper's
@@ -106,12 +106,12 @@ def _beside(model: Any, folder: Path) -> Iterator[tuple[str, Any, Tensor]]:
     by_file |= {key.removeprefix(prefix): name for key, name in by_file.items()}  # some files leave it out
     found: dict[str, tuple[Path, str]] = {}
     for file in weights.files(folder):
-        with safe_open(file, "pt") as tensors:
+        with safe.opened(file) as tensors:
             found |= {by_file[key]: (file, key) for key in tensors.keys() if key in by_file}  # noqa: SIM118
     for name, layer in layers.items():
         if name in found:
             file, key = found[name]
-            with safe_open(file, "pt") as tensors:
+            with safe.opened(file) as tensors:
                 weight = tensors.get_tensor(key).float()
             yield name, layer, weight.T if layer.source_cls is Conv1D else weight
 

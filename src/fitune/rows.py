@@ -26,8 +26,10 @@ from fitune.config import DataSource
 from fitune.errors import Collector, DataError
 from fitune.files import sha256
 from fitune.readers import documents_beside, files, locate, read
-from fitune.records import Conversation, DataReport
+from fitune.records import Conversation, DataReport, Source
 from fitune.store import META, Rows, write_rows
+from fitune.tables import MOST_COLUMNS
+from fitune.untrusted import DEEPEST, check_depth
 
 MOST_PROBLEMS = 20  # bad rows told in one message, or listed where they are skipped; the rest are counted
 TAKE, WEIGH = 1, 2  # streams of random numbers, apart from each other and from that of the held-out split
@@ -205,6 +207,33 @@ def _rows(source: DataSource, state: _State) -> Iterator[Conversation]:
         raise DataError("no rows", file=source.path, received=received, expected="rows to train on")
 
 
+def _check_shape(row: Any, where: Source) -> None:
+    """Raises DataError for a row of more columns than any data has, or one nested deeper than anybody writes."""
+    if isinstance(row, dict) and len(row) > MOST_COLUMNS:
+        raise DataError(
+            "too many columns",
+            file=where.file,
+            line=where.line,
+            received=f"{len(row):,}",
+            expected=f"{MOST_COLUMNS:,} at most",
+            fix="keep the columns that hold questions and answers",
+        )
+    try:
+        check_depth(row)
+    except RecursionError:
+        field = next((name for name, value in row.items() if _is_deep(value)), None) if isinstance(row, dict) else None
+        expected = f"lists and objects {DEEPEST} deep at most"
+        raise DataError("nested too deeply", file=where.file, line=where.line, field=field, expected=expected) from None
+
+
+def _is_deep(value: Any) -> bool:
+    try:
+        check_depth(value, DEEPEST - 1)
+    except RecursionError:
+        return True
+    return False
+
+
 def _file(path: Path, source: DataSource, state: _State) -> Iterator[Conversation]:
     """The good rows of a file; the bad ones are kept in `state`."""
     unused = state.report.unused_columns
@@ -214,6 +243,7 @@ def _file(path: Path, source: DataSource, state: _State) -> Iterator[Conversatio
             if isinstance(item, DataError):
                 raise item
             row, where = formats.framed(item[0]), item[1]
+            _check_shape(row, where)
             conversation = formats.to_conversation(row, where, name=source.format or "auto", columns=source.map)
         except DataError as error:
             state.refuse(error, row)

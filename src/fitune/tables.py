@@ -6,6 +6,8 @@ In: a file with a header or a schema. Out: its rows, each with its line (Parquet
 from __future__ import annotations
 
 import csv
+import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, time
@@ -13,14 +15,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fitune.encodings import Item, Notice, head_of, lines_of
+from fitune.encodings import BOMB, BOMB_RATIO, MOST_ROW, Item, Notice, head_of, lines_of, too_large
 from fitune.errors import DataError, shorten
 from fitune.records import Source
+
+MOST_COLUMNS = 10_000
+MOST_BOOK = 1 << 30  # bytes of a workbook, unpacked
+MOST_ROWS, LEAST_ROWS, ROWS_A_BYTE = 10**9, 10**5, 8  # rows of Parquet: all alike, they take next to nothing
 
 
 def read_csv(path: Path, notice: Notice, *, delimiter: str) -> Iterator[Item]:
     """Rows below a header; a quoted cell may hold line breaks, and the row's line is the one it starts on."""
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long answer
+    csv.field_size_limit(MOST_ROW)  # the default, 128 KiB, is less than a long answer
     with lines_of(path, notice, newline="") as lines:
         first = next(lines, "")
         if delimiter == "," and (other := _other_delimiter(first)):
@@ -51,11 +57,20 @@ def _other_delimiter(header: str) -> str | None:
     return None if "," in header else next((mark for mark in ("\t", ";") if mark in header), None)
 
 
-def _refuse_twice(header: Sequence[str], path: Path, line: int) -> None:
-    """Raises DataError for two columns of one name."""
-    twice = sorted({name for name in header if header.count(name) > 1})
+def _refuse_twice(header: Sequence[str], path: Path, line: int | None = None) -> None:
+    """Raises DataError for two columns of one name, or more of them than any data has."""
+    twice = sorted(name for name, count in Counter(header).items() if count > 1)
     if twice:
-        raise DataError("two columns of one name", file=path, line=line, received=", ".join(map(repr, twice)))
+        raise DataError("two columns of one name", file=path, line=line, received=shorten(", ".join(twice), 200))
+    if len(header) > MOST_COLUMNS:
+        raise DataError(
+            "too many columns",
+            file=path,
+            line=line,
+            received=f"{len(header):,}",
+            expected=f"{MOST_COLUMNS:,} at most",
+            fix="keep the columns that hold questions and answers",
+        )
 
 
 def _csv_rows(reader: Any, file: str) -> Iterator[tuple[int, list[str]]]:
@@ -82,6 +97,7 @@ def read_xlsx(path: Path, notice: Notice) -> Iterator[Item]:
     """The rows of the first sheet that has any, below its header; formulas as what they last gave."""
     import openpyxl
 
+    _check_zip(path)
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         sheets = [(sheet.title, rows) for sheet in book.worksheets if len(rows := _cells(sheet)) > 1]
@@ -111,10 +127,22 @@ def read_xlsx(path: Path, notice: Notice) -> Iterator[Item]:
         )
 
 
+def _check_zip(path: Path) -> None:
+    """Raises DataError for a workbook, which is a zip, that unpacks to what no table does."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            unpacked = sum(one.file_size for one in packed.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # what is wrong with it is told by who reads it
+    if unpacked > MOST_BOOK or unpacked > max(BOMB, BOMB_RATIO * path.stat().st_size):
+        raise too_large(path, f"{path.stat().st_size:,} bytes unpack to {unpacked:,}")
+
+
 def _cells(sheet: Any) -> list[tuple[int, list[Any]]]:
     """Number and cells of each row that is not empty. Excel knows no difference between 42 and "42": numbers and dates
     are texts, as they look."""
     found = []
+    sheet.reset_dimensions()  # what the file says of its size may be anything
     for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
         values = [_cell(value) for value in cells]
         if any(value is not None for value in values):
@@ -134,6 +162,10 @@ def read_parquet(path: Path, notice: Notice) -> Iterator[Item]:
     from pyarrow import parquet
 
     with _arrow(path, "Parquet"), parquet.ParquetFile(path, pre_buffer=False) as file:  # else all row groups are held
+        _refuse_twice(file.schema_arrow.names, path)
+        rows = file.metadata.num_rows
+        if rows > MOST_ROWS or (rows > LEAST_ROWS and rows > ROWS_A_BYTE * path.stat().st_size):
+            raise too_large(path, f"{path.stat().st_size:,} bytes hold {rows:,} rows")
         yield from _batches(file.iter_batches(batch_size=256), path)
 
 
@@ -144,9 +176,12 @@ def read_arrow(path: Path, notice: Notice) -> Iterator[Item]:
     with _arrow(path, "Arrow"), pyarrow.memory_map(str(path)) as source:
         if head_of(path).startswith(b"ARROW1"):
             file = pyarrow.ipc.open_file(source)
+            _refuse_twice(file.schema.names, path)
             yield from _batches((file.get_batch(n) for n in range(file.num_record_batches)), path)
         else:
-            yield from _batches(pyarrow.ipc.open_stream(source), path)
+            stream = pyarrow.ipc.open_stream(source)
+            _refuse_twice(stream.schema.names, path)
+            yield from _batches(stream, path)
 
 
 @contextmanager
@@ -169,9 +204,16 @@ def _arrow(path: Path, kind: str) -> Iterator[None]:
 def _batches(batches: Iterable[Any], path: Path) -> Iterator[Item]:
     number = 0
     for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield _without_nulls(row), Source(str(path), number)
+        for start in range(0, batch.num_rows, step := _step(batch)):
+            for row in batch.slice(start, step).to_pylist():
+                number += 1
+                yield _without_nulls(row), Source(str(path), number)
+
+
+def _step(batch: Any) -> int:
+    """Rows that become Python's own at a time: long ones few, so that they do not take the memory of all."""
+    rows, held = int(batch.num_rows), max(1, int(batch.nbytes))
+    return max(1, min(256, rows * MOST_ROW // held))
 
 
 def _without_nulls(value: Any) -> Any:

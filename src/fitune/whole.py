@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fitune import weights
 from fitune.errors import RunFolderError
 from fitune.families import towers
-from fitune.weights import bins
+from fitune.untrusted import read_json
+from fitune.weights import bins, safe
 
 KINDS = (".json", ".jinja", ".txt", ".model", ".md")  # of files that are copied; none of them holds weights or code
 PACKED = (".quant_state.", ".SCB")  # in names of what lies beside weights that bitsandbytes packed
@@ -75,7 +75,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     if file.suffix != ".safetensors":
         yield from bins.tensors([file])
         return
-    with safe_open(file, "pt") as opened:
+    with safe.opened(file) as opened:
         for name in opened.keys():  # noqa: SIM118
             if ".weight." not in name and not name.endswith(BESIDE):  # scales of what is plain now
                 yield name, opened.get_tensor(name)
@@ -98,7 +98,7 @@ def _copy(base: Path, folder: Path, dtype: str) -> None:
     for file in base.iterdir():
         if file.is_file() and file.suffix in KINDS and ".index." not in file.name and file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
-    values = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    values = read_json(base / "config.json")
     for name in ("quantization_config", "torch_dtype"):
         values.pop(name, None)
     (folder / "config.json").write_text(json.dumps({**values, "dtype": dtype}, indent=2), encoding="utf-8")

@@ -9,7 +9,6 @@ model (tests/test_towers.py); others are refused by name, by every verb alike, s
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fitune.errors import ModelError
 from fitune.records import Finding
+from fitune.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ MROPE = ("mrope_section", "mrope_interleaved")  # settings of its three axes
 
 def of(folder: Path) -> Tower | None:
     """The entry of a folder's model; None: it is a language model and nothing else, or of no known kind."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json")
     return TABLE.get(values.get("model_type"))
 
 

@@ -14,11 +14,12 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
-from fitune.errors import ConfigError, DataError, shorten
+from fitune.errors import ConfigError, DataError, RunawayError, shorten
 from fitune.records import Message, ToolCall
 from fitune.templates import thoughts
 from fitune.templates.base import Tools, arguments, joined
 from fitune.templates.marks import Marks
+from fitune.templates.sandbox import Runaway, counted
 from fitune.tokenizer import single_id
 
 SystemRole = Literal["auto", "keep", "first-user"]
@@ -28,6 +29,9 @@ Marking = Literal["whole", "inner", "broken"] | None
 CALL_ID = re.compile(r"call\d{5}")  # ids of calls, where a template asks for them: the turn and the number in it
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 DATED = "strftime_now"  # the function by which a template asks for today's date
+
+
+OTHER = "choose a template by name: --template chatml"
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Renderer:
         self.options, self.system_role = dict(options), system_role
         self.marks = Marks(tokenizer)
         self._formats: set[str] = set()
+        self._broken: RunawayError | None = None  # it ran away once: it is asked nothing more
 
     def text(
         self, messages: Sequence[Message], tools: Tools = (), *, generate: bool = False, marked: Marking = None
@@ -91,6 +96,8 @@ class Renderer:
         made = self._tools(tools, marked)
         try:
             return self._render(self._dicts(messages, marked), made, generate)
+        except RunawayError:
+            raise
         except ConfigError:
             if not any(m.call_id or any(call.id for call in m.tool_calls) for m in messages):
                 raise
@@ -98,9 +105,13 @@ class Renderer:
         return self._render(self._dicts([_without_ids(m) for m in messages], marked), made, generate)
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, generate: bool) -> str:
+        if self._broken is not None:
+            raise self._broken
+        compiled = self._compiled
+        compiled.environment.begin(sum(len(message.get("content") or "") for message in messages))
         try:
             return str(
-                self._compiled.render(
+                compiled.render(
                     **{
                         **self.tokenizer.special_tokens_map,
                         DATED: self._today,
@@ -112,14 +123,16 @@ class Renderer:
                     }
                 )
             )
+        except Runaway as error:
+            raise self._runaway(error) from None
         except Exception as error:  # a template may fail in any way that Python can
-            roles = ", ".join(message["role"] for message in messages)
+            roles = shorten(", ".join(message["role"] for message in messages), 100).strip("'")
             raise ConfigError(
                 "the tokenizer's own chat template refuses a conversation",
-                received=f"roles {roles}: {shorten(str(error), 300)}",
+                received=f"roles {roles}: {shorten(_reason(error), 300)}{self._of}",
                 expected="a conversation that this template can write",
                 fix="change such rows, leave them out with --skip-bad, or choose a template by name: --template chatml",
-            ) from error
+            ) from None
 
     def _today(self, form: str) -> str:
         """The run's date, as a template asks for it."""
@@ -139,13 +152,30 @@ class Renderer:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         try:
-            return _compile_jinja_template(self.jinja)
+            return counted(_compile_jinja_template("").environment, self.jinja)
+        except Runaway as error:
+            raise self._runaway(error) from None
         except Exception as error:
             raise ConfigError(
-                "the tokenizer's own chat template is no Jinja template",
-                received=shorten(str(error), 300),
-                fix="choose a template by name: --template chatml",
-            ) from error
+                f"the tokenizer's own chat template is no Jinja template{self._of}",
+                received=shorten(_reason(error), 300),
+                fix=OTHER,
+            ) from None
+
+    @property
+    def _of(self) -> str:
+        """Where it comes from, for a message."""
+        folder = getattr(self.tokenizer, "name_or_path", "")
+        return f" (that of {folder})" if folder else ""
+
+    def _runaway(self, error: Exception) -> RunawayError:
+        self._broken = RunawayError(
+            f"the tokenizer's own chat template does not end, or makes texts without a measure{self._of}",
+            received=str(error),
+            expected="what published templates take, many times over",
+            fix=OTHER,
+        )
+        return self._broken
 
     @property
     def reads(self) -> set[str]:
@@ -240,6 +270,8 @@ class Renderer:
                 for turn, values in enumerate(dicts):
                     _with_ids(values, called, turn)
             return self._render(dicts, [TOOL] if tools else None, generate=messages[-1].role != "assistant")
+        except RunawayError:
+            raise
         except ConfigError:
             return None
 
@@ -309,6 +341,8 @@ class Renderer:
         try:
             asked: list[dict[str, Any]] = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": parts}]
             found.append(self._render(asked, None, False))
+        except RunawayError:
+            raise
         except ConfigError:
             found.append(None)
         calling = replace(mused, tool_calls=CALL.tool_calls)
@@ -339,6 +373,13 @@ class Renderer:
         before, prompt = self._thoughts[-1].partition(SAID)[0], self.tried([USER]) or ""
         header, asked = ("".join(thoughts.pieces(text)[::2]) for text in (before, prompt))
         return asked.startswith(header.rstrip())
+
+
+def _reason(error: Exception) -> str:
+    """What a template fails at; some errors have no text of their own."""
+    if isinstance(error, RecursionError):
+        return "it calls itself without an end"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _call(call: ToolCall, manner: Manner, made: Callable[[Any], Any] = lambda value: value) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import yaml
 from fitune.errors import Collector, ConfigError, did_you_mean, shorten
 from fitune.files import names_near
 from fitune.templates.pieces import PieceTemplate
+from fitune.untrusted import MOST_YAML, parse_yaml, read_text, yaml_reason
 
 # the slots that each piece may have; those in capitals it must have
 SLOTS: dict[str, tuple[str, ...]] = {
@@ -60,14 +61,14 @@ def load(path: Path) -> PieceTemplate:
 
 
 def _read(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"template {path}: no such file", expected="a YAML file", fix=names_near(path))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parse_yaml(read_text(path, ConfigError, MOST_YAML))
+    except yaml.YAMLError as error:
         raise ConfigError(
             f"template {path}: not YAML",
-            received=" ".join(str(error).split())[:200],
+            received=yaml_reason(error),
             expected='lines such as user: "Q: {content}\\n"',
             fix="put each piece in double quotes, with \\n for a line break",
         ) from error

@@ -7,12 +7,12 @@ folder that names remote code is told at once what it is: ChatGLM has a tokenize
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fitune import untrusted
 from fitune.errors import ModelError
 
 EXPECTED = "tokenizer.json, a sentencepiece *.model, or vocab.json + merges.txt"
@@ -73,18 +73,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: the file is not a JSON object.
     """
-    if not path.is_file():
-        return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ModelError(
-            f"{path}: not JSON", received=str(error), expected="a JSON object", fix="copy the file again"
-        ) from error
-    if not isinstance(values, dict):
-        raise ModelError(
-            f"{path}: not a JSON object", received=type(values).__name__, expected="{...}", fix="copy the file again"
-        )
+        values: dict[str, Any] = untrusted.read_json(path)
+    except FileNotFoundError:
+        return {}
     return values
 
 
@@ -250,8 +242,12 @@ def open_sentencepiece(file: Path) -> Any:
     """
     import sentencepiece
 
+    untrusted.check_file(file, most=untrusted.MOST_JSON)
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+        found = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+        if not found.get_piece_size():  # an empty file is a model without pieces
+            raise RuntimeError("no pieces")
+        return found
     except (OSError, RuntimeError) as error:
         raise ModelError(
             f"{file}: not a sentencepiece model",

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fitune import sums
 from fitune.errors import ModelError
-from fitune.weights import bins
+from fitune.untrusted import check_depth, read_json
+from fitune.weights import bins, safe
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -42,7 +42,7 @@ def read_index(path: Path) -> dict[str, str]:
         ModelError: it is broken, or names a file outside of its folder.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        found = read_json(path)["weight_map"]
         if not all(isinstance(name, str) and isinstance(shard, str) for name, shard in found.items()):
             raise TypeError("weight_map: names and files are texts")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -121,8 +121,9 @@ def _broken(file: Path) -> str | None:
             return f"{file.name} is cut off: {there:,} bytes"
         try:
             header = json.loads(stream.read(size))
+            check_depth(header)
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             return f"{file.name} has no readable header"
     expected = 8 + size + end
     return None if there == expected else f"{file.name} has {there:,} bytes, its header says {expected:,}"
@@ -132,7 +133,7 @@ def names(file: Path) -> list[str]:
     """The tensors of a file."""
     if file.suffix != ".safetensors":
         return bins.Bin(file).keys()
-    with safe_open(file, "pt") as opened:
+    with safe.opened(file) as opened:
         return list(opened.keys())
 
 
@@ -142,7 +143,7 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         if file.suffix != ".safetensors":
             yield from bins.tensors([file])
             continue
-        with safe_open(file, "pt") as opened:
+        with safe.opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118
                 yield name, opened.get_tensor(name)
 
