@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fitune import documents, labels, lengths, preflight, rows, templates
+from fitune import documents, labels, lengths, preflight, rows, runchecks, templates
 from fitune.cache import Cache, code_version, default_folder, folder_digest, key
 from fitune.checkpoint import RunFolder
 from fitune.config import LengthPolicy, RunConfig
@@ -147,7 +147,7 @@ def _read(desk: _Desk, limit: int, vocabulary: int) -> Data:
         held_out_rows=list(islice(asked, config.sample_prompts)),
         encoder=encoder,
         report=report,
-        findings=preflight.check_data(prepared),
+        findings=[*preflight.check_data(prepared), runchecks.held_out_apart(samples, held_out_samples)],
     )
 
 

@@ -17,17 +17,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fitune import adapters, optim, quant, weights
 from fitune.batches import flat, split
 from fitune.checkpoint import Loaded, restore_rng, rng_state
+from fitune.errors import FituneError
 from fitune.leak import PROBE_TOKENS
 from fitune.methods import lora
 from fitune.model import causal_lm, compute_dtype, loss_rows, trainable
 from fitune.records import Batch, Finding, Layout, Sample
 from fitune.recovery import first_non_finite
-from fitune.step import hidden_states, loss_sum
+from fitune.step import hidden_states, loss_sum, make_gradients
 from fitune.tensors import bit_sum, finite
 
 AGAIN = "the checkpoints are whole: fitune train --resume --output RUN saves again"
@@ -242,7 +244,7 @@ def _watching(model: Any, look: Callable[[str, Tensor], None]) -> Iterator[None]
         restore_rng(before)
 
 
-def _gradients(model: Any, pieces: Sequence[Batch], layout: Layout) -> dict[str, Tensor]:
+def _gradients(model: Any, backward: Callable[[], object]) -> dict[str, Tensor]:
     """Of the mean over all targets, without dropout: of each gradient the numbers that are compared."""
     found: dict[str, Tensor] = {}
 
@@ -250,11 +252,9 @@ def _gradients(model: Any, pieces: Sequence[Batch], layout: Layout) -> dict[str,
         some = gradient.reshape(-1)[:: max(1, gradient.numel() // LOOKED_AT)]
         found[name] = found[name] + some if name in found else some.clone()
 
-    weight = sum(piece.weight for piece in pieces)
     with _watching(model, add):
         model.eval()
-        for piece in pieces:
-            (loss_sum(model, piece, layout) / weight).backward()
+        backward()
     return found
 
 
@@ -277,8 +277,11 @@ def grad_reaches(model: Any, batch: Batch, layout: Layout) -> Finding:
 
 
 def accumulation_equality(model: Any, batch: Batch, layout: Layout) -> Finding:
-    """Micro-batches give the gradient of the whole: sum over target tokens, whatever the pieces."""
-    whole, pieces = _gradients(model, [batch], layout), _gradients(model, split(batch, len(batch.rows)), layout)
+    """Micro-batches, by the code of a step, give the gradient of the whole, made here: the sum of the losses over the
+    number of target tokens, whatever the pieces."""
+    whole = _gradients(model, lambda: (loss_sum(model, batch, layout) / batch.weight).backward())
+    parts = split(batch, len(batch.rows))
+    pieces = _gradients(model, lambda: make_gradients(model, parts, layout, []))
     # of the largest gradient of all: some, of key biases for example, are zero but for rounding
     scale = max((float(g.abs().max()) for g in whole.values()), default=0.0) or 1.0
     worst = max(float((g - pieces[name]).abs().max()) / scale for name, g in whole.items() if name in pieces)
@@ -333,8 +336,17 @@ def fingerprint(model: Any) -> dict[str, tuple[int, bool]]:
     return sums
 
 
-def frozen_intact(before: Mapping[str, tuple[int, bool]], model: Any, rate: float) -> Finding:
-    """After two steps: every frozen tensor has the bits that it had, and what is trained has changed."""
+def frozen_intact(
+    before: Mapping[str, tuple[int, bool]], model: Any, rate: float, when: str = "after two steps"
+) -> Finding:
+    """After two steps, and at the end: every frozen tensor has the bits that it had, and what is trained has changed.
+
+    Args:
+        before: what `fingerprint` gave.
+        model: now.
+        rate: the learning rate; with 0 nothing needs to change.
+        when: it is, for people.
+    """
     now = fingerprint(model)
     moved = [n for n, (value, trained) in before.items() if not trained and now[n][0] != value]
     still = [n for n, (value, trained) in before.items() if trained and now[n][0] == value]
@@ -342,13 +354,10 @@ def frozen_intact(before: Mapping[str, tuple[int, bool]], model: Any, rate: floa
         text = f"{len(moved)} frozen tensors changed, the first {moved[0]}"
         return Finding("frozen-intact", "refuse", text, "this is an error of fitune: please report it")
     if still and rate > 0:
-        return Finding(
-            "frozen-intact", "warn", f"{len(still)} trained tensors have not changed in two steps: {still[0]}"
-        )
+        text = f"{len(still)} trained tensors have not changed {when.replace('after', 'in')}: {still[0]}"
+        return Finding("frozen-intact", "warn", text, "a higher --lr, or --trainable-dtype fp32")
     frozen = sum(not trained for _, trained in before.values())
-    return Finding(
-        "frozen-intact", "ok", f"after two steps {frozen} frozen tensors have the same bits, the rest changed"
-    )
+    return Finding("frozen-intact", "ok", f"{when} {frozen} frozen tensors have the same bits, the rest changed")
 
 
 # ---- when a run goes on ----
@@ -396,7 +405,11 @@ def resume_identity(loaded: Loaded, parameters: Mapping[str, Tensor], steps: int
 @torch.no_grad()
 def saved_complete(model: Any, folder: Path, batch: Batch, layout: Layout) -> Finding:
     """What was saved, read back, is what was trained: names, shapes, values, and the hidden states that it gives."""
-    stored = adapters.stored(model, folder)
+    try:
+        stored = adapters.stored(model, folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        text = f"what was saved cannot be read back: {' '.join(str(error).split())[:200]}"
+        return Finding("saved-complete", "refuse", text, AGAIN)
     mine = _as_saved(model)
     shapes = [{name: tuple(t.shape) for name, t in some.items()} for some in (stored, mine)]
     wrong = sorted(name for name in {*stored, *mine} if shapes[0].get(name) != shapes[1].get(name))
@@ -409,7 +422,11 @@ def saved_complete(model: Any, folder: Path, batch: Batch, layout: Layout) -> Fi
         training = model.training
         model.eval()
         before = hidden_states(model, batch, layout)
-        adapters.load_into(model, folder)
+        try:
+            adapters.load_into(model, folder)
+        except (OSError, ValueError, SafetensorError, FituneError) as error:
+            text = f"what was saved cannot be loaded again: {' '.join(str(error).split())[:200]}"
+            return Finding("saved-complete", "refuse", text, AGAIN)
         same = torch.equal(before, hidden_states(model, batch, layout))
         model.train(training)
         if not same:

@@ -19,6 +19,7 @@ from fitune.records import SPAN, Conversation, Message, Sample
 from fitune.store import Samples
 from fitune.templates import thoughts
 from fitune.templates.rendering import CALL_ID
+from fitune.tokenizer import encode
 
 _COUNTED = re.compile(rf'{CALL_ID.pattern}|"(?:tool_call_)?id": "[0-9]+"')  # ids that fitune gives, or the template
 EXPECTED = "labels on each answer's own text and its stop"
@@ -50,6 +51,31 @@ def wrong(encoder: Encoder, row: Conversation, sample: Sample, turns: Sequence[i
             said, own = (shorten(str(encoder.tokenizer.decode(ids))) for ids in (here, alone))
             return f"{len(here)} labels in turn {turn + 1}, where its answer has {len(alone)}: {said}, not {own}"
     return ""
+
+
+def missing(encoder: Encoder, row: Conversation, sample: Sample, turns: Sequence[int]) -> str:
+    """What the labels of a sample leave out of its answers; an empty text where they say all of them.
+
+    Args:
+        encoder, row, sample, turns: as for `wrong`.
+    """
+    if any(SPAN in message.content for message in row.messages):
+        return ""
+    said = _squeezed(encoder, sample.ids[sample.mask].tolist())
+    for turn in turns:
+        content = row.messages[turn].content
+        if any(tag in content for kind in thoughts.KINDS for tag in (kind.open, kind.close)):
+            continue  # templates move thoughts
+        wanted = _squeezed(encoder, encode(encoder.tokenizer, content, literal=False))
+        if wanted not in said:
+            return f"the labels of turn {turn + 1} are not its whole text: {shorten(said)}, not {shorten(wanted)}"
+    return ""
+
+
+def _squeezed(encoder: Encoder, ids: Sequence[int]) -> str:
+    """A text without white space, which templates trim, and without its stops."""
+    ids = [i for i in ids if i not in encoder.stop_ids]
+    return "".join(str(encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).split())
 
 
 def of_row(encoder: Encoder, row: Conversation, made: Sequence[Sample]) -> list[tuple[Conversation, Sample, list[int]]]:

@@ -45,14 +45,14 @@ def packing_leak(model: Any, samples: Sequence[Sample], wanted: str = "auto") ->
     training = model.training
     model.eval()
     try:
-        with _perturbed(model):
+        with perturbed(model):
             return _first_that_passes(model, samples, wanted)
     finally:
         model.train(training)
 
 
 @contextmanager
-def _perturbed(model: Any) -> Iterator[None]:
+def perturbed(model: Any) -> Iterator[None]:
     """Inside, trainable tensors that are all zero are not: what they are going to let through is seen now."""
     zero = [p for p in trainable(model).values() if not bool(p.any())]
     generator = torch.Generator(device="cpu").manual_seed(0)

@@ -217,6 +217,16 @@ def label_border(p: Prepared) -> Finding:
     return Finding("label-border", "ok", "labels are the answers' own tokens and their stops, from the first one on")
 
 
+def answers_whole(p: Prepared) -> Finding:
+    """The labels of a row that nothing cut say its whole answers: a model trained on parts of them stops too early."""
+    tried = 0
+    for row, sample, turns in _trained(p):
+        if text := labels.missing(p.encoder, row, sample, turns):
+            return Finding("answers-whole", "refuse", f"{sample.source}: {text}", labels.FIX)
+        tried += 1
+    return Finding("answers-whole", "ok", f"the labels of {tried} samples are the whole texts of their answers")
+
+
 def _trained(p: Prepared) -> Iterator[tuple[Conversation, Sample, list[int]]]:
     """Up to PROBES rows, their uncut samples, and the turns that each of these trains."""
     last = np.flatnonzero(np.append(p.rows_of[1:] != p.rows_of[:-1], len(p.rows_of) > 0))
@@ -392,6 +402,7 @@ DATA_RULES: tuple[Rule, ...] = (
     template_parity,
     chat_template,
     label_border,
+    answers_whole,
     bpe_boundary,
     padding_side,
     tokenizer_parity,

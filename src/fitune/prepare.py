@@ -27,6 +27,8 @@ from fitune import (
     preflight,
     quant,
     readers,
+    runchecks,
+    stepchecks,
     templates,
     tokenizer,
     weights,
@@ -233,6 +235,7 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
         storage=config.storage_dtype if method.low_precision_base else config.trainable_dtype,
     )
     family = families.of(base)
+    loaded = runchecks.base_loaded(base, folder)
     if added:
         new_tokens.add_rows(base, added)
     expected = method.expected(base, family, config)
@@ -260,7 +263,15 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
     dtypes.append(guards.fp16_range(model, probe, layout))
     if quant.name_of(base) != "none":
         dtypes.append(quant.trust.finding(quant.faults(base)))
-    model_findings = [preflight.family_found(family), *families.towers.finding(base), intact, *sets, *dtypes, apart]
+    model_findings = [
+        preflight.family_found(family),
+        *families.towers.finding(base),
+        intact,
+        loaded,
+        *sets,
+        *dtypes,
+        apart,
+    ]
     preflight.raise_refused(model_findings)
     highest = max([int(probe.ids.max()), *(token.id for token in added)])
     if before is not None and config.adapter is None:
@@ -268,9 +279,13 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
     model_findings += [guards.embeddings(model, highest), guards.nan_hidden(model, probe, layout)]
     preflight.raise_refused(model_findings)  # what is not finite would fail the next ones too
     model_findings += [guards.grad_reaches(model, probe, layout), guards.accumulation_equality(model, probe, layout)]
+    model_findings += [runchecks.adapter_scale(model, config), stepchecks.reference_loss(model, samples, layout)]
+    model_findings += [stepchecks.eval_dropout(model, probe, layout)]
     model_findings += [_disk_space(config, model), guards.eval_memory(model)]
-    preflight.raise_refused(model_findings)
     loader = _loader(config, samples, layout)
+    first = next((micro for _, micro in loader.steps(0, 1)), [])
+    model_findings += [stepchecks.each_row_once(loader), stepchecks.batch_labels(first, samples)]
+    preflight.raise_refused(model_findings)
     total = config.max_steps or loader.total_steps(config.epochs)
     eval_every = config.eval_every or max(1, -(-total // 5))
     return Job(

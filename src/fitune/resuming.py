@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fitune import environment, guards, optim, preflight
+from fitune import environment, guards, optim, preflight, stepchecks
 from fitune.checkpoint import Loaded, RunFolder, restore_rng
 from fitune.console import Watcher
 from fitune.errors import RunFolderError
@@ -149,7 +149,9 @@ def restore(
     note(run, watch, guards.resume_identity(loaded, parameters, len(run.read_steps())))
     put(loaded, parameters)
     optim.load_state(optimizer, parameters, loaded.optimizer, loaded.optimizer_scalars)
-    note(run, watch, _same_machine(run, parameters, random=restore_rng(loaded.rng)))
+    same = restore_rng(loaded.rng)
+    note(run, watch, stepchecks.resume_exact(loaded, parameters, optimizer))
+    note(run, watch, _same_machine(run, parameters, random=same))
     watch.say(f"going on from {path.name}")
     return loaded
 

@@ -36,9 +36,12 @@ from fitune import (
     optim,
     planview,
     precision,
+    preflight,
     processor,
     report,
     resuming,
+    runchecks,
+    stepchecks,
     textchecks,
 )
 from fitune.batches import in_order
@@ -294,6 +297,8 @@ def _begin(run: RunFolder, job: Job, watch: Watcher) -> None:
     run.write("environment", environment.describe(job.tuned.device))
     run.write("template", job.tuned.template.as_dict())
     job.tuned.tokenizer.save_pretrained(str(run.tokenizer))
+    job.findings.append(runchecks.chat_parity(run, job.config, job.tuned.encoder, job.loader.samples))
+    preflight.raise_refused(job.findings[-1:])
     parts = {name: {"trainable": trained, "total": total} for name, trained, total in job.groups()}
     kept = [part.as_dict() for part in job.kept]
     plan = {
@@ -467,6 +472,7 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
     with_best = config.final == "best" or config.patience is not None
     loaded = resuming.restore(run, parameters, optimizer, watch, with_best=with_best) if resume else None
     scale = LossScale(LossScale.START if precision.scaled(config) else 1.0)
+    order = loaded.state.pop("next_rows", None) if loaded else None  # older checkpoints have none
     state = _restored(loaded) if loaded else _State(parts=parts, scale=scale)
     run.truncate_steps(state.step)
     started, bits = state.step, guards.fingerprint(model)
@@ -480,8 +486,12 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
             rate = optim.learning_rate(state.step, job.total_steps, job.lr, config.warmup)
             state.step += 1
             optim.set_rate(optimizer, rate)
+            if order is not None:
+                note(run, watch, stepchecks.row_order(order, state.step, micro_batches))
+                order = None
             how = (config.max_grad_norm, job.layout, state.parts, state.scale, job.source, watch.say)
-            done, state.parts = careful_step(model, micro_batches, optimizer, *how)
+            with _first_steps(run, job, optimizer, state, state.step - started):
+                done, state.parts = careful_step(model, micro_batches, optimizer, *how)
             seconds = time.perf_counter() - began
             last = state.step == job.total_steps
             loss = _held_out(job, watch) if state.step % job.eval_every == 0 or last else None
@@ -496,7 +506,8 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
             state.bad = check_finite(model, state.bad, done, micro_batches, job.layout, where)
             due = state.step % job.save_every == 0 or last or early or state.best[0] == state.step
             if stopped.is_set() or (due and not state.bad):
-                run.save(state.step, parameters, optimizer, state.as_dict())
+                rows = {"next_rows": stepchecks.next_rows(job.loader, state.step)}
+                run.save(state.step, parameters, optimizer, {**state.as_dict(), **rows})
                 run.prune(config.keep_last, state.best[0])
             if early:
                 watch.say(f"stopped early: no better held-out loss in {state.worse} evaluations")
@@ -509,9 +520,28 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
     for finding in _load(job, since):
         note(run, Watcher() if warned else watch, finding)
     _measured_states(run, optimizer)
+    note(run, watch, stepchecks.steps_applied(optimizer, run.read_steps()))
+    whole_run = 2 * (state.step - started) > state.step  # of a short rest the learning rate may be next to zero
+    note(run, watch, guards.frozen_intact(bits, model, job.lr if whole_run else 0, "at the end"))
     if with_best:
         return _finish(run, job, watch, _back_to_best(run, job, state, watch))
     return _finish(run, job, watch, run.read_steps()[-1].held_out_loss)
+
+
+@contextmanager
+def _first_steps(
+    run: RunFolder, job: Job, optimizer: torch.optim.Optimizer, state: _State, number: int
+) -> Iterator[None]:
+    """Inside, each of the first two steps of a process is watched, and refused before it is applied wrongly."""
+    if number > 2:
+        yield
+        return
+    told: list[Finding] = []
+    how = (job.config.max_grad_norm, lambda: state.scale.value, told)
+    with stepchecks.step_equality(job.tuned.model, optimizer, *how):
+        yield
+    for finding in told[-1:]:
+        note(run, Watcher(), finding)
 
 
 def _interrupted(run: RunFolder, what: str) -> Interrupted:

@@ -1,0 +1,716 @@
+"""Faults planted in small real runs, and clean runs beside: `python scripts/planted_faults.py`.
+
+Each fault is planted at a seam of fitune, as if a function of its own had been written so; no dependency is patched. A
+run with it must be refused before its first step (or while it resumes), or be refused or warned of at its end, by
+fitune's own checks; what found it, and when, is a row of results/planted_faults.json. Clean runs, methods x families x
+data, must give no warning of these rules. Tiny models, tests/tiny.py; one fault and one clean run take the bundled one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import tiny
+from fitune import (
+    adapters,
+    batches,
+    dataset,
+    demo,
+    merging,
+    model,
+    optim,
+    quant,
+    recovery,
+    resuming,
+    step,
+)
+from fitune.checkpoint import RunFolder
+from fitune.config import build
+from fitune.console import Watcher
+from fitune.encode import Encoder
+from fitune.errors import FituneError, Problems
+from fitune.methods import lora
+from fitune.records import Finding
+from fitune.training import resume_config, train
+
+SETTINGS: dict[str, Any] = {
+    "max_steps": 4, "batch_size": 2, "accumulation": 2, "save_every": 2, "eval_every": 4, "sample_prompts": 0,
+    "lr": 1e-2, "cache": "none", "precision": "fp32", "max_grad_norm": 0.05,
+}  # fmt: skip
+# Not about the run: other processes on the machine, its kernels; random models, which know no language and do worse
+# than guessing (the bundled model does not).
+ASIDE = {"machine-load", "base-loss", "byte-fallback", "precision", "quant-kernels"}
+CRASH_AT = 3  # of a run that is resumed; its last checkpoint is of step 2
+
+
+@dataclass(frozen=True)
+class Seam:
+    """Where faults are planted; everything is put back afterwards."""
+
+    stack: ExitStack
+
+    def put(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        """An attribute of one module or class, as if it had been written otherwise."""
+        self.stack.enter_context(mock.patch.object(owner, name, make(getattr(owner, name))))
+
+    def everywhere(self, function: Callable[..., Any], make: Callable[[Any], Any]) -> None:
+        """A function of fitune, wherever it is known by its name."""
+        made = make(function)
+        for module in [m for n, m in sys.modules.items() if n.startswith("fitune") and isinstance(m, ModuleType)]:
+            for name, value in list(vars(module).items()):
+                if value is function:
+                    self.stack.enter_context(mock.patch.object(module, name, made))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault: how it is planted, the rules that may find it, and what run it is planted in.
+
+    Args:
+        name: of the row.
+        plant: plants it.
+        rules: any of these finds it.
+        settings: of the run, beside the common ones.
+        base: a kind of tests/tiny.py, or one of BASES.
+        how: "train"; "resume" plants it when a killed run goes on; "merge" when a finished one is merged.
+    """
+
+    name: str
+    plant: Callable[[Seam], None]
+    rules: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    base: str = "llama"
+    how: str = "train"
+
+
+# ---- how data, batches and templates go wrong ----
+
+
+def _samples(change: Callable[[Encoder, Any], Any]) -> Callable[[Seam], None]:
+    """Each sample, as the encoder makes it, changed."""
+
+    def finish(real: Any) -> Any:
+        def made(self: Encoder, draft: Any, known: Any) -> Any:
+            sample = real(self, draft, known)
+            return sample if sample is None else change(self, sample)
+
+        return made
+
+    return lambda seam: seam.put(Encoder, "_finish", finish)
+
+
+def _mask(sample: Any, places: Any, value: bool) -> Any:
+    mask = sample.mask.copy()
+    mask[places] = value
+    return replace(sample, mask=mask)
+
+
+def _truncated(encoder: Encoder, sample: Any) -> Any:
+    """Half of the answer, and its stop."""
+    half = sample.prompt_length + max(1, (len(sample) - sample.prompt_length) // 2)
+    keep = np.r_[0 : min(half, len(sample) - 1), len(sample) - 1]
+    return replace(sample, ids=sample.ids[keep], mask=sample.mask[keep])
+
+
+def _padded(encoder: Encoder, sample: Any) -> Any:
+    """To a multiple of 8."""
+    more = -len(sample) % 8
+    ids = np.concatenate([sample.ids, np.full(more, encoder.tokenizer.pad_token_id, np.int32)])
+    return replace(sample, ids=ids, mask=np.concatenate([sample.mask, np.zeros(more, np.bool_)]))
+
+
+def _doubled_bos(seam: Seam) -> None:
+    """In training and in chat alike."""
+
+    def pieces(real: Any) -> Any:
+        def made(self: Encoder, groups: Any, known: Any) -> Any:
+            first, *rest = real(self, groups, known)
+            return [replace(first, ids=[self.bos_id, self.bos_id, *first.ids]), *rest]
+
+        return made
+
+    seam.put(Encoder, "_pieces", pieces)
+
+
+def _batch(change: Callable[[Any], Any]) -> Callable[[Seam], None]:
+    """Each flat batch, changed."""
+    return lambda seam: seam.everywhere(batches.flat, lambda real: lambda samples, rows: change(real(samples, rows)))
+
+
+def _unshifted(batch: Any) -> Any:
+    return replace(batch, labels=batch.ids[batch.label_rows])
+
+
+def _shifted_twice(batch: Any) -> Any:
+    ids = np.append(batch.ids, batch.ids[-1])
+    return replace(batch, labels=ids[batch.label_rows + 2])
+
+
+def _on_training_rows(seam: Seam) -> None:
+    def split(real: Any) -> Any:
+        def made(desk: Any, whole: Any, encoder: Any, report: Any) -> Any:
+            _, held_out, samples = real(desk, whole, encoder, report)
+            return np.arange(len(whole.rows)), held_out, samples
+
+        return made
+
+    seam.put(dataset, "_split", split)
+
+
+def _other_template(seam: Seam) -> None:
+    def write(real: Any) -> Any:
+        def made(self: RunFolder, name: str, value: Any) -> None:
+            other = json.loads(json.dumps(value).replace("|>", "| >"))
+            real(self, name, other if name == "template" else value)
+
+        return made
+
+    seam.put(RunFolder, "write", write)
+
+
+def _rows_again(seam: Seam) -> None:
+    """A resumed run begins its epoch anew."""
+    seam.put(batches.Loader, "steps", lambda real: lambda self, start, end: real(self, 0, end - start))
+
+
+def _a_row_left_out(seam: Seam) -> None:
+    seam.put(batches.Loader, "order", lambda real: lambda self, epoch: real(self, epoch)[:-1])
+
+
+# ---- how a model goes wrong ----
+
+
+def _loaded(change: Callable[[Any], None]) -> Callable[[Seam], None]:
+    """The base model, changed as soon as it is loaded."""
+
+    def load(real: Any) -> Any:
+        def made(*args: Any, **kwargs: Any) -> Any:
+            found = real(*args, **kwargs)
+            with torch.no_grad():
+                change(found)
+            return found
+
+        return made
+
+    return lambda seam: seam.everywhere(model.load_model, load)
+
+
+def _leaks(found: Any) -> None:
+    """Attention that takes a flat batch for one document."""
+    forward = found.base_model.forward
+
+    def leaking(*args: Any, cu_seq_lens_q: Any = None, documents: Any = None, **kwargs: Any) -> Any:
+        if cu_seq_lens_q is not None:
+            kwargs["cu_seq_lens_q"] = cu_seq_lens_q[[0, -1]]
+        return forward(*args, **kwargs)
+
+    found.base_model.forward = leaking
+
+
+def _swapped(found: Any) -> None:
+    """The weights of two blocks, each in the other's place."""
+    one, two = found.model.layers[0], found.model.layers[1]
+    kept = {name: value.clone() for name, value in one.state_dict().items()}
+    one.load_state_dict(two.state_dict())
+    two.load_state_dict(kept)
+
+
+def _swapped_packed(found: Any) -> None:
+    """Of two packed blocks the modules change places."""
+    found.model.layers[0].mlp, found.model.layers[1].mlp = found.model.layers[1].mlp, found.model.layers[0].mlp
+
+
+def _nan(found: Any) -> None:
+    found.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+
+
+def _untied(found: Any) -> None:
+    """More rows for the embedding; the head, which is the same tensor, keeps its own."""
+    more = torch.nn.Embedding(416, found.model.embed_tokens.weight.shape[1])
+    more.weight[:400] = found.model.embed_tokens.weight
+    more.weight.requires_grad_(False)
+    found.model.embed_tokens = more
+
+
+def _attached(change: Callable[[Any], None]) -> Callable[[Seam], None]:
+    """The method, changed as soon as it is on the model."""
+
+    def attach(real: Any) -> Any:
+        def made(base: Any, config: Any) -> Any:
+            found = real(base, config)
+            with torch.no_grad():
+                change(found)
+            return found
+
+        return made
+
+    return lambda seam: seam.everywhere(adapters.attach, attach)
+
+
+def _layers(found: Any) -> Iterator[Any]:
+    return (module for module in found.modules() if isinstance(module, lora.LoraLayer))
+
+
+def _alpha_twice(found: Any) -> None:
+    for layer in _layers(found):
+        layer.scaling["default"] *= layer.scaling["default"]
+
+
+def _added_twice(found: Any) -> None:
+    """The right scale, used by a forward that adds the update twice."""
+    for layer in _layers(found):
+        real = layer.forward
+        layer.forward = lambda x, real=real, layer=layer: 2 * real(x) - layer.base_layer(x)
+
+
+def _b_not_zero(found: Any) -> None:
+    for layer in _layers(found):
+        layer.lora_B["default"].weight.normal_(std=0.1)
+
+
+def _norm_trained(found: Any) -> None:
+    found.get_base_model().model.norm.weight.requires_grad_(True)
+
+
+def _base_changes(at: int) -> Callable[[Seam], None]:
+    """Packed bytes of the base change in a step."""
+
+    def careful(real: Any) -> Any:
+        count = 0
+
+        def made(found: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == at:
+                next(layer for _, layer in quant.layers(found)).weight.data.view(torch.uint8)[0] ^= 1
+            return real(found, *args, **kwargs)
+
+        return made
+
+    return lambda seam: seam.everywhere(recovery.careful_step, careful)
+
+
+# ---- how steps and files go wrong ----
+
+
+def _gradients(mean_of_means: bool = False, drop: bool = False, clip: bool = False) -> Callable[[Seam], None]:
+    """The first half of a step, wrong in one way."""
+
+    def make(real: Any) -> Any:
+        def made(found: Any, micro: Sequence[Any], layout: Any, reached: list[Any], scale: float = 1.0) -> Any:
+            some = micro[:-1] if drop and len(micro) > 1 else micro
+            weight, total = sum(batch.weight for batch in some), 0.0
+            for batch in some:
+                reached[:] = [batch]
+                loss = step.loss_sum(found, batch, layout)
+                (loss * (scale / (batch.weight * len(some) if mean_of_means else weight))).backward()
+                if clip:
+                    torch.nn.utils.clip_grad_norm_(model.trainable(found).values(), 0.05)
+                total = total + loss.detach().double()
+            counts = (sum(len(b.ids) for b in some), sum(b.targets for b in some))
+            return step.Made(torch.as_tensor(total), weight, *counts)
+
+        return made
+
+    return lambda seam: seam.everywhere(step.make_gradients, make)
+
+
+def _skips(seam: Seam) -> None:
+    """Every second step is dropped as one whose gradients overflow, and logged as if it had been applied."""
+
+    def apply(real: Any) -> Any:
+        count = 0
+
+        def made(found: Any, done: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count % 2:
+                return real(found, done, optimizer, *args, **kwargs)
+            optimizer.zero_grad(set_to_none=True)
+            return step.StepResult(done.loss, 1.0, done.tokens, done.targets, True)
+
+        return made
+
+    seam.everywhere(step.apply_gradients, apply)
+
+
+def _keeps_gradients(seam: Seam) -> None:
+    """Gradients of a step stay for the next one."""
+    seam.put(torch.optim.AdamW, "zero_grad", lambda real: lambda self, set_to_none=True: None)
+
+
+def _evaluates_in_training_mode(seam: Seam) -> None:
+    def make(real: Any) -> Any:
+        def made(found: Any, some: Any, layout: Any = "flat") -> float:
+            with torch.no_grad():
+                pairs = [(float(step.loss_sum(found.train(), batch, layout)), batch.weight) for batch in some]
+            return sum(loss for loss, _ in pairs) / sum(weight for _, weight in pairs)
+
+        return made
+
+    seam.everywhere(step.held_out_loss, make)
+
+
+def _saved(change: Callable[[Path], None]) -> Callable[[Seam], None]:
+    """What was saved, changed on its way."""
+
+    def make(real: Any) -> Any:
+        def made(found: Any, folder: Path) -> None:
+            real(found, folder)
+            change(folder)
+
+        return made
+
+    return lambda seam: seam.put(adapters, "save", make)
+
+
+def _zeros(folder: Path) -> None:
+    """What is saved is what the method began with."""
+    file = folder / adapters.WEIGHTS
+    save_file({n: t * ("lora_B" not in n) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def _merged_twice(seam: Seam) -> None:
+    def make(real: Any) -> Any:
+        def made(found: Any, family: Any, config: Any) -> Any:
+            for layer in _layers(found):
+                layer.base_layer.weight.data += layer.get_delta_weight("default")
+            return real(found, family, config)
+
+        return made
+
+    seam.put(merging, "merged", make)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> bool:
+    return True
+
+
+DROPOUT = {"lora": {"rank": 4, "dropout": 0.3}}
+NF4 = {"quant": {"name": "nf4"}}
+FAULTS = [
+    Fault("masked EOS", _samples(lambda e, s: _mask(s, -1, False)), ("eos-supervised",)),
+    Fault("EOS masked as padding, by its id", _samples(lambda e, s: _mask(s, s.ids == e.tokenizer.pad_token_id, False)),
+          ("eos-supervised",), base="pad-is-eos"),
+    Fault("rows padded by id", _samples(_padded), ("padding-side",)),
+    Fault("label not shifted", _batch(_unshifted), ("batch-labels", "reference-loss")),
+    Fault("label shifted twice", _batch(_shifted_twice), ("batch-labels", "reference-loss")),
+    Fault("label on the prompt's last token", _samples(lambda e, s: _mask(s, s.prompt_length - 1, True)),
+          ("label-border",)),
+    Fault("doubled BOS", _doubled_bos, ("double-bos",), base="bos"),
+    Fault("truncated answers", _samples(_truncated), ("answers-whole",)),
+    Fault("leaking attention", _loaded(_leaks), ("packing-leak",)),
+    Fault("positions do not restart", _batch(lambda b: replace(b, positions=np.arange(len(b.ids)))),
+          ("batch-labels", "packing-leak")),
+    Fault("wrong template at chat", _other_template, ("chat-parity",)),
+    Fault("tokenizer of another model", lambda seam: None, ("id-range",), base="small-vocabulary"),
+    Fault("swapped tokenizer ids", lambda seam: None, ("base-loss",), base="swapped-ids"),
+    Fault("evaluation on training rows", _on_training_rows, ("held-out-apart",)),
+    Fault("a row left out of the epoch", _a_row_left_out, ("row-order",)),
+    Fault("mean of micro-batch means", _gradients(mean_of_means=True), ("accumulation-equality",)),
+    Fault("gradient of one micro-batch dropped", _gradients(drop=True), ("accumulation-equality",)),
+    Fault("gradients clipped per micro-batch", _gradients(clip=True), ("step-equality",)),
+    Fault("gradients of the last step kept", _keeps_gradients, ("step-equality",)),
+    Fault("a frozen weight trained", _attached(_norm_trained), ("trainable-set",)),
+    Fault("NaN layer", _loaded(_nan), ("packing-leak", "nan-hidden")),
+    Fault("weights loaded into the wrong layer", _loaded(_swapped), ("base-loaded",)),
+    Fault("packed weights in the wrong layer", _loaded(_swapped_packed), ("base-loaded",), settings=NF4),
+    Fault("tied head resized apart", _loaded(_untied), ("embeddings",), base="qwen2"),
+    Fault("LoRA B not zero at the start", _attached(_b_not_zero), ("same-at-start",)),
+    Fault("adapter scaled twice by alpha", _attached(_alpha_twice), ("adapter-scale",)),
+    Fault("adapter added twice", _attached(_added_twice), ("adapter-scale",)),
+    Fault("dropout on in evaluation", _evaluates_in_training_mode, ("eval-dropout",), settings=DROPOUT),
+    Fault("learning rate of zero", lambda seam: seam.everywhere(optim.learning_rate, lambda real: lambda *args: 0.0),
+          ("frozen-intact",)),
+    Fault("quantized base changed early", _base_changes(1), ("frozen-intact",), settings=NF4),
+    Fault("quantized base changed late", _base_changes(4), ("frozen-intact",), settings=NF4),
+    Fault("overflow skipped in silence", _skips, ("steps-applied",), settings={"precision": "fp16"}),
+    Fault("adapter not saved", lambda seam: seam.put(adapters, "save", lambda real: lambda m, f: f.mkdir()),
+          ("saved-complete",)),
+    Fault("adapter saved as it began", _saved(_zeros), ("saved-complete",)),
+    Fault("new token rows not saved", _saved(lambda folder: (folder / adapters.NEW_ROWS).unlink()),
+          ("saved-complete",), settings={"new_tokens": ["<zz>"]}),
+    Fault("merged twice", _merged_twice, ("merge-drift",), how="merge"),
+    Fault("optimizer states lost at resume", lambda seam: seam.put(optim, "load_state", lambda real: _nothing),
+          ("resume-exact",), how="resume"),
+    Fault("random numbers not restored at resume",
+          lambda seam: seam.put(resuming, "restore_rng", lambda real: _nothing), ("resume-exact",),
+          settings=DROPOUT, how="resume"),
+    Fault("sampler order wrong at resume", _rows_again, ("row-order",), how="resume"),
+    Fault("weights not restored at resume", lambda seam: seam.put(resuming, "put", lambda real: _nothing),
+          ("resume-exact",), how="resume"),
+]  # fmt: skip
+
+# ---- bases ----
+
+
+def _with_tokenizer(folder: Path, change: Callable[[Any], None], kind: str = "llama") -> Path:
+    tiny.save(kind, folder)
+    words = tiny.make_tokenizer()
+    change(words)
+    words.save_pretrained(str(folder))
+    return folder
+
+
+def _pad_is_eos(folder: Path) -> Path:
+    return _with_tokenizer(folder, lambda words: setattr(words, "pad_token", words.eos_token))
+
+
+def _bos(folder: Path) -> Path:
+    def change(words: Any) -> None:
+        words.bos_token = "<|system|>"  # a token of the vocabulary, no secret
+        begin = [("<|system|>", words.bos_token_id)]
+        words.backend_tokenizer.post_processor = TemplateProcessing(single="<|system|> $A", special_tokens=begin)
+
+    return _with_tokenizer(folder, change)
+
+
+def _small_vocabulary(folder: Path) -> Path:
+    tiny.make_model("llama", vocabulary=300).save_pretrained(str(folder))
+    tiny.make_tokenizer().save_pretrained(str(folder))
+    return folder
+
+
+def _swapped_ids(folder: Path) -> Path:
+    """The bundled model, with a tokenizer whose pieces have each other's ids."""
+    shutil.copytree(demo.bundled() / "model", folder)
+    file = folder / "tokenizer.json"
+    told = json.loads(file.read_text(encoding="utf-8"))
+    special = {token["id"] for token in told["added_tokens"]}
+    plain = sorted((i, piece) for piece, i in told["model"]["vocab"].items() if i not in special)
+    ids = np.random.default_rng(0).permutation([i for i, _ in plain]).tolist()
+    told["model"]["vocab"].update({piece: i for (_, piece), i in zip(plain, ids, strict=True)})
+    file.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+BASES: dict[str, Callable[[Path], Path]] = {
+    "pad-is-eos": _pad_is_eos,
+    "bos": _bos,
+    "small-vocabulary": _small_vocabulary,
+    "swapped-ids": _swapped_ids,
+    "bundled": lambda folder: demo.bundled() / "model",
+}
+REAL = ("swapped-ids", "bundled")  # on the bundled data, which the bundled model knows
+
+
+class Place:
+    """A folder with the bases and the data, made once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.count = root, 0
+
+    def base(self, name: str) -> Path:
+        """The model folder of that name."""
+        folder = self.root / "models" / name
+        if not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            return BASES[name](folder) if name in BASES else tiny.save(name, folder)
+        return folder
+
+    def data(self, base: str) -> list[str]:
+        """Its data."""
+        if base in REAL:
+            return [str(demo.bundled() / "data" / "train.jsonl")]
+        file = self.root / "rows.jsonl"
+        return [str(file if file.exists() else tiny.write_rows(file, 24))]
+
+    def settings(self, base: str, more: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a run in a folder of its own."""
+        self.count += 1
+        run = {"model": str(self.base(base)), "data": self.data(base), "output": str(self.root / f"run-{self.count}")}
+        return {**run, **SETTINGS, **({"take": [64]} if base in REAL else {}), **more}
+
+
+# ---- what was found ----
+
+
+class Heard(Watcher):
+    """Collects findings, and the step that each came behind."""
+
+    def __init__(self, crash_at: int | None = None) -> None:
+        self.found: list[tuple[int, Finding]] = []
+        self.last, self.crash_at = 0, crash_at
+
+    def findings(self, findings: Sequence[Finding]) -> None:
+        """See Watcher."""
+        self.found += [(self.last, finding) for finding in findings]
+
+    def step(self, record: Any) -> None:
+        """See Watcher."""
+        self.last = record.step
+        if record.step == self.crash_at:
+            raise Crash
+
+
+class Crash(Exception):
+    """Ends a run from inside."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run's checks said beside ok: (rule, level, text, when)."""
+
+    said: tuple[tuple[str, str, str, str], ...]
+    error: str = ""
+
+
+def outcome(place: Place, fault: Fault) -> Outcome:
+    """Run it, and collect what was refused or warned of."""
+    heard, errors = Heard(), []
+    with ExitStack() as stack:
+        seam = Seam(stack)
+        values = place.settings(fault.base, fault.settings)
+        if fault.how == "resume":
+            with _ends(Crash):
+                train(build(values), watch=Heard(CRASH_AT))
+        if fault.how == "merge":
+            train(build(values))
+        fault.plant(seam)
+        try:
+            if fault.how == "resume":
+                torch.manual_seed(999)
+                train(resume_config(values["output"], {}), resume=True, watch=heard)
+            elif fault.how == "merge":
+                merging.merge(values["output"], f"{values['output']}-merged")
+            else:
+                train(build(values), watch=heard)
+        except FituneError as error:
+            errors = error.problems if isinstance(error, Problems) else [error]
+    said = [(f.rule, f.level, f.text, _when(behind, fault)) for behind, f in heard.found if f.level != "ok"]
+    for error in errors:
+        rule, _, text = str(error.what).partition(": ")
+        if not any(one[0] == rule and one[1] == "refuse" for one in said):
+            said.append((rule, "refuse", text, _when(heard.last, fault)))
+    return Outcome(tuple(said))
+
+
+def _when(behind: int, fault: Fault) -> str:
+    if fault.how == "merge":
+        return "when it is merged"
+    if behind == 0:
+        return "when it is resumed" if fault.how == "resume" else "before step 1"
+    return "at the end" if behind >= SETTINGS["max_steps"] else f"behind step {behind}"
+
+
+@contextmanager
+def _ends(kind: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kind:
+        return
+    raise AssertionError(f"the run was to end with {kind.__name__}")
+
+
+def planted(place: Place, fault: Fault) -> dict[str, Any]:
+    """The fault's row."""
+    found = outcome(place, fault)
+    hits = [one for one in found.said if one[0] in fault.rules]
+    others = sorted({rule for rule, *_ in found.said if rule not in fault.rules} - ASIDE)
+    row: dict[str, Any] = {"fault": fault.name, "found": bool(hits)}
+    if hits:
+        row |= dict(zip(("rule", "level", "says", "when"), hits[0], strict=True))
+    return row | ({"others": others} if others else {})
+
+
+# ---- clean runs ----
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"rank": 4, "dropout": 0.1}},
+    "lora-rslora": {"method": "lora", "lora": {"rank": 4, "rslora": True, "targets": "all-linear", "b_rate": 16}},
+    "dora": {"method": "lora", "lora": {"rank": 4, "dora": True}},
+    "pissa": {"method": "lora", "lora": {"rank": 4, "init": "pissa"}},
+    "full": {"method": "full", "lr": 1e-3},
+    "freeze": {"method": "freeze"},
+    "tail": {"method": "tail", "tail": {"blocks": 2}},
+    "prompt": {"method": "prompt", "prompt": {"tokens": 5}},
+    "p-tuning": {"method": "p-tuning", "p_tuning": {"tokens": 5}},
+    "prefix": {"method": "prefix", "prefix": {"tokens": 5}},
+    "adapter": {"method": "adapter", "bottleneck": {"width": 8}},
+    "ia3": {"method": "ia3"},
+    "nf4": {"method": "lora", "lora": {"rank": 4}, **NF4},
+    "int8": {"method": "lora", "lora": {"rank": 4}, "quant": {"name": "int8"}},
+    "bf16": {"method": "lora", "lora": {"rank": 4}, "precision": "bf16"},
+    "fp16": {"method": "lora", "lora": {"rank": 4}, "precision": "fp16"},
+    "new-tokens": {"method": "lora", "lora": {"rank": 4}, "new_tokens": ["<zz>"]},
+    "sgd": {"method": "lora", "lora": {"rank": 4}, "optimizer": "sgd", "lr": 0.1},
+    "8bit": {"method": "lora", "lora": {"rank": 4}, "optimizer": "adamw-8bit"},
+    "in-backward": {"method": "full", "optimizer_in_backward": True, "accumulation": 1, "max_grad_norm": 0, "lr": 1e-3},
+}
+CLEAN: list[tuple[str, str]] = [
+    *((name, "llama") for name in METHODS),
+    *((name, "gpt2") for name in ("lora", "full", "prefix", "nf4", "new-tokens")),
+    *((name, "qwen2") for name in ("lora", "full", "new-tokens")),
+    *((name, "glm") for name in ("lora", "adapter")),
+    *((name, "bloom") for name in ("lora", "freeze")),
+    *((name, "chatglm") for name in ("lora", "p-tuning")),
+    *(("lora", kind) for kind in ("gemma2", "phi3", "opt", "qwen3_moe")),
+    ("lora", "bos"), ("lora", "pad-is-eos"), ("lora", "bundled"),
+]  # fmt: skip
+
+
+def clean(place: Place, method: str, base: str, **more: Any) -> dict[str, Any]:
+    """The row of a clean run: what its checks warned of or refused, all rules but those aside."""
+    aside = ASIDE - ({"base-loss"} if base in REAL else set())
+    found = outcome(place, Fault("", lambda seam: None, (), {**METHODS[method], **more}, base))
+    alarms = [one for one in found.said if one[1] != "fixed" and one[0] not in aside]
+    return {"method": method, "base": base, "alarms": [f"{rule}: {text}" for rule, _, text, _ in alarms]}
+
+
+def main(output: Path, only: str | None) -> int:
+    """All faults and all clean runs; 1 where one was missed, or a clean one warned of."""
+    with tempfile.TemporaryDirectory() as root:
+        place = Place(Path(root))
+        rows = [_shown(planted(place, fault)) for fault in FAULTS if only is None or only in fault.name]
+        cleans = [_shown(clean(place, *one)) for one in CLEAN if only is None]
+    missed, alarms = [r["fault"] for r in rows if not r["found"]], [r for r in cleans if r["alarms"]]
+    print(f"{len(rows) - len(missed)} of {len(rows)} faults found, {len(alarms)} false alarms in {len(cleans)} runs")
+    if only is None:
+        record = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "command": "python scripts/planted_faults.py",
+            "python": platform.python_version(),
+            "packages": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+            "found": len(rows) - len(missed),
+            "planted": len(rows),
+            "clean_runs": len(cleans),
+            "false_alarms": len(alarms),
+            "faults": rows,
+            "clean": cleans,
+        }
+        output.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return 1 if missed or alarms else 0
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    print(json.dumps(row, ensure_ascii=False)[:300], flush=True)
+    return row
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("results/planted_faults.json"))
+    parser.add_argument("--only", help="faults with this in their name; nothing is written")
+    given = parser.parse_args()
+    sys.exit(main(given.output, given.only))
