@@ -58,9 +58,9 @@ SETTINGS: dict[str, Any] = {
     "max_steps": 4, "batch_size": 2, "accumulation": 2, "save_every": 2, "eval_every": 4, "sample_prompts": 0,
     "lr": 1e-2, "cache": "none", "precision": "fp32", "max_grad_norm": 0.05,
 }  # fmt: skip
-# Not about the run: other processes on the machine, its kernels; random models, which know no language and do worse
-# than guessing (the bundled model does not).
-ASIDE = {"machine-load", "base-loss", "byte-fallback", "precision", "quant-kernels"}
+# Right, and not about the run: other processes on the machine, its kernels; random models, which know no language and
+# do worse than guessing (the bundled one does not); a tiny ChatGLM with a plain tokenizer; a family found by its names.
+ASIDE = {"machine-load", "base-loss", "byte-fallback", "precision", "quant-kernels", "folder", "family"}
 CRASH_AT = 3  # of a run that is resumed; its last checkpoint is of step 2
 
 
@@ -450,7 +450,7 @@ FAULTS = [
           ("saved-complete",)),
     Fault("adapter saved as it began", _saved(_zeros), ("saved-complete",)),
     Fault("new token rows not saved", _saved(lambda folder: (folder / adapters.NEW_ROWS).unlink()),
-          ("saved-complete",), settings={"new_tokens": ["<zz>"]}),
+          ("saved-complete",), settings={"new_tokens": ["等于"]}),
     Fault("merged twice", _merged_twice, ("merge-drift",), how="merge"),
     Fault("optimizer states lost at resume", lambda seam: seam.put(optim, "load_state", lambda real: _nothing),
           ("resume-exact",), how="resume"),
@@ -653,7 +653,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "int8": {"method": "lora", "lora": {"rank": 4}, "quant": {"name": "int8"}},
     "bf16": {"method": "lora", "lora": {"rank": 4}, "precision": "bf16"},
     "fp16": {"method": "lora", "lora": {"rank": 4}, "precision": "fp16"},
-    "new-tokens": {"method": "lora", "lora": {"rank": 4}, "new_tokens": ["<zz>"]},
+    "new-tokens": {"method": "lora", "lora": {"rank": 4}, "new_tokens": ["等于"]},
     "sgd": {"method": "lora", "lora": {"rank": 4}, "optimizer": "sgd", "lr": 0.1},
     "8bit": {"method": "lora", "lora": {"rank": 4}, "optimizer": "adamw-8bit"},
     "in-backward": {"method": "full", "optimizer_in_backward": True, "accumulation": 1, "max_grad_norm": 0, "lr": 1e-3},
