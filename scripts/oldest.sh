@@ -9,7 +9,7 @@
 # Ends with a line that says what passed; exit code 1 where something did not.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-torch=tested tests=(config cli readers flat quant packed peft gpu contract methods run precision planning)
+torch=tested tests=(cli quant packed peft methods gpu readers)
 venv=build/oldest
 for word in "$@"; do
   case $word in
