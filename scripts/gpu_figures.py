@@ -166,7 +166,8 @@ def runs(here: Here) -> None:
     """Whole runs of `fitune train` on a random model: what the process took, by the driver, beside what was said
     before."""
     folder = random_model(here)
-    for name, flags in (("lora", ()), ("nf4, checkpointing", ("--quant", "nf4", "--checkpointing"))):
+    cases = (("lora", ()), ("nf4, checkpointing", ("--quant", "nf4", "--checkpointing")))
+    for name, flags in cases[-1:] if here.together else cases:
         found = fitune(here, *long_run(here, folder, name, flags).args)
         off = found["peak_memory_mib"] / found["expected_memory_mib"] - 1
         figures = {key: round(found[key], 1) for key in ("peak_memory_mib", "expected_memory_mib")}

@@ -83,13 +83,13 @@ def check(got: list[Tensor], right: list[Tensor], dtype: torch.dtype) -> None:
 def test_losses_of_labels_equal_float64(where: str, dtype: torch.dtype) -> None:
     """Of several chunks, with weights and without, and the gradients of hidden states and head."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(600, 32).to(dtype), (torch.randn(16_000, 32) / 6).to(dtype)
-    labels, each = torch.randint(0, 16_000, (600,)), torch.rand(600)
+    hidden, weight = torch.randn(600, 32).to(dtype), (torch.randn(2_000, 32) / 6).to(dtype)
+    labels, each = torch.randint(0, 2_000, (600,)), torch.rand(600)
 
     def chunks(a: Tensor, b: Tensor) -> Tensor:
-        head = nn.Linear(32, 16_000, bias=False, device=where, dtype=dtype)
+        head = nn.Linear(32, 2_000, bias=False, device=where, dtype=dtype)
         head.weight = nn.Parameter(b.detach())
-        total = label_loss(head, a, labels.to(where), 16_000, each.to(where))
+        total = label_loss(head, a, labels.to(where), 2_000, each.to(where), rows=256)
         (b.grad,) = torch.autograd.grad(total, head.weight, retain_graph=True)
         return total
 
@@ -266,7 +266,7 @@ def emptied() -> None:
 
 @everywhere
 def test_a_step_that_does_not_fit_there_is_done_in_halves(where: str) -> None:
-    sizes = (512, 1536, 8, 256) if where == "cuda" else (32, 64, 3, 16)
+    sizes = (512, 1536, 8, 512) if where == "cuda" else (32, 64, 3, 16)
     width, inner, blocks, length = sizes
     shape = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks, "vocab_size": 400}
     torch.manual_seed(0)
@@ -274,18 +274,18 @@ def test_a_step_that_does_not_fit_there_is_done_in_halves(where: str) -> None:
     config = contract.config_for("lora")
     model = adapters.attach(ready(base), config).train()
     optimizer = optim.make(trainable(model), config)
-    given = batch(*[length] * 16)
+    given = batch(*[length] * 8)
 
     def most(tokens: int) -> int:
         emptied()
-        loss_sum(model, split(given, 16 * length // tokens)[0]).backward()
+        loss_sum(model, split(given, 8 * length // tokens)[0]).backward()
         optimizer.zero_grad(set_to_none=True)
         return torch.cuda.max_memory_reserved()
 
-    expected = sum(loss_sum(model, piece).item() for piece in split(given, 16)) / given.weight
-    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        expected = sum(loss_sum(model, piece).item() for piece in split(given, 8)) / given.weight
     said: list[str] = []
-    with room_for(where, model, 8 * length, most):
+    with room_for(where, model, 4 * length, most):
         emptied()
         done, parts = recovering.careful(model, optimizer, [given], said=said)
     assert (parts, len(said)) == (2, 1)
