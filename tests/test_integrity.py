@@ -289,6 +289,14 @@ def test_the_loss_of_a_finished_run_is_that_of_its_best_weights(place: Path) -> 
     assert last == best or rules["best-reloaded"]["level"] == "ok"
 
 
+def test_a_later_checkpoint_that_does_not_count_pushes_no_good_one_out(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for step in (2, 4, 5, 6):
+        run.checkpoint(step).mkdir(parents=True)
+    run.prune(1, 2, 5)  # the run went on from step 4, because that of step 6 is damaged
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000002", "step-000005", "step-000006"]
+
+
 # ---- the log ----
 
 
@@ -338,6 +346,17 @@ def test_a_log_that_is_changed_while_the_run_goes_on_is_not_sealed(tmp_path: Pat
     run.steps.write_text("{}\n")
     with pytest.raises(RunFolderError, match="was changed while the run went on"):
         run.check_log()
+
+
+def test_what_is_changed_while_the_run_goes_on_is_not_sealed_at_its_end(stopped: Path) -> None:
+    run = checked(stopped)
+    run.truncate_steps(6)
+    flip(stopped / "template.json")
+    with pytest.raises(RunFolderError, match=r"not as the run left it: template\.json"):
+        integrity.end(run)
+    flip(stopped / "template.json")
+    integrity.end(run)
+    assert integrity.was_finished(run)
 
 
 # ---- base weights ----

@@ -258,9 +258,17 @@ class RunFolder:
         """Checkpoints whose files match their manifest, the newest first."""
         return [path for path in sorted(self.checkpoints.glob("step-*"), reverse=True) if is_whole(path)]
 
-    def prune(self, keep_last: int, best: int | None) -> None:
-        """Remove all checkpoints but the newest `keep_last` and the best one."""
-        steps = sorted(self.checkpoints.glob("step-*"), reverse=True)
+    def prune(self, keep_last: int, best: int | None, step: int) -> None:
+        """Remove all checkpoints but the newest `keep_last` and the best one.
+
+        Args:
+            keep_last: how many.
+            best: step of the best one.
+            step: of the newest. A later one is left over: it did not count when the run went on from before it, and it
+                is written anew when the run comes by.
+        """
+        last = self.checkpoint(step).name
+        steps = sorted((path for path in self.checkpoints.glob("step-*") if path.name <= last), reverse=True)
         for path in steps[keep_last:]:
             if path != self.checkpoint(best or 0):
                 shutil.rmtree(path, ignore_errors=True)

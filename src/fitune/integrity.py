@@ -66,7 +66,13 @@ def begin(run: RunFolder) -> None:
 
 
 def end(run: RunFolder) -> None:
-    """Seal all of a finished run."""
+    """Seal all of a finished run.
+
+    Raises:
+        RunFolderError: what it began with, or its log, was changed meanwhile.
+    """
+    run.check_log()
+    check(run, BEGIN)
     run.identity = run.identity or identity_of(run, uuid.uuid4().hex)
     _write(run, finished=True, names=(*BEGIN, *END))
 
@@ -272,11 +278,12 @@ def reseal(run: RunFolder) -> list[str]:
 def _seal_anew(run: RunFolder) -> list[str]:
     """A run whose seal was lost has the identity that its checkpoints carry."""
     finished = run.has("result") and run.adapter.is_dir()
-    run.identity = carried(run)
-    if run.identity is None and not finished:
+    identity = carried(run)
+    if identity is None and not finished:
         raise RunFolderError(
             f"{run.path}: made before runs were sealed, and not finished",
             fix=f"finish it, which seals it: fitune train --resume --output {shlex.quote(str(run.path))}",
         )
-    (end if finished else reopen)(run)
+    run.identity = identity or identity_of(run, uuid.uuid4().hex)
+    _write(run, finished=finished, names=(*BEGIN, *END) if finished else BEGIN)
     return [f"{SEAL} was not there, or damaged"]

@@ -185,7 +185,7 @@ def _is_finished(run: RunFolder, watch: Watcher) -> bool:
     if warned is not None:
         if _has_begun(run):
             note(run, watch, warned)
-        return run.has("result")
+        return run.has("result") and run.adapter.is_dir()
     return integrity.complete(run)
 
 
@@ -508,7 +508,7 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
             if stopped.is_set() or (due and not state.bad):
                 rows = {"next_rows": stepchecks.next_rows(job.loader, state.step)}
                 run.save(state.step, parameters, optimizer, {**state.as_dict(), **rows})
-                run.prune(config.keep_last, state.best[0])
+                run.prune(config.keep_last, state.best[0], state.step)
             if early:
                 watch.say(f"stopped early: no better held-out loss in {state.worse} evaluations")
                 break
@@ -610,7 +610,6 @@ def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) ->
     for line in handed.warnings():
         watch.say(line)
     report.write(run)
-    run.check_log()
     integrity.end(run)
     return result
 
