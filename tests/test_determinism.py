@@ -84,6 +84,57 @@ def test_on_a_gpu_cublas_is_told_before_its_first_product() -> None:
         assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
+def test_a_gpu_is_made_ready_before_anything_lies_on_it(monkeypatch) -> None:
+    """The seam is torch.cuda: cuBLAS reads its setting at its first product, so it is there before a GPU is taken."""
+    from fitune import model
+
+    taken: list[tuple[int, str | None]] = []
+    monkeypatch.delenv(determinism.CUBLAS, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: taken.append((device.index, os.environ.get(determinism.CUBLAS)))
+    )
+    monkeypatch.setattr(model.torch, "empty", lambda *size, device: None)
+    assert model.pick_device("cuda:1") == torch.device("cuda", 1)
+    assert model.pick_device("cuda") == torch.device("cuda", 3)
+    assert taken == [(1, ":4096:8"), (3, ":4096:8")]
+    monkeypatch.setenv(determinism.CUBLAS, ":16:8")  # the user's own stays
+    determinism.use_gpu(torch.device("cuda", 0))
+    assert taken[-1] == (0, ":16:8")
+
+
+def test_attention_on_a_gpu_takes_no_kernel_that_plans_for_each_length() -> None:
+    here = torch.backends.cuda
+    assert here.cudnn_sdp_enabled()
+    with determinism.exact(torch.device("cuda", 1)):
+        assert not here.cudnn_sdp_enabled()
+        assert here.flash_sdp_enabled()
+        assert here.mem_efficient_sdp_enabled()
+        assert here.math_sdp_enabled()
+    with determinism.exact(CPU):
+        assert here.cudnn_sdp_enabled()
+    assert here.cudnn_sdp_enabled()
+
+
+def test_what_a_run_ran_on_lists_what_decides_its_bits(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(environment, "driver", lambda: "580.1")
+    before = environment.describe(torch.device("cuda", 0))
+    assert before["device"] == {
+        "name": "NVIDIA L4", "capability": [8, 9], "cuda": "13.0", "cudnn": 91500, "driver": "580.1"
+    }  # fmt: skip
+    assert before["packages"]["bitsandbytes"]
+    monkeypatch.setattr(environment, "driver", lambda: "590.2")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91600)
+    now = environment.describe(torch.device("cuda", 0))
+    now["packages"] = {**now["packages"], "bitsandbytes": "0.1"}
+    changed = environment.changes(before, now)
+    assert [text.split(":")[0] for text in changed] == ["bitsandbytes", "device cudnn", "device driver"]
+
+
 def test_what_changed_between_two_machines_is_named() -> None:
     before = environment.describe(CPU)
     assert environment.changes(before, environment.describe(CPU)) == []

@@ -78,6 +78,25 @@ def test_what_a_run_took_is_counted_as_its_plan_counts_it(two_gpus, monkeypatch)
     assert device.peak_taken_mib(gpu) == 3_400
 
 
+def test_the_peak_of_a_gpu_is_forgotten_before_the_run(monkeypatch) -> None:
+    """What the checks before it took is no part of what the run is said to have taken."""
+    from fitune.memory import forget_peak
+
+    seen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", seen.append)
+    forget_peak(torch.device("cuda", 1))
+    assert seen == [torch.device("cuda", 1)]
+
+
+def test_a_run_on_the_second_gpu_is_planned_there(two_gpus, monkeypatch) -> None:
+    from fitune import prepare
+
+    places: list[device.Device] = []
+    monkeypatch.setattr(prepare.plans, "plan", lambda work, where, **how: places.append(where))
+    prepare._planned(None, torch.device("cuda:1"), "m")
+    assert [where.name for where in places] == ["GPU 1"]
+
+
 def test_a_plain_model_goes_to_a_gpu_tensor_by_tensor(model_folder, monkeypatch) -> None:
     """Not through main memory: transformers is told where, before it reads."""
     seen: list[dict] = []

@@ -140,7 +140,7 @@ def ask(model: str, *, data: Sequence[Any], gpu: str | None, settings: Mapping[s
 def _place(gpu: str | None, device: str) -> devices.Device:
     """Where the run is to fit; of this machine the device that the settings name."""
     where = devices.find(gpu)
-    return devices.here(pick_device(device).type) if where.here and device != "auto" else where
+    return devices.here(str(pick_device(device))) if where.here and device != "auto" else where
 
 
 def _sources(config: RunConfig, problems: Collector) -> dict[str, list[Any]]:
@@ -354,7 +354,8 @@ def verify(config: RunConfig, watch: Watcher | None = None) -> Verified:
 def _three(job: Job) -> plans.Work:
     """Three steps: the first, the one with the largest micro-batch, and the first again."""
     first, *rest = job.work.steps
-    return replace(job.work, steps=[first, rest[-1] if rest else first, first])
+    without_answers = job.work.config.model_copy(update={"sample_prompts": 0})  # they are not compared
+    return replace(job.work, config=without_answers, steps=[first, rest[-1] if rest else first, first])
 
 
 def _really(job: Job, work: plans.Work) -> tuple[plans.Usage, int]:

@@ -324,7 +324,7 @@ def _work(config: RunConfig, shape: Any, data: dataset.Data, added: list[Any], l
 
 def _planned(work: plans.Work, device: torch.device, name: str, outside: Mapping[str, int] | None = None) -> plans.Plan:
     """The plan on this machine."""
-    return plans.plan(work, devices.here(device.type), name=name, outside=outside)
+    return plans.plan(work, devices.here(str(device)), name=name, outside=outside)
 
 
 def _refuse_what_cannot_fit(plan: plans.Plan, config: RunConfig) -> None:

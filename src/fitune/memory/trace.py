@@ -122,6 +122,9 @@ class Blind:
     def own(self, tensor: Tensor, category: str) -> None:
         """See Tracer."""
 
+    def brief(self, size: int, op: str) -> None:
+        """See Tracer."""
+
 
 class _Mode(TorchDispatchMode):
     """Inside, what is looked for in a tensor without values is found everywhere."""
@@ -337,6 +340,10 @@ class Tracer(_Mode):
             return
         made = self.blocks[self._live[out.untyped_storage()._cdata][0]]
         made.category = made.category or PLAIN
+
+    def brief(self, size: int, op: str) -> None:
+        """Memory that something takes and gives back, where only its size is known."""
+        self._inside_kernel([size], op)
 
     def _inside_kernel(self, sizes: Sequence[int], op: str) -> None:
         """Memory that a kernel takes for itself, beside its outputs, and gives back."""

@@ -1,0 +1,38 @@
+"""What the sample answers of a run take beside the weights: they are generated with the optimizer's states still there.
+
+In: the shape of a model, how many prompts are answered side by side. Out: bytes, by a closed form: transformers
+generates, and what it does depends on values. Keys and values of every token stay until the end; a block's grow by a
+copy, one block at a time. Before that the prompts go through, of which one block's work is there at once.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from fitune.config import RunConfig
+from fitune.generation import SIDE_BY_SIDE
+from fitune.precision import DTYPES
+from fitune.records import Batch
+
+
+def bytes_taken(config: RunConfig, shape: Any, held_out: Batch) -> int:
+    """The most that they take; 0: nothing is answered.
+
+    Args:
+        config: resolved.
+        shape: the model's transformers config.
+        held_out: rows whose longest stands for the longest prompt.
+    """
+    rows = min(config.sample_prompts, SIDE_BY_SIDE)
+    prompt = max((int(end - start) for start, end in pairwise(held_out.bounds)), default=0)
+    item, width = DTYPES[config.precision].itemsize, shape.hidden_size
+    heads = shape.num_attention_heads
+    groups = getattr(shape, "num_key_value_heads", None) or heads
+    each = 2 * groups * (getattr(shape, "head_dim", None) or width // heads) * item  # of a token in a block
+    inner = getattr(shape, "intermediate_size", None) or getattr(shape, "ffn_dim", None) or 4 * width
+    blocks, whole = shape.num_hidden_layers, prompt + config.sample_tokens - 1  # the last one goes nowhere
+    norms = 0 if item == 4 else 8 * width  # which compute in float32
+    first = prompt * (blocks * each + (4 * width + 3 * inner) * item + norms)
+    last = whole * (blocks + 1) * each
+    return int(rows * (max(first, last) + shape.vocab_size * (item + 4)))
