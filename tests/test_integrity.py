@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import fitune
 import tiny
-from fitune import cli, files, integrity, locks, resuming, sums, weights
+from fitune import cli, files, integrity, locks, resuming
 from fitune.checkpoint import RunFolder
 from fitune.config import build
 from fitune.console import Watcher
@@ -150,6 +149,9 @@ def test_a_change_on_purpose_is_accepted_by_name(done: Path, capsys: pytest.Capt
     before = RunFolder(done)
     assert integrity.reseal(before) == ["seal.json was not there, or damaged"]
     assert before.identity == integrity.carried(before)  # its checkpoints are still of this run
+    (done / "result.json").unlink()
+    integrity.reseal(before)
+    assert not integrity.was_finished(before)  # --resume makes it again
 
 
 def test_settings_that_were_changed_and_accepted_do_not_go_with_the_checkpoints(stopped: Path) -> None:
@@ -381,36 +383,6 @@ def test_another_base_in_place_is_refused_by_every_verb(place: Path, done: Path,
         base.write_bytes(content)
 
 
-def test_sums_of_large_files_are_made_once(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(files, "PIECE", 1000)
-    monkeypatch.setattr(sums, "SETTLED", -1)
-    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
-    file = tmp_path / "model.safetensors"
-    content = random.Random(0).randbytes(3500)
-    file.write_bytes(content)
-    made: list[Path] = []
-    real = files.tree
-    monkeypatch.setattr(files, "tree", lambda path: (made.append(path), real(path))[1])
-    first = weights.summed(tmp_path)
-    assert weights.summed(tmp_path) == first
-    assert len(made) == 1
-    file.write_bytes(content[:-1] + b"x")  # of the same length
-    assert weights.summed(tmp_path) != first
-    file.write_bytes(content)
-    assert sums.matches(file, first["model.safetensors"])
-    known = tmp_path / "cache" / sums.NAME
-    for broken in (
-        known.read_text().replace(first["model.safetensors"]["sha256_tree"], "0" * 64),
-        "[",
-        "[]",
-        '{"a": 1}',
-    ):
-        known.write_text(broken)
-        assert sums.matches(file, first["model.safetensors"])  # what was kept is not believed against the file
-    pieces = b"".join(files.hashlib.sha256(content[n : n + 1000]).digest() for n in range(0, 3500, 1000))
-    assert first["model.safetensors"] == {"bytes": 3500, "sha256_tree": files.hashlib.sha256(pieces).hexdigest()}
-
-
 # ---- the lock ----
 
 HOLD = """
@@ -456,53 +428,6 @@ def test_a_living_run_is_refused_until_its_process_is_gone(
     with locks.held(stopped, print):
         assert f"process {os.getpid()}" in str(locks.holder(stopped))
     assert not (stopped / files.LOCK).exists()
-
-
-def test_a_folder_with_nothing_begun_in_it_is_gone_again(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "mine"
-    with locks.held(folder, print):
-        files.check_new(folder)  # the lock alone is nothing of the user's
-    assert not (tmp_path / "runs").exists()
-    with locks.held(folder, print):
-        (folder / "config.yaml").write_text("")
-    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
-
-
-def test_two_runs_without_an_output_get_a_folder_each(place: Path, tmp_path: Path, monkeypatch) -> None:
-    from fitune import training
-
-    config = RunFolder(place / "done").read_config()
-    names = iter(["first", "second"])  # what is free when they look: the first is taken in between
-    monkeypatch.setattr(
-        training, "resolve", lambda c: c.model_copy(update={"output": c.output or str(tmp_path / next(names))})
-    )
-    with locks.held(tmp_path / "first", print), contextlib.ExitStack() as stack:
-        taken, run = training._take_folder(config.model_copy(update={"output": None}), stack, Watcher())
-        assert run.path == Path(str(taken.output)) == tmp_path / "second"
-        assert locks.holder(run.path)
-        with pytest.raises(locks.InUseError):
-            training._take_folder(config.model_copy(update={"output": str(tmp_path / "first")}), stack, Watcher())
-
-
-def test_a_path_that_cannot_be_a_folder_is_a_message(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="cannot be written"), locks.held(tmp_path / "file" / "run", print):
-        pass
-    (tmp_path / "run" / files.LOCK).mkdir(parents=True)
-    with pytest.raises(RunFolderError, match="cannot be written"), locks.held(tmp_path / "run", print):
-        pass
-
-
-def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch) -> None:
-    def none(handle: int) -> bool:
-        raise locks._NoLocksError(95, "Operation not supported")
-
-    monkeypatch.setattr(locks, "_lock", none)
-    said: list[str] = []
-    with locks.held(tmp_path / "run", said.append):
-        (tmp_path / "run" / "config.yaml").write_text("")
-    assert "this file system has no locks" in said[0]
-    assert locks.holder(tmp_path / "run") is None
 
 
 # ---- drawn at random ----
@@ -574,7 +499,7 @@ def torn(place: Path, out: Path, seed: int, count: int, heavy: int) -> list[str]
 
 
 def test_mutations_of_a_finished_run_are_never_silent(place: Path, tmp_path: Path) -> None:
-    assert torn(place, tmp_path, seed=7, count=50, heavy=4) == []
+    assert torn(place, tmp_path, seed=7, count=36, heavy=3) == []
 
 
 def half(place: Path, out: Path, seed: int, count: int, whole: int) -> list[str]:
@@ -611,7 +536,7 @@ def half(place: Path, out: Path, seed: int, count: int, whole: int) -> list[str]
 
 
 def test_mutations_of_a_run_that_goes_on_are_never_silent(place: Path, tmp_path: Path) -> None:
-    assert half(place, tmp_path, seed=7, count=80, whole=2) == []
+    assert half(place, tmp_path, seed=7, count=60, whole=1) == []
 
 
 @pytest.mark.full

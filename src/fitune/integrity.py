@@ -271,13 +271,13 @@ def reseal(run: RunFolder) -> list[str]:
     parts = {"config.yaml": ["settings"], "template.json": ["template"], "data.json": ["data", "base"]}
     changed = [part for name, some in parts.items() if name in wrong for part in some]
     run.identity = {**identity, **{part: now[part] for part in changed}}
-    _write(run, finished=seal["finished"], names=every if seal["finished"] else BEGIN)
+    _all(run, finished=seal["finished"])
     return [f"{name} {how}" for name, how in wrong.items()]
 
 
 def _seal_anew(run: RunFolder) -> list[str]:
     """A run whose seal was lost has the identity that its checkpoints carry."""
-    finished = run.has("result") and run.adapter.is_dir()
+    finished = _is_there(run)
     identity = carried(run)
     if identity is None and not finished:
         raise RunFolderError(
@@ -285,5 +285,15 @@ def _seal_anew(run: RunFolder) -> list[str]:
             fix=f"finish it, which seals it: fitune train --resume --output {shlex.quote(str(run.path))}",
         )
     run.identity = identity or identity_of(run, uuid.uuid4().hex)
-    _write(run, finished=finished, names=(*BEGIN, *END) if finished else BEGIN)
+    _all(run, finished=finished)
     return [f"{SEAL} was not there, or damaged"]
+
+
+def _is_there(run: RunFolder) -> bool:
+    return run.has("result") and run.adapter.is_dir()
+
+
+def _all(run: RunFolder, *, finished: bool) -> None:
+    """Seal what is there; a run without a result is no finished one: --resume makes it again."""
+    finished = finished and _is_there(run)
+    _write(run, finished=finished, names=(*BEGIN, *END) if finished else BEGIN)
