@@ -23,6 +23,8 @@ test-full: install
 	mkdir -p build
 	FITUNE_TESTS=full $(TEST) -m "" --junitxml build/test-full.xml
 	$(BIN)/python scripts/record_tests.py build/test-full.xml results/test-full.json
+	$(BIN)/python scripts/planted_faults.py
+	$(BIN)/python scripts/torture.py --minutes 10 --seed 1
 
 install: .venv/installed
 

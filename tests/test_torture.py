@@ -1,0 +1,54 @@
+"""Kills, bad disks, damage, races and malformed inputs, drawn from a seed (scripts/torture.py): none is believed, none
+ends in a traceback, nothing is a dead end.
+
+The quick run is thin and the same each time; `make test-full` runs ten minutes' worth, and two more seeds here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def torture(tmp_path: Path, *words: str) -> dict:
+    """Run it in a process of its own, which forks; what it wrote."""
+    output = tmp_path / "torture.json"
+    command = [sys.executable, str(ROOT / "scripts" / "torture.py"), "--output", str(output), *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert output.exists(), done.stderr[-2000:]
+    return dict(json.loads(output.read_text(encoding="utf-8")))
+
+
+def good(told: dict) -> bool:
+    return not told["bad"] and all(kind["tried"] for kind in told["counts"].values())
+
+
+def test_a_few_of_each_kind(tmp_path: Path) -> None:
+    told = torture(tmp_path, "--minutes", "0.1", "--seed", "11", "--workers", "1")
+    assert good(told), json.dumps(told["bad"], indent=1)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_other_seeds(tmp_path: Path, seed: int) -> None:
+    told = torture(tmp_path, "--minutes", "1", "--seed", str(seed))
+    assert good(told), json.dumps(told["bad"], indent=1)
+
+
+def test_the_record_is_of_ten_minutes_and_nothing_in_it_is_bad() -> None:
+    told = json.loads((ROOT / "results" / "torture.json").read_text(encoding="utf-8"))
+    assert told["bad"] == []
+    assert {kind: some["tried"] for kind, some in told["counts"].items()} == {
+        "kill": 200, "disk": 60, "damage": 1500, "race": 28, "input": 325,
+    }  # fmt: skip
+    assert told["kills_inside_a_save"] >= 50
