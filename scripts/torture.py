@@ -32,7 +32,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
 
 from tortures import damage, disks, inputs, kills, races  # noqa: E402
-from tortures.kinds import BAD, Bench, Verdict  # noqa: E402
+from tortures.kinds import BAD, MAIN, Bench, Verdict  # noqa: E402
 
 FULL = {"kill": 200, "disk": 60, "damage": 1500, "race": 28, "input": 325}  # cases of ten minutes
 Case = Callable[[int], tuple[str, Verdict]]
@@ -51,22 +51,21 @@ def warm() -> None:
     torch.set_num_threads(1)
 
 
-def cases(bench: Bench, seed: int, counts: dict[str, int]) -> dict[str, Case]:
+def cases(bench: Bench, seed: int, counts: dict[str, int], workers: int) -> dict[str, Case]:
     """Of each kind what does its n-th case; whatever these are compared with is made first."""
-    made: dict[str, Case] = {}
-    bench.unbroken("lora")
-    if counts.get("kill"):
-        kinds = kills.kinds_of(counts["kill"])
-        bench.prepare(kinds)
-        made["kill"] = partial(kills.case, bench, seed, kinds=kinds)
-    if counts.get("disk"):
-        made["disk"] = partial(disks.case, bench, seed)
+    killed = kills.kinds_of(counts["kill"]) if counts.get("kill") else []
+    damaged = sorted({kind for kind, _ in damage.pairs(counts["damage"])}) if counts.get("damage") else []
+    few = MAIN if counts.get("disk") or counts.get("race") else ()
+    few = few[: max(counts.get("disk", 0), -(-counts.get("race", 0) // len(races.PAIRS)))]
+    bench.prepare(list(dict.fromkeys(["lora", *killed, *damaged, *few])), workers)
+    made: dict[str, Case] = {
+        "kill": partial(kills.case, bench, seed, kinds=killed),
+        "disk": partial(disks.case, bench, seed),
+        "race": partial(races.case, bench, seed),
+        "input": partial(inputs.case, bench, seed),
+    }
     if counts.get("damage"):
-        made["damage"] = partial(damage.case, bench, seed, compare=damage.prepare(bench, counts["damage"]))
-    if counts.get("race"):
-        made["race"] = partial(races.case, bench, seed)
-    if counts.get("input"):
-        made["input"] = partial(inputs.case, bench, seed)
+        made["damage"] = partial(damage.case, bench, seed, compare=damage.prepare(bench, counts["damage"], workers))
     return made
 
 
@@ -149,10 +148,12 @@ def main(given: argparse.Namespace) -> int:
         bench.root.mkdir(exist_ok=True, parents=True)
         if given.case:
             kind, number = given.case.split(":")
-            row = next(tried(cases(bench, given.seed, {kind: counts.get(kind, 1)}), [(kind, int(number))], 1))
+            row = next(
+                tried(cases(bench, given.seed, {kind: counts.get(kind, 1)}, given.workers), [(kind, int(number))], 1)
+            )
             print(json.dumps(row, ensure_ascii=False, indent=1))
             return int(row["result"] in BAD)
-        made = cases(bench, given.seed, counts)
+        made = cases(bench, given.seed, counts, given.workers)
         rows = []
         for row in tried(made, [(kind, n) for kind, count in counts.items() for n in range(count)], given.workers):
             rows.append(row)

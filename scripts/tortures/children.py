@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,8 +150,6 @@ def start(words: Sequence[object], place: Path, trouble: Trouble | None = None, 
 
 
 def _command(words: list[str], trouble: Trouble | None) -> int:
-    import traceback
-
     from fitune import cli
 
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
@@ -238,7 +237,27 @@ def temporary(root: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=root))
 
 
-def many(words: Iterable[tuple[Sequence[object], Path]]) -> list[Ran]:
-    """Several commands at once."""
-    started = [(start(one, place), place) for one, place in words]
-    return [end(pid, place) for pid, place in started]
+def together(tasks: Iterable[Callable[[], object]], workers: int) -> None:
+    """Do tasks that leave files, so many at once, each in a process of its own.
+
+    Raises:
+        RuntimeError: one failed; its traceback is on standard error.
+    """
+    waiting, running = list(reversed(list(tasks))), 0
+    while waiting or running:
+        while waiting and running < workers:
+            task = waiting.pop()
+            running += 1
+            if os.fork() == 0:
+                code = 1
+                try:
+                    task()
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(code)
+        _, status = os.wait()
+        running -= 1
+        if status:
+            raise RuntimeError("what the cases are compared with could not be made")

@@ -6,14 +6,16 @@ that names the file or its folder. Whatever else ends with exit code 0 is believ
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tortures.children import Ran, Trouble, fitune, outcome
+from tortures.children import Ran, Trouble, fitune, outcome, together
 from tortures.kinds import MAIN, Bench, Verdict, copy, drawn
 
 VERBS = ("resume", "chat", "eval", "merge")
@@ -137,23 +139,24 @@ def stopped(bench: Bench, kind: str) -> Path:
     """A run that was killed behind its second checkpoint."""
     folder = bench.root / "stopped" / kind
     if not folder.exists():
-        told = bench.unbroken(kind)
-        marks = [at for at, event in enumerate(told["events"]) if f"step-{STOPPED_AT:06d}" in event]
-        at = marks[-1] + 4  # the log has a line more
-        fitune(
-            *bench.words(kind, folder),
-            place=bench.root / "stopped" / f"{kind}.said",
-            trouble=Trouble(folder, kill_at=at),
-        )
+        trouble = Trouble(folder, kill_at=_behind(bench, kind))
+        fitune(*bench.words(kind, folder), place=folder.with_suffix(".said"), trouble=trouble)
     return folder
+
+
+def _behind(bench: Bench, kind: str) -> int:
+    """An event behind the second checkpoint, where the log has a line more."""
+    events = bench.unbroken(kind)["events"]
+    return max(at for at, event in enumerate(events) if f"step-{STOPPED_AT:06d}" in event) + 4
 
 
 def other(bench: Bench, kind: str, verb: str) -> Path:
     """The same with another seed."""
-    folder = bench.root / "other" / f"{kind}-{verb == 'resume'}"
+    folder = bench.root / "other" / f"{kind}-{'stopped' if verb == 'resume' else 'finished'}"
     if not folder.exists():
+        trouble = Trouble(folder, kill_at=_behind(bench, kind)) if verb == "resume" else None
         words = [*bench.words(kind, folder), "--seed", 7]
-        fitune(*words, place=bench.root / "other" / f"{kind}.said")
+        fitune(*words, place=folder.with_suffix(".said"), trouble=trouble)
     return folder
 
 
@@ -175,7 +178,7 @@ def ask(bench: Bench, verb: str, run: Path, place: Path) -> tuple[Ran, Any]:
         return ended, _losses(ended.out)
     ended = fitune("merge", run, "--output", place / "merged", place=place)
     file = place / "merged" / "model.safetensors"
-    return ended, file.read_bytes() if ended.code == 0 and file.is_file() else None
+    return ended, hashlib.sha256(file.read_bytes()).hexdigest() if ended.code == 0 and file.is_file() else None
 
 
 def _losses(out: str) -> Any:
@@ -187,25 +190,32 @@ def _losses(out: str) -> Any:
 
 
 def wanted(bench: Bench, kind: str, verb: str) -> Any:
-    """What the undamaged folder gives."""
+    """What the undamaged folder gives; kept in a file."""
     place = bench.root / "wanted" / f"{kind}-{verb}"
-    run = copy(source(bench, kind, verb), place / "run")
-    ended, found = ask(bench, verb, run, place)
-    if ended.code:
-        raise RuntimeError(f"{verb} of the undamaged {kind}: {ended.last()}")
-    return found
+    file = place / "found.json"
+    if not file.exists():
+        run = copy(source(bench, kind, verb), place / "run")
+        ended, found = ask(bench, verb, run, place)
+        if ended.code:
+            raise RuntimeError(f"{verb} of the undamaged {kind}: {ended.last()}")
+        file.write_text(json.dumps(found), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
-def prepare(bench: Bench, cases: int) -> dict[tuple[str, str], Any]:
-    """Everything that cases are compared with; few cases are of few kinds."""
-    found = {}
-    for kind in MAIN[: max(1, min(len(MAIN), cases // 50))]:
-        for verb in VERBS:
-            if verb == "merge" and kind not in MERGES:
-                continue
-            other(bench, kind, verb)
-            found[kind, verb] = wanted(bench, kind, verb)
-    return found
+def pairs(cases: int) -> list[tuple[str, str]]:
+    """What is damaged, and what is done with it; few cases are of few kinds."""
+    kinds = MAIN[: max(1, min(len(MAIN), cases // 50))]
+    return [(kind, verb) for kind in kinds for verb in VERBS if verb != "merge" or kind in MERGES]
+
+
+def prepare(bench: Bench, cases: int, workers: int) -> dict[tuple[str, str], Any]:
+    """Everything that cases are compared with."""
+    some = pairs(cases)
+    kinds = sorted({kind for kind, _ in some})
+    others = [partial(other, bench, kind, verb) for kind in kinds for verb in ("resume", "chat")]
+    together([*(partial(stopped, bench, kind) for kind in kinds), *others], workers)
+    together([partial(wanted, bench, *one) for one in some], workers)
+    return {one: wanted(bench, *one) for one in some}
 
 
 def case(bench: Bench, seed: int, number: int, compare: dict[tuple[str, str], Any]) -> tuple[str, Verdict]:

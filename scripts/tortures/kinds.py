@@ -6,11 +6,12 @@ import json
 import random
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tiny
-from tortures.children import Ran, Trouble, fitune, names, outcome
+from tortures.children import Ran, Trouble, fitune, names, outcome, together
 
 COMMON = [
     "--max-steps", 6, "--batch-size", 2, "--save-every", 2, "--eval-every", 3, "--sample-prompts", 1,
@@ -76,10 +77,11 @@ class Bench:
         own = {flag for flag in flags if isinstance(flag, str) and flag.startswith("--")}
         return ["train", *(x for flag, value in common.items() if flag not in own for x in (flag, value)), *flags]
 
-    def prepare(self, kinds: list[str]) -> None:
+    def prepare(self, kinds: list[str], workers: int) -> None:
         """Models, data and unbroken runs, before anything is forked for a case."""
-        for kind in kinds:
-            self.unbroken(kind)
+        together([lambda: self.data, *(partial(self.model, m) for m in sorted({KINDS[kind][0] for kind in kinds}))], 1)
+        self.unbroken(kinds[0])  # it measures the machine, for all
+        together([partial(self.unbroken, kind) for kind in kinds[1:]], workers)
 
     def unbroken(self, kind: str) -> dict[str, Any]:
         """Of the unbroken run: outcome, names of its files, its events, its seconds."""
