@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -678,12 +681,22 @@ def clean(place: Place, method: str, base: str, **more: Any) -> dict[str, Any]:
     return {"method": method, "base": base, "alarms": [f"{rule}: {text}" for rule, _, text, _ in alarms]}
 
 
-def main(output: Path, only: str | None) -> int:
+def _worked(task: tuple[str, str, int]) -> dict[str, Any]:
+    """One row, in one of several processes; each has a folder of its own."""
+    root, what, number = task
+    folder = Path(root) / str(os.getpid())
+    folder.mkdir(exist_ok=True)
+    place = Place(folder / f"{what}-{number}")
+    place.root.mkdir()
+    return _shown(planted(place, FAULTS[number]) if what == "fault" else clean(place, *CLEAN[number]))
+
+
+def main(output: Path, only: str | None, workers: int) -> int:
     """All faults and all clean runs; 1 where one was missed, or a clean one warned of."""
-    with tempfile.TemporaryDirectory() as root:
-        place = Place(Path(root))
-        rows = [_shown(planted(place, fault)) for fault in FAULTS if only is None or only in fault.name]
-        cleans = [_shown(clean(place, *one)) for one in CLEAN if only is None]
+    with tempfile.TemporaryDirectory() as root, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        faults = [n for n, fault in enumerate(FAULTS) if only is None or only in fault.name]
+        rows = list(pool.map(_worked, [(root, "fault", n) for n in faults]))
+        cleans = list(pool.map(_worked, [(root, "clean", n) for n in range(len(CLEAN)) if only is None]))
     missed, alarms = [r["fault"] for r in rows if not r["found"]], [r for r in cleans if r["alarms"]]
     print(f"{len(rows) - len(missed)} of {len(rows)} faults found, {len(alarms)} false alarms in {len(cleans)} runs")
     if only is None:
@@ -711,6 +724,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results/planted_faults.json"))
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--only", help="faults with this in their name; nothing is written")
     given = parser.parse_args()
-    sys.exit(main(given.output, given.only))
+    sys.exit(main(given.output, given.only, given.workers))
