@@ -77,7 +77,7 @@ def test_right_answers_count(run: Path, tmp_path: Path) -> None:
 
 def test_logits_of_a_set_are_never_held(run: Path, monkeypatch) -> None:
     """The seeded fault: a head that sees more rows than a chunk."""
-    monkeypatch.setattr(loss_kernel, "CHUNK_BYTES", 4 * 400 * 3)  # three rows
+    monkeypatch.setattr(loss_kernel, "CHUNK_BYTES", 4 * 400 * 5)  # five rows, of which a power of two is taken
     seen: list[int] = []
     forward = torch.nn.Linear.forward
 
@@ -90,8 +90,8 @@ def test_logits_of_a_set_are_never_held(run: Path, monkeypatch) -> None:
     clean = ("flat", Finding("packing-leak", "ok", ""))  # the probe scores two short documents whole
     monkeypatch.setattr("fitune.leak.packing_leak", lambda *_: clean)
     evaluate(run, [str(run.parent / "held_out.jsonl")], answer=False)
-    assert seen.count(3) > 5
-    assert max(seen) == 3
+    assert seen.count(4) > 5
+    assert max(seen) == 4
 
 
 def test_eval_on_the_command_line(run: Path, capsys, monkeypatch) -> None:

@@ -47,7 +47,7 @@ def rows(documents: int, tokens: int) -> list[Sample]:
 
 def documents_of(bounds: list[int], prefix: int = 0, device: str = "cpu") -> flash.Documents:
     samples = [Sample(np.zeros(b - a, np.int32), np.zeros(b - a, np.bool_)) for a, b in pairwise(bounds)]
-    return place(flat(samples, range(len(samples))), torch.device(device), prefix=prefix).documents
+    return place(flat(samples, range(len(samples))), torch.device(device), prefix=prefix, fill=False).documents
 
 
 def operations(method: str, kind: str, documents: int, tokens: int = 512) -> Counter[str]:

@@ -18,6 +18,19 @@ from fitune.records import Batch, Sample
 from fitune.store import lengths_of
 
 WINDOW = 50  # micro-batches that are sorted by length together
+# A number of tokens is rounded up to a multiple of a power of two that is at most a 32nd of it: 32 sizes from one power
+# of two to the next, and on average 1 % more work. LEAST: the multiple below 128 tokens; MOST: the one from 4,096 on.
+PARTS, LEAST, MOST = 32, 4, 128
+
+
+def rounded(count: int) -> int:
+    """The size that so many tokens, or rows, are filled up to.
+
+    Every number of tokens that a model meets costs a compiled kernel for each of its shapes on a CPU, and blocks of its
+    own in a GPU's allocator; few sizes cost few.
+    """
+    step = min(MOST, max(LEAST, 1 << max(0, (count // PARTS).bit_length() - 1)))
+    return -(-count // step) * step
 
 
 def flat(samples: Sequence[Sample], rows: Iterable[int]) -> Batch:
@@ -145,7 +158,8 @@ class Loader:
             number, epoch = number + count, epoch + 1
 
 
-def in_order(samples: Sequence[Sample], batch_size: int) -> Iterator[Batch]:
-    """All samples once, in their order: for evaluation."""
+def in_order(samples: Sequence[Sample], batch_size: int, *, by_length: bool = False) -> Iterator[Batch]:
+    """All samples once, for evaluation: in their order, or for models that need padding the longest first."""
+    order = np.argsort(-lengths_of(samples), kind="stable") if by_length else np.arange(len(samples))
     for start in range(0, len(samples), batch_size):
-        yield flat(samples, range(start, min(start + batch_size, len(samples))))
+        yield flat(samples, order[start : start + batch_size])

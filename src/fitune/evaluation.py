@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ from fitune.console import Ticker, Watcher
 from fitune.dataset import NO_LIMIT
 from fitune.errors import DataError
 from fitune.generation import SIDE_BY_SIDE, Sampling, answers, expected, read
+from fitune.kernels import wide
 from fitune.loading import load
-from fitune.model import Tuned, causal_lm
-from fitune.records import Conversation, DataReport
+from fitune.model import Tuned, causal_lm, compute_dtype
+from fitune.precision import imitated
+from fitune.records import Batch, Conversation, DataReport, Layout, Sample
 from fitune.step import held_out_loss
 from fitune.store import Rows
 from fitune.templates.base import kept_date
 
+TOGETHER = 8  # rows of a batch whose loss is measured
 CJK = "\u3400-\u9fff\uf900-\ufaff"
 UNITS = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")  # a Chinese character, or a word of anything else
 
@@ -185,11 +189,8 @@ def evaluate(
     has_base = _is_tuned(tuned)
 
     def scores(*, base: bool) -> tuple[Scores, list[Judged]]:
-        if base:
-            with disabled(tuned.model):
-                loss = held_out_loss(tuned.model, in_order(held_out, 8), layout)
-        else:
-            loss = held_out_loss(tuned.model, in_order(held_out, 8), layout)
+        with disabled(tuned.model) if base else nullcontext():
+            loss = _loss(tuned, held_out, layout, Ticker(watch, "loss (base)" if base else "loss", len(held_out)))
         told = Ticker(watch, "answering (base)" if base else "answering", len(asked))
         judged: list[Judged] = []
         for start in range(0, len(asked), SIDE_BY_SIDE):
@@ -207,6 +208,20 @@ def evaluate(
     ]
     targets = int(held_out.column("trained").sum())
     return Evaluation(str(run_or_model), len(there), len(asked), too_long, targets, mine, base, shown)
+
+
+def _loss(tuned: Tuned, held_out: Sequence[Sample], layout: Layout, told: Ticker) -> float:
+    """Loss per target token. A processor that only imitates bfloat16 multiplies in float32 what bfloat16 holds."""
+
+    def batches() -> Iterator[Batch]:
+        for batch in in_order(held_out, TOGETHER, by_length=layout == "padded"):
+            yield batch
+            told(told.done + len(batch.rows))
+        told.end()
+
+    slow = imitated(tuned.device, compute_dtype(tuned.model))
+    with wide.in_float32(tuned.model) if slow else nullcontext():
+        return held_out_loss(tuned.model, batches(), layout)
 
 
 def _askable(there: Rows, tuned: Tuned, limit: int) -> tuple[list[Conversation], int]:

@@ -116,6 +116,14 @@ def rates(device: torch.device) -> dict[str, float]:
     return _kept(machine(device), DTYPES, lambda: measure(device))
 
 
+def imitated(device: torch.device, dtype: torch.dtype) -> bool:
+    """Is this bfloat16 on a CPU that computes it many times more slowly than float32?"""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    measured = rates(device)
+    return measured["bf16"] < SLOWER * measured["fp32"]
+
+
 def step_rates(device: torch.device, size: trial.Widths) -> dict[str, float]:
     """Tokens a second of a step through two blocks of a model's widths, in fp32 and bf16; kept likewise."""
     names = ("fp32", "bf16")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fitune.batches import rounded
 from fitune.kernels import placed as placing
 from fitune.kernels.attention import FLAT
 from fitune.kernels.loss import label_loss
@@ -69,9 +70,13 @@ class StepResult:
 def place(model: Any, batch: Batch, layout: Layout = "flat") -> Placed:
     """The batch on the model's device, with what the method lays before its documents."""
     device, before = next(causal_lm(model).parameters()).device, virtual.of(model)
-    if before is None or layout != "flat":
+    if layout != "flat":
+        return placing.place(batch, device, fill=False)
+    if before is None:
         return placing.place(batch, device)
-    return placing.place(batch, device, **{"laid" if before.prefix is None else "prefix": before.count})
+    if before.prefix is None:
+        return placing.place(batch, device, laid=before.count)
+    return placing.place(batch, device, prefix=before.count)
 
 
 def hidden_states(model: Any, batch: Batch, layout: Layout, placed: Placed | None = None) -> Tensor:
@@ -87,8 +92,17 @@ def hidden_states(model: Any, batch: Batch, layout: Layout, placed: Placed | Non
     Raises:
         NotImplementedError: a prefix in another layout than flat.
     """
-    before = virtual.of(model)
     placed = placed or place(model, batch, layout)
+    rows = _rows(model, batch, layout, placed)
+    if placed.keep is not None:
+        return rows[placed.keep]
+    return rows[: len(batch.ids)] if placed.filler else rows
+
+
+def _rows(model: Any, batch: Batch, layout: Layout, placed: Placed) -> Tensor:
+    """The last hidden states of all rows that the model works on; of a flat batch also those of what is laid before
+    its documents, and of the filler."""
+    before = virtual.of(model)
     with computing(model):
         if layout == "flat":
             return _flat(model, batch, before, placed)
@@ -109,12 +123,13 @@ def _flat(model: Any, batch: Batch, before: virtual.Virtual | None, placed: Plac
     positions, bounds = placed.positions, placed.documents.bounds
     if hasattr(inner.base_model, "flat_positions"):  # a model that makes its positions from the ids, ChatGLM's first
         laid = 0 if placed.order is None or before is None else before.count
-        positions = inner.base_model.flat_positions(placed.ids, batch.bounds.tolist(), laid)
+        own = inner.base_model.flat_positions(placed.ids[: len(batch.ids)], batch.bounds.tolist(), laid)
+        positions = placed.repeated(own)
     use_attention(model, FLAT, bounds, inputs.get("prefix"))
     out: Tensor = inner.base_model(
         **inputs, position_ids=positions[None], cu_seq_lens_q=bounds, documents=placed.documents, use_cache=False
     ).last_hidden_state[0]
-    return out if placed.keep is None else out[placed.keep]
+    return out
 
 
 def _embedded(inner: Any, ids: Tensor, batch: Batch, before: virtual.Virtual) -> list[Tensor]:
@@ -145,15 +160,23 @@ def _separate(model: Any, batch: Batch, before: virtual.Virtual | None, ids: Ten
     rows = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
     ones = [torch.ones(len(one), dtype=torch.long, device=ids.device) for one in documents]
     mask = torch.nn.utils.rnn.pad_sequence(ones, batch_first=True)
+    width = _width(inner, rows.shape[1])
+    more = width - rows.shape[1]
+    rows, mask = F.pad(rows, (*[0, 0] * (rows.ndim - 2), 0, more)), F.pad(mask, (0, more))
     extra = {}
     if places[0]:
-        width = rows.shape[1]
         padded_places = [F.pad(p["position_ids"], (0, width - p["position_ids"].shape[-1])) for p in places]
         extra = {"position_ids": torch.cat(padded_places)}
     states = inner.base_model(**{name: rows}, attention_mask=mask, use_cache=False, **extra).last_hidden_state
     real = mask.bool()
     real[:, :skip] = False
     return states[real]  # type: ignore[no-any-return]
+
+
+def _width(inner: Any, longest: int) -> int:
+    """One of few widths of padded rows, where the model holds so many tokens."""
+    most = getattr(inner.config, "max_position_embeddings", None)
+    return rounded(longest) if most is None or rounded(longest) <= most else longest
 
 
 def _own_positions(inner: Any, ids: Tensor, batch: Batch, before: int) -> list[dict[str, Tensor]]:
@@ -165,9 +188,14 @@ def _own_positions(inner: Any, ids: Tensor, batch: Batch, before: int) -> list[d
 
 
 def label_hidden(model: Any, batch: Batch, layout: Layout = "flat", placed: Placed | None = None) -> Tensor:
-    """(L, W): the last hidden states of the rows that carry a label. The rest never reaches the head."""
-    placed = placed or place(model, batch, layout)
-    return hidden_states(model, batch, layout, placed)[placed.label_rows]
+    """(L, W): the last hidden states of the rows that carry a label. The rest never reaches the head.
+
+    Args:
+        placed: as `place` gave it; L is its number of label rows. Without, that of the batch.
+    """
+    there = placed or place(model, batch, layout)
+    found = _rows(model, batch, layout, there)[there.label_rows]
+    return found if placed is not None else found[: batch.targets]
 
 
 def loss_sum(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:

@@ -35,6 +35,8 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from fitune.kernels import apart
+
 LAYERS = 28  # those of the published model: its code reckons with them whatever num_layers is
 Prefix = Sequence[tuple[Tensor, Tensor]]
 
@@ -156,15 +158,13 @@ class SelfAttention(nn.Module):
         if past is not None:
             key, value = past.update(key, value, self.layer_idx)
         before = None if prefix is None else [t.to(key.dtype) for t in prefix[self.layer_idx]]
-        documents = [(query, key, value)]
-        if bounds is not None:  # split, not slices: their backward pass writes zeros for all other documents
-            lengths = [end - start for start, end in pairwise(bounds)]
-            documents = list(zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True))
+        lengths = [length] if bounds is None else [end - start for start, end in pairwise(bounds)]
+        documents = [[query, key, value]] if bounds is None else apart.apart(lengths, query, key, value)
         outputs = []
-        for (queries, keys, values), mask in zip(documents, allowed, strict=True):
+        for own, (queries, keys, values), mask in zip(lengths, documents, allowed, strict=True):
             if before is not None:
                 keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
-            outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
+            outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)[:, :, :own])
         return self.dense(torch.cat(outputs, dim=2).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -273,12 +273,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             allowed = allowed | F.pad(itself, (past, 0))  # padding too: a softmax over nothing would be NaN
         return allowed[:, None]
 
-    def _flat_allowed(self, positions: Tensor, bounds: Sequence[int], before: int) -> list[Tensor | None]:
-        """Of each document (L, before + L): as above, and all of a prefix."""
+    def _flat_allowed(self, positions: Tensor, bounds: Sequence[int], before: int, x: Tensor) -> list[Tensor | None]:
+        """Of each document (rows, before + rows): as above, and all of a prefix. Rows behind it are no prompt."""
         made: list[Tensor | None] = []
         for start, end in pairwise(bounds):
-            seen = torch.ones(end - start, end - start, dtype=torch.bool, device=positions.device).tril()
-            made.append(F.pad(seen | (positions[1, start:end] == 0)[None], (before, 0), value=True))
+            count = apart.rows(end - start, x)
+            seen = torch.ones(count, count, dtype=torch.bool, device=positions.device).tril()
+            prompt = F.pad(positions[1, start:end] == 0, (0, count - end + start))
+            made.append(F.pad(seen | prompt[None], (before, 0), value=True))
         return made
 
     def _missing_positions(self, ids: Tensor | None, x: Tensor, mask: Tensor | None, past: int) -> Tensor:
@@ -332,7 +334,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if bounds is None:
             allowed = [self._allowed(position_ids, attention_mask, past)]
         else:
-            allowed = self._flat_allowed(position_ids[0], bounds, 0 if prefix is None else prefix[0][0].shape[2])
+            allowed = self._flat_allowed(position_ids[0], bounds, 0 if prefix is None else prefix[0][0].shape[2], x)
         angles = self.rotary(position_ids, x.dtype)
         for layer in self.layers:
             x = layer(x, angles, allowed, bounds, prefix, past_key_values)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
+from fitune.kernels.apart import apart
+
 
 @dataclass
 class FlatState:
@@ -68,8 +70,7 @@ class AlibiAttention(BloomAttention):  # type: ignore[misc]  # transformers has 
         prefix = self.state.prefix[self.layer_idx] if self.state.prefix else None
         lengths = [end - start for start, end in pairwise(self.state.bounds.tolist())]
         outputs = []
-        # split, not slices: the backward pass of a slice writes zeros for all other documents
-        for queries, keys, values in zip(*(one.split(lengths, dim=2) for one in (query, key, value)), strict=True):
+        for length, (queries, keys, values) in zip(lengths, apart(lengths, query, key, value), strict=True):
             if prefix is not None:
                 keys = torch.cat([prefix[0].to(keys.dtype), keys], dim=2)
                 values = torch.cat([prefix[1].to(values.dtype), values], dim=2)
@@ -81,7 +82,7 @@ class AlibiAttention(BloomAttention):  # type: ignore[misc]  # transformers has 
                     attn_mask=self._bias(queries.shape[2], keys),
                     dropout_p=self.attention_dropout.p if self.training else 0.0,
                     scale=self.inv_norm_factor,
-                )
+                )[:, :, :length]
             )
         heads = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)  # (1, T, W)
         out_ = self.dense(heads)

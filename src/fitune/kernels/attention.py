@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fitune.kernels import flash, target
+from fitune.kernels.apart import apart
 
 FLAT = "fitune_flat"
 
@@ -68,11 +69,10 @@ def flat_attention(
         before = before[0].to(query.dtype), before[1].to(query.dtype)
     how = _How(dropout, scaling, sliding_window, softcap, s_aux)
     outputs = []
-    # split, not slices: the backward pass of a slice writes zeros for all other documents
-    for q, k, v in zip(*(one.split(lengths, dim=2) for one in (query, key, value)), strict=True):
+    for length, (q, k, v) in zip(lengths, apart(lengths, query, key, value), strict=True):
         if before is not None:
             k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
-        outputs.append(_document(q, k, v, how))
+        outputs.append(_document(q, k, v, how)[:, :, :length])
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 

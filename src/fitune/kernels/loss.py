@@ -27,8 +27,9 @@ LEAST = {"cuda": 512}  # rows for which the head is read; fewer than this, and a
 
 
 def chunk_rows(vocabulary: int, target: Target = CPU) -> int:
-    """Rows whose float32 logits fill a chunk, or the fewest for a kind of device."""
-    return max(LEAST.get(target.kind, 1), CHUNK_BYTES // (4 * vocabulary))
+    """Rows whose float32 logits fill a chunk, or the fewest for a kind of device; a power of two, so that of few sizes
+    few are left."""
+    return max(LEAST.get(target.kind, 1), 1 << max(1, CHUNK_BYTES // (4 * vocabulary)).bit_length() - 1)
 
 
 class _CrossEntropy(torch.autograd.Function):

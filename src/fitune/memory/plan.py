@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fitune import adapters, families, methods, optim, precision, quant
+from fitune.batches import rounded
 from fitune.config import RunConfig
 from fitune.kernels.target import CPU, Target
 from fitune.memory import allocator, answers, chunks, device, trace
@@ -337,7 +338,7 @@ def _with_loss_rows(work: Work, rows: int) -> Work:
 def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int] | None) -> Plan:
     model = without_values(work)
     batch = work.largest
-    forms = closed(model, work.config, len(batch.ids), batch.targets)
+    forms = closed(model, work.config, rounded(len(batch.ids)), batch.targets)
     trained = sum(p.numel() for p in trainable(model).values())
     total = sum(quant.numel(p) for p in model.parameters())
     try:

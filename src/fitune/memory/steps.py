@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fitune.batches import Loader, flat, in_order
+from fitune.batches import Loader, flat, in_order, rounded
 from fitune.config import RunConfig
 from fitune.records import Batch, Layout, Sample
 from fitune.store import lengths_of
@@ -47,7 +47,7 @@ def deciding(loader: Loader, total: int) -> list[list[Batch]]:
 
 
 def _size(lengths: NDArray[np.int64], *, padded: bool) -> int:
-    return int(lengths.max() * len(lengths) if padded else lengths.sum())
+    return rounded(int(lengths.max())) * len(lengths) if padded else rounded(int(lengths.sum()))
 
 
 class Largest:
@@ -68,7 +68,10 @@ class Largest:
         """With so many rows in a micro-batch, none longer than that."""
         key = rows, longest
         if key not in self.known:
-            self.known[key] = self._look(rows, np.minimum(self.lengths, longest))
+            lengths = np.minimum(self.lengths, longest)
+            if self.padded:
+                lengths = np.array([rounded(length) for length in range(int(lengths.max()) + 1)])[lengths]
+            self.known[key] = self._look(rows, lengths)
         return self.known[key]
 
     def _look(self, rows: int, lengths: NDArray[np.int64]) -> int:
@@ -80,7 +83,7 @@ class Largest:
             grid = np.pad(ordered, (0, -len(ordered) % rows)).reshape(-1, rows)[:left]
             sizes = grid.max(axis=1) * (grid > 0).sum(axis=1) if self.padded else grid.sum(axis=1)
             most, left, epoch = max(most, int(sizes.max())), left - len(grid), epoch + 1
-        return most
+        return most if self.padded else rounded(most)
 
 
 def _steps(loader: Loader) -> Iterator[list[NDArray[np.int64]]]:
