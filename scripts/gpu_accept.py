@@ -46,6 +46,7 @@ LEAST = 10.0  # seconds under which a section is not begun
 GRACE = 3.0  # seconds between the wish and the force to end
 LAST = 1500  # characters of what a failed section printed last
 WIDTH = 200  # of a line of the summary
+LOG_MOST = 4 * 2**20  # characters of the log: it must not take the room of the results
 
 Row = dict[str, Any]
 
@@ -77,6 +78,7 @@ class Results:
     out: Path
     rows: list[Row] = field(default_factory=list)
     full: str = ""
+    logged: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, section: str, check: str, passed: bool, **figures: Any) -> None:
@@ -88,8 +90,10 @@ class Results:
             self._to(RESULTS, json.dumps(row, ensure_ascii=False) + "\n")
 
     def log(self, text: str) -> None:
-        """What a section printed."""
-        self._to(LOG, text)
+        """What a section printed; not without end."""
+        if self.logged < LOG_MOST:
+            self.logged += len(text)
+            self._to(LOG, text if self.logged < LOG_MOST else text[:1000] + "\n... (no more is kept)\n", synced=False)
 
     def end(self, seconds: float) -> bool:
         """The summary, as the last line of the results, as a table, and printed. Passed?"""
@@ -103,12 +107,13 @@ class Results:
         print(f"\n{text}", flush=True)
         return not failed
 
-    def _to(self, name: str, text: str, mode: str = "a") -> None:
+    def _to(self, name: str, text: str, mode: str = "a", *, synced: bool = True) -> None:
         try:
             with (self.out / name).open(mode, encoding="utf-8", errors="replace") as file:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())
+                if synced:
+                    os.fsync(file.fileno())
         except OSError as error:  # a full disk, a folder that went away: the run goes on, and prints
             self.full = f"{type(error).__name__}: {error}"
 

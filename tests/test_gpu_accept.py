@@ -121,6 +121,17 @@ def test_a_folder_that_takes_no_more_stops_nothing(accept, tmp_path: Path, capsy
     assert out.rstrip().splitlines()[-1].startswith("all        summary")
 
 
+def test_a_log_without_end_does_not_take_the_room_of_the_results(accept, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(accept, "LOG_MOST", 10_000)
+    results = accept.Results(tmp_path)
+    for _ in range(100):
+        results.log("x" * 999 + "\n")
+    results.add("here", "check", True)
+    assert 9_000 < (tmp_path / "sections.log").stat().st_size < 12_000
+    assert (tmp_path / "sections.log").read_text(encoding="utf-8").endswith("(no more is kept)\n")
+    assert len(written(tmp_path)) == 1
+
+
 def test_told_to_stop_it_ends_its_sections_and_leaves_a_summary(accept, tmp_path: Path) -> None:
     code = (
         "import importlib.util, sys, pathlib\n"
