@@ -37,7 +37,7 @@ from torch import Tensor
 from fitune import optim, runfiles
 from fitune.config import RunConfig, build
 from fitune.errors import FituneError, RunFolderError
-from fitune.files import TEMPORARY, as_json, check_new, disk, expand, is_whole, seal, sync, write_atomic, write_json
+from fitune.files import TEMPORARY, as_json, disk, expand, is_whole, seal, sync, write_atomic, write_json
 from fitune.records import StepRecord
 from fitune.untrusted import read_json, read_yaml
 
@@ -96,10 +96,6 @@ class RunFolder:
 
     # ---- creation and small files ----
 
-    def check_free(self) -> None:
-        """Raises RunFolderError if there is something in the folder already."""
-        check_new(self.path, "choose another --output, or go on with this run: --resume")
-
     def create(self) -> None:
         """Make the folder; one that a killed start left behind is used again."""
         with disk(self.path):
@@ -126,6 +122,10 @@ class RunFolder:
     def has(self, name: str) -> bool:
         """Is that JSON file there?"""
         return (self.path / f"{name}.json").is_file()
+
+    def has_settings(self) -> bool:
+        """Are the settings written already?"""
+        return (self.path / "config.yaml").is_file()
 
     def write_config(self, config: RunConfig) -> None:
         """The resolved config, every default written out."""

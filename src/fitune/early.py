@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fitune import catalog, formats, hub, locks, readers, templates
+from fitune import begun, catalog, formats, hub, locks, readers, templates
+from fitune.begun import CONFIG
 from fitune.config import DataSource, RunConfig, build
 from fitune.errors import Collector, ConfigError, DataError, ModelError, RunFolderError, nearest
 from fitune.files import check_new, check_writable, expand, names_near
 
-CONFIG, MODEL, WEIGHTS = "config.yaml", "config.json", "adapter_model.safetensors"
+MODEL, WEIGHTS = "config.json", "adapter_model.safetensors"
 RUNS = Path("runs")  # where runs lie that were given no --output
 YAML = (".yaml", ".yml")
 
@@ -43,11 +44,11 @@ def checked(values: Mapping[str, Any], *, output: bool = True) -> RunConfig:
         if found.adapter is not None:
             _each(problems, adapter, [found.adapter])
         if output and found.output is not None:
-            _each(problems, new_folder, [found.output])
+            _each(problems, run_folder, [found.output])
     else:  # what can be told of the paths beside wrong settings
         _each(problems, model, _texts(values.get("model")))
         _each(problems, data, [DataSource(path=path) for path in _texts(values.get("data"))])
-        _each(problems, new_folder, _texts(values.get("output")) if output else ())
+        _each(problems, run_folder, _texts(values.get("output")) if output else ())
     problems.raise_any()
     assert found is not None
     return found
@@ -159,7 +160,11 @@ def run(path: str | Path) -> None:
     if not folder.exists():
         raise RunFolderError(f"{path}: not a run folder (there is no such folder)", fix=_run_near(path))
     if not (folder / CONFIG).is_file():
-        raise RunFolderError(f"{path}: not a run folder (no {CONFIG})", fix="give the folder that --output named")
+        raise RunFolderError(
+            f"{path}: not a run folder (no {CONFIG})",
+            fix="give the folder that --output named; a run that was killed before its settings were written has none: "
+            "begin it again by the command that began it",
+        )
 
 
 def resumed(path: str | Path) -> None:
@@ -217,6 +222,13 @@ def new_folder(path: str | Path) -> None:
     """Raises RunFolderError where a folder is not new, or cannot be written."""
     target = expand(path)
     locks.check(target)
-    resume = "choose another --output, or go on with this run: --resume"
-    check_new(target, resume if (target / CONFIG).is_file() else "choose another --output")
+    check_new(target)
+    check_writable(target)
+
+
+def run_folder(path: str | Path) -> None:
+    """The same for a run; one that was stopped may go on in its folder."""
+    target = expand(path)
+    locks.check(target)
+    begun.check(target)
     check_writable(target)

@@ -24,7 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fitune.errors import ConfigError, RunFolderError, nearest
+from fitune.errors import ConfigError, FituneError, RunFolderError, nearest
 from fitune.scratch import TEMPORARY as TEMPORARY
 from fitune.scratch import Scratch
 
@@ -49,6 +49,20 @@ def disk(folder: Path, fix: str = FIX) -> Iterator[None]:
             received=os.strerror(number) if number else str(error),
             fix=fix,
         ) from error
+
+
+@contextmanager
+def full_disk(fix: str = FIX) -> Iterator[None]:
+    """A disk that is full is told as that, wherever it was noticed: libraries raise what they like."""
+    try:
+        yield
+    except FituneError:
+        raise
+    except Exception as error:
+        if (number := _error_number(error)) not in FULL:
+            raise
+        place = getattr(error, "filename", None) or "a file could not be written"
+        raise RunFolderError(f"{place}: the disk is full", received=os.strerror(number or 0), fix=fix) from error
 
 
 def _error_number(error: Exception) -> int | None:

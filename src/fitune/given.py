@@ -20,6 +20,7 @@ from fitune.cache import Cache
 from fitune.config import DataSource, RunConfig
 from fitune.errors import DataError, shorten
 from fitune.files import sha256, sync
+from fitune.scratch import Scratch
 
 KIND = "given"  # of the cache's folders
 OURS = re.compile(rf"{KIND}-[0-9a-f]{{64}}-\d+")
@@ -168,7 +169,9 @@ def keep(config: RunConfig, run: Path) -> tuple[RunConfig, dict[str, str]]:
 def _copied(path: Path, folder: Path) -> str:
     folder.mkdir(exist_ok=True)
     target = folder / f"{path.stem}-{path.parent.name.split('-')[1][:8]}{path.suffix}"
-    shutil.copyfile(path, target)
-    sync(target)
+    with Scratch(target, file=True) as temporary:
+        shutil.copyfile(path, temporary)
+        sync(temporary)
+        temporary.replace(target)
     sync(folder)
     return str(target)

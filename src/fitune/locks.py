@@ -130,10 +130,12 @@ def _release(path: Path, handle: int) -> None:
     """Remove the file, then let go of it; Windows removes none that is open."""
     if os.name == "nt":
         os.close(handle)
-    with suppress(OSError):
-        path.unlink()
-    if os.name != "nt":
-        os.close(handle)
+    try:
+        with suppress(OSError):
+            path.unlink()
+    finally:
+        if os.name != "nt":
+            os.close(handle)
 
 
 def holder(folder: Path) -> str | None:

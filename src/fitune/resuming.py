@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from fitune import environment, guards, optim, preflight, stepchecks
+from fitune import environment, guards, integrity, optim, planview, preflight, report, stepchecks
 from fitune.checkpoint import Loaded, RunFolder, restore_rng
+from fitune.config import RunConfig
 from fitune.console import Watcher
 from fitune.errors import RunFolderError
-from fitune.files import MANIFEST, whole
+from fitune.files import MANIFEST, whole, write_atomic
 from fitune.records import Finding
 
 Parameters = Mapping[str, torch.nn.Parameter]
@@ -47,6 +48,32 @@ def _noted(run: RunFolder) -> list[dict[str, Any]]:
     raise RunFolderError(
         f"{path}: broken", received=told, expected="a list of checks", fix="remove it: only the report reads it"
     )
+
+
+def pages_again(run: RunFolder) -> None:
+    """The pages of a finished run, where they are gone: all that they show is there."""
+    if not run.report.is_file():
+        report.write(run)
+    if not run.plan_page.is_file():
+        write_atomic(run.plan_page, planview.page(run.read("plan")))
+
+
+def check_same_settings(run: RunFolder, config: RunConfig) -> None:
+    """Raises RunFolderError where a run was begun in this folder by another command.
+
+    Args:
+        run: that is not finished.
+        config: as this command has it, resolved.
+    """
+    stored, mine = integrity.settings(run.read_config()), integrity.settings(config)
+    differing = [f"{name} {mine[name]} (the run has {stored[name]})" for name in mine if mine[name] != stored[name]]
+    if differing:
+        raise RunFolderError(
+            f"{run.path}: holds a run that is not finished, by other settings; nothing of yours is overwritten",
+            received="; ".join(differing),
+            fix="choose another --output, or go on with that run: "
+            f"fitune train --resume --output {shlex.quote(str(run.path))}",
+        )
 
 
 def problem(run: RunFolder, path: Path) -> str:

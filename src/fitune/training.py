@@ -23,6 +23,7 @@ import torch
 
 from fitune import (
     adapters,
+    begun,
     determinism,
     environment,
     given,
@@ -49,7 +50,7 @@ from fitune.checkpoint import Loaded, RunFolder, config_text
 from fitune.config import RunConfig, build, merge
 from fitune.console import NAME, RUN_FOLDER, Watcher
 from fitune.errors import ConfigError, Interrupted, RunFolderError
-from fitune.files import json_text, write_atomic
+from fitune.files import full_disk, json_text, write_atomic
 from fitune.generation import SIDE_BY_SIDE, Sampling, answers, expected, read
 from fitune.kernels.attention import chosen
 from fitune.kernels.target import of
@@ -116,7 +117,8 @@ def train(
     """
     watch = watch or Watcher()
     try:
-        return _train(config, resume, watch, outside)
+        with full_disk():
+            return _train(config, resume, watch, outside)
     finally:
         watch.stop()
 
@@ -145,34 +147,49 @@ def _alone(
     run: RunFolder, config: RunConfig, resume: bool, watch: Watcher, outside: Mapping[str, int] | None
 ) -> Result:
     """Train, as the one process that works in the folder."""
+    again = not resume and begun.check(run.path)
     if resume and _is_finished(run, watch):
+        resuming.pages_again(run)
         watch.say(
             f"{run.path}: this run is finished. To train it further: fitune train --adapter {run.path} --output NEW ..."
         )
         return Result(**run.read("result"), history=tuple(run.read_steps()))
-    if not resume:
-        run.check_free()
+    if again:  # the command that began a run and was stopped
+        _is_finished(run, watch)
     with determinism.exact(pick_device(config.device)):
         since = processor.moment()
         job = prepare(config, watch, outside)
         job.findings += _load(job, since)
         _tell(job, watch)
+        if again:
+            resuming.check_same_settings(run, job.config)
+            watch.say(f"{run.path}: this run was begun and not finished: going on with it")
+            resume = True
         if resume:
             _check_same_data(run, job)
         forget_peak(job.tuned.device)
         known = run.read("measured") if resume and run.has("measured") else None
         parts = known["micro_batch_parts"] if known else _rehearse(job, watch)
         determinism.strict((known or job.measured or {}).get("deterministic", True))
-        if not (resume and _has_begun(run)):
-            _begin(run, job, watch)
-        elif run.read_config().model != job.config.model:
-            integrity.replace(run, "config.yaml", config_text(job.config))  # the base was moved
-        with _stop_on_signal(watch) as stopped:
-            try:
+        with _told_how_to_go_on(run):
+            if not (resume and _has_begun(run)):
+                _begin(run, job, watch)
+            elif not again and run.read_config().model != job.config.model:
+                integrity.replace(run, "config.yaml", config_text(job.config))  # the base was moved
+            with _stop_on_signal(watch) as stopped:
                 return _loop(run, job, watch, resume=resume, stopped=stopped, parts=parts)
-            except KeyboardInterrupt:
-                newest = Path(run.newest_name()).name
-                raise _interrupted(run, f"stopped at once, last checkpoint: {newest}") from None
+
+
+@contextmanager
+def _told_how_to_go_on(run: RunFolder) -> Iterator[None]:
+    """A second Ctrl-C, and one before the first step: what is there, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not run.has_settings():
+            raise
+        newest = Path(run.newest_name()).name
+        raise _interrupted(run, f"stopped at once, last checkpoint: {newest}") from None
 
 
 def _is_finished(run: RunFolder, watch: Watcher) -> bool:
