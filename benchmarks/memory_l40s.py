@@ -7,10 +7,12 @@ config alone, and how far that is off.
     python benchmarks/memory_l40s.py --table FILE [--json] [--only NAME ...] [--longest N] [--fit]
 
 The runs are a plain loop over transformers and PEFT, not fitune's: padded batches of 4, AdamW of torch (foreach),
-cuBLAS' workspaces, weights in one block (transformers reserves one before it loads). The order of the rows is not
-known, so a short history stands for thousands of steps: a short batch, an emptied cache (as around each evaluation),
-the longest batch, the next in its bucket (0.9 of it), a middling one. Beside the history there is one number that the
-table does not give, the tokens of the longest row: `--fit` finds it on the one run that is meant for that.
+cuBLAS' workspaces, weights in one block (transformers reserves one before it loads). Before the first step the method
+is put on the model, with its decompositions and what it leaves in main memory. The order of the rows is not known, so a
+short history stands for thousands of steps, as the script goes: buckets of twenty batches, the longest first, the cache
+emptied after every tenth step. So: a batch of another bucket, an emptied cache, the longest batch, the next two of its
+bucket, which are far shorter (80 rows of 210 tokens on average). Beside the history there is one number that the table
+does not give, the tokens of the longest row: `--fit` finds it on the one run that is meant for that.
 """
 
 from __future__ import annotations
@@ -34,18 +36,19 @@ from peft.optimizers import create_lorafa_optimizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fitune.kernels.target import Target
-from fitune.memory import trace
+from fitune.memory import plan
 from fitune.memory.allocator import EMPTY_CACHE, Allocator, Event
 from fitune.memory.cuda import Cuda
-from fitune.memory.trace import Building, Tracer
+from fitune.memory.trace import Tracer
+from peft_before import as_of
 
 # an Ampere GPU or newer; no multiprocessors: a plain script does not ask for deterministic kernels, which take more
 GPU = Target("cuda", (8, 0))
 
-LONGEST = 641  # fitted on FITTED_ON alone, with --fit
+LONGEST = 684  # fitted on FITTED_ON alone, with --fit
 FITTED_ON = "lora--llama-3.2-3B-rank32"
-FITS = range(636, 652)
-HISTORY = (0.25, 0.0, 1.0, 0.9, 0.5)  # lengths in times of the longest; 0: the cache is emptied
+FITS = range(660, 700, 8)
+HISTORY = (0.6, 0.0, 1.0, 0.6, 0.5)  # lengths in times of the longest; 0: the cache is emptied
 WORKSPACE = 8_519_680  # of cuBLAS, once for the forward and once for the backward thread, before Hopper
 ROWS = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,23 +60,34 @@ def peft_config(values: Mapping[str, Any]) -> Any:
     """The config of a run's method, of what the installed PEFT knows of it."""
     kind = values["peft_type"]
     made = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    known = set(inspect.signature(made).parameters) - {"peft_type", "peft_version", "rank_pattern", "megatron_core"}
+    known = set(inspect.signature(made).parameters) - {"peft_type", "peft_version", "megatron_core"}
+    # AdaLoRA's ranks at the end of a run are lists, and no setting; other methods' are numbers
+    if any(isinstance(one, list) for one in (values.get("rank_pattern") or {}).values()):
+        known -= {"rank_pattern"}
     given = {"task_type": "CAUSAL_LM", **values}
     given |= {name: value for name, value in BESIDE.get(kind, {}).items() if name not in values}
     return made(**{name: value for name, value in given.items() if name in known})
 
 
-def build(row: Mapping[str, Any], shape: Mapping[str, Any]) -> Any:
-    """The model of a run on meta, with its method."""
-    with Building(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=DTYPES[row.get("dtype") or "bfloat16"])
-        if row["peft_config"]:
-            how = {"autocast_adapter_dtype": bool(row.get("autocast_adapter_dtype", True))}
-            model = get_peft_model(model, peft_config(row["peft_config"]), **how)
-        if row.get("use_gc"):
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
+def build(row: Mapping[str, Any], shape: Mapping[str, Any]) -> tuple[Any, Tracer]:
+    """The model of a run with its method, and what saw it being put on."""
+
+    def make() -> Any:
+        return AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=DTYPES[row.get("dtype") or "bfloat16"])
+
+    model, tracer = plan.start(make, lambda base: _with_method(base, row), GPU)
+    if row.get("use_gc"):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train(), tracer
+
+
+def _with_method(base: Any, row: Mapping[str, Any]) -> Any:
+    if not row["peft_config"]:
+        return base
+    how = {"autocast_adapter_dtype": bool(row.get("autocast_adapter_dtype", True))}
+    with as_of((row.get("versions") or {}).get("peft-version")):
+        return get_peft_model(base, peft_config(row["peft_config"]), **how)
 
 
 def optimizer_of(row: Mapping[str, Any], model: Any) -> torch.optim.Optimizer:
@@ -101,13 +115,13 @@ def batch(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.full((ROWS, length), 5), mask
 
 
-def traced(row: Mapping[str, Any], shape: Mapping[str, Any], lengths: Sequence[int]) -> tuple[list[Event], int, int]:
-    """Events of a run over batches of these lengths, how many of them are the weights', and its trainable weights."""
-    model = build(row, shape)
-    tracer = Tracer(GPU)
-    with tracer.during("load"):
-        trace.shadows(model, tracer)
-    weights = len(tracer.events)
+def traced(
+    row: Mapping[str, Any], shape: Mapping[str, Any], lengths: Sequence[int]
+) -> tuple[list[Event], tuple[int, int], int]:
+    """Events of a run over batches of these lengths, the marks among them (see `reserved`), its trainable weights."""
+    model, tracer = build(row, shape)
+    loaded = next(at for at, phase, _ in tracer.course if phase == "start")
+    begun = len(tracer.events)
     parameters = [p for p in model.parameters() if p.requires_grad]
     with tracer, Cuda(GPU):
         optimizer = optimizer_of(row, model)
@@ -128,17 +142,23 @@ def traced(row: Mapping[str, Any], shape: Mapping[str, Any], lengths: Sequence[i
             if hasattr(getattr(model, "base_model", None), "update_and_allocate"):
                 model.base_model.update_and_allocate(step + 1)
     tracer.close()
-    return tracer.events, weights, sum(p.numel() for p in parameters)
+    return tracer.events, (loaded, begun), sum(p.numel() for p in parameters if p.requires_grad)
 
 
-def reserved(events: Sequence[Event], weights: int) -> tuple[int, int]:
-    """The most bytes reserved and allocated."""
+def reserved(events: Sequence[Event], marks: tuple[int, int]) -> tuple[int, int]:
+    """The most bytes reserved and allocated.
+
+    Args:
+        events: of a whole run.
+        marks: how many of them load the weights, and how many there are before the first step.
+    """
     allocator = Allocator()
-    everything = sum(size for _, size in events[:weights] if size > 0)
+    loaded, begun = marks
+    everything = sum(size for _, size in events[:loaded] if size > 0)
     allocator.allocate(-2, everything)  # transformers reserves room for all weights at once
     allocator.free(-2)
     for number, (key, size) in enumerate(events):
-        if number == weights:
+        if number == begun:
             allocator.allocate(-3, WORKSPACE)
             allocator.allocate(-4, WORKSPACE)
         if key == EMPTY_CACHE:
@@ -155,14 +175,14 @@ def predict(row: Mapping[str, Any], shape: Mapping[str, Any], longest: int) -> d
     began = time.perf_counter()
     result: dict[str, Any] = {"name": row["name"], "measured_bytes": row["measured"]["max_reserved_bytes"]}
     try:
-        events, weights, trainable = traced(row, shape, [round(longest * times) for times in HISTORY])
+        events, marks, trainable = traced(row, shape, [round(longest * times) for times in HISTORY])
     except Exception as error:
         return {
             **result,
             "predicted_bytes": None,
             "why": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
         }
-    most, allocated = reserved(events, weights)
+    most, allocated = reserved(events, marks)
     return {
         **result,
         "predicted_bytes": most,

@@ -55,7 +55,7 @@ def operations(method: str, kind: str, documents: int, tokens: int = 512) -> Cou
     config = contract.config_for(method, "bf16")
     samples = rows(documents, tokens)
     work = plan.Work(config, tiny.make_model(kind).config, [[flat(samples, range(documents))]])
-    tracer = plan.traced(plan.without_values(work), work, target.AMPERE)
+    tracer = plan.traced(work, target.AMPERE)
     return Counter(block.op for block in tracer.blocks)
 
 

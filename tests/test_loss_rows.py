@@ -42,11 +42,11 @@ def gpu(budget: int, total: int | None = None) -> device.Device:
 
 def reads(config: RunConfig, rows: int | str) -> list[int]:
     """Rows of each time the head is read forward, in a step on a GPU."""
-    there = work()
-    model = plan.without_values(replace(there, config=config.model_copy(update={"loss_rows": rows}), held_out=None))
+    there = replace(work(), config=config.model_copy(update={"loss_rows": rows}), held_out=None)
+    model, tracer = plan.started(there, AMPERE)
     seen: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
-    plan.traced(model, replace(there, config=config, held_out=None), AMPERE)
+    plan.over(model, tracer, there, AMPERE)
     return seen
 
 

@@ -71,11 +71,11 @@ def really(config: RunConfig, kind: str, work: plan.Work, quant: str) -> int:
 
 
 def predicted(work: plan.Work) -> Tracer:
-    return plan.traced(plan.without_values(work), work)
+    return plan.traced(work)
 
 
 def most(tracer: Tracer) -> int:
-    return plan.usage(tracer).peak.bytes
+    return plan.usage(tracer, without="start").peak.bytes  # what is measured begins with the method on the model
 
 
 def refused(variant: str, kind: str, config: RunConfig, quant: str) -> bool:
@@ -151,7 +151,8 @@ def test_parts_add_up_and_every_phase_is_there() -> None:
     )
     tracer = predicted(work)
     seen = plan.usage(tracer)
-    assert [moment.phase for moment in seen.phases] == list(plan.PHASES)
+    # with every weight trained nothing is put on the model
+    assert [moment.phase for moment in seen.phases] == [name for name in plan.PHASES if name != "start"]
     for moment in seen.phases:
         assert sum(moment.parts.values()) == moment.bytes
     assert seen.peak == max(seen.phases, key=lambda moment: moment.bytes)
@@ -170,9 +171,8 @@ def test_quantized_weights_and_their_constants_are_those_of_the_loaded_model() -
         config = contract.config_for("lora", quant=quant)
         work = plan.Work(config, tiny.make_model("llama").config, [[batch(5)]])
         parts = plan.usage(predicted(work)).phases[0].parts
-        model = adapters.attach(contract.make_base("llama", "fp32", None, quant), config)
         tracer = Tracer()
-        there = trace.count(model, tracer)
+        there = trace.count(contract.make_base("llama", "fp32", None, quant), tracer)
         assert sum(parts.values()) == there
         assert parts[trace.CONSTANTS] > 0
 
@@ -278,7 +278,7 @@ def test_autocast_on_a_gpu_computes_norms_in_float32() -> None:
 def test_a_checkpointed_block_is_recomputed_as_a_gpu_would() -> None:
     config = contract.config_for("lora", "bf16", checkpointing=True)
     work = plan.Work(config, tiny.make_model("llama").config, [[batch(60, 30)]])
-    tracer = plan.traced(plan.without_values(work), work, AMPERE)
+    tracer = plan.traced(work, AMPERE)
     found = {(block.region, block.op.rpartition("::")[2]) for block in tracer.blocks}
     assert ("forward", "_flash_attention_forward") in found
     assert ("backward", "_flash_attention_forward") in found

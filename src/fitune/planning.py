@@ -338,7 +338,7 @@ def verify(config: RunConfig, watch: Watcher | None = None) -> Verified:
     job = prepare(resolve(config), watch or Watcher())
     work = _three(job)
     target = of(job.tuned.device)
-    seen = plans.usage(plans.traced(plans.without_values(work), work, target))
+    seen = plans.usage(plans.traced(work, target), without="start")  # the job has its method already
     measured, allocated = _really(job, work)
     phases = {moment.phase: moment.bytes for moment in measured.phases}
     parts = dict.fromkeys([*seen.peak.parts, *measured.peak.parts])
@@ -361,7 +361,7 @@ def _three(job: Job) -> plans.Work:
 def _really(job: Job, work: plans.Work) -> tuple[plans.Usage, int]:
     """What a trace of real tensors sees, and, the work done once more, the most bytes that torch counts itself."""
     model, cuda = job.tuned.model, job.tuned.device.type == "cuda"
-    tracer = trace.Tracer(of(job.tuned.device))
+    tracer = trace.Tracer(of(job.tuned.device), real=True)
     tracer.at("load")
     there = trace.count(model, tracer)
     tracer.at("")

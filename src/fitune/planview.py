@@ -72,6 +72,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 MIB, GIB = 2**20, 2**30
 PLACES = {
     "load": "while the model is loaded",
+    "start": "while the method is put on the model",
     "forward": "in the forward pass",
     "backward": "in the backward pass",
     "checkpoint": "while a checkpoint is written",

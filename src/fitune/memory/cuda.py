@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from fitune.kernels.flash import HALF, WIDEST
 from fitune.kernels.target import AMPERE, Target, of, planned
+from fitune.memory.sparse import OnPaper
 
 aten = torch.ops.aten
 
@@ -35,7 +34,7 @@ FLOAT32 = frozenset(
 )  # fmt: skip
 
 
-class Cuda(TorchFunctionMode):
+class Cuda(OnPaper):
     """See the module's text.
 
     Args:
@@ -62,21 +61,10 @@ class Cuda(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return attention(*args, **kwargs)
-        if func is Tensor.backward:  # blocks that are recomputed call functions inside of it, which are to come here
-            with self:
-                return _engine_run_backward(
-                    (args[0],),
-                    (torch.ones_like(args[0]),),
-                    False,
-                    False,
-                    (),
-                    allow_unreachable=True,
-                    accumulate_grad=True,
-                )
         if func in FLOAT32 and torch.is_autocast_enabled("cpu"):
             args = [_wide(one) for one in args]
             kwargs = {name: _wide(one) for name, one in kwargs.items()}
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _wide(value: Any) -> Any:

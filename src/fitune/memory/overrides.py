@@ -24,6 +24,38 @@ SUPPOSED: dict[Any, Callable[..., Any]] = {
 }
 
 
+# How many elements of a mask are true, where its history tells it without a value: none is infinite or not a number,
+# and a mask that was zeros has as many as were scattered into it. A shape that such a mask decides follows from it.
+TRUE = "fitune_true"
+KEEP_TRUE = {
+    f"aten::{name}"
+    for name in ("_to_copy", "alias", "any", "bitwise_or", "clone", "detach", "eq", "expand", "logical_or", "reshape",
+                 "select", "slice", "squeeze", "unsqueeze", "view")
+}  # fmt: skip
+
+
+def true_of(tensor: Any) -> int | None:
+    """How many elements are true, if that is known."""
+    found = getattr(tensor, TRUE, None)
+    return None if found is None else int(found)
+
+
+def note_true(func: Any, args: Sequence[Any], out: Any) -> None:
+    """Remember it for what an operation on meta gave."""
+    if not args or not isinstance(out, Tensor):
+        return
+    name, first = func._schema.name, args[0]
+    second = args[1] if len(args) > 1 else None
+    found = true_of(first) if name in KEEP_TRUE else None
+    infinite = name == "aten::eq" and isinstance(second, float) and abs(second) == float("inf")
+    if infinite or name in ("aten::isinf", "aten::isnan") or (name == "aten::ne" and second is first):
+        found = 0
+    elif name in ("aten::scatter", "aten::scatter_"):
+        found = args[2].numel()
+    if found is not None:
+        setattr(out, TRUE, found)
+
+
 # While a model is built on meta: operations that meta does not have, since their outputs depend on values.
 BUILDING: dict[Any, Callable[..., Any]] = {
     aten.bincount.default: lambda x, weights=None, minlength=0: x.new_ones(max(1, minlength)),
@@ -60,10 +92,18 @@ def _lstm(target: Target, x: Tensor, *rest: Any) -> Any:
     return out, hidden, cell, out.new_empty(size, dtype=torch.uint8)
 
 
+def _svd(target: Target, x: Tensor, *rest: Any, **how: Any) -> Any:
+    """On a CPU LAPACK leaves both factors column by column, on meta (as cuSOLVER) the second row by row, so that its
+    first rows are a view there (aten/src/ATen/native/BatchLinearAlgebra.cpp, _linalg_svd)."""
+    u, s, vh = aten._linalg_svd.default(x, *rest, **how)
+    return (u, s, vh.mT.contiguous().mT) if target.kind == "cpu" else (u, s, vh)
+
+
 # Operations that meta does in another way: (target, args, kwargs) -> outputs.
 STANDS_IN: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.mkldnn_rnn_layer.default: _lstm,
+    aten._linalg_svd.default: _svd,
 }
 
 

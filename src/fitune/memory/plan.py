@@ -8,8 +8,7 @@ run's own code goes over shadows (trace.py); no weight is read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -24,6 +23,8 @@ from fitune.memory import allocator, answers, chunks, device, trace
 from fitune.memory.closed import closed
 from fitune.memory.cuda import Cuda
 from fitune.memory.measure import resident_mib
+from fitune.memory.places import Starting, put_host_apart
+from fitune.memory.sparse import OnPaper
 from fitune.memory.trace import Blind, Block, Building, Tracer
 from fitune.methods import new_tokens
 from fitune.model import causal_lm, checkpoint_blocks, loss_rows, outline, set_loss_rows, trainable
@@ -32,7 +33,7 @@ from fitune.step import LossScale, apply_gradients, held_out_loss, make_gradient
 
 MIB = 2**20
 POINTS = 160  # of a timeline
-PHASES = ("load", "forward", "loss", "backward", "update", "evaluation", "answers", "checkpoint")
+PHASES = ("load", "start", "forward", "loss", "backward", "update", "evaluation", "answers", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -133,41 +134,95 @@ def without_words(config: RunConfig) -> RunConfig:
 
 def without_values(work: Work) -> Any:
     """The model of a run with its method on it, on meta."""
-    config = work.config
-    method = methods.find(config.method)
-    storage = config.storage_dtype if method.low_precision_base else config.trainable_dtype
     state = torch.get_rng_state()
     with Building(), torch.device("meta"):
-        base = outline(work.shape, precision=config.precision, quant=config.quant, storage=storage)
-        family = families.of(base)
-        if work.added:
-            new_tokens.add_rows(base, work.added)
-        model = adapters.attach(base, config)
-        checkpoint_blocks(model, family, config.checkpointing)
-    set_loss_rows(model, config)
+        model = _with_method(_base(work), work)
     torch.set_rng_state(state)
     return model
 
 
-def traced(model: Any, work: Work, target: Target = CPU) -> Tracer:
-    """Everything that the steps, an evaluation and a checkpoint allocate.
+def _base(work: Work) -> Any:
+    """The model of a run before its method is put on it."""
+    config = work.config
+    method = methods.find(config.method)
+    storage = config.storage_dtype if method.low_precision_base else config.trainable_dtype
+    base = outline(work.shape, precision=config.precision, quant=config.quant, storage=storage)
+    if work.added:
+        new_tokens.add_rows(base, work.added)
+    return base
+
+
+def _with_method(base: Any, work: Work) -> Any:
+    family = families.of(base)
+    model = adapters.attach(base, work.config)
+    checkpoint_blocks(model, family, work.config.checkpointing)
+    set_loss_rows(model, work.config)
+    return model
+
+
+def start(
+    make: Callable[[], Any], attach: Callable[[Any], Any], target: Target = CPU, *, apart: bool = True
+) -> tuple[Any, Tracer]:
+    """A model of shadows with its method, and the tracer that saw them made: the phases "load" and "start".
 
     Args:
-        model: as `without_values` gave it; it is of no use afterwards.
-        work: what goes over it.
+        make: the model without the method; called where tensors are made on meta.
+        attach: puts the method on it, and gives the whole.
+        target: where it is to run.
+        apart: on a GPU, what the method makes in main memory stays there.
+    """
+    with Building(), torch.device("meta"):
+        base = make()
+    tracer = Tracer(target)
+    with tracer.during("load"):
+        trace.shadows(base, tracer)
+    try:
+        with tracer, Starting(tracer, apart=apart and target.kind == "cuda"), tracer.during("start"):
+            model = attach(base)
+    except Exception as error:
+        if not apart or "CUDA" not in f"{error}{error.__cause__}":
+            raise
+        # code that asks for the GPU by itself cannot be shown one here: then all that it makes lies there
+        return start(make, attach, target, apart=False)
+    put_host_apart(model, tracer)
+    with tracer.during("start"):
+        trace.shadows(model, tracer)  # what the method made without a tracer; the others get their categories
+    return model, tracer
+
+
+def started(work: Work, target: Target = CPU) -> tuple[Any, Tracer]:
+    """The model of a run with its method on it, of shadows, and the tracer that saw it being made.
+
+    Args:
+        work: what is to be done.
         target: where it is to run.
     """
-    tracer = Tracer(target)
     state = torch.get_rng_state()
-    tracer.at("load")
-    trace.shadows(model, tracer)
-    tracer.at("")
+    made = start(lambda: _base(work), lambda base: _with_method(base, work), target)
+    torch.set_rng_state(state)
+    return made
+
+
+def over(model: Any, tracer: Tracer, work: Work, target: Target = CPU) -> Tracer:
+    """The tracer, after the steps, an evaluation and a checkpoint.
+
+    Args:
+        model, tracer: as `started` gave them; they are of no use for anything else afterwards.
+        work: what goes over the model.
+        target: where it is to run.
+    """
+    state = torch.get_rng_state()
     on_gpu = target.kind == "cuda"
-    with Cuda(target) if on_gpu else nullcontext():
+    with Cuda(target) if on_gpu else OnPaper():
         go(model, work, tracer, on_gpu=on_gpu)
     tracer.close()
     torch.set_rng_state(state)
     return tracer
+
+
+def traced(work: Work, target: Target = CPU) -> Tracer:
+    """Everything that the start, the steps, an evaluation and a checkpoint allocate."""
+    return over(*started(work, target), work, target)
 
 
 def go(model: Any, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False) -> None:
@@ -212,10 +267,11 @@ class Usage:
     timeline: list[dict[str, Any]]
 
 
-def usage(tracer: Tracer) -> Usage:
-    """See Usage."""
+def usage(tracer: Tracer, *, without: str = "") -> Usage:
+    """See Usage. without: a phase that does not count."""
     spans = _spans(tracer)
     totals, tops = _totals(tracer, spans)
+    tops.pop(without, None)
     highest = max(tops, key=lambda phase: totals[tops[phase]])
     step = max(1, len(totals) // POINTS)
     points = sorted({max(range(at, min(at + step, len(totals))), key=totals.__getitem__)
@@ -342,7 +398,7 @@ def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int
     trained = sum(p.numel() for p in trainable(model).values())
     total = sum(quant.numel(p) for p in model.parameters())
     try:
-        tracer = traced(model, work, where.target)
+        tracer = traced(work, where.target)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         seen, figures = _by_forms(forms), {}
@@ -431,7 +487,7 @@ def _allocator(tracer: Tracer, where: device.Device) -> dict[str, int]:
 
 def with_workspaces(tracer: Tracer, size: int) -> list[allocator.Event]:
     """The events, with cuBLAS' workspaces behind the weights: one for each thread that multiplies."""
-    loaded = next((at for at, phase, _ in tracer.course if phase not in ("", "load")), len(tracer.events))
+    loaded = next((at for at, phase, _ in tracer.course if phase not in ("", "load", "start")), len(tracer.events))
     first = len(tracer.blocks)
     return [*tracer.events[:loaded], (first, size), (first + 1, size), *tracer.events[loaded:]]
 

@@ -266,7 +266,7 @@ def _small(config: RunConfig, shape: Any, depth: int, target: Target) -> _Line:
     work = plan.Work(config, small, [[warm], *([batch] for batch in batches)], None, layout)
     model = plan.without_values(work)
     counted = flops.counts(model, config)
-    tops = plan.tops_of_steps(plan.traced(model, work, target))[1:]
+    tops = plan.tops_of_steps(plan.traced(work, target))[1:]
     slopes = {phase: (tops[1][phase] - tops[0][phase]) / (TOKENS[1] - TOKENS[0]) for phase in tops[0]}
     return _Line({p: (tops[0][p] - slopes[p] * TOKENS[0], slopes[p]) for p in slopes}, counted)
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fitune.kernels.target import CPU, Target
 from fitune.memory import overrides
 
+aten = torch.ops.aten
 REAL = 2**16  # elements up to which integer tensors are computed
 META = torch.device("meta")
 
@@ -93,6 +94,14 @@ class Shadow(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Another shadow, of memory of its own."""
+        if id(self) not in memo:
+            made = self.detach().clone()
+            kept = nn.Parameter(made, requires_grad=self.requires_grad) if isinstance(self, nn.Parameter) else made
+            memo[id(self)] = kept
+        return memo[id(self)]
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Work on shadows is the tracer's; outside of it there is none."""
@@ -149,6 +158,7 @@ class Building(_Mode):
         return overrides.BUILDING.get(func, func)(*args, **(kwargs or {}))
 
 
+ON_HOST = -1  # in a block's place: it is not on the device that is planned for
 FAILED = "failed"  # a phase that no plan and no figure tells of
 
 
@@ -157,18 +167,21 @@ class Tracer(_Mode):
 
     Args:
         target: whose kernels' own memory is counted.
+        real: it measures: nothing is made a shadow.
 
     `events` are (number of a block, bytes), negative where it is freed; `blocks` by that number; `course` says from
     which event on which phase and region it was.
     """
 
-    def __init__(self, target: Target = CPU) -> None:
+    def __init__(self, target: Target = CPU, *, real: bool = False) -> None:
         super().__init__()
-        self.target = target
+        self.target, self.real = target, real
         self.blocks: list[Block] = []
         self.events: list[tuple[int, int]] = []
         self.course: list[tuple[int, str, str]] = []
         self.phase = self.region = self.module = ""
+        self.host = False  # what is made now lies in main memory beside a GPU, and is not counted
+        self.lost: set[int] = set()  # storages of real tensors that a shadow was written into
         self._results: dict[Any, Any] = {}  # of operations that were asked before
         self._live: dict[int, tuple[int, Any]] = {}  # of a storage: its block, and what tells of its end
         self._open = True
@@ -242,30 +255,45 @@ class Tracer(_Mode):
 
     def own(self, tensor: Tensor, category: str) -> Block:
         """Give the storage of a tensor its category; from now on it is counted."""
-        block = self.blocks[self._see(tensor.meta if isinstance(tensor, Shadow) else tensor, "")]
-        block.category = category
-        return block
+        number = self._see(tensor.meta if isinstance(tensor, Shadow) else tensor, "")
+        if number == ON_HOST:
+            return Block(0, self.phase, self.region, self.module, "", 0)
+        self.blocks[number].category = category
+        return self.blocks[number]
 
     def category(self, tensor: Tensor) -> str:
         """Of a tensor that is counted already."""
         known = self._live.get(tensor.untyped_storage()._cdata)
-        return self.blocks[known[0]].category if known else ""
+        return self.blocks[known[0]].category if known and known[0] != ON_HOST else ""
+
+    def counts(self, tensor: Tensor) -> bool:
+        """Is it counted: does it lie on the device that is planned for?"""
+        inner = tensor.meta if isinstance(tensor, Shadow) else tensor
+        known = self._live.get(inner.untyped_storage()._cdata) if inner.layout == torch.strided else None
+        return known is not None and known[0] != ON_HOST
 
     def _see(self, tensor: Tensor, op: str) -> int:
+        if tensor.layout == torch.sparse_coo:
+            self._see(tensor._indices(), op)
+            return self._see(tensor._values(), op)
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._live.get(key)
         if known is not None:
             return known[0]
         number, size = len(self.blocks), storage.nbytes()
-        self.blocks.append(Block(size, self.phase, self.region, self.module, op, len(self.events)))
-        self.events.append((number, size))
+        if self.host:
+            number = ON_HOST
+        else:
+            self.blocks.append(Block(size, self.phase, self.region, self.module, op, len(self.events)))
+            self.events.append((number, size))
         self._live[key] = (number, weakref.ref(storage, partial(self._freed, key)))
         return number
 
     def _freed(self, key: int, _: object) -> None:
         number, _ref = self._live.pop(key)
-        if self._open:
+        self.lost.discard(key)
+        if self._open and number != ON_HOST:
             self._release(number)
 
     def _release(self, number: int) -> None:
@@ -286,18 +314,24 @@ class Tracer(_Mode):
         found = _Tensors()
         inner = [found.unwrap(one) for one in args]
         inner_kwargs = {name: found.unwrap(one) for name, one in kwargs.items()}
-        if not found.shadows and (found.reals or not _becomes_shadow(func, args, kwargs)):
-            from_outside = {t.untyped_storage()._cdata for t in found.reals.values()} - self._live.keys()
+        if not found.shadows and (self.real or found.reals or not _becomes_shadow(func, args, kwargs)):
+            from_outside = {
+                t.untyped_storage()._cdata for t in found.reals.values() if t.layout == torch.strided
+            } - self._live.keys()
             out = func(*args, **kwargs)
             self._count(func, args, kwargs, out, from_outside)
             return out
         if func in overrides.SUPPOSED:
-            return overrides.SUPPOSED[func](*args, **kwargs)
+            known = overrides.true_of(inner[0])
+            return overrides.SUPPOSED[func](*args, **kwargs) if known is None else known > 0
         if found.reals:
+            if func._schema.is_mutable and isinstance(args[0], Tensor) and not isinstance(args[0], Shadow):
+                self.lost.add(args[0].untyped_storage()._cdata)
             inner, inner_kwargs = [found.to_meta(one) for one in inner], found.to_meta(inner_kwargs)
         if "device" in inner_kwargs or not found.shadows:
             inner_kwargs["device"] = META
         out = self._on_meta(func, inner, inner_kwargs)
+        overrides.note_true(func, inner, out)
         self._count(func, inner, inner_kwargs, out)
         return found.wrap(out)
 
@@ -310,6 +344,8 @@ class Tracer(_Mode):
             made = [like if spec is None else torch.empty_strided(*spec[:2], dtype=spec[2], device=META)
                     for like, spec in known[1]]  # fmt: skip
             return made[0] if known[0] is None else known[0](made)
+        if func is aten.nonzero.default and (true := overrides.true_of(args[0])) is not None:
+            return args[0].new_empty((true, args[0].ndim), dtype=torch.long)
         stand_in = overrides.STANDS_IN.get(func)
         out = stand_in(self.target, *args, **kwargs) if stand_in else func(*args, **kwargs)
         if key is not None and known is None:
@@ -328,7 +364,9 @@ class Tracer(_Mode):
         if own is not None:
             self._inside_kernel(own(self.target, args, kwargs, out), name)
         for one in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(one, Tensor) and (not outside or one.untyped_storage()._cdata not in outside):
+            if not isinstance(one, Tensor):
+                continue
+            if not outside or one.layout != torch.strided or one.untyped_storage()._cdata not in outside:
                 self._see(one, name)
         if name in CASTS and args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
             self._cast(args[0], out)
@@ -336,9 +374,12 @@ class Tracer(_Mode):
     def _cast(self, source: Tensor, out: Tensor) -> None:
         """A weight made plain, or cast, for a product."""
         known = self._live.get(source.untyped_storage()._cdata)
-        if known is None or self.blocks[known[0]].category not in (WEIGHTS, TRAINABLE):
+        there = self._live[out.untyped_storage()._cdata][0]
+        if known is None or ON_HOST in (known[0], there):
             return
-        made = self.blocks[self._live[out.untyped_storage()._cdata][0]]
+        if self.blocks[known[0]].category not in (WEIGHTS, TRAINABLE):
+            return
+        made = self.blocks[there]
         made.category = made.category or PLAIN
 
     def brief(self, size: int, op: str) -> None:
@@ -445,7 +486,7 @@ class _Tensors:
 
 
 # What code looks into: masks, positions, bounds, the codes of bitsandbytes. Of these small ones are computed.
-LOOKED_INTO = {f"aten::{name}" for name in ("arange", "full", "linspace", "ones", "scalar_tensor", "zeros")}
+LOOKED_INTO = {f"aten::{name}" for name in ("arange", "full", "linspace", "ones", "randperm", "scalar_tensor", "zeros")}
 
 
 def _becomes_shadow(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -456,7 +497,7 @@ def _becomes_shadow(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     dtype = kwargs.get("dtype")
     if schema.name not in LOOKED_INTO and (dtype is None or dtype.is_floating_point):
         return True
-    if schema.name in ("aten::arange", "aten::linspace"):
+    if schema.name in ("aten::arange", "aten::linspace", "aten::randperm"):
         return max((abs(one) for one in args if isinstance(one, (int, float))), default=0) > REAL
     shape = args[0] if args and isinstance(args[0], (list, tuple)) else ()
     return math.prod(shape) > REAL
@@ -515,6 +556,10 @@ class _Shadows:
         """One tensor's; a parameter stays one, and what is remembered beside it becomes a shadow too."""
         if id(tensor) in self.made:
             return self.made[id(tensor)][0]
+        small = tensor.device != META and not tensor.is_floating_point() and tensor.numel() <= REAL
+        if isinstance(tensor, Shadow) or small:  # made by what was traced; code looks into small ones
+            self.tracer.own(tensor, category)
+            return tensor
         made: Any = _kind(type(tensor).__name__)(tensor.detach().to(META), requires_grad=tensor.requires_grad)
         self.tracer.own(made, category)
         if isinstance(tensor, nn.Parameter):

@@ -18,6 +18,7 @@ from fitune.methods.base import Method, Quantized, short, targets
 
 START = "peft:"
 VIRTUAL_TOKENS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "LN_TUNING")  # and what trains norms alone
+OWN_TARGETS = ("ADAPTION_PROMPT", "LN_TUNING")  # whole attentions, norms: PEFT knows which
 NEEDS_MORE = {
     "ADALORA": "it moves ranks between layers by calls of its own, and adds a term to the loss",
     "CPT": "it has a loss of its own",
@@ -25,6 +26,7 @@ NEEDS_MORE = {
     "POLY": "every row needs the number of its task",
     "XLORA": "it mixes adapters that must be there already",
     "CARTRIDGE": "it learns from another model's answers",
+    "SHADOW": "a second model runs beside it, through calls of the whole model alone",
     "TRAINABLE_TOKENS": "use --new-tokens",
 }
 
@@ -46,11 +48,20 @@ class Other(Method):
         """See Method.attach."""
         maker = PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]  # type: ignore[index]
         given = dict(config.peft)
-        if "target_modules" in inspect.signature(maker).parameters:
+        wanted = given.get("target_modules", "auto")
+        if wanted == "auto" and self.kind in OWN_TARGETS:
+            given.pop("target_modules", None)
+        elif "target_modules" in inspect.signature(maker).parameters:
             names = targets(model, given.pop("target_modules", "auto"), family.lora_targets, "peft.target_modules")
             given["target_modules"] = short(names, model)
         try:
             return get_peft_model(model, maker(task_type="CAUSAL_LM", **given))
+        except ImportError as error:
+            raise ConfigError(
+                f"{self.name}: PEFT needs a package for it that is not here",
+                received=" ".join(str(error).split())[:300],
+                fix="install that package (pip install PACKAGE), or take another method",
+            ) from error
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             raise ConfigError(
                 f"{self.name}: PEFT does not take it",
