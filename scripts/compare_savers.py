@@ -93,7 +93,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     shape = read_config(folder / "model")
     micro = [steps.made_up(config.batch_size, length, shape.vocab_size)] * config.accumulation
     work = plans.Work(config, shape, [[steps.made_up(1, length, shape.vocab_size)], micro])
-    said = plans.usage(plans.traced(plans.without_values(work), work)).peak
+    said = plans.usage(plans.traced(work), without="start").peak
     model = ready(folder / "model", config)
     now = most = trace.count(model, trace.Tracer())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
