@@ -72,8 +72,10 @@ def resume_from(run: Path, out: Path) -> Any:
     """The settings of a run that goes on from another one's adapter."""
     from fitune.prepare import resolve
 
-    data = tiny.write_rows(out / "more.jsonl", 4)
-    return resolve(build({"model": str(RunFolder(run).read_config().model), "data": [str(data)], "adapter": str(run)}))
+    data, owner = tiny.write_rows(out / "more.jsonl", 4), run if (run / "config.yaml").is_file() else run.parent
+    return resolve(
+        build({"model": str(RunFolder(owner).read_config().model), "data": [str(data)], "adapter": str(run)})
+    )
 
 
 def flip(path: Path, at: int = -3) -> None:
@@ -214,6 +216,15 @@ def unseal(run: Path) -> None:
         (folder / files.MANIFEST).write_text(json.dumps(found["files"]))
 
 
+def test_the_adapter_folder_by_itself_is_checked_too(done: Path, tmp_path: Path) -> None:
+    """That of a full tuning is a model folder, which can be talked to."""
+    (done / "adapter" / "config.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"adapter/config\.json is there and was not sealed"):
+        load(done / "adapter")
+    with pytest.raises(RunFolderError, match=r"adapter/config\.json is there and was not sealed"):
+        resume_from(done / "adapter", tmp_path)
+
+
 # ---- checkpoints ----
 
 
@@ -259,14 +270,14 @@ def test_the_best_checkpoint_is_verified_before_it_is_the_result(stopped: Path, 
     run, loss = checked(stopped), 2.0
     path = run.checkpoint(4)
     parameters = {name: torch.nn.Parameter(t) for name, t in run.load(path).trainable.items()}
-    put = resuming.back_to_best(run, parameters, 4, loss, lambda: loss, Watcher())
+    put = resuming.back_to_best(run, parameters, (4, loss), lambda: loss, torch.float32, Watcher())
     assert put == loss
     with pytest.raises(TrainingError, match="read back, has a held-out loss of"):
-        resuming.back_to_best(run, parameters, 4, loss, lambda: loss * 1.01, Watcher())
+        resuming.back_to_best(run, parameters, (4, loss), lambda: loss * 1.01, torch.float32, Watcher())
     for plant in (lambda: flip(path / "trainable.safetensors"), lambda: os.truncate(path / "trainable.safetensors", 9)):
         plant()
         with pytest.raises(RunFolderError, match="step-000004: the best checkpoint") as caught:
-            resuming.back_to_best(run, parameters, 4, loss, lambda: loss, Watcher())
+            resuming.back_to_best(run, parameters, (4, loss), lambda: loss, torch.float32, Watcher())
         assert "--resume" in str(caught.value)
     # and a run that goes on does not count on it: it goes on from before
     state = {"best": [4, 1.0]}

@@ -229,6 +229,16 @@ def check(run: RunFolder, names: Sequence[str] = MODEL, *, missing: Sequence[str
     return None
 
 
+def check_adapter(folder: Path) -> None:
+    """Check a folder that is given by itself, where it is the adapter of a run that has a seal.
+
+    Raises:
+        RunFolderError: something in it is otherwise than it was sealed.
+    """
+    if folder.name == "adapter" and (folder.resolve().parent / SEAL).is_file():
+        check(RunFolder(folder.resolve().parent), ("adapter",))
+
+
 def _unsealed(run: RunFolder) -> Finding:
     """Runs from before there were seals are read as before. Where a checkpoint says that there was one, it was lost."""
     if carried(run) is not None:

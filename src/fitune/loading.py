@@ -62,6 +62,7 @@ def load(
                 fix="leave --model out",
             )
         folder = locate(str(path))
+        integrity.check_adapter(folder)
         words = tokenizer.load(folder)
         shape = _template(folder, template, words)
         plain_model = load_model(folder, precision=precision or "fp32", quant=quant or "none", **how)

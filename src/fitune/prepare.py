@@ -35,7 +35,6 @@ from fitune import (
 )
 from fitune.batches import Loader
 from fitune.cache import folder_digest, key
-from fitune.checkpoint import SEAL, RunFolder
 from fitune.config import DataSource, RunConfig
 from fitune.console import Watcher
 from fitune.errors import Collector, ConfigError, TrainingError
@@ -139,8 +138,7 @@ def resolve(config: RunConfig) -> RunConfig:
         with problems.gather():
             place = adapters.locate(config.adapter).resolve()
             changes["adapter"] = str(place)
-            if (place.parent / SEAL).is_file():
-                integrity.check(RunFolder(place.parent), ("adapter",))
+            integrity.check_adapter(place)
     with problems.gather():
         shape = read_config(folder)
         config = precision.resolve(config, pick_device(config.device), shape)

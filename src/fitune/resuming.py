@@ -207,16 +207,21 @@ def _same_machine(run: RunFolder, parameters: Parameters, *, random: bool) -> Fi
 
 
 def back_to_best(
-    run: RunFolder, parameters: Parameters, step: int, loss: float, measure: Callable[[], float | None], watch: Watcher
+    run: RunFolder,
+    parameters: Parameters,
+    best: tuple[int, float],
+    measure: Callable[[], float | None],
+    dtype: torch.dtype,
+    watch: Watcher,
 ) -> float | None:
     """Put the weights with the best held-out loss back, and measure that loss again.
 
     Args:
         run: the run.
         parameters: get its values.
-        step: of the best checkpoint.
-        loss: that was measured then.
+        best: step of the best checkpoint, and the held-out loss that was measured then.
         measure: the held-out loss of the model as it is now.
+        dtype: that it is computed in.
         watch: is told.
 
     Returns:
@@ -226,6 +231,7 @@ def back_to_best(
         RunFolderError: the checkpoint is damaged, or of another run.
         TrainingError: its loss is another than it was.
     """
+    step, loss = best
     path = run.checkpoint(step)
     if told := problem(run, path):
         raise RunFolderError(
@@ -235,7 +241,7 @@ def back_to_best(
         )
     put(run.load(path), parameters)
     again = measure()
-    note(run, watch, best_reloaded(step, loss, again, next(iter(parameters.values())).dtype))
+    note(run, watch, best_reloaded(step, loss, again, dtype))
     watch.say(f"the result is step {step}, with the best held-out loss, {loss:.4f}")
     return again
 

@@ -578,8 +578,8 @@ def _back_to_best(run: RunFolder, job: Job, state: _State, watch: Watcher) -> fl
     step, loss = state.best
     if step is None or loss is None or step == state.step:
         return loss
-    measure = partial(_held_out, job, watch)
-    return resuming.back_to_best(run, trainable(job.tuned.model), step, loss, measure, watch)
+    measure, model = partial(_held_out, job, watch), job.tuned.model
+    return resuming.back_to_best(run, trainable(model), (step, loss), measure, compute_dtype(model), watch)
 
 
 def _restored(loaded: Loaded) -> _State:
