@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -249,3 +252,75 @@ def dry_run(out: Path, *flags: str) -> None:
     assert all(row["passed"] for row in rows.values()), rows
     assert list(rows)[-1] == ("all", "summary")
     assert len(list(out.iterdir())) <= 8
+
+
+# ---- what is carried to a bare machine ----
+
+OF_IMAGES = {
+    "torch", "transformers", "accelerate", "numpy", "packaging", "pyyaml", "regex", "tqdm", "safetensors",
+    "huggingface-hub", "pyarrow", "typing-extensions", "click", "markupsafe", "tokenizers",
+}  # fmt: skip
+
+
+def test_whatever_fitune_and_its_tests_need_is_carried_or_in_images() -> None:
+    """Through what is installed here: a new dependency, or a dependency's new one, is noticed."""
+    carried = {name.replace("_", "-") for name in load("gpu_prepare").MISSING}
+    project = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tools = ("pytest", "pytest-timeout", "hypothesis")
+    todo = [re.match(r"[\w.-]+", one)[0].lower().replace("_", "-") for one in (*project["dependencies"], *tools)]
+    seen: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name in seen or name in OF_IMAGES:
+            continue
+        seen.add(name)
+        for asked in metadata.requires(name) or []:
+            needed, _, marker = asked.partition(";")
+            if "extra" not in marker and "win32" not in marker.lower() and "python_version <" not in marker:
+                todo.append(re.match(r"[\w.-]+", needed)[0].lower().replace("_", "-"))
+    assert seen - carried == set()
+
+
+def test_of_bitsandbytes_two_libraries_are_kept(tmp_path: Path) -> None:
+    prepare = load("gpu_prepare")
+    path = tmp_path / "bitsandbytes-1-py3-none-manylinux_2_24_x86_64.whl"
+    names = ["libbitsandbytes_cuda121.so", "libbitsandbytes_cuda130.so", "libbitsandbytes_cpu.so", "nn.py"]
+    with zipfile.ZipFile(path, "w") as made:
+        for name in names:
+            made.writestr(f"bitsandbytes/{name}", name)
+    prepare.repack(path)
+    with zipfile.ZipFile(path) as packed:
+        assert packed.namelist() == [f"bitsandbytes/{name}" for name in names[1:]]
+        assert packed.read("bitsandbytes/nn.py") == b"nn.py"
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    assert prepare.flat(path)
+    with zipfile.ZipFile(path, "a") as packed:
+        packed.writestr("bitsandbytes-1.data/purelib/more.py", "")
+    assert not prepare.flat(path)
+
+
+def test_a_wheel_that_cannot_be_had_is_named_and_so_is_too_much(tmp_path: Path, monkeypatch, capsys) -> None:
+    prepare = load("gpu_prepare")
+    asked: list[list[str]] = []
+
+    def pip(name: str, command: list[str]) -> str | None:
+        asked.append(command)
+        if name.startswith("rich"):
+            return f"{name}: no"
+        (tmp_path / ".whl" / f"{name.split('==')[0]}.whl").write_bytes(zipfile_bytes())
+        return None
+
+    def zipfile_bytes() -> bytes:
+        with zipfile.ZipFile(tmp_path / "made.zip", "w") as made:
+            made.writestr("x.py", "x" * 2**20)
+        return (tmp_path / "made.zip").read_bytes()
+
+    monkeypatch.setattr(prepare, "failed", pip)
+    monkeypatch.setattr(prepare, "MISSING", ("rich", "attrs", "no-such-package"))
+    monkeypatch.setattr(prepare, "MOST_MIB", 12)
+    problems = prepare.wheels(tmp_path / ".whl", "3.13")
+    assert [problem.split(":")[0].split(" take")[0] for problem in problems] == [
+        f"rich=={metadata.version('rich')}", "wheels and tree",
+    ]  # fmt: skip
+    assert asked[1][asked[1].index("--python-version") :][:2] == ["--python-version", "3.13"]
+    assert "2 wheels" in capsys.readouterr().out
