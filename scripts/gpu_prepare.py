@@ -28,11 +28,11 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 MISSING = (
-    "absl-py", "annotated-types", "attrs", "bitsandbytes", "colorama", "cyclopts", "defusedxml", "docstring-parser", "et-xmlfile", "hypothesis",
-    "iniconfig", "jinja2", "joblib", "lxml", "markdown-it-py", "mdurl", "nltk", "openpyxl", "peft", "platformdirs",
-    "pluggy", "portalocker", "protobuf", "psutil", "pydantic", "pydantic-core", "pygments", "pytest", "pytest-timeout",
-    "rich", "rich-rst", "rouge-score", "sacrebleu", "sentencepiece", "six", "sortedcontainers", "tabulate",
-    "typing-inspection",
+    "absl-py", "annotated-types", "attrs", "bitsandbytes", "cloudpickle", "colorama", "cyclopts", "defusedxml",
+    "docstring-parser", "et-xmlfile", "hypothesis", "iniconfig", "jinja2", "joblib", "lxml", "markdown-it-py",
+    "mdurl", "nltk", "openpyxl", "peft", "platformdirs", "pluggy", "portalocker", "protobuf", "psutil", "pydantic",
+    "pydantic-core", "pygments", "pytest", "pytest-timeout", "rich", "rich-rst", "rouge-score", "sacrebleu",
+    "sentencepiece", "six", "sortedcontainers", "tabulate", "typing-inspection",
 )  # fmt: skip
 PLATFORMS = [f"manylinux_{n}_x86_64" for n in ("2_17", "2_24", "2_27", "2_28", "2_34")]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
