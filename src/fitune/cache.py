@@ -18,12 +18,14 @@ import shutil
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fitune import eviction
 from fitune.errors import RunFolderError
 from fitune.files import disk, expand, is_whole, seal, sync
 from fitune.scratch import OURS, TEMPORARY, Scratch, anywhere
@@ -70,9 +72,16 @@ class Cache:
 
     Args:
         folder: where; None: a temporary folder that goes with this object.
+        most: bytes that it may hold; above, what was not used for the longest time goes.
+        say: is told what went.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path | None = None, *, most: int | None = None, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._most, self._say = most, say
+        self._handles: dict[Path, int | None] = {}
+        weakref.finalize(self, _close, self._handles)
         with disk(Path(tempfile.gettempdir()), "free some space, or name another place: TMPDIR"):
             self._temporary = anywhere() if folder is None else None
         self.folder = self._temporary.path if self._temporary else expand(folder or Path())
@@ -85,11 +94,20 @@ class Cache:
     def newest(self, kind: str, key: str) -> Path | None:
         """The newest whole entry of that key; marks it as used."""
         for path in reversed(self._all(kind, key)):
-            if path not in self._forgotten and is_whole(path):
+            if path not in self._forgotten and self._holds(path) and is_whole(path):
                 with suppress(OSError):
                     os.utime(path)
                 return path
         return None
+
+    def _holds(self, path: Path) -> bool:
+        """From now on this process uses the entry: nobody removes it. False: somebody just does."""
+        if path not in self._handles:
+            try:
+                self._handles[path] = eviction.hold(path)
+            except OSError:
+                return False
+        return True
 
     def _all(self, kind: str, key: str) -> list[Path]:
         """Every entry of that key, the oldest first."""
@@ -115,6 +133,9 @@ class Cache:
                 path = self._publish(temporary, kind, key)
             sync(self.folder)
         self._used.add(path)
+        self._holds(path)
+        if self._most is not None:
+            eviction.shrink(self.folder, self._most, self._say)
         return path
 
     def _publish(self, temporary: Path, kind: str, key: str) -> Path:
@@ -148,8 +169,16 @@ class Cache:
                 if OURS.fullmatch(path.name):
                     continue  # under construction, or gone with its process
                 ours = path.name.startswith((TEMPORARY, "rows-", "samples-", "given-")) and path.is_dir()
-                if ours and days > (1 if path.name.startswith(TEMPORARY) else DAYS):
+                if ours and path.name.startswith(TEMPORARY) and days > 1:
                     shutil.rmtree(path, ignore_errors=True)
+                elif ours and days > DAYS and eviction.unused(path):
+                    eviction.remove(path)
+
+
+def _close(handles: dict[Path, int | None]) -> None:
+    for handle in handles.values():
+        if handle is not None:
+            os.close(handle)
 
 
 def key(*parts: Any) -> str:

@@ -327,8 +327,17 @@ app.command(planverb.plan)
 
 
 @app.command
-def doctor(*, json: Json = False) -> None:
+def doctor(
+    *,
+    clean: Annotated[
+        bool, Parameter(negative="", help="Remove prepared data that no living run uses, and say how much it was.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Is this machine fit to fine-tune? Exit code 1 where something is broken, with its fix."""
+    if clean:
+        _clean(json)
+        return
     from fitune.console import doctor_table
     from fitune.doctor import doctor as examine
 
@@ -339,6 +348,24 @@ def doctor(*, json: Json = False) -> None:
         print_json({"ok": not broken, "checks": [check.as_dict() for check in found]})
     if broken:
         raise SystemExit(1)
+
+
+def _clean(json: bool) -> None:
+    from fitune import eviction
+    from fitune.cache import default_folder
+
+    folder = default_folder()
+    there = eviction.entries(folder)
+    gone, freed = eviction.clean(folder)
+    left = len(there) - gone
+    console_for(json).print(
+        f"cache {folder}: {gone} entries of prepared data removed, {eviction.size_text(freed)} freed"
+        + (f"; {left} are in use and stay" if left else ""),
+        highlight=False,
+        markup=False,
+    )
+    if json:
+        print_json({"folder": str(folder), "removed": gone, "bytes": freed, "in_use": left})
 
 
 @app.command

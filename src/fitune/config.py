@@ -6,6 +6,7 @@ from these fields, so a flag, a YAML key and a Python keyword have the same name
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePath
@@ -237,6 +238,32 @@ LengthPolicy = Literal["split", "cut", "drop", "refuse"]
 TrainOn = Literal["all", "last", "tool-calls"]
 
 
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(?:i?B)?\s*", re.IGNORECASE)
+UNITS = {"M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def _size(value: object) -> object:
+    """`20` (GB), `20GB`, `500MB` or `1.5 TB` as text with its unit."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    text = f"{value}GB" if number or (isinstance(value, str) and value.strip().isdecimal()) else value
+    found = SIZE.fullmatch(text) if isinstance(text, str) else None
+    if found is None or not 10**6 <= size_bytes(str(text)) <= 10**15:
+        raise ValueError("a size such as 20GB or 500MB")
+    return f"{found[1]}{found[2].upper()}B"
+
+
+def size_bytes(text: str) -> int:
+    """Bytes of a size that was checked.
+
+    Example:
+        >>> size_bytes("500MB")
+        500000000
+    """
+    found = SIZE.fullmatch(text)
+    assert found is not None
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
 class DataConfig(Options):
     """What decides which tokens are trained; `inspect` needs no more."""
 
@@ -285,6 +312,9 @@ class DataConfig(Options):
     cache: str = "auto"
     """Folder where prepared data is kept for the next run: auto (the system's place for caches, or $FITUNE_CACHE), a
     folder, or none."""
+
+    cache_size: Annotated[str, BeforeValidator(_size)] = "20GB"
+    """Most that the cache may hold (20GB, 500MB): what was not used for the longest time goes, and is named."""
 
     @field_validator("model", "template", "cache", mode="before")
     @classmethod

@@ -45,7 +45,39 @@ def read_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder}: no config.json", expected="a model folder in transformers format")
+    check_generation(folder / "generation_config.json")
     return read_config_file(path)
+
+
+NUMBERS = re.compile(r"(top|min|typical)_[pk]$|temperature|penalty|_cutoff$|_length$|_tokens$|num_|_size$|_scale$")
+IDS = re.compile(r"(_token_ids?|suppress_tokens)$")
+SWITCHES = re.compile(r"^(do|output|return|use|remove|renormalize|low|early)_|_output$")
+
+
+def check_generation(path: Path) -> None:
+    """Raises ModelError for a generation_config.json whose fields are of other types: generation fails at them late."""
+    try:
+        values = read_json(path)
+    except FileNotFoundError:
+        return
+    wrong = [f"{name} {shorten(value, 40)}" for name, value in values.items() if not _fits(name, value)]
+    if wrong:
+        received = ", ".join(wrong[:5])
+        raise ModelError(f"{path}: wrong values", received=received, expected="numbers, ids and switches as published")
+
+
+def _fits(name: str, value: Any) -> bool:
+    whole = type(value) is int and 0 <= value < MOST_OF_OTHERS
+    if value is None:
+        return True
+    if IDS.search(name):
+        several = isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
+        return whole or several or value == -1
+    if SWITCHES.search(name):
+        return isinstance(value, bool) or (name == "early_stopping" and value == "never")
+    if NUMBERS.search(name):
+        return whole or (isinstance(value, float) and math.isfinite(value) and 0 <= value < MOST_OF_OTHERS)
+    return True
 
 
 def read_config_file(path: Path) -> Any:

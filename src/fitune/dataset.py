@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fitune import documents, labels, lengths, preflight, rows, runchecks, templates
 from fitune.cache import Cache, code_version, default_folder, folder_digest, key
 from fitune.checkpoint import RunFolder
-from fitune.config import LengthPolicy, RunConfig
+from fitune.config import LengthPolicy, RunConfig, size_bytes
 from fitune.console import Ticker, Watcher
 from fitune.encode import Encoder, encode_rows
 from fitune.errors import Collector, ConfigError, DataError, RunFolderError
@@ -107,10 +107,11 @@ def read(
 def _cache(config: RunConfig, watch: Watcher) -> Cache:
     if config.cache == "none":
         return Cache()
+    most = size_bytes(config.cache_size)
     if config.cache != "auto":
-        return Cache(Path(config.cache))
+        return Cache(Path(config.cache), most=most, say=watch.say)
     try:
-        return Cache(default_folder())
+        return Cache(default_folder(), most=most, say=watch.say)
     except RunFolderError as error:
         watch.say(f"prepared data is not kept for the next run: {error.what}")
         return Cache()

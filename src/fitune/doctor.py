@@ -20,7 +20,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from fitune import environment, gpu, processor, quant
+from fitune import environment, eviction, gpu, processor, quant
 from fitune.cache import default_folder
 from fitune.config import quant_options
 from fitune.errors import ConfigError
@@ -308,6 +308,9 @@ def _disk() -> Iterator[Check]:
         place = next(parent for parent in (where(), *where().parents) if parent.exists())
         free = shutil.disk_usage(place).free
         level: Literal["ok", "broken"] = "ok" if free >= LEAST_FREE else "broken"
-        yield Check(
-            name, level, f"{free / 2**30:,.1f} GiB free at {where()}", "" if level == "ok" else "free some space"
-        )
+        kept = ""
+        if name == "cache":
+            there = eviction.entries(where())
+            kept = f"; prepared data takes {eviction.size_text(sum(one.bytes for one in there))} (--clean removes it)"
+        text = f"{free / 2**30:,.1f} GiB free at {where()}{kept}"
+        yield Check(name, level, text, "" if level == "ok" else "free some space: fitune doctor --clean")

@@ -18,7 +18,7 @@ from rich.table import Table
 GROUPS: dict[str, tuple[str, ...]] = {  # fields of RunConfig, and what verbs add to them
     "Data": (
         "data", "eval_data", "format", "map", "fill", "take", "weight", "skip_bad", "max_length", "length_policy",
-        "max_lost", "val_share", "val_rows", "cache",
+        "max_lost", "val_share", "val_rows", "cache", "cache_size",
     ),
     "Model and prompt": (
         "model", "tokenizer", "template", "template_options", "system_role", "train_on", "new_tokens", "answer_tokens",

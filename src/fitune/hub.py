@@ -9,6 +9,7 @@ and MODELSCOPE_API_TOKEN are ModelScope's. huggingface_hub does the hub's transf
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from fitune.cache import default_folder
-from fitune.errors import ModelError
+from fitune.errors import ModelError, shorten
 from fitune.files import disk, sync, write_json
 from fitune.scratch import alone
 
@@ -112,6 +113,7 @@ def check(name: str) -> None:
             f"{identity}: no such folder, and not in the hub's cache (HF_HUB_OFFLINE is set)",
             fix=f"with a network: fitune download {identity}",
         )
+    check_secure(constants.ENDPOINT, "HF_ENDPOINT")
     try:
         HfApi().model_info(identity, revision=revision)
     except Exception as error:
@@ -170,6 +172,7 @@ def _from_hub(identity: str, revision: str | None, only: Sequence[str]) -> Downl
 
     if constants.HF_HUB_OFFLINE:
         return _cached(identity, revision, only)
+    check_secure(constants.ENDPOINT, "HF_ENDPOINT")
     try:
         info = HfApi().model_info(identity, revision=revision, files_metadata=True)
         files = chosen([Remote(one.rfilename, int(one.size or 0)) for one in info.siblings or []], only)
@@ -298,14 +301,70 @@ def _address(identity: str, revision: str, path: str) -> str:
 
 
 def _open(address: str, start: int = 0) -> Any:
-    if not address.startswith(("http://", "https://")):
-        raise ModelError(f"MODELSCOPE_ENDPOINT {_endpoint()}", expected="an address that begins with https://")
+    check_secure(address, "MODELSCOPE_ENDPOINT")
     request = urllib.request.Request(address, headers={"User-Agent": "fitune"})  # noqa: S310
     if start:
         request.add_header("Range", f"bytes={start}-")
     if token := os.environ.get("MODELSCOPE_API_TOKEN"):
         request.add_header("Authorization", f"Bearer {token}")
-    return urllib.request.urlopen(request, timeout=TIMEOUT)  # noqa: S310
+    return urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Files often lie with another host: it is sent the request, and never the token."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        """The request to the other address, or ModelError for one that is not secure."""
+        check_secure(newurl, "a redirect of ModelScope's")
+        made = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if made is not None and _origin(newurl) != _origin(req.full_url):
+            for name in ("Authorization", "Cookie", "Proxy-authorization"):
+                made.remove_header(name)
+        return made
+
+
+def _origin(address: str) -> tuple[str, str | None, int | None]:
+    parts = urllib.parse.urlsplit(address)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def check_secure(address: str, name: str) -> None:
+    """Refuse an address that anybody on the way could read or answer.
+
+    Args:
+        address: https, or http on this machine itself.
+        name: where it comes from.
+
+    Raises:
+        ModelError: it is another.
+    """
+    try:
+        scheme, host, _ = _origin(address)
+    except ValueError:
+        scheme, host = "", None
+    if host and (scheme == "https" or (scheme == "http" and _is_loopback(host))):
+        return
+    raise ModelError(
+        f"{name} {visible_address(address)}: not secure",
+        received=scheme or "no address",
+        expected="https://, or http:// on this machine itself (localhost, 127.0.0.1)",
+        fix="a token and the files would go over the network in the clear",
+    )
+
+
+def visible_address(address: str) -> str:
+    """An address without what it may hold of secrets."""
+    parts = urllib.parse.urlsplit(address) if "://" in address else None
+    return shorten(f"{parts.scheme}://{parts.hostname or ''}{parts.path}" if parts else address, 200).strip("'")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _files_of(identity: str, revision: str) -> list[Remote]:

@@ -33,7 +33,7 @@ MODEL = ("config.yaml", "template.json", "data.json", "tokenizer", "adapter")  #
 FOLDERS = ("tokenizer", "adapter")
 FREE = ("README.md",)  # the model card is the user's to edit
 # what may be another when a run goes on: where things lie, and whether a run is tried that may not fit
-PLACES = ("output", "model", "data", "eval_data", "adapter", "cache", "force")
+PLACES = ("output", "model", "data", "eval_data", "adapter", "cache", "cache_size", "force")
 TENSORS = "the base's tensors"  # the sums of the base's files, among the inputs in data.json
 Seal = dict[str, Any]
 

@@ -33,7 +33,7 @@ FIGURES = {
     "total_parameters": "parameters",
 }
 # settings that say nothing of the model, or stand elsewhere in the card
-UNSAID = ("model", "data", "eval_data", "output", "cache", "adapter", "device", "force", "sample_prompts")
+UNSAID = ("model", "data", "eval_data", "output", "cache", "cache_size", "adapter", "device", "force", "sample_prompts")
 
 
 def write(folder: Path, name: str, run: RunFolder, config: RunConfig, handed: Handover) -> None:
