@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import random
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,12 @@ import pytest
 
 import tiny
 from fitune import cli, lastcatch
+from fitune import tokenizer as tokenizers
+from fitune.cache import Cache
+from fitune.errors import ModelError, RunFolderError
+from fitune.model import load_model
+from fitune.records import DataReport
+from fitune.rows import load
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "broken_folders.py"
 spec = importlib.util.spec_from_file_location("broken_folders", SCRIPT)
@@ -104,7 +112,8 @@ def test_many_damaged_files_are_refused_by_name(kind: str, folders, tmp_path: Pa
 
 
 def test_damages_are_drawn_alike_for_a_seed_and_cover_every_kind(folders) -> None:
-    one, other, more = (broken.draw(folders["run"], seed=seed, count=400) for seed in (5, 5, 6))
+    files = ["config.yaml", "data.json", "steps.jsonl"]
+    one, other, more = (broken.draw(folders["run"], seed=seed, count=70, files=files) for seed in (5, 5, 6))
     assert list(map(str, one)) == list(map(str, other)) != list(map(str, more))
     assert {damage.kind for damage in one} == set(broken.KINDS)
 
@@ -135,3 +144,45 @@ def test_the_last_catch_says_what_was_done_and_with_which_file(folders, tmp_path
     code, err = run(capsys, monkeypatch, "eval", folders["run"], "--data", folders["rows"])
     assert (code, "Traceback" in err) == (1, True)
     assert list(folders["run"].glob("error-*.log"))  # a run's log lies in its folder
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}], "pair": []}
+        | {"special_tokens": {}},
+        {"type": "nope"},
+    ],
+)
+def test_a_tokenizer_that_its_library_gives_up_at_is_one_message(model_folder, tmp_path, processor, capfd) -> None:
+    copy = broken.copy_of(model_folder, tmp_path / "model")
+    values = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").write_text(json.dumps({**values, "post_processor": processor}))
+    with pytest.raises(ModelError, match="the tokenizer cannot be read"):
+        tokenizers.load(copy)
+    assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "zz"},
+        {"load_in_8bit": True, "llm_int8_threshold": "x"},
+        {"load_in_8bit": True, "llm_int8_skip_modules": 3},
+    ],
+)
+def test_a_quantization_that_the_weights_do_not_have_is_refused(model_folder, tmp_path, told) -> None:
+    copy = broken.copy_of(model_folder, tmp_path / "model")
+    values = json.loads((copy / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "bitsandbytes", **told}
+    (copy / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load_model(copy)
+
+
+def test_a_cache_that_is_deleted_while_it_is_used_is_one_message(tmp_path, data_file) -> None:
+    rows = load([str(data_file)], DataReport(), cache=Cache(tmp_path / "cache"))
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(RunFolderError, match="prepared data is gone"):
+        list(rows)

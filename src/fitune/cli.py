@@ -428,6 +428,10 @@ def main() -> None:
         _fail("stopped", 130)
     except Exception as error:  # none of ours: a defect, told with what it takes to report it
         _fail(lastcatch.report(error, sys.argv[1:]), 1)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust: it is no Exception
+            raise
+        _fail(lastcatch.report(RuntimeError(str(error)), sys.argv[1:]), 1)
     finally:
         if text := screen.lost():
             sys.stderr.write(f"{text}\n")

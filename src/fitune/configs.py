@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fitune import families
+from fitune import families, weights
 from fitune import quant as quants
 from fitune.config import QuantOptions
 from fitune.errors import ModelError, shorten
@@ -46,7 +47,24 @@ def read_config(folder: Path) -> Any:
     if not path.is_file():
         raise ModelError(f"{folder}: no config.json", expected="a model folder in transformers format")
     check_generation(folder / "generation_config.json")
-    return read_config_file(path)
+    config = read_config_file(path)
+    if getattr(config, "quantization_config", None) is not None:
+        _check_packed(folder)
+    return config
+
+
+def _check_packed(folder: Path) -> None:
+    """Raises ModelError where config.json tells of packed weights, and the files hold plain ones."""
+    there = [file for file in weights.files(folder) if file.is_file() and file.suffix == ".safetensors"]
+    if there and not weights.broken(folder):
+        names = [name for file in there for name in weights.names(file)]
+        if not any(".quant_state." in name or name.endswith((".SCB", ".absmax")) for name in names):
+            raise ModelError(
+                f"{folder / 'config.json'}: names a quantization, and the weights beside it are not quantized",
+                received="quantization_config of bitsandbytes",
+                expected="weights with their scales, or no quantization_config",
+                fix="take quantization_config out; --quant nf4 or int8 quantizes while loading",
+            )
 
 
 NUMBERS = re.compile(r"(top|min|typical)_[pk]$|temperature|penalty|_cutoff$|_length$|_tokens$|num_|_size$|_scale$")
@@ -227,6 +245,14 @@ def quantized_as(config: Any) -> QuantOptions:
     if found is None:
         return QuantOptions()
     values = found if isinstance(found, dict) else found.to_dict()
+    try:
+        return _packed(values)
+    except ValidationError as error:
+        wrong = "; ".join(f"{one['loc'][-1]} {shorten(one['input'], 40)}: {one['msg']}" for one in error.errors())
+        raise ModelError("config.json: quantization_config has wrong values", received=wrong) from None
+
+
+def _packed(values: Mapping[str, Any]) -> QuantOptions:
     left_out = values.get("llm_int8_skip_modules")
     if values.get("load_in_8bit"):
         return quants.Packed(name="int8", threshold=values.get("llm_int8_threshold", 6.0), left_out=left_out)

@@ -33,6 +33,32 @@ def for_good() -> None:
 
 
 @contextmanager
+def without_panics() -> Iterator[None]:
+    """Inside, what a library in Rust gives up at is an error like others, and writes nothing to standard error.
+
+    Raises:
+        RuntimeError: with the library's own words.
+    """
+    try:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no standard error
+        kept = nowhere = -1
+    try:
+        if kept >= 0:
+            os.dup2(nowhere, 2)
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # it is no Exception, and has no name to import
+            raise RuntimeError(str(error)) from None
+        raise
+    finally:
+        if kept >= 0:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Inside, dependencies neither warn nor draw bars; afterwards all is as it was."""
     hub = import_module("huggingface_hub.utils")

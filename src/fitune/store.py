@@ -19,6 +19,7 @@ import json
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from itertools import islice
@@ -27,11 +28,13 @@ from typing import IO, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fitune.errors import DataError
+from fitune.errors import DataError, RunFolderError
 from fitune.formats import slots
 from fitune.records import Conversation, Message, Sample, Source, ToolCall
+from fitune.untrusted import reason
 
 LINES, COLUMNS, META = "rows.jsonl", "columns.safetensors", "meta.json"
 SHARD_TOKENS = 1 << 20  # tokens of a shard, about: ids and mask of it are held while it is written or read through
@@ -151,7 +154,7 @@ class Rows(Sequence[Conversation]):
         return self._read(self.numbers)
 
     def _read(self, index: NDArray[Any]) -> Iterator[Conversation]:
-        with (self.folder / LINES).open("rb") as file:
+        with _kept(self.folder), (self.folder / LINES).open("rb") as file:
             for at in index:
                 yield self._row(file, int(at))
 
@@ -220,6 +223,19 @@ def write_samples(folder: Path, made: Iterable[Sequence[Sample]], bad: Mapping[i
         for row, e in (bad or {}).items()
     }
     (folder / META).write_text(json.dumps({"bad": told}, ensure_ascii=False), encoding="utf-8")
+
+
+@contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """Prepared data that somebody removed or damaged while it is used."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(
+            f"{path}: the prepared data is gone or cannot be read",
+            received=reason(error),
+            fix="leave the cache alone while a run goes on; --resume prepares the data again and goes on",
+        ) from None
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -296,8 +312,9 @@ class Samples(Sequence[Sample]):
             return list(self._through(range(*at.indices(len(self)))))
         path = self._shards[self._columns["shard"][at]]
         start, length = int(self._columns["start"][at]), int(self._columns["length"][at])
-        ids = np.fromfile(path, np.int32, length, offset=_places(path)["ids"] + 4 * start)
-        mask = np.fromfile(path, np.bool_, length, offset=_places(path)["mask"] + start)
+        with _kept(path):
+            ids = np.fromfile(path, np.int32, length, offset=_places(path)["ids"] + 4 * start)
+            mask = np.fromfile(path, np.bool_, length, offset=_places(path)["mask"] + start)
         return self._sample(at, ids, mask)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -315,7 +332,8 @@ class Samples(Sequence[Sample]):
         for at in numbers:
             shard = shards[at]
             if shard not in held:
-                held[shard] = load_file(self._shards[shard])
+                with _kept(self._shards[shard]):
+                    held[shard] = load_file(self._shards[shard])
                 if len(held) > OPEN_SHARDS:
                     held.popitem(last=False)
             held.move_to_end(shard)

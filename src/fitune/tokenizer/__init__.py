@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fitune import untrusted
+from fitune import quiet, untrusted
 from fitune.errors import ModelError
 
 EXPECTED = "tokenizer.json, a sentencepiece *.model, or vocab.json + merges.txt"
@@ -95,7 +95,9 @@ def _from_transformers(folder: Path, settings: dict[str, Any]) -> Any:
     errors: list[Exception] = []
     for source, arguments in _readers(folder, settings):
         try:
-            found = source.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **arguments)
+            with quiet.without_panics():
+                found = source.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **arguments)
+                found("a b")  # some files fail at the first text only
         except Exception as error:  # transformers raises whatever its many readers raise
             errors.append(error)
             continue
