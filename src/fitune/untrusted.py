@@ -23,7 +23,7 @@ MOST_JSON = 256 * MIB  # tokenizer.json of a large vocabulary has 30
 MOST_YAML = MIB
 DEEPEST = 100  # levels of lists and objects; a JSON schema of a tool has 10
 MOST_NODES = 100_000  # of a YAML file, its aliases expanded
-KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
+KINDS: dict[type, str] = {dict: "a JSON object", list: "a JSON list", str: "a JSON text"}
 
 
 def check_file(path: Path, error: type[FituneError] = ModelError, most: int | None = None) -> None:
@@ -111,7 +111,7 @@ def read_json(path: Path, error: type[FituneError] = ModelError, kind: type = di
         raise error(
             f"{path}: not {KINDS.get(kind, kind.__name__)}",
             received=shorten(value),
-            expected=f"{KINDS.get(kind, kind.__name__)} in JSON",
+            expected=KINDS.get(kind, kind.__name__),
             fix=COPY,
         )
     return value
