@@ -124,6 +124,7 @@ def test_a_run_that_is_broken_off_anywhere_completes(place: Place, whole: tuple[
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)  # on a machine with much else to do
 @pytest.mark.parametrize("part", range(3))
 def test_at_every_rename(part: int, place: Place, whole: tuple[Path, Seam]) -> None:
     """By a kill at each rename and each file of tensors, asked again in both ways."""
@@ -134,6 +135,7 @@ def test_at_every_rename(part: int, place: Place, whole: tuple[Path, Seam]) -> N
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)  # on a machine with much else to do
 @pytest.mark.parametrize("how", ["full", "stop"])
 def test_at_many_writes(how: How, place: Place, whole: tuple[Path, Seam]) -> None:
     run, here = whole

@@ -124,6 +124,7 @@ def test_killed_or_on_a_full_disk_and_run_again(kind: str, works: dict[str, Work
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)  # on a machine with much else to do
 def test_sixty_kills(works: dict[str, Work], tmp_path: Path) -> None:
     kills = sum(check(kind, works[kind], tmp_path / kind, None, ("kill", "full", "stop")) for kind in KINDS)
     assert kills >= 180

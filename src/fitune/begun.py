@@ -16,7 +16,6 @@ from fitune.files import LOCK, expand, read_summed
 from fitune.scratch import OURS
 
 CONFIG, SEAL, RESULT = "config.yaml", "seal.json", "result.json"
-LOG = re.compile(r"error-\d{8}-\d{6}-\d+\.log")  # of a defect, see lastcatch.py
 GIVEN = re.compile(r".+-[0-9a-f]{8}\.jsonl")  # rows that Python gave, copied before the settings are written
 
 
@@ -47,7 +46,7 @@ def _is_free(folder: Path) -> bool:
 
 
 def _of_a_start(path: Path) -> bool:
-    if path.name == LOCK or OURS.fullmatch(path.name) or LOG.fullmatch(path.name):
+    if path.name == LOCK or OURS.fullmatch(path.name):
         return True
     inside = [*path.iterdir()] if path.name in ("checkpoints", "data") and path.is_dir() else [path]
     return all(path.name == "data" and (GIVEN.fullmatch(one.name) or OURS.fullmatch(one.name)) for one in inside)
