@@ -196,3 +196,17 @@ def test_the_end_of_the_terminal_saves_and_nohup_ignores_it(place: Place, whole:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert losses(place.root / "hup") == losses(whole[0])
+
+
+def test_what_a_start_left_that_was_killed_is_free_and_nothing_else(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "data").mkdir()
+    for name in ("run.lock", ".tmp-config.yaml.12-0123abcd", "data/data-0123abcd.jsonl"):
+        (run / name).write_text("")
+    assert not begun.check(run)
+    for name in ("notes.txt", "data/rows.jsonl", "checkpoints/x", ".tmp-mine"):
+        (run / name).write_text("mine")
+        with pytest.raises(RunFolderError, match="is not empty"):
+            begun.check(run)
+        (run / name).unlink()
