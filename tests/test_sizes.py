@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import tiny
-from fitune import adapters, step
+from fitune import adapters, processor, step
 from fitune.batches import PARTS, flat, in_order, rounded
 from fitune.config import build
 from fitune.kernels import flash, placed, wide
+from fitune.memory import device, plan
 from fitune.model import causal_lm, ready, trainable
 from fitune.records import Sample
 from fitune.step import held_out_loss, hidden_states, loss_sum
@@ -165,6 +167,32 @@ def test_products_in_float32_are_those_of_bfloat16(kind: str) -> None:
     assert set(seen) == {torch.float32}
     assert found == pytest.approx(expected, rel=5e-3)
     assert held_out_loss(model, [batch]) == expected
+
+
+def test_a_plan_counts_the_kernels_that_the_caches_may_keep(monkeypatch) -> None:
+    here = device.Device("here", "cpu", None)
+    for name in processor.CACHES:
+        monkeypatch.setenv(name, "128")
+    beside = {kind: plan.outside_of(here, kind)["kernels, threads and buffers"] for kind in ("fp32", "bf16")}
+    assert beside["bf16"] - beside["fp32"] == 2 * 128 * processor.KERNEL_BYTES == 40 * 2**20
+    monkeypatch.delenv("LRU_CACHE_CAPACITY")
+    assert processor.kernel_bytes() == (128 + processor.UNBOUNDED) * processor.KERNEL_BYTES
+
+
+def test_a_run_of_different_lengths_keeps_its_memory_and_files() -> None:
+    """A short form of benchmarks/resident_memory.py: steps of lengths that the model has not met."""
+    process, model = psutil.Process(), ready(tiny.make_model("llama")).requires_grad_(True)
+    optimizer, draw = torch.optim.SGD(model.parameters(), 0.0), np.random.default_rng(0)
+    data = [Sample(draw.integers(9, 400, n).astype(np.int32), np.arange(n) > 0) for n in range(4, 124)]
+
+    def held(steps: range) -> tuple[float, int]:
+        for number in steps:
+            step.training_step(model, [flat(data, [number % 120, number * 7 % 120])], optimizer, 1.0)
+        return process.memory_info().rss / 2**20, process.num_fds() if hasattr(process, "num_fds") else 0
+
+    before, after = held(range(60)), held(range(60, 180))
+    assert after[0] < before[0] * 1.03
+    assert after[1] == before[1]
 
 
 def test_evaluation_batches_of_like_lengths_hold_every_row_once() -> None:

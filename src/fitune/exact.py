@@ -84,9 +84,8 @@ class Exact:
     def __init__(self, asked: Asked, rows: Rows, given: Mapping[str, Any]) -> None:
         self.asked, self.rows, self.given = asked, rows, given
         self.plans: dict[str, plans.Plan] = {}
-        self.outside = plans.outside_of(
-            asked.where
-        )  # once: plans differ by what their settings take, and by that alone
+        # once: plans differ by what their settings take, and by that alone
+        self.outside = plans.outside_of(asked.where, asked.config.precision)
         self.cut: dict[int, Rows] = {rows.max_length: rows}
         padded = steps.likely_layout(asked.config.layout, asked.shape) == "padded"
         self.largest = steps.Largest(rows.samples, asked.config, padded=padded)

@@ -22,6 +22,8 @@ KERNELS = "128"
 SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # whoever set one of these has chosen
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": KERNELS, "LRU_CACHE_CAPACITY": KERNELS}
+UNBOUNDED = 1024  # torch's and oneDNN's own bound
+KERNEL_BYTES = 160 * 2**10  # of a kernel that is kept: benchmarks/kernel_caches.py, by the bound
 
 
 def set_defaults() -> None:
@@ -33,6 +35,12 @@ def set_defaults() -> None:
         os.environ.update(SLEEP)
     if not any(name in os.environ for name in (*CACHES, "DNNL_PRIMITIVE_CACHE_CAPACITY")):
         os.environ.update(CACHES)
+
+
+def kernel_bytes() -> int:
+    """What compiled kernels take once both caches are full, as they are after some steps of a run in 16 bits."""
+    bounds = (os.environ.get(name, "") for name in CACHES)
+    return KERNEL_BYTES * sum(int(bound) if bound.isdecimal() else UNBOUNDED for bound in bounds)
 
 
 def cores() -> int:

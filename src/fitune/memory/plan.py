@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fitune import adapters, families, methods, optim, precision, quant
+from fitune import adapters, families, methods, optim, precision, processor, quant
 from fitune.batches import rounded
 from fitune.config import RunConfig
 from fitune.kernels.target import CPU, Target
@@ -406,7 +406,7 @@ def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int
     else:
         seen, how, why = usage(tracer), "trace", ""
         figures = _allocator(tracer, where) if where.kind == "cuda" else {}
-    beside = dict(outside if outside is not None else outside_of(where))
+    beside = dict(outside if outside is not None else outside_of(where, work.config.precision))
     allocated = figures.get("allocated", seen.peak.bytes)
     inside = figures.get("smallest", allocated)
     config = work.config
@@ -462,15 +462,17 @@ def _notes(peak: Moment, forms: Mapping[str, int], how: str, why: str) -> list[s
     ]
 
 
-LIBRARIES = 48 * MIB  # on a CPU: 26 to 67 MiB in runs of a 30M Llama, the most in bf16 with its compiled kernels
+LIBRARIES = 48 * MIB  # on a CPU in float32: what is loaded of torch's libraries while they work, and threads' buffers
 
 
-def outside_of(where: device.Device) -> dict[str, int]:
-    """What no tensor holds: on a CPU what this process has already, and what torch's libraries add while they work. The
-    workspaces of CUDA go through the allocator, and are counted there."""
+def outside_of(where: device.Device, precision: str = "fp32") -> dict[str, int]:
+    """What no tensor holds: on a CPU what this process has already, what torch's libraries add while they work, and in
+    16 bits the compiled kernels that are kept. The workspaces of CUDA go through the allocator, and are counted there.
+    """
     if where.kind == "cuda":
         return {"CUDA context": device.calibration(where.name).context}
-    return {"Python, torch and data": int(resident_mib() * MIB), "kernels, threads and buffers": LIBRARIES}
+    kernels = processor.kernel_bytes() if precision in ("bf16", "fp16") else 0
+    return {"Python, torch and data": int(resident_mib() * MIB), "kernels, threads and buffers": LIBRARIES + kernels}
 
 
 def _allocator(tracer: Tracer, where: device.Device) -> dict[str, int]:
