@@ -68,6 +68,7 @@ def _check_packed(folder: Path) -> None:
 
 
 NUMBERS = re.compile(r"(top|min|typical)_[pk]$|temperature|penalty|_cutoff$|_length$|_tokens$|num_|_size$|_scale$")
+NO_NUMBERS = re.compile(r"_schedule$|^exponential_")
 IDS = re.compile(r"(_token_ids?|suppress_tokens)$")
 SWITCHES = re.compile(r"^(do|output|return|use|remove|renormalize|low|early)_|_output$")
 
@@ -85,7 +86,7 @@ def check_generation(path: Path) -> None:
 
 
 def _fits(name: str, value: Any) -> bool:
-    whole = type(value) is int and 0 <= value < MOST_OF_OTHERS
+    whole = type(value) is int and -1 <= value < MOST_OF_OTHERS
     if value is None:
         return True
     if IDS.search(name):
@@ -93,8 +94,8 @@ def _fits(name: str, value: Any) -> bool:
         return whole or several or value == -1
     if SWITCHES.search(name):
         return isinstance(value, bool) or (name == "early_stopping" and value == "never")
-    if NUMBERS.search(name):
-        return whole or (isinstance(value, float) and math.isfinite(value) and 0 <= value < MOST_OF_OTHERS)
+    if NUMBERS.search(name) and not NO_NUMBERS.search(name):
+        return whole or (isinstance(value, float) and math.isfinite(value) and -1 <= value < MOST_OF_OTHERS)
     return True
 
 
