@@ -40,7 +40,7 @@ from fitune.memory import plan
 from fitune.memory.allocator import EMPTY_CACHE, Allocator, Event
 from fitune.memory.cuda import Cuda
 from fitune.memory.trace import Tracer
-from peft_before import as_of
+from peft_before import as_of, frozen_as_of
 
 # an Ampere GPU or newer; no multiprocessors: a plain script does not ask for deterministic kernels, which take more
 GPU = Target("cuda", (8, 0))
@@ -86,8 +86,11 @@ def _with_method(base: Any, row: Mapping[str, Any]) -> Any:
     if not row["peft_config"]:
         return base
     how = {"autocast_adapter_dtype": bool(row.get("autocast_adapter_dtype", True))}
-    with as_of((row.get("versions") or {}).get("peft-version")):
-        return get_peft_model(base, peft_config(row["peft_config"]), **how)
+    told = (row.get("versions") or {}).get("peft-version")
+    with as_of(told):
+        model = get_peft_model(base, peft_config(row["peft_config"]), **how)
+    frozen_as_of(model, told)
+    return model
 
 
 def optimizer_of(row: Mapping[str, Any], model: Any) -> torch.optim.Optimizer:

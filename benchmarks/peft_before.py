@@ -2,7 +2,8 @@
 
 In: the version of PEFT that a run names. Out: inside `as_of`, the layers of that version. Orthogonal subspace tuning
 made the whole weight anew for each product until 0.20; 0.21 adds a low-rank difference to the base's product instead
-(huggingface/peft pull request 3524), which takes less.
+(huggingface/peft pull request 3524), which takes less. AdaLoRA's number of ranks is no parameter to train in these runs
+(their published counts); 0.21 leaves it one, and keeps every product that is divided by it.
 """
 
 from __future__ import annotations
@@ -44,11 +45,23 @@ class WholeWeight(osf.Linear):  # type: ignore[misc]
         return F.linear(self._cast_input_dtype(x, weight.dtype), weight).to(x.dtype)
 
 
+def is_before(told: str | None) -> bool:
+    """Did that version compute otherwise than the installed one?"""
+    return bool(told) and Version(str(told)) < OTHERWISE_FROM <= Version(version("peft"))
+
+
+def frozen_as_of(model: nn.Module, told: str | None) -> None:
+    """Freeze what that version froze."""
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name and is_before(told):
+            parameter.requires_grad_(False)
+
+
 @contextmanager
 def as_of(told: str | None) -> Iterator[None]:
     """Inside, PEFT's layers are those of that version; None: those of the installed one."""
     before = osf.Linear
-    if told and Version(told) < OTHERWISE_FROM <= Version(version("peft")):
+    if is_before(told):
         osf.Linear = WholeWeight
     try:
         yield
