@@ -523,9 +523,7 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
             state.bad = check_finite(model, state.bad, done, micro_batches, job.layout, where)
             due = state.step % job.save_every == 0 or last or early or state.best[0] == state.step
             if stopped.is_set() or (due and not state.bad):
-                rows = {"next_rows": stepchecks.next_rows(job.loader, state.step)}
-                run.save(state.step, parameters, optimizer, {**state.as_dict(), **rows})
-                run.prune(config.keep_last, state.best[0], state.step)
+                _save(run, job, optimizer, state)
             if early:
                 watch.say(f"stopped early: no better held-out loss in {state.worse} evaluations")
                 break
@@ -533,9 +531,7 @@ def _loop(run: RunFolder, job: Job, watch: Watcher, *, resume: bool, stopped: th
                 raise _interrupted(run, f"stopped after step {state.step} of {job.total_steps}, saved")
     finally:
         watch.stop()
-    warned = any(finding.rule == "machine-load" and finding.level == "warn" for finding in job.findings)
-    for finding in _load(job, since):
-        note(run, Watcher() if warned else watch, finding)
+    _note_load(run, job, watch, since)
     _measured_states(run, optimizer)
     note(run, watch, stepchecks.steps_applied(optimizer, run.read_steps()))
     whole_run = 2 * (state.step - started) > state.step  # of a short rest the learning rate may be next to zero
@@ -559,6 +555,20 @@ def _first_steps(
         yield
     for finding in told[-1:]:
         note(run, Watcher(), finding)
+
+
+def _save(run: RunFolder, job: Job, optimizer: torch.optim.Optimizer, state: _State) -> None:
+    """A checkpoint after the step that was made, and none of those that are not needed any more."""
+    rows = {"next_rows": stepchecks.next_rows(job.loader, state.step)}
+    run.save(state.step, trainable(job.tuned.model), optimizer, {**state.as_dict(), **rows})
+    run.prune(job.config.keep_last, state.best[0], state.step)
+
+
+def _note_load(run: RunFolder, job: Job, watch: Watcher, since: processor.Moment) -> None:
+    """Was the CPU free while it ran? Told once: not again where it was not at the start."""
+    warned = any(finding.rule == "machine-load" and finding.level == "warn" for finding in job.findings)
+    for finding in _load(job, since):
+        note(run, Watcher() if warned else watch, finding)
 
 
 def _interrupted(run: RunFolder, what: str) -> Interrupted:
