@@ -134,6 +134,11 @@ def test_what_is_free_and_what_is_not_read_changes_no_answer(done: Path, place: 
     shutil.rmtree(done / "checkpoints")
     assert VERBS["chat"](done, tmp_path) == wanted
     assert resume(done).steps == 6  # it is finished
+    assert (done / "report.html").is_file()
+    (done / "plan.html").unlink()
+    (done / "plan.html").mkdir()
+    with pytest.raises(RunFolderError, match=r"plan\.html: is a folder"):
+        resume(done)
 
 
 def test_a_change_on_purpose_is_accepted_by_name(done: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

@@ -51,7 +51,14 @@ def _noted(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def pages_again(run: RunFolder) -> None:
-    """The pages of a finished run, where they are gone: all that they show is there."""
+    """The pages of a finished run, where they are gone: all that they show is there.
+
+    Raises:
+        RunFolderError: a folder lies in the place of one.
+    """
+    for page in (run.report, run.plan_page):
+        if page.is_dir():
+            raise RunFolderError(f"{page}: is a folder", expected="a page", fix="remove it: --resume makes it again")
     if not run.report.is_file():
         report.write(run)
     if not run.plan_page.is_file():
