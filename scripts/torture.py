@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import sys
 import tempfile
 import time
@@ -120,11 +121,13 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def record(rows: list[dict[str, Any]], seed: int, minutes: float, seconds: float) -> dict[str, Any]:
     """For results/torture.json."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     each = {kind: [row for row in rows if row["case"].startswith(f"{kind}:")] for kind in FULL}
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "command": f"python scripts/torture.py --minutes {minutes:g} --seed {seed}",
         "seconds": round(seconds),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "safetensors")},

@@ -6,6 +6,7 @@ The quick run is thin and the same each time; `make test-full` runs ten minutes'
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -43,3 +44,29 @@ def test_a_few_of_each_kind(tmp_path: Path) -> None:
 def test_other_seeds(tmp_path: Path, seed: int) -> None:
     told = torture(tmp_path, "--minutes", "1", "--seed", str(seed))
     assert good(told), json.dumps(told["bad"], indent=1)
+
+
+def test_the_record_has_nothing_bad() -> None:
+    told = json.loads((ROOT / "results" / "torture.json").read_text(encoding="utf-8"))
+    assert good(told)
+    assert told["kills_inside_a_save"] * 4 >= told["counts"]["kill"]["tried"]
+
+
+@pytest.mark.parametrize(
+    ("code", "err", "same", "result"),
+    [
+        (0, "", True, "equal"),
+        (0, "", False, "SILENT"),
+        (1, "error: ...", False, "TRACEBACK"),
+        (0, "Traceback (most recent call last)", True, "TRACEBACK"),
+        (2, "error: RUN/adapter/x.safetensors: damaged", False, "refused"),
+        (2, "error: something is wrong", False, "SILENT"),
+        (-11, "", False, "TRACEBACK"),
+    ],
+)
+def test_what_is_bad_is_called_so(monkeypatch, code: int, err: str, same: bool, result: str) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    children = importlib.import_module("tortures.children")
+    damage = importlib.import_module("tortures.damage")
+    ended = children.Ran(code, "", err)
+    assert damage._judged("adapter/x.safetensors: a bit flipped", ended, same=same).result == result

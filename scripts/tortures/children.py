@@ -24,7 +24,8 @@ from typing import Any
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-PATIENCE = 120.0  # seconds for a child on a busy machine
+PATIENCE = 600.0  # seconds for a child that waits for others on a busy machine; of its own work it may do MOST_WORK
+MOST_WORK = 90
 MOST_CPU, MOST_MIB = 20.0, 2048  # of an input that is refused; torch and transformers themselves take some 500 MiB
 
 
@@ -154,6 +155,7 @@ def _command(words: list[str], trouble: Trouble | None) -> int:
 
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
     sys.argv, code = ["fitune", *words], 0
+    resource.setrlimit(resource.RLIMIT_CPU, (MOST_WORK, MOST_WORK))
     try:
         if trouble is not None:
             if trouble.before is not None:

@@ -407,7 +407,7 @@ def saved_complete(model: Any, folder: Path, batch: Batch, layout: Layout) -> Fi
     """What was saved, read back, is what was trained: names, shapes, values, and the hidden states that it gives."""
     try:
         stored = adapters.stored(model, folder)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, FituneError) as error:
         text = f"what was saved cannot be read back: {' '.join(str(error).split())[:200]}"
         return Finding("saved-complete", "refuse", text, AGAIN)
     mine = _as_saved(model)
