@@ -65,5 +65,5 @@ def _folder(bench: Bench, seed: int, number: int, place: Path) -> tuple[str, Ran
     told = f"{verb} with {what}/{damage}: exit code {ended.code}"
     if ended.code == 0:
         return told, ended, Verdict("equal")
-    named = what in ended.err  # the folder, or a file of it
+    named = what in ended.err or "chat template" in ended.err  # the folder, a file of it, or what of it does not fit
     return told, ended, Verdict("refused" if named else "SILENT", ended.last())
