@@ -6,6 +6,7 @@ The faults and the clean runs are those of scripts/planted_faults.py; the quick 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ def test_a_clean_run_on_real_data_is_not_warned_of(place: Any, shared: Path, nam
     row = planted.clean(place, "lora", "llama", model=model, data=data, take=[60], template="chatml", max_lost=1.0)
     aside = ("truncation", "stop-token-trained", "bad-row")  # chatml's tokens are not in its vocabulary of 512
     assert [alarm for alarm in row["alarms"] if not alarm.startswith(aside)] == []
+
+
+def test_the_table_in_results_is_of_these_faults() -> None:
+    told = json.loads((ROOT / "results" / "planted_faults.json").read_text(encoding="utf-8"))
+    assert [row["fault"] for row in told["faults"]] == [fault.name for fault in planted.FAULTS]
+    assert told["found"] == told["planted"] == len(planted.FAULTS)
+    assert (told["clean_runs"], told["false_alarms"]) == (len(planted.CLEAN), 0)
 
 
 # ---- the rules by themselves ----
