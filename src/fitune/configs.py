@@ -124,7 +124,8 @@ def read_config_file(path: Path) -> Any:
     _check_numbers(path, values)
     try:
         return shape_of(values)
-    except ModelError:
+    except ModelError as error:
+        error.what = error.what.replace("config.json:", f"{path}:", 1)
         raise
     except Exception as error:  # each config class checks itself in its own way
         raise ModelError(f"{path}: wrong values", received=" ".join(str(error).split())[:300]) from error
