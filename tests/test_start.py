@@ -80,7 +80,7 @@ def test_what_is_said_of_a_method_of_peft_is_what_it_takes(kind: str) -> None:
         pytest.skip("PEFT needs scikit-learn for it")
     work = work_of(kind)
     said, found = phases(work), measured(work)
-    assert said.keys() == found.keys()
+    assert said.keys() - {"answers"} == found.keys()  # sample answers are planned beside the work
     for phase, size in found.items():
         assert said[phase] == pytest.approx(size, rel=CLOSE_START if phase == "start" else CLOSE), phase
     assert phases(work, AMPERE)["backward"] > 0  # on paper there is a GPU too
