@@ -99,7 +99,7 @@ def check(kind: str, seed: int, count: int, folders: dict[str, Path], work: Path
             assert Path(damage.file).name in err or str(copy) in err or str(folders["rows"]) in err, told
 
 
-@pytest.mark.parametrize(("kind", "count"), [("model", 10), ("adapter", 5), ("run", 6)])
+@pytest.mark.parametrize(("kind", "count"), [("model", 6), ("adapter", 3), ("run", 3)])
 def test_damaged_files_are_refused_by_name(kind: str, count: int, folders, tmp_path: Path, capsys, monkeypatch) -> None:
     check(kind, 4, count, folders, tmp_path, capsys, monkeypatch)
 
