@@ -43,8 +43,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_33m(folder: Path) -> Path:
-    """A random Llama of 33 million parameters with the bundled tokenizer."""
+def make_33m(folder: Path) -> None:
+    """A random Llama of 33 million parameters with the bundled tokenizer. In a process of its own: what the model
+    took while it was made would stay with the process that trains."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -65,7 +66,6 @@ def make_33m(folder: Path) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(shape).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
-    return folder
 
 
 def run(name: str, steps: int, folder: Path, small: str | None) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def run(name: str, steps: int, folder: Path, small: str | None) -> dict[str, Any
     else:
         data = folder / "rows.jsonl"
         rows(data, steps * case["batch_size"] + 40)
-        model = make_33m(folder / "33M") if case["model"] == "33M" else Path(small or demo.bundled() / "model")
+        model = folder / "33M" if case["model"] == "33M" else Path(small or demo.bundled() / "model")
         fixed = {"data": [str(data)], "max_steps": steps, "val_rows": 40, "sample_prompts": 0, "output": output}
         done = fitune.train(**{"precision": "fp32", **case, **fixed, "model": str(model)})
     plan = RunFolder(output).read("plan")
@@ -101,6 +101,9 @@ def in_its_own_process(name: str, steps: int, small: str | None) -> dict[str, An
     """The case's line."""
     with tempfile.TemporaryDirectory(prefix="fitune-process-") as folder:
         environment = {**os.environ, "FITUNE_CACHE": str(Path(folder) / "cache"), "HF_HUB_OFFLINE": "1"}
+        if CASES[name]["model"] == "33M":
+            make = [sys.executable, __file__, "--make", "--folder", str(Path(folder) / "33M")]
+            subprocess.run(make, env=environment, check=True)
         command = [sys.executable, __file__, "--child", name, "--steps", str(steps), "--folder", folder]
         command += ["--small", small] if small else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
@@ -115,8 +118,12 @@ def main() -> int:
     parser.add_argument("--small")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.make:
+        make_33m(args.folder)
+        return 0
     if args.child:
         print(json.dumps(run(args.child, args.steps, args.folder, args.small)))
         return 0

@@ -81,7 +81,7 @@ def test_a_random_model_takes_what_its_plan_says(method: str, kind: str, precisi
     config = build({"model": "m", "data": ["-"], **how})
     shape = tiny.make_model(kind).config
     ordinary = batch(9, 5)
-    work = plan.Work(config, shape, [[ordinary], [batch(*[240] * (24 if checkpointing else 12))], [ordinary]])
+    work = plan.Work(config, shape, [[ordinary], [batch(*[240] * (24 if checkpointing else 14))], [ordinary]])
     said = plan.usage(plan.traced(work), without="start").peak.bytes
     model = gpu.build_model(config, shape, torch.device("cpu"))
     measured = really(model, work)
@@ -257,9 +257,9 @@ def test_a_plan_is_said_before_the_gpu_is_touched(
     config = build({"model": "m", "data": ["-"], "precision": "bf16"})
     work = plan.Work(config, tiny.make_model("llama").config, [[batch(4, 4)], [batch(8, 8)], [batch(4, 4)]])
     monkeypatch.setattr(gpu, "work_of", lambda case, precision: work)
-    monkeypatch.setattr(gpu, "measure", measured)
     monkeypatch.setattr(sys, "stdin", io.StringIO(line))
-    gpu.run_one(gpu.Case("tiny", "lora", False, 2, 8, cap), gpu.replace(CARD, budget=budget), said.append, wait=True)
+    case, card = gpu.Case("tiny", "lora", False, 2, 8, cap), gpu.replace(CARD, budget=budget)
+    gpu.run_one(case, card, said.append, wait=True, measure=measured)
     kinds = ["left out" if "left_out" in one else "measured" if "measured" in one else "plan" for one in said]
     assert kinds == told
     # the allocator gets what the plan leaves it beside the context

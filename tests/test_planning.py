@@ -95,9 +95,9 @@ def test_a_model_is_the_same_by_folder_config_or_another_file(model_folder: Path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read as JSON"),
-        ("[1]", "no model_type"),
-        ("null", "no model_type received: None"),
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object received: [1]"),
+        ("null", "not a JSON object received: None"),
         ("{}", "no model_type"),
         ('{"model_type": 3}', "no model_type"),
         ('{"model_type": "evil"}', "model_type 'evil' is unknown to transformers"),

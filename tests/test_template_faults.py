@@ -13,7 +13,8 @@ import pytest
 import chat_templates as kinds
 import fitune
 import tiny
-from fitune import dataset, preflight
+from fitune import dataset, integrity, preflight
+from fitune.checkpoint import RunFolder
 from fitune.config import build
 from fitune.encode import Encoder
 from fitune.errors import ConfigError, DataError, FituneError, Problems
@@ -185,6 +186,7 @@ def test_a_run_keeps_the_date_that_its_template_writes(tmp_path: Path) -> None:
     assert stored["date"]
     tuned = fitune.load(tmp_path / "run")
     path.write_text(json.dumps({**stored, "date": "2024-02-03"}))  # trained on another day
+    integrity.reseal(RunFolder(tmp_path / "run"))
     tuned = fitune.load(tmp_path / "run")
     assert "Today Date: 03 Feb 2024" in tuned.tokenizer.decode(tuned.encoder.prompt([HI]))
     resumed = read(folder, data, output=str(tmp_path / "run"))

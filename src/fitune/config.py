@@ -31,6 +31,7 @@ from fitune.files import expand, names_near
 
 # the most that a number may be: far above what anybody trains with, and below what never ends
 MOST_COUNT, MOST_BATCH, MOST_WIDTH = 10**9, 10**6, 10**5
+OneOrMore = str | Annotated[list[str], Field(min_length=1)]
 
 
 class Options(BaseModel):
@@ -48,7 +49,7 @@ class LoraOptions(Options):
     """The update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of the update."""
-    targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
+    targets: OneOrMore = "auto"
     """Which linear layers: auto (the family's attention projections), all-linear, or names."""
     ranks: dict[str, Annotated[int, Field(ge=1, le=MOST_WIDTH)]] = {}
     """Other ranks for some targets: the end of a name, or a regular expression, to a rank."""
@@ -150,7 +151,7 @@ class BottleneckOptions(Options):
 class Ia3Options(Options):
     """IA3 (Liu et al. 2022, arXiv:2205.05638): trained factors on keys, values and the MLP's inner activations."""
 
-    targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
+    targets: OneOrMore = "auto"
     """Which linear layers: auto (keys, values and the MLP's output layer), or names."""
 
 

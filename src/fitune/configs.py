@@ -185,7 +185,8 @@ SIZES = {
     "head_dim": 10**5,
     "max_position_embeddings": 10**9,
 }
-OTHER_SIZES = re.compile(r"(num|n)_|_(size|dim|layers?|heads?|experts?|rank|channels|width)$|^d_|window|layers$|embd$")
+# of a layer there are numbers, too, and those count from the end where they are negative (vision_feature_layer)
+OTHER_SIZES = re.compile(r"(^|_)(num|n)_|_(size|dim|heads?|experts?|rank|width)$|^d_|window|coder_layers$|embd$")
 MOST_OF_OTHERS = 10**10  # no size of a model, whatever it counts, has so many
 
 

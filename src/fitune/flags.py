@@ -52,15 +52,12 @@ def _quant_flags(group: type[BaseModel]) -> dict[str, Any]:
     return fields
 
 
-ONE_OR_MORE = str | list[str]
-
-
 def _flag_type(kind: Any) -> Any:
     """What is typed for a setting: of sources the paths, and `name=text` for each entry of a mapping.
 
     Bounds inside a list are left to the settings' own check, which tells what is wrong in fitune's words.
     """
-    if get_origin(kind) is dict or kind in (list[settings.AnySource], ONE_OR_MORE):
+    if get_origin(kind) is dict or kind in (list[settings.AnySource], settings.OneOrMore):
         return list[str]
     item = get_args(kind)[0] if get_origin(kind) is list else None
     return list[get_args(item)[0]] if get_origin(item) is Annotated else kind  # type: ignore[misc]
@@ -96,7 +93,7 @@ def _with_mappings(values: dict[str, Any], group: type[BaseModel]) -> dict[str, 
             pairs = dict(pair(name, text) for text in out[name])
             as_text = get_args(info.annotation)[1] is str
             out[name] = pairs if as_text else {key: settings.value_of(text) for key, text in pairs.items()}
-        elif info.annotation == ONE_OR_MORE and len(out[name]) == 1:
+        elif info.annotation == settings.OneOrMore and len(out[name]) == 1:
             out[name] = out[name][0]
     return out
 

@@ -268,10 +268,12 @@ class Usage:
 
 
 def usage(tracer: Tracer, *, without: str = "") -> Usage:
-    """See Usage. without: a phase that does not count."""
+    """See Usage. without: a phase behind "load" that does not count; what it leaves counts as loaded."""
     spans = _spans(tracer)
     totals, tops = _totals(tracer, spans)
-    tops.pop(without, None)
+    if tops.pop(without, None) is not None:
+        ends = [*(at for at, _ in spans[1:]), len(totals)]
+        tops["load"] = max(end for (_, phase), end in zip(spans, ends, strict=True) if phase == without) - 1
     highest = max(tops, key=lambda phase: totals[tops[phase]])
     step = max(1, len(totals) // POINTS)
     points = sorted({max(range(at, min(at + step, len(totals))), key=totals.__getitem__)
