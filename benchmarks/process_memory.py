@@ -73,12 +73,13 @@ def run(name: str, steps: int, folder: Path, small: str | None) -> dict[str, Any
     import fitune
     from fitune import demo
     from fitune.checkpoint import RunFolder
+    from fitune.training import train
 
     case = dict(CASES[name])
     output = str(folder / "run")
     if case["model"] == "demo":
         changes = {key: value for key, value in case.items() if key != "model"}
-        done = fitune.train(demo.config(output, sample_prompts=0, **changes))
+        done = train(demo.config(output, sample_prompts=0, **changes))
     else:
         data = folder / "rows.jsonl"
         rows(data, steps * case["batch_size"] + 40)

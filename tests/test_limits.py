@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 import chat_templates
 import tiny
-from fitune import config, encodings, rows, tables, untrusted
+from fitune import config, encodings, tables, untrusted
 from fitune.configs import read_config_file
 from fitune.encode import Encoder
 from fitune.errors import ConfigError, DataError, FituneError, ModelError, Problems, RunawayError
@@ -244,8 +244,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_data_without_a_measure_is_refused_with_its_file(tmp_path, monkeypatch, name: str) -> None:
     for module in (encodings, tables):
         monkeypatch.setattr(module, "BOMB", 8 << 20)
-    for module in (rows, tables):
-        monkeypatch.setattr(module, "MOST_COLUMNS", 500)
+    monkeypatch.setattr(tables, "MOST_COLUMNS", 500)
     make, says = CASES[name]
     make(tmp_path / name)
     with pytest.raises(FituneError) as caught:

@@ -28,7 +28,7 @@ from fitune.files import sha256
 from fitune.readers import documents_beside, files, locate, read
 from fitune.records import Conversation, DataReport, Source
 from fitune.store import META, Rows, write_rows
-from fitune.tables import MOST_COLUMNS
+from fitune.tables import check_columns
 from fitune.untrusted import DEEPEST, check_depth
 
 MOST_PROBLEMS = 20  # bad rows told in one message, or listed where they are skipped; the rest are counted
@@ -209,15 +209,8 @@ def _rows(source: DataSource, state: _State) -> Iterator[Conversation]:
 
 def _check_shape(row: Any, where: Source) -> None:
     """Raises DataError for a row of more columns than any data has, or one nested deeper than anybody writes."""
-    if isinstance(row, dict) and len(row) > MOST_COLUMNS:
-        raise DataError(
-            "too many columns",
-            file=where.file,
-            line=where.line,
-            received=f"{len(row):,}",
-            expected=f"{MOST_COLUMNS:,} at most",
-            fix="keep the columns that hold questions and answers",
-        )
+    if isinstance(row, dict):
+        check_columns(len(row), where.file, where.line)
     try:
         check_depth(row)
     except RecursionError:

@@ -57,20 +57,25 @@ def _other_delimiter(header: str) -> str | None:
     return None if "," in header else next((mark for mark in ("\t", ";") if mark in header), None)
 
 
+def check_columns(count: int, path: str | Path, line: int | None = None) -> None:
+    """Raises DataError for a table, or a row, of more columns than any data has."""
+    if count > MOST_COLUMNS:
+        raise DataError(
+            "too many columns",
+            file=path,
+            line=line,
+            received=f"{count:,}",
+            expected=f"{MOST_COLUMNS:,} at most",
+            fix="keep the columns that hold questions and answers",
+        )
+
+
 def _refuse_twice(header: Sequence[str], path: Path, line: int | None = None) -> None:
     """Raises DataError for two columns of one name, or more of them than any data has."""
     twice = sorted(name for name, count in Counter(header).items() if count > 1)
     if twice:
         raise DataError("two columns of one name", file=path, line=line, received=shorten(", ".join(twice), 200))
-    if len(header) > MOST_COLUMNS:
-        raise DataError(
-            "too many columns",
-            file=path,
-            line=line,
-            received=f"{len(header):,}",
-            expected=f"{MOST_COLUMNS:,} at most",
-            fix="keep the columns that hold questions and answers",
-        )
+    check_columns(len(header), path, line)
 
 
 def _csv_rows(reader: Any, file: str) -> Iterator[tuple[int, list[str]]]:
