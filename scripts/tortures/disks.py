@@ -42,7 +42,7 @@ def case(bench: Bench, seed: int, number: int) -> tuple[str, Verdict]:
         trouble = Trouble(run, fail_at=at, times=1 if "once" in way else ALWAYS, number=error)
         told = f"{kind}, {way} at event {at} ({events[at].replace(str(bench.finished(kind)), 'RUN')})"
     ended = fitune(*bench.words(kind, run), place=place, trouble=trouble)
-    if (bad := _said_so(ended)) is not None:
+    if (bad := _said_so(ended, trouble.file_size)) is not None:
         return told, bad
     if ended.code == 0:
         return f"{told}, passed over", judged(bench, kind, run, ended)
@@ -50,11 +50,12 @@ def case(bench: Bench, seed: int, number: int) -> tuple[str, Verdict]:
     return f"{told}, {how}", judged(bench, kind, run, again)
 
 
-def _said_so(ended: Ran) -> Verdict | None:
-    """What is wrong with how a run ended on a bad disk."""
+def _said_so(ended: Ran, most: int | None) -> Verdict | None:
+    """What is wrong with how a run ended on a bad disk. most: bytes of a file; what is printed goes into one, too."""
+    cut = most is not None and len(ended.err.encode()) >= most
     if ended.traceback:
         return Verdict("TRACEBACK", ended.last())
-    if ended.code == 2 and "error:" not in ended.err and ended.err.strip():
+    if ended.code == 2 and not cut and "error:" not in ended.err and ended.err.strip():
         return Verdict("TRACEBACK", f"no message: {ended.last()}")
     return None
 
@@ -64,7 +65,7 @@ def _on_small_disk(bench: Bench, kind: str, disk: Path, place: Path) -> tuple[st
     size = shutil.disk_usage(disk).total // 1024
     told = f"{kind}, a disk of {size} KiB"
     ended = fitune(*bench.words(kind, run), place=place)
-    if (bad := _said_so(ended)) is not None:
+    if (bad := _said_so(ended, None)) is not None:
         return told, bad
     if ended.code:
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True, capture_output=True)
