@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,14 +14,21 @@ import torch
 import tiny
 from fitune import adapters, processor, step
 from fitune.batches import PARTS, flat, in_order, rounded
-from fitune.config import build
+from fitune.config import RunConfig, build
 from fitune.kernels import flash, placed, wide
 from fitune.memory import device, plan
 from fitune.model import causal_lm, ready, trainable
 from fitune.records import Sample
 from fitune.step import held_out_loss, hidden_states, loss_sum
 
-VIRTUAL = {"prompt": {"prompt": {"tokens": 3, "init": "random"}}, "prefix": {"prefix": {"tokens": 3}}, "lora": {}}
+VIRTUAL: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"targets": "all-linear"}},
+    "prompt": {"prompt": {"tokens": 3, "init": "random"}},
+    "p-tuning": {"p_tuning": {"tokens": 3}},
+    "p-tuning-lstm": {"method": "p-tuning", "p_tuning": {"tokens": 3, "encoder": "lstm", "width": 24}},
+    "prefix": {"prefix": {"tokens": 3}},
+}
+ENCODED = ("p-tuning", "p-tuning-lstm")  # virtual tokens that a trained encoder makes
 
 
 def samples(weighted: bool = False) -> list[Sample]:
@@ -53,12 +60,16 @@ def test_sizes_are_few_and_near() -> None:
     assert max(len(set(sizes[n : 2 * n])) for n in (64, 128, 256, 512, 1024, 2048, 4096)) <= PARTS + 1
 
 
+def config_of(method: str) -> RunConfig:
+    settings = {"model": "-", "data": ["-"], "precision": "fp32", "method": method}
+    return build(settings | VIRTUAL[method])
+
+
 def tuned(kind: str, method: str) -> Any:
     model = ready(tiny.make_model(kind))
     if method == "full":
         return model.requires_grad_(True)
-    settings = {"model": "-", "data": ["-"], "method": method, "lora": {"targets": "all-linear"}, **VIRTUAL[method]}
-    model = adapters.attach(model.requires_grad_(False), build(settings))
+    model = adapters.attach(model.requires_grad_(False), config_of(method))
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.normal_(std=0.2)
@@ -78,7 +89,8 @@ CASES = [
         for kind in (*tiny.FAMILIES, "gemma2", "gemma3", "opt", "qwen3_moe", "mixtral", "gpt_oss")
     ],
     *[(kind, method, "flat") for kind in ("llama", "bloom", "chatglm") for method in ("prompt", "prefix", "lora")],
-    *[(kind, method, "padded") for kind in ("llama", "chatglm") for method in ("full", "prompt")],
+    *[(kind, method, "flat") for kind in ("llama", "bloom", "gpt2", "chatglm") for method in ENCODED],
+    *[(kind, method, "padded") for kind in ("llama", "chatglm") for method in ("full", "prompt", *ENCODED)],
     ("qwen3_5", "full", "padded"),
     ("llama", "full", "documents"),
 ]
@@ -121,10 +133,38 @@ def test_a_filler_repeats_the_first_document_so_that_its_positions_are_allowed()
     assert np.isfinite(loss_sum(model, batch).item())
 
 
-def test_tokens_that_are_shown_are_the_rows_own() -> None:
-    model, batch = tiny.make_model("llama"), flat(samples(), range(9))
-    done = step.training_step(model, [batch], torch.optim.SGD(model.parameters(), 0.0), 1.0)
+@pytest.mark.parametrize("method", ["full", *VIRTUAL])
+def test_tokens_that_are_shown_are_the_rows_own(method: str) -> None:
+    """Neither the filler's nor virtual ones."""
+    model, batch = tuned("llama", method), flat(samples(), range(9))
+    done = step.training_step(model, [batch], torch.optim.SGD(trainable(model).values(), 0.0), 1.0)
     assert (done.tokens, done.targets) == (len(batch.ids), len(batch.labels))
+
+
+@pytest.mark.parametrize("method", list(VIRTUAL))
+def test_a_plan_meets_the_sizes_that_a_step_meets(method: str) -> None:
+    """Virtual tokens before each document are rows of the model, a prefix is none; the filler comes behind them."""
+    config, batch, model = config_of(method), flat(samples(), range(9)), tuned("llama", method)
+    rows = len(batch.ids) + 9 * (3 if method in ("prompt", *ENCODED) else 0)
+    met: list[tuple[int, int]] = []
+
+    def met_by(work: Callable[[], Any]) -> list[tuple[int, int]]:
+        met.clear()
+        work()
+        return list(met)
+
+    def seen(*args: Any, **how: Any) -> placed.Placed:
+        made = place(*args, **how)
+        met.append((made.positions.shape[-1], made.label_rows.shape[-1]))
+        return made
+
+    place = placed.place
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placed, "place", seen)
+        real = met_by(lambda: loss_sum(model, batch).backward())
+        planned = met_by(lambda: plan.traced(plan.Work(config, tiny.make_model("llama").config, [[batch]])))
+    assert real == [(rounded(rows), rounded(len(batch.labels)))]
+    assert set(planned) == set(real)
 
 
 @pytest.mark.parametrize(
