@@ -15,7 +15,9 @@ import fitune
 import tiny
 from fitune import cli, families, tokenizer
 from fitune.config import build
+from fitune.demo import bundled
 from fitune.encode import Encoder
+from fitune.errors import FituneError
 from fitune.evaluation import Judged, _scores, bleu4, evaluate, exact_match, rouge_l
 from fitune.kernels import loss as loss_kernel
 from fitune.model import Tuned
@@ -104,6 +106,16 @@ def test_eval_on_the_command_line(run: Path, capsys, monkeypatch) -> None:
     assert json.loads(out)["rows"] == 5
     for word in ("base", "tuned", "perplexity", "bleu4", "rouge l"):
         assert word in err
+
+
+def test_rows_that_the_template_cannot_write_are_refused_not_left_out(tmp_path: Path) -> None:
+    """They have no sample: figures of the others would be shown as figures of all."""
+    turns = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]
+    tool = [*turns[:1], {"role": "tool", "content": "{}"}, *turns[1:]]
+    data = tmp_path / "held_out.jsonl"
+    data.write_text("".join(json.dumps({"messages": one}) + "\n" for one in (turns, tool, tool)))
+    with pytest.raises(FituneError, match=r"held_out.jsonl:2: .* no place for tool results \(and 1 rows more\)"):
+        evaluate(bundled() / "model", [str(data)], answer=False)
 
 
 @pytest.mark.shared

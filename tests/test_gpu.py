@@ -46,6 +46,7 @@ ON += [pytest.param("cuda", one, marks=pytest.mark.cuda) for one in (*BOTH, torc
 in_each_dtype = pytest.mark.parametrize(("where", "dtype"), ON)
 ROUNDED = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of a result, as vectors
 QUANTS = ["none", "int8", "nf4"]
+STRICT = ["lora", "lora-dora", "full", "freeze", "prefix", "prompt", "p-tuning", "p-tuning-lstm", "houlsby", "ia3"]
 
 
 @contextmanager
@@ -191,7 +192,7 @@ def test_documents_in_one_call_are_documents_alone(where: str, kind: str, quant:
 
 
 @everywhere
-@pytest.mark.parametrize("variant", ["lora", "lora-dora", "full", "freeze", "prefix", "prompt", "houlsby", "ia3"])
+@pytest.mark.parametrize("variant", STRICT)
 def test_two_steps_have_the_same_bits_by_strict_algorithms(where: str, variant: str) -> None:
     """Nothing that a method does lacks a deterministic algorithm."""
     device, given = pick_device(where), batch(1, 12, 30, 5)

@@ -7,7 +7,7 @@ memory is a few numbers per row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -346,17 +346,9 @@ def _written(desk: _Desk, some: Rows, encoder: Encoder, report: DataReport) -> S
         bad |= labels.wrong_rows(encoder, whole, [n for n in range(len(some)) if n not in bad])
     if not bad:
         return whole
-    reasons: dict[str, list[DataError]] = {}
-    for row, error in sorted(bad.items()):
-        reasons.setdefault(error.what.removeprefix(f"{some.source(row)}: "), []).append(error)
+    reasons = _by_reason(bad, some)
     if not desk.config.skip_bad or len(bad) == len(some):
-        problems = Collector()
-        for errors in reasons.values():
-            first = errors[0]
-            first.what += f" (and {len(errors) - 1} rows more)" if len(errors) > 1 else ""
-            first.fix = first.fix or "change such rows, or leave them out with --skip-bad"
-            problems.problems.append(first)
-        problems.raise_any()
+        _refuse_unwritten(reasons, "change such rows, or leave them out with --skip-bad")
     for reason, errors in reasons.items():
         report.bad_reasons[reason] = report.bad_reasons.get(reason, 0) + len(errors)
     report.skipped_bad += len(bad)
@@ -364,6 +356,37 @@ def _written(desk: _Desk, some: Rows, encoder: Encoder, report: DataReport) -> S
     good = some.view(np.setdiff1d(np.arange(len(some)), list(bad)))
     report.rows, report.formats = report.rows - len(bad), good.formats()
     return desk.encoded(good, encoder)
+
+
+def refuse_unwritten(samples: Samples, fix: str) -> None:
+    """Raise where the template cannot write some of the rows: they have no samples, and would be missing silently.
+
+    Args:
+        samples: of all rows.
+        fix: what a user does about it, where a reason has no fix of its own.
+
+    Raises:
+        DataError, Problems: each reason with its first row.
+    """
+    if samples.bad:
+        _refuse_unwritten(_by_reason(samples.bad, samples.rows), fix)
+
+
+def _by_reason(bad: Mapping[int, DataError], some: Rows) -> dict[str, list[DataError]]:
+    reasons: dict[str, list[DataError]] = {}
+    for row, error in sorted(bad.items()):
+        reasons.setdefault(error.what.removeprefix(f"{some.source(row)}: "), []).append(error)
+    return reasons
+
+
+def _refuse_unwritten(reasons: Mapping[str, list[DataError]], fix: str) -> None:
+    problems = Collector()
+    for errors in reasons.values():
+        first = errors[0]
+        first.what += f" (and {len(errors) - 1} rows more)" if len(errors) > 1 else ""
+        first.fix = first.fix or fix
+        problems.problems.append(first)
+    problems.raise_any()
 
 
 def _date(config: RunConfig) -> str | None:

@@ -181,6 +181,7 @@ def evaluate(
     encoder = tuned.encoder.with_max_length(limit, split=True)
     cache = Cache()
     held_out = dataset.encode(there, encoder, cache, "", watch)
+    dataset.refuse_unwritten(held_out, "change such rows, or leave them out of the file")
     if not len(held_out):
         raise DataError("no row has a token to measure", file=sources[0].path, received=f"{len(there)} rows")
     asked, too_long = _askable(there, tuned, limit) if answer else ([], 0)
