@@ -10,7 +10,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, get_4bit_type
+from bitsandbytes.functional import dequantize_4bit, get_4bit_type, has_avx512bf16
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
 
@@ -419,6 +419,18 @@ def test_refused_before_weights_are_read(folder: Path, data_file: Path, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@torch.no_grad()
+def off_by_their_kernels(theirs: Any, mine: Any) -> float:
+    """Infinite where bitsandbytes refuses the shapes: on CPUs with AVX512-BF16 it packs weights anew for a product of
+    its own, for multiples of 32 outputs alone."""
+    try:
+        return off(theirs(input_ids=IDS).logits, logits(mine))
+    except AssertionError as refused:
+        if has_avx512bf16() and "N must be divisible by block_n" in str(refused):
+            return float("inf")
+        raise
+
+
 def test_quantize_writes_what_transformers_and_fitune_load(folder: Path, data_file: Path, tmp_path: Path) -> None:
     for name in ("nf4", "int8"):
         target = tmp_path / name
@@ -433,11 +445,10 @@ def test_quantize_writes_what_transformers_and_fitune_load(folder: Path, data_fi
         assert hasattr(theirs.config, "quantization_config")
         mine, direct = load_model(target), load_model(folder, quant=name)
         assert torch.equal(logits(mine), logits(direct))
-        with torch.no_grad():
-            difference = off(theirs(input_ids=IDS).logits, logits(mine))
         packed = [dict(model.state_dict()) for model in (theirs, mine)]
         assert packed[0].keys() == packed[1].keys()
         assert all(torch.equal(tensor, packed[1][key]) for key, tensor in packed[0].items())
+        difference = off_by_their_kernels(theirs, mine)
         if quants.faults(mine):  # their kernel is wrong for these shapes on this machine, as the finding says
             assert difference > 1e-3
         else:
