@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tiny
-from fitune import advice, cli, exact, flags
+from fitune import advice, cli, exact, flags, planning
 from fitune.batches import Loader, rounded
 from fitune.config import build, merge, parse_assignments
 from fitune.console import Watcher
@@ -24,7 +24,7 @@ from fitune.kernels.target import AMPERE
 from fitune.memory import device, flops, plan, search, steps
 from fitune.planning import ask, look, work_of
 from fitune.records import Sample
-from fitune.savers import smaller_batches
+from fitune.savers import smaller_batches, what_helps
 from fitune.training import train
 from test_benchmarks import gpu
 
@@ -194,7 +194,7 @@ def test_of_what_is_enough_the_mildest_is_told(tmp_path: Path) -> None:
     settings = {"method": "lora", "batch_size": 48}
     exactly = exact_of({"model": model, "data": data, "gpu": "780MiB", **settings})
     assert not exactly.plan({}).fits
-    helps = advice.what_helps(model, data=data, gpu="780MiB", words=None, settings=settings)
+    helps = what_helps(planning.answer(model, data=data, gpu="780MiB", **settings))
     assert helps.together is not None
     change = helps.together["settings"]
     assert set(change) == {"batch_size", "accumulation"}
@@ -209,7 +209,7 @@ def test_a_budget_below_all_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"700 MiB .* is less than what lies beside any model") as caught:
         advice.advise(model, data=data, gpu="700MiB")
     assert "CUDA context 725 MiB, a default" in str(caught.value)
-    helps = advice.what_helps(model, data=data, gpu="700MiB", words=None, settings={"method": "lora"})
+    helps = what_helps(planning.answer(model, data=data, gpu="700MiB", method="lora"))
     assert "is less than what lies beside any model" in helps.text
 
 
@@ -271,7 +271,7 @@ def test_what_an_exact_plan_refutes_is_not_ranked(tmp_path: Path, monkeypatch: p
 @pytest.mark.full
 def test_where_nothing_is_enough_that_is_said(tmp_path: Path) -> None:
     model, data = str(shape_file(tmp_path, 2)), str(tiny.write_rows(tmp_path / "rows.jsonl", 60))
-    helps = advice.what_helps(model, data=[data], gpu="745MiB", words=None, settings={"method": "lora"})
+    helps = what_helps(planning.answer(model, data=[data], gpu="745MiB", method="lora"))
     assert helps.together is None
     assert helps.text.endswith("fitune plan looks through every way")
 

@@ -308,7 +308,7 @@ def test_ctrl_c_is_told_in_a_word(capsys: Any, monkeypatch: pytest.MonkeyPatch) 
     def interrupted(*arguments: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fitune.planning.plan", interrupted)
+    monkeypatch.setattr("fitune.planning.answer", interrupted)
     code, out, err = run(["plan", "llama-3.2-1b", "--method", "lora"], capsys, monkeypatch)
     assert (code, out, err) == (130, "", "stopped\n")
 

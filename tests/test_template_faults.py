@@ -47,6 +47,24 @@ def write(path: Path, rows: list[list[Message]]) -> Path:
     return path
 
 
+def test_a_template_that_stands_twice_in_its_file_is_named_by_it(tmp_path: Path) -> None:
+    """Rows would be told to be wrong, one after the other, and none is."""
+    folder = folder_with(kinds.QWEN25, tmp_path / "model")
+    data = write(tmp_path / "rows.jsonl", [[HI, HELLO]])
+    assert read(folder, data).samples
+    file = folder / "chat_template.jinja"
+    text = file.read_text()
+    file.write_text(text * 2)
+    with pytest.raises(ConfigError, match="writes every message twice") as caught:
+        read(folder, data)
+    assert str(file) in str(caught.value)
+    file.unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": text * 2}))
+    with pytest.raises(ConfigError, match=r"twice \(that of .*tokenizer_config\.json\)"):
+        read(folder, data)
+
+
 # ---- rows that a template refuses ----
 
 

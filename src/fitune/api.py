@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from fitune import early, given, names
 from fitune.cache import Cache, default_folder
-from fitune.config import DataSource
-from fitune.errors import ConfigError, RunFolderError
+from fitune.config import DataSource, RunConfig, read_yaml
+from fitune.config import merge as merged
+from fitune.errors import ConfigError, RunFolderError, shorten
 from fitune.quiet import quietly
 from fitune.records import Message
 from fitune.records import StepRecord as StepRecord
@@ -58,6 +59,7 @@ Data = Any  # a path, a source, rows, or a list of them: see given.sources
 
 
 def train(
+    config: RunConfig | str | Path | None = None,
     *,
     resume: bool = False,
     verbose: bool = False,
@@ -68,6 +70,7 @@ def train(
     """Fine-tune a model.
 
     Args:
+        config: settings as a whole: a RunConfig, or a YAML file of them. Settings beside it win over it.
         resume: go on with the run in `output`.
         verbose: show in the terminal what the command line shows. Default: nothing is printed.
         on_step: is called with the record of each optimizer step. What it raises ends the run; the checkpoints that
@@ -87,7 +90,8 @@ def train(
         >>> fitune.train(model="models/llama", data=["rows.jsonl"], method="lora", output="runs/first")
         >>> fitune.train(model="models/llama", data=[{"prompt": "1 + 1?", "completion": "2"}, ...])
     """
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in names.ours(settings).items()}
+    settings = _beside(config, settings)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     if resume and "output" not in settings:
         raise ConfigError("resume: which run?", expected="output, the run folder")
     if resume:
@@ -102,6 +106,24 @@ def train(
 
 
 ROWS = ("data", "eval_data")
+
+
+def _beside(config: RunConfig | str | Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by fitune's names; those of a config, where there is one, under them."""
+    if config is None:
+        return names.ours(settings)
+    if isinstance(config, RunConfig):
+        whole = config.model_dump(mode="json", exclude_unset=True)
+    elif isinstance(config, (str, Path)):
+        whole = read_yaml(Path(config))
+    else:
+        raise ConfigError(
+            "a config of this kind cannot be used",
+            received=f"{type(config).__name__}: {shorten(config, 80)}",
+            expected="a RunConfig, or the path of a YAML file",
+            fix="settings are keywords: model=..., data=..., method=...",
+        )
+    return merged(whole, names.ours(settings))
 
 
 def _cache(folder: str) -> Cache:
@@ -134,7 +156,7 @@ def _run(
 
 
 def plan(
-    model: str | Path,
+    model: str | Path | RunConfig,
     *,
     data: Data = (),
     gpu: str | None = None,
@@ -145,8 +167,9 @@ def plan(
     """What a run would take, before anything is downloaded.
 
     Args:
-        model: a name of the catalog, a config.json, a model folder, or a hub id.
-        data: as for `train`; none: every row is as long as max_length.
+        model: a name of the catalog, a config.json, a model folder, or a hub id; or all settings at once, as for
+            `train`: a RunConfig, or a YAML file.
+        data: as for `train`; none: that of such settings, else every row is as long as max_length.
         gpu: a size (24GB), a GPU (rtx-4090, 4090), this-machine. Default: this machine.
         words: a tokenizer folder, for a model that is not here.
         watch: is told how far it is.
@@ -155,6 +178,11 @@ def plan(
     Raises:
         FituneError: settings, model, data or device that cannot be.
     """
+    if not isinstance(model, (str, Path)) or str(model).endswith(early.YAML):
+        settings = _beside(model, settings)
+        data = data if _is_given(data) else settings.pop("data", ())
+        model = settings.pop("model", "")
+        settings = {name: value for name, value in settings.items() if name not in ("data", "output", "force")}
     settings = names.ours(settings)
     cache = _cache(settings.get("cache", "auto"))
     there = given.sources(data, "data", cache) if _is_given(data) else []

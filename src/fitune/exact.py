@@ -79,24 +79,26 @@ class Exact:
         asked: the question.
         rows: what is known of its data.
         given: the settings that were given, as they were.
+        made: the plan of these settings, where it is there already.
     """
 
-    def __init__(self, asked: Asked, rows: Rows, given: Mapping[str, Any]) -> None:
+    def __init__(self, asked: Asked, rows: Rows, given: Mapping[str, Any], made: plans.Plan | None = None) -> None:
         self.asked, self.rows, self.given = asked, rows, given
         self.plans: dict[str, plans.Plan] = {}
         # once: plans differ by what their settings take, and by that alone
-        self.outside = plans.outside_of(asked.where, asked.config.precision)
+        self.outside = made.outside if made is not None else plans.outside_of(asked.where, asked.config.precision)
         self.cut: dict[int, Rows] = {rows.max_length: rows}
         padded = steps.likely_layout(asked.config.layout, asked.shape) == "padded"
         self.largest = steps.Largest(rows.samples, asked.config, padded=padded)
+        if made is not None:
+            self.plans[self._key(self.with_settings({}).config)] = made
 
     def plan(self, settings: Mapping[str, Any]) -> plans.Plan:
         """With settings beside what was given; rows that are too long for them are cut."""
         other = self.with_settings(settings)
-        config = other.config
-        key = config.model_dump_json()
+        longest = self.longest(other.config)
+        key = self._key(other.config)
         if key not in self.plans:
-            longest = self.longest(config)
             if longest not in self.cut:
                 samples, held_out = _cut(self.rows.samples, longest), _cut(self.rows.held_out, longest)
                 self.cut[longest] = replace(self.rows, samples=samples, held_out=held_out, max_length=longest)
@@ -104,6 +106,10 @@ class Exact:
             made = plans.plan(work, other.where, name=other.name, outside=self.outside)
             self.plans[key] = replace(made, max_length=longest)
         return self.plans[key]
+
+    def _key(self, config: RunConfig) -> str:
+        """What decides a plan: a length that is named and the same length by itself are one question."""
+        return config.model_copy(update={"max_length": self.longest(config)}).model_dump_json()
 
     def longest(self, config: RunConfig) -> int:
         """The most tokens of a row with these settings."""

@@ -94,6 +94,29 @@ def plan(
     Raises:
         FituneError: settings, model, data or device that cannot be.
     """
+    return answer(model, data=data, gpu=gpu, words=words, watch=watch, **settings).plan
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A plan, with what it was made of: the question, what is known of its data, and the settings that were given."""
+
+    asked: Asked
+    rows: Rows
+    plan: plans.Plan
+    given: Mapping[str, Any]
+
+
+def answer(
+    model: str | Path,
+    *,
+    data: str | Path | Sequence[str | Path | Mapping[str, Any]] = (),
+    gpu: str | None = None,
+    words: str | Path | None = None,
+    watch: Watcher | None = None,
+    **settings: Any,
+) -> Answer:
+    """As `plan`, with what it was made of, so that nobody who asks on reads the data or traces the model again."""
     sources = [data] if isinstance(data, (str, Path)) else list(data)
     settings = {name: _plain(value) for name, value in settings.items()}
     wanted = ask(str(model), data=[_plain(source) for source in sources], gpu=gpu, settings=settings)
@@ -102,7 +125,8 @@ def plan(
     notes = [known.note] if known.note else []
     if wanted.where.kind == "cuda" and not wanted.where.bf16 and made.precision == "bf16":
         notes.append(f"bf16 {precision.EMULATED}: --precision auto")
-    return replace(made, notes=[*notes, *made.notes], max_length=known.max_length)
+    made = replace(made, notes=[*notes, *made.notes], max_length=known.max_length)
+    return Answer(wanted, known, made, settings)
 
 
 def _plain(value: Any) -> Any:
@@ -383,4 +407,4 @@ def _really(job: Job, work: plans.Work) -> tuple[plans.Usage, int]:
     return plans.usage(tracer), most
 
 
-__all__ = ["Verified", "ask", "plan", "verify"]
+__all__ = ["Answer", "Verified", "answer", "ask", "plan", "verify"]

@@ -78,7 +78,7 @@ def plan(
 
     from fitune.console import Terminal
     from fitune.files import write_atomic
-    from fitune.planning import plan as make_plan
+    from fitune.planning import answer
     from fitune.planview import page, plan_bar, plan_table, plan_timeline, verdict
 
     words = str(tokenizer) if tokenizer is not None else None
@@ -86,7 +86,8 @@ def plan(
         print_figures(_advised(model, data, gpu, words, given, console, html), json)
         return
     with Terminal(console) as watch:
-        made = make_plan(model, data=data or (), gpu=gpu, words=words, watch=watch, **given)
+        found = answer(model, data=data or (), gpu=gpu, words=words, watch=watch, **given)
+    made = found.plan
     seen = made.as_dict()
     console.print(plan_table(seen))
     console.print(plan_bar(seen, min(console.width, 100)))
@@ -95,9 +96,9 @@ def plan(
         console.print(note, style="yellow", markup=False, highlight=False)
     console.print(verdict(seen), markup=False, highlight=False)
     if made.fits is False:
-        from fitune.advice import what_helps
+        from fitune.savers import what_helps
 
-        help_ = what_helps(model, data=data or (), gpu=gpu, words=words, settings=given)
+        help_ = what_helps(found)
         console.print(help_.text, markup=False, highlight=False)
         seen["helps"] = help_.as_dict()
     if html is not None:

@@ -18,7 +18,7 @@ from fitune.errors import FituneError
 from fitune.exact import Exact, below_all, flags, largest_batch, parts, shorter_lengths
 from fitune.memory import plan as plans
 from fitune.memory import search
-from fitune.planning import ask, look
+from fitune.planning import Answer
 from fitune.prepare import check_quantized
 
 HELPS = 6  # savers that a miss tells of
@@ -152,12 +152,10 @@ class Help:
         }
 
 
-def what_helps(
-    model: str, *, data: Sequence[Any], gpu: str | None, words: str | None, settings: Mapping[str, Any]
-) -> Help:
+def what_helps(missed: Answer) -> Help:
     """What would make a plan fit that does not: each change with the bytes that it saves, and which of them do it."""
-    asked = ask(model, data=data, gpu=gpu, settings=settings)
-    exactly = Exact(asked, look(asked, words, Watcher()), settings)
+    asked = missed.asked
+    exactly = Exact(asked, missed.rows, missed.given, missed.plan)
     now = exactly.plan({})
     missing = -(now.spare or 0)
     never = below_all(asked.where)

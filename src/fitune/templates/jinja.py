@@ -198,10 +198,14 @@ def of_tokenizer(
     Args:
         tokenizer: has a chat_template, or several by name.
         system_role, options, date: see ChatTemplate.
+
+    Raises:
+        ConfigError: it writes every message twice.
     """
     how: dict[str, Any] = {"system_role": system_role, "options": options, "date": date}
-    found = ChatTemplate(tokenizer.chat_template, tokenizer, None, **how)
-    return ChatTemplate(tokenizer.chat_template, tokenizer, find_stop(found._renderers["default"]), **how)
+    found = ChatTemplate(tokenizer.chat_template, tokenizer, None, **how)._renderers["default"]
+    found.check_once()
+    return ChatTemplate(tokenizer.chat_template, tokenizer, find_stop(found), **how)
 
 
 def _quoted(value: Any) -> str:

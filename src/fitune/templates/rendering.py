@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from fitune.errors import ConfigError, DataError, RunawayError, shorten
@@ -166,7 +167,18 @@ class Renderer:
     def _of(self) -> str:
         """Where it comes from, for a message."""
         folder = getattr(self.tokenizer, "name_or_path", "")
-        return f" (that of {folder})" if folder else ""
+        return f" (that of {_file_in(Path(folder))})" if folder else ""
+
+    def check_once(self) -> None:
+        """Raises ConfigError where the template writes a conversation twice: its text stands twice in its file."""
+        text = self.tried([USER, ANSWER]) or ""
+        if re.search(rf"{ASKED}.*{SAID}.*{ASKED}.*{SAID}", text, re.DOTALL):
+            raise ConfigError(
+                f"the tokenizer's own chat template writes every message twice{self._of}",
+                received=shorten(text, 300),
+                expected="each message once; does the template's text stand twice in that file?",
+                fix=OTHER,
+            )
 
     def _runaway(self, error: Exception) -> RunawayError:
         self._broken = RunawayError(
@@ -373,6 +385,14 @@ class Renderer:
         before, prompt = self._thoughts[-1].partition(SAID)[0], self.tried([USER]) or ""
         header, asked = ("".join(thoughts.pieces(text)[::2]) for text in (before, prompt))
         return asked.startswith(header.rstrip())
+
+
+FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # the first that is there is read
+
+
+def _file_in(folder: Path) -> Path:
+    """The file of a tokenizer's folder that holds its chat template; the folder, where none is there."""
+    return next((folder / name for name in FILES if (folder / name).is_file()), folder)
 
 
 def _reason(error: Exception) -> str:
