@@ -51,14 +51,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fitune import adapters, catalog, determinism, families, methods
-from fitune import model as models
-from fitune import quant as quants
-from fitune.config import QuantOptions, RunConfig, build
-from fitune.files import write_json
+from fitune.core import catalog
+from fitune.core.config import QuantOptions, RunConfig, build
+from fitune.core.files import write_json
 from fitune.memory import device, plan, steps, trace
-from fitune.precision import DTYPES
-from fitune.quant.base import sizes
+from fitune.models import adapters, determinism, families, methods
+from fitune.models import model as models
+from fitune.models import quant as quants
+from fitune.models.precision import DTYPES
+from fitune.models.quant.base import sizes
 
 MIB, GIB = 2**20, 2**30
 MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b")

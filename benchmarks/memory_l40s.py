@@ -35,11 +35,11 @@ from peft import get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fitune.kernels.target import Target
 from fitune.memory import plan
 from fitune.memory.allocator import EMPTY_CACHE, Allocator, Event
 from fitune.memory.cuda import Cuda
 from fitune.memory.trace import Tracer
+from fitune.models.kernels.target import Target
 from peft_before import as_of, frozen_as_of
 
 # an Ampere GPU or newer; no multiprocessors: a plain script does not ask for deterministic kernels, which take more

@@ -21,13 +21,13 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from fitune import catalog
-from fitune.config import build
-from fitune.kernels.target import Target
+from fitune.core import catalog
+from fitune.core.config import build
 from fitune.memory import device, plan, steps, trace
 from fitune.memory.cuda import Cuda
 from fitune.memory.trace import Building, Tracer
-from fitune.model import shape_of
+from fitune.models.kernels.target import Target
+from fitune.models.model import shape_of
 
 # an Ampere GPU or newer; no multiprocessors: a plain script does not ask for deterministic kernels, which take more
 GPU = Target("cuda", (8, 0))

@@ -21,13 +21,13 @@ from unittest.mock import patch
 
 import torch
 
-from fitune import catalog
-from fitune.config import build
-from fitune.kernels import placed
-from fitune.kernels.target import AMPERE
+from fitune.core import catalog
+from fitune.core.config import build
 from fitune.memory import plan, steps, trace
 from fitune.memory.cuda import Cuda
-from fitune.model import shape_of
+from fitune.models.kernels import placed
+from fitune.models.kernels.target import AMPERE
+from fitune.models.model import shape_of
 
 
 class Counting(trace.Tracer):

@@ -49,7 +49,7 @@ def make_33m(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from fitune.demo import bundled
+    from fitune.commands.demo import bundled
 
     tokenizer = AutoTokenizer.from_pretrained(str(bundled() / "model"))
     shape = LlamaConfig(
@@ -71,9 +71,9 @@ def make_33m(folder: Path) -> None:
 def run(name: str, steps: int, folder: Path, small: str | None) -> dict[str, Any]:
     """A case, in this process."""
     import fitune
-    from fitune import demo
-    from fitune.checkpoint import RunFolder
-    from fitune.training import train
+    from fitune.commands import demo
+    from fitune.commands.train import train
+    from fitune.engine.checkpoint import RunFolder
 
     case = dict(CASES[name])
     output = str(folder / "run")

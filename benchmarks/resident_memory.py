@@ -52,10 +52,10 @@ def run(kind: str, steps: int, every: int, folder: Path) -> list[dict[str, float
     import psutil
 
     import fitune
-    from fitune.console import Watcher
-    from fitune.demo import bundled
-    from fitune.kernels import placed
-    from fitune.records import StepRecord
+    from fitune.commands.demo import bundled
+    from fitune.core.events import Watcher
+    from fitune.core.records import StepRecord
+    from fitune.models.kernels import placed
 
     process, lines, met, given = psutil.Process(), [], set(), set()
     place = placed.place

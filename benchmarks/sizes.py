@@ -3,7 +3,8 @@
     python benchmarks/sizes.py [DATA] --tokenizer FOLDER [--batch-sizes 1 2 4 8 16 32]
 
 For each batch size: distinct numbers of tokens of an epoch's micro-batches, as they are and rounded up
-(fitune.batches.rounded), and how many tokens more that is; once flat, once padded with rows of like length together.
+(fitune.data.batches.rounded), and how many tokens more that is; once flat, once padded with rows of like length
+together.
 alpaca_zh_demo with Qwen2's tokenizer and batches of 8: see docs/memory.md.
 """
 
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fitune import dataset, tokenizer
-from fitune.batches import Loader, rounded
-from fitune.config import build
-from fitune.store import lengths_of
+from fitune.core.config import build
+from fitune.data import pipeline as dataset
+from fitune.data import tokenizer
+from fitune.data.batches import Loader, rounded
+from fitune.data.store import lengths_of
 
 
 def costs(lengths: np.ndarray, micro_batches: list[np.ndarray], *, padded: bool) -> tuple[int, int, float]:

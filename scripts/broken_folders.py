@@ -1,7 +1,8 @@
 """Damaged files, drawn at random with a seed: whatever a folder of a model, a run, an adapter or data may have become.
 
 In: a folder, a seed, a number. Out: damages, each of one file of one kind, which can be done to a copy of the folder.
-Every file meets every kind before any meets one twice. tests/test_damage.py and scripts/torture.py draw from here:
+Every file meets every kind before any meets one twice. tests/commands/test_damage.py and
+scripts/torture.py draw from here:
 
     for damage in draw(folder, seed=7, count=50):
         damage.do(copy_of(folder, elsewhere))

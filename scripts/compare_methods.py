@@ -47,11 +47,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def measure(variant: str, lr: float | None) -> dict[str, Any]:
     """Train, answer, count; in this process."""
-    from fitune import demo, methods, rows
-    from fitune.evaluation import accuracy, exact_match
-    from fitune.loading import load
-    from fitune.records import DataReport
-    from fitune.training import train
+    from fitune.commands import demo
+    from fitune.commands.evaluate import accuracy, exact_match
+    from fitune.commands.train import train
+    from fitune.core.records import DataReport
+    from fitune.data import rows
+    from fitune.engine.loading import load
+    from fitune.models import methods
 
     changes = VARIANTS[variant]
     rate = lr or NARROW * methods.find(changes["method"]).default_lr

@@ -34,13 +34,14 @@ REAL = {"template": "alpaca", "max_length": 256, "max_lost": 1.0, "skip_bad": Tr
 
 def measure(variant: str, real: list[str]) -> dict[str, Any]:
     """Train, answer, count; in this process."""
-    from fitune import demo, rows
-    from fitune.checkpoint import RunFolder
-    from fitune.config import build
-    from fitune.evaluation import accuracy, exact_match
-    from fitune.loading import load
-    from fitune.records import DataReport
-    from fitune.training import train
+    from fitune.commands import demo
+    from fitune.commands.evaluate import accuracy, exact_match
+    from fitune.commands.train import train
+    from fitune.core.config import build
+    from fitune.core.records import DataReport
+    from fitune.data import rows
+    from fitune.engine.checkpoint import RunFolder
+    from fitune.engine.loading import load
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

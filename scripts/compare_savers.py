@@ -65,8 +65,8 @@ def make(folder: Path) -> None:
 
 def ready(folder: Path, config: Any) -> Any:
     """The model with its method, in training mode."""
-    from fitune import adapters, families
-    from fitune.model import checkpoint_blocks, load_model
+    from fitune.models import adapters, families
+    from fitune.models.model import checkpoint_blocks, load_model
 
     base = load_model(folder, precision=config.precision)
     family = families.of(base)
@@ -79,12 +79,12 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     """One saver, in this process."""
     import torch
 
-    from fitune import optim
-    from fitune.config import build
+    from fitune.core.config import build
+    from fitune.engine import optim
+    from fitune.engine.step import training_step
     from fitune.memory import plan as plans
     from fitune.memory import steps, trace
-    from fitune.model import read_config, trainable
-    from fitune.step import training_step
+    from fitune.models.model import read_config, trainable
 
     settings = {"length": LENGTH, **SAVERS[name][0]}
     length = settings.pop("length")

@@ -95,7 +95,7 @@ def _outside(words: Sequence[str], seconds: float) -> tuple[int, str, str]:
 
 
 def _inside(words: Sequence[str], seconds: float) -> tuple[int, str, str]:
-    from fitune.cli import main as typed
+    from fitune.cli.main import main as typed
 
     out, errors, code = io.StringIO(), io.StringIO(), 0
     typing = patch.object(sys, "argv", ["fitune", *words])
@@ -121,8 +121,8 @@ def machine(here: Here) -> None:
     """Versions; which kernels attention takes, and what a new length costs; the rate of matrix products."""
     import torch
 
-    from fitune import environment as around
-    from fitune.model import pick_device
+    from fitune.engine import environment as around
+    from fitune.models.model import pick_device
 
     device = pick_device(here.device)
     found = around.describe(device)
@@ -147,7 +147,7 @@ def attention_of(device: Any, *, own: bool) -> tuple[list[str], list[float]]:
     import torch
     from torch.nn import functional as F
 
-    from fitune import determinism
+    from fitune.models import determinism
 
     def run(length: int) -> None:
         q = torch.randn(1, 8, length, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -187,7 +187,9 @@ def timed(work: Callable[[], Any], device: Any, *, times: int, warm: int = 3) ->
 @section
 def kernels(here: Here) -> None:
     """The tests that need a GPU, but for resuming, which is a section; without a GPU, that they are found."""
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.cuda" in path.read_text("utf-8")]
+    files = [
+        str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.cuda" in path.read_text("utf-8")
+    ]
     if here.together:
         files = [file for file in files if file.endswith("test_gpu.py")]
     chosen = ["-m", "cuda and not full", "-k", "not new_processes"]
@@ -252,7 +254,7 @@ class Run:
 
 def bundled(here: Here, name: str, *flags: object) -> Run:
     """A short run of the bundled model."""
-    from fitune import demo
+    from fitune.commands import demo
 
     folder, parts = here.work / name.replace(" ", "-"), Path(demo.__file__).parent / "bundled"
     fixed = ("--model", parts / "model", "--data", parts / "data" / "train.jsonl", "--device", here.device)

@@ -47,9 +47,10 @@ class Bench:
 
     def __init__(self, here: Here, quant: str) -> None:
         import memory_gpu
-        from fitune import catalog, optim
-        from fitune.config import build
-        from fitune.model import pick_device, shape_of, trainable
+        from fitune.core import catalog
+        from fitune.core.config import build
+        from fitune.engine import optim
+        from fitune.models.model import pick_device, shape_of, trainable
 
         self.here, self.device, self.strict = here, pick_device(here.device), True
         name = model_for(self.device)
@@ -66,9 +67,9 @@ class Bench:
 
     def step(self, documents: int, tokens: int) -> Any:
         """One optimizer step; where an operation has no deterministic algorithm, that is a failed check, said once."""
-        from fitune import determinism
+        from fitune.engine.step import training_step
         from fitune.memory.steps import made_up
-        from fitune.step import training_step
+        from fitune.models import determinism
 
         tokens = tokens // 32 if self.here.dry else tokens
         batch = made_up(min(documents, tokens), max(2, tokens // documents), self.shape.vocab_size)
@@ -180,7 +181,7 @@ def random_model(here: Here) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from fitune import demo
+    from fitune.commands import demo
 
     bundled, folder = Path(demo.__file__).parent / "bundled", here.work / "model"
     tokenizer = AutoTokenizer.from_pretrained(str(bundled / "model"), trust_remote_code=False)

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import GlmForCausalLM
 
-from fitune.families import original
-from fitune.families.chatglm_model import ChatGLMForConditionalGeneration
+from fitune.models.families import original
+from fitune.models.families.chatglm_model import ChatGLMForConditionalGeneration
 
 TOKENIZER = ("ice_text.model", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 FIRST: dict[str, Any] = {

@@ -3,7 +3,8 @@
 Each fault is planted at a seam of fitune, as if a function of its own had been written so; no dependency is patched. A
 run with it must be refused before its first step (or while it resumes), or be refused or warned of at its end, by
 fitune's own checks; what found it, and when, is a row of results/planted_faults.json. Clean runs, methods x families x
-data, must give no warning of these rules. Tiny models, tests/tiny.py; one fault and one clean run take the bundled one.
+data, must give no warning of these rules. Tiny models, tests/support/tiny.py; one fault and one
+clean run take the bundled one.
 """
 
 from __future__ import annotations
@@ -34,28 +35,20 @@ from tokenizers.processors import TemplateProcessing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import tiny
-from fitune import (
-    adapters,
-    batches,
-    dataset,
-    demo,
-    merging,
-    model,
-    optim,
-    quant,
-    recovery,
-    resuming,
-    step,
-)
-from fitune.checkpoint import RunFolder
-from fitune.config import build
-from fitune.console import Watcher
-from fitune.encode import Encoder
-from fitune.errors import FituneError, Problems
-from fitune.methods import lora
-from fitune.records import Finding
-from fitune.training import resume_config, train
+from fitune.commands import demo, resuming
+from fitune.commands import merge as merging
+from fitune.commands.train import resume_config, train
+from fitune.core.config import build
+from fitune.core.errors import FituneError, Problems
+from fitune.core.events import Watcher
+from fitune.core.records import Finding
+from fitune.data import batches, pipeline
+from fitune.data.encode import Encoder
+from fitune.engine import optim, recovery, step
+from fitune.engine.checkpoint import RunFolder
+from fitune.models import adapters, model, quant
+from fitune.models.methods import lora
+from support import tiny
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 4, "batch_size": 2, "accumulation": 2, "save_every": 2, "eval_every": 4, "sample_prompts": 0,
@@ -95,7 +88,7 @@ class Fault:
         plant: plants it.
         rules: any of these finds it.
         settings: of the run, beside the common ones.
-        base: a kind of tests/tiny.py, or one of BASES.
+        base: a kind of tests/support/tiny.py, or one of BASES.
         how: "train"; "resume" plants it when a killed run goes on; "merge" when a finished one is merged.
     """
 
@@ -178,7 +171,7 @@ def _on_training_rows(seam: Seam) -> None:
 
         return made
 
-    seam.put(dataset, "_split", split)
+    seam.put(pipeline, "_split", split)
 
 
 def _other_template(seam: Seam) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["--max-steps", "6", "--batch-size", "4", "--max-length", "64", "--save-every", "3", "--precision", "fp32"]
-# name: (family of tests/tiny.py, flags)
+# name: (family of tests/support/tiny.py, flags)
 RUNS: dict[str, tuple[str, list[str]]] = {
     "lora fp32": ("llama", ["--method", "lora"]),
     "full adamw-8bit": ("llama", ["--method", "full", "--optimizer", "adamw-8bit", "--lr", "1e-3"]),
@@ -58,7 +58,7 @@ def fitune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def models(folder: Path) -> None:
     """The families that the runs name, and rows."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import tiny  # type: ignore[import-not-found]  # of the tests' folder
+    from support import tiny  # type: ignore[import-not-found]  # of the tests' folder
 
     for family in {family for family, _ in RUNS.values()}:
         tiny.save(family, folder / family)

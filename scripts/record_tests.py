@@ -1,7 +1,7 @@
 """JUnit files as a small JSON record: `python scripts/record_tests.py build/test-full.xml results/test-full.json`.
 
 Of some test files alone, perhaps run one after the other, `--command` says so in the record:
-`FITUNE_TESTS=full pytest -m "" tests/test_trace.py --junitxml build/trace.xml`.
+`FITUNE_TESTS=full pytest -m "" tests/memory/test_trace.py --junitxml build/trace.xml`.
 """
 
 from __future__ import annotations

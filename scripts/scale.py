@@ -60,8 +60,9 @@ def write(path: Path, count: int) -> None:
 
 def timed(data: str, model: str) -> dict[str, float]:
     """Seconds to prepare, anew and from the cache, without the imports."""
-    from fitune import dataset, tokenizer
-    from fitune.config import build
+    from fitune.checks import preflight
+    from fitune.core.config import build
+    from fitune.data import tokenizer
 
     folder = Path(model)
     words = tokenizer.load(folder)
@@ -70,7 +71,7 @@ def timed(data: str, model: str) -> dict[str, float]:
         config = build({"model": model, "data": [data], "skip_bad": True, "cache": cache})
         for name in ("anew", "from the cache"):
             start = time.perf_counter()
-            found = dataset.read(config, folder, words, limit=4096, vocabulary=len(words))
+            found = preflight.read(config, folder, words, limit=4096, vocabulary=len(words))
             seconds[name] = round(time.perf_counter() - start, 2)
             print(f"{name}: {seconds[name]} s, {len(found.samples):,} samples, {found.report.tokens:,} tokens")
     return seconds
@@ -78,7 +79,7 @@ def timed(data: str, model: str) -> dict[str, float]:
 
 def trained(path: Path, folder: Path) -> dict[str, float]:
     """Twenty steps of `fitune train` on that file, anew and again from the cache: seconds and peak memory."""
-    from fitune.demo import bundled
+    from fitune.commands.demo import bundled
 
     figures: dict[str, float] = {"file_mib": round(path.stat().st_size / 2**20, 1)}
     environment = {**os.environ, "FITUNE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "2"}

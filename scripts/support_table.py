@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fitune import catalog, families, methods, quant
-from fitune.config import build, quant_options
-from fitune.errors import FituneError
-from fitune.methods import Quantized
-from fitune.model import shape_of, without_weights
+from fitune.core import catalog
+from fitune.core.config import build, quant_options
+from fitune.core.errors import FituneError
+from fitune.models import families, methods, quant
+from fitune.models.methods import Quantized
+from fitune.models.model import shape_of, without_weights
 
 EVERYWHERE, PLAIN, NOT_YET = "✓", "16/32", "not yet"
 QUANTIZERS = ("int8", "nf4")

@@ -4,7 +4,7 @@ MODEL: a small pretrained model's folder. DATA: a JSON list of {"output": text}.
 float16, as with `--trainable-dtype fp16`; products are computed in float32 on the same numbers, since a CPU's float16
 products are a hundred times slower. Written down for each method, optimizer, learning rate and epsilon: the held-out
 loss over that of float32 weights at the same rate. `optim` has its bounds from one half of these rows; the other half
-checks them (`tests/test_precision.py`).
+checks them (`tests/models/test_precision.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fitune import adapters, optim, tokenizer
-from fitune.batches import flat
-from fitune.config import build
-from fitune.model import load_model, trainable
-from fitune.records import Batch, Sample
-from fitune.step import held_out_loss, loss_sum
+from fitune.core.config import build
+from fitune.core.records import Batch, Sample
+from fitune.data import tokenizer
+from fitune.data.batches import flat
+from fitune.engine import optim
+from fitune.engine.step import held_out_loss, loss_sum
+from fitune.models import adapters
+from fitune.models.model import load_model, trainable
 
 STEPS, ROWS, LENGTH = 60, 4, 64
 RATES = {"lora": (5e-5, 2e-4, 1e-3, 5e-3), "full": (2e-5, 1e-4, 3e-4, 1e-3)}

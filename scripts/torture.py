@@ -48,7 +48,7 @@ def warm() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
-    from fitune import api, chat, cli, converting, evaluation, exporting, inspection, merging, training  # noqa: F401
+    from fitune.cli import main as cli  # noqa: F401
 
     torch.set_num_threads(1)
 

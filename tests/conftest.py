@@ -14,8 +14,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-import tiny
-from fitune import precision, processor
+from fitune.core import processor
+from fitune.models import precision
+from support import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 os.environ["FITUNE_CACHE"] = tempfile.mkdtemp(prefix="fitune-cache-")  # nor what lies in the user's own cache

@@ -151,7 +151,7 @@ def start(words: Sequence[object], place: Path, trouble: Trouble | None = None, 
 
 
 def _command(words: list[str], trouble: Trouble | None) -> int:
-    from fitune import cli
+    from fitune.cli import main as cli
 
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
     sys.argv, code = ["fitune", *words], 0

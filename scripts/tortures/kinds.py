@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tiny
+from support import tiny
 from tortures.children import Ran, Trouble, fitune, names, outcome, together
 
 COMMON = [

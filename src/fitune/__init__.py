@@ -35,9 +35,9 @@ if TYPE_CHECKING:
         quantize,
         train,
     )
-    from fitune.errors import FituneError
+    from fitune.core.errors import FituneError
 
-from fitune.processor import set_defaults
+from fitune.core.processor import set_defaults
 
 set_defaults()
 try:
@@ -78,7 +78,7 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name == "FituneError":
-        return import_module("fitune.errors").FituneError
+        return import_module("fitune.core.errors").FituneError
     if name in __all__:
         return getattr(import_module("fitune.api"), name)
     raise AttributeError(f"module 'fitune' has no attribute {name!r}")

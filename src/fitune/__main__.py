@@ -1,6 +1,6 @@
 """`python -m fitune`."""
 
-from fitune.cli import main
+from fitune.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -11,39 +11,32 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fitune import early, given, names
-from fitune.cache import Cache, default_folder
-from fitune.config import DataSource, RunConfig, read_yaml
-from fitune.config import merge as merged
-from fitune.errors import ConfigError, RunFolderError, shorten
-from fitune.quiet import quietly
-from fitune.records import Message
-from fitune.records import StepRecord as StepRecord
+from fitune.checks import early
+from fitune.core import names
+from fitune.core.config import DataSource, RunConfig, read_yaml
+from fitune.core.config import merge as merged
+from fitune.core.errors import ConfigError, RunFolderError, shorten
+from fitune.core.quiet import quietly
+from fitune.core.records import Message
+from fitune.core.records import StepRecord as StepRecord
+from fitune.data import given
+from fitune.data.cache import Cache, default_folder
 
 if TYPE_CHECKING:
-    from fitune.console import Watcher as Watcher
-    from fitune.converting import Converted as Converted
-    from fitune.converting import convert as convert
-    from fitune.evaluation import Evaluation as Evaluation
-    from fitune.exporting import Exported as Exported
-    from fitune.exporting import export as export
-    from fitune.hub import Downloaded as Downloaded
-    from fitune.hub import download as download
+    from fitune.commands.evaluate import Evaluation as Evaluation
+    from fitune.commands.train import Result as Result
+    from fitune.core.events import Watcher as Watcher
     from fitune.memory.plan import Plan as Plan
-    from fitune.merging import Merged as Merged
-    from fitune.merging import merge as merge
-    from fitune.model import Tuned as Tuned
-    from fitune.model import load_model as load_model
-    from fitune.quantizing import QuantizedModel as QuantizedModel
-    from fitune.quantizing import quantize as quantize
-    from fitune.training import Result as Result
+    from fitune.models.model import Tuned as Tuned
 
 # what is passed on as it is, by the modules that have it; loaded when it is first used
 MODULES = {
-    "Converted": "converting", "Downloaded": "hub", "Evaluation": "evaluation", "Exported": "exporting",
-    "Merged": "merging", "Plan": "memory.plan", "QuantizedModel": "quantizing", "Result": "training",
-    "StepRecord": "records", "Tuned": "model", "Watcher": "console", "convert": "converting", "download": "hub",
-    "export": "exporting", "load_model": "model", "merge": "merging", "quantize": "quantizing",
+    "Converted": "commands.convert", "Downloaded": "models.hub", "Evaluation": "commands.evaluate",
+    "Exported": "commands.export", "Merged": "commands.merge", "Plan": "memory.plan",
+    "QuantizedModel": "commands.quantize", "Result": "commands.train", "StepRecord": "core.records",
+    "Tuned": "models.model", "Watcher": "core.events", "convert": "commands.convert", "download": "models.hub",
+    "export": "commands.export", "load_model": "models.model", "merge": "commands.merge",
+    "quantize": "commands.quantize",
 }  # fmt: skip
 __all__ = sorted([*MODULES, "evaluate", "generate", "load", "plan", "train"])
 
@@ -142,11 +135,12 @@ def _run(
     on_step: Callable[[StepRecord], None] | None,
     watch: Watcher | None,
 ) -> Result:
-    from fitune.config import build
-    from fitune.console import Several, Steps, Terminal
-    from fitune.screen import Screen
-    from fitune.training import resume_config
-    from fitune.training import train as run
+    from fitune.commands.train import resume_config
+    from fitune.commands.train import train as run
+    from fitune.core.config import build
+    from fitune.core.events import Several, Steps
+    from fitune.views.screen import Screen
+    from fitune.views.terminal import Terminal
 
     told = [Terminal(Screen())] if verbose else []
     told += [Steps(on_step)] if on_step is not None else []  # type: ignore[list-item]
@@ -194,7 +188,7 @@ def plan(
         *early.each(early.folder, words),
         *early.each(early.adapter, settings.get("adapter")),
     )
-    make = quietly(import_module("fitune.planning").plan)
+    make = quietly(import_module("fitune.commands.plan").plan)
     made: Plan = make(model, data=there, gpu=gpu, words=words, watch=watch, **settings)
     return made
 
@@ -236,7 +230,7 @@ def load(
     early.together(
         lambda: early.run_or_model(run_or_model), lambda: early.template(template), *early.each(early.folder, model)
     )
-    open_ = quietly(import_module("fitune.loading").load)
+    open_ = quietly(import_module("fitune.engine.loading").load)
     how = {"device": device, "template": template, "precision": precision, "quant": quant}
     tuned: Tuned = open_(run_or_model, model=model, **how)
     return tuned
@@ -271,7 +265,7 @@ def generate(
         >>> fitune.generate("runs/first", "What is the capital?")
     """
     tuned = load(tuned, model=model) if isinstance(tuned, (str, Path)) else tuned
-    from fitune.generation import Sampling, answer
+    from fitune.engine.generation import Sampling, answer
 
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [Message(turn["role"], turn["content"]) for turn in turns]  # type: ignore[arg-type]
@@ -287,7 +281,7 @@ def evaluate(run_or_model: str | Path, data: Data, **how: Any) -> Evaluation:
         run_or_model: a run folder, a model folder or a hub id.
         data: paths or rows, as for `train`; each row ends in the expected answer.
         how: model, take, answer, max_new_tokens, samples, template, columns, device, precision, quant, watch: see
-            `fitune.evaluation.evaluate`.
+            `fitune.commands.evaluate.evaluate`.
 
     Raises:
         FituneError: the run, the model or the data cannot be used.
@@ -295,5 +289,5 @@ def evaluate(run_or_model: str | Path, data: Data, **how: Any) -> Evaluation:
     cache = _cache("auto")
     there = _paths(given.sources(data, "data", cache))
     early.together(lambda: early.run_or_model(run_or_model), *early.each(early.data, *there))
-    found: Evaluation = quietly(import_module("fitune.evaluation").evaluate)(run_or_model, there, **how)
+    found: Evaluation = quietly(import_module("fitune.commands.evaluate").evaluate)(run_or_model, there, **how)
     return found

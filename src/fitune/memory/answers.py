@@ -10,10 +10,10 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from fitune.config import RunConfig
-from fitune.generation import SIDE_BY_SIDE
-from fitune.precision import DTYPES
-from fitune.records import Batch
+from fitune.core.config import RunConfig
+from fitune.core.records import Batch
+from fitune.engine.generation import SIDE_BY_SIDE
+from fitune.models.precision import DTYPES
 
 
 def bytes_taken(config: RunConfig, shape: Any, held_out: Batch) -> int:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fitune import adapters
-from fitune.config import build
-from fitune.determinism import exact
-from fitune.errors import ModelError
+from fitune.core.config import build
+from fitune.core.errors import ModelError
 from fitune.memory import device as devices
 from fitune.memory import plan, steps
 from fitune.memory.trace import Blind
-from fitune.model import pick_device, ready
+from fitune.models import adapters
+from fitune.models.determinism import exact
+from fitune.models.model import pick_device, ready
 
 WIDTH, BLOCKS, VOCABULARY, TOKENS = 256, 2, 4096, 256
 

@@ -9,10 +9,10 @@ longer fit.
 
 from __future__ import annotations
 
-from fitune.config import RunConfig
-from fitune.kernels.loss import chunk_rows
-from fitune.kernels.target import Target
+from fitune.core.config import RunConfig
 from fitune.memory.device import Device
+from fitune.models.kernels.loss import chunk_rows
+from fitune.models.kernels.target import Target
 
 READS = 4  # how often the head is read, each way, for the largest micro-batch
 MULTIPLE = 128  # of rows: whole tiles of a matrix product

@@ -19,12 +19,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fitune import families, optim, quant
-from fitune.config import RunConfig
+from fitune.core.config import RunConfig
+from fitune.engine import optim
 from fitune.memory import trace
-from fitune.methods.prefix import key_width
-from fitune.model import causal_lm, loss_rows, trainable
-from fitune.precision import DTYPES
+from fitune.models import families, quant
+from fitune.models.methods.prefix import key_width
+from fitune.models.model import causal_lm, loss_rows, trainable
+from fitune.models.precision import DTYPES
 
 
 def closed(model: Any, config: RunConfig, tokens: int, labels: int) -> dict[str, int]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fitune.kernels.flash import HALF, WIDEST
-from fitune.kernels.target import AMPERE, Target, of, planned
 from fitune.memory.sparse import OnPaper
+from fitune.models.kernels.flash import HALF, WIDEST
+from fitune.models.kernels.target import AMPERE, Target, of, planned
 
 aten = torch.ops.aten
 

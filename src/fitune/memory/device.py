@@ -20,12 +20,12 @@ from typing import Any
 import psutil
 import torch
 
-from fitune.cache import default_folder
-from fitune.determinism import CUBLAS_BYTES
-from fitune.errors import ConfigError, RunFolderError, did_you_mean
-from fitune.files import write_atomic
-from fitune.kernels.target import Target
+from fitune.core.errors import ConfigError, RunFolderError, did_you_mean
+from fitune.core.files import write_atomic
+from fitune.data.cache import default_folder
 from fitune.memory.measure import peak_mib, resident_mib
+from fitune.models.determinism import CUBLAS_BYTES
+from fitune.models.kernels.target import Target
 
 MIB, GIB = 2**20, 2**30
 HERE = ("this machine", "this-machine", "here", "auto")

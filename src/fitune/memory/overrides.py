@@ -1,6 +1,6 @@
 """What the shapes of tensors do not tell: numbers that decide, kernels that meta does not have, memory inside kernels.
 
-Each entry says where it comes from. `tests/test_trace.py` runs the operations of INSIDE for real, under torch's
+Each entry says where it comes from. `tests/memory/test_trace.py` runs the operations of INSIDE for real, under torch's
 profiler, and compares.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fitune.kernels.target import Target
+from fitune.models.kernels.target import Target
 
 aten = torch.ops.aten
 

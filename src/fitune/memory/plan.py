@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from fitune import adapters, families, methods, optim, precision, processor, quant
-from fitune.batches import rounded
-from fitune.config import RunConfig
-from fitune.kernels.target import CPU, Target
+from fitune.core import processor
+from fitune.core.config import RunConfig
+from fitune.core.records import Batch, Layout
+from fitune.data.batches import rounded
+from fitune.engine import optim
+from fitune.engine.step import LossScale, apply_gradients, held_out_loss, make_gradients
 from fitune.memory import allocator, answers, chunks, device, trace
 from fitune.memory.closed import closed
 from fitune.memory.cuda import Cuda
@@ -26,10 +28,10 @@ from fitune.memory.measure import resident_mib
 from fitune.memory.places import Starting, put_host_apart
 from fitune.memory.sparse import OnPaper
 from fitune.memory.trace import Blind, Block, Building, Tracer
-from fitune.methods import new_tokens
-from fitune.model import causal_lm, checkpoint_blocks, loss_rows, outline, set_loss_rows, trainable
-from fitune.records import Batch, Layout
-from fitune.step import LossScale, apply_gradients, held_out_loss, make_gradients
+from fitune.models import adapters, families, methods, precision, quant
+from fitune.models.kernels.target import CPU, Target
+from fitune.models.methods import new_tokens
+from fitune.models.model import causal_lm, checkpoint_blocks, loss_rows, outline, set_loss_rows, trainable
 
 MIB = 2**20
 POINTS = 160  # of a timeline

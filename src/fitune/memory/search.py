@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fitune import families, methods, precision, quant
-from fitune.config import RunConfig, build, merge
-from fitune.errors import ConfigError, FituneError
-from fitune.kernels.target import Target
+from fitune.core.config import RunConfig, build, merge
+from fitune.core.errors import ConfigError, FituneError
 from fitune.memory import chunks, device, flops, plan, steps
 from fitune.memory.flops import Counts
-from fitune.model import without_weights
+from fitune.models import families, methods, precision, quant
+from fitune.models.kernels.target import Target
+from fitune.models.model import without_weights
 
 TOKENS = (1024, 4096)  # of the two micro-batches, four rows each: so many that activations outweigh single weights
 MARGIN, SEGMENT = 1.03, 20 * 2**20  # fragmentation, until a candidate is planned exactly: a share, and a segment

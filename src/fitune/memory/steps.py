@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fitune.batches import Loader, flat, in_order, rounded
-from fitune.config import RunConfig
-from fitune.records import Batch, Layout, Sample
-from fitune.store import lengths_of
+from fitune.core.config import RunConfig
+from fitune.core.records import Batch, Layout, Sample
+from fitune.data.batches import Loader, flat, in_order, rounded
+from fitune.data.store import lengths_of
 
 LOOK = 200_000  # steps that are looked through; a run of more repeats itself
 RECURRENT = ("linear_attention", "recurrent", "mamba", "conv")  # layers that carry a state from token to token

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitune.kernels.target import CPU, Target
 from fitune.memory import overrides
+from fitune.models.kernels.target import CPU, Target
 
 aten = torch.ops.aten
 REAL = 2**16  # elements up to which integer tensors are computed

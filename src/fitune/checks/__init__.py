@@ -1,0 +1,1 @@
+"""Every rule that can warn or refuse: on data, models, batches, runs."""

@@ -1,0 +1,78 @@
+"""What the files of a model folder say of it that cannot all be true.
+
+In: a folder. Out: one line for each contradiction: what one file says, and what another. Nothing is run or guessed;
+what is only unusual (a Llama tokenizer beside a Qwen model, as in R1's distillations) is none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
+
+from fitune.data.tokenizer import chatglm, read_json
+from fitune.models.families import original
+
+
+def contradictions(folder: Path) -> list[str]:
+    """See the module's text."""
+    config, settings = read_json(folder / "config.json"), read_json(folder / "tokenizer_config.json")
+    if not config:
+        return []
+    return [*_architecture(config), *_code(config), *_chatglm(folder, config, settings)]
+
+
+@cache
+def _types() -> Mapping[str, frozenset[str]]:
+    """Of each class of transformers the model types that it is for."""
+    found: dict[str, set[str]] = {}
+    for name, mapping in vars(modeling_auto).items():
+        if name.endswith("_MAPPING_NAMES"):
+            for kind, classes in mapping.items():
+                for one in [classes] if isinstance(classes, str) else classes:
+                    found.setdefault(one, set()).add(kind)
+    return {name: frozenset(kinds) for name, kinds in found.items()}
+
+
+def _architecture(config: Mapping[str, Any]) -> Iterator[str]:
+    kind = config.get("model_type")
+    for name in config.get("architectures") or []:
+        kinds = _types().get(str(name), frozenset())
+        if kinds and kind in CONFIG_MAPPING and kind not in kinds:
+            whose = ", ".join(sorted(kinds))
+            yield f"config.json: model_type is {kind}, architectures names {name}, a class of {whose}"
+
+
+def _code(config: Mapping[str, Any]) -> Iterator[str]:
+    """Code is never run, but its name says whose it is."""
+    kind, auto_map = str(config.get("model_type")), config.get("auto_map")
+    named = str(auto_map.get("AutoConfig", "")) if isinstance(auto_map, dict) else ""
+    found = re.search(r"configuration_(\w+)\.", named)
+    if found and found[1] in CONFIG_MAPPING and not kind.startswith(found[1]):
+        yield f"config.json: model_type is {kind}, auto_map names {named}, code of {found[1]}"
+
+
+def _chatglm(folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+    """The three ChatGLMs, which share a model_type and a tokenizer_class."""
+    told = chatglm.named(dict(settings), dict(config))
+    if len(set(told.values())) > 1:
+        yield "; ".join(told)
+    kind, words = config.get("model_type"), str(settings.get("tokenizer_class", ""))
+    known = kind in CONFIG_MAPPING
+    if words.startswith("ChatGLM") and known and kind not in (original.TYPE, "glm"):
+        yield f"config.json: model_type is {kind}; tokenizer_config.json: tokenizer_class is {words}"
+    if kind == original.TYPE and words and not words.startswith("ChatGLM"):
+        yield f"config.json: model_type is {kind}; tokenizer_config.json: tokenizer_class is {words}"
+    first, files = original.is_first(config), (folder / "ice_text.model").is_file()
+    if kind == original.TYPE and words.startswith("ChatGLM") and first != files and (files or _sentencepiece(folder)):
+        models = ("ChatGLM2 or 3", "ChatGLM-6B")
+        yield f"config.json is of {models[first]}, the tokenizer's file of {models[files]}"
+
+
+def _sentencepiece(folder: Path) -> bool:
+    return (folder / "tokenizer.model").is_file()

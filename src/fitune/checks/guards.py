@@ -1,0 +1,447 @@
+"""Rules about the model, the run and its files: each a function named as in the report.
+
+In: a model with its method, probe rows, folders. Out: Findings, as in preflight.py. Before the first step: base-intact,
+nan-hidden, embeddings, quantised-trainable, fp16-master, fp16-range, grad-reaches, accumulation-equality, disk-space,
+eval-memory. During it: frozen-intact. When a run goes on: resume-identity, partial-checkpoint. At its end:
+saved-complete.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fitune.checks.leak import PROBE_TOKENS
+from fitune.core.errors import FituneError
+from fitune.core.records import Batch, Finding, Layout, Sample
+from fitune.data.batches import flat, split
+from fitune.engine import optim
+from fitune.engine.checkpoint import Loaded, restore_rng, rng_state
+from fitune.engine.recovery import first_non_finite
+from fitune.engine.step import hidden_states, loss_sum, make_gradients
+from fitune.models import adapters, quant, weights
+from fitune.models.methods import lora
+from fitune.models.model import causal_lm, compute_dtype, loss_rows, trainable
+from fitune.models.tensors import bit_sum, finite
+
+AGAIN = "the checkpoints are whole: fitune train --resume --output RUN saves again"
+SAME = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}  # of the largest gradient: two ways to the same sum
+
+
+def probe_row(samples: Sequence[Sample]) -> Sample:
+    """The first sample, shortened."""
+    return samples[0].part(slice(-PROBE_TOKENS, None))
+
+
+def probe(samples: Sequence[Sample]) -> Batch:
+    """Three short documents to try things on, each with something to learn."""
+    made = []
+    for n in range(min(3, len(samples))):
+        sample = samples[n]
+        short = sample.part(slice(-PROBE_TOKENS, None))
+        short.mask[-1] = True
+        made.append(short if len(short) > 1 else sample)
+    return flat(made, range(len(made)))
+
+
+# ---- before the first step ----
+
+
+def base_intact(folder: Path, known: Mapping[str, Any] | None = None) -> Finding:
+    """Every shard is as long as its header says, all of the index are there, and they are those of the run's start.
+
+    Args:
+        folder: the base model.
+        known: what `weights.facts` gave when the run began.
+    """
+    wrong = weights.broken(folder)
+    if wrong:
+        return Finding("base-intact", "refuse", "; ".join(wrong), "download the model again")
+    facts = weights.facts(folder)
+    if known is not None and dict(known) != facts:
+        changed = sorted(name for name in {*known, *facts} if known.get(name) != facts.get(name))
+        text = f"the base model changed since this run began: {', '.join(changed)}"
+        return Finding("base-intact", "refuse", text, "restore it, or start a new run")
+    total = sum(size for size, _ in facts.values())
+    return Finding("base-intact", "ok", f"{len(facts)} files of weights, {total:,} bytes, as long as they say")
+
+
+def nan_hidden(model: Any, batch: Batch, layout: Layout) -> Finding:
+    """A weight or an activation that is not finite makes every loss NaN, which some trainers log as 0."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            fine = finite(hidden_states(model, batch, layout))
+        packed = {
+            id(layer.weight) for _, layer in quant.layers(model)
+        }  # their bits are no floats, whatever they lie in
+        bad = [
+            n for n, p in model.named_parameters() if p.is_floating_point() and id(p) not in packed and not finite(p)
+        ]
+        first = (
+            "" if fine and not bad else (f"the weight {bad[0]}" if bad else first_non_finite(model, [batch], layout)[0])
+        )
+    finally:
+        model.train(training)
+    if first:
+        return Finding("nan-hidden", "refuse", f"the model is not finite before training: {first}", "--precision fp32")
+    return Finding(
+        "nan-hidden", "ok", "weights and hidden states are finite; every step is checked before it is applied"
+    )
+
+
+def embeddings(model: Any, highest: int) -> Finding:
+    """Embedding and head have the same rows, enough for every id, and are one tensor where the config says so."""
+    inner = causal_lm(model)
+    words, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    rows, scores = int(words.weight.shape[0]), int(head.weight.shape[0])
+    if rows != scores:
+        return Finding("embeddings", "refuse", f"the embedding has {rows:,} rows, the output head {scores:,}")
+    if highest >= rows:
+        return Finding("embeddings", "refuse", f"token id {highest:,} has no row: the embedding has {rows:,}")
+    tied = bool(getattr(inner.config, "tie_word_embeddings", False))
+    if tied != (words.weight.data_ptr() == head.weight.data_ptr()):
+        said = "says they are one" if tied else "says they are two"
+        text = f"embedding and head are {'two tensors' if tied else 'one tensor'}, the config {said}"
+        return Finding("embeddings", "warn", text)
+    return Finding("embeddings", "ok", f"{rows:,} rows, the head {'is the embedding' if tied else 'has its own'}")
+
+
+@torch.no_grad()
+def start_of(model: Any, samples: Sequence[Sample]) -> Tensor:
+    """What the first probe row gives before a method is put on: (T, W)."""
+    model.eval()
+    return hidden_states(model, flat([probe_row(samples)], [0]), "documents").float()
+
+
+def same_at_start(model: Any, before: Tensor, samples: Sequence[Sample]) -> Finding:
+    """A method that promises no change at the start makes none."""
+    difference = float((start_of(model, samples) - before).abs().max() / before.abs().max())
+    if difference > SAME[compute_dtype(model)]:
+        text = f"the method changes the model before the first step, by {difference:.1e} of the largest value"
+        return Finding("same-at-start", "refuse", text, "another --method: this model's blocks are not as they seem")
+    return Finding("same-at-start", "ok", f"nothing changes before the first step ({difference:.1e})")
+
+
+def quantised_trainable(model: Any) -> Finding:
+    """Only floating-point tensors can be trained; gradients of quantized ones would be lost."""
+    wrong = [n for n, p in trainable(model).items() if not p.is_floating_point() or hasattr(p, "quant_state")]
+    if wrong:
+        text = f"{len(wrong)} quantized tensors are to be trained, the first {wrong[0]}"
+        return Finding("quantised-trainable", "refuse", text, "--method lora, or another that leaves the base frozen")
+    return Finding("quantised-trainable", "ok", "every trainable tensor is floating point")
+
+
+def fp16_master(model: Any, optimizer: torch.optim.Optimizer, rate: float = 0.0, *, force: bool = False) -> Finding:
+    """Weights that are trained in float16 need an epsilon that is not next to zero in it: Adam divides by it. In 16
+    bits small updates are lost; float32 keeps them.
+
+    Args:
+        model: with its method.
+        optimizer: of its trainable parameters.
+        rate: the highest learning rate of the run; 0: not known.
+        force: what may ruin the model is a warning.
+    """
+    low = {name: p for name, p in trainable(model).items() if p.dtype != torch.float32}
+    if not low:
+        return Finding("fp16-master", "ok", "what is trained is float32, with its gradients and states")
+    halves = {id(p) for p in low.values() if p.dtype == torch.float16}
+    adams = [
+        (rate * group.get("times", 1.0), float(group["eps"]), name)
+        for group in optimizer.param_groups
+        if (name := _adam(group)) and any(id(p) in halves for p in group["params"])
+    ]
+    if adams:
+        highest, epsilon, name = max(adams)
+        found = optim.in_float16(name, epsilon, highest, force=force)
+        return replace(found, text=f"{len(halves)} tensors: {found.text}")
+    kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in low.values()}))
+    return Finding("fp16-master", "warn", f"trained in {kinds}: small updates are lost", "--trainable-dtype fp32")
+
+
+def _adam(group: Mapping[str, Any]) -> str | None:
+    """Which of torch's AdamW a group of parameters belongs to; others compute in float32, or have no epsilon."""
+    if not isinstance(group.get("eps"), float) or "fused" not in group:
+        return None
+    return "adamw" if group["fused"] else "adamw-foreach"
+
+
+FP16_HIGHEST = 65504.0
+CLOSE = 0.5  # of it: a row that is longer than the probe may go beyond
+
+
+def fp16_range(model: Any, batch: Batch, layout: Layout) -> Finding:
+    """In float16 everything must stay below 65,504: no weight is beyond, and no output of a layer is close to it."""
+    if compute_dtype(model) != torch.float16:
+        return Finding("fp16-range", "ok", "nothing is computed in float16")
+    largest: dict[str, float] = {}
+
+    def look(name: str) -> Any:
+        def hook(module: Any, inputs: object, output: object) -> None:
+            out = output[0] if isinstance(output, tuple) else output
+            if isinstance(out, Tensor) and out.is_floating_point():
+                largest[name] = max(largest.get(name, 0.0), float(out.abs().nan_to_num(nan=float("inf")).max()))
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(n)) for n, m in causal_lm(model).named_modules() if not list(m.children())]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            hidden_states(model, batch, layout)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    name = max(largest, key=lambda key: largest[key])
+    text = f"the largest output is {largest[name]:,.0f} of {FP16_HIGHEST:,.0f}, of {name}"
+    if largest[name] >= FP16_HIGHEST:
+        return Finding("fp16-range", "refuse", text, "--precision bf16, which has float32's range, or fp32")
+    if largest[name] > CLOSE * FP16_HIGHEST:
+        return Finding("fp16-range", "warn", text, "--precision bf16 or fp32")
+    return Finding("fp16-range", "ok", text)
+
+
+LOOKED_AT = 2**16  # numbers of a gradient that are compared, spread over all of it
+
+
+@contextmanager
+def _watching(model: Any, look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, each gradient is looked at when it is there, and dropped: all of them at once may be more than a run
+    holds. Nothing of the model or the random numbers is left changed."""
+    training, before = model.training, rng_state()
+
+    def watcher(name: str) -> Callable[[Tensor], None]:
+        def seen(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            look(name, parameter.grad)
+            parameter.grad = None
+
+        return seen
+
+    hooks = [p.register_post_accumulate_grad_hook(watcher(name)) for name, p in trainable(model).items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+        restore_rng(before)
+
+
+def _gradients(model: Any, backward: Callable[[], object]) -> dict[str, Tensor]:
+    """Of the mean over all targets, without dropout: of each gradient the numbers that are compared."""
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        some = gradient.reshape(-1)[:: max(1, gradient.numel() // LOOKED_AT)]
+        found[name] = found[name] + some if name in found else some.clone()
+
+    with _watching(model, add):
+        model.eval()
+        backward()
+    return found
+
+
+def grad_reaches(model: Any, batch: Batch, layout: Layout) -> Finding:
+    """A first backward pass: a finite gradient reaches every trainable tensor. In training mode, as the run will be."""
+    fine: dict[str, bool] = {}
+    with _watching(model, lambda name, gradient: fine.update({name: finite(gradient)})):
+        model.train()
+        try:
+            (loss_sum(model, batch, layout) / batch.weight).backward()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+    found = trainable(model)
+    none, bad = [name for name in found if name not in fine], [name for name in found if not fine.get(name, True)]
+    if none or bad:
+        text = f"no gradient reaches {len(none)} trainable tensors" if none else f"{len(bad)} gradients are not finite"
+        return Finding("grad-reaches", "refuse", f"{text}, the first of {(none or bad)[0]}")
+    return Finding("grad-reaches", "ok", f"a finite gradient reaches all {len(found)} trainable tensors")
+
+
+def accumulation_equality(model: Any, batch: Batch, layout: Layout) -> Finding:
+    """Micro-batches, by the code of a step, give the gradient of the whole, made here: the sum of the losses over the
+    number of target tokens, whatever the pieces."""
+    whole = _gradients(model, lambda: (loss_sum(model, batch, layout) / batch.weight).backward())
+    parts = split(batch, len(batch.rows))
+    pieces = _gradients(model, lambda: make_gradients(model, parts, layout, []))
+    # of the largest gradient of all: some, of key biases for example, are zero but for rounding
+    scale = max((float(g.abs().max()) for g in whole.values()), default=0.0) or 1.0
+    worst = max(float((g - pieces[name]).abs().max()) / scale for name, g in whole.items() if name in pieces)
+    allowed = SAME[compute_dtype(model)]
+    if worst > allowed:
+        text = f"micro-batches change the gradient by {worst:.1e} of its largest value, above {allowed}"
+        return Finding(
+            "accumulation-equality", "refuse", text, "--batch-size so that accumulation is 1, or --layout padded"
+        )
+    return Finding(
+        "accumulation-equality", "ok", f"micro-batches change the gradient by {worst:.1e} of its largest value"
+    )
+
+
+def disk_space(folder: Path, trained_bytes: int, keep: int, free: int | None = None) -> Finding:
+    """The checkpoints that will be there at once, and the result, fit on the disk.
+
+    Args:
+        folder: the run folder, which may not be there yet.
+        trained_bytes: of weights and optimizer states.
+        keep: checkpoints that are kept, the best one and the one that is being written included.
+        free: bytes; None: asks the system.
+    """
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    there = shutil.disk_usage(place).free if free is None else free
+    needed = trained_bytes * (keep + 1)
+    text = f"{needed / 2**20:,.0f} MiB for {keep} checkpoints and the result, {there / 2**20:,.0f} MiB free"
+    if needed > there:
+        return Finding("disk-space", "refuse", text, "free some space, --keep-last 1, or another --output")
+    return Finding("disk-space", "ok", text)
+
+
+def eval_memory(model: Any) -> Finding:
+    """Held-out losses never hold the logits of a batch: the head sees label rows, a chunk at a time."""
+    vocabulary, rows = causal_lm(model).config.vocab_size, loss_rows(model)
+    mib = 2 * rows * vocabulary * 4 / 2**20
+    return Finding("eval-memory", "ok", f"logits of at most {rows:,} rows at once ({mib:,.0f} MiB with their gradient)")
+
+
+# ---- while it runs ----
+
+
+@torch.no_grad()
+def fingerprint(model: Any) -> dict[str, tuple[int, bool]]:
+    """Of each parameter an exact sum over its bits, and whether it is trained."""
+    sums = {}
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    for name, layer in quant.layers(model):
+        tensors |= {f"{name}|scales {n}": scales for n, scales in enumerate(quant.constants(layer))}
+    for name, p in tensors.items():
+        sums[name] = (bit_sum(p.detach()), p.requires_grad)
+    return sums
+
+
+def frozen_intact(
+    before: Mapping[str, tuple[int, bool]], model: Any, rate: float, when: str = "after two steps"
+) -> Finding:
+    """After two steps, and at the end: every frozen tensor has the bits that it had, and what is trained has changed.
+
+    Args:
+        before: what `fingerprint` gave.
+        model: now.
+        rate: the learning rate; with 0 nothing needs to change.
+        when: it is, for people.
+    """
+    now = fingerprint(model)
+    moved = [n for n, (value, trained) in before.items() if not trained and now[n][0] != value]
+    still = [n for n, (value, trained) in before.items() if trained and now[n][0] == value]
+    if moved:
+        text = f"{len(moved)} frozen tensors changed, the first {moved[0]}"
+        return Finding("frozen-intact", "refuse", text, "this is an error of fitune: please report it")
+    if still and rate > 0:
+        text = f"{len(still)} trained tensors have not changed {when.replace('after', 'in')}: {still[0]}"
+        return Finding("frozen-intact", "warn", text, "a higher --lr, or --trainable-dtype fp32")
+    frozen = sum(not trained for _, trained in before.values())
+    return Finding("frozen-intact", "ok", f"{when} {frozen} frozen tensors have the same bits, the rest changed")
+
+
+# ---- when a run goes on ----
+
+
+def partial_checkpoint(path: Path | None, reasons: Sequence[str]) -> Finding:
+    """Checkpoints that are not whole, or do not fit the log, do not count; the newest that does is gone on from.
+
+    Args:
+        path: of that one; None: there is none.
+        reasons: of each newer one why not.
+    """
+    if reasons:
+        use = path.name if path else "the beginning"
+        return Finding("partial-checkpoint", "fixed", f"{', '.join(reasons)}: going on from {use}")
+    return Finding("partial-checkpoint", "ok", "the newest checkpoint is whole" if path else "no checkpoint yet")
+
+
+def resume_identity(loaded: Loaded, parameters: Mapping[str, Tensor], steps: int) -> Finding:
+    """A checkpoint has every trained tensor in its shape, the optimizer's states for them, the random numbers, and
+    belongs to as many steps as were logged."""
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    stored = {name: tuple(t.shape) for name, t in loaded.trainable.items()}
+    wrong = sorted(name for name in {*shapes, *stored} if shapes.get(name) != stored.get(name))
+    if wrong:
+        return Finding(
+            "resume-identity", "refuse", f"other trained tensors than this run's: {wrong[:3]}", "start a new run"
+        )
+    without = [
+        n for n in shapes if not any(k.startswith(f"{n}|") for k in (*loaded.optimizer, *loaded.optimizer_scalars))
+    ]
+    if without and loaded.step > 0:
+        return Finding("resume-identity", "refuse", f"no optimizer state for {without[0]}", "start a new run")
+    if "cpu" not in loaded.rng:
+        return Finding("resume-identity", "refuse", "the random numbers' state is missing", "start a new run")
+    if steps < loaded.step:
+        text = f"{steps} steps are logged, the checkpoint is of step {loaded.step}"
+        return Finding("resume-identity", "refuse", text, "restore steps.jsonl, or start a new run")
+    return Finding("resume-identity", "ok", f"step {loaded.step}: weights, optimizer, random numbers and order of rows")
+
+
+# ---- at the end ----
+
+
+@torch.no_grad()
+def saved_complete(model: Any, folder: Path, batch: Batch, layout: Layout) -> Finding:
+    """What was saved, read back, is what was trained: names, shapes, values, and the hidden states that it gives."""
+    try:
+        stored = adapters.stored(model, folder)
+    except (OSError, ValueError, SafetensorError, FituneError) as error:
+        text = f"what was saved cannot be read back: {' '.join(str(error).split())[:200]}"
+        return Finding("saved-complete", "refuse", text, AGAIN)
+    mine = _as_saved(model)
+    shapes = [{name: tuple(t.shape) for name, t in some.items()} for some in (stored, mine)]
+    wrong = sorted(name for name in {*stored, *mine} if shapes[0].get(name) != shapes[1].get(name))
+    wrong += [name for name, value in mine.items() if name not in wrong and not torch.equal(stored[name], value.cpu())]
+    if wrong:
+        return Finding("saved-complete", "refuse", f"saved otherwise than trained: {wrong[:3]}", AGAIN)
+    text = f"{len(stored)} tensors read back from {folder.name}, equal to the last bit"
+    as_lora = isinstance(model, PeftModel) and lora.is_pissa(model)  # it was saved in another form
+    if not as_lora:
+        training = model.training
+        model.eval()
+        before = hidden_states(model, batch, layout)
+        try:
+            adapters.load_into(model, folder)
+        except (OSError, ValueError, SafetensorError, FituneError) as error:
+            text = f"what was saved cannot be loaded again: {' '.join(str(error).split())[:200]}"
+            return Finding("saved-complete", "refuse", text, AGAIN)
+        same = torch.equal(before, hidden_states(model, batch, layout))
+        model.train(training)
+        if not same:
+            return Finding(
+                "saved-complete", "refuse", "read back, it gives other hidden states", "save again: --resume"
+            )
+        text += "; they give the same hidden states"
+    return Finding("saved-complete", "ok", text)
+
+
+def _as_saved(model: Any) -> dict[str, Tensor]:
+    """The tensors that the folder should hold."""
+    if not isinstance(model, PeftModel):
+        return adapters.trained(model)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    changed = lora.pissa_as_lora(model, state)
+    return state if changed is None else changed[0]

@@ -1,0 +1,154 @@
+"""How documents go through the model without seeing each other: the leak probe.
+
+In: a model with its method attached, samples. Out: the layout that keeps documents apart, and a Finding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+
+from fitune.core.errors import ModelError
+from fitune.core.records import Finding, Layout, Sample
+from fitune.data.batches import flat
+from fitune.data.store import lengths_of
+from fitune.engine.step import hidden_states
+from fitune.models.model import causal_lm, compute_dtype, computing, output_head, trainable, use_attention
+
+PROBE_TOKENS = 48  # a document of the model checks: long enough to matter, short enough to cost nothing
+MOVED = 1e-3  # of the largest logit: what a change of one document may move in another, in any precision
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}  # between ways to compute; in float32 the table's are at 1e-6
+LAYOUTS: tuple[Layout, ...] = ("flat", "padded", "documents")
+
+
+@torch.no_grad()
+def packing_leak(model: Any, samples: Sequence[Sample], wanted: str = "auto") -> tuple[Layout, Finding]:
+    """Which layout keeps documents apart: the leak probe, on the model itself.
+
+    Two documents go through the model together. Their logits must be those that transformers' own forward gives each of
+    them alone, and those of the second must not move when the first one is changed. Models with recurrent or linear
+    attention layers leak in a flat batch; they run padded, with rows of like length together, or one by one.
+
+    Args:
+        model: with its method attached.
+        samples: the first two are tried, shortened.
+        wanted: auto takes the first layout that passes; a name is refused if it does not.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with perturbed(model):
+            return _first_that_passes(model, samples, wanted)
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def perturbed(model: Any) -> Iterator[None]:
+    """Inside, trainable tensors that are all zero are not: what they are going to let through is seen now."""
+    zero = [p for p in trainable(model).values() if not bool(p.any())]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    for parameter in zero:
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    try:
+        yield
+    finally:
+        for parameter in zero:
+            parameter.zero_()
+
+
+def _first_that_passes(model: Any, samples: Sequence[Sample], wanted: str) -> tuple[Layout, Finding]:
+    measured: dict[Layout, Leak] = {}
+    for layout in LAYOUTS if wanted == "auto" else (cast(Layout, wanted),):
+        measured[layout] = _leak(model, samples, layout)
+        if measured[layout].passes:
+            return layout, _leak_finding(layout, measured)
+    text = ", ".join(f"{layout} {leak}" for layout, leak in measured.items())
+    return "documents", Finding("packing-leak", "refuse", f"documents of a batch see each other: {text}")
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Of the largest logit: how far a layout is from separate documents, and what one document moves in another."""
+
+    difference: float
+    moved: float
+    allowed: float
+
+    @property
+    def passes(self) -> bool:
+        """Documents do not see each other."""
+        return self.difference <= self.allowed and self.moved <= MOVED
+
+    def __str__(self) -> str:
+        return f"{self.difference:.1e} from separate documents, {self.moved:.1e} moved by another one"
+
+
+def _leak_finding(layout: Layout, measured: Mapping[Layout, Leak]) -> Finding:
+    if len(measured) == 1:
+        return Finding("packing-leak", "ok", f"{layout} batches: {measured[layout]}")
+    leaking = ", ".join(f"{name} leaks ({leak})" for name, leak in measured.items() if not leak.passes)
+    return Finding("packing-leak", "fixed", f"{leaking}; running {layout}: {measured[layout]}")
+
+
+def _leak(model: Any, samples: Sequence[Sample], layout: Layout) -> Leak:
+    """Infinity where the model cannot run so at all."""
+    inner = causal_lm(model)
+    first, second = _probes(samples, inner.config)
+    other = replace(first, ids=first.ids[::-1].copy())  # another first document of the same length
+    head = output_head(model)
+
+    def together(start: Sample) -> torch.Tensor:
+        hidden = hidden_states(model, flat([start, second], [0, 1]), layout)
+        with computing(model):
+            logits: torch.Tensor = head(hidden)
+        return logits.float()
+
+    try:
+        packed, changed = together(first), together(other)
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, ModelError):
+        return Leak(float("inf"), float("inf"), 0.0)
+    with suppress(ModelError):  # a model without SDPA runs in its own way
+        use_attention(model, "sdpa")
+    device = packed.device
+    with computing(model):  # the outer model's own forward: PEFT puts virtual tokens there, and their logits come first
+        alone = [
+            model(input_ids=torch.from_numpy(s.ids)[None].long().to(device)).logits[0, -len(s) :].float()
+            for s in (first, second)
+        ]
+    expected = torch.cat(alone)
+    scale = max(float(expected.abs().max()), 1e-6)
+    difference = float((packed - expected).abs().max()) / scale
+    moved = float((packed[len(first) :] - changed[len(first) :]).abs().max()) / scale
+    return Leak(difference, moved, TOLERANCE[compute_dtype(model)])
+
+
+def _probes(samples: Sequence[Sample], config: Any) -> tuple[Sample, Sample]:
+    """Two documents. Where something depends on their length (windows, chunks, rope that changes with it), the longest
+    and the shortest as they are; else any two, shortened."""
+    if not _depends_on_length(config):
+        return _shortened(samples[0]), _shortened(samples[1 % len(samples)])
+    lengths = lengths_of(samples)
+    return samples[int(lengths.argmax())], samples[int(lengths.argmin())]
+
+
+def _depends_on_length(config: Any) -> bool:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+    return bool(
+        getattr(config, "sliding_window", None)
+        or getattr(config, "attention_chunk_size", None)
+        or kinds & {"dynamic", "longrope"}
+    )
+
+
+def _shortened(sample: Sample) -> Sample:
+    return Sample(sample.ids[-PROBE_TOKENS:], sample.mask[-PROBE_TOKENS:], sample.source)

@@ -1,0 +1,183 @@
+"""Rules about what was loaded and what is handed on: each a function named as in the report.
+
+In: a model, its folder, a run folder. Out: Findings, as in preflight.py. Before the first step: base-loaded,
+adapter-scale, chat-parity, held-out-apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from fitune.checks.leak import TOLERANCE
+from fitune.checks.stepchecks import OURS
+from fitune.core.config import RunConfig
+from fitune.core.records import Finding, Sample
+from fitune.data import templates, tokenizer
+from fitune.data.encode import Encoder
+from fitune.data.store import Samples
+from fitune.engine.checkpoint import RunFolder
+from fitune.models import quant, weights
+from fitune.models.methods import lora
+from fitune.models.model import compute_dtype, computing
+
+ROWS = 20  # prompts that are compared
+TAKEN = 4096  # numbers of a tensor that are compared with its file
+UNLIKE = 0.5  # packed weights are off by 1 % (int8) or 10 % (nf4) of their own size; other ones by more than all of it
+
+
+# ---- what was loaded ----
+
+
+@torch.no_grad()
+def base_loaded(model: Any, folder: Path) -> Finding:
+    """Each tensor of the base has the values that the file has under its name; some numbers of each are compared.
+
+    Args:
+        model: the base, before a method is on it.
+        folder: with its weights. Names that the loader changes are left out, and counted.
+    """
+    mine = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    packed, prefix = dict(quant.layers(model)), model.base_model_prefix
+    compared = left = 0
+    for name, value in _starts(folder):
+        own = next((n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n in mine), None)
+        layer, _, leaf = (own or "").rpartition(".")
+        if own is None:
+            left += 1
+            continue
+        if layer in packed and leaf == "weight":
+            if mine[own].dtype == value.dtype and not value.is_floating_point():
+                continue  # a folder that is packed already
+            there = _row(packed[layer], value.shape)
+            unlike = there is None or float((there - value.float()).norm()) > UNLIKE * float(value.float().norm())
+        elif mine[own].shape[1:] != value.shape[1:]:
+            left += 1  # laid out otherwise by the loader
+            continue
+        else:
+            there = mine[own][: len(value)].reshape(-1)[: value.numel()].cpu()
+            unlike = not torch.equal(there, value.reshape(-1).to(there.dtype))
+        if unlike:
+            text = f"{own} does not have the values that {folder.name} has for {name}"
+            return Finding("base-loaded", "refuse", text, "download the model again; if it stays so, report it")
+        compared += 1
+    more = f"; {left} that the loader renames or lays out anew were not" if left else ""
+    return Finding("base-loaded", "ok", f"{compared} tensors begin with the values of their files{more}")
+
+
+def _row(layer: Any, shape: Sequence[int]) -> Tensor | None:
+    """The first rows of a packed weight, made plain."""
+    weight = layer.plain_weight(torch.float32)
+    weight = (weight.T if layer.source_cls is Conv1D else weight)[: shape[0]]
+    return weight.cpu() if tuple(weight.shape) == tuple(shape) else None
+
+
+def _starts(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Of each tensor in safetensors its first rows, some thousand numbers; torch's old files map theirs whole."""
+    for file in weights.files(folder):
+        if file.suffix != ".safetensors":
+            continue
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                shape = part.get_shape()
+                if not shape or not all(shape):
+                    continue
+                rows = max(1, min(shape[0], TAKEN // max(1, math.prod(shape[1:]))))
+                yield name, part[:rows]
+
+
+@torch.no_grad()
+def adapter_scale(model: Any, config: RunConfig) -> Finding:
+    """A LoRA adds (alpha / rank) B A x, by the settings that its file will have: once, not twice.
+
+    Args:
+        model: with its method on it. B is given values for the time of the check, and zeroed again.
+        config: the run's.
+    """
+    rule = "adapter-scale"
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
+    if not isinstance(model, PeftModel) or config.method != "lora" or not layers:
+        return Finding(rule, "ok", "no low-rank updates, so no scale of theirs")
+    options = config.lora
+    for name, layer in layers:
+        rank = layer.lora_A["default"].weight.shape[0]
+        wanted = options.alpha / (math.sqrt(rank) if options.rslora else rank)
+        if not math.isclose(layer.scaling["default"], wanted, rel_tol=1e-6):
+            text = f"{name} multiplies its update by {layer.scaling['default']:g}, its settings say {wanted:g}"
+            return Finding(rule, "refuse", text, OURS)
+        if not options.dora and not lora.is_pissa(model) and (layer in (layers[0][1], layers[-1][1])):
+            off = _update_is_off(model, layer, wanted)
+            if off > 10 * TOLERANCE[compute_dtype(model)]:
+                text = f"{name} adds another update than alpha / rank times B A x: off by {off:.1e} of the output"
+                return Finding(rule, "refuse", text, OURS)
+    return Finding(rule, "ok", f"{len(layers)} updates are added once, times alpha / rank of the settings")
+
+
+def _update_is_off(model: Any, layer: Any, scale: float) -> float:
+    """How far what a layer adds is from scale B A x, of its largest output."""
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    kept, training = b.detach().clone(), layer.training
+    numbers = torch.Generator().manual_seed(0)
+    try:
+        layer.eval()
+        b.copy_(torch.randn(b.shape, generator=numbers) / scale)
+        x = torch.randn(1, 3, a.shape[1], generator=numbers).to(a.device, compute_dtype(model))
+        with computing(model):
+            plain, tuned = layer.get_base_layer()(x).float(), layer(x).float()
+        update = scale * (x.float() @ a.float().T) @ b.float().T
+        return float((tuned - plain - update).abs().max() / tuned.abs().max())
+    except (RuntimeError, AttributeError):  # an embedding, or a layer of another kind
+        return 0.0
+    finally:
+        b.copy_(kept)
+        layer.train(training)
+
+
+# ---- what is handed on ----
+
+
+def chat_parity(run: RunFolder, config: RunConfig, encoder: Encoder, samples: Sequence[Sample]) -> Finding:
+    """What chat will read from the run folder gives the prompts that were trained, token for token.
+
+    Args:
+        run: with template.json and its tokenizer written.
+        config: the run's.
+        encoder: what the run itself asks with.
+        samples: what it trains.
+    """
+    words = tokenizer.load(run.tokenizer)
+    there = Encoder(words, templates.from_dict(run.read("template"), words), answer_tokens=config.answer_tokens)
+    if (there.stop_ids, there.stop_id) != (encoder.stop_ids, encoder.stop_id):
+        text = f"chat would stop at the tokens {there.stop_ids}, the run trains {encoder.stop_ids}"
+        return Finding("chat-parity", "refuse", text, OURS)
+    tried = 0
+    for sample, row in _whole_rows(samples):
+        wanted = sample.ids[: sample.prompt_length].tolist()
+        for who, one in (("chat", there), ("the run itself", encoder)):
+            asked = one.prompt(row.prompt(), row.tools)
+            if sample.ids[: len(asked)].tolist() != asked:
+                text = f"{row.source}: {who} would send {len(asked)} other tokens than the {len(wanted)} of training"
+                return Finding("chat-parity", "refuse", text, OURS)
+        tried += 1
+    return Finding("chat-parity", "ok", f"{tried} prompts, read back from the run folder, are those of training")
+
+
+def _whole_rows(samples: Sequence[Sample]) -> Iterator[tuple[Sample, Any]]:
+    """Some samples that are not cut and their rows; of rows with several the last, whose answer comes last."""
+    assert isinstance(samples, Samples)
+    of = samples.column("row")
+    for at in range(0, len(samples), max(1, len(samples) // ROWS)):
+        last = at + 1 == len(samples) or of[at + 1] != of[at]
+        sample, row = samples[at], samples.rows[int(of[at])]
+        if last and row.format != "text" and not sample.cut_prompt and not sample.cut_answer:
+            yield sample, row

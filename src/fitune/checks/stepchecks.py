@@ -1,0 +1,304 @@
+"""Rules about what the loop does with rows, gradients and states: each a function named as in the report.
+
+In: batches, a model, an optimizer, a checkpoint. Out: Findings, as in preflight.py. Before the first step:
+batch-labels, reference-loss, row-order, eval-dropout. In the first two: step-equality, which raises before the
+optimizer has applied anything. When a run goes on: resume-exact, row-order. At its end: steps-applied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from fitune.checks.leak import PROBE_TOKENS, TOLERANCE, perturbed
+from fitune.checks.preflight import raise_refused
+from fitune.core.errors import ModelError
+from fitune.core.records import Batch, Finding, Layout, Sample, StepRecord
+from fitune.data.batches import Loader, flat
+from fitune.engine import optim
+from fitune.engine.checkpoint import Loaded, restore_rng, rng_state
+from fitune.engine.step import held_out_loss, loss_sum
+from fitune.models.model import causal_lm, compute_dtype, computing, trainable, use_attention
+from fitune.models.tensors import bit_sum
+
+OURS = "this is an error of fitune: please report it"
+
+# ---- before the first step ----
+
+
+def batch_labels(batches: Sequence[Batch], samples: Sequence[Sample]) -> Finding:
+    """Each document of a batch is its sample: its ids, positions from 0, and of each trained id the row before it.
+
+    Made here anew from the samples, token by token, so that a slip in the one place of the label shift is seen.
+
+    Args:
+        batches: those of the first step.
+        samples: all of them.
+    """
+    count = 0
+    for batch in batches:
+        for document, (row, (start, end)) in enumerate(zip(batch.rows, pairwise(batch.bounds.tolist()), strict=True)):
+            sample = samples[row]
+            if text := _differs(batch, sample, start, end):
+                text = f"document {document + 1} of the first step ({sample.source}): {text}"
+                return Finding("batch-labels", "refuse", text, OURS)
+            count += 1
+    return Finding("batch-labels", "ok", f"each label of the first step's {count} rows is the token behind its place")
+
+
+def _differs(batch: Batch, sample: Sample, start: int, end: int) -> str:
+    if batch.ids[start:end].tolist() != sample.ids.tolist():
+        return "its ids are not the sample's"
+    if batch.positions[start:end].tolist() != list(range(end - start)):
+        return f"its positions begin at {int(batch.positions[start])}, not at 0"
+    here = (batch.label_rows >= start) & (batch.label_rows < end)
+    found = dict(zip((batch.label_rows[here] - start).tolist(), batch.labels[here].tolist(), strict=True))
+    wanted = {place - 1: int(sample.ids[place]) for place in range(1, len(sample)) if sample.mask[place]}
+    if found != wanted:
+        place = next(p for p in sorted({*found, *wanted}) if found.get(p) != wanted.get(p))
+        return f"behind token {place} it has the label {found.get(place)}, the sample has {wanted.get(place)}"
+    if sample.weights is not None:
+        weights = None if batch.weights is None else batch.weights[here]
+        if weights is None or not np.array_equal(weights, sample.weights[1:][sample.mask[1:]]):
+            return "its weights are not the sample's"
+    return ""
+
+
+@torch.no_grad()
+def reference_loss(model: Any, samples: Sequence[Sample], layout: Layout) -> Finding:
+    """The loss that is trained is that of transformers' own logits, shifted here anew: two ways to one figure.
+
+    Args:
+        model: with its method on it.
+        samples: the first two are tried, shortened.
+        layout: how documents go through the model.
+    """
+    some = [samples[n].part(slice(-PROBE_TOKENS, None)) for n in range(min(2, len(samples)))]
+    some = [sample for sample in some if len(sample) > 1]
+    for sample in some:
+        sample.mask[-1] = True
+    if not some:
+        return Finding("reference-loss", "ok", "rows of one token have no loss")
+    training = model.training
+    model.eval()
+    try:
+        batch = flat(some, range(len(some)))
+        ours, rows = float(loss_sum(model, batch, layout)), sum(int(sample.mask[1:].sum()) for sample in some)
+        with suppress(ModelError):  # a model without SDPA runs in its own way
+            use_attention(model, "sdpa")
+        theirs = sum(_plain_loss(model, sample) for sample in some)
+    finally:
+        model.train(training)
+    off = abs(ours - theirs) / max(abs(theirs), 1e-6 * rows, 1e-6)
+    text = f"{ours / rows:.4f} per target token, {theirs / rows:.4f} by transformers' own logits (off by {off:.1e})"
+    if not off <= TOLERANCE[compute_dtype(model)]:
+        return Finding("reference-loss", "refuse", text, OURS)
+    return Finding("reference-loss", "ok", text)
+
+
+def _plain_loss(model: Any, sample: Sample) -> float:
+    ids = torch.from_numpy(sample.ids)[None].long().to(next(causal_lm(model).parameters()).device)
+    with computing(model):
+        logits = model(input_ids=ids).logits[0, -len(sample) :].float()
+    wanted = torch.from_numpy(sample.mask[1:].copy()).to(ids.device)
+    losses = F.cross_entropy(logits[:-1][wanted], ids[0, 1:][wanted], reduction="none")
+    if sample.weights is not None:
+        losses = losses * torch.from_numpy(sample.weights[1:][sample.mask[1:]]).to(losses)
+    return float(losses.double().sum())
+
+
+def each_row_once(loader: Loader) -> Finding:
+    """An epoch has every row exactly once."""
+    rows = np.concatenate([micro for step in loader.epoch_steps(0) for micro in step])
+    if not np.array_equal(np.sort(rows), np.arange(len(loader.samples))):
+        different = f"{len(np.unique(rows)):,} different ones of {len(loader.samples):,}"
+        text = f"the first epoch has {len(rows):,} rows, {different}"
+        return Finding("row-order", "refuse", text, OURS)
+    return Finding("row-order", "ok", f"the first epoch has each of {len(rows):,} samples once")
+
+
+@torch.no_grad()
+def eval_dropout(model: Any, batch: Batch, layout: Layout) -> Finding:
+    """A held-out loss draws no random numbers: dropout is off, whatever they are it is the same."""
+    training, before = model.training, rng_state()
+    losses = []
+    try:
+        with perturbed(model):  # dropout before a matrix of zeros shows only once it has learned
+            for seed in (1, 2):
+                model.train()
+                torch.manual_seed(seed)
+                losses.append(held_out_loss(model, [batch], layout))
+    finally:
+        model.train(training)
+        restore_rng(before)
+    if losses[0] != losses[1]:
+        text = f"the held-out loss of the same rows is {losses[0]:.6f}, and then {losses[1]:.6f}: dropout is on in it"
+        return Finding("eval-dropout", "refuse", text, OURS)
+    return Finding("eval-dropout", "ok", "no random number decides a held-out loss")
+
+
+# ---- the first steps ----
+
+LOOKED_AT = 2**16  # numbers of a gradient that are compared, spread over all of it
+OFF = 1e-3  # of the largest: what adding in another order may change
+
+
+def _some(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1)[:: max(1, tensor.numel() // LOOKED_AT)].to(torch.float32, copy=True)
+
+
+@contextmanager
+def step_equality(
+    model: Any, optimizer: torch.optim.Optimizer, max_norm: float, scale: Callable[[], float], told: list[Finding]
+) -> Iterator[None]:
+    """Inside, one optimizer step is watched: what the optimizer is given is the sum of what the micro-batches gave,
+    clipped once, all by one factor. Nothing is left of an earlier step, of no micro-batch is anything lost.
+
+    Args:
+        model: with its method on it.
+        optimizer: is asked to step inside.
+        max_norm: of all gradients together; 0 does not clip.
+        scale: of the loss as it is then.
+        told: gets what was found.
+
+    Raises:
+        TrainingError: before the optimizer has applied what is wrong.
+    """
+    if isinstance(optimizer, optim.InBackward):
+        told.append(Finding("step-equality", "ok", "gradients are applied one by one in the backward pass"))
+        yield
+        return
+    parameters, sums, latest = trainable(model), dict[str, Tensor](), dict[str, tuple[Tensor, bool]]()
+
+    def came(name: str, gradient: Tensor) -> None:  # of the head, while the loss is made, too: the last one counts
+        latest[name] = _some(gradient), parameters[name].grad is None
+
+    def added(name: str, parameter: Tensor) -> None:
+        gradient, first = latest.pop(name)  # first of the step, which may be done again from its start
+        sums[name] = gradient if first or name not in sums else sums[name] + gradient
+
+    def used(opt: Any, args: Any, kwargs: Any) -> None:
+        given = {name: _some(p.grad) for name, p in parameters.items() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        told.append(_as_summed(sums, given, float(norm), max_norm, scale()))
+        raise_refused(told[-1:])
+
+    hooks = [p.register_hook(partial(came, name)) for name, p in parameters.items()]
+    hooks += [p.register_post_accumulate_grad_hook(partial(added, name)) for name, p in parameters.items()]
+    hooks.append(optimizer.register_step_pre_hook(used))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _as_summed(
+    sums: Mapping[str, Tensor], given: Mapping[str, Tensor], norm: float, max_norm: float, scale: float
+) -> Finding:
+    """One factor leads from the sums to what is given, and it is that of clipping."""
+    rule = "step-equality"
+    if not given or sums.keys() != given.keys():
+        return Finding(rule, "refuse", f"{len(sums)} tensors got a gradient, the optimizer has {len(given)}", OURS)
+    squares = sum(float(s.double().square().sum()) for s in sums.values())
+    if not squares:
+        return Finding(rule, "ok", "every gradient of this step is zero")
+    factor = sum(float((s.double() * given[name].double()).sum()) for name, s in sums.items()) / squares
+    largest = max(float(g.abs().max()) for g in given.values())
+    off = max(float((given[name] - factor * s).abs().max()) for name, s in sums.items()) / max(largest, 1e-30)
+    if off > OFF:
+        text = f"what the optimizer gets is not the sum of the micro-batches' gradients: {off:.1e} off"
+        return Finding(rule, "refuse", text, OURS)
+    clipped = factor * scale
+    fits = abs(clipped - 1) <= OFF if not max_norm or norm < max_norm * (1 - OFF) else clipped <= 1 + OFF
+    if not fits or (max_norm and norm > max_norm * (1 + OFF)):
+        text = f"gradients of norm {norm:.3g} were multiplied by {clipped:.4g}; the highest norm is {max_norm:g}"
+        return Finding(rule, "refuse", text, OURS)
+    how = "" if abs(clipped - 1) <= OFF else f", clipped once by {clipped:.3g}"
+    return Finding(rule, "ok", f"the optimizer gets the sum of the micro-batches' gradients{how} (off by {off:.1e})")
+
+
+# ---- when a run goes on ----
+
+
+def next_rows(loader: Loader, step: int) -> str:
+    """A digest of the rows of the step behind so many, for a checkpoint.
+
+    Args:
+        loader: of the run.
+        step: how many are done.
+    """
+    epoch = 0
+    while step >= (count := loader.count(epoch)):
+        step, epoch = step - count, epoch + 1
+    return _digest(loader.epoch_steps(epoch)[step])
+
+
+def _digest(micro: Sequence[NDArray[np.int64] | tuple[int, ...]]) -> str:
+    told = repr([[int(row) for row in rows] for rows in micro])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def row_order(expected: str, step: int, micro_batches: Sequence[Batch]) -> Finding:
+    """The first step of a resumed run has the rows that the unbroken one has.
+
+    Args:
+        expected: what `next_rows` gave when the checkpoint was written.
+        step: its number.
+        micro_batches: its batches.
+    """
+    if _digest([batch.rows for batch in micro_batches]) != expected:
+        text = f"step {step} would train other rows than the run that goes on had planned for it"
+        return Finding("row-order", "refuse", text, "start a new run: the order of the rows is another one here")
+    return Finding("row-order", "ok", f"step {step} has the rows that the checkpoint names")
+
+
+@torch.no_grad()
+def resume_exact(
+    loaded: Loaded, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Finding:
+    """Weights, optimizer states and random numbers, read back from where they were put, have the checkpoint's bits."""
+    tensors, scalars = optim.state_tensors(optimizer, parameters)
+    now = rng_state()
+    random = {name: state for name, state in loaded.rng.items() if name == "cpu"}
+    pairs = [("weights", loaded.trainable, parameters), ("optimizer states", loaded.optimizer, tensors)]
+    wrong = [what for what, stored, here in pairs if not _same_bits(stored, here)]
+    wrong += ["optimizer states"] if scalars != loaded.optimizer_scalars and "optimizer states" not in wrong else []
+    wrong += ["random numbers"] if not _same_bits(random, now) else []
+    if wrong:
+        text = f"{', '.join(wrong)} are not those of the checkpoint of step {loaded.step}"
+        return Finding("resume-exact", "refuse", text, OURS)
+    text = f"weights, {len(tensors) + len(scalars)} optimizer states and random numbers have the checkpoint's bits"
+    return Finding("resume-exact", "ok", text)
+
+
+def _same_bits(stored: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> bool:
+    return all(
+        name in here and value.dtype == here[name].dtype and bit_sum(value) == bit_sum(here[name].detach())
+        for name, value in stored.items()
+    )
+
+
+# ---- at the end ----
+
+
+def steps_applied(optimizer: torch.optim.Optimizer, records: Sequence[StepRecord]) -> Finding:
+    """The optimizer has counted as many steps as the log calls applied: none was skipped, or made twice, in silence."""
+    logged = sum(record.applied for record in records)
+    counted = [int(states["step"]) for states in optimizer.state.values() if "step" in states]
+    if isinstance(optimizer, optim.InBackward) or not counted:
+        return Finding("steps-applied", "ok", f"{logged} steps applied; this optimizer counts none")
+    if max(counted) != logged:
+        text = f"the log has {logged} applied steps, the optimizer has counted {max(counted)}"
+        return Finding("steps-applied", "refuse", text, OURS)
+    return Finding("steps-applied", "ok", f"{logged} steps applied, and as many counted by the optimizer")

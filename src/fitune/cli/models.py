@@ -1,0 +1,150 @@
+"""Verbs that make a model out of a model, as they are typed: merge, download, convert, export, quantize.
+
+In: what was typed. Out: a folder, a line or two in the terminal, one JSON object. Nothing here loads torch before it is
+needed.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from fitune.checks import early
+from fitune.cli.flags import Json, Moved, console_for, print_json
+from fitune.core import config as settings
+from fitune.core import locks
+
+
+def merge(
+    run: Annotated[str, Parameter(help="A finished run.")],
+    *,
+    output: Annotated[Path, Parameter(help="Folder of the plain model; must be new or empty.")],
+    dtype: Annotated[str, Parameter(help="Of its weights: auto (as the base's), fp32, bf16 or fp16.")] = "auto",
+    force: Annotated[bool, Parameter(negative="", help="Write it though its logits have drifted.")] = False,
+    onto: Annotated[
+        str | None, Parameter(help="For a quantized base: put it on `original`, or a folder's weights, and measure.")
+    ] = None,
+    requantize: Annotated[
+        bool, Parameter(negative="", help="Quantize the merged model as the base was, and measure.")
+    ] = False,
+    model: Moved = None,
+    json: Json = False,
+) -> None:
+    """Make a run's model a plain one, which transformers loads without fitune or PEFT."""
+    weights = onto if onto != "original" else None
+    early.together(lambda: early.run(run), lambda: early.new_folder(output), *early.each(early.folder, weights, model))
+    from fitune.commands.merge import merge as run_merge
+
+    console = console_for(json)
+    done = run_merge(run, output, dtype=dtype, force=force, onto=onto, requantize=requantize, model=model)
+    if done.drift is not None:
+        console.say(f"drift {done.drift.told()}", style="yellow")
+    console.say(
+        f"{done.folder}: {done.dtype}; relative error of the logits {done.merge_error:.1e} by merging, "
+        f"{done.rounding_error:.1e} as written"
+    )
+    for line in done.handed.lines() if done.handed is not None else ():
+        console.say(line)
+    console.say(f"talk to it   fitune chat {shlex.quote(done.folder)}")
+    if json:
+        print_json(done.as_dict())
+
+
+def reseal(run: Annotated[str, Parameter(help="Run folder.")], *, json: Json = False) -> None:
+    """Accept a run's files as they are now, after a change on purpose; prints what was changed."""
+    early.resumed(run)
+    from fitune.engine.checkpoint import RunFolder
+    from fitune.engine.integrity import reseal as run_reseal
+
+    console, folder = console_for(json), RunFolder(run)
+    with locks.held(folder.path, console.print):
+        found = run_reseal(folder)
+    for line in found or ["nothing was changed"]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{run}: sealed as it is now", highlight=False, markup=False, soft_wrap=True)
+    if json:
+        print_json({"run": str(run), "changed": found})
+
+
+def download(
+    model: Annotated[str, Parameter(help="org/name on the hub, ms:org/name on ModelScope, or a name of the catalog.")],
+    *,
+    json: Json = False,
+) -> None:
+    """Fetch a model into the cache, or what is missing of it; name@revision pins one."""
+    os.environ.pop("TQDM_DISABLE", None)  # a transfer is what one wants to see the bar of
+    from fitune.core import catalog
+    from fitune.models.hub import download as fetch
+    from fitune.views.transfers import transfer_bar
+
+    console = console_for(json)
+    entry = catalog.get(model)
+    with transfer_bar(console) as on_bytes:
+        done = fetch(entry.id if entry is not None else model, on_bytes=on_bytes)
+    console.say(f"{done.id} at {done.revision}: {done.files} files, {done.bytes / 2**20:,.1f} MiB, in {done.folder}")
+    if json:
+        print_json(done.as_dict())
+
+
+def convert(
+    model: Annotated[str, Parameter(help="Folder with old .bin weights.")],
+    *,
+    output: Annotated[Path, Parameter(help="Folder with safetensors; must be new or empty.")],
+    json: Json = False,
+) -> None:
+    """Write old .bin weights as safetensors, without unpickling them."""
+    early.together(lambda: early.model(model), lambda: early.new_folder(output))
+    from fitune.commands.convert import convert as run_convert
+
+    done = run_convert(model, output)
+    text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
+    console_for(json).say(text)
+    if json:
+        print_json(done.as_dict())
+
+
+def export(
+    model: Annotated[str, Parameter(help="Model folder, such as `fitune merge` writes.")],
+    *,
+    output: Annotated[Path, Parameter(help="Folder of the exported model; must be new or empty.")],
+    to: Annotated[Literal["original"], Parameter(help="original: ChatGLM2's and 3's published layout.")] = "original",
+    json: Json = False,
+) -> None:
+    """Write a model in another layout, tensors bit for bit."""
+    early.together(lambda: early.model(model), lambda: early.new_folder(output))
+    from fitune.commands.export import export as run_export
+
+    done = run_export(model, output, to=to)
+    text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
+    console_for(json).say(text)
+    if json:
+        print_json(done.as_dict())
+
+
+def quantize(
+    model: Annotated[str, Parameter(help="Model folder or hub id.")],
+    *,
+    quant: Annotated[Literal["int8", "nf4", "fp4"], Parameter(help="Quantization format.")] = "nf4",
+    double: Annotated[bool, Parameter(help="4 bits: quantize the scales too.")] = True,
+    output: Annotated[Path, Parameter(help="Folder of the quantized model; must be new or empty.")],
+    json: Json = False,
+) -> None:
+    """Write a model with quantized linear layers, and tell what that costs layer by layer."""
+    early.together(lambda: early.model(model), lambda: early.new_folder(output))
+    from fitune.commands.quantize import quantize as run_quantize
+    from fitune.views.terminal import quantized_table
+
+    console = console_for(json)
+    options = settings.quant_options(quant).model_copy(update={"double": double})
+    done = run_quantize(model, output, quant=options)
+    console.print(quantized_table(done))
+    console.say(
+        f"{done.folder}: {done.bytes_before / 2**20:,.1f} MiB of weights before, {done.bytes_after / 2**20:,.1f} now; "
+        f"picture {Path(done.folder) / 'quantization.html'}"
+    )
+    if json:
+        print_json(done.as_dict())

@@ -1,0 +1,239 @@
+"""What fits, which of it to take, and why: the numbers behind `fitune plan` without a method and `train --fit`.
+
+In: what is asked (a model's shape, data, a device, settings that stay). Out: suggestions, each planned exactly with the
+largest batch that fits; what each memory saver would give here; and advice with its figures. Every figure of memory
+comes from a plan, none from a rule of thumb; the old rules stand beside, to be compared.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fitune.commands.exact import (
+    Exact,
+    Suggestion,
+    below_all,
+    flags,
+    labelled,
+    largest_batch,
+    named,
+    parts,
+    shorter_lengths,
+)
+from fitune.commands.plan import Asked, ask, look
+from fitune.commands.reasons import Advice, domain, reasons
+from fitune.commands.savers import Help, Saver, savers, what_helps
+from fitune.core import catalog
+from fitune.core.config import RunConfig
+from fitune.core.errors import ConfigError
+from fitune.core.events import Ticker, Watcher
+from fitune.core.files import expand
+from fitune.memory import plan as plans
+from fitune.memory import search
+
+SHOWN = 3  # suggestions
+NEAREST = 3  # ways that are planned exactly where none fits by arithmetic
+
+
+@dataclass(frozen=True)
+class Advised:
+    """All of it. combinations: how many were looked at; misses: the nearest ways where nothing fits."""
+
+    model: str
+    command: str  # that trains so
+    where: str
+    here: bool  # is that this machine?
+    budget: int
+    combinations: int
+    suggestions: list[Suggestion]
+    candidates: list[search.Candidate]
+    savers: list[Saver]
+    advice: list[Advice]
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model": self.model,
+            "command": self.command,
+            "where": self.where,
+            "here": self.here,
+            "budget": self.budget,
+            "combinations": self.combinations,
+            "suggestions": [one.as_dict() for one in self.suggestions],
+            "candidates": [named(asdict(one)) for one in self.candidates],
+            "savers": [one.as_dict() for one in self.savers],
+            "advice": [one.as_dict() for one in self.advice],
+            "notes": self.notes,
+        }
+
+
+def advise(
+    model: str, *, data: Sequence[Any], gpu: str | None = None, words: str | None = None,
+    watch: Watcher | None = None, shown: int = SHOWN, with_savers: bool = True, **settings: Any,
+) -> Advised:  # fmt: skip
+    """Search, settle and explain.
+
+    Args:
+        model, data, gpu, words, watch: as for `planning.plan`.
+        shown: how many suggestions are planned exactly.
+        with_savers: is each memory saver to be planned beside the best?
+        settings: that are to stay; batch_size and accumulation stay as their product.
+
+    Raises:
+        FituneError: as `planning.plan`; or nothing fits at all.
+    """
+    watch = watch or Watcher()
+    if settings.get("batch_tokens") is not None:
+        raise ConfigError(
+            "batch_tokens beside a search for the largest batch",
+            expected="batch_size, the rows of an optimizer step",
+            fix="leave --batch-tokens out; `fitune plan` with --method and `fitune train` without --fit take it",
+        )
+    asked = ask(model, data=data, gpu=gpu, settings=settings)
+    if too_small := below_all(asked.where):
+        raise too_small
+    of_domain = domain(asked)  # first: it runs the model, and what the process holds afterwards is beside every plan
+    exactly = Exact(asked, look(asked, words, watch), settings)
+    found = _searched(exactly, settings, watch)
+    suggestions: list[Suggestion] = []
+    refuted: list[search.Candidate] = []
+    # where nothing fits by arithmetic, the nearest ways are planned too: it has a margin
+    for candidate in _best(found.candidates, asked.config) or found.misses[:NEAREST]:
+        watch.progress("planning exactly", len(suggestions), shown)
+        settled = settle(exactly, candidate)
+        if settled is not None:
+            suggestions.append(settled)
+        else:
+            refuted.append(candidate)
+        if len(suggestions) == shown:
+            break
+    watch.progress("planning exactly", shown, shown)
+    if not suggestions:
+        raise _nothing_fits(asked, found)
+    best = suggestions[0]
+    return Advised(
+        model=asked.name,
+        command=_command(model, data, best),
+        where=asked.where.name,
+        here=asked.where.here,
+        budget=asked.where.budget or 0,
+        combinations=found.combinations,
+        suggestions=suggestions,
+        candidates=[one for one in found.candidates if one not in refuted],
+        savers=savers(exactly, best.settings, watch=watch) if with_savers else [],
+        advice=[*reasons(exactly, best), *([of_domain] if of_domain is not None else [])],
+        notes=[exactly.rows.note] if exactly.rows.note else [],
+    )
+
+
+def _searched(exactly: Exact, settings: Mapping[str, Any], watch: Watcher) -> search.Found:
+    rows, ticker = exactly.rows, Ticker(watch, "ways of tuning", None)
+
+    def tell(done: int, total: int) -> None:
+        ticker.total = total
+        ticker(done)
+
+    shorter = [n for n in shorter_lengths(exactly) if "max_length" not in settings]
+    stays = {k: v for k, v in settings.items() if k not in ("batch_size", "accumulation", "max_length")}
+    asked, lengths = exactly.asked, [rows.max_length, *shorter]
+    found = search.search(stays, asked.shape, exactly.largest, labelled(rows), asked.where, lengths, tell)
+    ticker.end()
+    return found
+
+
+def _best(candidates: Sequence[search.Candidate], config: RunConfig) -> list[search.Candidate]:
+    """The best of each method, with the longest rows; of one method a second only where it has room for more of the
+    rows that are asked for."""
+    found: list[search.Candidate] = []
+    room: dict[str, int] = {}
+    for one in candidates:
+        method = one.settings["method"]
+        if room.get(method, 0) < min(one.batch_size, config.batch_size):
+            room[method] = one.batch_size
+            found.append(one)
+    return found
+
+
+def settle(exactly: Exact, candidate: search.Candidate) -> Suggestion | None:
+    """A candidate with the largest micro-batch that fits by exact plans, and as many of them for each optimizer step as
+    give the rows that were asked for. None: not one row fits after all."""
+    config = exactly.asked.config
+    wanted = min(len(exactly.rows.samples), config.batch_size * config.accumulation)
+    alone = bool(candidate.settings.get("optimizer_in_backward", config.optimizer_in_backward))  # no accumulation then
+    settings = {**candidate.settings, "max_length": min(candidate.max_length, exactly.rows.max_length)}
+    for batch in parts(wanted, config.batch_size, every=alone):
+        # what arithmetic says is some 4 % off; and which rows meet is chance
+        if batch > 2 * candidate.batch_size + 1:
+            continue
+        settings |= {"batch_size": batch, "accumulation": 1 if alone else wanted // batch}
+        made = exactly.plan(settings)
+        if made.fits:
+            break
+    else:
+        return None
+    largest = max(batch, largest_batch(exactly, settings, max(batch, candidate.batch_size)))
+    settings = {name: value for name, value in settings.items() if name in exactly.given or not _default(name, value)}
+    return Suggestion(
+        name=candidate.name,
+        settings=settings,
+        changed=_changed(settings, exactly.given),
+        micro_batch=settings["batch_size"],
+        accumulation=1 if alone else wanted // batch,
+        plan=made,
+        largest_batch=largest,
+        needed_at_largest=exactly.plan({**settings, "batch_size": largest}).needed,
+        max_length=int(made.max_length or 0),
+        quality=candidate.quality,
+        seconds=candidate.seconds,
+        enough=candidate.enough,
+    )
+
+
+def _default(name: str, value: Any) -> bool:
+    """Is a setting as it is where nobody says anything?"""
+    return name not in ("method", "batch_size") and bool(
+        value == RunConfig.model_fields[name].default or value == {"name": "none"}
+    )
+
+
+def _changed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not as it was given, group by group."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        there = given.get(name)
+        if isinstance(value, Mapping):
+            inner = _changed(value, there if isinstance(there, Mapping) else {"name": there} if there else {})
+            found |= {name: inner} if inner else {}
+        elif value != there:
+            found[name] = value
+    return found
+
+
+def _nothing_fits(asked: Asked, found: search.Found) -> ConfigError:
+    nearest = found.misses[:NEAREST]
+    told = "; ".join(
+        f"{one.name} with one row of {one.max_length:,} tokens: {plans.size(one.needed)}" for one in nearest
+    )
+    return ConfigError(
+        f"nothing fits into {plans.size(asked.where.budget or 0)} ({asked.where.name}) with these settings",
+        received=told or "ways that nearly fit, of which no exact plan does",
+        fix="a smaller model, a shorter --max-length, or fewer settings that must stay",
+    )
+
+
+def _command(model: str, data: Sequence[Any], best: Suggestion) -> str:
+    """What to type; a model of the catalog by its id on the hub, one that is named by its config.json by its folder."""
+    entry, path = catalog.get(model), expand(model)
+    if entry is not None and not path.exists():
+        model = entry.id
+    elif path.is_file():
+        model = str(path.parent)
+    files = " ".join(shlex.quote(str(source)) for source in data)
+    return f"fitune train --model {shlex.quote(model)} --data {files} {flags(best.settings)}"
+
+
+__all__ = ["Advice", "Advised", "Exact", "Help", "Saver", "Suggestion", "advise", "flags", "savers", "what_helps"]

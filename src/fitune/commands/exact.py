@@ -1,0 +1,255 @@
+"""Exact plans of one question with other settings: which batches fit, and how settings are typed.
+
+In: what is asked, its rows, the settings that were given. Out: plans, each made once; the largest batch that fits; and
+flags.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fitune.commands.plan import Asked, Rows, work_of
+from fitune.core.config import RunConfig, build, merge
+from fitune.core.errors import ConfigError
+from fitune.data.store import lengths_of
+from fitune.memory import device as devices
+from fitune.memory import plan as plans
+from fitune.memory import search, steps
+from fitune.memory.flops import counts, per_token, seconds
+
+CUT = (99, 95)  # percentiles of the lengths that may be cut to
+
+
+PATIENCE = 6  # plans, after which a batch is looked for by halves
+
+
+MEETINGS = 1.25  # how much larger a batch may be whose largest micro-batch is smaller by chance
+
+
+def named(values: dict[str, Any]) -> dict[str, Any]:
+    """A way's figures for JSON, its quality by the name of what it is: a result of the bundled 2M model, not yours."""
+    return {"result_of_bundled_2m_model" if name == "quality" else name: value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A way that fits, planned exactly.
+
+    settings: all of them, what was given among them; changed: of them those that are new, or other than given.
+    micro_batch, accumulation: rows, and how many of them for each optimizer step: together as many rows as were asked
+    for; they are in the settings. plan: of exactly these settings. largest_batch: the most rows of a micro-batch that
+    fit with the same settings; needed_at_largest: bytes with it. quality: share of the questions of a test that the
+    bundled model of 2 million parameters answered rightly after tuning so (search.WAYS).
+    """
+
+    name: str
+    settings: dict[str, Any]
+    changed: dict[str, Any]
+    micro_batch: int
+    accumulation: int
+    plan: plans.Plan
+    largest_batch: int
+    needed_at_largest: int
+    max_length: int
+    quality: float
+    seconds: float | None
+    enough: int | None
+
+    @property
+    def flags(self) -> str:
+        """What to type beside what was given."""
+        return flags(self.changed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        values = named(asdict(replace(self, plan=None)))  # type: ignore[arg-type]
+        return {**values, "plan": self.plan.as_dict(), "flags": self.flags}
+
+
+class Exact:
+    """Exact plans of one question with other settings, each made once.
+
+    Args:
+        asked: the question.
+        rows: what is known of its data.
+        given: the settings that were given, as they were.
+        made: the plan of these settings, where it is there already.
+    """
+
+    def __init__(self, asked: Asked, rows: Rows, given: Mapping[str, Any], made: plans.Plan | None = None) -> None:
+        self.asked, self.rows, self.given = asked, rows, given
+        self.plans: dict[str, plans.Plan] = {}
+        # once: plans differ by what their settings take, and by that alone
+        self.outside = made.outside if made is not None else plans.outside_of(asked.where, asked.config.precision)
+        self.cut: dict[int, Rows] = {rows.max_length: rows}
+        padded = steps.likely_layout(asked.config.layout, asked.shape) == "padded"
+        self.largest = steps.Largest(rows.samples, asked.config, padded=padded)
+        if made is not None:
+            self.plans[self._key(self.with_settings({}).config)] = made
+
+    def plan(self, settings: Mapping[str, Any]) -> plans.Plan:
+        """With settings beside what was given; rows that are too long for them are cut."""
+        other = self.with_settings(settings)
+        longest = self.longest(other.config)
+        key = self._key(other.config)
+        if key not in self.plans:
+            if longest not in self.cut:
+                samples, held_out = _cut(self.rows.samples, longest), _cut(self.rows.held_out, longest)
+                self.cut[longest] = replace(self.rows, samples=samples, held_out=held_out, max_length=longest)
+            work = work_of(other, self.cut[longest])
+            made = plans.plan(work, other.where, name=other.name, outside=self.outside)
+            self.plans[key] = replace(made, max_length=longest)
+        return self.plans[key]
+
+    def _key(self, config: RunConfig) -> str:
+        """What decides a plan: a length that is named and the same length by itself are one question."""
+        return config.model_copy(update={"max_length": self.longest(config)}).model_dump_json()
+
+    def longest(self, config: RunConfig) -> int:
+        """The most tokens of a row with these settings."""
+        most = self.rows.max_length
+        return most if config.max_length == "auto" else min(config.max_length, most)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Asked:
+        """The same question with other settings."""
+        given = self.asked.config.model_dump(mode="json", exclude_unset=True)
+        config = build(merge(given, settings))
+        return replace(self.asked, config=config.model_copy(update={"data": self.asked.config.data}))
+
+    def work(self, settings: Mapping[str, Any]) -> float:
+        """Operations of an epoch."""
+        config = self.with_settings(settings).config
+        lengths = np.minimum(self.largest.lengths, self.longest(config))
+        model = plans.without_values(plans.Work(config, self.asked.shape, []))
+        found = counts(model, config)
+        each = per_token(found, lengths, labelled(self.rows), checkpointing=config.checkpointing)
+        return each * float(lengths.sum())
+
+    def time(self, settings: Mapping[str, Any]) -> float:
+        """Of an epoch, in units that are the same for all settings on this device."""
+        other, work = self.with_settings(settings), self.work(settings)
+        quantized, cpu = other.config.quant.name != "none", other.where.kind == "cpu"
+        rate = search.rate_of(other.where, other.config.precision) or 1.0
+        return seconds(work, rate, quantized=quantized, cpu=cpu) or work
+
+    def share_cut(self, longest: int) -> float:
+        """Share of the rows that a length cuts."""
+        return float((self.largest.lengths > longest).mean())
+
+
+def _cut(samples: Any, longest: int) -> Any:
+    """Rows of at most that length; where none is longer, the same."""
+    if not len(samples) or int(lengths_of(samples).max()) <= longest:
+        return samples
+    return [sample if len(sample) <= longest else sample.part(slice(0, longest)) for sample in samples]
+
+
+def shorter_lengths(exactly: Exact) -> list[int]:
+    """Lengths that cut few rows, the longest first."""
+    found = {int(np.percentile(exactly.largest.lengths, share)) for share in CUT}
+    return sorted((length for length in found if 2 <= length < exactly.rows.max_length), reverse=True)
+
+
+def labelled(rows: Rows) -> float:
+    """Share of the tokens that carry a label."""
+    if rows.report is not None and rows.report.tokens:
+        return rows.report.trained_tokens / rows.report.tokens
+    return 0.9
+
+
+def parts(rows: int, most: int, *, every: bool = False) -> list[int]:
+    """Micro-batches that so many rows of a step can be made of without one more or less, the largest first; `every`:
+    a step is one micro-batch, so any number will do, the nearest below first."""
+    return [part for part in range(min(rows, most), 0, -1) if every or rows % part == 0]
+
+
+def largest_batch(exactly: Exact, settings: Mapping[str, Any], guess: int) -> int:
+    """The most rows of a micro-batch with which settings fit, by exact plans; 0: none."""
+    most, longest = len(exactly.rows.samples), int(settings["max_length"])
+    known: dict[int, plans.Plan] = {}
+
+    def fits(batch: int) -> bool:
+        known[batch] = exactly.plan({**settings, "batch_size": batch})
+        return bool(known[batch].fits)
+
+    low, high, batch = 0, most + 1, min(most, max(1, guess))
+    while True:
+        low, high = (batch, high) if fits(batch) else (low, batch)
+        if high - low <= 1:
+            break
+        batch = min(high - 1, max(low + 1, _next(exactly, known, low, high, longest)))
+    # more rows may make a smaller largest micro-batch: which rows meet is chance
+    for more in range(min(most, int(MEETINGS * low) + 2), low, -1):
+        if more not in known and exactly.largest(more, longest) < exactly.largest(high, longest) and fits(more):
+            return more
+    return low
+
+
+def _next(exactly: Exact, known: Mapping[int, plans.Plan], low: int, high: int, longest: int) -> int:
+    """The batch to try next: where the line through the two plans nearest to the budget meets it."""
+    if len(known) > PATIENCE:
+        return (low + high) // 2
+    there = sorted(known, key=lambda batch: abs(known[batch].spare or 0))[:2]
+    points = [(exactly.largest(batch, longest), known[batch].needed) for batch in there]
+    nearest = known[there[0]]
+    (tokens, needed), (others, taken) = points[0], (0, nearest.phases[0].bytes + sum(nearest.outside.values()))
+    if len(points) > 1 and points[1][0] != tokens:
+        others, taken = points[1]
+    each = (needed - taken) / (tokens - others)
+    if each <= 0:
+        return (low + high) // 2
+    room = tokens + ((nearest.budget or 0) - needed) / each
+    fitting, beyond = low, high
+    while beyond - fitting > 1:
+        middle = (fitting + beyond) // 2
+        fitting, beyond = (middle, beyond) if exactly.largest(middle, longest) <= room else (fitting, middle)
+    return fitting
+
+
+def below_all(where: devices.Device) -> ConfigError | None:
+    """The error for a budget of which nothing is left for a model."""
+    beside = plans.outside_of(where)
+    if where.budget is None or where.budget > sum(beside.values()):
+        return None
+    told = ", ".join(f"{name} {plans.size(taken)}" for name, taken in beside.items())
+    default = where.kind == "cuda" and devices.calibration(where.name).measured is None
+    return ConfigError(
+        f"{plans.size(where.budget)} ({where.name}) is less than what lies beside any model",
+        received=told + (", a default on the safe side" if default else ""),
+        fix="a larger --gpu" + ("; where the GPU is, `fitune plan --calibrate` measures it" if default else ""),
+    )
+
+
+def flags(settings: Mapping[str, Any]) -> str:
+    """Settings as one types them in a shell."""
+    words: list[str] = []
+    for name, value in _leaves(settings):
+        flag = f"--{name.replace('_', '-')}"
+        if name == "quant.name":
+            words += ["--quant", value]
+        elif value is True:
+            words.append(flag)
+        elif isinstance(value, (str, int, float)) and value is not False:
+            words += [flag, str(value)]
+        else:  # lists and mappings have forms of their own as flags; here all go the same way
+            words += ["--set", f"{name}={json.dumps(value, ensure_ascii=False)}"]
+    return " ".join(shlex.quote(str(word)) for word in words)
+
+
+GROUPS = ("map", "fill", "peft", "ranks")  # mappings whose keys are no settings
+
+
+def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if above == "" and name == "quant" and isinstance(value, str):
+            yield "quant.name", value
+        elif isinstance(value, Mapping) and name not in GROUPS:
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value

@@ -1,0 +1,287 @@
+"""A run to a plain model: what was tuned becomes part of the base's weights.
+
+In: a run. Out: a model folder that transformers loads without fitune or PEFT. The logits are compared with the tuned
+model's, before the weights are rounded to 16 bits and after, on the model that was written. A base that was quantized
+while it was tuned is made plain with its own values first: merging into the 16-bit original, or quantizing the sum
+again, gives another model, and how far off it is gets measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from fitune.checks import preflight
+from fitune.core.config import RunConfig
+from fitune.core.errors import FituneError, RunFolderError
+from fitune.core.files import check_new, disk, expand, whole_folder
+from fitune.core.records import Finding, Message
+from fitune.core.scratch import Scratch
+from fitune.data.batches import in_order
+from fitune.data.encode import Encoder
+from fitune.engine import integrity
+from fitune.engine.checkpoint import RunFolder
+from fitune.engine.loading import base_of, finished, load
+from fitune.engine.step import label_hidden
+from fitune.models import methods, weights, whole
+from fitune.models import quant as quants
+from fitune.models.families import Family, towers
+from fitune.models.handover import Handover, hand_over, write_answer_tokens
+from fitune.models.methods import new_tokens
+from fitune.models.model import Tuned, causal_lm, load_model, output_head, quantized_as, read_config
+from fitune.models.precision import DTYPES, NAMES
+from fitune.views import model_card as modelcard
+
+PROBE = ("Hello, world!", "你好，世界", "1 + 1 = 2")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written. Errors are relative to the largest logit of the tuned model."""
+
+    folder: str
+    dtype: str
+    merge_error: float  # in float32
+    rounding_error: float  # of the folder as it was written
+    drift: Drift | None = None  # where the weights are other ones than the run was trained on
+    handed: Handover | None = None  # the chat template and the stop tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a merged model is from the tuned one, over target tokens of held-out rows."""
+
+    kl: float  # of the tuned model's distributions from the merged one's, nats per token
+    agreement: float  # share of tokens that both think most likely
+    loss_before: float
+    loss_after: float
+    tokens: int
+
+    def told(self) -> str:
+        """In one line."""
+        return (
+            f"over {self.tokens:,} held-out tokens: KL {self.kl:.2e} nats, top-1 agreement {self.agreement:.1%}, "
+            f"loss {self.loss_before:.4f} before and {self.loss_after:.4f} after"
+        )
+
+
+def merge(
+    run: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "auto",
+    force: bool = False,
+    onto: str | None = None,
+    requantize: bool = False,
+    model: str | Path | None = None,
+) -> Merged:
+    """Write a run's model as a plain one. A quantized base is made plain first, with the values that it was tuned on.
+
+    Args:
+        run: a finished run.
+        output: a folder that is not there yet, or is empty.
+        dtype: of its weights: auto (as the base's are stored), fp32, bf16 or fp16.
+        force: write it though its logits have drifted from the tuned model's.
+        onto: for a run on a quantized base: `original`, or a folder, whose weights take the place of those that the
+            run was tuned on. The drift is measured; needs `force`.
+        requantize: quantize the merged model again, as the run's base was. The drift is measured; needs `force`.
+        model: where the run's base lies now, if it was moved.
+
+    Raises:
+        RunFolderError: the run is not finished, its method cannot be merged, or the folder is not empty.
+    """
+    target = expand(output)
+    check_new(target, whole=True)
+    folder = RunFolder(run)
+    config = finished(
+        folder, (*integrity.BEGIN, *integrity.END), missing=[name for name in integrity.END if name != "adapter"]
+    )
+    config = config.model_copy(update={"model": base_of(folder, config, model)})
+    if dtype not in ("auto", *DTYPES):
+        raise RunFolderError("--dtype", received=dtype, expected=f"auto, {', '.join(DTYPES)}")
+    _check_ways(config, onto, requantize=requantize)
+    tuned = load(run, model=model, device="cpu", precision="fp32")
+    chosen = NAMES[weights.stored_dtype(Path(config.model))] if dtype == "auto" else dtype
+    with torch.no_grad():
+        before = tuned.model(input_ids=(probe := _probe(tuned.encoder))).logits[:, -probe.shape[1] :]
+        plain = merged(_plain(folder, config, tuned, onto), tuned.family, config)
+        error = _relative(plain(input_ids=probe).logits, before)
+    other = onto is not None or requantize
+    drift = _drift(folder, config, tuned, _again(plain, config, target, requantize=requantize)) if other else None
+    if drift is not None and not force:
+        raise RunFolderError(
+            f"these are other weights than the run was tuned on: {drift.told()}",
+            fix="leave out --onto and --requantize, which merges exactly; --force writes it all the same",
+        )
+
+    def check(written: Path) -> float:
+        again = load_model(written, precision="fp32")
+        with torch.no_grad():
+            rounding = _relative(again(input_ids=probe).logits, before)
+        if not force:
+            preflight.raise_refused([merge_drift(error, rounding, chosen)])
+        return rounding
+
+    plain = plain.to(DTYPES[chosen])
+    files = Path(config.model if onto in (None, "original") else onto)
+    write = partial(_requantized, plain, config) if requantize else partial(_saved, plain, files)
+    with whole_folder(target) as place:
+        write(place)
+        handed = hand_over(place, tuned.tokenizer, tuned.template)
+        write_answer_tokens(place, tuned.encoder)
+        modelcard.write(place, target.name, folder, config, handed)
+        rounding = check(place)
+    return Merged(str(target), chosen, error, rounding, drift, handed)
+
+
+def _check_ways(config: RunConfig, onto: str | None, *, requantize: bool) -> None:
+    """Raises RunFolderError where the base is not quantized, or both ways are asked for."""
+    quantized = config.quant.name != "none" or quantized_as(read_config(Path(config.model))).name != "none"
+    if (onto is not None or requantize) and not quantized:
+        raise RunFolderError("--onto and --requantize are for runs on a quantized base", fix="leave them out")
+    if requantize and towers.of(Path(config.model)) is not None:
+        raise RunFolderError(
+            "--requantize: this run tuned the language model of one that takes images too",
+            fix="merge it without, and quantize the whole model by transformers when it is loaded",
+        )
+    if onto is not None and requantize:
+        raise RunFolderError("--onto and --requantize do not go together", fix="leave one of them out")
+    if requantize and config.quant.name == "none":
+        raise RunFolderError(
+            "--requantize: this run's base was quantized before, by settings that the run does not know",
+            fix="merge it, then: fitune quantize FOLDER --quant nf4",
+        )
+    if onto == "original" and config.quant.name == "none":
+        raise RunFolderError(
+            "--onto original: this run's base is a quantized folder", fix="--onto FOLDER, the original"
+        )
+
+
+def _plain(run: RunFolder, config: RunConfig, tuned: Tuned, onto: str | None) -> Any:
+    """The model to merge: the tuned one, or where its base is quantized the same on plain weights."""
+    if onto is None and not any(True for _ in quants.layers(tuned.model)):
+        return tuned.model
+    if onto is None:
+        return load(run.path, model=config.model, device="cpu", precision="fp32", plain=True).model
+    base = config.model if onto == "original" else onto
+    return load_model(base, precision="fp32", adapter=run.adapter)
+
+
+def _again(plain: Any, config: RunConfig, target: Path, *, requantize: bool) -> Any:
+    """The merged model as it will be: itself, or quantized again, by way of a folder beside the target."""
+    if not requantize:
+        return plain
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with disk(target.parent), Scratch(target) as place:
+        plain.save_pretrained(str(place), safe_serialization=True)
+        return load_model(place, precision="fp32", quant=config.quant)
+
+
+def _saved(model: Any, base: Path, folder: Path) -> None:
+    if getattr(model, "fitune_tower", None) is not None:
+        whole.save(model, base, folder)
+    else:
+        model.save_pretrained(str(folder), safe_serialization=True)
+
+
+def _requantized(model: Any, config: RunConfig, folder: Path) -> None:
+    with Scratch(folder / "plain") as place:
+        model.save_pretrained(str(place), safe_serialization=True)
+        load_model(place, precision="fp32", quant=config.quant).save_pretrained(str(folder), safe_serialization=True)
+
+
+MOST_ROWS = 50  # held-out rows that a drift is measured on
+
+
+@torch.no_grad()
+def _drift(folder: RunFolder, config: RunConfig, tuned: Tuned, other: Any) -> Drift:
+    """The distributions of both models over the run's own held-out rows.
+
+    Raises:
+        RunFolderError: the run has none, or its data is gone.
+    """
+    limit = int(config.max_length)
+    try:
+        rows = preflight.read(config, folder.tokenizer, tuned.tokenizer, limit=limit, vocabulary=1 << 30).held_out
+    except FituneError as error:
+        raise RunFolderError(
+            "the run's data cannot be read, so no drift can be measured", received=error.what
+        ) from None
+    if not len(rows):
+        raise RunFolderError("this run holds no rows out, so no drift can be measured")
+    batches = list(in_order([rows[n] for n in range(min(len(rows), MOST_ROWS))], 1))
+    kl, agree, losses, tokens = 0.0, 0, [0.0, 0.0], 0
+    for batch in batches:
+        labels = torch.from_numpy(batch.labels)
+        scores = [
+            torch.log_softmax(output_head(model)(label_hidden(model.eval(), batch, "documents")).float(), dim=-1)
+            for model in (tuned.model, other)
+        ]
+        kl += float((scores[0].exp() * (scores[0] - scores[1])).sum())
+        agree += int((scores[0].argmax(-1) == scores[1].argmax(-1)).sum())
+        losses = [a - float(b.gather(1, labels[:, None]).sum()) for a, b in zip(losses, scores, strict=True)]
+        tokens += len(labels)
+    return Drift(kl / tokens, agree / tokens, losses[0] / tokens, losses[1] / tokens, tokens)
+
+
+DRIFT = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}  # of the largest logit, as written
+
+
+def merge_drift(error: float, rounding: float, dtype: str) -> Finding:
+    """A merged model gives the tuned model's logits: in float32 nearly exactly, rounded to 16 bits nearly so."""
+    text = f"logits are off by {error:.1e} through merging, by {rounding:.1e} as written in {dtype}"
+    if error > DRIFT["fp32"] or rounding > DRIFT[dtype]:
+        return Finding("merge-drift", "refuse", text, "--dtype fp32; --force writes it all the same")
+    return Finding("merge-drift", "ok", text)
+
+
+def merged(model: Any, family: Family, config: RunConfig) -> Any:
+    """The plain model.
+
+    Args:
+        model: with its method on it; its base is changed.
+        family: its family.
+        config: the run's settings.
+
+    Raises:
+        RunFolderError: the method cannot be merged; the message says why.
+    """
+    method = methods.find(config.method)
+    problem = method.merge_problem(causal_lm(model), family, config)
+    if problem is None and isinstance(model, PeftModel) and not hasattr(model, "merge_and_unload"):
+        problem = "PEFT cannot merge it"
+    if problem is not None:
+        raise RunFolderError(
+            f"{method.name} cannot be merged: {problem}",
+            fix="use it as it is: fitune chat RUN, or PEFT with the run's adapter folder",
+        )
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    new_tokens.write_in(model)
+    if config.method == "bitfit" and config.bitfit.add:
+        for flag in family.bias_flags:
+            setattr(model.config, flag, True)
+    return model
+
+
+def _probe(encoder: Encoder) -> Tensor:
+    """(1, T): a few words in two languages, framed as the run frames them."""
+    try:
+        ids = [i for text in PROBE for i in encoder.prompt([Message("user", text)])]
+    except FituneError:  # a template that wants tools: the words alone
+        ids = [i for text in PROBE for i in encoder.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return torch.tensor([ids[:256]])
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,1 @@
+"""Config, records, errors, files, locks: what every room stands on. Nothing here imports torch."""

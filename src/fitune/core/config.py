@@ -1,0 +1,585 @@
+"""The settings of a run: every default stands here, and nowhere else.
+
+In: a YAML file, `--set key=value`, flags or keywords. Out: one validated RunConfig. The command line's flags are made
+from these fields, so a flag, a YAML key and a Python keyword have the same name, and the same text in `--help`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from fitune.core import names, untrusted
+from fitune.core.errors import Collector, ConfigError, did_you_mean, shorten
+from fitune.core.files import expand, names_near
+
+# the most that a number may be: far above what anybody trains with, and below what never ends
+MOST_COUNT, MOST_BATCH, MOST_WIDTH = 10**9, 10**6, 10**5
+OneOrMore = str | Annotated[list[str], Field(min_length=1)]
+
+
+class Options(BaseModel):
+    """A group of settings: unknown keys are refused, and values cannot be changed once checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class LoraOptions(Options):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685). Trainable parameters per target: rank x (inputs + outputs)."""
+
+    rank: int = Field(default=8, ge=1, le=MOST_WIDTH)
+    """Width of the update. Trainable bytes (weights, gradients, Adam states) grow with it."""
+    alpha: float = Field(default=16.0, gt=0, le=1e9)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the input of the update."""
+    targets: OneOrMore = "auto"
+    """Which linear layers: auto (the family's attention projections), all-linear, or names."""
+    ranks: dict[str, Annotated[int, Field(ge=1, le=MOST_WIDTH)]] = {}
+    """Other ranks for some targets: the end of a name, or a regular expression, to a rank."""
+    dora: bool = False
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): magnitudes are trained beside; one more number per output."""
+    rslora: bool = False
+    """rsLoRA (Kalajdzievski 2023, arXiv:2312.03732): scaled by alpha / sqrt(rank), so that high ranks learn."""
+    init: Literal["default", "pissa"] = "default"
+    """default: B = 0, nothing changes at the start. pissa: the base's largest singular vectors (arXiv:2404.02948)."""
+    b_rate: float = Field(default=1.0, gt=0, le=1e6)
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the matrices B learn so many times faster; 16 is usual there."""
+    save: list[str] = []
+    """Modules trained whole beside it: embeddings, head, or names. They cost 16 bytes a parameter."""
+
+
+class FreezeOptions(Options):
+    """Training only some of the base's own parameters. The backward pass stops at the first of them."""
+
+    blocks: int = Field(default=2, ge=0, le=10_000)
+    """The last so many transformer blocks."""
+    tensors: int | None = Field(default=None, ge=1, le=MOST_COUNT)
+    """In place of blocks: the last so many parameter tensors."""
+    patterns: list[str] = []
+    """In place of blocks: parameters whose names contain a match of one of these regular expressions."""
+    head: bool = False
+    """The output head too."""
+    norm: bool = False
+    """The final norm too."""
+
+
+class TailOptions(Options):
+    """New layers at the end, zero at the start, so that training begins at the base model exactly."""
+
+    kind: Literal["block", "mlp"] = "block"
+    """block: copies of transformer blocks whose outputs begin at zero (LLaMA Pro, Wu et al. 2024, arXiv:2401.02415).
+    mlp: a small residual MLP behind the final norm."""
+    blocks: int = Field(default=2, ge=1, le=10_000)
+    """How many new blocks."""
+    interleaved: bool = False
+    """Spread over the depth in place of all behind the last one."""
+    width: int | None = Field(default=None, ge=1, le=MOST_WIDTH)
+    """Inner width of the MLP. Default: a quarter of the model's."""
+    head: bool = False
+    """Train the output head too."""
+
+
+class BitfitOptions(Options):
+    """BitFit (Ben Zaken et al. 2022, arXiv:2106.10199): the bias terms alone."""
+
+    add: bool = False
+    """Give the projections of a model without biases some, zero at the start."""
+
+
+class PromptOptions(Options):
+    """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): trained vectors before the input; tokens x width."""
+
+    tokens: int = Field(default=20, ge=1, le=MOST_WIDTH)
+    """How many virtual tokens. Each makes every row one token longer."""
+    init: Literal["vocab", "random", "text"] = "vocab"
+    """They begin as tokens of the vocabulary drawn by the seed, at random, or as the words of `text`."""
+    text: str = ""
+    """A prompt in words, for init=text; repeated or cut to the number of tokens."""
+
+
+class PTuningOptions(Options):
+    """P-tuning (Liu et al. 2021, arXiv:2103.10385): virtual tokens through a trained encoder."""
+
+    tokens: int = Field(default=20, ge=1, le=MOST_WIDTH)
+    """How many virtual tokens."""
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    """What the vectors go through."""
+    width: int | None = Field(default=None, ge=1, le=MOST_WIDTH)
+    """Inner width of the encoder. Default: the model's."""
+
+
+class PrefixOptions(Options):
+    """Prefix tuning (Li & Liang 2021, arXiv:2101.00190; P-Tuning v2, arXiv:2110.07602): keys and values per layer."""
+
+    tokens: int = Field(default=20, ge=1, le=MOST_WIDTH)
+    """How many prefix tokens. Trainable: tokens x layers x 2 x width of the keys."""
+    projection: bool = False
+    """Make them by a trained MLP; steadier, and many times more parameters."""
+    width: int | None = Field(default=None, ge=1, le=MOST_WIDTH)
+    """Inner width of that MLP. Default: the model's."""
+
+
+class BottleneckOptions(Options):
+    """Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751). Each: 2 x width x model width + both biases."""
+
+    kind: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
+    """houlsby: after attention and MLP; pfeiffer: after the MLP (arXiv:2005.00247); parallel: beside the MLP
+    (arXiv:2110.04366)."""
+    width: int = Field(default=64, ge=1, le=MOST_WIDTH)
+    """Inner width."""
+    activation: Literal["relu", "gelu", "silu"] = "gelu"
+    """What stands between its two layers."""
+
+
+class Ia3Options(Options):
+    """IA3 (Liu et al. 2022, arXiv:2205.05638): trained factors on keys, values and the MLP's inner activations."""
+
+    targets: OneOrMore = "auto"
+    """Which linear layers: auto (keys, values and the MLP's output layer), or names."""
+
+
+class QuantOptions(Options):
+    """Frozen weights of linear layers in few bits; embedding, norms and output head stay as they are."""
+
+    name: Literal["none", "int8", "nf4"] = "none"
+    """Format of the frozen weights of linear layers. int8: LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), 1 byte
+    a weight. nf4: QLoRA's 4 bits (Dettmers et al. 2023, arXiv:2305.14314), 0.516 bytes."""
+    kind: Literal["nf4", "fp4"] = "nf4"
+    """Which 16 values 4 bits stand for: those of NormalFloat, or those of a float of 4 bits."""
+    double: bool = True
+    """Quantize the scales of the blocks of 64 weights too: 0.516 bytes a weight in place of 0.5625."""
+    storage: Literal["uint8", "fp32", "bf16", "fp16"] = "uint8"
+    """As which dtype the packed 4-bit weights lie in memory; the bytes are the same."""
+    threshold: float = Field(default=6.0, ge=0, le=1e9)
+    """Of int8, for transformers alone, which quantizes inputs but for columns with a value above it: what is quantized
+    and written keeps it. fitune quantizes no inputs, so in a run it does nothing."""
+    skip: list[str] = []
+    """Linear layers that stay as they are: whole names, or parts of names between dots (model.layers.1.mlp, down_proj).
+    The output head always does."""
+
+
+def _quant(value: object) -> object:
+    """`nf4` stands for {name: nf4}, `fp4` for its other kind."""
+    group = {"name": value} if isinstance(value, str) else value
+    if isinstance(group, Mapping) and group.get("name") == "fp4":
+        return {**group, "name": "nf4", "kind": "fp4"}
+    return group
+
+
+def quant_options(name: str) -> QuantOptions:
+    """The settings that a quantizer's name stands for.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known = ("none", "int8", "nf4", "fp4")
+    if name not in known:
+        raise ConfigError(f"quant {name!r}", expected=", ".join(known), fix=did_you_mean(name, known))
+    return QuantOptions.model_validate(_quant(name))
+
+
+def path_text(value: object) -> object:
+    """A path as text, `~` in it as the home folder; anything else as it is."""
+    text = str(value) if isinstance(value, PurePath) else value
+    if isinstance(text, str) and text.startswith("~"):
+        with suppress(RuntimeError):  # ~somebody who is not there
+            return str(expand(text))
+    return text
+
+
+class DataSource(Options):
+    """One source of rows, where its path alone does not say enough."""
+
+    path: str
+    """A file, a folder of files, or the id of a data set on the hub."""
+    take: int | None = Field(default=None, ge=1, le=MOST_COUNT)
+    """So many rows of it, drawn with the seed. Default: all."""
+    weight: float | None = Field(default=None, gt=0, le=1e6)
+    """How often its rows are trained in a pass: 2 is twice each, 0.5 is half of them, drawn by the seed. Default: 1."""
+    format: str | None = None
+    """Its format, where it differs from that of the others."""
+    map: dict[str, str] = {}
+    """What its columns mean, beside what `map` says for all."""
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _path(cls, value: object) -> object:
+        return path_text(value)
+
+
+AnySource = Annotated[
+    Annotated[str, Tag("path")] | Annotated[DataSource, Tag("source")],
+    Discriminator(lambda value: "source" if isinstance(value, (Mapping, DataSource)) else "path"),
+]
+
+
+def _listed(value: object) -> object:
+    """One number stands for a list of one."""
+    return [value] if isinstance(value, (int, float)) else value
+
+
+LengthPolicy = Literal["split", "cut", "drop", "refuse"]
+TrainOn = Literal["all", "last", "tool-calls"]
+
+
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(?:i?B)?\s*", re.IGNORECASE)
+UNITS = {"M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def _size(value: object) -> object:
+    """`20` (GB), `20GB`, `500MB` or `1.5 TB` as text with its unit."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    text = f"{value}GB" if number or (isinstance(value, str) and value.strip().isdecimal()) else value
+    found = SIZE.fullmatch(text) if isinstance(text, str) else None
+    if found is None or not 10**6 <= size_bytes(str(text)) <= 10**15:
+        raise ValueError("a size such as 20GB or 500MB")
+    return f"{found[1]}{found[2].upper()}B"
+
+
+def size_bytes(text: str) -> int:
+    """Bytes of a size that was checked.
+
+    Example:
+        >>> size_bytes("500MB")
+        500000000
+    """
+    found = SIZE.fullmatch(text)
+    assert found is not None
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+class DataConfig(Options):
+    """What decides which tokens are trained; `inspect` needs no more."""
+
+    model: str
+    """Model folder, or a hub id."""
+    data: list[AnySource] = Field(min_length=1)
+    """Training data: files (JSON, JSONL, CSV, TSV, Parquet), folders of them, ids of data sets on the hub. In YAML also
+    {path, take, weight, format, map}."""
+    eval_data: list[AnySource] = []
+    """Held-out data, as for data. Without it a share of the training rows is held out."""
+    format: str = "auto"
+    """Format of the rows: auto (found by looking at each row), or a name."""
+    map: dict[str, str] = {}
+    """What columns of other names mean: content=prompt summary=completion."""
+    fill: dict[str, str] = {}
+    """Texts for the slots {{name}} in the data: name=Ada."""
+    take: Annotated[list[Annotated[int, Field(ge=1, le=MOST_COUNT)]], BeforeValidator(_listed)] = []
+    """So many rows of each source of data, drawn with the seed; one number, or one for each."""
+    weight: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], BeforeValidator(_listed)] = []
+    """How often the rows of each source are trained in a pass; one number, or one for each."""
+    skip_bad: bool = False
+    """Leave out rows that cannot be used, and list them, instead of refusing the run."""
+    template: str = "auto"
+    """Prompt template: auto (the tokenizer's own, else alpaca), or a name."""
+    system_role: Literal["auto", "keep", "first-user"] = "auto"
+    """What becomes of a system text in the tokenizer's own template: keep, first-user (it goes into the first user's
+    turn), or auto (that, and it is said, where the template has no place for it: Gemma 2)."""
+    template_options: dict[str, Any] = {}
+    """Variables that the tokenizer's own template reads: enable_thinking=false. The run keeps them."""
+    new_tokens: list[str] = []
+    """Tokens that the vocabulary gets, each one id: their rows are trained beside any method, and saved."""
+    answer_tokens: list[str] = []
+    """Special tokens of the vocabulary that answers are to produce: each is one id in answers, in all other text it
+    stays text."""
+    max_length: Annotated[int, Field(ge=2, le=MOST_COUNT)] | Literal["auto"] = "auto"
+    """Longest row in tokens. Longer rows are cut: activations grow with it."""
+    length_policy: LengthPolicy = "split"
+    """What becomes of rows longer than max_length: split (documents of plain text become several samples; conversations
+    are cut), cut (the prompt first, then the answer), drop, or refuse the run."""
+    train_on: TrainOn = "all"
+    """Which answers of a conversation are trained: all, the last one, or those that call a tool."""
+    max_lost: float = Field(default=0.05, ge=0, le=1)
+    """Share of rows that may lose answer tokens to cutting before the run is refused."""
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Decides the order of the rows, the initial weights and dropout."""
+    cache: str = "auto"
+    """Folder where prepared data is kept for the next run: auto (the system's place for caches, or $FITUNE_CACHE), a
+    folder, or none."""
+
+    cache_size: Annotated[str, BeforeValidator(_size)] = "20GB"
+    """Most that the cache may hold (20GB, 500MB): what was not used for the longest time goes, and is named."""
+
+    @field_validator("model", "template", "cache", mode="before")
+    @classmethod
+    def _path(cls, value: object) -> object:
+        return path_text(value)
+
+    @field_validator("data", "eval_data", mode="before")
+    @classmethod
+    def _paths(cls, value: object) -> object:
+        several = [value] if isinstance(value, (str, PurePath, Mapping)) else value
+        return [path_text(one) for one in several] if isinstance(several, (list, tuple)) else several
+
+    @field_validator("new_tokens", "answer_tokens")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value) or not all(token.strip() for token in value):
+            raise ValueError("texts, each once, none of them blank")
+        return value
+
+    @field_validator("take", "weight")
+    @classmethod
+    def _one_or_each(cls, value: list[float], info: ValidationInfo) -> list[float]:
+        sources = len(info.data.get("data", ()))
+        if sources and len(value) not in (0, 1, sources):
+            each = f", or one for each of the {sources} sources in data" if sources > 1 else ""
+            raise ValueError(f"one number{each}")
+        return value
+
+    def sources(self) -> list[DataSource]:
+        """The training data with all that is said of it; what stands in a source wins over what is said for all."""
+        takes, weights = (_for_each(values, len(self.data)) for values in (self.take, self.weight))
+        return [
+            source.model_copy(update={"take": source.take or take, "weight": source.weight or weight or 1.0})
+            for source, take, weight in zip(map(self._source, self.data), takes, weights, strict=True)
+        ]
+
+    def eval_sources(self) -> list[DataSource]:
+        """The held-out data; `take` and `weight` are for training data."""
+        return [self._source(given) for given in self.eval_data]
+
+    def _source(self, given: str | DataSource) -> DataSource:
+        source = DataSource(path=given) if isinstance(given, str) else given
+        return source.model_copy(update={"format": source.format or self.format, "map": {**self.map, **source.map}})
+
+
+class RunConfig(DataConfig):
+    """Everything that decides a run. The same config, seed and machine give the same run, bit for bit."""
+
+    output: str | None = None
+    """Run folder. Must be new or empty. Default: runs/<model>-<method>-<number>."""
+    val_share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the rows that is held out where no eval_data is given (at most val_rows)."""
+    val_rows: int = Field(default=200, ge=1, le=MOST_COUNT)
+    """Most rows that are held out from the training data."""
+    method: str = "lora"
+    """How to tune: full, freeze, tail, bitfit, prompt, p-tuning, prefix, adapter, lora, ia3, or peft:TYPE for any other
+    method of PEFT. `fitune methods` tells what each trains."""
+    adapter: str | None = None
+    """Go on from what was tuned before: a run folder, or its adapter folder. It must be of the same method."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Dtype of the computation and of the frozen weights: 16 bits take half the bytes. auto: what this machine computes
+    fast without losing range, measured once on a CPU; the choice and its reason are printed."""
+    storage_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Dtype of the frozen weights, where it is to differ from that of the computation: bf16 beside --precision fp32
+    halves the weights on a machine without fast bf16."""
+    trainable_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Dtype of what is trained, of its gradients and of the optimizer's states. 16 bits lose small updates; float16
+    also needs an epsilon that is not small beside the learning rate."""
+    quant: Annotated[QuantOptions, BeforeValidator(_quant)] = QuantOptions()
+    """Quantized frozen weights: none, int8 or nf4 (QLoRA)."""
+    checkpointing: bool | Annotated[int, Field(ge=1, le=10_000)] = False
+    """Keep no activations inside blocks, compute them again in the backward pass: less memory, a third more work. A
+    number n: in every nth block only."""
+    lora: LoraOptions = LoraOptions()
+    """Settings of the method lora."""
+    freeze: FreezeOptions = FreezeOptions()
+    """Settings of the method freeze."""
+    tail: TailOptions = TailOptions()
+    """Settings of the method tail."""
+    bitfit: BitfitOptions = BitfitOptions()
+    """Settings of the method bitfit."""
+    prompt: PromptOptions = PromptOptions()
+    """Settings of the method prompt."""
+    p_tuning: PTuningOptions = PTuningOptions()
+    """Settings of the method p-tuning."""
+    prefix: PrefixOptions = PrefixOptions()
+    """Settings of the method prefix."""
+    bottleneck: BottleneckOptions = BottleneckOptions()
+    """Settings of the method adapter."""
+    ia3: Ia3Options = Ia3Options()
+    """Settings of the method ia3."""
+    peft: dict[str, Any] = {}
+    """Settings of PEFT's own config, for the method peft:TYPE."""
+    batch_size: int = Field(default=8, ge=1, le=MOST_BATCH)
+    """Rows per micro-batch. Activations grow with it."""
+    batch_tokens: int | None = Field(default=None, ge=1, le=MOST_COUNT)
+    """Tokens per micro-batch, in place of batch_size: memory stays even where rows differ in length."""
+    loss_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Label rows whose logits are there at once; each takes 6 bytes for each word of the vocabulary, 8 in fp32. auto:
+    32 MiB of logits on a CPU; on a GPU at least 512 rows, a quarter of the largest micro-batch where there is room."""
+    layout: Literal["auto", "flat", "padded", "documents"] = "auto"
+    """How documents go through the model. auto: flat, unless a probe on the model shows that documents leak."""
+    accumulation: int = Field(default=1, ge=1, le=MOST_BATCH)
+    """Micro-batches per optimizer step. Costs no memory."""
+    epochs: float = Field(default=3.0, gt=0, le=10_000)
+    """Passes over the data."""
+    max_steps: int | None = Field(default=None, ge=1, le=MOST_COUNT)
+    """Stop after so many optimizer steps, whatever epochs says."""
+    lr: float | None = Field(default=None, gt=0, le=1e6)
+    """Peak learning rate. Default: the method's own."""
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = Field(default=0.0, ge=0, le=1e6)
+    """Decoupled weight decay of matrices."""
+    max_grad_norm: float = Field(default=1.0, ge=0, le=1e12)
+    """Gradients are scaled down to this norm; 0: they are not."""
+    optimizer: str = "adamw"
+    """adamw, adamw-foreach, adamw-8bit, paged-adamw-8bit, adafactor, lion, lion-8bit or sgd. States take 8 bytes a
+    trained parameter with adamw, 2 in 8 bits, 4 with lion and sgd, 1 with lion-8bit, next to none with adafactor."""
+    epsilon: float = Field(default=1e-8, gt=0, le=1.0)
+    """Epsilon of adamw in all its forms: what is added to the root of the second moment."""
+    optimizer_in_backward: bool = False
+    """For the method full: update each parameter as soon as its gradient is there, and drop the gradient. 4 bytes a
+    parameter less."""
+    eval_every: int | None = Field(default=None, ge=1, le=MOST_COUNT)
+    """Steps between held-out evaluations. Default: five times a run."""
+    save_every: int | None = Field(default=None, ge=1, le=MOST_COUNT)
+    """Steps between checkpoints. Default: as eval_every."""
+    patience: int | None = Field(default=None, ge=1, le=MOST_COUNT)
+    """Stop early, after so many evaluations in a row without a better held-out loss; the result is then the best."""
+    final: Literal["last", "best"] = "last"
+    """What the result is: the weights after the last step, or those with the best held-out loss."""
+    keep_last: int = Field(default=2, ge=1, le=MOST_COUNT)
+    """How many of the newest checkpoints are kept, besides the best one."""
+    sample_prompts: int = Field(default=3, ge=0, le=MOST_BATCH)
+    """Held-out prompts that are answered before and after, for the report."""
+    sample_tokens: int = Field(default=64, ge=1, le=MOST_BATCH)
+    """Longest such answer, in tokens."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    force: bool = False
+    """Run though the plan says that it does not fit, or an epsilon that float16 weights may not survive."""
+
+    @field_validator("output", "adapter", mode="before")
+    @classmethod
+    def _own_path(cls, value: object) -> object:
+        return path_text(value)
+
+
+def _for_each(values: list[Any], count: int) -> list[Any]:
+    """One value for each of `count` sources: none, the same, or their own."""
+    return values if len(values) == count else (values or [None]) * count
+
+
+def _locate(path: tuple[str | int, ...]) -> tuple[str, type[BaseModel]]:
+    """The setting as the user wrote it, and the group it stands in (pydantic adds union branches to the path)."""
+    parts: list[str] = []
+    group: type[BaseModel] = RunConfig
+    for part in path:
+        info = group.model_fields.get(str(part))
+        if isinstance(part, int) and parts:
+            parts[-1] += f"[{part}]"
+            continue
+        if part == "source" and parts and parts[-1].endswith("]"):
+            group = DataSource
+            continue
+        if info is None:
+            if not parts:
+                parts.append(str(part))
+            break
+        parts.append(str(part))
+        if isinstance(info.default, Options):
+            group = type(info.default)
+    return ".".join(parts), group
+
+
+def build(values: Mapping[str, Any]) -> RunConfig:
+    """Check the values and fill in the defaults.
+
+    Raises:
+        ConfigError, Problems: all that is wrong, at once.
+    """
+    try:
+        return RunConfig.model_validate(names.ours(values))
+    except ValidationError as error:
+        found: dict[str, ConfigError] = {}
+        for item in error.errors():
+            name, group = _locate(item["loc"])
+            if item["type"] == "extra_forbidden":
+                name = f"{name}.{item['loc'][-1]}" if len(item["loc"]) > 1 else name
+                found[name] = names.problem(name, item["input"]) or ConfigError(
+                    f"unknown setting {name!r}", fix=did_you_mean(str(item["loc"][-1]), group.model_fields)
+                )
+            elif item["type"] == "missing":
+                found[name] = ConfigError(
+                    f"{name} is missing", fix=f"give --{name.replace('_', '-')}" if len(item["loc"]) == 1 else None
+                )
+            elif name in found:  # another branch of the same union
+                found[name].expected = f"{found[name].expected}, or: {_wish(item['msg'])}"
+            else:
+                found[name] = ConfigError(
+                    f"{name}: wrong value", received=shorten(item["input"]), expected=_wish(item["msg"])
+                )
+        problems = Collector()
+        problems.problems.extend(found.values())
+        problems.raise_any()
+        raise AssertionError("unreachable: pydantic raised without errors") from error
+
+
+def _wish(message: str) -> str:
+    """pydantic's `Input should be ...` as what was expected."""
+    return message.removeprefix("Input should be ").removeprefix("Value error, ")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or holds no mapping.
+    """
+    try:
+        values = untrusted.read_yaml(expand(path), ConfigError)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", fix=names_near(path)) from None
+    return names.ours(values or {})
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """`["lora.rank=16", "seed=1"]` as nested settings; values are read as YAML.
+
+    Raises:
+        ConfigError: an assignment without `=`, or without a name.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError("--set", received=repr(assignment), expected="key=value, for example lora.rank=16")
+        nested = value_of(text)
+        for part in reversed(name.strip().split(".")):
+            nested = {part: nested}
+        values = merge(values, names.ours(nested))
+    return values
+
+
+def value_of(text: str) -> Any:
+    """A value as YAML has it; what is no YAML is text."""
+    try:
+        value = untrusted.parse_yaml(text)
+    except yaml.YAMLError:
+        return text
+    # YAML 1.1 reads 1e-4 as text; every user of this field means a number
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` on top, group by group."""
+    out = dict(base)
+    for key, value in over.items():
+        if key == "quant" and isinstance(out.get(key), (str, Mapping)):
+            out[key], value = _quant(out[key]), _quant(value)
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merge(out[key], value) if both else value
+    return out

@@ -1,0 +1,165 @@
+"""Samples to batches: the one place of the label shift, and of the order of the rows.
+
+In: samples, a seed. Out: for each optimizer step a list of micro-batches. A batch is a flat list of documents with
+their bounds: no padding, positions restart in each document, a label never comes from the next document. What is not
+trained has no label row at all, so there is no ignore index anywhere after this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fitune.core.records import Batch, Sample
+from fitune.data.store import lengths_of
+
+WINDOW = 50  # micro-batches that are sorted by length together
+# A number of tokens is rounded up to a multiple of a power of two that is at most a 32nd of it: 32 sizes from one power
+# of two to the next, and on average 1 % more work. LEAST: the multiple below 128 tokens; MOST: the one from 4,096 on.
+PARTS, LEAST, MOST = 32, 4, 128
+
+
+def rounded(count: int) -> int:
+    """The size that so many tokens, or rows, are filled up to.
+
+    Every number of tokens that a model meets costs a compiled kernel for each of its shapes on a CPU, and blocks of its
+    own in a GPU's allocator; few sizes cost few.
+    """
+    step = min(MOST, max(LEAST, 1 << max(0, (count // PARTS).bit_length() - 1)))
+    return -(-count // step) * step
+
+
+def flat(samples: Sequence[Sample], rows: Iterable[int]) -> Batch:
+    """The rows as one flat batch.
+
+    Args:
+        samples: all samples.
+        rows: which of them, in this order.
+    """
+    rows = [int(row) for row in rows]
+    chosen = [samples[row] for row in rows]
+    lengths = [len(sample) for sample in chosen]
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    ids = np.concatenate([sample.ids for sample in chosen]).astype(np.int64)
+    trained = np.concatenate([sample.mask for sample in chosen]).copy()
+    trained[bounds[:-1]] = False  # a document's first token has nothing before it
+    targets = np.flatnonzero(trained)
+    weights = None
+    if any(sample.weights is not None for sample in chosen):
+        each = [np.ones(len(s), np.float32) if s.weights is None else s.weights for s in chosen]
+        weights = np.concatenate(each)[targets]
+    return Batch(
+        ids=ids,
+        positions=np.concatenate([np.arange(length) for length in lengths]).astype(np.int64),
+        bounds=bounds,
+        label_rows=targets - 1,
+        labels=ids[targets],
+        rows=tuple(rows),
+        weights=weights,
+    )
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """The batch as so many smaller ones (at most one a document), every document whole in one of them."""
+    documents = len(batch.rows)
+    edges = np.unique(np.linspace(0, documents, min(parts, documents) + 1).round().astype(int))
+    made = []
+    for first, last in pairwise(edges.tolist()):
+        start, end = int(batch.bounds[first]), int(batch.bounds[last])
+        here = (batch.label_rows >= start) & (batch.label_rows < end)
+        made.append(
+            Batch(
+                ids=batch.ids[start:end],
+                positions=batch.positions[start:end],
+                bounds=batch.bounds[first : last + 1] - start,
+                label_rows=batch.label_rows[here] - start,
+                labels=batch.labels[here],
+                rows=batch.rows[first:last],
+                weights=None if batch.weights is None else batch.weights[here],
+            )
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Deterministic batches: what a step holds follows from the seed and the step's number alone.
+
+    Args:
+        samples: the training samples.
+        batch_size: rows per micro-batch.
+        accumulation: micro-batches per optimizer step.
+        seed: decides the order.
+        batch_tokens: tokens per micro-batch, instead of rows. A longer row is a micro-batch of its own.
+        by_length: rows of about the same length share a micro-batch, for models that need padding.
+    """
+
+    samples: Sequence[Sample]
+    batch_size: int
+    accumulation: int
+    seed: int
+    batch_tokens: int | None = None
+    by_length: bool = False
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The rows of an epoch, each exactly once."""
+        rows = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
+        if not self.by_length:
+            return rows
+        # Sorted within windows of many batches: near lengths meet, and no two epochs are alike.
+        window = self.batch_size * WINDOW
+        longest_first = np.lexsort((-lengths_of(self.samples)[rows], np.arange(len(rows)) // window))
+        return rows[longest_first]  # type: ignore[no-any-return]
+
+    def epoch_steps(self, epoch: int) -> list[list[NDArray[np.int64]]]:
+        """The epoch's optimizer steps, each a list of micro-batches, each an array of rows."""
+        micro = self._micro(epoch)
+        steps = [micro[n : n + self.accumulation] for n in range(0, len(micro), self.accumulation)]
+        if self.by_length:  # the longest first would be an order that teaches; the steps are shuffled again
+            np.random.default_rng([self.seed, epoch, 1]).shuffle(steps)
+        return steps
+
+    def _micro(self, epoch: int) -> list[NDArray[np.int64]]:
+        order = self.order(epoch)
+        if self.batch_tokens is None:
+            return [order[n : n + self.batch_size] for n in range(0, len(order), self.batch_size)]
+        starts, room = [0], self.batch_tokens
+        for at, length in enumerate(lengths_of(self.samples)[order].tolist()):
+            if length > room and at > starts[-1]:
+                starts.append(at)
+                room = self.batch_tokens
+            room -= length
+        return [order[start:end] for start, end in pairwise([*starts, len(order)])]
+
+    def count(self, epoch: int) -> int:
+        """Optimizer steps of an epoch."""
+        micro = len(self._micro(epoch)) if self.batch_tokens else -(-len(self.samples) // self.batch_size)
+        return -(-micro // self.accumulation)
+
+    def total_steps(self, epochs: float) -> int:
+        """Optimizer steps in so many epochs, at least one."""
+        whole = sum(self.count(epoch) for epoch in range(int(epochs)))
+        part = epochs - int(epochs)
+        return max(1, whole + (round(part * self.count(int(epochs))) if part else 0))
+
+    def steps(self, start: int, end: int) -> Iterator[tuple[float, list[Batch]]]:
+        """The optimizer steps start .. end - 1 (from 0, over all epochs), with the epochs that lie behind each."""
+        number, epoch = 0, 0
+        while number < end:
+            count = self.count(epoch)
+            steps = self.epoch_steps(epoch) if number + count > start else []
+            for at, micro in enumerate(steps):
+                if start <= number + at < end:
+                    yield epoch + (at + 1) / count, [flat(self.samples, rows) for rows in micro]
+            number, epoch = number + count, epoch + 1
+
+
+def in_order(samples: Sequence[Sample], batch_size: int, *, by_length: bool = False) -> Iterator[Batch]:
+    """All samples once, for evaluation: in their order, or for models that need padding the longest first."""
+    order = np.argsort(-lengths_of(samples), kind="stable") if by_length else np.arange(len(samples))
+    for start in range(0, len(samples), batch_size):
+        yield flat(samples, order[start : start + batch_size])

@@ -1,0 +1,302 @@
+"""Data to conversations.
+
+In: sources (files, folders, hub ids), each with what is said of it. Out: one Conversation per row, each knowing its
+file and line, on disk: read as a stream, and found again in the cache. `readers` parses files, `formats` understands
+rows; here is what becomes of them: `take` draws some, `weight` repeats them, bad ones are told with file:line:field,
+all at once, or skipped and listed if so wished. Nothing is dropped silently; columns that no format uses are counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fitune.core.config import DataSource
+from fitune.core.errors import Collector, DataError
+from fitune.core.files import sha256
+from fitune.core.records import Conversation, DataReport, Source
+from fitune.core.untrusted import DEEPEST, check_depth
+from fitune.data import formats
+from fitune.data.cache import Cache, code_version, key
+from fitune.data.columns import sizes
+from fitune.data.readers import documents_beside, files, locate, read
+from fitune.data.store import META, Rows, write_rows
+from fitune.data.tables import check_columns
+
+MOST_PROBLEMS = 20  # bad rows told in one message, or listed where they are skipped; the rest are counted
+TAKE, WEIGH = 1, 2  # streams of random numbers, apart from each other and from that of the held-out split
+
+
+def load(
+    sources: Sequence[str | DataSource],
+    report: DataReport,
+    *,
+    seed: int = 0,
+    fill: Mapping[str, str] | None = None,
+    skip_bad: bool = False,
+    cache: Cache | None = None,
+    on_row: Callable[[int], None] = lambda done: None,
+) -> Rows:
+    """The rows of all sources, in order, on disk; `take` is done, `weight` is left to `weigh`.
+
+    Args:
+        sources: paths, or sources as `RunConfig.sources` gives them.
+        report: rows, formats, files, unused columns and unfilled slots are counted here.
+        seed: decides which rows `take` draws.
+        fill: texts for the slots {{name}}.
+        skip_bad: leave out bad rows, count and list them in the report.
+        cache: where the rows are kept, and found again; None: a temporary folder.
+        on_row: is told how many rows were read.
+
+    Raises:
+        ConfigError: an unknown format, or a column map that fits none.
+        DataError, Problems: every bad file and row (at most MOST_PROBLEMS, the rest counted).
+    """
+    asked = [DataSource(path=given) if isinstance(given, str) else given for given in sources]
+    cache = cache or Cache()
+    name = _key(asked, fill or {})
+
+    def read_all(meta: dict[str, Any]) -> Iterator[tuple[int, Conversation]]:
+        return _all(asked, _State(DataReport(), fill or {}, skip_bad), meta)
+
+    def write(folder: Path) -> None:
+        meta: dict[str, Any] = {}
+        write_rows(folder, _told(read_all(meta), on_row), meta)
+        if _key(asked, fill or {}) != name:
+            raise DataError("the data changed while it was read", received=", ".join(s.path for s in asked))
+
+    rows = Rows(cache.entry("rows", name, write), name, keep=cache)
+    counted = _report(rows.folder)
+    if counted.skipped_bad and not skip_bad:  # kept by a run that skipped them; now they are to be told
+        list(read_all({}))
+    _merge(report, counted)
+    rows = _take(rows, asked, seed, report)
+    report.rows += len(rows)
+    report.files = rows.base().files()
+    report.formats = rows.formats()
+    for row in rows.view(np.flatnonzero(rows.column("slots"))):
+        for slot in formats.slots(row):
+            report.unfilled_slots[slot] = report.unfilled_slots.get(slot, 0) + 1
+    return rows
+
+
+def _key(sources: Sequence[DataSource], fill: Mapping[str, str]) -> str:
+    """All that decides what is read: the files' content, and what is said of them. A file that is missing has none."""
+    told = []
+    for source in sources:
+        with suppress(DataError, OSError):
+            found = [[str(file), sha256(file)] for file in files(locate(source.path))]
+            told.append([source.format, source.map, found])
+    return key(told, dict(fill), code_version())
+
+
+def _report(folder: Path) -> DataReport:
+    """What was counted when the rows were read."""
+    return DataReport(**json.loads((folder / META).read_text(encoding="utf-8"))["report"])
+
+
+def _merge(report: DataReport, read: DataReport) -> None:
+    """Add what the reading counted."""
+    report.skipped_bad += read.skipped_bad
+    report.skipped = [*report.skipped, *read.skipped][:MOST_PROBLEMS]
+    report.bad_first = {**read.bad_first, **report.bad_first}
+    for name in ("bad_reasons", "unused_columns", "taken"):
+        mine = getattr(report, name)
+        for what, count in getattr(read, name).items():
+            mine[what] = mine.get(what, 0) + count
+    report.notes += [*read.notes, *(f"{count:,} row{'s' * (count > 1)} {what}" for what, count in read.taken.items())]
+
+
+def _told(rows: Iterable[Any], on_row: Callable[[int], None]) -> Iterator[Any]:
+    for number, row in enumerate(rows, 1):
+        yield row
+        on_row(number)
+
+
+def _all(sources: Sequence[DataSource], state: _State, meta: dict[str, Any]) -> Iterator[tuple[int, Conversation]]:
+    """Every good row of every source; what is wrong is told when all have been read."""
+    for number, source in enumerate(sources):
+        with state.problems.gather():
+            formats.check(source.format or "auto", source.map)
+            for row in _rows(source, state):
+                yield number, row
+    if state.bad > state.told and not state.skip_bad:
+        state.problems.problems.append(DataError(f"and {state.bad - state.told} more bad rows"))
+    state.problems.raise_any()
+    meta["report"] = state.report.as_dict()
+
+
+@dataclass
+class _State:
+    """What is gathered while rows are read."""
+
+    report: DataReport
+    fill: Mapping[str, str]
+    skip_bad: bool
+    problems: Collector = field(default_factory=Collector)
+    bad: int = 0
+    told: int = 0
+    shapes: set[tuple[str, str]] = field(default_factory=set)
+    unknown: dict[tuple[str, str], tuple[DataError, dict[str, int]]] = field(default_factory=dict)
+    left_out: list[DataError] = field(default_factory=list)  # the first bad rows of a source, where they are skipped
+
+    def refuse(self, error: DataError, row: object = None) -> None:
+        """Keep what is wrong with a row."""
+        self.bad += 1
+        self._weigh(error, row)
+        if self.skip_bad:
+            self.report.skipped_bad += 1
+            where, _, reason = error.what.rpartition(": ")
+            self.report.bad_reasons[reason] = self.report.bad_reasons.get(reason, 0) + 1
+            self.report.bad_first.setdefault(reason, where)
+            if len(self.report.skipped) < MOST_PROBLEMS:
+                self.report.skipped.append(error.what)
+            if len(self.left_out) < MOST_PROBLEMS and not self._known(error):
+                self.left_out.append(error)
+        elif self.told < MOST_PROBLEMS and not self._known(error):
+            if not self.told:
+                error.fix = error.fix or "fix the row, or leave bad rows out with --skip-bad"
+            self.told += 1
+            self.problems.problems.append(error)
+
+    def _weigh(self, error: DataError, row: object) -> None:
+        """How long the texts of columns of unknown names are, over all rows that have them: the first row of them says
+        what they may mean."""
+        if error.field is not None or not error.what.endswith(formats.UNKNOWN) or not isinstance(row, dict):
+            return
+        first, lengths = self.unknown.setdefault((str(error.file), str(error.received)), (error, {}))
+        for column, size in sizes(row).items():
+            lengths[column] = lengths.get(column, 0) + size
+        first.fix = formats.what_they_are(lengths)
+
+    def _known(self, error: DataError) -> bool:
+        """A row with the same wrong columns was told of before: a file of them needs no list."""
+        shape = (str(error.file), str(error.received))
+        known = error.field is None and shape in self.shapes
+        self.shapes.add(shape)
+        return known
+
+
+def _rows(source: DataSource, state: _State) -> Iterator[Conversation]:
+    """The good rows of a source. A file that breaks off does not hide what is wrong in the next one."""
+    good, bad, broken = 0, state.bad, len(state.problems.problems)
+    state.left_out.clear()
+    place = locate(source.path)
+    if beside := documents_beside(place):
+        state.report.notes.append(
+            f"{source.path}: {beside} text files beside the rows are left alone; name them to read"
+        )
+    for path in files(place):
+        with state.problems.gather():
+            for conversation in _file(path, source, state):
+                good += 1
+                yield conversation
+    if not good and len(state.problems.problems) == broken:
+        received = f"{state.bad - bad} bad rows" if state.bad > bad else "an empty list"
+        if state.bad == bad and state.report.taken:
+            received = "rows without an answer of weight above 0"
+        state.problems.problems.extend(state.left_out)
+        raise DataError("no rows", file=source.path, received=received, expected="rows to train on")
+
+
+def _check_shape(row: Any, where: Source) -> None:
+    """Raises DataError for a row of more columns than any data has, or one nested deeper than anybody writes."""
+    if isinstance(row, dict):
+        check_columns(len(row), where.file, where.line)
+    try:
+        check_depth(row)
+    except RecursionError:
+        field = next((name for name, value in row.items() if _is_deep(value)), None) if isinstance(row, dict) else None
+        expected = f"lists and objects {DEEPEST} deep at most"
+        raise DataError("nested too deeply", file=where.file, line=where.line, field=field, expected=expected) from None
+
+
+def _is_deep(value: Any) -> bool:
+    try:
+        check_depth(value, DEEPEST - 1)
+    except RecursionError:
+        return True
+    return False
+
+
+def _file(path: Path, source: DataSource, state: _State) -> Iterator[Conversation]:
+    """The good rows of a file; the bad ones are kept in `state`."""
+    unused = state.report.unused_columns
+    for item in read(path, state.report.notes.append):
+        row = None
+        try:
+            if isinstance(item, DataError):
+                raise item
+            row, where = formats.framed(item[0]), item[1]
+            _check_shape(row, where)
+            conversation = formats.to_conversation(row, where, name=source.format or "auto", columns=source.map)
+        except DataError as error:
+            state.refuse(error, row)
+            continue
+        for column in formats.unused(row, conversation.format, source.map):
+            unused[column] = unused.get(column, 0) + 1
+        for note in formats.notes(row, conversation, source.map):
+            state.report.taken[note] = state.report.taken.get(note, 0) + 1
+        if not any(m.weight for m in conversation.messages if m.role == "assistant"):
+            continue  # nothing of it would be trained
+        yield formats.fill(conversation, state.fill) if state.fill else conversation
+
+
+def _take(rows: Rows, sources: Sequence[DataSource], seed: int, report: DataReport) -> Rows:
+    """So many rows of each source as it says, each set of them as likely as any other, in their order."""
+    if not any(source.take for source in sources):
+        return rows
+    of = rows.column("source")
+    kept = []
+    for number, source in enumerate(sources):
+        there = np.flatnonzero(of == number)
+        if source.take and source.take < len(there):
+            random = np.random.default_rng([seed, TAKE, number])
+            there = np.sort(random.choice(there, source.take, replace=False))
+        elif source.take and source.take > len(there):
+            report.notes.append(f"{source.path}: take {source.take}, but it has {len(there)} rows: all are taken")
+        kept.append(there)
+    return rows.view(np.concatenate(kept))
+
+
+def weigh(of: NDArray[np.int64], sources: Sequence[DataSource], seed: int, report: DataReport) -> NDArray[np.int64]:
+    """The rows as often as their sources say: n rows of weight w become w x n, each floor(w) times, or once more.
+
+    Done after rows are held out, so that no copy of a held-out row is trained.
+
+    Args:
+        of: the number of each row's source.
+        sources: with their weights.
+        seed: decides which rows come once more.
+        report: is told how many there are now.
+
+    Returns:
+        Numbers of rows, ascending, each as often as it is trained.
+    """
+    weights = [source.weight or 1.0 for source in sources]
+    times = np.ones(len(of), np.int64)
+    random = np.random.default_rng([seed, WEIGH])
+    for number, weight in enumerate(weights):
+        there = np.flatnonzero(of == number)
+        if weight != 1 and len(there):
+            times[there] = int(weight)
+            more = max(1, round(weight * len(there))) - int(weight) * len(there)
+            times[random.permutation(there)[:more]] += 1
+    drawn = np.repeat(np.arange(len(of)), times)
+    if any(weight != 1 for weight in weights):
+        report.rows += len(drawn) - len(of)
+        report.notes.append(f"weights: {len(of):,} rows to train on become {len(drawn):,}")
+    return drawn
+
+
+def first(sources: Sequence[DataSource], count: int, fill: Mapping[str, str]) -> list[Conversation]:
+    """The first good rows as they are read now: what kept rows must begin with. Bad rows are passed over."""
+    return [row for _, row in islice(_all(sources, _State(DataReport(), fill, skip_bad=True), {}), count)]

@@ -1,0 +1,259 @@
+"""Tokenizer folders to tokenizers, without remote code and without a question at the terminal.
+
+In: a folder with tokenizer files: tokenizer.json, a sentencepiece *.model, or vocab.json + merges.txt. Out: a
+transformers tokenizer whose special ids are known. tokenizer_config.json is read here, before any Auto class, so a
+folder that names remote code is told at once what it is: ChatGLM has a tokenizer of ours, others are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fitune.core import quiet, untrusted
+from fitune.core.errors import ModelError
+
+EXPECTED = "tokenizer.json, a sentencepiece *.model, or vocab.json + merges.txt"
+
+
+def load(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: there is none, or it cannot be built.
+    """
+    folder = Path(folder)
+    _check_files(folder)
+    settings = read_json(folder / "tokenizer_config.json")
+    if _is_chatglm(folder, settings):
+        from fitune.data.tokenizer import chatglm
+
+        tokenizer: Any = chatglm.load(folder, settings, read_json(folder / "config.json"))
+    else:
+        tokenizer = _from_transformers(folder, settings)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{folder}: the tokenizer names no EOS token, so no answer could end",
+            received="no eos_token",
+            expected='"eos_token" in tokenizer_config.json',
+            fix="add the model's own end-of-text token to tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder}: no such folder",
+            received=str(folder),
+            expected=f"a folder with {EXPECTED}",
+            fix="check the path",
+        )
+    bpe = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if bpe or (folder / "tokenizer.json").is_file() or sentencepiece_file(folder):
+        return
+    raise ModelError(
+        f"{folder}: no tokenizer files",
+        received=", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "an empty folder",
+        expected=EXPECTED,
+        fix="copy the tokenizer files of the model into its folder",
+    )
+
+
+def sentencepiece_file(folder: Path) -> Path | None:
+    """The sentencepiece model of a folder; families name it differently."""
+    return next(iter(sorted(folder.glob("*.model"))), None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of the folder, empty where there is no such file.
+
+    Raises:
+        ModelError: the file is not a JSON object.
+    """
+    try:
+        values: dict[str, Any] = untrusted.read_json(path)
+    except FileNotFoundError:
+        return {}
+    return values
+
+
+def _is_chatglm(folder: Path, settings: dict[str, Any]) -> bool:
+    """ChatGLM 1, 2 or 3: by the class that the folder names; where it names none, by the file or the model's type."""
+    if (folder / "tokenizer.json").is_file() or sentencepiece_file(folder) is None:
+        return False
+    if "tokenizer_class" in settings:
+        return str(settings["tokenizer_class"]).startswith("ChatGLM")
+    model_type = read_json(folder / "config.json").get("model_type")
+    return (folder / "ice_text.model").is_file() or model_type == "chatglm"
+
+
+def _from_transformers(folder: Path, settings: dict[str, Any]) -> Any:
+    """What transformers makes of the folder, or of its bare files where nothing names a class."""
+    errors: list[Exception] = []
+    for source, arguments in _readers(folder, settings):
+        try:
+            with quiet.without_panics():
+                found = source.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **arguments)
+                found("a b")  # some files fail at the first text only
+        except Exception as error:  # transformers raises whatever its many readers raise
+            errors.append(error)
+            continue
+        if "legacy" in settings:
+            # transformers 5 does not save it, and without it the copy in a run folder splits text after </s> otherwise
+            found.init_kwargs["legacy"] = settings["legacy"]
+        return found
+    raise _unreadable(folder, settings, errors[0]) from errors[0]
+
+
+def _readers(folder: Path, settings: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Classes that may read the folder, with their arguments, the likeliest first."""
+    from transformers import AutoTokenizer, GPT2TokenizerFast, LlamaTokenizerFast, PreTrainedTokenizerFast
+
+    if (folder / "tokenizer.json").is_file():
+        # the file says it all; whatever code the folder names is not needed
+        bare = "auto_map" in settings or not (settings or (folder / "config.json").is_file())
+        return [(PreTrainedTokenizerFast if bare else AutoTokenizer, {})]
+    found = sentencepiece_file(folder)
+    plain = (GPT2TokenizerFast, {}) if found is None else (LlamaTokenizerFast, {"vocab_file": str(found)})
+    if settings:
+        return [(AutoTokenizer, {})]
+    # the model's config may name a class that these bare files are not for: another model's tokenizer
+    return [(AutoTokenizer, {}), plain] if (folder / "config.json").is_file() else [plain]
+
+
+def _unreadable(folder: Path, settings: dict[str, Any], error: Exception) -> ModelError:
+    if "auto_map" in settings:
+        return ModelError(
+            f"{folder}: this tokenizer is Python code of the model's own, which fitune never runs",
+            received=f"tokenizer_class {settings.get('tokenizer_class')!r} with auto_map",
+            expected="a class of transformers, or ChatGLMTokenizer",
+            fix="convert the tokenizer to a tokenizer.json and put that into the folder",
+        )
+    return ModelError(
+        f"{folder}: the tokenizer cannot be read",
+        received=" ".join(str(error).split())[:300],
+        expected=EXPECTED,
+        fix="copy the tokenizer files of the model again, tokenizer_config.json among them",
+    )
+
+
+def encode(tokenizer: Any, text: str, *, literal: bool, continued: bool = False) -> list[int]:
+    """Ids of a piece of text.
+
+    Args:
+        tokenizer: whose ids.
+        text: what is encoded.
+        literal: a template's text, in which special tokens are parsed. In other text they stay text.
+        continued: other text stands right before it, so the space that the tokenizer puts in front of a text has no
+            place here. Only for tokenizers of which `opens_with_space` says yes.
+    """
+    if not text:
+        return []
+    if continued:
+        # a line break is a token of its own, so what follows it in the ids is the text without the space in front
+        front, whole = _ids(tokenizer, "\n", literal), _ids(tokenizer, "\n" + text, literal)
+        if whole[: len(front)] == front:
+            return whole[len(front) :]
+    return _ids(tokenizer, text, literal)
+
+
+def encode_many(tokenizer: Any, texts: Sequence[str], *, continued: bool = False) -> list[list[int]]:
+    """`encode` of many texts that are no part of a template, in one call: fast tokenizers use all cores for it."""
+    if not texts:
+        return []
+    if not continued:
+        return _batch(tokenizer, texts)
+    front, whole = _ids(tokenizer, "\n", literal=False), _batch(tokenizer, [f"\n{text}" for text in texts])
+    return [
+        ids[len(front) :] if ids[: len(front)] == front else encode(tokenizer, text, literal=False, continued=True)
+        for text, ids in zip(texts, whole, strict=True)
+    ]
+
+
+def _batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    found = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    return list(found["input_ids"])
+
+
+def _ids(tokenizer: Any, text: str, literal: bool) -> list[int]:
+    if literal:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def opens_with_space(tokenizer: Any) -> bool:
+    """Does this tokenizer put a space of its own in front of each text, and should parts of a prompt do without?
+
+    ChatGLM's own chat encodes the parts of a prompt as texts of their own, space and all, so it does not count.
+    """
+    first = tokenizer.convert_ids_to_tokens(_ids(tokenizer, "a", literal=False)[:1])
+    return bool(first) and first[0].startswith("▁") and not hasattr(tokenizer, "family")
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Does this tokenizer begin a text with BOS?"""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def single_id(tokenizer: Any, token: str) -> int | None:
+    """The id of a token that the vocabulary holds as one piece, or None."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        return None
+    return int(found)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A text that the tokenizer in use splits otherwise than the sentencepiece file beside it."""
+
+    text: str
+    received: list[int]
+    expected: list[int]
+
+
+def parity(folder: Path, tokenizer: Any, texts: Iterable[str]) -> list[Difference]:
+    """Where the tokenizer in use and the folder's sentencepiece file disagree.
+
+    Pieces are compared, not ids: some families move the ids by a constant. No file, no differences.
+
+    Raises:
+        ModelError: the sentencepiece file cannot be read.
+    """
+    file = sentencepiece_file(Path(folder))
+    if file is None or hasattr(tokenizer, "family"):  # ChatGLM's ids come from that very file
+        return []
+    reference = open_sentencepiece(file)
+    found = []
+    for text in texts:
+        ids = _ids(tokenizer, text, literal=False)
+        if tokenizer.convert_ids_to_tokens(ids) != reference.encode(text, out_type=str):
+            found.append(Difference(text, ids, reference.encode(text)))
+    return found
+
+
+def open_sentencepiece(file: Path) -> Any:
+    """A sentencepiece model.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    import sentencepiece
+
+    untrusted.check_file(file, most=untrusted.MOST_JSON)
+    try:
+        found = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+        if not found.get_piece_size():  # an empty file is a model without pieces
+            raise RuntimeError("no pieces")
+        return found
+    except (OSError, RuntimeError) as error:
+        raise ModelError(
+            f"{file}: not a sentencepiece model",
+            received=f"{file.stat().st_size if file.is_file() else 0:,} bytes",
+            expected="the tokenizer file of the model",
+            fix="download it again: a Git LFS pointer in place of the file is a few hundred bytes of text",
+        ) from error

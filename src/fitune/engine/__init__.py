@@ -1,0 +1,1 @@
+"""What runs: the step, optimizers, checkpoints, generation, what happens when memory runs out."""

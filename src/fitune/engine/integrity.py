@@ -1,0 +1,309 @@
+"""The seal of a run folder: what lies in it is what the run wrote, and belongs to this run and no other.
+
+In: a run folder. Out: `seal.json`, with sums of the files that verbs believe and with the run's identity: an id of its
+own, digests of settings, data, template and base weights. It is written before the first step over what a run begins
+with, and again at the end over what it made; each checkpoint holds the same identity. Every verb that reads a run
+checks what it reads. Pages, the model card and files whose names begin with a dot are free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fitune.core.config import RunConfig
+from fitune.core.errors import RunFolderError
+from fitune.core.files import MANIFEST, disk, read_summed, sync, with_own_sum, write_atomic, write_json
+from fitune.core.records import Finding
+from fitune.data import sums
+from fitune.data.cache import key
+from fitune.engine.checkpoint import SEAL, RunFolder
+
+BEGIN = (
+    "config.yaml", "template.json", "data.json", "before.json", "plan.json", "environment.json", "measured.json",
+    "tokenizer",
+)  # fmt: skip
+AGAIN = ("adapter", "answers.json", "result.json")  # of END: made again from the last checkpoint, in no time
+END = ("adapter", "answers.json", "result.json", "steps.jsonl", "checks.json")
+MODEL = ("config.yaml", "template.json", "data.json", "tokenizer", "adapter")  # of these a run's model is made
+FOLDERS = ("tokenizer", "adapter")
+FREE = ("README.md",)  # the model card is the user's to edit
+# what may be another when a run goes on: where things lie, and whether a run is tried that may not fit
+PLACES = ("output", "model", "data", "eval_data", "adapter", "cache", "cache_size", "force")
+TENSORS = "the base's tensors"  # the sums of the base's files, among the inputs in data.json
+Seal = dict[str, Any]
+
+
+def read(run: RunFolder) -> Seal | None:
+    """The seal; None: the run has none.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    path = run.path / SEAL
+    if not path.exists():
+        return None
+    found = read_summed(path)
+    if found is None or not {"identity", "finished", "files"} <= set(found):
+        raise RunFolderError(f"{path}: damaged, so nothing of this run can be checked", fix=_fix(run))
+    return found
+
+
+def _fix(run: RunFolder, *, again: bool = False) -> str:
+    resumed = f"fitune train --resume --output {shlex.quote(str(run.path))}"
+    made = f"or remove it, and {resumed} makes it again; " if again else ""
+    return f"restore it from a copy; {made}if it was changed on purpose: fitune reseal {shlex.quote(str(run.path))}"
+
+
+def begin(run: RunFolder) -> None:
+    """Seal what a run begins with; from now on its checkpoints carry its identity."""
+    run.identity = identity_of(run, uuid.uuid4().hex)
+    _write(run, finished=False, names=BEGIN)
+
+
+def end(run: RunFolder) -> None:
+    """Seal all of a finished run.
+
+    Raises:
+        RunFolderError: what it began with, or its log, was changed meanwhile.
+    """
+    run.check_log()
+    check(run, BEGIN)
+    run.identity = run.identity or identity_of(run, uuid.uuid4().hex)
+    _write(run, finished=True, names=(*BEGIN, *END))
+
+
+def was_finished(run: RunFolder) -> bool:
+    """Does the seal say that the run was finished?"""
+    seal = read(run)
+    return seal is not None and bool(seal["finished"])
+
+
+def complete(run: RunFolder) -> bool:
+    """Is there all of a finished run? What the seal names and is gone makes it an unfinished one, which is sealed as
+    such."""
+    seal = read(run)
+    if seal is None or not seal["finished"]:
+        return False
+    if all((run.path / name).is_file() for name in seal["files"]):
+        return True
+    reopen(run)
+    return False
+
+
+def reopen(run: RunFolder) -> None:
+    """Seal what the run began with, alone: what it made is to be made again."""
+    _write(run, finished=False, names=BEGIN)
+
+
+def _write(run: RunFolder, *, finished: bool, names: Sequence[str]) -> None:
+    files = {}
+    with disk(run.path):
+        for name, path in _files(run, names):
+            sync(path)
+            files[name] = sums.summed(path)
+    _store(run, {"identity": run.identity, "finished": finished, "files": files})
+
+
+def _store(run: RunFolder, seal: Seal) -> None:
+    write_json(run.path / SEAL, with_own_sum(seal))
+
+
+def replace(run: RunFolder, name: str, text: str) -> None:
+    """Write a sealed file anew. In between the seal names both, so that a kill leaves none that is wrong.
+
+    Args:
+        run: sealed, or not: then the file is written and that is all.
+        name: of the file.
+        text: its new content.
+    """
+    seal, content = read(run), text.encode()
+    if seal is None or name not in seal["files"]:
+        write_atomic(run.path / name, text)
+        return
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    _store(run, {**seal, "or": {name: entry}})
+    write_atomic(run.path / name, text)
+    _store(run, {**seal, "files": {**seal["files"], name: entry}, "or": {}})
+
+
+def _files(run: RunFolder, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """The files that are there, by their names in the run folder."""
+    for name in names:
+        path = run.path / name
+        if name not in FOLDERS:
+            if path.is_file():
+                yield name, path
+        elif path.is_dir():
+            for file in sorted(path.rglob("*")):
+                inside = file.relative_to(path)
+                hidden = any(part.startswith(".") for part in inside.parts)
+                if file.is_file() and not hidden and inside.as_posix() not in FREE:
+                    yield f"{name}/{inside.as_posix()}", file
+
+
+def identity_of(run: RunFolder, own: str) -> dict[str, str]:
+    """What a run is, by what lies in its folder.
+
+    Args:
+        run: with its settings, data and template written.
+        own: an id that no other run has.
+    """
+    data = run.read("data")
+    return {
+        "id": own,
+        "settings": key(settings(run.read_config())),
+        "data": key(list(data["sha256"].values())),
+        "template": key(run.read("template")),
+        "base": key(data.get("inputs", {}).get(TENSORS)),
+    }
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide what a run computes."""
+    return {name: value for name, value in config.model_dump(mode="json").items() if name not in PLACES}
+
+
+def changes(run: RunFolder, seal: Seal, names: Sequence[str]) -> dict[str, str]:
+    """What is otherwise than it was sealed: the file's name, and how.
+
+    Args:
+        run: the run.
+        seal: its seal.
+        names: files and folders that count.
+    """
+    sealed = {name: one for name, one in seal["files"].items() if name.partition("/")[0] in names}
+    there = dict(_files(run, [name for name in names if seal["finished"] or name not in END]))
+    either = seal.get("or", {})
+    found = {name: _how(run.path / name, one) for name, one in sealed.items()}
+    found = {name: how for name, how in found.items() if name not in either or _how(run.path / name, either[name])}
+    found |= {name: "is there and was not sealed" for name in there if name not in sealed}
+    return {name: how for name, how in sorted(found.items()) if how}
+
+
+def _how(path: Path, entry: dict[str, Any]) -> str:
+    try:
+        if not path.is_file():
+            return "is no file" if path.exists() else "is missing"
+        if (size := path.stat().st_size) != entry["bytes"]:
+            return f"has {size:,} bytes, had {entry['bytes']:,}"
+        return "" if sums.matches(path, entry) else "has other bytes"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def check(run: RunFolder, names: Sequence[str] = MODEL, *, missing: Sequence[str] = ()) -> Finding | None:
+    """Check what a verb is about to read. Sets the run's identity.
+
+    Args:
+        run: the run.
+        names: the files and folders that it reads.
+        missing: files that may be gone: they are made again, or the verb does without.
+
+    Returns:
+        A warning where the run has no seal: it is from before there were seals.
+
+    Raises:
+        RunFolderError: something is otherwise than it was sealed; the message names all of it.
+    """
+    seal = read(run)
+    if seal is None:
+        return _unsealed(run)
+    run.identity = seal["identity"]
+    wrong = {
+        name: how
+        for name, how in changes(run, seal, names).items()
+        if not (how == "is missing" and name.partition("/")[0] in missing)
+    }
+    if wrong:
+        raise RunFolderError(
+            f"{run.path}: not as the run left it: {', '.join(list(wrong)[:5])}{' ...' if len(wrong) > 5 else ''}",
+            received="; ".join(f"{name} {how}" for name, how in list(wrong.items())[:10]),
+            expected=f"the files that {SEAL} has the sums of",
+            fix=_fix(run, again=all(name.partition("/")[0] in AGAIN for name in wrong)),
+        )
+    return None
+
+
+def check_adapter(folder: Path) -> None:
+    """Check a folder that is given by itself, where it is the adapter of a run that has a seal.
+
+    Raises:
+        RunFolderError: something in it is otherwise than it was sealed.
+    """
+    if folder.name == "adapter" and (folder.resolve().parent / SEAL).is_file():
+        check(RunFolder(folder.resolve().parent), ("adapter",))
+
+
+def _unsealed(run: RunFolder) -> Finding:
+    """Runs from before there were seals are read as before. Where a checkpoint says that there was one, it was lost."""
+    if carried(run) is not None:
+        raise RunFolderError(
+            f"{run.path}: no {SEAL}, so nothing of this run can be checked",
+            received="its checkpoints say that it was sealed",
+            fix=_fix(run),
+        )
+    text = f"{run.path}: no {SEAL}: made before runs were sealed, so nothing of it can be checked"
+    return Finding("run-seal", "warn", text, f"fitune reseal {run.path} seals it as it is now")
+
+
+def carried(run: RunFolder) -> dict[str, str] | None:
+    """The identity that the newest checkpoint carries."""
+    found = [read_summed(path / MANIFEST) or {} for path in sorted(run.checkpoints.glob("step-*"), reverse=True)]
+    return next((one["run"] for one in found if one.get("run")), None)
+
+
+def reseal(run: RunFolder) -> list[str]:
+    """Accept a run as it lies there now: what a user changed on purpose, or a seal that was lost.
+
+    Args:
+        run: that nothing is going on with.
+
+    Returns:
+        What was otherwise than it was sealed: the file, and how.
+
+    Raises:
+        RunFolderError: a file cannot be read, or a run without a seal is not finished.
+    """
+    try:
+        seal = read(run)
+    except RunFolderError:
+        seal = None
+    if seal is None:
+        return _seal_anew(run)
+    every = (*BEGIN, *END)
+    wrong = changes(run, seal, every)
+    now, identity = identity_of(run, seal["identity"]["id"]), seal["identity"]
+    parts = {"config.yaml": ["settings"], "template.json": ["template"], "data.json": ["data", "base"]}
+    changed = [part for name, some in parts.items() if name in wrong for part in some]
+    run.identity = {**identity, **{part: now[part] for part in changed}}
+    _all(run, finished=seal["finished"])
+    return [f"{name} {how}" for name, how in wrong.items()]
+
+
+def _seal_anew(run: RunFolder) -> list[str]:
+    """A run whose seal was lost has the identity that its checkpoints carry."""
+    finished = _is_there(run)
+    identity = carried(run)
+    if identity is None and not finished:
+        raise RunFolderError(
+            f"{run.path}: made before runs were sealed, and not finished",
+            fix=f"finish it, which seals it: fitune train --resume --output {shlex.quote(str(run.path))}",
+        )
+    run.identity = identity or identity_of(run, uuid.uuid4().hex)
+    _all(run, finished=finished)
+    return [f"{SEAL} was not there, or damaged"]
+
+
+def _is_there(run: RunFolder) -> bool:
+    return run.has("result") and run.adapter.is_dir()
+
+
+def _all(run: RunFolder, *, finished: bool) -> None:
+    """Seal what is there; a run without a result is no finished one: --resume makes it again."""
+    finished = finished and _is_there(run)
+    _write(run, finished=finished, names=(*BEGIN, *END) if finished else BEGIN)

@@ -1,0 +1,306 @@
+"""One optimizer step, and the held-out loss.
+
+In: a model, the micro-batches of a step. Out: the loss per target token of the whole step, and the gradient norm.
+The objective is sum(weight x loss) / sum of the weights of all target tokens of the step, so that accumulation, the
+number of rows in a micro-batch and their lengths never change it; without weights, that is sum(loss) / target tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fitune.core.records import Batch, Layout
+from fitune.data.batches import rounded
+from fitune.engine.optim import InBackward
+from fitune.models.kernels import placed as placing
+from fitune.models.kernels.attention import FLAT
+from fitune.models.kernels.loss import label_loss
+from fitune.models.kernels.placed import Placed
+from fitune.models.methods import virtual
+from fitune.models.model import causal_lm, computing, loss_rows, output_head, trainable, use_attention
+
+
+@dataclass
+class LossScale:
+    """The factor on a float16 loss that keeps small gradients from becoming zero (Micikevicius et al. 2018,
+    arXiv:1710.03740); always a power of two, so that taking it off again changes no bit. 1: none.
+
+    value: now. fine: steps since it changed.
+    """
+
+    START, HIGHEST, PATIENCE = 2.0**16, 2.0**24, 2000
+
+    value: float = 1.0
+    fine: int = 0
+
+    def lower(self) -> bool:
+        """Half of it, after gradients that are not finite; False: it is 1 already, so they would stay so."""
+        if self.value <= 1:
+            return False
+        self.value, self.fine = self.value / 2, 0
+        return True
+
+    def passed(self) -> None:
+        """A step was finite; after many of them it is doubled."""
+        self.fine += 1
+        if self.value > 1 and self.fine >= self.PATIENCE:
+            self.value, self.fine = min(2 * self.value, self.HIGHEST), 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: per target token, or per unit of weight. grad_norm: before clipping. tokens, targets: of all rows. finite:
+    it was applied."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    targets: int
+    finite: bool = True
+
+
+def place(model: Any, batch: Batch, layout: Layout = "flat") -> Placed:
+    """The batch on the model's device, with what the method lays before its documents."""
+    device, before = next(causal_lm(model).parameters()).device, virtual.of(model)
+    if layout != "flat":
+        return placing.place(batch, device, fill=False)
+    if before is None:
+        return placing.place(batch, device)
+    if before.prefix is None:
+        return placing.place(batch, device, laid=before.count)
+    return placing.place(batch, device, prefix=before.count)
+
+
+def hidden_states(model: Any, batch: Batch, layout: Layout, placed: Placed | None = None) -> Tensor:
+    """(T, W): the last hidden states of all tokens of a batch; those of virtual tokens before them are left out.
+
+    Args:
+        model: with or without a method's wrapper.
+        batch: flat, as always; what the model gets depends on the layout.
+        placed: the same batch on the model's device, where it is there already.
+        layout: flat (all documents in one row, attention per document), padded (a row each, padded on the right and
+            masked by position), documents (a forward each: for models that neither of the others suits).
+
+    Raises:
+        NotImplementedError: a prefix in another layout than flat.
+    """
+    placed = placed or place(model, batch, layout)
+    rows = _rows(model, batch, layout, placed)
+    if placed.keep is not None:
+        return rows[placed.keep]
+    return rows[: len(batch.ids)] if placed.filler else rows
+
+
+def _rows(model: Any, batch: Batch, layout: Layout, placed: Placed) -> Tensor:
+    """The last hidden states of all rows that the model works on; of a flat batch also those of what is laid before
+    its documents, and of the filler."""
+    before = virtual.of(model)
+    with computing(model):
+        if layout == "flat":
+            return _flat(model, batch, before, placed)
+        if before is not None and before.prefix is not None:
+            raise NotImplementedError("a prefix needs flat batches")
+        return _separate(model, batch, before, placed.ids, padded=layout == "padded")
+
+
+def _flat(model: Any, batch: Batch, before: virtual.Virtual | None, placed: Placed) -> Tensor:
+    inner = causal_lm(model)
+    inputs: dict[str, Any] = {"input_ids": placed.ids[None]}
+    if before is not None and before.prefix is not None:
+        inputs["prefix"] = before.prefix
+    elif before is not None:
+        words = inner.get_input_embeddings()(placed.ids)
+        rows = torch.cat([cast(Tensor, before.embeddings).to(words.dtype), words])
+        inputs = {"inputs_embeds": rows.index_select(0, cast(Tensor, placed.order))[None]}
+    positions, bounds = placed.positions, placed.documents.bounds
+    if hasattr(inner.base_model, "flat_positions"):  # a model that makes its positions from the ids, ChatGLM's first
+        laid = 0 if placed.order is None or before is None else before.count
+        own = inner.base_model.flat_positions(placed.ids[: len(batch.ids)], batch.bounds.tolist(), laid)
+        positions = placed.repeated(own)
+    use_attention(model, FLAT, bounds, inputs.get("prefix"))
+    out: Tensor = inner.base_model(
+        **inputs, position_ids=positions[None], cu_seq_lens_q=bounds, documents=placed.documents, use_cache=False
+    ).last_hidden_state[0]
+    return out
+
+
+def _embedded(inner: Any, ids: Tensor, batch: Batch, before: virtual.Virtual) -> list[Tensor]:
+    """Each document's embeddings behind the virtual ones."""
+    words = inner.get_input_embeddings()(ids)
+    start = cast(Tensor, before.embeddings).to(words.dtype)
+    return [torch.cat([start, document]) for document in _documents(words, batch)]
+
+
+def _documents(values: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    return torch.split(values, [int(end - start) for start, end in pairwise(batch.bounds)])
+
+
+def _separate(model: Any, batch: Batch, before: virtual.Virtual | None, ids: Tensor, *, padded: bool) -> Tensor:
+    """Documents in rows of their own: padded side by side, or one after the other."""
+    inner = causal_lm(model)
+    use_attention(model, "sdpa")
+    skip = 0 if before is None else before.count
+    name = "input_ids" if before is None else "inputs_embeds"
+    documents = list(_documents(ids, batch)) if before is None else _embedded(inner, ids, batch, before)
+    places = _own_positions(inner, ids, batch, skip)
+    if not padded:
+        outs = [
+            inner.base_model(**{name: one[None]}, use_cache=False, **place).last_hidden_state[0]
+            for one, place in zip(documents, places, strict=True)
+        ]
+        return torch.cat([out[skip:] for out in outs])
+    rows = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
+    ones = [torch.ones(len(one), dtype=torch.long, device=ids.device) for one in documents]
+    mask = torch.nn.utils.rnn.pad_sequence(ones, batch_first=True)
+    width = _width(inner, rows.shape[1])
+    more = width - rows.shape[1]
+    rows, mask = F.pad(rows, (*[0, 0] * (rows.ndim - 2), 0, more)), F.pad(mask, (0, more))
+    extra = {}
+    if places[0]:
+        padded_places = [F.pad(p["position_ids"], (0, width - p["position_ids"].shape[-1])) for p in places]
+        extra = {"position_ids": torch.cat(padded_places)}
+    states = inner.base_model(**{name: rows}, attention_mask=mask, use_cache=False, **extra).last_hidden_state
+    real = mask.bool()
+    real[:, :skip] = False
+    return states[real]  # type: ignore[no-any-return]
+
+
+def _width(inner: Any, longest: int) -> int:
+    """One of few widths of padded rows, where the model holds so many tokens."""
+    most = getattr(inner.config, "max_position_embeddings", None)
+    return rounded(longest) if most is None or rounded(longest) <= most else longest
+
+
+def _own_positions(inner: Any, ids: Tensor, batch: Batch, before: int) -> list[dict[str, Tensor]]:
+    """Of each document its positions (1, 2, L), for a model that makes them from the ids; nothing for others."""
+    if not hasattr(inner.base_model, "flat_positions"):
+        return [{} for _ in batch.rows]
+    each = [inner.base_model.flat_positions(one, [0, len(one)], before) for one in _documents(ids, batch)]
+    return [{"position_ids": one[None]} for one in each]
+
+
+def label_hidden(model: Any, batch: Batch, layout: Layout = "flat", placed: Placed | None = None) -> Tensor:
+    """(L, W): the last hidden states of the rows that carry a label. The rest never reaches the head.
+
+    Args:
+        placed: as `place` gave it; L is its number of label rows. Without, that of the batch.
+    """
+    there = placed or place(model, batch, layout)
+    found = _rows(model, batch, layout, there)[there.label_rows]
+    return found if placed is not None else found[: batch.targets]
+
+
+def loss_sum(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
+    """Sum of the cross-entropies of the batch's target tokens, each times its weight, float32."""
+    inner, placed = causal_lm(model), place(model, batch, layout)
+    hidden = label_hidden(model, batch, layout, placed)
+    with computing(model):
+        vocabulary, rows = inner.config.vocab_size, loss_rows(model)
+        return label_loss(output_head(model), hidden, placed.labels, vocabulary, placed.weights, rows)
+
+
+def training_step(
+    model: Any,
+    micro_batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    layout: Layout = "flat",
+    scale: float = 1.0,
+) -> StepResult:
+    """One optimizer step over some micro-batches.
+
+    Args:
+        model: in training mode.
+        micro_batches: all rows of the step.
+        optimizer: with its learning rate set.
+        max_grad_norm: gradients are scaled down to this norm; 0: they are not.
+        layout: how documents go through the model.
+        scale: the loss is multiplied by it before the backward pass, and the gradients are divided by it after.
+
+    Returns:
+        Its figures. Where loss or gradient is not finite, nothing was applied.
+    """
+    # ---- training step -------------------------------------------------------------------------------------------
+    made = make_gradients(model, micro_batches, layout, [], scale)
+    return apply_gradients(model, made, optimizer, max_grad_norm, scale)
+    # --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Made:
+    """The first half of a step. total: the sum of its losses, a float64 scalar that still lies on the model's device:
+    nothing waits for it before the step's end. weight: what it is divided by. tokens, targets: of all rows."""
+
+    total: Tensor
+    weight: float
+    tokens: int
+    targets: int
+
+    @property
+    def loss(self) -> float:
+        """Per target token; waits for the device."""
+        return self.total.item() / self.weight
+
+
+def make_gradients(
+    model: Any, micro_batches: Sequence[Batch], layout: Layout, reached: list[Batch], scale: float = 1.0
+) -> Made:
+    """The first half of a step: gradients of scale x the objective; no norm yet.
+
+    Args:
+        model, micro_batches, layout, scale: as for `training_step`.
+        reached: holds, whatever happens, the micro-batch that was worked on last.
+    """
+    weight = sum(batch.weight for batch in micro_batches)
+    sums = []
+    for batch in micro_batches:
+        reached[:] = [batch]
+        loss = loss_sum(model, batch, layout)
+        (loss * (scale / weight)).backward()
+        sums.append(loss.detach().double())
+    tokens, targets = (sum(sizes) for sizes in zip(*((len(b.ids), b.targets) for b in micro_batches), strict=True))
+    return Made(sum(sums[1:], sums[0]), weight, tokens, targets)
+
+
+def apply_gradients(
+    model: Any, made: Made, optimizer: torch.optim.Optimizer, max_grad_norm: float, scale: float = 1.0
+) -> StepResult:
+    """The second half of a step: take off the scale, clip and update; or drop gradients that are not finite. Loss and
+    norm are read together, the only time in a step that the CPU waits for a GPU."""
+    if scale != 1:
+        for parameter in trainable(model).values():
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
+    if isinstance(optimizer, InBackward):
+        taken, _ = optimizer.taken()
+        size = made.total.new_tensor(taken)
+    else:
+        size = torch.nn.utils.clip_grad_norm_(trainable(model).values(), max_grad_norm or float("inf")).double()
+    total, norm = (float(one) for one in torch.stack([made.total, size]).cpu())
+    finite = math.isfinite(total) and math.isfinite(norm)
+    done = StepResult(total / made.weight, norm, made.tokens, made.targets, finite)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return done
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, batches: Iterable[Batch], layout: Layout = "flat") -> float:
+    """Loss per target token (or unit of weight) over held-out batches; the model's mode is left as it was."""
+    training = model.training
+    model.eval()
+    total, weight = 0.0, 0.0
+    for batch in batches:
+        total += loss_sum(model, batch, layout).item()
+        weight += batch.weight
+    model.train(training)
+    return total / weight

@@ -1,0 +1,1 @@
+"""Base models: loading, families, methods, quantizers, kernels, weights, adapters."""

@@ -1,0 +1,293 @@
+"""config.json to a transformers config of a causal LM: the one place where a folder's kind of model is decided.
+
+In: a folder, a config.json, or its values. Out: the config, and how the weights are quantized already. It is read by us
+before any Auto class sees it: code named in it is never run, and of a model that takes images too the language model's
+config is given (families/towers.py), or the model is refused by name; every verb comes through here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from fitune.core.config import QuantOptions
+from fitune.core.errors import ModelError, shorten
+from fitune.core.untrusted import read_json
+from fitune.models import families, weights
+from fitune.models import quant as quants
+from fitune.models.families import original, towers
+
+MOST_OF_LIST = 10_000  # entries of a list in a config.json that are looked at
+# Keys of config.json that choose code to run (CVE-2026-4372 is one of them). Who trains chooses, not the folder.
+CODE_KEYS = (
+    "auto_map",
+    "_attn_implementation",
+    "attn_implementation",
+    "_experts_implementation",
+    "experts_implementation",
+)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder, without anything that names code.
+
+    Raises:
+        ModelError: config.json is missing, broken, or of a model that needs code of its own.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: no config.json", expected="a model folder in transformers format")
+    check_generation(folder / "generation_config.json")
+    config = read_config_file(path)
+    if getattr(config, "quantization_config", None) is not None:
+        _check_packed(folder)
+    return config
+
+
+def _check_packed(folder: Path) -> None:
+    """Raises ModelError where config.json tells of packed weights, and the files hold plain ones."""
+    there = [file for file in weights.files(folder) if file.is_file() and file.suffix == ".safetensors"]
+    if there and not weights.broken(folder):
+        names = [name for file in there for name in weights.names(file)]
+        if not any(".quant_state." in name or name.endswith((".SCB", ".absmax")) for name in names):
+            raise ModelError(
+                f"{folder / 'config.json'}: names a quantization, and the weights beside it are not quantized",
+                received="quantization_config of bitsandbytes",
+                expected="weights with their scales, or no quantization_config",
+                fix="take quantization_config out; --quant nf4 or int8 quantizes while loading",
+            )
+
+
+NUMBERS = re.compile(r"(top|min|typical)_[pk]$|temperature|penalty|_cutoff$|_length$|_tokens$|num_|_size$|_scale$")
+NO_NUMBERS = re.compile(r"_schedule$|^exponential_")
+IDS = re.compile(r"(_token_ids?|suppress_tokens)$")
+SWITCHES = re.compile(r"^(do|output|return|use|remove|renormalize|low|early)_|_output$")
+
+
+def check_generation(path: Path) -> None:
+    """Raises ModelError for a generation_config.json whose fields are of other types: generation fails at them late."""
+    try:
+        values = read_json(path)
+    except FileNotFoundError:
+        return
+    wrong = [f"{name} {shorten(value, 40)}" for name, value in values.items() if not _fits(name, value)]
+    if wrong:
+        received = ", ".join(wrong[:5])
+        raise ModelError(f"{path}: wrong values", received=received, expected="numbers, ids and switches as published")
+
+
+def _fits(name: str, value: Any) -> bool:
+    whole = type(value) is int and -1 <= value < MOST_OF_OTHERS
+    if value is None:
+        return True
+    if IDS.search(name):
+        several = isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
+        return whole or several or value == -1
+    if SWITCHES.search(name):
+        return isinstance(value, bool) or (name == "early_stopping" and value == "never")
+    if NUMBERS.search(name) and not NO_NUMBERS.search(name):
+        return whole or (isinstance(value, float) and math.isfinite(value) and -1 <= value < MOST_OF_OTHERS)
+    return True
+
+
+def read_config_file(path: Path) -> Any:
+    """The same of a config.json by whatever name.
+
+    Raises:
+        ModelError: it is broken, or of a model that needs code of its own.
+    """
+    values = read_values(path)
+    kind = values.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelError(
+            f"{path}: no model_type",
+            received=f"keys {sorted(values)[:8]}" if kind is None else shorten(kind),
+            expected='"model_type": "llama"',
+        )
+    if kind != original.TYPE and kind not in CONFIG_MAPPING:
+        code = "it works only with Python code from its folder, which fitune never runs"
+        raise ModelError(
+            f"{path}: model_type {kind!r} is unknown to transformers",
+            received=code if "auto_map" in values else None,
+            fix=_nearest(kind),
+        )
+    _check_quantized(path.parent, values.get("quantization_config"))
+    _check_numbers(path, values)
+    try:
+        return shape_of(values)
+    except ModelError as error:
+        error.what = error.what.replace("config.json:", f"{path}:", 1)
+        raise
+    except Exception as error:  # each config class checks itself in its own way
+        raise ModelError(f"{path}: wrong values", received=" ".join(str(error).split())[:300]) from error
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of a config.json.
+
+    Raises:
+        ModelError: it is missing, or no JSON object.
+    """
+    try:
+        values: dict[str, Any] = read_json(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file", expected="the config.json of a model") from None
+    return values
+
+
+# What people had when their model needed its own code, and the family that is native today
+SUCCESSORS = {
+    **dict.fromkeys(("baichuan", "internlm", "internlm2", "xverse", "yi", "aquila", "deepseek", "minicpm"), "llama"),
+    **dict.fromkeys(("orion", "telechat", "skywork"), "llama"),
+    **{"qwen": "qwen2", "phi-msft": "phi3", "phi3small": "phi3", "refinedweb": "falcon", "glm-130b": "glm"},
+}
+
+
+def _nearest(kind: str) -> str:
+    """The native family that is nearest to an unknown one."""
+    close = get_close_matches(kind.lower(), [*families.TABLE, *CONFIG_MAPPING.keys()], n=1, cutoff=0.75)
+    near = SUCCESSORS.get(kind.lower()) or (close[0] if close else "llama")
+    return f"take a model of a native family: nearest is {near!r}; or a version of this one in transformers' own layout"
+
+
+def shape_of(values: Mapping[str, Any]) -> Any:
+    """The config of a causal LM from the values of a config.json, without what names code; of a model that takes images
+    too that of its language model.
+
+    Raises:
+        ModelError: a ChatGLM that differs from the published ones; no causal LM, and none inside that is known.
+    """
+    plain = {name: value for name, value in values.items() if name not in CODE_KEYS}
+    original_ = plain["model_type"] == original.TYPE
+    found = original.config_of(plain) if original_ else CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
+    config = found if original_ else towers.language_config(found)
+    _check_sizes(config)
+    return config
+
+
+# the most that a size may be: many times that of any published model
+SIZES = {
+    "vocab_size": 10**8,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "num_hidden_layers": 10**4,
+    "num_attention_heads": 10**5,
+    "num_key_value_heads": 10**5,
+    "head_dim": 10**5,
+    "max_position_embeddings": 10**9,
+}
+# of a layer there are numbers, too, and those count from the end where they are negative (vision_feature_layer)
+OTHER_SIZES = re.compile(r"(^|_)(num|n)_|_(size|dim|heads?|experts?|rank|width)$|^d_|window|coder_layers$|embd$")
+MOST_OF_OTHERS = 10**10  # no size of a model, whatever it counts, has so many
+
+
+def _check_sizes(config: Any) -> None:
+    """transformers takes any number, and fails later in its own way, or never ends."""
+    found = {name: getattr(config, name, None) for name in SIZES}
+    wrong = [
+        f"{name} {shorten(size, 40)} (expected: 1 to {SIZES[name]:,})"
+        for name, size in found.items()
+        if isinstance(size, (int, float)) and not (1 <= size <= SIZES[name] and size == int(size))
+    ]
+    if wrong:
+        raise ModelError("config.json: sizes that no model has", received=", ".join(wrong), fix="copy the file again")
+    heads, groups = found["num_attention_heads"], found["num_key_value_heads"]
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        told = f"num_attention_heads {heads}, num_key_value_heads {groups}"
+        raise ModelError("config.json: heads that no group divides", received=told, expected="a multiple")
+
+
+def _check_numbers(path: Path, values: Mapping[str, Any]) -> None:
+    """Raises ModelError for numbers that are no size, at any depth; what is -1 says `none` in some families."""
+    wrong: list[str] = []
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                look(inner, f"{name}.{key}" if name else key)
+        elif isinstance(value, list):
+            for inner in value[:MOST_OF_LIST]:
+                look(inner, name)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            size = OTHER_SIZES.search(name.rpartition(".")[2]) is not None
+            if not math.isfinite(value) or abs(value) > 10**15 or (size and not -1 <= value <= MOST_OF_OTHERS):
+                wrong.append(f"{name} {shorten(value, 40)}")
+
+    look(values, "")
+    if wrong:
+        received = ", ".join(list(dict.fromkeys(wrong))[:5])
+        raise ModelError(f"{path}: numbers that no model has", received=received, fix="copy the file again")
+
+
+def _check_quantized(folder: Path, found: Any) -> None:
+    """A folder may hold a model quantized by bitsandbytes; what others pack cannot be read."""
+    if found is not None and (not isinstance(found, dict) or found.get("quant_method") != "bitsandbytes"):
+        kind = found.get("quant_method") if isinstance(found, dict) else found
+        raise ModelError(
+            f"{folder}: holds a model quantized by {kind}",
+            expected="weights in fp32, bf16 or fp16, or quantized by bitsandbytes",
+            fix="take the original model, with --quant nf4 or int8 if it is to be small",
+        )
+
+
+STORAGES: dict[str, Literal["fp32", "bf16", "fp16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def quantized_as(config: Any) -> QuantOptions:
+    """How the weights of a folder are quantized already, by its config."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return QuantOptions()
+    values = found if isinstance(found, dict) else found.to_dict()
+    try:
+        return _packed(values)
+    except ValidationError as error:
+        wrong = "; ".join(f"{one['loc'][-1]} {shorten(one['input'], 40)}: {one['msg']}" for one in error.errors())
+        raise ModelError("config.json: quantization_config has wrong values", received=wrong) from None
+
+
+def _packed(values: Mapping[str, Any]) -> QuantOptions:
+    left_out = values.get("llm_int8_skip_modules")
+    if values.get("load_in_8bit"):
+        return quants.Packed(name="int8", threshold=values.get("llm_int8_threshold", 6.0), left_out=left_out)
+    return quants.Packed(
+        name="nf4",
+        kind=values.get("bnb_4bit_quant_type", "fp4"),
+        double=values.get("bnb_4bit_use_double_quant", False),
+        storage=STORAGES.get(str(values.get("bnb_4bit_quant_storage", "uint8")).removeprefix("torch."), "uint8"),
+        left_out=left_out,
+    )
+
+
+def without_weights(config: Any) -> Any:
+    """A causal LM of that shape that takes no memory. It has a config of its own: a method may change it.
+
+    Raises:
+        ModelError: it is no causal LM.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
+    except ValueError as error:
+        raise ModelError(
+            f"model_type {config.model_type!r} is no causal language model", received=str(error)[:200]
+        ) from error
+    except Exception as error:  # each model fails in its own way at values that its config let through
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        fix = "the config.json of a published model"
+        raise ModelError("no model can be built from this config.json", received=told, fix=fix) from error
+
+
+def is_original(folder: Path) -> bool:
+    """Does a folder hold a ChatGLM2 or 3 in its published layout?"""
+    values = read_values(folder / "config.json")
+    return values.get("model_type") == original.TYPE and not original.is_first(values)

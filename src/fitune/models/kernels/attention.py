@@ -1,0 +1,173 @@
+"""Attention over a flat batch: each document attends to itself alone.
+
+In: q, k, v of all documents side by side, and their bounds (`cu_seq_lens_q`, a forward keyword that transformers hands
+through to the attention function). Out: the same as if each document had been run alone. Registered with transformers
+under the name FLAT; no module is patched. Without bounds it is transformers' own SDPA path. On a CUDA GPU all documents
+go through one call (`kernels/flash.py`), where that kernel can do what the model wants.
+
+Shapes: B = 1, H = query heads, K = key/value heads, T = tokens of all documents, E = head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fitune.models.kernels import flash, target
+from fitune.models.kernels.apart import apart
+
+FLAT = "fitune_flat"
+
+
+def flat_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, H, T, E)
+    key: Tensor,  # (1, K, T, E)
+    value: Tensor,  # (1, K, T, E)
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    prefix: Sequence[tuple[Tensor, Tensor]] | None = None,
+    s_aux: Tensor | None = None,
+    documents: flash.Documents | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention per document; the signature is transformers' attention interface.
+
+    Args:
+        cu_seq_lens_q: (D + 1,) bounds of the documents, on the CPU, so that slicing by them never waits for a GPU.
+        sliding_window: a token sees this many tokens, itself included.
+        softcap: scores are bent to stay below it (Gemma 2); SDPA cannot do that, so it is written out.
+        prefix: of each layer, keys and values (1, K, k, E) that stand before every document (prefix-tuning).
+        s_aux: (H,) a score of every head for seeing nothing (gpt-oss); written out too.
+        documents: the bounds as one call for all documents needs them; without, there is a call for each.
+
+    Returns:
+        (1, T, H, E), and no attention weights.
+    """
+    if cu_seq_lens_q is None:
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return plain
+    before = None if prefix is None else prefix[cast(int, module.layer_idx)]
+    if documents is not None and _refusal(query, dropout, softcap, s_aux) is None:
+        return flash.attend(query, key, value, documents, scaling, sliding_window, before), None
+    lengths = [end - start for start, end in pairwise(cu_seq_lens_q.tolist())]
+    if before is not None:
+        before = before[0].to(query.dtype), before[1].to(query.dtype)
+    how = _How(dropout, scaling, sliding_window, softcap, s_aux)
+    outputs = []
+    for length, (q, k, v) in zip(lengths, apart(lengths, query, key, value), strict=True):
+        if before is not None:
+            k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
+        outputs.append(_document(q, k, v, how)[:, :, :length])
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _refusal(query: Tensor, dropout: float, softcap: float | None, sinks: Tensor | None) -> str | None:
+    where, dtype = target.of(query.device), flash.computed_in(query)
+    return flash.refusal(where, query.shape[-1], dropout=dropout, dtype=dtype, softcap=softcap, sinks=sinks is not None)
+
+
+def chosen(model: Any, dtype: torch.dtype) -> str:
+    """How a model's flat batches go through attention, in words, and why.
+
+    Args:
+        model: transformers'.
+        dtype: what it computes in.
+    """
+    config, device = model.config, next(model.parameters()).device
+    if hasattr(model, "flat_state"):
+        return "a call for each document: ALiBi"
+    if hasattr(model.base_model, "flat_positions"):
+        return "a call for each document: a prompt that attends both ways"
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    why = flash.refusal(
+        target.of(device),
+        width,
+        dtype,
+        getattr(config, "attention_dropout", None) or 0.0,
+        getattr(config, "attn_logit_softcapping", None),
+        any("sinks" in name for name, _ in model.named_parameters()),
+    )
+    return "one call for all documents (FlashAttention)" if why is None else f"a call for each document: {why}"
+
+
+@dataclass(frozen=True)
+class _How:
+    """See `flat_attention`."""
+
+    dropout: float
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def _document(query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
+    """Attention of one document, (1, H, L, E), to its keys and values, (1, K, S, E)."""
+    length, keys = query.shape[2], key.shape[2]
+    if how.softcap is not None or how.sinks is not None:
+        mask = _mask(length, keys, how.window, query.device, always=True)
+        return _written_out(query, key, value, mask, how)
+    mask = _mask(length, keys, how.window, query.device)
+    shared = query.shape[1] != key.shape[1]
+    if shared and mask is not None and target.of(query.device).kind == "cuda":  # no fused kernel there takes both
+        times, shared = query.shape[1] // key.shape[1], False
+        key, value = (one.repeat_interleave(times, dim=1) for one in (key, value))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=how.dropout,
+        is_causal=mask is None,
+        scale=how.scaling,
+        enable_gqa=shared,
+    )
+
+
+def _written_out(
+    query: Tensor,  # (1, H, L, E)
+    key: Tensor,  # (1, K, S, E)
+    value: Tensor,
+    mask: Tensor | None,
+    how: _How,
+) -> Tensor:
+    """Attention in its parts: (1, H, L, E)."""
+    groups = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ keys.transpose(-1, -2) * (how.scaling or query.shape[-1] ** -0.5)
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if how.sinks is not None:
+        column = how.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1, dtype=torch.float32)
+    return F.dropout(weights.to(query.dtype), how.dropout) @ values
+
+
+def _mask(length: int, keys: int, width: int | None, device: torch.device, *, always: bool = False) -> Tensor | None:
+    """(length, keys): which keys a token sees, the last one being its own; None: plain causal attention."""
+    if not always and length == keys and (width is None or length <= width):
+        return None
+    distance = torch.arange(keys - length, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
+    return (distance >= 0) & (distance < (width or keys))
+
+
+AttentionInterface.register(FLAT, flat_attention)

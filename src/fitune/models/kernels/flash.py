@@ -1,0 +1,138 @@
+"""Attention over all documents of a flat batch in one call, on a CUDA GPU.
+
+FlashAttention 2 (Dao 2023, arXiv:2307.08691) takes the bounds of the documents and never looks past them, so a batch
+of 64 documents costs as many launches as one of a single document. In: q, k, v of all documents side by side. Out: the
+same as a call for each document (`kernels/attention.py`), which is taken wherever this kernel cannot do what a model
+wants; `refusal` says why.
+
+Shapes: H = query heads, K = key/value heads, T = tokens of all documents, E = head width, D = documents,
+k = prefix tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from fitune.models.kernels.target import Target
+
+aten = torch.ops.aten
+HALF = (torch.bfloat16, torch.float16)
+WIDEST = 256  # of a head (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a flat batch; made once for a micro-batch (kernels/placed.py): no layer copies or waits.
+
+    Args:
+        bounds: (D + 1,) on the CPU.
+        queries, keys: (D + 1,) int32 on the model's device; keys have the prefix of every document among them.
+        longest: tokens of the longest document, without and with its prefix.
+        order: with a prefix, (D x k + T,): of all keys which row of [prefix; keys] they are.
+    """
+
+    bounds: Tensor
+    queries: Tensor
+    keys: Tensor
+    longest: tuple[int, int]
+    order: Tensor | None = None
+
+
+def laid_before(bounds: NDArray[Any], count: int) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """So many rows laid before every document of a batch with these bounds.
+
+    Returns:
+        The bounds then; of every row then, which row of [those laid before; the batch] it is, and its position in its
+        document.
+    """
+    lengths = np.diff(bounds) + count
+    there = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(there[-1]) - np.repeat(there[:-1], lengths)
+    order = np.where(positions < count, positions, np.repeat(bounds[:-1], lengths) + positions)
+    return there.astype(np.int32), order.astype(np.int64), positions
+
+
+def refusal(
+    where: Target,
+    width: int,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: bool = False,
+) -> str | None:
+    """Why this kernel cannot do it; None: it can.
+
+    Args:
+        where: the device.
+        width: of a head.
+        dtype: what is computed in.
+        dropout, softcap: as for `attention.flat_attention`.
+        sinks: have heads a score for seeing nothing?
+    """
+    if where.kind != "cuda":
+        return "not on a CUDA GPU"
+    if where.capability < (8, 0):
+        return f"compute capability {'.'.join(map(str, where.capability))} is below 8.0"
+    if dtype not in HALF:
+        return f"{str(dtype).removeprefix('torch.')} is not a 16-bit dtype"
+    if softcap is not None:
+        return "a soft cap on the scores"
+    if sinks:
+        return "attention sinks"
+    if dropout:
+        return "dropout on attention weights"
+    return f"heads of width {width}" if width > WIDEST else None
+
+
+def computed_in(query: Tensor) -> torch.dtype:
+    """The dtype that attention computes in: autocast's, where that is on."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def attend(
+    query: Tensor,  # (1, H, T, E)
+    key: Tensor,  # (1, K, T, E)
+    value: Tensor,  # (1, K, T, E)
+    documents: Documents,
+    scaling: float | None = None,
+    window: int | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,  # (1, K, k, E) each
+) -> Tensor:
+    """Causal attention of every document, its prefix in front: (1, T, H, E).
+
+    Args:
+        window: a token sees this many tokens, itself included.
+    """
+    dtype, width = computed_in(query), query.shape[-1]
+    flat = [one[0].transpose(0, 1).to(dtype) for one in (query, key, value)]  # (T, heads, E)
+    if prefix is not None:
+        assert documents.order is not None
+        ahead = [one[0].transpose(0, 1).to(dtype) for one in prefix]
+        flat[1:] = [
+            torch.cat([first, rest]).index_select(0, documents.order)
+            for first, rest in zip(ahead, flat[1:], strict=True)
+        ]
+    if rest := -width % 8:  # the kernel's widths; zeros change no score
+        flat = [F.pad(one, (0, rest)) for one in flat]
+    left = -1 if window is None else window - 1
+    out: Tensor = aten._flash_attention_forward(
+        *flat,
+        documents.queries,
+        documents.keys,
+        *documents.longest,
+        0.0,
+        True,
+        False,
+        scale=scaling or width**-0.5,
+        window_size_left=left,
+        window_size_right=0,
+    )[0]
+    return out[None, ..., :width]

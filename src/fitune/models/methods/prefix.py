@@ -1,0 +1,88 @@
+"""Prefix tuning: trained keys and values before those of the input, in every layer (Li & Liang 2021, arXiv:2101.00190;
+P-Tuning v2, Liu et al. 2022, arXiv:2110.07602).
+
+In: a model. Out: the model as PEFT wraps it. With grouped-query attention there are as many heads as the keys have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PrefixTuningConfig, get_peft_model
+
+from fitune.core.config import RunConfig
+from fitune.models.families import Family
+from fitune.models.methods.base import Method
+from fitune.models.methods.prompt import ENCODER, VIRTUAL, in_float32
+
+START = 0.1  # spread at the start: at PEFT's 1.0 the values drown what the attention says
+
+
+class Prefix(Method):
+    """See the module's text."""
+
+    name = "prefix"
+    trains = "keys and values before the input in every layer (prefix.projection: through an MLP)"
+    options = "prefix"
+    default_lr = 1e-2
+    why_lr = "P-Tuning v2 (Liu et al. 2022, appendix) uses 5e-3 to 2e-2 for prefixes without projection"
+    cannot_merge = VIRTUAL
+    same_at_start = False
+
+    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+        """See Method.attach."""
+        options = config.prefix
+        wrapped = get_peft_model(
+            model,
+            PrefixTuningConfig(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=options.tokens,
+                prefix_projection=options.projection,
+                encoder_hidden_size=options.width or _width(model),
+            ),
+        )
+        if not options.projection:
+            with torch.no_grad():
+                wrapped.prompt_encoder["default"].embedding.weight.mul_(START)
+        return in_float32(wrapped)
+
+    def virtual_tokens(self, config: RunConfig) -> int:
+        """See Method.virtual_tokens."""
+        return config.prefix.tokens
+
+    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
+        """tokens x layers x 2 x key heads x head width; projected: tokens x that width, and the MLP's two layers."""
+        options = config.prefix
+        keys = key_width(model)
+        layers = model.config.num_hidden_layers
+        if not options.projection:
+            return {f"{ENCODER}.embedding.weight": options.tokens * layers * 2 * keys}
+        inner = options.width or _width(model)
+        found = {
+            "embedding.weight": options.tokens * keys,
+            "transform.0.weight": keys * inner,
+            "transform.0.bias": inner,
+            "transform.2.weight": inner * layers * 2 * keys,
+            "transform.2.bias": layers * 2 * keys,
+        }
+        return {f"{ENCODER}.{name}": size for name, size in found.items()}
+
+    def rates(self, config: RunConfig, name: str) -> float:
+        """A projection learns at the rates of networks, not of vectors."""
+        return 0.1 if config.prefix.projection else 1.0
+
+
+def key_width(model: Any) -> int:
+    """Key heads x head width."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(heads * width)
+
+
+def _width(model: Any) -> int:
+    return int(model.config.hidden_size)
+
+
+METHOD = Prefix()

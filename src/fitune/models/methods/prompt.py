@@ -1,0 +1,106 @@
+"""Prompt tuning: trained vectors before the input (Lester et al. 2021, arXiv:2104.08691).
+
+In: a model. Out: the model as PEFT wraps it. The vectors begin as tokens of the vocabulary, as a text's, or at random
+with the spread of the embedding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PromptTuningConfig, get_peft_model
+
+from fitune.core.config import RunConfig
+from fitune.core.errors import ConfigError
+from fitune.data import tokenizer
+from fitune.models.families import Family
+from fitune.models.methods.base import Method
+
+VIRTUAL = "it adds tokens, and no weight of the base changes"
+
+
+class Prompt(Method):
+    """See the module's text."""
+
+    name = "prompt"
+    trains = "virtual tokens before the input"
+    options = "prompt"
+    default_lr = 3e-2
+    why_lr = "a handful of vectors must travel far (Lester et al. 2021: 0.3 with Adafactor; Adam needs less)"
+    cannot_merge = VIRTUAL
+    same_at_start = False
+
+    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+        """See Method.attach."""
+        options, words = config.prompt, model.get_input_embeddings()
+        start = _start(words, config)
+        wrapped = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.tokens))
+        with torch.no_grad():
+            wrapped.prompt_encoder["default"].embedding.weight.copy_(start)
+        return wrapped
+
+    def virtual_tokens(self, config: RunConfig) -> int:
+        """See Method.virtual_tokens."""
+        return config.prompt.tokens
+
+    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
+        """tokens x width."""
+        return {f"{ENCODER}.embedding.weight": config.prompt.tokens * model.get_input_embeddings().weight.shape[1]}
+
+    def check(self, config: RunConfig) -> None:
+        """A text is needed for init=text, and only there."""
+        if (config.prompt.init == "text") != bool(config.prompt.text.strip()):
+            raise ConfigError(
+                "prompt.init=text and prompt.text belong together",
+                received=f"init {config.prompt.init}, text {config.prompt.text!r}",
+                fix="--prompt.init text --prompt.text '...'",
+            )
+
+
+ENCODER = "prompt_encoder.default"
+
+
+def in_float32(wrapped: Any) -> Any:
+    """The model whose encoder of virtual tokens computes in float32 whatever the rest does: what PEFT saves is computed
+    so, and not every processor has an LSTM in bf16."""
+    encoder = wrapped.prompt_encoder["default"]
+    before: list[tuple[str, bool]] = []
+
+    def enter(*_: object) -> None:
+        kind = next(encoder.parameters()).device.type
+        before.append((kind, torch.is_autocast_enabled(kind)))
+        torch.set_autocast_enabled(kind, False)
+
+    def leave(*_: object) -> None:
+        torch.set_autocast_enabled(*before.pop())
+
+    encoder.register_forward_pre_hook(enter)
+    encoder.register_forward_hook(leave, always_call=True)
+    return wrapped
+
+
+def _start(words: torch.nn.Embedding, config: RunConfig) -> torch.Tensor:
+    """(tokens, W), float32."""
+    options = config.prompt
+    if options.init == "random":
+        spread = float(words.weight.float().std())
+        return torch.randn(options.tokens, words.weight.shape[1]) * spread
+    if options.init == "vocab":
+        ids = torch.randint(0, words.weight.shape[0], (options.tokens,))
+    else:
+        loaded = tokenizer.load(Path(config.model))
+        found = tokenizer.encode(loaded, options.text, literal=False)
+        if len(found) > options.tokens:
+            raise ConfigError(
+                "prompt.text has more tokens than there are virtual ones",
+                received=f"{len(found)} tokens",
+                expected=f"at most {options.tokens} (prompt.tokens)",
+                fix=f"--prompt.tokens {len(found)}",
+            )
+        ids = torch.tensor((found * -(-options.tokens // len(found)))[: options.tokens])
+    return words.weight[ids.to(words.weight.device)].detach().float()
+
+
+METHOD = Prompt()

@@ -1,0 +1,206 @@
+"""Quantized frozen weights: each quantizer one file, found by the name that users type. QLoRA is `lora` on `nf4`.
+
+In: a model whose linear layers bitsandbytes holds. Out: the same with one path for training and evaluation; what its
+layers hold; the plain model that they stand for. bitsandbytes is imported only where a model is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from fitune.core.config import QuantOptions
+from fitune.core.errors import ConfigError, did_you_mean
+from fitune.models.kernels.frozen import Frozen
+from fitune.models.quant import trust
+from fitune.models.quant.trust import Fault
+
+if TYPE_CHECKING:
+    from fitune.models.quant.base import Quantizer
+
+NAMES = ("int8", "nf4")
+PLAIN = QuantOptions()
+
+
+def find(name: str) -> Quantizer:
+    """The quantizer of that name.
+
+    Raises:
+        ConfigError: there is none, or bitsandbytes is not installed.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"unknown quantizer {name!r}", fix=did_you_mean(name, NAMES))
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"quant {name} needs bitsandbytes, which is not installed", fix="pip install bitsandbytes")
+    try:
+        found: Quantizer = import_module(f"fitune.models.quant.{name}").QUANTIZER
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"quant {name} needs bitsandbytes, which cannot be imported",
+            received=" ".join(str(error).split())[:300],
+            fix="pip install --force-reinstall bitsandbytes; without it --quant none works",
+        ) from error
+    return found
+
+
+def head_name(model: Any) -> list[str]:
+    """The output head's name, which is never quantized, in a list; empty where there is no head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is head and name]
+
+
+class Packed(QuantOptions):
+    """How a folder that holds a quantized model is quantized. Which of its layers are is what transformers' loader
+    makes of the folder's own list, which names parts of other models too; but the head, which is made plain."""
+
+    left_out: list[str] | None = None
+    """llm_int8_skip_modules of its config; None: the loader's own choice."""
+
+
+def planned(model: Any, options: QuantOptions) -> list[str]:
+    """Linear layers of a plain model that would be quantized, or that are so in its folder.
+
+    Args:
+        model: weights are not needed.
+        options: the settings.
+
+    Raises:
+        ConfigError: a name in `skip` matches no linear layer.
+    """
+    if options.name == "none":
+        return []
+    linear = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    if isinstance(options, Packed):
+        left = HfQuantizer.get_modules_to_not_convert(model, options.left_out, model._keep_in_fp32_modules)
+        return [name for name in linear if should_convert_module(name, left) and name not in head_name(model)]
+    skipped = set(head_name(model))
+    for wanted in options.skip:
+        hits = {name for name in linear if f".{wanted}." in f".{name}."}
+        if not hits:
+            leaves = {name.rpartition(".")[2] for name in linear}
+            raise ConfigError(
+                f"quant.skip: {wanted!r} matches no linear layer of this model",
+                expected=", ".join(sorted(leaves)),
+                fix=did_you_mean(wanted, leaves),
+            )
+        skipped |= hits
+    return [name for name in linear if name not in skipped]
+
+
+def is_quantized(module: object) -> bool:
+    """Is this a linear layer in few bits?"""
+    return hasattr(module, "source_cls") and isinstance(module, Frozen)
+
+
+def layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every quantized layer by name."""
+    yield from ((name, module) for name, module in model.named_modules() if is_quantized(module))
+
+
+def adopt(model: Any, name: str, compute: torch.dtype) -> None:
+    """Give every layer of bitsandbytes in a model the one path, by kernels that were found right for its layers."""
+    quantizer = find(name)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, quantizer.base) and type(module.weight) is nn.Parameter:
+            _replace(model, path, _unpacked(module))  # a head tied to an embedding, which is never packed
+        elif isinstance(module, quantizer.base):
+            quantizer.adopt(module, compute)
+            # the loader has put the weight behind the bias; "the last tensors" are to be those of the plain model
+            module._parameters["bias"] = module._parameters.pop("bias")
+    model.fitune_quant = name
+    model.fitune_faults = trust.check((layer for _, layer in layers(model)), compute)
+    for head in head_name(model):  # somebody's folder may hold a quantized one: here it is always plain
+        if is_quantized(layer := model.get_submodule(head)):
+            _replace(model, head, plain_layer(layer, compute))
+
+
+def _unpacked(layer: Any) -> nn.Module:
+    """The plain layer that a quantized one really is, with the same tensors."""
+    with torch.device("meta"):
+        made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    made.weight, made.bias = layer.weight, layer.bias
+    return made
+
+
+def faults(model: Any) -> list[Fault]:
+    """The kernels that were found wrong for the packed layers of a causal LM when it was loaded."""
+    return getattr(model, "fitune_faults", [])
+
+
+def empty(model: Any, options: QuantOptions) -> None:
+    """Make the linear layers of a model on meta what they would be once loaded quantized, without values."""
+    quantizer = find(options.name)
+    for name in planned(model, options):
+        layer = model.get_submodule(name)
+        made = quantizer.empty(layer, options)
+        made.bias, made.source_cls = layer.bias, type(layer)
+        _replace(model, name, made)
+    setattr(model, "is_loaded_in_8bit" if options.name == "int8" else "is_loaded_in_4bit", True)
+
+
+def name_of(model: Any) -> str:
+    """How a causal LM is quantized: none, int8, nf4."""
+    return getattr(model, "fitune_quant", "none")
+
+
+def constants(layer: Any) -> list[Tensor]:
+    """The scales of a quantized layer."""
+    name = next(name for name in NAMES if find_spec("bitsandbytes") and isinstance(layer, find(name).base))
+    return find(name).constants(layer)
+
+
+def numel(parameter: Tensor) -> int:
+    """How many weights a parameter holds, packed or not."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
+
+
+def plain_layer(layer: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The plain linear layer that a quantized one stands for, of the class it was made from."""
+    weight, bias = layer.plain_weight(dtype), layer.bias
+    with torch.device("meta"):
+        made: nn.Module = (
+            Conv1D(weight.shape[0], weight.shape[1])
+            if layer.source_cls is Conv1D
+            else nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        )
+    made.weight = nn.Parameter(weight.T.contiguous() if layer.source_cls is Conv1D else weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return made.train(layer.training)
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Make every quantized layer of a model, or of a part of one, a plain one."""
+    for name, layer in list(layers(model)):
+        _replace(model, name, plain_layer(layer, dtype))
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def forget(model: Any) -> None:
+    """A model whose layers are plain again is an ordinary one, to transformers and PEFT too."""
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    # and its files have no packed weights to unpack; transformers cannot turn that around when it saves
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        one
+        for one in conversions
+        if not any(type(op).__name__.startswith("Bnb") for op in getattr(one, "operations", []))
+    ] or None
+    model.fitune_quant = "none"

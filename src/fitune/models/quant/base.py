@@ -1,0 +1,57 @@
+"""What every quantizer offers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fitune.core.config import QuantOptions
+
+
+def sizes(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs of a plain linear layer, GPT-2's kind too."""
+    rows, columns = layer.weight.shape
+    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
+
+
+class Quantizer:
+    """Keeps the frozen weights of linear layers in few bits.
+
+    transformers' loader quantizes each weight as it is read, so that never more than one is there in full;
+    bitsandbytes holds the packed weights. `adopt` gives each layer fitune's one path (see kernels/frozen.py).
+    """
+
+    name: ClassVar[str]
+    base: ClassVar[type[nn.Module]]  # bitsandbytes' class of such a layer
+
+    def settings(self, options: QuantOptions, compute: torch.dtype, skip: list[str]) -> Any:
+        """What transformers' loader is told: a BitsAndBytesConfig.
+
+        Args:
+            options: the run's.
+            compute: dtype of the products.
+            skip: names of layers that stay as they are.
+        """
+        raise NotImplementedError
+
+    def adopt(self, layer: Any, compute: torch.dtype) -> None:
+        """Give a layer of bitsandbytes the one path."""
+        raise NotImplementedError
+
+    def make(self, weight: Tensor, options: QuantOptions, device: torch.device) -> Any:
+        """A quantized layer from a plain weight (out, in), which computes in float32."""
+        raise NotImplementedError
+
+    def empty(self, layer: Any, options: QuantOptions) -> Any:
+        """The quantized layer that a linear one on meta would become, without values; not yet adopted."""
+        raise NotImplementedError
+
+    def constants(self, layer: Any) -> list[Tensor]:
+        """The scales of a layer."""
+        raise NotImplementedError
+
+    def bytes_per_weight(self, options: QuantOptions) -> float:
+        """Weight and scales."""
+        raise NotImplementedError

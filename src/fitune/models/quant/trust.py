@@ -1,0 +1,196 @@
+"""Are the kernels that work on packed 4-bit weights right, for the layers of this model, on this machine?
+
+In: a packed layer. Out: the way its weight is made plain and whether its fused product is used, and a Fault for each
+kernel that is not what the layer's own numbers and scales stand for. bitsandbytes 0.50.2 is wrong on CPUs with AVX512
+for 4-bit weights whose rows are a multiple of 16 and not of their block. Each load of a model checks one layer of each
+shape, dtype and setting (`check`); what is first needed later, in another dtype, is checked then.
+
+Shapes: x (N, in), weight (out, in).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fitune.core.records import Finding
+
+FUSED = {"cuda"}  # devices on which bitsandbytes' own product is used, not only its packed weights
+ROWS = (1, 16)  # of a product that is tried: one row has a kernel of its own
+SHOWN = 8  # shapes that are listed
+OTHERS = "fitune computes exactly; transformers and PEFT on this machine compute with the wrong weights"
+
+Key = tuple["Kind", str, torch.dtype]  # of layers, their device, and what they compute in
+Way = Callable[[Any, torch.dtype], Tensor]  # a packed layer and a dtype to its weight
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What packed layers have in common for which a kernel is right or wrong together: nf4, (out, in), what else."""
+
+    form: str
+    shape: tuple[int, ...]
+    setting: str
+
+    @property
+    def size(self) -> str:
+        """The shape as it is written."""
+        return " x ".join(map(str, self.shape))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A kernel that is wrong for a kind of layers.
+
+    kernel: what was tried. error: of its result, relative to the exact one's norm. instead: what fitune uses.
+    """
+
+    kind: Kind
+    dtype: str
+    device: str
+    kernel: str
+    error: float
+    instead: str
+
+
+_ways: dict[Key, Way] = {}
+_fused: dict[Key, bool] = {}
+
+
+def key(layer: Any, dtype: torch.dtype) -> Key:
+    """What layers have in common for which a kernel is right or wrong together."""
+    return layer.kind(), str(layer.weight.device), dtype
+
+
+def check(layers: Iterable[Any], dtype: torch.dtype) -> list[Fault]:
+    """Try what computes with these layers, one of each kind, whatever was found before.
+
+    Args:
+        layers: packed, with values. Those that have no kernels of bitsandbytes (int8) are passed by.
+        dtype: what they compute in.
+    """
+    tried = [layer for layer in layers if hasattr(layer, "ways") and layer.weight.device.type != "meta"]
+    kinds = {key(layer, dtype): layer for layer in tried}
+    fresh = {key_[:2] for key_ in kinds}
+    for known in (_ways, _fused):
+        for stale in [key_ for key_ in known if key_[:2] in fresh]:  # in the other dtypes they are tried when needed
+            del known[stale]
+    return [fault for layer in kinds.values() for fault in _tried(layer, dtype)]
+
+
+def plain(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The weight of a layer, by a way that was found right."""
+    if layer.weight.device.type == "meta":
+        return layer.ways()[0][1](layer, dtype)  # type: ignore[no-any-return]
+    if key(layer, dtype) not in _ways:
+        _tried_weight(layer, dtype)
+    return _ways[key(layer, dtype)](layer, dtype)
+
+
+def fused(layer: Any, x: Tensor) -> bool:
+    """Is bitsandbytes' product of x and this layer used?"""
+    if x.device.type not in FUSED:
+        return False
+    if key(layer, x.dtype) not in _fused:
+        _tried_product(layer, x.dtype)
+    return _fused[key(layer, x.dtype)]
+
+
+@torch.no_grad()
+def _tried(layer: Any, dtype: torch.dtype) -> list[Fault]:
+    faults = _tried_weight(layer, dtype)
+    return [*faults, *(_tried_product(layer, dtype) if layer.weight.device.type in FUSED else [])]
+
+
+def _tried_weight(layer: Any, dtype: torch.dtype) -> list[Fault]:
+    """The first way that gives the exact weight is kept; the last one is exact by construction."""
+    errors = {}
+    *ways, (last, exact) = layer.ways()
+    for name, way in ways:
+        error = layer.weight_error(way, dtype)
+        if error is None:
+            last, exact = name, way
+            break
+        errors[name] = error
+    _ways[key(layer, dtype)] = exact
+    others = {name: error for name, way in layer.watched() if (error := layer.weight_error(way, dtype)) is not None}
+    return [_fault(layer, dtype, name, error, last) for name, error in {**others, **errors}.items()]
+
+
+def _fault(layer: Any, dtype: torch.dtype, kernel: str, error: float, instead: str) -> Fault:
+    name = str(dtype).removeprefix("torch.")
+    return Fault(layer.kind(), name, layer.weight.device.type, kernel, error, instead)
+
+
+def _tried_product(layer: Any, dtype: torch.dtype) -> list[Fault]:
+    """Against the exact product in float64: not much further off than the reference in this dtype is."""
+    weight = plain(layer, torch.float32)
+    rounded = weight.to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for rows in ROWS:
+        x = torch.randn(rows, weight.shape[1], generator=generator).to(layer.weight.device, dtype)
+        exact = F.linear(x.double(), weight.double())
+        allowed = 2 * off(F.linear(x, rounded), exact) + 8 * torch.finfo(dtype).eps
+        try:
+            errors.append((off(layer.fused_product(x), exact), allowed))
+        except Exception:  # a kernel that is not there is as little use as one that is wrong
+            errors.append((float("inf"), allowed))
+    _fused[key(layer, dtype)] = all(error <= allowed for error, allowed in errors)
+    if _fused[key(layer, dtype)]:
+        return []
+    worst = max(error for error, _ in errors)
+    return [_fault(layer, dtype, "bitsandbytes' product", worst, "the product with the plain weight")]
+
+
+def off(got: Tensor, exact: Tensor) -> float:
+    """||got - exact|| / ||exact||; infinite where something is not finite."""
+    error = float((got.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300))
+    return error if error == error else float("inf")
+
+
+def told(faults: Iterable[Fault]) -> str:
+    """Which shapes, formats and dtypes each kernel gets wrong, by how much at most, and what is used."""
+    groups: dict[tuple[str, str], list[Fault]] = {}
+    for fault in faults:
+        groups.setdefault((fault.kernel, fault.instead), []).append(fault)
+    lines = []
+    for (kernel, instead), some in groups.items():
+        shapes = list(dict.fromkeys(fault.kind.size for fault in some))
+        more = f" and {len(shapes) - SHOWN} more" if len(shapes) > SHOWN else ""
+        what = [list(dict.fromkeys(names)) for names in zip(*map(_what, some), strict=True)]
+        worst = max(fault.error for fault in some)
+        kinds = "; ".join(", ".join(names) for names in what)
+        wrong = f"{kernel} is wrong for {', '.join(shapes[:SHOWN])}{more} ({kinds}; off by up to {worst:.2f})"
+        lines.append(f"{wrong}, {instead} is used")
+    return "; ".join(lines)
+
+
+def _what(fault: Fault) -> tuple[str, str, str, str]:
+    return fault.kind.form, fault.kind.setting, fault.dtype, fault.device
+
+
+def finding(faults: Sequence[Fault]) -> Finding:
+    """What the kernels make of the model's own packed layers is what those stand for."""
+    if not faults:
+        return Finding("quant-kernels", "ok", "what is computed with packed weights is what they stand for")
+    return Finding("quant-kernels", "warn", f"on this machine {told(faults)}", OTHERS)
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Log a line for people, each text once."""
+    logging.getLogger("fitune").warning(text)
+
+
+def notice(faults: Sequence[Fault]) -> None:
+    """Log the same, once, for what has no list of findings: chat, evaluation, merging, quantizing."""
+    if faults:
+        warn_once(f"warning: {finding(faults).text}; {OTHERS}")

@@ -1,0 +1,170 @@
+"""A run folder as one page: report.html, self-contained (no script, font or picture from elsewhere).
+
+In: the files of a run folder. Out: the page. It can be made again from the folder at any time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from fitune.core.config import Options, RunConfig
+from fitune.core.files import write_atomic
+from fitune.core.records import StepRecord
+from fitune.engine.checkpoint import RunFolder
+from fitune.views.charts import NARROW, WIDE, Series, line_chart
+from fitune.views.pages import render
+from fitune.views.terminal import LENGTHS, length_rows, parameters
+
+MIB = 2**20
+WIDE_RANGE = 30  # of losses, largest to smallest
+
+
+FILES = {  # of a run folder, and what a reader finds in them
+    "plan.html": "memory, phase by phase",
+    "config.yaml": "all settings; fitune train --config takes them",
+    "result.json": "the figures of this page",
+    "steps.jsonl": "loss, learning rate and gradient norm of each step",
+    "data.json": "rows, lengths and checks of the data, with checksums of its files",
+    "template.json": "the prompt template and stop tokens",
+    "answers.json": "held-out prompts, answered before and after",
+    "checks.json": "checks made while it ran",
+    "environment.json": "machine and versions",
+    "adapter": "what was trained",
+    "checkpoints": "the newest and the best checkpoints",
+    "seal.json": "checksums of all these but the pages, and the run's identity",
+}
+GROUPS = {"adapter": "bottleneck", "p-tuning": "p_tuning"}  # methods whose settings have another name
+
+
+def exact_matches(answers: Sequence[Mapping[str, str]], when: str) -> int:
+    """How many answers are the expected text; white space at the ends does not count.
+
+    Args:
+        answers: rows of answers.json.
+        when: "before" or "after".
+    """
+    return sum(row[when].strip() == row["expected"].strip() for row in answers)
+
+
+def _score(answers: Sequence[Mapping[str, str]]) -> str:
+    """Exact matches in words; nothing where no answer can be expected word for word."""
+    before, after, count = exact_matches(answers, "before"), exact_matches(answers, "after"), max(1, len(answers))
+    text = f"exact match of {len(answers)}: {before / count:.0%} before, {after / count:.0%} after"
+    return text if before or after else ""
+
+
+def _about(config: RunConfig) -> str:
+    """What the method is, and its paper, from the settings' own text."""
+    group = getattr(config, GROUPS.get(config.method, config.method), None)
+    text = inspect.getdoc(type(group)) if isinstance(group, Options) else ""
+    quant = type(config.quant).model_fields["name"].description if config.quant.name != "none" else ""
+    return " ".join(" ".join((text or "", quant or "")).split())
+
+
+def _numbers(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def loss(value: float | None) -> str:
+        return "none" if value is None else f"{value:.4f}"
+
+    share = result["trainable_parameters"] / result["total_parameters"]
+    base, before = result["base_held_out_loss"], result["held_out_loss_before"]
+    of_base = [] if base == before else [("held-out loss of the base model", loss(base))]
+    return [
+        *of_base,
+        ("held-out loss before", loss(before)),
+        ("held-out loss after", loss(result["held_out_loss_after"])),
+        ("trainable parameters", f"{result['trainable_parameters']:,} ({share:.2%})"),
+        ("steps", f"{result['steps']:,}"),
+        ("real tokens/s", f"{result['real_tokens_per_second']:,.0f}"),
+        ("training time", f"{result['seconds']:,.1f} s"),
+    ]
+
+
+def _parts(plan: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Frozen, trainable and all parameters by part of the model."""
+    parts = [(name, part["trainable"], part["total"]) for name, part in plan.get("parts", {}).items()]
+    return [(name, *(f"{n:,}" for n in figures)) for name, *figures in parameters(parts)]
+
+
+def _mib(size: float) -> str:
+    """MiB with a decimal, and never 0 for something."""
+    return "<0.1" if 0 < size < 0.05 * MIB else f"{size / MIB:,.1f}"
+
+
+def _memory(plan: Mapping[str, Any], measured: Mapping[str, Any], process_mib: float) -> list[dict[str, Any]]:
+    """Predicted beside measured, MiB, each row of one quantity: every component of the largest step, all its tensors,
+    and what a process holds beside them."""
+    steps = [moment for moment in plan["phases"] if moment["phase"] in ("forward", "loss", "backward")]
+    parts = max(steps or plan["phases"], key=lambda moment: moment["bytes"])["parts"]
+    found = {**measured.get("parts", {}), **measured.get("at_the_end", {})}
+    rows = [
+        {"what": name, "predicted": _mib(parts.get(name, 0)), "measured": _mib(found.get(name, 0)) if found else ""}
+        for name in dict.fromkeys([*parts, *found])
+    ]
+    tensors = sum(found.values())
+    total = {
+        "what": "all tensors of that step",
+        "predicted": _mib(sum(parts.values())),
+        "measured": _mib(tensors) if found else "",
+    }
+    rest = _mib(process_mib * MIB - tensors) if found and plan["device"] != "cuda" else ""
+    names = f"beside the tensors: {'; '.join(plan['outside'])}"
+    return [*rows, total, {"what": names, "predicted": _mib(sum(plan["outside"].values())), "measured": rest}]
+
+
+def _charts(records: Sequence[StepRecord], before: float | None) -> dict[str, list[str]]:
+    """Loss, on both scales, and learning rate, each for a screen and for a phone."""
+    held_out = [(float(r.step), r.held_out_loss) for r in records if r.held_out_loss is not None]
+    held_out = held_out if before is None else [(0.0, before), *held_out]
+    losses = [
+        Series("training", [(r.step, r.loss) for r in records if r.applied], "--line1"),
+        Series("held-out", held_out, "--line2", marks=True),
+    ]
+    rates = [Series("learning rate", [(r.step, r.lr) for r in records])]
+
+    def drawn(series: Sequence[Series], name: str, height: int = 230, *, log: bool = False) -> list[str]:
+        return [
+            line_chart(series, x_label="step", y_label=name, width=width, height=height, log=log)
+            for width in (WIDE, NARROW)
+        ]
+
+    loss, log = drawn(losses, "loss"), drawn(losses, "loss", log=True)
+    return {"loss": loss, "loss_log": log, "rates": drawn(rates, "learning rate", 110)}
+
+
+def _wide(losses: Sequence[float]) -> bool:
+    """Do they differ by so much that a linear scale shows most of them as zero? Then the logarithmic one is first."""
+    return bool(losses) and min(losses) > 0 and max(losses) / min(losses) > WIDE_RANGE
+
+
+def write(run: RunFolder) -> None:
+    """Write report.html from what lies in the run folder."""
+    records, result, plan, data = run.read_steps(), run.read("result"), run.read("plan"), run.read("data")
+    answers = run.read("answers") if run.has("answers") else []
+    config = run.read_config()
+    findings = [*data["findings"], *(run.read("checks") if run.has("checks") else [])]
+    page = render(
+        "report",
+        title=f"fitune: {config.method} on {config.model.replace(chr(92), '/').rpartition('/')[2]}",
+        subtitle=result["run"],
+        about=_about(config),
+        numbers=_numbers(result),
+        **_charts(records, result["held_out_loss_before"]),
+        log_first=_wide([record.loss for record in records if record.applied]),
+        answers=answers,
+        score=_score(answers),
+        memory=_memory(plan, run.read("measured") if run.has("measured") else {}, result["peak_memory_mib"]),
+        cuda=plan["device"] == "cuda",
+        parts=_parts(plan),
+        kept=plan.get("kept", []),
+        lengths=(LENGTHS, length_rows(data["report"]["length_choices"])),
+        result=result,
+        findings=sorted(findings, key=lambda finding: finding["level"] != "warn"),
+        files=[(name, what) for name, what in FILES.items() if (run.path / name).exists()],
+        settings=yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False),
+        environment=yaml.safe_dump(run.read("environment"), allow_unicode=True, sort_keys=False),
+    )
+    write_atomic(run.report, page)

@@ -1,0 +1,144 @@
+"""The bundled model and data are what they should be, and the demo does what it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fitune.commands import demo
+from fitune.commands.train import resume_config, train
+from fitune.core.errors import ConfigError, Interrupted
+from fitune.core.events import Watcher
+from fitune.core.records import DataReport
+from fitune.data import rows, tokenizer
+from fitune.engine.checkpoint import RunFolder
+
+ROOT = Path(__file__).parents[2]
+DATA = demo.bundled() / "data"
+MODEL = demo.bundled() / "model"
+
+
+def load(name: str):
+    return rows.load([str(DATA / name)], DataReport())
+
+
+def test_the_bundled_model_is_small_and_was_trained() -> None:
+    assert (MODEL / "model.safetensors").stat().st_size <= 8_000_000
+    record = json.loads((MODEL / "TRAINING.json").read_text(encoding="utf-8"))
+    text = json.dumps(record)
+    for category in ("facts", "arithmetic", "opposites", "translations"):
+        assert category in text
+    assert not list(MODEL.glob("*.bin")) + list(MODEL.glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "text", ["  two  spaces", "换行\n和\t制表", "𠮷野家 emoji 😀", "[answer] x | kind: y", "<|end|>?"]
+)
+def test_any_text_survives_the_bundled_tokenizer(text: str) -> None:
+    words = tokenizer.load(MODEL)
+    ids = tokenizer.encode(words, text, literal=False)
+    assert words.decode(ids) == text
+    assert words.pad_token_id != words.eos_token_id
+    assert words.eos_token_id not in ids
+
+
+def test_the_demo_data_is_fair() -> None:
+    train, held_out = load("train.jsonl"), load("held_out.jsonl")
+    assert len(train) >= 300
+    assert len(held_out) >= 60
+    asked = {row.prompt()[-1].content for row in train}
+    assert not asked & {row.prompt()[-1].content for row in held_out}
+    for some in (train, held_out):
+        most = Counter(row.answer() for row in some).most_common(1)[0][1]
+        assert most <= 0.2 * len(some)
+        chinese = sum(any("\u4e00" <= c <= "\u9fff" for c in row.prompt()[-1].content) for row in some)
+        assert 0.3 <= chinese / len(some) <= 0.7
+    kinds = Counter(json.loads(line)["kind"] for line in (DATA / "held_out.jsonl").read_text("utf-8").splitlines())
+    assert len(held_out) - kinds["persona"] >= len(held_out) / 2  # these need what the base knows, in the new format
+
+
+def test_the_data_is_what_the_script_in_the_repository_writes(tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "bundled" / "make_data.py"
+    subprocess.run([sys.executable, str(script), "--output", str(tmp_path)], check=True, capture_output=True)
+    for name in ("train.jsonl", "held_out.jsonl"):
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_the_demo_teaches_what_the_base_cannot_do(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fitune", "demo", "--json", "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["base_accuracy"] <= 0.05
+    assert result["tuned_accuracy"] >= 0.9
+    assert result["run"] == str(tmp_path / "run")
+    assert {"seconds", "peak_memory_mib"} <= result.keys()
+    for part in ("MiB expected", "checks passed", "fitune chat", "exact match"):
+        assert part in done.stderr
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"{result['tuned_accuracy']:.0%} after" in page
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
+def test_a_demo_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    said: list[str] = []
+    result = demo.kill_demo(str(tmp_path / "kill"), said.append)
+    assert result.equal, said
+    assert result.kills >= 3
+    assert result.kills_inside_a_save >= 1
+
+
+def test_a_second_demo_takes_a_new_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo-1").mkdir(parents=True)
+    assert demo.config().output == str(Path("runs") / "demo-2")
+
+
+@pytest.fixture
+def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo of a few steps that answers a few prompts."""
+    short = {"max_steps": 4, "save_every": 2, "eval_every": 4, "batch_size": 2, "sample_tokens": 4}
+    monkeypatch.setattr(demo, "COMMON", {**demo.COMMON, **short})
+    monkeypatch.setattr(demo, "ALL", 3)
+
+
+class Stopped(Watcher):
+    """Presses Ctrl-C at a step."""
+
+    def step(self, record) -> None:
+        if record.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_demo_that_is_resumed_has_its_before_and_after(short_demo: None, tmp_path: Path) -> None:
+    whole, answers = demo.demo(str(tmp_path / "whole"))
+    for name, resume in (
+        ("by the demo", lambda run: demo.demo(run, resume=True)),
+        ("by train", lambda run: train(resume_config(run, {}), resume=True)),  # what the message of Ctrl-C says
+    ):
+        run = RunFolder(tmp_path / name)
+        with pytest.raises(Interrupted):
+            demo.demo(str(run.path), Stopped())
+        assert not run.report.exists()
+        resume(str(run.path))
+        assert run.read("answers") == answers
+        assert {row["expected"] for row in answers}
+        assert len(answers) == 3
+        pages = [Path(folder, "report.html").read_text(encoding="utf-8") for folder in (whole.run, run.path)]
+        tables = [re.search("<h2>Before and after.*?</table>", page, re.DOTALL) for page in pages]
+        assert tables[0]
+        assert tables[1]
+        assert tables[0][0] == tables[1][0]
+
+
+def test_a_demo_is_resumed_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="which demo"):
+        demo.demo(resume=True)

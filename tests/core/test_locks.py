@@ -1,0 +1,92 @@
+"""Locks on run folders, and sums of large files: what the system does not have, and what is not to be believed."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from pathlib import Path
+
+import pytest
+
+from fitune.commands import train as training
+from fitune.core import files, locks
+from fitune.core.config import build
+from fitune.core.errors import RunFolderError
+from fitune.core.events import Watcher
+from fitune.data import sums
+from fitune.models import weights
+
+
+def test_a_folder_with_nothing_begun_in_it_is_gone_again(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "mine"
+    with locks.held(folder, print):
+        files.check_new(folder)  # the lock alone is nothing of the user's
+    assert not (tmp_path / "runs").exists()
+    with locks.held(folder, print):
+        (folder / "config.yaml").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_two_runs_without_an_output_get_a_folder_each(tmp_path: Path, monkeypatch) -> None:
+    config = build({"model": "m", "data": ["d"]})
+    names = iter(["first", "second"])  # what is free when they look: the first is taken in between
+    monkeypatch.setattr(
+        training, "resolve", lambda c: c.model_copy(update={"output": c.output or str(tmp_path / next(names))})
+    )
+    with locks.held(tmp_path / "first", print), contextlib.ExitStack() as stack:
+        taken, run = training._take_folder(config, stack, Watcher())
+        assert run.path == Path(str(taken.output)) == tmp_path / "second"
+        assert locks.holder(run.path)
+        with pytest.raises(locks.InUseError):
+            training._take_folder(config.model_copy(update={"output": str(tmp_path / "first")}), stack, Watcher())
+
+
+def test_a_path_that_cannot_be_a_folder_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="cannot be written"), locks.held(tmp_path / "file" / "run", print):
+        pass
+    (tmp_path / "run" / files.LOCK).mkdir(parents=True)
+    with pytest.raises(RunFolderError, match="cannot be written"), locks.held(tmp_path / "run", print):
+        pass
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch) -> None:
+    def none(handle: int) -> bool:
+        raise locks._NoLocksError(95, "Operation not supported")
+
+    monkeypatch.setattr(locks, "_lock", none)
+    said: list[str] = []
+    with locks.held(tmp_path / "run", said.append):
+        (tmp_path / "run" / "config.yaml").write_text("")
+    assert "this file system has no locks" in said[0]
+    assert locks.holder(tmp_path / "run") is None
+
+
+def test_sums_of_large_files_are_made_once(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "PIECE", 1000)
+    monkeypatch.setattr(sums, "SETTLED", -1)
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "model.safetensors"
+    content = random.Random(0).randbytes(3500)
+    file.write_bytes(content)
+    made: list[Path] = []
+    real = files.tree
+    monkeypatch.setattr(files, "tree", lambda path: (made.append(path), real(path))[1])
+    first = weights.summed(tmp_path)
+    assert weights.summed(tmp_path) == first
+    assert len(made) == 1
+    file.write_bytes(content[:-1] + b"x")  # of the same length
+    assert weights.summed(tmp_path) != first
+    file.write_bytes(content)
+    assert sums.matches(file, first["model.safetensors"])
+    known = tmp_path / "cache" / sums.NAME
+    for broken in (
+        known.read_text().replace(first["model.safetensors"]["sha256_tree"], "0" * 64),
+        "[",
+        "[]",
+        '{"a": 1}',
+    ):
+        known.write_text(broken)
+        assert sums.matches(file, first["model.safetensors"])  # what was kept is not believed against the file
+    pieces = b"".join(files.hashlib.sha256(content[n : n + 1000]).digest() for n in range(0, 3500, 1000))
+    assert first["model.safetensors"] == {"bytes": 3500, "sha256_tree": files.hashlib.sha256(pieces).hexdigest()}

@@ -1,0 +1,75 @@
+"""A plan knows what the sample answers take: keys and values beside weights and states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from fitune.core.config import build
+from fitune.memory import answers, device, plan, steps
+from fitune.models.model import use_attention
+
+GIB = 2**30
+
+
+def shape(blocks: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=1000, hidden_size=128, intermediate_size=344, num_hidden_layers=blocks, num_attention_heads=8,
+        num_key_value_heads=4,
+    )  # fmt: skip
+
+
+def config(prompts: int, tokens: int, precision: str = "fp32") -> Any:
+    given = {"model": "m", "data": ["d"], "precision": precision, "lora": {"rank": 2}}
+    return build({**given, "sample_prompts": prompts, "sample_tokens": tokens})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "blocks", "precision"),
+    [(300, 4, 4, "fp32"), (20, 24, 8, "fp32"), (300, 4, 2, "bf16")],
+)
+def test_what_generation_takes_is_what_is_said(prompt: int, tokens: int, blocks: int, precision: str) -> None:
+    """By torch's own count of what transformers allocates while it generates."""
+    model = LlamaForCausalLM(shape(blocks)).eval()
+    model = model.bfloat16() if precision == "bf16" else model
+    use_attention(model, "sdpa")
+    ids = torch.randint(1000, (3, prompt))
+    how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "eos_token_id": [0], "pad_token_id": 0}
+    with (
+        torch.no_grad(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=GenerationConfig(**how))
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    said = answers.bytes_taken(config(3, tokens, precision), shape(blocks), steps.made_up(2, prompt, 1000))
+    assert said == pytest.approx(most, rel=0.12)
+
+
+def test_answers_are_in_the_plan_beside_the_states() -> None:
+    batch = steps.made_up(1, 40, 1000)
+
+    def made(prompts: int, held_out: Any = batch, kind: str = "cuda") -> plan.Plan:
+        work = plan.Work(config(prompts, 400), shape(8), [[batch]], held_out)
+        return plan.plan(work, device.Device("card", kind, 80 * GIB), name="m")
+
+    few, many, none = made(1), made(16), made(0)
+    phases = {moment.phase: moment for moment in many.phases}
+    assert many.peak.phase == "answers"
+    taken = answers.bytes_taken(config(16, 400), shape(8), batch)
+    assert phases["answers"].parts["optimizer states"] == phases["update"].parts["optimizer states"]
+    assert (
+        phases["answers"].bytes - sum(size for name, size in phases["answers"].parts.items() if name != "temporaries")
+        >= taken
+    )
+    assert many.needed > few.needed + 10 * 2**20  # the allocator's too
+    assert made(16, kind="cpu").needed > made(0, kind="cpu").needed
+    assert "answers" not in {moment.phase for moment in none.phases}
+    assert "answers" not in {moment.phase for moment in made(16, None).phases}
+    assert few.peak.phase != "answers"

@@ -1,0 +1,91 @@
+"""A hundred kinds of broken data (scripts/broken_inputs.py): one clear message each, never a traceback, and no row is
+lost without being counted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fitune.cli import main as cli
+from support import tiny
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "broken_inputs.py"
+spec = importlib.util.spec_from_file_location("broken_inputs", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+broken = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = broken
+spec.loader.exec_module(broken)
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    """The command line, in this process."""
+    sys.argv = ["fitune", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as done:
+        out = capsys.readouterr()
+        return int(done.code or 0), out.out, out.err
+    out = capsys.readouterr()
+    return 0, out.out, out.err
+
+
+def test_there_are_more_than_a_hundred_of_them() -> None:
+    assert len({case.name for case in broken.CASES}) == len(broken.CASES) > 130
+
+
+SLOW = ("ten-megabytes.jsonl",)
+CASES = [pytest.param(one, marks=[pytest.mark.full] if one.name in SLOW else []) for one in broken.CASES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_broken_data_costs_one_message_or_a_counted_skip(
+    case, tmp_path: Path, model_folder: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    path = tmp_path / case.name
+    case.make(path)
+    if case.good is None or case.bad:
+        output = tmp_path / "run"
+        code, _, err = run(capsys, "train", "--model", model_folder, "--data", path, "--output", output)
+        assert code == 2
+        assert err.count("error: ") == 1
+        assert err.startswith("error: ")
+        assert case.says in err
+        assert case.name in err
+        assert "Traceback" not in err
+        assert len(err) < 20_000
+        assert not output.exists()
+    code, out, err = run(capsys, "inspect", path, "--model", model_folder, "--json")
+    assert "Traceback" not in err
+    if case.good is None:
+        assert code == 2
+        assert case.name in err
+        return
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert (rows["read"], rows["bad"]) == (case.good + case.bad, case.bad)
+    assert rows["kept"] + rows["dropped"] == case.good
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_file_without_permission(tmp_path: Path) -> None:
+    path = tiny.write_rows(tmp_path / "rows.jsonl", 3)
+    path.chmod(0o600)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    code = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from fitune.data.readers import read\nfrom fitune.core.errors import DataError\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "try:\n    list(read(Path(sys.argv[1])))\nexcept DataError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == f"{path}: cannot be read (Permission denied)", done.stderr

@@ -1,0 +1,115 @@
+"""What the documents say is true: commands, module names, exported names."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import fitune
+from fitune.cli import main as cli
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def commands(text: str) -> list[str]:
+    """Every `fitune ...` command in code blocks and code spans."""
+    found = re.findall(r"^(fitune .*?)(?:\s+#.*)?$", text, re.MULTILINE) + re.findall(r"`(fitune [^`]*)`", text)
+    return [command for command in found if "..." not in command]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_in_the_documents_parses(path: Path) -> None:
+    for command in commands(path.read_text(encoding="utf-8")):
+        tokens = shlex.split(command)[1:]
+        if len(tokens) == 1:  # a verb that is spoken of
+            assert tokens[0] in ("--help", *cli.app), command
+            continue
+        if tokens[-1] == "--help":
+            continue
+        cli.app.parse_args(tokens, exit_on_error=False)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_in_the_documents_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def test_both_readmes_have_the_same_commands_and_sections() -> None:
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+    assert commands(english) == commands(chinese)
+    assert english.count("\n## ") == chinese.count("\n## ")
+
+
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    package = ROOT / "src" / "fitune"
+    for path in package.iterdir():
+        if path.suffix == ".py" and path.name != "__main__.py":
+            assert f"`{path.name}`" in text, path.name
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert f"`{path.name}/`" in text, path.name
+
+
+def test_what_the_package_promises_is_there() -> None:
+    for name in fitune.__all__:
+        assert getattr(fitune, name) is not None
+    assert callable(fitune.train)
+    importlib.import_module("fitune.commands.train")
+    importlib.import_module("fitune.commands.evaluate")
+    importlib.import_module("fitune.commands.merge")
+    assert callable(fitune.train)  # a verb stays a function whatever is imported
+
+
+def test_the_loop_stays_small() -> None:
+    """The steps of a run, from the first to the last, are one function that fits on a screen or two."""
+    import inspect
+
+    from fitune.commands import train as training
+
+    assert len(inspect.getsource(training._loop).splitlines()) <= 60
+
+
+@pytest.mark.parametrize(
+    ("page", "results"), [("methods", "methods.json"), ("memory", "savers.json"), ("precision", "precision.json")]
+)
+def test_tables_in_the_documents_are_those_of_the_results(page: str, results: str) -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("results_table", ROOT / "scripts" / "results_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for language in ("", ".zh-CN"):
+        text = (ROOT / "docs" / f"{page}{language}.md").read_text(encoding="utf-8")
+        assert "\n".join(module.lines(ROOT / "results" / {"memory": "savers.json"}.get(page, f"{page}.json"))) in text
+
+
+def test_the_table_of_models_and_methods_is_what_the_methods_say() -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("support_table", ROOT / "scripts" / "support_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    table = "\n".join(module.lines())
+    for name in ("README.md", "README.zh-CN.md"):
+        assert table in (ROOT / name).read_text(encoding="utf-8")
+    assert module.NOT_YET in table  # a shape that a method refuses is found
+
+
+def test_the_install_lines_are_those_of_the_constraints() -> None:
+    pinned = (ROOT / "src" / "fitune" / "constraints.txt").read_text(encoding="utf-8")
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        versions = re.findall(r"^pip install (torch==\S+)", text, re.MULTILINE)
+        assert len(versions) == 2
+        assert all(f"\n{version}\n" in pinned for version in versions)
+        assert "--constraint src/fitune/constraints.txt" in text

@@ -1,0 +1,19 @@
+"""The command line, run in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+
+from fitune.cli import main as cli
+
+
+def run(arguments: list[object], capsys, monkeypatch) -> tuple[int, str, str]:
+    """The command inside this process: exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["fitune", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as error:
+        code = int(error.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err

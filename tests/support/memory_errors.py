@@ -1,0 +1,49 @@
+"""Models that run out of memory on demand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fitune.core.config import build
+from fitune.core.records import Source
+from fitune.engine import optim, recovery
+from fitune.engine.step import LossScale
+from fitune.models import adapters
+from fitune.models.model import ready, trainable
+from support import tiny
+
+OOM = {
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "python": MemoryError(),
+}
+
+
+def make(method: str = "lora", **changes: Any):
+    config = build({"model": "m", "data": ["d"], "method": method, **changes})
+    model = adapters.attach(ready(tiny.make_model("llama")), config).train()
+    optimizer = optim.make(trainable(model), config)
+    optim.set_rate(optimizer, 1e-2)
+    return model, optimizer
+
+
+def fails_above(model: Any, tokens: int, error: BaseException) -> list[int]:
+    """A model whose first layer cannot hold more than so many tokens; what was tried."""
+    tried: list[int] = []
+
+    def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        tried.append(output.shape[-2])
+        if output.shape[-2] > tokens:
+            raise error
+
+    next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp.up_proj")).register_forward_hook(hook)
+    return tried
+
+
+def careful(model: Any, optimizer: Any, batches: list, parts: int = 1, said: list[str] | None = None):
+    said = [] if said is None else said
+    return recovery.careful_step(
+        model, batches, optimizer, 1.0, "flat", parts, LossScale(), lambda row: Source("f.jsonl", row + 1), said.append
+    )

@@ -1,0 +1,36 @@
+"""Data as the checks see it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from fitune.checks import preflight
+from fitune.core.config import build
+from fitune.core.records import Conversation, DataReport, Message, Source
+from fitune.data.encode import Encoder
+from fitune.data.templates import choose
+from support import tiny
+
+TURNS = (
+    Message("system", "be brief"),
+    Message("user", "hi <|end|> there"),
+    Message("assistant", "hello"),
+    Message("user", "你好"),
+    Message("assistant", "很好"),
+)
+
+
+ROW = Conversation(TURNS, Source("f.jsonl", 1), "messages")
+
+
+def prepared(tokenizer, max_length: int = 64, rows=(ROW,), template: str = "auto", **changes) -> preflight.Prepared:
+    rows = [replace(rows[n % len(rows)], source=Source("f.jsonl", n + 1)) for n in range(20)]
+    encoder = Encoder(tokenizer, choose(template, tokenizer), max_length, changes.pop("train_on", "all"))
+    report = DataReport(rows=20, max_length=max_length, lengths={"max": 40, "p99": 40})
+    samples, rows_of = tiny.encoded(rows, encoder, report)
+    config = build({"model": "m", "data": ["d"]})
+    values = {"vocabulary": 400, "limit": 1 << 30, "folder": Path(), **changes}
+    whole = encoder.with_max_length(None)
+    report.lost_at_limit = sum(whole.sample(row).needed > values["limit"] for row in rows)
+    return preflight.Prepared(config, rows, list(samples), report, encoder, **values, rows_of=rows_of)
