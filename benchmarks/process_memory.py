@@ -6,7 +6,8 @@ Each case is a `fitune.train` in a process of its own. Predicted is the plan of 
 the plan is made (Python, torch, data), all tensors at the peak, and what kernels, threads and buffers add. Measured is
 the peak of resident memory from the first rehearsal on, as the operating system counts it. The demo is the whole demo
 but for its answers; the others are cut to some steps, all on rows of different lengths. `--small` names another small
-model's folder, for cases on it (stories260K, for example).
+model's folder, for cases on it (stories260K, for example). Processes begin with the settings of malloc that the
+`fitune` command gives itself; with `--as-found`, with those of this environment, as in a Python process of one's own.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fitune.core import processor
 from resident_memory import rows
 
 ALLOWED = 0.15
@@ -98,10 +101,10 @@ def run(name: str, steps: int, folder: Path, small: str | None) -> dict[str, Any
     }
 
 
-def in_its_own_process(name: str, steps: int, small: str | None) -> dict[str, Any]:
-    """The case's line."""
+def in_its_own_process(name: str, steps: int, small: str | None, settings: Mapping[str, str]) -> dict[str, Any]:
+    """The case's line. settings: environment variables beside those of this process."""
     with tempfile.TemporaryDirectory(prefix="fitune-process-") as folder:
-        environment = {**os.environ, "FITUNE_CACHE": str(Path(folder) / "cache"), "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, **settings, "FITUNE_CACHE": str(Path(folder) / "cache"), "HF_HUB_OFFLINE": "1"}
         if CASES[name]["model"] == "33M":
             make = [sys.executable, __file__, "--make", "--folder", str(Path(folder) / "33M")]
             subprocess.run(make, env=environment, check=True)
@@ -117,6 +120,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--small")
+    parser.add_argument("--as-found", action="store_true", help="malloc as it is, not as `fitune` sets it")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
@@ -128,9 +132,10 @@ def main() -> int:
     if args.child:
         print(json.dumps(run(args.child, args.steps, args.folder, args.small)))
         return 0
+    settings = {} if args.as_found else processor.heap_settings(os.environ, processor.glibc())
     found = []
     for name in args.cases:
-        line = in_its_own_process(name, args.steps, args.small)
+        line = in_its_own_process(name, args.steps, args.small, settings)
         found.append(line)
         print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
     if args.out:
@@ -142,6 +147,7 @@ def _record(args: argparse.Namespace, found: list[dict[str, Any]]) -> dict[str, 
     import torch
 
     small = f" --small {Path(args.small).name}" if args.small else ""
+    small += " --as-found" if args.as_found else ""
     return {
         "command": f"python benchmarks/process_memory.py --steps {args.steps}{small}",
         "date": datetime.now(UTC).date().isoformat(),
@@ -150,6 +156,7 @@ def _record(args: argparse.Namespace, found: list[dict[str, Any]]) -> dict[str, 
             "processor": platform.machine(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
+            "C library": os.confstr("CS_GNU_LIBC_VERSION") if processor.glibc() else platform.system(),
         },
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
         "runs": found,
