@@ -13,8 +13,8 @@ import pytest
 from pydantic import BaseModel
 
 from fitune.cli import flags
-from fitune.cli.main import help as helppage
-from fitune.cli.main import main as cli
+from fitune.cli import help as helppage
+from fitune.cli import main as cli
 from fitune.core.config import Options, RunConfig
 from support import tiny
 from support.command import run
@@ -94,7 +94,7 @@ def test_every_mistake_is_tried(mistakes) -> None:
 
 
 def test_help_loads_no_torch() -> None:
-    code = "import sys; sys.argv = ['fitune', '--help']\nfrom fitune.cli.main.main import main\nmain()\n"
+    code = "import sys; sys.argv = ['fitune', '--help']\nfrom fitune.cli.main import main\nmain()\n"
     check = "\nassert 'torch' not in sys.modules, 'torch was loaded'"
     done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=True)
     assert "Fine-tune" in done.stdout
