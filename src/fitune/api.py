@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from fitune.commands.evaluate import Evaluation as Evaluation
     from fitune.commands.train import Result as Result
     from fitune.core.events import Watcher as Watcher
-    from fitune.memory.plan import Plan as Plan
+    from fitune.core.plan import Plan as Plan
     from fitune.models.model import Tuned as Tuned
 
 # what is passed on as it is, by the modules that have it; loaded when it is first used
 MODULES = {
     "Converted": "commands.convert", "Downloaded": "models.hub", "Evaluation": "commands.evaluate",
-    "Exported": "commands.export", "Merged": "commands.merge", "Plan": "memory.plan",
+    "Exported": "commands.export", "Merged": "commands.merge", "Plan": "core.plan",
     "QuantizedModel": "commands.quantize", "Result": "commands.train", "StepRecord": "core.records",
     "Tuned": "models.model", "Watcher": "core.events", "convert": "commands.convert", "download": "models.hub",
     "export": "commands.export", "load_model": "models.model", "merge": "commands.merge",

@@ -25,6 +25,7 @@ from fitune.commands.train import train
 from fitune.core.config import build, merge, parse_assignments
 from fitune.core.errors import ConfigError, FituneError
 from fitune.core.events import Watcher
+from fitune.core.plan import size_text
 from fitune.core.records import Sample
 from fitune.data.batches import Loader, rounded
 from fitune.memory import device, flops, plan, search, steps
@@ -362,8 +363,8 @@ def test_train_fit_takes_the_suggestion_and_runs(tmp_path: Path, capsys: pytest.
     planned = json.loads((run / "plan.json").read_text())
     assert result["expected_memory_mib"] == planned["needed"] / 2**20
     text = " ".join(told.err.split())
-    assert text.count(plan.size(planned["needed"])) >= 3
-    assert f"needs {plan.size(planned['needed'])} of" in text
+    assert text.count(size_text(planned["needed"])) >= 3
+    assert f"needs {size_text(planned['needed'])} of" in text
 
 
 def test_rows_of_a_step_stay_what_was_asked() -> None:
@@ -426,7 +427,7 @@ def test_what_fits_is_shown_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
     text = page.read_text(encoding="utf-8")
     for part in (
         best["name"],
-        plan.size(best["plan"]["needed"]),
+        size_text(best["plan"]["needed"]),
         "budget 900.0 MiB",
         "<svg",
         found["advice"][0]["about"],

@@ -161,9 +161,9 @@ def test_parts_add_up_and_every_phase_is_there() -> None:
     assert update[trace.TRAINABLE] == trained
     assert update[trace.GRADIENTS] == trained
     assert 2 * trained <= update[trace.STATES] <= 2 * trained + 4096  # and a step's number for each tensor
-    assert seen.timeline[0]["at"] < 0.02
-    assert seen.timeline[-1]["at"] <= 1
-    assert all(sum(point["parts"].values()) <= seen.peak.bytes for point in seen.timeline)
+    assert seen.timeline[0].at < 0.02
+    assert seen.timeline[-1].at <= 1
+    assert all(sum(point.parts.values()) <= seen.peak.bytes for point in seen.timeline)
 
 
 def test_quantized_weights_and_their_constants_are_those_of_the_loaded_model() -> None:

@@ -1,8 +1,10 @@
-"""A memory plan with figures made up, for views."""
+"""A memory plan with made-up figures, for views."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+
+from fitune.core.plan import Plan
 
 MIB, GIB = 2**20, 2**30
 
@@ -37,11 +39,11 @@ def sizes(parts: dict[str, float], unit: int) -> dict[str, int]:
     return {name: int(size * unit) for name, size in parts.items()}
 
 
-def timeline(unit: int) -> list[dict[str, Any]]:
+def timeline(unit: int) -> list[dict[str, object]]:
     """Two steps: what is used grows in the forward pass and shrinks in the backward pass."""
     stretches = [("load", 8), *[("forward", 30), ("loss", 4), ("backward", 32), ("update", 3)] * 2]
     stretches += [("evaluation", 10), ("checkpoint", 4)]
-    points = []
+    points: list[dict[str, object]] = []
     for phase, count in stretches:
         for n in range(count):
             grown = {"load": (n + 1) / count, "forward": (n + 1) / count, "backward": 1 - n / count}.get(phase, 1.0)
@@ -51,7 +53,7 @@ def timeline(unit: int) -> list[dict[str, Any]]:
     return [{"at": n / (len(points) - 1), **point} for n, point in enumerate(points)]
 
 
-def example(unit: int = GIB, **changed: Any) -> dict[str, Any]:
+def example(unit: int = GIB, **changed: object) -> Plan:
     """A plan for a card of 24 GiB, or the same in smaller units."""
     phases = [{"phase": name, "parts": sizes(EACH[name], unit)} for name in PHASES]
     phases = [{**phase, "bytes": sum(phase["parts"].values())} for phase in phases]
@@ -86,16 +88,14 @@ def example(unit: int = GIB, **changed: Any) -> dict[str, Any]:
         "outside": {"CUDA context": int(0.484 * unit), "cuBLAS workspaces": int(0.016 * unit)},
         "needed": int(17.3 * unit),
         "budget": 24 * unit,
-        "spare": int(6.7 * unit),
-        "fits": True,
         "closed": sizes({**BASE, **STATES, "gradients": 0.03, "activations": 7.0}, unit),
         "notes": ["attention by flash: no scores in memory", "<b>not</b> markup"],
     }
-    return {**plan, **changed}
+    return Plan.from_dict({**plan, **changed})
 
 
-def on_cpu() -> dict[str, Any]:
+def on_cpu() -> Plan:
     """No budget, nothing outside, no allocator, a Chinese name, one thousandth of the size."""
     plan = example(MIB * 100, model="模型/通义千问-小", device="cpu", gpu=None, quant="none", outside={}, budget=None)
-    none = dict.fromkeys(("reserved", "reserved_expandable", "smallest", "spare", "fits", "max_length"))
-    return {**plan, **none, "needed": plan["allocated"]}
+    nothing = {"reserved": None, "reserved_expandable": None, "smallest": None, "max_length": None}
+    return replace(plan, **nothing, needed=plan.allocated)

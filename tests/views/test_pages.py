@@ -24,8 +24,7 @@ from fitune.core.events import Watcher
 from fitune.core.records import StepRecord
 from fitune.engine.checkpoint import RunFolder
 from fitune.views import advice as adviceview
-from fitune.views import plan as planview
-from fitune.views import report
+from fitune.views import plan_page, report
 from fitune.views.charts import Bar, Part, Series, StackedBar, bar_chart, line_chart, log_ticks, stacked_bars, thinned
 from fitune.views.pages import linked
 from support import tiny
@@ -72,7 +71,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Ru
 
 
 def advice() -> str:
-    plan = SimpleNamespace(**example(), as_dict=example)
+    plan = example()
     names = ("lora, nf4", "full with lion-8bit, checkpointing", "a name that is longer than any that has been seen yet")
     suggestion = SimpleNamespace(
         plan=plan, micro_batch=4, accumulation=2, max_length=512, largest_batch=96, seconds=7300.0, settings={}
@@ -104,8 +103,8 @@ def pages(finished: RunFolder, model_folder: Path, tmp_path_factory: pytest.Temp
     quantize(model_folder, folder / "nf4", quant=quant_options("nf4"))
     found = {
         "report": finished.report.read_text(encoding="utf-8"),
-        "plan": planview.page(example()),
-        "plan-cpu": planview.page(on_cpu()),
+        "plan": plan_page.page(example()),
+        "plan-cpu": plan_page.page(on_cpu()),
         "advice": advice(),
         "inspect": inspection.page(replace(seen, template="t" * 200)),
         "quantization": (folder / "nf4" / "quantization.html").read_text(encoding="utf-8"),

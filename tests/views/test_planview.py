@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from fitune.core.plan import Compared, Moment, Plan
 from fitune.memory import trace
 from fitune.views import plan as planview
 from fitune.views.charts import Layer, Limit, Part, Peak, Span, StackedBar, area_chart, stacked_bars
-from fitune.views.plan import CATEGORIES, compare_table, page, plan_bar, plan_table, plan_timeline, verdict
+from fitune.views.plan import CATEGORIES, compare_table, plan_table, verdict
+from fitune.views.plan_drawing import plan_bar, plan_timeline
+from fitune.views.plan_page import page
 from support.plan_example import GIB, MIB, PHASES, example, on_cpu
 
 
-def misses() -> dict[str, Any]:
-    return example(budget=16 * GIB, spare=16 * GIB - int(17.3 * GIB), fits=False)
+def misses() -> Plan:
+    return example(budget=16 * GIB)
 
 
-def closed_form() -> dict[str, Any]:
+def closed_form() -> Plan:
     """Made without a trace: no timeline, one phase, some categories zero."""
     parts = {**dict.fromkeys(CATEGORIES, 0), "frozen weights": 3000 * MIB, "activations": 1000 * MIB}
-    plan = example(how="closed form", why="the model has code of its own", phases=[], timeline=[], closed=parts)
-    peak = {"phase": "step", "bytes": 4000 * MIB, "parts": parts, "largest": []}
-    sizes: dict[str, Any] = {"allocated": 4000 * MIB, "needed": 4516 * MIB, "outside": {"CUDA context": 516 * MIB}}
-    sizes |= dict.fromkeys(("reserved", "reserved_expandable", "smallest"))
-    return {**plan, "peak": peak, **sizes, "budget": 24 * GIB, "spare": 24 * GIB - 4516 * MIB}
+    return example(
+        how="closed form", why="the model has code of its own", phases=[], timeline=[], closed=parts, budget=24 * GIB,
+        peak={"phase": "step", "bytes": 4000 * MIB, "parts": parts}, allocated=4000 * MIB, needed=4516 * MIB,
+        outside={"CUDA context": 516 * MIB}, reserved=None, reserved_expandable=None, smallest=None,
+    )  # fmt: skip
 
 
 PLANS = {"fits": example, "misses": misses, "cpu": on_cpu, "closed": closed_form}
@@ -58,7 +61,7 @@ def test_verdicts() -> None:
     needs = "needs 17.3 GiB (at most 16.1 allocated + 0.7 fragmentation + 0.5 outside)"
     assert verdict(example()) == f"{needs}; fits into 24.0 GiB with 6.7 GiB to spare; {peak}"
     assert verdict(misses()) == f"{needs}; misses 16.0 GiB by 1.3 GiB; {peak}"
-    assert verdict(example(budget=None, spare=None, fits=None)) == f"{needs}; {peak}"
+    assert verdict(example(budget=None)) == f"{needs}; {peak}"
     assert verdict(on_cpu()) == f"needs 1,610 MiB; {peak}"
     assert verdict(closed_form()) == (
         "needs 4,516 MiB (at most 4,000 allocated + 516 outside); fits into 24.0 GiB with 19.6 GiB to spare; "
@@ -97,10 +100,9 @@ def test_table_fits_100_columns(unit: int) -> None:
 
 def test_small_categories_join_the_temporaries_and_the_total_stays() -> None:
     plan = example()
-    for phase in plan["phases"]:
-        phase["parts"] = {**phase["parts"], "trainable weights": 4 * MIB, "something new": MIB}
-        phase["bytes"] = sum(phase["parts"].values())
-    shown = planview.grid(plan)
+    parts = [{**moment.parts, "trainable weights": 4 * MIB, "something new": MIB} for moment in plan.phases]
+    phases = [Moment(old.phase, sum(new.values()), new) for old, new in zip(plan.phases, parts, strict=True)]
+    shown = planview.grid(replace(plan, phases=phases))
     names = [name for name, _ in shown.rows]
     assert "trainable weights" not in names
     assert "temporaries" in names
@@ -116,9 +118,9 @@ def test_categories_that_are_zero_have_no_row() -> None:
 def test_predicted_beside_measured() -> None:
     table = compare_table(
         [
-            {"what": "frozen weights", "predicted": 110 * MIB, "measured": 100 * MIB},
-            {"what": "states [m]", "predicted": 0, "measured": 8 * MIB},
-            {"what": "outside", "predicted": MIB, "measured": 0},
+            Compared("frozen weights", 110 * MIB, 100 * MIB),
+            Compared("states [m]", 0, 8 * MIB),
+            Compared("outside", MIB, 0),
         ]
     )
     rows = [line.split("  ") for line in printed(table).splitlines()[2:]]
@@ -149,7 +151,7 @@ def test_bar_of_a_plan_that_misses_points_into_it() -> None:
 
 def test_what_the_allocator_counts_besides_tensors_is_drawn() -> None:
     plan = example()
-    plan = {**plan, "allocated": plan["peak"]["bytes"] + 205 * MIB}
+    plan = replace(plan, allocated=plan.peak.bytes + 205 * MIB)
     text = " ".join(printed(plan_bar(plan, 96)).split())
     assert "+ workspaces and rounding 0.20 % fragmentation 0.50 # outside 0.50" in text
     assert "at most 16.3 allocated + 0.5 fragmentation" in verdict(plan)
@@ -202,32 +204,32 @@ def test_no_timeline_without_a_trace() -> None:
 @pytest.mark.parametrize("name", PLANS)
 def test_page_is_whole_and_needs_nothing(name: str) -> None:
     plan = PLANS[name]()
-    text = page(copy.deepcopy(plan))
+    text = page(plan)
     assert not re.search(r"https?:|//[a-z]|<script|<link|<img|@import|url\(|src=|href=", text)
     pictures = drawings(text)
-    assert len(pictures) == (4 if plan["timeline"] else 2)
+    assert len(pictures) == (4 if plan.timeline else 2)
     for picture in pictures:
         assert picture.get("role") == "img"
         assert picture.get("aria-label")
     assert "<b>not</b>" not in text
     for name in re.findall(r"fill=\"var\((--[a-z]+)\)", text):
         assert f"{name}:#" in text.replace("--fg:", "--fg:#")
-    assert plan["model"].rpartition("/")[2] in text
-    assert ("Closed forms beside the trace" in text) == (plan["how"] == "trace")
-    assert ("The largest at the peak" in text) == bool(plan["peak"]["largest"])
+    assert plan.model.rpartition("/")[2] in text
+    assert ("Closed forms beside the trace" in text) == (plan.how == "trace")
+    assert ("The largest at the peak" in text) == bool(plan.largest)
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_drawn_widths_are_the_bytes(name: str) -> None:
     plan = PLANS[name]()
-    phases = plan["phases"] or [plan["peak"]]
+    phases = plan.phases or [plan.peak]
     for picture in drawings(page(plan))[:2]:
         drawn = [(rect[0].text or "", float(rect.get("width", 0))) for rect in picture.iter("rect") if len(rect)]
         needed = sum(width for title, width in drawn if title.startswith("needed, "))
-        scale = needed / plan["needed"]
+        scale = needed / plan.needed
         for phase in phases:
-            for part, size in phase["parts"].items():
-                widths = [width for title, width in drawn if title.startswith(f"{phase['phase']}, {part}: ")]
+            for part, size in phase.parts.items():
+                widths = [width for title, width in drawn if title.startswith(f"{phase.phase}, {part}: ")]
                 assert widths == ([pytest.approx(size * scale, rel=0.01)] if size else [])
 
 

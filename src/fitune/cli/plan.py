@@ -78,7 +78,9 @@ def plan(
 
     from fitune.commands.plan import answer
     from fitune.core.files import write_atomic
-    from fitune.views.plan import page, plan_bar, plan_table, plan_timeline, verdict
+    from fitune.views.plan import plan_table, verdict
+    from fitune.views.plan_drawing import plan_bar, plan_timeline
+    from fitune.views.plan_page import page
     from fitune.views.terminal import Terminal
 
     words = str(tokenizer) if tokenizer is not None else None
@@ -88,23 +90,23 @@ def plan(
     with Terminal(console) as watch:
         found = answer(model, data=data or (), gpu=gpu, words=words, watch=watch, **given)
     made = found.plan
-    seen = made.as_dict()
-    console.print(plan_table(seen))
-    console.print(plan_bar(seen, min(console.width, 100)))
-    console.print(plan_timeline(seen, min(console.width, 100), 10))
+    console.print(plan_table(made))
+    console.print(plan_bar(made, min(console.width, 100)))
+    console.print(plan_timeline(made, min(console.width, 100), 10))
     for note in made.notes:
         console.print(note, style="yellow", markup=False, highlight=False)
-    console.print(verdict(seen), markup=False, highlight=False)
+    console.print(verdict(made), markup=False, highlight=False)
+    figures = made.as_dict()
     if made.fits is False:
         from fitune.commands.savers import what_helps
 
         help_ = what_helps(found)
         console.print(help_.text, markup=False, highlight=False)
-        seen["helps"] = help_.as_dict()
+        figures["helps"] = help_.as_dict()
     if html is not None:
-        write_atomic(html, page(seen))
+        write_atomic(html, page(made))
         console.say(f"page {html}")
-    print_figures(seen, json)
+    print_figures(figures, json)
 
 
 def _check(model: str, data: list[str], tokenizer: Path | None, given: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
 from fitune.core.events import Ticker, Watcher
 from fitune.core.files import expand
-from fitune.memory import plan as plans
+from fitune.core.plan import size_text
 from fitune.memory import search
 
 SHOWN = 3  # suggestions
@@ -216,10 +216,10 @@ def _changed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
 def _nothing_fits(asked: Asked, found: search.Found) -> ConfigError:
     nearest = found.misses[:NEAREST]
     told = "; ".join(
-        f"{one.name} with one row of {one.max_length:,} tokens: {plans.size(one.needed)}" for one in nearest
+        f"{one.name} with one row of {one.max_length:,} tokens: {size_text(one.needed)}" for one in nearest
     )
     return ConfigError(
-        f"nothing fits into {plans.size(asked.where.budget or 0)} ({asked.where.name}) with these settings",
+        f"nothing fits into {size_text(asked.where.budget or 0)} ({asked.where.name}) with these settings",
         received=told or "ways that nearly fit, of which no exact plan does",
         fix="a smaller model, a shorter --max-length, or fewer settings that must stay",
     )

@@ -17,6 +17,7 @@ import numpy as np
 from fitune.commands.plan import Asked, Rows, work_of
 from fitune.core.config import RunConfig, build, merge
 from fitune.core.errors import ConfigError
+from fitune.core.plan import size_text
 from fitune.data.store import lengths_of
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
@@ -217,10 +218,10 @@ def below_all(where: devices.Device) -> ConfigError | None:
     beside = plans.outside_of(where)
     if where.budget is None or where.budget > sum(beside.values()):
         return None
-    told = ", ".join(f"{name} {plans.size(taken)}" for name, taken in beside.items())
+    told = ", ".join(f"{name} {size_text(taken)}" for name, taken in beside.items())
     default = where.kind == "cuda" and devices.calibration(where.name).measured is None
     return ConfigError(
-        f"{plans.size(where.budget)} ({where.name}) is less than what lies beside any model",
+        f"{size_text(where.budget)} ({where.name}) is less than what lies beside any model",
         received=told + (", a default on the safe side" if default else ""),
         fix="a larger --gpu" + ("; where the GPU is, `fitune plan --calibrate` measures it" if default else ""),
     )

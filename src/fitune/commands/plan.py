@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fitune.core.config import RunConfig, build
 from fitune.core.errors import Collector, ConfigError, DataError
 from fitune.core.events import Watcher
 from fitune.core.files import expand
+from fitune.core.plan import Compared
 from fitune.core.records import Conversation, DataReport, LengthChoice, Message, Sample
 from fitune.data import formats, pipeline, rows, templates, tokenizer
 from fitune.data.batches import Loader
@@ -332,8 +333,8 @@ class Verified:
     allocated: what torch's own profiler (on a GPU its allocator) counted, beside the trace's predicted peak.
     """
 
-    rows: list[dict[str, Any]]
-    phases: list[dict[str, Any]]
+    rows: list[Compared]
+    phases: list[Compared]
     predicted: int
     allocated: int
 
@@ -345,8 +346,8 @@ class Verified:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "rows": self.rows,
-            "phases": self.phases,
+            "rows": [asdict(row) for row in self.rows],
+            "phases": [asdict(phase) for phase in self.phases],
             "predicted": self.predicted,
             "allocated": self.allocated,
             "error": self.error,
@@ -371,12 +372,11 @@ def verify(config: RunConfig, watch: Watcher | None = None) -> Verified:
     phases = {moment.phase: moment.bytes for moment in measured.phases}
     parts = dict.fromkeys([*seen.peak.parts, *measured.peak.parts])
     return Verified(
-        rows=[{"what": name, "predicted": seen.peak.parts.get(name, 0), "measured": measured.peak.parts.get(name, 0)}
-              for name in parts],
-        phases=[{"what": m.phase, "predicted": m.bytes, "measured": phases.get(m.phase, 0)} for m in seen.phases],
+        rows=[Compared(name, seen.peak.parts.get(name, 0), measured.peak.parts.get(name, 0)) for name in parts],
+        phases=[Compared(m.phase, m.bytes, phases.get(m.phase, 0)) for m in seen.phases],
         predicted=seen.peak.bytes,
         allocated=allocated,
-    )  # fmt: skip
+    )
 
 
 def _three(job: Job) -> plans.Work:

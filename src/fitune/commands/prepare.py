@@ -17,6 +17,7 @@ from fitune.core.config import DataSource, RunConfig
 from fitune.core.errors import Collector, ConfigError, TrainingError
 from fitune.core.events import Watcher
 from fitune.core.files import expand, sha256
+from fitune.core.plan import size_text
 from fitune.core.records import Conversation, DataReport, Finding, Layout, Source
 from fitune.data import formats, pipeline, readers, templates, tokenizer
 from fitune.data.batches import Loader
@@ -311,8 +312,8 @@ def _planned(work: plans.Work, device: torch.device, name: str, outside: Mapping
 def _refuse_what_cannot_fit(plan: plans.Plan, config: RunConfig) -> None:
     if plan.fits is False and not config.force:
         raise TrainingError(
-            f"the plan says that this does not fit: it misses by {plans.size(-(plan.spare or 0))}",
-            received=f"{plans.size(plan.needed)} needed, {plans.size(plan.budget or 0)} there; {plans.made_of(plan)}",
+            f"the plan says that this does not fit: it misses by {size_text(-(plan.spare or 0))}",
+            received=f"{size_text(plan.needed)} needed, {size_text(plan.budget or 0)} there; {plans.made_of(plan)}",
             fix="a smaller --batch-size or --max-length, --checkpointing, --quant nf4, --optimizer adamw-8bit; "
             "or --force, to try it anyway",
         )

@@ -13,7 +13,7 @@ from fitune.commands import evaluate as evaluation
 from fitune.commands.exact import Exact, Suggestion, labelled
 from fitune.commands.plan import Asked
 from fitune.core.errors import FituneError
-from fitune.memory import plan as plans
+from fitune.core.plan import size_text
 from fitune.memory.closed import state_bytes
 from fitune.models import weights
 from fitune.models.model import without_weights
@@ -63,12 +63,12 @@ def _rounded(value: float) -> str:
 def _against_the_machine(exactly: Exact, best: Suggestion) -> Advice:
     made, where, batch, times = best.plan, exactly.asked.where, best.micro_batch, best.accumulation
     text = (
-        f"{best.name} needs {plans.size(made.needed)} of {plans.size(made.budget or 0)} with micro-batches of {batch} "
+        f"{best.name} needs {size_text(made.needed)} of {size_text(made.budget or 0)} with micro-batches of {batch} "
         f"rows of at most {best.max_length:,} tokens{f', {times} for each step' if times > 1 else ''}"
     )
     if best.largest_batch > batch:
         every = " (all there are)" * (best.largest_batch == len(exactly.rows.samples))
-        text += f"; {best.largest_batch} rows{every} would fit, with {plans.size(best.needed_at_largest)}"
+        text += f"; {best.largest_batch} rows{every} would fit, with {size_text(best.needed_at_largest)}"
     work = exactly.work(best.settings)
     text += f"; an epoch is {work:,.3g} operations"
     if best.seconds is not None:
@@ -92,8 +92,8 @@ def _old_rules(exactly: Exact, best: Suggestion) -> Advice:
     config = exactly.with_settings(best.settings).config
     each = 2 * DTYPES[config.trainable_dtype].itemsize + state_bytes(config)  # itself, its gradient, its states
     text = (
-        f"the old rules say {plans.size(by_batch)} (6 x batch x parameters, with {rows} rows) and "
-        f"{plans.size(by_bytes)} (4 + 8 + 4 bytes a parameter); the plan says {plans.size(best.plan.needed)}: "
+        f"the old rules say {size_text(by_batch)} (6 x batch x parameters, with {rows} rows) and "
+        f"{size_text(by_bytes)} (4 + 8 + 4 bytes a parameter); the plan says {size_text(best.plan.needed)}: "
         f"{_rounded(each)} bytes go to each of the {trained:,} trained parameters alone, and activations depend on "
         "tokens, not on rows"
     )

@@ -21,11 +21,11 @@ from fitune.core.config import RunConfig
 from fitune.core.errors import RunFolderError
 from fitune.core.events import Watcher
 from fitune.core.files import MANIFEST, whole, write_atomic
+from fitune.core.plan import Plan
 from fitune.core.records import Finding
 from fitune.engine import environment, integrity, optim
 from fitune.engine.checkpoint import Loaded, RunFolder, restore_rng
-from fitune.views import plan as planview
-from fitune.views import report
+from fitune.views import plan_page, report
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -65,7 +65,7 @@ def pages_again(run: RunFolder) -> None:
     if not run.report.is_file():
         report.write(run)
     if not run.plan_page.is_file():
-        write_atomic(run.plan_page, planview.page(run.read("plan")))
+        write_atomic(run.plan_page, plan_page.page(Plan.from_dict(run.read("plan"), f"{run.path}: plan.json")))
 
 
 def check_same_settings(run: RunFolder, config: RunConfig) -> None:

@@ -17,6 +17,7 @@ from fitune.commands.prepare import check_quantized
 from fitune.core.config import RunConfig
 from fitune.core.errors import FituneError
 from fitune.core.events import Watcher
+from fitune.core.plan import size_text
 from fitune.memory import plan as plans
 from fitune.memory import search
 from fitune.models import methods
@@ -131,13 +132,13 @@ class Help:
     @property
     def text(self) -> str:
         """For people."""
-        told = f"misses by {plans.size(self.missing)}"
+        told = f"misses by {size_text(self.missing)}"
         if self.never:
             return f"{told}: {self.never}"
-        each = ", ".join(f"`{one.flag}` saves {plans.size(one.saves)} ({one.cost})" for one in self.savers[:HELPS])
+        each = ", ".join(f"`{one.flag}` saves {size_text(one.saves)} ({one.cost})" for one in self.savers[:HELPS])
         told += f": {each or 'no saver helps here'}"
         if self.together is not None:
-            return f"{told}; with `{self.together['flags']}` it needs {plans.size(self.together['needed'])} and fits"
+            return f"{told}; with `{self.together['flags']}` it needs {size_text(self.together['needed'])} and fits"
         if not self.savers:
             return told
         return f"{told}; all together are not enough: without --method, fitune plan looks through every way"

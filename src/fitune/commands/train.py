@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,7 @@ from fitune.models.kernels.attention import chosen
 from fitune.models.kernels.target import of
 from fitune.models.model import causal_lm, compute_dtype, pick_device, trainable
 from fitune.views import model_card as modelcard
-from fitune.views import plan as planview
-from fitune.views import report
+from fitune.views import plan_page, report
 
 
 @dataclass(frozen=True)
@@ -312,7 +311,7 @@ def _begin(run: RunFolder, job: Job, watch: Watcher) -> None:
         "model_revision": hub.revision_of(Path(job.config.model)),
     }
     run.write("plan", plan)
-    write_atomic(run.plan_page, planview.page(plan))
+    write_atomic(run.plan_page, plan_page.page(replace(job.plan, trainable=job.trainable, total=job.total)))
     findings = [asdict(finding) for finding in job.findings]
     run.write(
         "data",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 
 from fitune.core import processor
 from fitune.core.config import RunConfig
+from fitune.core.plan import Holding, Moment, Point
+from fitune.core.plan import Plan as Plan
 from fitune.core.records import Batch, Layout
 from fitune.data.batches import rounded
 from fitune.engine import optim
@@ -57,71 +59,6 @@ class Work:
     def largest(self) -> Batch:
         """The micro-batch with the most tokens."""
         return max((batch for step in self.steps for batch in step), key=lambda batch: len(batch.ids))
-
-
-@dataclass(frozen=True)
-class Moment:
-    """The most that a phase takes, and what it is made of, in bytes."""
-
-    phase: str
-    bytes: int
-    parts: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run takes, in bytes.
-
-    how: trace, or closed form and why. phases: the most of each. peak: the most of all, largest: of what it is made,
-    as [{"what", "count", "bytes"}]. allocated: by the allocator's count. reserved: from the GPU, with fragmentation;
-    smallest: the least with which it goes through, giving cached memory back when needed; both None on a CPU.
-    outside: beside the tensors. needed: all of it. budget, spare, fits: of the device, None where nobody said how much
-    there is. closed: the same by closed forms. loss_rows: of how many label rows logits are there at once.
-    """
-
-    model: str
-    method: str
-    precision: str
-    quant: str
-    device: str
-    gpu: str | None
-    how: str
-    why: str
-    tokens: int
-    rows: int
-    max_length: int | None
-    trainable: int
-    total: int
-    phases: list[Moment]
-    peak: Moment
-    largest: list[dict[str, Any]]
-    timeline: list[dict[str, Any]]
-    allocated: int
-    reserved: int | None
-    reserved_expandable: int | None
-    smallest: int | None
-    outside: dict[str, int]
-    needed: int
-    budget: int | None
-    closed: dict[str, int]
-    notes: list[str] = field(default_factory=list)
-    loss_rows: int = 0
-
-    @property
-    def spare(self) -> int | None:
-        """What would be left of the budget; negative: what is missing."""
-        return None if self.budget is None else self.budget - self.needed
-
-    @property
-    def fits(self) -> bool | None:
-        """Is there room for it?"""
-        return None if self.spare is None else self.spare >= 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        values = asdict(self)
-        values["peak"]["largest"] = values.pop("largest")
-        return {**values, "spare": self.spare, "fits": self.fits}
 
 
 def without_words(config: RunConfig) -> RunConfig:
@@ -265,8 +202,8 @@ class Usage:
 
     phases: list[Moment]
     peak: Moment
-    largest: list[dict[str, Any]]
-    timeline: list[dict[str, Any]]
+    largest: list[Holding]
+    timeline: list[Point]
 
 
 def usage(tracer: Tracer, *, without: str = "") -> Usage:
@@ -282,9 +219,7 @@ def usage(tracer: Tracer, *, without: str = "") -> Usage:
                      for at in range(0, len(totals), step)} | set(tops.values()))  # fmt: skip
     parts = _parts_at(tracer, points)
     phases = [Moment(phase, totals[at], parts[at]) for phase, at in tops.items()]
-    timeline = [
-        {"at": at / max(1, len(totals) - 1), "phase": _phase_at(spans, at), "parts": parts[at]} for at in points
-    ]
+    timeline = [Point(at / max(1, len(totals) - 1), _phase_at(spans, at), parts[at]) for at in points]
     return Usage(phases, next(m for m in phases if m.phase == highest), _largest(tracer, tops[highest]), timeline)
 
 
@@ -350,7 +285,7 @@ def _parts_at(tracer: Tracer, events: Sequence[int]) -> dict[int, dict[str, int]
     return found
 
 
-def _largest(tracer: Tracer, event: int, most: int = 12) -> list[dict[str, Any]]:
+def _largest(tracer: Tracer, event: int, most: int = 12) -> list[Holding]:
     """What is there at an event: storages of the same kind together, the largest first."""
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -359,7 +294,7 @@ def _largest(tracer: Tracer, event: int, most: int = 12) -> list[dict[str, Any]]
             name = _name(block)
             sizes[name] += block.bytes
             counts[name] += 1
-    return [{"what": name, "count": counts[name], "bytes": size} for name, size in sizes.most_common(most)]
+    return [Holding(name, counts[name], size) for name, size in sizes.most_common(most)]
 
 
 def _name(block: Block) -> str:
@@ -447,7 +382,7 @@ def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int
 
 def _by_forms(forms: Mapping[str, int]) -> Usage:
     peak = Moment("loss", sum(forms.values()), dict(forms))
-    return Usage([peak], peak, [{"what": name, "count": 1, "bytes": size} for name, size in forms.items()], [])
+    return Usage([peak], peak, [Holding(name, 1, size) for name, size in forms.items()], [])
 
 
 FAR = 0.35  # share by which closed forms and trace may differ before it is told
@@ -496,11 +431,6 @@ def with_workspaces(tracer: Tracer, size: int) -> list[allocator.Event]:
     loaded = next((at for at, phase, _ in tracer.course if phase not in ("", "load", "start")), len(tracer.events))
     first = len(tracer.blocks)
     return [*tracer.events[:loaded], (first, size), (first + 1, size), *tracer.events[loaded:]]
-
-
-def size(count: int) -> str:
-    """Bytes in words: GiB from 10 GiB on, as in a plan's own words."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 10 * 2**30 else f"{count / MIB:,.0f} MiB"
 
 
 def made_of(made: Plan, most: int = 3) -> str:

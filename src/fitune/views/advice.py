@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fitune.memory.plan import size
+from fitune.core.plan import size_text
 from fitune.views.charts import NARROW, WIDE
 from fitune.views.pages import render
-from fitune.views.plan import needed_bars
+from fitune.views.plan_page import needed_bars
 
 ROWS = 18  # of the ranking that are shown in a terminal
 CHECKPOINTED = ", checkpointing"
@@ -44,8 +44,8 @@ def suggested(found: Any) -> list[Sequence[str]]:
     """What is suggested, each planned exactly, by SUGGESTED."""
     return [
         (
-            one.name, f"{one.micro_batch} x {one.accumulation}", f"{one.max_length:,}", size(one.plan.needed),
-            size(one.plan.spare or 0), f"{one.largest_batch:,}", _time(one.seconds),
+            one.name, f"{one.micro_batch} x {one.accumulation}", f"{one.max_length:,}", size_text(one.plan.needed),
+            size_text(one.plan.spare or 0), f"{one.largest_batch:,}", _time(one.seconds),
         )
         for one in found.suggestions
     ]  # fmt: skip
@@ -70,7 +70,7 @@ def ranked(found: Any) -> list[Sequence[str]]:
 
 def saved(found: Any) -> list[Sequence[str]]:
     """What each change to the best suggestion would give, the most for its cost first, by SAVED."""
-    return [(one.flag, size(one.saves), f"x {one.time:.2f}", one.cost) for one in found.savers]
+    return [(one.flag, size_text(one.saves), f"x {one.time:.2f}", one.cost) for one in found.savers]
 
 
 # ---- the terminal ----
@@ -167,7 +167,7 @@ def _count(number: int) -> str:
 
 def _where(found: Any) -> str:
     """`24.0 GiB`, and the name of what has them, where it has another."""
-    return size(found.budget) if found.where[:1].isdecimal() else f"{size(found.budget)} of {found.where}"
+    return size_text(found.budget) if found.where[:1].isdecimal() else f"{size_text(found.budget)} of {found.where}"
 
 
 def _time(seconds: float | None) -> str:
@@ -190,13 +190,13 @@ def _time(seconds: float | None) -> str:
 def page(found: Any) -> str:
     """All of it as a page that needs nothing from elsewhere."""
     best = found.suggestions[0]
-    suggestions = {one.name: one.plan.as_dict() for one in found.suggestions}
-    savers = {"as it is": best.plan.as_dict(), **{one.flag: one.plan.as_dict() for one in found.savers}}
+    suggestions = {one.name: one.plan for one in found.suggestions}
+    savers = {"as it is": best.plan, **{one.flag: one.plan for one in found.savers}}
     numbers = [
-        ("budget", size(found.budget)),
+        ("budget", size_text(found.budget)),
         ("best", best.name),
         ("rows of a step", f"{best.micro_batch} x {best.accumulation}"),
-        ("needs", size(best.plan.needed)),
+        ("needs", size_text(best.plan.needed)),
         *([("an epoch", _time(best.seconds))] if best.seconds is not None else []),
         ("combinations tried", f"{found.combinations:,}"),
     ]
