@@ -23,17 +23,17 @@ from fitune.data import given
 from fitune.data.cache import Cache, default_folder
 
 if TYPE_CHECKING:
-    from fitune.commands.evaluate import Evaluation as Evaluation
-    from fitune.commands.train import Result as Result
     from fitune.core.events import Watcher as Watcher
     from fitune.core.plan import Plan as Plan
+    from fitune.core.results import Evaluation as Evaluation
+    from fitune.core.results import Result as Result
     from fitune.models.model import Tuned as Tuned
 
 # what is passed on as it is, by the modules that have it; loaded when it is first used
 MODULES = {
-    "Converted": "commands.convert", "Downloaded": "models.hub", "Evaluation": "commands.evaluate",
+    "Converted": "commands.convert", "Downloaded": "models.hub", "Evaluation": "core.results",
     "Exported": "commands.export", "Merged": "commands.merge", "Plan": "core.plan",
-    "QuantizedModel": "commands.quantize", "Result": "commands.train", "StepRecord": "core.records",
+    "QuantizedModel": "commands.quantize", "Result": "core.results", "StepRecord": "core.records",
     "Tuned": "models.model", "Watcher": "core.events", "convert": "commands.convert", "download": "models.hub",
     "export": "commands.export", "load_model": "models.model", "merge": "commands.merge",
     "quantize": "commands.quantize",
@@ -142,11 +142,11 @@ def _run(
     from fitune.views.screen import Screen
     from fitune.views.terminal import Terminal
 
-    told = [Terminal(Screen())] if verbose else []
-    told += [Steps(on_step)] if on_step is not None else []  # type: ignore[list-item]
-    told += [watch] if watch is not None else []  # type: ignore[list-item]
+    watchers: list[Watcher] = [Terminal(Screen())] if verbose else []
+    watchers += [Steps(on_step)] if on_step is not None else []
+    watchers += [watch] if watch is not None else []
     config = resume_config(settings["output"], dict(settings)) if resume else build(settings)
-    return run(config, resume=resume, watch=Several(told))
+    return run(config, resume=resume, watch=Several(watchers))
 
 
 def plan(

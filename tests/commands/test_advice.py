@@ -24,7 +24,7 @@ from fitune.commands.savers import smaller_batches, what_helps
 from fitune.commands.train import train
 from fitune.core.config import build, merge, parse_assignments
 from fitune.core.errors import ConfigError, FituneError
-from fitune.core.events import Watcher
+from fitune.core.events import Silent
 from fitune.core.plan import size_text
 from fitune.core.records import Sample
 from fitune.data.batches import Loader, rounded
@@ -73,7 +73,7 @@ def exact_of(wanted: dict[str, Any]) -> advice.Exact:
     given = ("model", "data", "gpu")
     settings = {k: v for k, v in wanted.items() if k not in given}
     asked = ask(wanted["model"], data=wanted["data"], gpu=wanted["gpu"], settings=settings)
-    return advice.Exact(asked, look(asked, None, Watcher()), settings)
+    return advice.Exact(asked, look(asked, None, Silent()), settings)
 
 
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=[] if n < 1 else [pytest.mark.full]) for n in range(30)])

@@ -129,8 +129,8 @@ def test_a_demo_that_is_resumed_has_its_before_and_after(short_demo: None, tmp_p
             demo.demo(str(run.path), Stopped())
         assert not run.report.exists()
         resume(str(run.path))
-        assert run.read("answers") == answers
-        assert {row["expected"] for row in answers}
+        assert run.read("answers") == [row.as_dict() for row in answers]
+        assert {row.expected for row in answers}
         assert len(answers) == 3
         pages = [Path(folder, "report.html").read_text(encoding="utf-8") for folder in (whole.run, run.path)]
         tables = [re.search("<h2>Before and after.*?</table>", page, re.DOTALL) for page in pages]

@@ -23,7 +23,7 @@ from fitune.commands import train as training
 from fitune.commands.train import resume_config, train
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, FituneError, ModelError, Problems, TrainingError
-from fitune.core.events import Watcher
+from fitune.core.events import Silent, Watcher
 from fitune.core.records import Conversation, Message, Sample, Source, ToolCall
 from fitune.data import tokenizer
 from fitune.data.batches import Loader, flat
@@ -428,8 +428,8 @@ def test_an_estimate_counts_all_that_a_row_says() -> None:
 def test_an_estimate_is_within_a_quarter_of_the_tokens(shared: Path, file: str, changes: dict[str, Any]) -> None:
     settings = {"max_length": 2048, "take": [60], "val_share": 0.0, **changes}
     asked = planning.ask(SMALL, data=[str(shared / "data" / file)], gpu="24GB", settings=settings)
-    guessed = planning.look(asked, None, Watcher())
-    real = planning.look(asked, shared / "tokenizers" / "qwen2", Watcher())
+    guessed = planning.look(asked, None, Silent())
+    real = planning.look(asked, shared / "tokenizers" / "qwen2", Silent())
     assert guessed.note
     assert not real.note
     guessed_sum, real_sum = (int(lengths_of(rows.samples).sum()) for rows in (guessed, real))

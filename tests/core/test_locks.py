@@ -12,7 +12,7 @@ from fitune.commands import train as training
 from fitune.core import files, locks
 from fitune.core.config import build
 from fitune.core.errors import RunFolderError
-from fitune.core.events import Watcher
+from fitune.core.events import Silent
 from fitune.data import sums
 from fitune.models import weights
 
@@ -34,11 +34,11 @@ def test_two_runs_without_an_output_get_a_folder_each(tmp_path: Path, monkeypatc
         training, "resolve", lambda c: c.model_copy(update={"output": c.output or str(tmp_path / next(names))})
     )
     with locks.held(tmp_path / "first", print), contextlib.ExitStack() as stack:
-        taken, run = training._take_folder(config, stack, Watcher())
+        taken, run = training._take_folder(config, stack, Silent())
         assert run.path == Path(str(taken.output)) == tmp_path / "second"
         assert locks.holder(run.path)
         with pytest.raises(locks.InUseError):
-            training._take_folder(config.model_copy(update={"output": str(tmp_path / "first")}), stack, Watcher())
+            training._take_folder(config.model_copy(update={"output": str(tmp_path / "first")}), stack, Silent())
 
 
 def test_a_path_that_cannot_be_a_folder_is_a_message(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from fitune.commands import prepare as preparing
 from fitune.commands.prepare import prepare, resolve
 from fitune.core.config import DataSource, RunConfig, build
 from fitune.core.errors import ConfigError, DataError, Problems
-from fitune.core.events import Watcher
+from fitune.core.events import Silent
 from fitune.core.records import Conversation, DataReport
 from fitune.data.rows import load, weigh
 from fitune.data.store import Rows
@@ -165,7 +165,7 @@ def test_any_name_is_just_a_path(
 
 def job(config: dict[str, Any], model_folder: Path, folder: Path) -> preparing.Job:
     settings = {"model": str(model_folder), "output": str(folder / "out"), "batch_size": 2, **config}
-    return prepare(resolve(build(settings)), Watcher())
+    return prepare(resolve(build(settings)), Silent())
 
 
 def test_every_file_that_is_read_is_fingerprinted(model_folder: Path, data_file: Path, tmp_path: Path) -> None:

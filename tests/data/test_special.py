@@ -14,7 +14,7 @@ from fitune.checks import textchecks
 from fitune.commands.prepare import prepare, resolve
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, Problems
-from fitune.core.events import Watcher
+from fitune.core.events import Silent
 from fitune.core.records import Conversation, Message, Sample, Source
 from fitune.data.encode import Encoder
 from fitune.data.templates import choose
@@ -201,7 +201,7 @@ def test_a_run_trains_answer_tokens_and_its_chat_shows_them(tmp_path: Path) -> N
         "val_share": 0,
         "cache": "none",
     }
-    asked = prepare(resolve(build(values)), Watcher())
+    asked = prepare(resolve(build(values)), Silent())
     warned = {finding.rule: finding for finding in asked.findings}["answer-tokens"]
     assert (warned.level, f'--answer-tokens "{EMO}"' in str(warned.fix)) == ("warn", True)
     settings = {**values, "answer_tokens": [EMO], "new_tokens": [EMO], "max_steps": 30, "lr": 0.05, "sample_prompts": 0}

@@ -25,7 +25,7 @@ from fitune.commands.train import resume_config, train
 from fitune.core import files, locks
 from fitune.core.config import build
 from fitune.core.errors import FituneError, RunFolderError, TrainingError
-from fitune.core.events import Watcher
+from fitune.core.events import Silent, Watcher
 from fitune.engine import integrity
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.loading import load
@@ -278,14 +278,14 @@ def test_the_best_checkpoint_is_verified_before_it_is_the_result(stopped: Path, 
     run, loss = checked(stopped), 2.0
     path = run.checkpoint(4)
     parameters = {name: torch.nn.Parameter(t) for name, t in run.load(path).trainable.items()}
-    put = resuming.back_to_best(run, parameters, (4, loss), lambda: loss, torch.float32, Watcher())
+    put = resuming.back_to_best(run, parameters, (4, loss), lambda: loss, torch.float32, Silent())
     assert put == loss
     with pytest.raises(TrainingError, match="read back, has a held-out loss of"):
-        resuming.back_to_best(run, parameters, (4, loss), lambda: loss * 1.01, torch.float32, Watcher())
+        resuming.back_to_best(run, parameters, (4, loss), lambda: loss * 1.01, torch.float32, Silent())
     for plant in (lambda: flip(path / "trainable.safetensors"), lambda: os.truncate(path / "trainable.safetensors", 9)):
         plant()
         with pytest.raises(RunFolderError, match="step-000004: the best checkpoint") as caught:
-            resuming.back_to_best(run, parameters, (4, loss), lambda: loss, torch.float32, Watcher())
+            resuming.back_to_best(run, parameters, (4, loss), lambda: loss, torch.float32, Silent())
         assert "--resume" in str(caught.value)
     # and a run that goes on does not count on it: it goes on from before
     state = {"best": [4, 1.0]}

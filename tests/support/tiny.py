@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from fitune.core.config import LengthPolicy
-from fitune.core.events import Watcher
+from fitune.core.events import Silent
 from fitune.core.records import Conversation, DataReport
 from fitune.data import pipeline
 from fitune.data.cache import Cache
@@ -216,7 +216,7 @@ def encoded(
     rows, cache = as_rows(conversations), Cache()
 
     def encode(some: Rows, one: Encoder) -> Samples:
-        return pipeline.encode(some, one, cache, "", Watcher())
+        return pipeline.encode(some, one, cache, "", Silent())
 
     whole = encode(rows, encoder.with_max_length(None))
     samples, of = pipeline.fit(whole, np.arange(len(rows)), encoder, policy, encode)

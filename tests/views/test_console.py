@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fitune.core.events import RUN_FOLDER
 from fitune.core.records import Finding, StepRecord
+from fitune.core.results import Answered
 from fitune.views import terminal as console
 from fitune.views.terminal import ECHO, Terminal, answers_table, lengths_table, methods_table
 
@@ -176,7 +177,7 @@ def test_columns_line_up_behind_wide_characters() -> None:
     first, second = file.getvalue().splitlines()[-2:]
     assert cell_len(first[: first.index("10.0%") + 5]) == cell_len(second[: second.index("100.0%") + 6])
     file.truncate(file.seek(0))
-    rows = [{"prompt": "法国的首都是哪里？", "expected": "巴黎", "before": "x", "after": "巴黎"}]
+    rows = [Answered("法国的首都是哪里？", "巴黎", before="x", after="巴黎")]
     out.print(answers_table(rows))
     lines = [line for line in file.getvalue().splitlines() if line[:1] in "┃│"]
     edges = [[cell_len(line[: found.start()]) for found in re.finditer("[┃│]", line)] for line in lines]
@@ -185,7 +186,7 @@ def test_columns_line_up_behind_wide_characters() -> None:
 
 
 def test_a_model_alone_has_one_answer_to_a_prompt() -> None:
-    rows = [{"prompt": "1+1?", "expected": "2", "before": "two", "after": "two"}]
+    rows = [Answered("1+1?", "2", before="two", after="two")]
     for base, headings in (
         (True, ["prompt", "expected", "before", "after"]),
         (False, ["prompt", "expected", "answer"]),

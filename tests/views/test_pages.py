@@ -20,7 +20,7 @@ from fitune.commands import inspect as inspection
 from fitune.commands.quantize import quantize
 from fitune.commands.train import train
 from fitune.core.config import build, quant_options
-from fitune.core.events import Watcher
+from fitune.core.events import Silent
 from fitune.core.records import StepRecord
 from fitune.engine.checkpoint import RunFolder
 from fitune.views import advice as adviceview
@@ -99,7 +99,7 @@ def advice() -> str:
 def pages(finished: RunFolder, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("pages")
     settings = {"model": str(model_folder), "data": [str(tiny.write_rows(folder / ("行" * 60 + ".jsonl"), 60))]}
-    seen = inspection.inspect(build(settings), samples=2, tokenizers=[str(model_folder)], watch=Watcher())
+    seen = inspection.inspect(build(settings), samples=2, tokenizers=[str(model_folder)], watch=Silent())
     quantize(model_folder, folder / "nf4", quant=quant_options("nf4"))
     found = {
         "report": finished.report.read_text(encoding="utf-8"),

@@ -29,7 +29,7 @@ from fitune.commands.savers import Help, Saver, savers, what_helps
 from fitune.core import catalog
 from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
-from fitune.core.events import Ticker, Watcher
+from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.files import expand
 from fitune.core.plan import size_text
 from fitune.memory import search
@@ -86,7 +86,7 @@ def advise(
     Raises:
         FituneError: as `planning.plan`; or nothing fits at all.
     """
-    watch = watch or Watcher()
+    watch = watch or Silent()
     if settings.get("batch_tokens") is not None:
         raise ConfigError(
             "batch_tokens beside a search for the largest batch",

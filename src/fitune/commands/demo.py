@@ -22,8 +22,9 @@ from typing import Any
 from fitune.commands.train import resume_config, train
 from fitune.core.config import RunConfig, build
 from fitune.core.errors import ConfigError, RunFolderError
-from fitune.core.events import Watcher
+from fitune.core.events import Silent, Watcher
 from fitune.core.files import TEMPORARY, expand, sha256
+from fitune.core.results import Answered
 from fitune.engine.checkpoint import RunFolder
 from fitune.views import report
 
@@ -84,7 +85,7 @@ def _free() -> str:
 
 def demo(
     output: str | None = None, watch: Watcher | None = None, *, resume: bool = False
-) -> tuple[DemoResult, list[dict[str, Any]]]:
+) -> tuple[DemoResult, list[Answered]]:
     """Train, with the held-out prompts answered before and after; the report has these answers, resumed or not.
 
     Args:
@@ -93,7 +94,7 @@ def demo(
         resume: go on with the demo in `output`.
 
     Returns:
-        The figures, and a row per held-out prompt (prompt, expected, before, after).
+        The figures, and a record per held-out prompt.
 
     Raises:
         ConfigError: resume without output.
@@ -103,10 +104,10 @@ def demo(
         raise ConfigError("--resume: which demo?", fix="add --output RUN")
     done = train(
         resume_config(str(output), {}) if resume else config(output, sample_prompts=ALL),
-        watch=watch or Watcher(),
+        watch=watch or Silent(),
         resume=resume,
     )
-    table: list[dict[str, Any]] = RunFolder(done.run).read("answers")
+    table = [Answered(**row) for row in RunFolder(done.run).read("answers")]
     before, after = (report.exact_matches(table, when) for when in ("before", "after"))
     result = DemoResult(
         base_accuracy=before / max(1, len(table)),

@@ -11,17 +11,17 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fitune.checks import leak, preflight
 from fitune.core.config import DataSource
 from fitune.core.errors import DataError
-from fitune.core.events import Ticker, Watcher
+from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.records import Batch, Conversation, DataReport, Layout, Sample
+from fitune.core.results import Answered, Evaluation, Scores
 from fitune.data import pipeline, rows
 from fitune.data.batches import in_order
 from fitune.data.cache import Cache
@@ -93,46 +93,6 @@ def accuracy(judged: Sequence[Judged]) -> float:
 # ---- whole data sets ----
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Of one model.
-
-    Args:
-        loss: per target token.
-        exact_match, bleu4, rouge_l: of answers without the template's frame and their thoughts; 0 to 1, bleu4 to 100.
-        thoughts: share of answers with a thought; None where none has one, nor should.
-        thought_match: of answers that should have a thought, those with this very one.
-        call_match: of answers that should call a tool, those that are this very call; not in the figures above.
-    """
-
-    loss: float
-    perplexity: float
-    exact_match: float | None = None
-    bleu4: float | None = None
-    rouge_l: float | None = None
-    thoughts: float | None = None
-    thought_match: float | None = None
-    call_match: float | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured; `base` where something was tuned on it."""
-
-    model: str
-    rows: int
-    asked: int  # rows whose prompts were answered
-    too_long: int  # rows whose prompt leaves no room for an answer
-    target_tokens: int
-    scores: Scores
-    base: Scores | None
-    samples: list[dict[str, str]] = field(default_factory=list)  # prompt, expected, base, tuned
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
 def evaluate(
     run_or_model: str | Path,
     data: Sequence[str | DataSource],
@@ -168,7 +128,7 @@ def evaluate(
     Raises:
         FituneError: the run, the model or the data cannot be used.
     """
-    watch = watch or Watcher()
+    watch = watch or Silent()
     tuned = load(run_or_model, model=model, device=device, template=template, precision=precision, quant=quant)
     if told := kept_date(tuned.template):
         watch.say(told)
@@ -205,7 +165,7 @@ def evaluate(
     mine, judged = scores(base=False)
     base, of_base = scores(base=True) if has_base else (None, judged)
     shown = [
-        {"prompt": a.prompt, "expected": a.expected, "before": b.answer, "after": a.answer}
+        Answered(a.prompt, a.expected, before=b.answer, after=a.answer)
         for a, b in list(zip(judged, of_base, strict=True))[:samples]
     ]
     targets = int(held_out.column("trained").sum())

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from fitune.checks import preflight
 from fitune.core.config import RunConfig
-from fitune.core.events import Ticker, Watcher
+from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.records import Conversation, DataReport, Finding, Sample
 from fitune.data import tokenizer
 from fitune.data.pipeline import NO_LIMIT
@@ -172,7 +172,7 @@ def inspect(
     Raises:
         FituneError: data or a tokenizer that cannot be read at all. Bad rows are counted, not raised.
     """
-    watch = watch or Watcher()
+    watch = watch or Silent()
     folder = locate(config.model)
     words = tokenizer.load(folder)
     if config.new_tokens:

@@ -23,7 +23,7 @@ from fitune.commands.prepare import Job, absolute, check_quantized, own_settings
 from fitune.core import catalog
 from fitune.core.config import RunConfig, build
 from fitune.core.errors import Collector, ConfigError, DataError
-from fitune.core.events import Watcher
+from fitune.core.events import Silent, Watcher
 from fitune.core.files import expand
 from fitune.core.plan import Compared
 from fitune.core.records import Conversation, DataReport, LengthChoice, Message, Sample
@@ -125,7 +125,7 @@ def answer(
     sources = [data] if isinstance(data, (str, Path)) else list(data)
     settings = {name: _plain(value) for name, value in settings.items()}
     wanted = ask(str(model), data=[_plain(source) for source in sources], gpu=gpu, settings=settings)
-    known = look(wanted, words, watch or Watcher())
+    known = look(wanted, words, watch or Silent())
     made = plans.plan(work_of(wanted, known), wanted.where, name=wanted.name)
     notes = [known.note] if known.note else []
     if wanted.where.kind == "cuda" and not wanted.where.bf16 and made.precision == "bf16":
@@ -364,7 +364,7 @@ def verify(config: RunConfig, watch: Watcher | None = None) -> Verified:
     Raises:
         FituneError: as `train` does.
     """
-    job = prepare(resolve(config), watch or Watcher())
+    job = prepare(resolve(config), watch or Silent())
     work = _three(job)
     target = of(job.tuned.device)
     seen = plans.usage(plans.traced(work, target), without="start")  # the job has its method already

@@ -18,7 +18,7 @@ from fitune.core.errors import Collector, ConfigError, TrainingError
 from fitune.core.events import Watcher
 from fitune.core.files import expand, sha256
 from fitune.core.plan import size_text
-from fitune.core.records import Conversation, DataReport, Finding, Layout, Source
+from fitune.core.records import Conversation, DataReport, Finding, Kept, Layout, Source
 from fitune.data import formats, pipeline, readers, templates, tokenizer
 from fitune.data.batches import Loader
 from fitune.data.cache import folder_digest, key
@@ -56,7 +56,7 @@ class Job:
     held_out_rows: list[Conversation]
     report: DataReport
     findings: list[Finding]
-    kept: list[precision.Kept]
+    kept: list[Kept]
     plan: plans.Plan
     work: plans.Work  # what the plan went over
     data_sha256: dict[str, str]

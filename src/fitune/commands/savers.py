@@ -16,7 +16,7 @@ from fitune.commands.plan import Answer
 from fitune.commands.prepare import check_quantized
 from fitune.core.config import RunConfig
 from fitune.core.errors import FituneError
-from fitune.core.events import Watcher
+from fitune.core.events import Silent, Watcher
 from fitune.core.plan import size_text
 from fitune.memory import plan as plans
 from fitune.memory import search
@@ -52,7 +52,7 @@ class Saver:
 
 def savers(exactly: Exact, settings: Mapping[str, Any], *, watch: Watcher | None = None) -> list[Saver]:
     """What each memory saver would give beside settings, the best for its cost first; each is planned exactly."""
-    watch, found = watch or Watcher(), []
+    watch, found = watch or Silent(), []
     changes = list(_changes(exactly, exactly.with_settings(settings).config))
     for done, (change, cost) in enumerate(changes):
         watch.progress("planning memory savers", done, len(changes))

@@ -28,9 +28,10 @@ from fitune.commands.resuming import note
 from fitune.core import begun, locks, processor
 from fitune.core.config import RunConfig, build, merge
 from fitune.core.errors import ConfigError, Interrupted, RunFolderError
-from fitune.core.events import NAME, RUN_FOLDER, Watcher
+from fitune.core.events import NAME, RUN_FOLDER, Silent, Watcher
 from fitune.core.files import full_disk, json_text, write_atomic
 from fitune.core.records import Conversation, Finding, StepRecord
+from fitune.core.results import Answered, Result
 from fitune.data import given
 from fitune.data.batches import in_order
 from fitune.engine import environment, integrity, optim
@@ -52,35 +53,6 @@ from fitune.views import model_card as modelcard
 from fitune.views import plan_page, report
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run reached. Losses are per target token."""
-
-    run: str
-    steps: int
-    first_loss: float
-    last_loss: float
-    base_held_out_loss: float | None  # of the model without the method
-    held_out_loss_before: float | None  # with it, before the first step: virtual tokens change the model at once
-    held_out_loss_after: float | None
-    trainable_parameters: int
-    total_parameters: int
-    real_tokens_per_second: float
-    peak_memory_mib: float
-    expected_memory_mib: float
-    seconds: float
-    history: tuple[StepRecord, ...] = ()  # the record of each step; in the run folder steps.jsonl
-
-    @property
-    def held_out_losses(self) -> dict[int, float]:
-        """The evaluations while it ran: step to held-out loss."""
-        return {one.step: one.held_out_loss for one in self.history if one.held_out_loss is not None}
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, without the history."""
-        return {name: value for name, value in vars(self).items() if name != "history"}
-
-
 def train(
     config: RunConfig,
     *,
@@ -99,7 +71,7 @@ def train(
     Raises:
         FituneError: the run was refused, went wrong, or was interrupted (then it is saved).
     """
-    watch = watch or Watcher()
+    watch = watch or Silent()
     try:
         with full_disk():
             return _train(config, resume, watch, outside)
@@ -267,7 +239,7 @@ def _summary(job: Job) -> dict[str, str]:
     }
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def _settings(job: Job) -> dict[str, str]:
     c = job.config
     return {
         "model": c.model,
@@ -404,11 +376,10 @@ def _held_out(job: Job, watch: Watcher) -> float | None:
     )
 
 
-def _said(job: Job, row: Conversation, before: str, after: str) -> dict[str, str]:
-    """The expected answer and both others without their thoughts; of one that only thought, its thought."""
-    texts = {"before": before, "after": after}
-    said = {when: read(job.tuned, row.question(), text).content or text for when, text in texts.items()}
-    return {"expected": expected(job.tuned, row).content, **said}
+def _answered(job: Job, row: Conversation, before: str, after: str) -> Answered:
+    """The expected answer and both others without their thoughts; an answer that is nothing but a thought is kept."""
+    first, then = (read(job.tuned, row.question(), text).content or text for text in (before, after))
+    return Answered(row.prompt()[-1].content, expected(job.tuned, row).content, first, then)
 
 
 def _sample_answers(job: Job, watch: Watcher) -> list[str]:
@@ -538,7 +509,7 @@ def _first_steps(
     with stepchecks.step_equality(job.tuned.model, optimizer, *how):
         yield
     for finding in told[-1:]:
-        note(run, Watcher(), finding)
+        note(run, Silent(), finding)
 
 
 def _save(run: RunFolder, job: Job, optimizer: torch.optim.Optimizer, state: _State) -> None:
@@ -552,7 +523,7 @@ def _note_load(run: RunFolder, job: Job, watch: Watcher, since: processor.Moment
     """Was the CPU free while it ran? Told once: not again where it was not at the start."""
     warned = any(finding.rule == "machine-load" and finding.level == "warn" for finding in job.findings)
     for finding in _load(job, since):
-        note(run, Watcher() if warned else watch, finding)
+        note(run, Silent() if warned else watch, finding)
 
 
 def _interrupted(run: RunFolder, what: str) -> Interrupted:
@@ -593,7 +564,7 @@ def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) ->
     run.write(
         "answers",
         [
-            {"prompt": row.prompt()[-1].content, **_said(job, row, old, new)}
+            _answered(job, row, old, new).as_dict()
             for row, old, new in zip(asked, before["answers"], after, strict=True)
         ],
     )

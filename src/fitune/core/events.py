@@ -9,59 +9,85 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Protocol
 
-from fitune.core.records import Finding, StepRecord
+from fitune.core.plan import Plan
+from fitune.core.records import Finding, Kept, StepRecord
 
 RUN_FOLDER = "run folder"
 NAME = 11  # columns of a name before its line
 
 
-class Watcher:
-    """Hears what a run does. This one stays silent; Terminal shows it."""
+class Watcher(Protocol):
+    """What a command reports to. Subclass it and write the methods that you want: the others do nothing.
+
+    Example:
+        >>> class Losses(fitune.Watcher):
+        ...     def step(self, record):
+        ...         print(record.step, record.loss)
+        >>> fitune.train(model="models/llama", data=["rows.jsonl"], watch=Losses())
+    """
+
+    # Each method returns explicitly: a type checker takes a method of a protocol without a body for an abstract one.
 
     def say(self, text: str) -> None:
         """A line for the user."""
+        return
 
     def summary(self, lines: Mapping[str, str]) -> None:
         """The run in a few lines, by name: its model, its data, ..."""
+        return
 
-    def settings(self, values: Mapping[str, Any]) -> None:
-        """The resolved settings."""
+    def settings(self, values: Mapping[str, str]) -> None:
+        """The resolved settings, by name."""
+        return
 
     def groups(self, parts: Sequence[tuple[str, int, int]]) -> None:
         """(part of the model, trainable, total) parameters."""
+        return
 
     def findings(self, findings: Sequence[Finding]) -> None:
-        """What the preflight rules found."""
+        """What the checks found."""
+        return
 
-    def kept(self, parts: Sequence[Any]) -> None:
-        """What lies in which dtype (precision.Kept)."""
+    def kept(self, parts: Sequence[Kept]) -> None:
+        """In which dtype the model's tensors are kept."""
+        return
 
-    def plan(self, plan: Any) -> None:
-        """What the run will take (memory.plan.Plan)."""
+    def plan(self, plan: Plan) -> None:
+        """The memory that the run will take."""
+        return
 
     def progress(self, what: str, done: int, total: int | None) -> None:
-        """Something that takes long is so far; done == total: it is finished."""
+        """Progress of something that takes long; done == total: it is finished. total None: not known."""
+        return
 
     def start(self, total: int, done: int, device: str) -> None:
-        """Training begins: `done` of `total` steps are behind it."""
+        """Training starts: `done` of `total` optimizer steps were made before."""
+        return
 
     def step(self, record: StepRecord) -> None:
         """An optimizer step was made."""
+        return
 
     def stopping(self) -> None:
-        """The user asked to stop: the step that goes on is the last one. Called from a signal handler."""
+        """The user asked to stop: the step in progress is the last one. Called from a signal handler."""
+        return
 
     def stop(self) -> None:
-        """Training ended, however it did."""
+        """Training ended, with a result or an error."""
+        return
+
+
+class Silent(Watcher):
+    """Does nothing: what commands report to when nobody watches."""
 
 
 class Steps(Watcher):
-    """Hears of the steps alone.
+    """Passes on the optimizer steps only.
 
     Args:
-        on_step: is called with the record of each.
+        on_step: is called with the record of each step.
     """
 
     def __init__(self, on_step: Callable[[StepRecord], None]) -> None:
@@ -73,41 +99,41 @@ class Steps(Watcher):
 
 
 class Several(Watcher):
-    """Passes on what it hears.
+    """Passes every event on to several watchers.
 
     Args:
-        others: to whom, in this order.
+        others: the watchers, in the order in which they are called.
     """
 
     def __init__(self, others: Sequence[Watcher]) -> None:
         for name in (name for name, one in vars(Watcher).items() if not name.startswith("_") and callable(one)):
-            setattr(self, name, partial(self._tell, others, name))
+            setattr(self, name, partial(self._pass_on, others, name))
 
     @staticmethod
-    def _tell(others: Sequence[Watcher], name: str, *what: Any) -> None:
+    def _pass_on(others: Sequence[Watcher], name: str, *arguments: object) -> None:
         for other in others:
-            getattr(other, name)(*what)
+            getattr(other, name)(*arguments)
 
 
 class Ticker:
-    """Tells a watcher how far something is, now and then.
+    """Reports progress to a watcher, at most five times a second.
 
     Args:
-        watch: who is told.
-        what: what goes on.
-        total: how many there are; None: nobody knows.
+        watch: what it reports to.
+        what: the work in progress, for people.
+        total: how many items there are; None: not known.
     """
 
     def __init__(self, watch: Watcher, what: str, total: int | None) -> None:
         self.watch, self.what, self.total = watch, what, total
-        self.done, self.told = 0, time.monotonic()
+        self.done, self.reported = 0, time.monotonic()
 
     def __call__(self, done: int) -> None:
         self.done = done
-        if time.monotonic() - self.told > 0.2:
-            self.told = time.monotonic()
+        if time.monotonic() - self.reported > 0.2:
+            self.reported = time.monotonic()
             self.watch.progress(self.what, done, self.total)
 
     def end(self) -> None:
-        """It is finished."""
+        """Report that the work is finished."""
         self.watch.progress(self.what, self.done, self.done)

@@ -187,7 +187,7 @@ class StepRecord:
     def from_dict(cls, values: Mapping[str, Any]) -> StepRecord:
         """Back from JSON."""
         known = {k: math.nan if v is None and k != "held_out_loss" else v for k, v in values.items()}
-        return cls(**known)  # type: ignore[arg-type]
+        return cls(**known)  # type: ignore[arg-type]  # the fields' types are those of the file
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,22 @@ class Finding:
     level: Literal["ok", "fixed", "warn", "refuse"]
     text: str
     fix: str | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One kind of tensors in memory. weights: how many they stand for. note: a cast, or why not quantized."""
+
+    part: str
+    dtype: str
+    tensors: int
+    weights: int
+    bytes: int
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

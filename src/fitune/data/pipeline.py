@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fitune.core.config import LengthPolicy, RunConfig, size_bytes
 from fitune.core.errors import Collector, ConfigError, DataError, RunFolderError
-from fitune.core.events import Ticker, Watcher
+from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.records import Conversation, DataReport, Finding
 from fitune.data import documents, labels, lengths, rows, templates
 from fitune.data.cache import Cache, code_version, default_folder, folder_digest, key
@@ -104,7 +104,7 @@ def read(
     Raises:
         FituneError: data that cannot be used. What the rules refuse is only found, not raised.
     """
-    watch = watch or Watcher()
+    watch = watch or Silent()
     desk = _Desk(config, folder, words, _cache(config, watch), watch, check, date)
     data = _read(desk, limit, vocabulary)
     stale = next((finding for finding in data.findings if finding.rule == "stale-cache"), None)

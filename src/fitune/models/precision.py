@@ -12,7 +12,6 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import nn
 from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError, RunFolderError
 from fitune.core.files import write_atomic
-from fitune.core.records import Finding
+from fitune.core.records import Finding, Kept
 from fitune.data.cache import default_folder
 from fitune.models import quant, trial
 from fitune.models.kernels.frozen import Frozen
@@ -208,22 +207,6 @@ def speed(config: RunConfig, device: torch.device, shape: Any = None) -> Finding
 
 
 # ---- what lies in memory ----
-
-
-@dataclass(frozen=True)
-class Kept:
-    """One kind of tensors in memory. weights: how many they stand for. note: a cast, or why not quantized."""
-
-    part: str
-    dtype: str
-    tensors: int
-    weights: int
-    bytes: int
-    note: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 UNQUANTIZED = {

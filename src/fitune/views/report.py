@@ -14,6 +14,7 @@ import yaml
 from fitune.core.config import Options, RunConfig
 from fitune.core.files import write_atomic
 from fitune.core.records import StepRecord
+from fitune.core.results import Answered
 from fitune.engine.checkpoint import RunFolder
 from fitune.views.charts import NARROW, WIDE, Series, line_chart
 from fitune.views.pages import render
@@ -40,17 +41,17 @@ FILES = {  # of a run folder, and what a reader finds in them
 GROUPS = {"adapter": "bottleneck", "p-tuning": "p_tuning"}  # methods whose settings have another name
 
 
-def exact_matches(answers: Sequence[Mapping[str, str]], when: str) -> int:
+def exact_matches(answers: Sequence[Answered], when: str) -> int:
     """How many answers are the expected text; white space at the ends does not count.
 
     Args:
         answers: rows of answers.json.
         when: "before" or "after".
     """
-    return sum(row[when].strip() == row["expected"].strip() for row in answers)
+    return sum(getattr(row, when).strip() == row.expected.strip() for row in answers)
 
 
-def _score(answers: Sequence[Mapping[str, str]]) -> str:
+def _score(answers: Sequence[Answered]) -> str:
     """Exact matches in words; nothing where no answer can be expected word for word."""
     before, after, count = exact_matches(answers, "before"), exact_matches(answers, "after"), max(1, len(answers))
     text = f"exact match of {len(answers)}: {before / count:.0%} before, {after / count:.0%} after"
@@ -143,7 +144,7 @@ def _wide(losses: Sequence[float]) -> bool:
 def write(run: RunFolder) -> None:
     """Write report.html from what lies in the run folder."""
     records, result, plan, data = run.read_steps(), run.read("result"), run.read("plan"), run.read("data")
-    answers = run.read("answers") if run.has("answers") else []
+    answers = [Answered(**row) for row in run.read("answers")] if run.has("answers") else []
     config = run.read_config()
     findings = [*data["findings"], *(run.read("checks") if run.has("checks") else [])]
     page = render(

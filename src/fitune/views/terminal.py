@@ -18,7 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fitune.core.events import NAME, RUN_FOLDER, Watcher
-from fitune.core.records import Finding, StepRecord
+from fitune.core.plan import Plan
+from fitune.core.records import Finding, Kept, StepRecord
+from fitune.core.results import Answered, Evaluation
 from fitune.memory import peak_mib
 
 MARKS = {"ok": "[green]ok[/]", "fixed": "[cyan]fixed[/]", "warn": "[yellow]warn[/]", "refuse": "[red]refused[/]"}
@@ -61,7 +63,7 @@ class Terminal(Watcher):
             line = Text.assemble((name.ljust(NAME), "cyan"), text)
             self.console.print(line, soft_wrap=whole, no_wrap=not whole, overflow="ignore" if whole else "ellipsis")
 
-    def settings(self, values: Mapping[str, Any]) -> None:
+    def settings(self, values: Mapping[str, str]) -> None:
         """See Watcher."""
         if self.verbose:
             self.console.print(pairs("settings", values))
@@ -93,12 +95,12 @@ class Terminal(Watcher):
             label = "" if number else "warning"
             self.console.print(Text.assemble((label.ljust(NAME), "yellow"), line), no_wrap=True, overflow="ignore")
 
-    def kept(self, parts: Sequence[Any]) -> None:
+    def kept(self, parts: Sequence[Kept]) -> None:
         """See Watcher."""
         if self.verbose:
             self.console.print(kept_table(parts))
 
-    def plan(self, plan: Any) -> None:
+    def plan(self, plan: Plan) -> None:
         """See Watcher."""
         budget = "" if plan.budget is None else f" of {plan.budget / 2**20:,.0f} MiB"
         how = "" if plan.how == "trace" else ", by closed forms"
@@ -222,7 +224,7 @@ def quantized_table(done: Any) -> Table:
     return table
 
 
-def kept_table(parts: Sequence[Any]) -> Table:
+def kept_table(parts: Sequence[Kept]) -> Table:
     """What lies in which dtype, and what was cast or not quantized."""
     table = Table(title="weights in memory", title_justify="left", box=None, pad_edge=False)
     table.add_column("part", style="cyan", no_wrap=True)
@@ -256,8 +258,8 @@ def methods_table(rows: Sequence[Any], model: str) -> Table:
     return table
 
 
-def scores_table(found: Any) -> Table:
-    """An evaluation.Evaluation: the base beside what was tuned."""
+def scores_table(found: Evaluation) -> Table:
+    """The scores of an evaluation, those of the base model beside those of the tuned one."""
     title = f"{found.rows:,} rows, {found.target_tokens:,} target tokens, {found.asked:,} prompts answered"
     title += f", {found.too_long:,} too long to be" if found.too_long else ""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, min_width=min(len(title), 76))
@@ -332,11 +334,11 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     return table
 
 
-def answers_table(rows: Sequence[Mapping[str, Any]], limit: int = 60, *, base: bool = True) -> Table:
+def answers_table(rows: Sequence[Answered], limit: int = 60, *, base: bool = True) -> Table:
     """Prompt, expected answer, and the answers before and after.
 
     Args:
-        rows: with prompt, expected, before and after.
+        rows: as answers.json has them.
         limit: characters that are shown of each.
         base: is there a model that answered before?
     """
@@ -349,9 +351,9 @@ def answers_table(rows: Sequence[Mapping[str, Any]], limit: int = 60, *, base: b
     for row in rows:
         cells = []
         for name in columns:
-            text = str(row.get(name, ""))
+            text = str(getattr(row, name))
             text = escape(text if len(text) <= limit else text[: limit - 1] + "…")
-            right = name in ("before", "after") and row.get(name) == row.get("expected")
+            right = name in ("before", "after") and getattr(row, name) == row.expected
             cells.append(f"[green]{text}[/]" if right else text)
         table.add_row(*cells)
     return table

@@ -1,0 +1,96 @@
+"""What commands measured: the records that views show and programs read. No torch here.
+
+In: figures of a run, or of an evaluation. Out: Result, Evaluation, and what they are made of; `as_dict` for JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from fitune.core.records import StepRecord
+
+Json = dict[str, object]  # a record as JSON has it
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A held-out prompt with the expected answer, and the answers before and after tuning. A row of answers.json."""
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+    def as_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return {name: str(value) for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run reached. Losses are per target token, in nats."""
+
+    run: str  # the run folder
+    steps: int
+    first_loss: float
+    last_loss: float
+    base_held_out_loss: float | None  # of the model without the method
+    held_out_loss_before: float | None  # with it, before the first step: virtual tokens change the model at once
+    held_out_loss_after: float | None
+    trainable_parameters: int
+    total_parameters: int
+    real_tokens_per_second: float
+    peak_memory_mib: float
+    expected_memory_mib: float
+    seconds: float
+    history: tuple[StepRecord, ...] = ()  # the record of each step; in the run folder steps.jsonl
+
+    @property
+    def held_out_losses(self) -> dict[int, float]:
+        """The evaluations during the run: step to held-out loss."""
+        return {one.step: one.held_out_loss for one in self.history if one.held_out_loss is not None}
+
+    def as_dict(self) -> Json:
+        """For JSON, without the history."""
+        return {name: value for name, value in vars(self).items() if name != "history"}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model reached on held-out rows.
+
+    Args:
+        loss: per target token, in nats.
+        perplexity: exp(loss).
+        exact_match, bleu4, rouge_l: of answers without the template's frame and their thoughts; 0 to 1, bleu4 to 100.
+        thoughts: share of answers with a thought; None where none has one, nor should.
+        thought_match: of answers that should have a thought, those with exactly this one.
+        call_match: of answers that should call a tool, those with exactly this call; not in the figures above.
+    """
+
+    loss: float
+    perplexity: float
+    exact_match: float | None = None
+    bleu4: float | None = None
+    rouge_l: float | None = None
+    thoughts: float | None = None
+    thought_match: float | None = None
+    call_match: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on held-out rows; `base` where the model was tuned."""
+
+    model: str
+    rows: int
+    asked: int  # rows whose prompts were answered
+    too_long: int  # rows whose prompt leaves no room for an answer
+    target_tokens: int
+    scores: Scores
+    base: Scores | None
+    samples: list[Answered] = field(default_factory=list)
+
+    def as_dict(self) -> Json:
+        """For JSON."""
+        return asdict(self)
