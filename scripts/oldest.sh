@@ -41,7 +41,12 @@ print(" ".join(f"{name} {version(name)}" for name in names.split()))
 P
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 failed=()
-paths=(); for name in "${tests[@]}"; do paths+=($(find tests -name "test_$name.py")); done
+paths=()
+for name in "${tests[@]}"; do
+  path=$(find tests -name "test_$name.py")
+  [ -n "$path" ] || { echo "tests has no test_$name.py"; exit 2; }  # without any path pytest would run everything
+  paths+=("$path")
+done
 "$venv/bin/python" -m pytest -q -p no:cacheprovider -n "${WORKERS:-2}" --dist worksteal "${paths[@]}" || failed+=(tests)
 "$venv/bin/python" scripts/gpu_accept.py --dry-run --out "$venv/dry-run" >"$venv/dry-run.txt" || failed+=("dry run")
 sed '1,/^$/d' "$venv/dry-run.txt"

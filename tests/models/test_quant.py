@@ -225,6 +225,11 @@ def test_a_trained_bias_keeps_its_dtype_in_a_16_bit_forward() -> None:
         assert layer.bias.dtype == torch.bfloat16
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("base") / "llama")
+
+
 def test_evaluation_in_the_middle_changes_no_later_gradient(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The flag stands for a CPU with AVX512-BF16, where bitsandbytes' layer packs itself anew in eval()."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
