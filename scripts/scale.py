@@ -60,7 +60,7 @@ def write(path: Path, count: int) -> None:
 
 def timed(data: str, model: str) -> dict[str, float]:
     """Seconds to prepare, anew and from the cache, without the imports."""
-    from fitune.checks import preflight
+    from fitune.checks import datachecks
     from fitune.core.config import build
     from fitune.data import tokenizer
 
@@ -71,7 +71,7 @@ def timed(data: str, model: str) -> dict[str, float]:
         config = build({"model": model, "data": [data], "skip_bad": True, "cache": cache})
         for name in ("anew", "from the cache"):
             start = time.perf_counter()
-            found = preflight.read(config, folder, words, limit=4096, vocabulary=len(words))
+            found = datachecks.read(config, folder, words, limit=4096, vocabulary=len(words))
             seconds[name] = round(time.perf_counter() - start, 2)
             print(f"{name}: {seconds[name]} s, {len(found.samples):,} samples, {found.report.tokens:,} tokens")
     return seconds

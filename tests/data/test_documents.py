@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.checks import preflight
+from fitune.checks import datachecks
 from fitune.core.config import build
 from fitune.core.records import Conversation, DataReport, Message, Sample, Source
 from fitune.data import pipeline
@@ -71,7 +71,7 @@ def read(tmp_path: Path, **settings: Any) -> pipeline.Data:
     words = tiny.make_tokenizer()
     folder = folder_of(tmp_path, {"long.md": "the capital of Norland is Mira. " * 40, "short.txt": "Hello, world!"})
     config = build({"model": "m", "data": [str(folder)], "val_share": 0.0, "cache": "none", **settings})
-    return preflight.read(config, tmp_path, words, limit=256, vocabulary=400)
+    return datachecks.read(config, tmp_path, words, limit=256, vocabulary=400)
 
 
 def test_documents_are_split_where_conversations_are_cut(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from fitune.checks import preflight
+from fitune.checks import datachecks, labelchecks
+from fitune.checks.findings import raise_refused
 from fitune.core.errors import FituneError, ModelError
 from fitune.core.records import Conversation, DataReport, Finding, Message, Source
 from fitune.data.encode import Encoder
+from fitune.data.prepared import Prepared
 from fitune.data.templates import TABLE, ChatTemplate, choose, from_dict
 from support import tiny
 from support.prepared import ROW, TURNS, prepared
@@ -117,7 +119,7 @@ def test_plain_text_among_conversations_gets_no_frame(tokenizer, name: str) -> N
     (sample,) = encoder.samples(text)
     assert tokenizer.decode(sample.ids) == "the capital of Norland<|end|>"
     assert sample.mask[1:].all()
-    found = preflight.check_data(prepared(tokenizer, 600, [text, ROW], name))
+    found = datachecks.check_data(prepared(tokenizer, 600, [text, ROW], name))
     assert not [f for f in found if f.level == "refuse"]
 
 
@@ -133,14 +135,14 @@ def test_a_row_with_nothing_left_to_train_is_counted(tokenizer) -> None:
 SHORT = Conversation((Message("user", "a"), Message("assistant", "b")), Source("f.jsonl", 0), "messages")
 
 
-def refused(p: preflight.Prepared) -> str:
+def refused(p: Prepared) -> str:
     """What the data rules say when they refuse."""
     with pytest.raises(FituneError) as caught:
-        preflight.raise_refused(preflight.check_data(p))
+        raise_refused(datachecks.check_data(p))
     return str(caught.value)
 
 
-def spoil(p: preflight.Prepared, row: int, ids=None, mask=None) -> None:
+def spoil(p: Prepared, row: int, ids=None, mask=None) -> None:
     """Plant a fault in a sample."""
     sample = p.samples[row]
     new_ids = sample.ids if ids is None else np.array(ids, np.int32)
@@ -161,7 +163,7 @@ CLEAN = [
 @pytest.mark.parametrize("template", NAMES)
 @pytest.mark.parametrize("rows", CLEAN, ids=range(len(CLEAN)))
 def test_clean_rows_raise_no_alarm(tokenizer, rows, template: str) -> None:
-    levels = {f.rule: f.level for f in preflight.check_data(prepared(tokenizer, 600, rows, template))}
+    levels = {f.rule: f.level for f in datachecks.check_data(prepared(tokenizer, 600, rows, template))}
     levels.pop("bpe-boundary")  # counts what encoding apart has mended
     wrong = {rule for rule, level in levels.items() if level != "ok"}
     # the marks of some templates are no tokens of the tiny vocabulary, and that is said
@@ -209,11 +211,11 @@ def test_rows_without_a_label_are_caught(tokenizer) -> None:
 def test_skipped_rows_and_unfilled_slots_are_told(tokenizer) -> None:
     p = prepared(tokenizer)
     p.report.unfilled_slots["name"] = 4
-    assert preflight.bad_row(p) == Finding(
+    assert datachecks.bad_row(p) == Finding(
         "bad-row", "warn", "slots that nothing fills: {{name}} in 4 rows", "--fill name=..."
     )
     p.report.skipped_bad, p.report.skipped = 2, ["f.jsonl:3:output: the answer is empty"]
-    assert preflight.bad_row(p).text == "2 bad rows skipped: f.jsonl:3:output: the answer is empty"
+    assert datachecks.bad_row(p).text == "2 bad rows skipped: f.jsonl:3:output: the answer is empty"
 
 
 def test_a_tokenizer_that_is_not_the_folders_own_is_named(tokenizer, tmp_path: Path) -> None:
@@ -225,16 +227,16 @@ def test_a_tokenizer_that_is_not_the_folders_own_is_named(tokenizer, tmp_path: P
             hard_vocab_limit=False,
             minloglevel=2,
         )
-    found = preflight.tokenizer_parity(prepared(tokenizer, folder=tmp_path))
+    found = datachecks.tokenizer_parity(prepared(tokenizer, folder=tmp_path))
     assert found.level == "warn"
     assert "texts are split unlike sentencepiece does: 'be brief'" in found.text
-    assert preflight.tokenizer_parity(prepared(tokenizer)).level == "ok"
+    assert datachecks.tokenizer_parity(prepared(tokenizer)).level == "ok"
 
 
 def test_borders_that_would_merge_are_counted(tokenizer) -> None:
     # "Hello" after a space is one token, apart it is two: alpaca ends its prompt with a newline, so plain shows it
     row = Conversation((Message("user", "the capital"), Message("assistant", " of Norland")))
-    found = {f.rule: f for f in preflight.check_data(prepared(tokenizer, rows=(row,), template="plain"))}
+    found = {f.rule: f for f in datachecks.check_data(prepared(tokenizer, rows=(row,), template="plain"))}
     assert "borders tried would differ" in found["bpe-boundary"].text
 
 
@@ -256,7 +258,7 @@ def test_ids_beyond_the_vocabulary_are_caught(tokenizer) -> None:
 def test_too_many_cut_answers_are_refused_where_a_longer_limit_would_keep_them(tokenizer) -> None:
     rows = (ROW, SHORT)
     assert "50.0% of the rows lose answer tokens" in refused(prepared(tokenizer, 12, rows))
-    found = {f.rule: f for f in preflight.check_data(prepared(tokenizer, 12, rows, limit=12))}
+    found = {f.rule: f for f in datachecks.check_data(prepared(tokenizer, 12, rows, limit=12))}
     assert found["truncation"].level == "warn"
     assert "even the model's longest" in found["truncation"].text
 
@@ -266,7 +268,7 @@ def test_too_many_cut_answers_are_refused_where_a_longer_limit_would_keep_them(t
 def test_each_fact_is_one_finding_and_its_level_fits(tokenizer, length: int, limit: int) -> None:
     """No `ok` above a warning that 41.9 % of the rows lose tokens."""
     p = prepared(tokenizer, min(length, limit), (ROW, SHORT), limit=limit)
-    findings = preflight.check_data(p)
+    findings = datachecks.check_data(p)
     assert len({finding.rule for finding in findings}) == len(findings)
     said = [finding for finding in findings if re.search(r"\b(lose|lost|cut|dropped)\b", finding.text)]
     assert [finding.rule for finding in said] == ["truncation"]
@@ -278,19 +280,19 @@ def test_rows_that_lose_answers_are_named_and_prompts_that_lose_text_warn(tokeni
     tools = ({"type": "function", "function": {"name": "f", "description": "long " * 60}},)
     called = Conversation((Message("user", "a"), Message("assistant", "b")), tools=tools)
     length = len(Encoder(tokenizer, TABLE["plain"]).sample(asked))
-    found = {f.rule: f for f in preflight.check_data(prepared(tokenizer, length - 4, (asked, SHORT), "plain"))}
+    found = {f.rule: f for f in datachecks.check_data(prepared(tokenizer, length - 4, (asked, SHORT), "plain"))}
     assert found["truncation"].level == "warn"
     assert "a part of the user's text: 10" in found["truncation"].text
     assert "f.jsonl" not in found["truncation"].text
     # what its tools leave no room for is dropped by name: half a description is no description
-    text = preflight.truncation(prepared(tokenizer, length, (SHORT, called), "chatml")).text
+    text = labelchecks.truncation(prepared(tokenizer, length, (SHORT, called), "chatml")).text
     assert "10 rows dropped" in text
     assert "(f.jsonl:2, f.jsonl:4, f.jsonl:6, ...)" in text
     # old exchanges may go without a word
     old = Conversation((*TURNS[1:3], Message("user", "a"), Message("assistant", "b")))
     p = prepared(tokenizer, 8, (old,), train_on="last")
     assert p.report.cut_prompt == 20
-    assert preflight.truncation(p).level == "ok"
+    assert labelchecks.truncation(p).level == "ok"
 
 
 def test_a_chat_that_would_send_other_tokens_is_caught(tokenizer) -> None:

@@ -19,8 +19,8 @@ from fitune.core.records import Conversation, Message, Sample, Source
 from fitune.data.encode import Encoder
 from fitune.data.templates import choose
 from fitune.data.templates.jinja import ChatTemplate
+from fitune.data.tokenizer.new_tokens import add_tokens
 from fitune.engine.generation import _Streamer
-from fitune.models.methods import new_tokens
 from support import tiny
 
 EMO, OBJ = "<|emo|>", "<|obj|>"
@@ -178,11 +178,11 @@ def plain_tensor(ids: list[int]) -> Any:
 
 def test_new_tokens_that_exist_lead_to_answer_tokens(words: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        new_tokens.extend(words, [EMO, "<|other|>"])
+        add_tokens(words, [EMO, "<|other|>"])
     assert "special tokens that the vocabulary has already" in str(caught.value)
     assert f'--answer-tokens "{EMO}"' in str(caught.value)
     assert words.convert_tokens_to_ids("<|other|>") is None  # refused before anything is added
-    row = new_tokens.extend(words, [EMO], [EMO])[0]  # with both, its row is trained
+    row = add_tokens(words, [EMO], [EMO])[0]  # with both, its row is trained
     assert row.id == words.convert_tokens_to_ids(EMO)
     assert len(row.pieces) > 1
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fitune.checks import preflight
+from fitune.checks import datachecks
 from fitune.core.config import build
 from fitune.core.files import TEMPORARY, is_whole, seal
 from fitune.core.records import Conversation, DataReport, Finding, Message, Sample, Source, ToolCall
@@ -137,7 +137,7 @@ def data(tmp_path: Path) -> Path:
 
 def prepare(model: Path, data: Path, cache: Path | str, **changes) -> tuple[pipeline.Data, Finding]:
     config = build({"model": str(model), "data": [str(data)], "cache": str(cache), **changes})
-    found = preflight.read(config, model, tokenizer.load(model), limit=256, vocabulary=400)
+    found = datachecks.read(config, model, tokenizer.load(model), limit=256, vocabulary=400)
     return found, next(finding for finding in found.findings if finding.rule == "stale-cache")
 
 
@@ -308,11 +308,11 @@ def test_where_the_cache_lies(monkeypatch, tmp_path: Path) -> None:
 PREPARE = """
 import sys
 from pathlib import Path
-from fitune.checks import preflight
+from fitune.checks import datachecks
 from fitune.data import tokenizer
 from fitune.core.config import build
 model, data, cache = sys.argv[1:]
-found = preflight.read(build({"model": model, "data": [data], "cache": cache}), Path(model), tokenizer.load(model),
+found = datachecks.read(build({"model": model, "data": [data], "cache": cache}), Path(model), tokenizer.load(model),
                      limit=256, vocabulary=400)
 print(len(found.samples), int(found.samples.column("length").sum()))
 """
@@ -372,7 +372,7 @@ def test_what_is_held_grows_by_a_few_bytes_a_row(model_folder: Path, tmp_path: P
         values = {"model": str(model_folder), "data": [str(data)], "cache": "none", "max_length": 24, "max_lost": 1.0}
         config = build(values)  # with rows that are cut: they lie in another folder than the rest
         tracemalloc.start()
-        preflight.read(config, model_folder, words, limit=256, vocabulary=400)
+        datachecks.read(config, model_folder, words, limit=256, vocabulary=400)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import fitune
-from fitune.checks import preflight
+from fitune.checks import datachecks, labelchecks
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, DataError, FituneError, Problems
 from fitune.core.records import Conversation, Message, Segment, Source, ToolCall
@@ -74,7 +74,7 @@ def read(folder: Path, data: Path, **settings: Any) -> pipeline.Data:
     from fitune.data import tokenizer
 
     config = build({"model": str(folder), "data": [str(data)], "val_share": 0.0, **settings})
-    return preflight.read(config, folder, tokenizer.load(folder), limit=512, vocabulary=500)
+    return datachecks.read(config, folder, tokenizer.load(folder), limit=512, vocabulary=500)
 
 
 def test_rows_that_the_template_refuses_are_named_and_can_be_skipped(tmp_path: Path) -> None:
@@ -292,22 +292,22 @@ def test_a_trained_header_is_found() -> None:
     tokenizer = kinds.make_tokenizer(kinds.QWEN25, "<|im_end|>")
     template = _TrainsHeaders("planted", user="Q: {content}\n", opening="A: ", after_stop="\n")
     p = prepared(tokenizer, rows=(TWO,))
-    assert preflight.label_border(p).level == "ok"
+    assert labelchecks.label_border(p).level == "ok"
     p = replace(p, encoder=Encoder(tokenizer, template))
     rows = [replace(row, source=Source("f.jsonl", 1)) for row in p.conversations]
     samples = [p.encoder.sample(row) for row in rows]
-    found = preflight.label_border(replace(p, conversations=rows, samples=samples))
+    found = labelchecks.label_border(replace(p, conversations=rows, samples=samples))
     assert found.level == "refuse"
     assert "the first label is token" in found.text
 
 
 def test_a_greeting_that_trains_the_default_system_text_is_found() -> None:
     tokenizer = kinds.make_tokenizer(kinds.QWEN25, "<|im_end|>")
-    assert preflight.label_border(prepared(tokenizer, rows=(GREETING,), max_length=256)).level == "ok"
+    assert labelchecks.label_border(prepared(tokenizer, rows=(GREETING,), max_length=256)).level == "ok"
     p = prepared(tokenizer, rows=(GREETING,), max_length=256)
     wrong = Encoder(tokenizer, _TrainsTheFirstHeader(kinds.QWEN25, tokenizer, "<|im_end|>"), 256)
     samples = [wrong.sample(row) for row in p.conversations]
-    found = preflight.label_border(replace(p, encoder=wrong, samples=samples))
+    found = labelchecks.label_border(replace(p, encoder=wrong, samples=samples))
     assert found.level == "refuse"
     assert "labels in turn 1, where its answer has" in found.text
 
@@ -351,7 +351,12 @@ def test_checks_find_nothing_wrong_with_any_kind(name: str) -> None:
         if case not in kind.refused
     ]
     p = prepared(kinds.make_tokenizer(kind.jinja, kind.eos), rows=rows, max_length=2000)
-    for rule in (preflight.label_border, preflight.template_parity, preflight.eos_supervised, preflight.double_bos):
+    for rule in (
+        labelchecks.label_border,
+        labelchecks.template_parity,
+        labelchecks.eos_supervised,
+        labelchecks.double_bos,
+    ):
         assert rule(p).level == "ok", rule(p)
 
 
@@ -363,10 +368,10 @@ def test_samples_that_repeat_prompts_say_what_it_costs() -> None:
     assert p.report.samples == 40
     assert p.report.repeated == 20 * whole[0]
     share = whole[0] / whole[1]
-    assert f"{20 * whole[0]:,} tokens of prompts repeated ({share:.0%} more)" in preflight.rows(p).text
+    assert f"{20 * whole[0]:,} tokens of prompts repeated ({share:.0%} more)" in datachecks.rows(p).text
     once = prepared(kinds.make_tokenizer(kinds.QWEN25, "<|im_end|>"), rows=(talk,), max_length=256)
     assert (once.report.samples, once.report.repeated) == (20, 0)
-    assert "repeated" not in preflight.rows(once).text
+    assert "repeated" not in datachecks.rows(once).text
 
 
 def test_problems_of_several_kinds_are_told_together(tmp_path: Path) -> None:

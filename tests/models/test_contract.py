@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fitune.checks import leak, preflight
+from fitune.checks import leak, modelchecks
 from fitune.commands.merge import merged
 from fitune.core.errors import ConfigError, RunFolderError
 from fitune.data.batches import flat
@@ -114,7 +114,7 @@ def test_contract(variant: str, kind: str, precision: str, quant: str, tmp_path:
     model = adapters.attach(base, config)
 
     # what is trained is, by name and size, the closed form, and float32
-    found = preflight.trainable_set(model, expected)
+    found = modelchecks.trainable_set(model, expected)
     assert found.level == "ok", found.text
     # nothing changes at the start where that is promised
     if method.same_at_start:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fitune
-from fitune.checks import preflight
+from fitune.checks import modelchecks
 from fitune.commands.train import train
 from fitune.core.config import build
 from fitune.core.errors import ConfigError
@@ -166,7 +166,7 @@ def test_every_family_of_the_table_is_tried_here() -> None:
 def test_lora_on_experts_reaches_only_what_it_names() -> None:
     model = adapters.attach(ready(tiny.make_model("qwen3_moe")), config_for("lora"))
     assert all(".self_attn." in name for name in trainable(model))
-    found = preflight.trainable_set(model, methods.find("lora").expected(
+    found = modelchecks.trainable_set(model, methods.find("lora").expected(
         ready(tiny.make_model("qwen3_moe")), families.of(ready(tiny.make_model("qwen3_moe"))), config_for("lora")
     ))  # fmt: skip
     assert found.level == "ok"

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BloomConfig
 
 import fitune
-from fitune.checks import leak, preflight
+from fitune.checks import leak, modelchecks
 from fitune.cli import main as cli
 from fitune.commands.merge import merge
 from fitune.commands.methods import overview, shape_of, without_weights
@@ -108,7 +108,7 @@ def test_a_family_names_parts_that_are_there(kind: str) -> None:
     }
     assert linear == set(family.projections())
     assert "norm" in type(model.get_submodule(family.final_norm)).__name__.lower()
-    said = preflight.family_found(family)
+    said = modelchecks.family_found(family)
     assert said.level == ("warn" if kind in tiny.UNKNOWN else "ok")
     assert family.blocks in said.text
 
@@ -460,11 +460,12 @@ def test_new_tokens_are_trained_beside_any_method_and_saved(variant: str, kind: 
 
 
 def test_only_the_rows_of_new_tokens_change(tmp_path: Path, data_file: Path) -> None:
+    from fitune.data.tokenizer.new_tokens import add_tokens
     from fitune.models.methods import new_tokens
 
     words, model = tiny.make_tokenizer(), ready(tiny.make_model("qwen2"))
     before = model.model.embed_tokens.weight.detach().clone()
-    added = new_tokens.extend(words, ["<think>", "北国"])
+    added = add_tokens(words, ["<think>", "北国"])
     assert added[0].pieces == tuple(tiny.make_tokenizer()("<think>")["input_ids"])
     new_tokens.add_rows(model, added)
     tuned = adapters.attach(model, config("lora"))
@@ -515,10 +516,11 @@ def test_going_on_with_another_scale_is_refused(model_folder: Path, data_file: P
 
 
 def test_a_base_without_new_tokens_never_says_them(model_folder: Path) -> None:
+    from fitune.data.tokenizer.new_tokens import add_tokens
     from fitune.models.methods import new_tokens
 
     words, model = tiny.make_tokenizer(), ready(tiny.make_model("gpt2", vocabulary=340))
-    new_tokens.add_rows(model, new_tokens.extend(words, ["<think>"]))
+    new_tokens.add_rows(model, add_tokens(words, ["<think>"]))
     tuned = adapters.attach(model, config("lora"))
     with adapters.disabled(tuned):
         assert logits(tuned)[..., -1].max() == float("-inf")

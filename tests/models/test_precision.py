@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GPT2Config, LlamaConfig
 
 import fitune
-from fitune.checks import guards, preflight
+from fitune.checks import guards, modelchecks
 from fitune.commands import doctor
 from fitune.commands.demo import bundled
 from fitune.commands.train import train
@@ -585,8 +585,8 @@ def test_precisions_on_a_gpu(low: str, name: str, model_folder: Path, data_file:
 
 def test_trainable_dtype_is_checked_by_name() -> None:
     model = adapters.attach(make_base("llama", "bf16"), config_for("lora", "bf16", trainable_dtype="bf16"))
-    assert preflight.trainable_set(model, None, torch.bfloat16).level == "ok"
-    assert preflight.trainable_set(model, None).level == "refuse"
+    assert modelchecks.trainable_set(model, None, torch.bfloat16).level == "ok"
+    assert modelchecks.trainable_set(model, None).level == "refuse"
     optimizer = optim.make(trainable(model), plain())
     optim.set_rate(optimizer, 1e-2)
     first = training_step(model, [flat(samples(), range(5))], optimizer, 1.0)

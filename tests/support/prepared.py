@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fitune.checks import preflight
 from fitune.core.config import build
 from fitune.core.records import Conversation, DataReport, Message, Source
 from fitune.data.encode import Encoder
+from fitune.data.prepared import Prepared
 from fitune.data.templates import choose
 from support import tiny
 
@@ -24,7 +24,7 @@ TURNS = (
 ROW = Conversation(TURNS, Source("f.jsonl", 1), "messages")
 
 
-def prepared(tokenizer, max_length: int = 64, rows=(ROW,), template: str = "auto", **changes) -> preflight.Prepared:
+def prepared(tokenizer, max_length: int = 64, rows=(ROW,), template: str = "auto", **changes) -> Prepared:
     rows = [replace(rows[n % len(rows)], source=Source("f.jsonl", n + 1)) for n in range(20)]
     encoder = Encoder(tokenizer, choose(template, tokenizer), max_length, changes.pop("train_on", "all"))
     report = DataReport(rows=20, max_length=max_length, lengths={"max": 40, "p99": 40})
@@ -33,4 +33,4 @@ def prepared(tokenizer, max_length: int = 64, rows=(ROW,), template: str = "auto
     values = {"vocabulary": 400, "limit": 1 << 30, "folder": Path(), **changes}
     whole = encoder.with_max_length(None)
     report.lost_at_limit = sum(whole.sample(row).needed > values["limit"] for row in rows)
-    return preflight.Prepared(config, rows, list(samples), report, encoder, **values, rows_of=rows_of)
+    return Prepared(config, rows, list(samples), report, encoder, **values, rows_of=rows_of)

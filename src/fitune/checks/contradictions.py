@@ -1,7 +1,8 @@
 """What the files of a model folder say of it that cannot all be true.
 
 In: a folder. Out: one line for each contradiction: what one file says, and what another. Nothing is run or guessed;
-what is only unusual (a Llama tokenizer beside a Qwen model, as in R1's distillations) is none.
+what is only unusual (a Llama tokenizer beside a Qwen model, as in R1's distillations) is none. A folder without
+config.json names no model, so nothing is imported that knows models.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
-from transformers.models.auto import modeling_auto
-
-from fitune.data.tokenizer import chatglm, read_json
-from fitune.models.families import original
+from fitune.data.tokenizer import read_json
 
 
 def contradictions(folder: Path) -> list[str]:
-    """See the module's text."""
+    """See the module's text.
+
+    Args:
+        folder: of a model; one with nothing but a tokenizer contradicts nothing.
+    """
     config, settings = read_json(folder / "config.json"), read_json(folder / "tokenizer_config.json")
     if not config:
         return []
@@ -30,6 +31,8 @@ def contradictions(folder: Path) -> list[str]:
 @cache
 def _types() -> Mapping[str, frozenset[str]]:
     """Of each class of transformers the model types that it is for."""
+    from transformers.models.auto import modeling_auto
+
     found: dict[str, set[str]] = {}
     for name, mapping in vars(modeling_auto).items():
         if name.endswith("_MAPPING_NAMES"):
@@ -40,6 +43,8 @@ def _types() -> Mapping[str, frozenset[str]]:
 
 
 def _architecture(config: Mapping[str, Any]) -> Iterator[str]:
+    from transformers import CONFIG_MAPPING
+
     kind = config.get("model_type")
     for name in config.get("architectures") or []:
         kinds = _types().get(str(name), frozenset())
@@ -50,6 +55,8 @@ def _architecture(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _code(config: Mapping[str, Any]) -> Iterator[str]:
     """Code is never run, but its name says whose it is."""
+    from transformers import CONFIG_MAPPING
+
     kind, auto_map = str(config.get("model_type")), config.get("auto_map")
     named = str(auto_map.get("AutoConfig", "")) if isinstance(auto_map, dict) else ""
     found = re.search(r"configuration_(\w+)\.", named)
@@ -59,20 +66,22 @@ def _code(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _chatglm(folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
     """The three ChatGLMs, which share a model_type and a tokenizer_class."""
-    told = chatglm.named(dict(settings), dict(config))
-    if len(set(told.values())) > 1:
-        yield "; ".join(told)
-    kind, words = config.get("model_type"), str(settings.get("tokenizer_class", ""))
+    from transformers import CONFIG_MAPPING
+
+    from fitune.data.tokenizer import chatglm
+    from fitune.models.families import original
+
+    versions = chatglm.named(dict(settings), dict(config))
+    if len(set(versions.values())) > 1:
+        yield "; ".join(versions)
+    kind, tokenizer_class = config.get("model_type"), str(settings.get("tokenizer_class", ""))
     known = kind in CONFIG_MAPPING
-    if words.startswith("ChatGLM") and known and kind not in (original.TYPE, "glm"):
-        yield f"config.json: model_type is {kind}; tokenizer_config.json: tokenizer_class is {words}"
-    if kind == original.TYPE and words and not words.startswith("ChatGLM"):
-        yield f"config.json: model_type is {kind}; tokenizer_config.json: tokenizer_class is {words}"
+    if tokenizer_class.startswith("ChatGLM") and known and kind not in (original.TYPE, "glm"):
+        yield f"config.json: model_type is {kind}; tokenizer_config.json: tokenizer_class is {tokenizer_class}"
+    if kind == original.TYPE and tokenizer_class and not tokenizer_class.startswith("ChatGLM"):
+        yield f"config.json: model_type is {kind}; tokenizer_config.json: tokenizer_class is {tokenizer_class}"
     first, files = original.is_first(config), (folder / "ice_text.model").is_file()
-    if kind == original.TYPE and words.startswith("ChatGLM") and first != files and (files or _sentencepiece(folder)):
+    of_chatglm = kind == original.TYPE and tokenizer_class.startswith("ChatGLM")
+    if of_chatglm and first != files and (files or (folder / "tokenizer.model").is_file()):
         models = ("ChatGLM2 or 3", "ChatGLM-6B")
         yield f"config.json is of {models[first]}, the tokenizer's file of {models[files]}"
-
-
-def _sentencepiece(folder: Path) -> bool:
-    return (folder / "tokenizer.model").is_file()

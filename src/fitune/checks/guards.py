@@ -1,6 +1,6 @@
 """Rules about the model, the run and its files: each a function named as in the report.
 
-In: a model with its method, probe rows, folders. Out: Findings, as in preflight.py. Before the first step: base-intact,
+In: a model with its method, probe rows, folders. Out: Findings. Before the first step: base-intact,
 nan-hidden, embeddings, quantised-trainable, fp16-master, fp16-range, grad-reaches, accumulation-equality, disk-space,
 eval-memory. During it: frozen-intact. When a run goes on: resume-identity, partial-checkpoint. At its end:
 saved-complete.

@@ -1,6 +1,6 @@
 """Rules about what was loaded and what is handed on: each a function named as in the report.
 
-In: a model, its folder, a run folder. Out: Findings, as in preflight.py. Before the first step: base-loaded,
+In: a model, its folder, a run folder. Out: Findings, as in datachecks.py. Before the first step: base-loaded,
 adapter-scale, chat-parity, held-out-apart.
 """
 

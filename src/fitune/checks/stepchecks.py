@@ -1,6 +1,6 @@
 """Rules about what the loop does with rows, gradients and states: each a function named as in the report.
 
-In: batches, a model, an optimizer, a checkpoint. Out: Findings, as in preflight.py. Before the first step:
+In: batches, a model, an optimizer, a checkpoint. Out: Findings, as in datachecks.py. Before the first step:
 batch-labels, reference-loss, row-order, eval-dropout. In the first two: step-equality, which raises before the
 optimizer has applied anything. When a run goes on: resume-exact, row-order. At its end: steps-applied.
 """
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from fitune.checks.findings import raise_refused
 from fitune.checks.leak import PROBE_TOKENS, TOLERANCE, perturbed
-from fitune.checks.preflight import raise_refused
 from fitune.core.errors import ModelError
 from fitune.core.records import Batch, Finding, Layout, Sample, StepRecord
 from fitune.data.batches import Loader, flat

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fitune.checks import leak, preflight
+from fitune.checks import leak
+from fitune.checks.findings import raise_refused
 from fitune.core.config import DataSource
 from fitune.core.errors import DataError
 from fitune.core.events import Silent, Ticker, Watcher
@@ -147,7 +148,7 @@ def evaluate(
         raise DataError("no row has a token to measure", file=sources[0].path, received=f"{len(there)} rows")
     asked, too_long = _askable(there, tuned, limit) if answer else ([], 0)
     layout, found = leak.packing_leak(tuned.model, held_out)
-    preflight.raise_refused([found])
+    raise_refused([found])
     has_base = _is_tuned(tuned)
 
     def scores(*, base: bool) -> tuple[Scores, list[Judged]]:

@@ -22,14 +22,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fitune.checks import preflight
+from fitune.checks import datachecks
 from fitune.core.config import RunConfig
 from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.records import Conversation, DataReport, Finding, Sample
 from fitune.data import tokenizer
 from fitune.data.pipeline import NO_LIMIT
-from fitune.models.methods import new_tokens
-from fitune.models.model import locate, read_config
+from fitune.data.tokenizer.new_tokens import add_tokens
+from fitune.models.locate import locate
 from fitune.views.charts import NARROW, WIDE, Bar, bar_chart
 from fitune.views.pages import render
 from fitune.views.screen import visible
@@ -176,10 +176,10 @@ def inspect(
     folder = locate(config.model)
     words = tokenizer.load(folder)
     if config.new_tokens:
-        new_tokens.extend(words, config.new_tokens, config.answer_tokens)
+        add_tokens(words, config.new_tokens, config.answer_tokens)
     limit, vocabulary = _model_facts(folder, words)
     config = config.model_copy(update={"skip_bad": True, "val_share": 0.0})
-    data = preflight.read(config, folder, words, limit=limit, vocabulary=vocabulary, watch=watch)
+    data = datachecks.read(config, folder, words, limit=limit, vocabulary=vocabulary, watch=watch)
     report = data.report
     texts = Texts()
     told = Ticker(watch, "looking", len(data.conversations))
@@ -232,6 +232,8 @@ def _model_facts(folder: Path, words: Any) -> tuple[int, int]:
     """Longest row and embedding rows, from config.json; where there is none, from the tokenizer."""
     if not (folder / "config.json").is_file():
         return NO_LIMIT, len(words)
+    from fitune.models.configs import read_config  # imports torch, which a tokenizer alone does not need
+
     config = read_config(folder)
     return getattr(config, "max_position_embeddings", None) or NO_LIMIT, max(config.vocab_size, len(words))
 

@@ -17,7 +17,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fitune.checks import preflight
+from fitune.checks import datachecks
+from fitune.checks.findings import raise_refused
 from fitune.core.config import RunConfig
 from fitune.core.errors import FituneError, RunFolderError
 from fitune.core.files import check_new, disk, expand, whole_folder
@@ -129,7 +130,7 @@ def merge(
         with torch.no_grad():
             rounding = _relative(again(input_ids=probe).logits, before)
         if not force:
-            preflight.raise_refused([merge_drift(error, rounding, chosen)])
+            raise_refused([merge_drift(error, rounding, chosen)])
         return rounding
 
     plain = plain.to(DTYPES[chosen])
@@ -212,7 +213,7 @@ def _drift(folder: RunFolder, config: RunConfig, tuned: Tuned, other: Any) -> Dr
     """
     limit = int(config.max_length)
     try:
-        rows = preflight.read(config, folder.tokenizer, tuned.tokenizer, limit=limit, vocabulary=1 << 30).held_out
+        rows = datachecks.read(config, folder.tokenizer, tuned.tokenizer, limit=limit, vocabulary=1 << 30).held_out
     except FituneError as error:
         raise RunFolderError(
             "the run's data cannot be read, so no drift can be measured", received=error.what

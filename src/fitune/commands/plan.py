@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fitune.checks import preflight
+from fitune.checks import datachecks
 from fitune.commands.prepare import Job, absolute, check_quantized, own_settings, prepare, quant_settings, resolve
 from fitune.core import catalog
 from fitune.core.config import RunConfig, build
@@ -31,13 +31,13 @@ from fitune.data import formats, pipeline, rows, templates, tokenizer
 from fitune.data.batches import Loader
 from fitune.data.cache import Cache
 from fitune.data.lengths import automatic, choices, summary
+from fitune.data.tokenizer.new_tokens import NewToken, add_tokens
 from fitune.engine import optim
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
 from fitune.memory import steps, trace
 from fitune.models import adapters, methods, precision
 from fitune.models.kernels.target import of
-from fitune.models.methods import new_tokens
 from fitune.models.model import locate, pick_device, read_config, read_config_file, shape_of, trainable
 
 NO_DATA = "-"  # stands for data that nobody named
@@ -72,7 +72,7 @@ class Rows:
     note: str = ""
     report: DataReport | None = None
     words: Path | None = None
-    added: Sequence[new_tokens.NewToken] = ()
+    added: Sequence[NewToken] = ()
     lengths: Mapping[str, float] = field(default_factory=dict)
     choices: Sequence[LengthChoice] = ()
 
@@ -225,10 +225,10 @@ def look(wanted: Asked, words: str | Path | None, watch: Watcher) -> Rows:
         return _without_tokenizer(config, shape, limit)
     assert folder is not None
     loaded = tokenizer.load(folder)
-    added = new_tokens.extend(loaded, config.new_tokens, config.answer_tokens) if config.new_tokens else []
+    added = add_tokens(loaded, config.new_tokens, config.answer_tokens) if config.new_tokens else []
     if config.data == [NO_DATA]:
         return replace(_no_data(config, limit), words=folder, added=added)
-    found = preflight.read(
+    found = datachecks.read(
         config, folder, loaded, limit=limit, vocabulary=max(shape.vocab_size, len(loaded)), watch=watch
     )
     if not len(found.samples):
@@ -250,7 +250,7 @@ def _check_length(config: RunConfig, limit: int) -> None:
 
 def _without_tokenizer(config: RunConfig, shape: Any, limit: int) -> Rows:
     """Rows where only their characters are known, or nothing; new tokens come behind the vocabulary."""
-    added = [new_tokens.NewToken(text, shape.vocab_size + n, (0,)) for n, text in enumerate(config.new_tokens)]
+    added = [NewToken(text, shape.vocab_size + n, (0,)) for n, text in enumerate(config.new_tokens)]
     known = _no_data(config, limit) if config.data == [NO_DATA] else _estimated(config, shape, limit)
     return replace(known, added=added)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from fitune.checks import guards, leak, preflight, runchecks, stepchecks
+from fitune.checks import datachecks, guards, leak, modelchecks, runchecks, stepchecks
+from fitune.checks.findings import raise_refused
 from fitune.core.config import DataSource, RunConfig
 from fitune.core.errors import Collector, ConfigError, TrainingError
 from fitune.core.events import Watcher
@@ -23,6 +24,7 @@ from fitune.data import formats, pipeline, readers, templates, tokenizer
 from fitune.data.batches import Loader
 from fitune.data.cache import folder_digest, key
 from fitune.data.store import Samples
+from fitune.data.tokenizer.new_tokens import add_tokens
 from fitune.engine import integrity, loading, optim
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
@@ -194,12 +196,12 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
     folder = Path(config.model)
     model_config = read_config(folder)
     words = tokenizer.load(folder)
-    added = new_tokens.extend(words, config.new_tokens, config.answer_tokens) if config.new_tokens else []
+    added = add_tokens(words, config.new_tokens, config.answer_tokens) if config.new_tokens else []
     limit = getattr(model_config, "max_position_embeddings", None) or pipeline.NO_LIMIT
     vocabulary = max([model_config.vocab_size, *(token.id + 1 for token in added)])
     limit -= methods.find(config.method).virtual_tokens(config)
-    data = preflight.read(config, folder, words, limit=limit, vocabulary=vocabulary, watch=watch)
-    preflight.raise_refused(data.findings)
+    data = datachecks.read(config, folder, words, limit=limit, vocabulary=vocabulary, watch=watch)
+    raise_refused(data.findings)
     config = config.model_copy(update={"max_length": data.report.max_length})
 
     device = pick_device(config.device)
@@ -239,14 +241,14 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
     probe = guards.probe(samples)
     intact = guards.base_intact(folder)
     dtype = precision.DTYPES[config.trainable_dtype]
-    sets = [preflight.trainable_set(model, expected, dtype), guards.quantised_trainable(model)]
+    sets = [modelchecks.trainable_set(model, expected, dtype), guards.quantised_trainable(model)]
     stored = weights.stored_dtype(folder)
     dtypes = [precision.speed(config, device, model_config), precision.weights_kept(model, stored)]
     dtypes.append(guards.fp16_range(model, probe, layout))
     if quant.name_of(base) != "none":
         dtypes.append(quant.trust.finding(quant.faults(base)))
     model_findings = [
-        preflight.family_found(family),
+        modelchecks.family_found(family),
         *families.towers.finding(base),
         intact,
         loaded,
@@ -254,12 +256,12 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
         *dtypes,
         apart,
     ]
-    preflight.raise_refused(model_findings)
+    raise_refused(model_findings)
     highest = max([int(probe.ids.max()), *(token.id for token in added)])
     if before is not None and config.adapter is None:
         model_findings.append(guards.same_at_start(model, before, samples))
     model_findings += [guards.embeddings(model, highest), guards.nan_hidden(model, probe, layout)]
-    preflight.raise_refused(model_findings)  # what is not finite would fail the next ones too
+    raise_refused(model_findings)  # what is not finite would fail the next ones too
     model_findings += [guards.grad_reaches(model, probe, layout), guards.accumulation_equality(model, probe, layout)]
     model_findings += [runchecks.adapter_scale(model, config), stepchecks.reference_loss(model, samples, layout)]
     model_findings += [stepchecks.eval_dropout(model, probe, layout)]
@@ -267,7 +269,7 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
     loader = _loader(config, samples, layout)
     first = next((micro for _, micro in loader.steps(0, 1)), [])
     model_findings += [stepchecks.each_row_once(loader), stepchecks.batch_labels(first, samples)]
-    preflight.raise_refused(model_findings)
+    raise_refused(model_findings)
     total = config.max_steps or loader.total_steps(config.epochs)
     eval_every = config.eval_every or max(1, -(-total // 5))
     return Job(

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from fitune.checks import guards, preflight, stepchecks
+from fitune.checks import guards, stepchecks
+from fitune.checks.findings import raise_refused
 from fitune.core.config import RunConfig
 from fitune.core.errors import RunFolderError
 from fitune.core.events import Watcher
@@ -35,7 +36,7 @@ def note(run: RunFolder, watch: Watcher, finding: Finding) -> None:
     run.write("checks", [*_noted(run), asdict(finding)])
     if finding.level != "ok":
         watch.findings([finding])
-    preflight.raise_refused([finding])
+    raise_refused([finding])
 
 
 def _noted(run: RunFolder) -> list[dict[str, Any]]:

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from fitune.checks import guards, preflight, runchecks, stepchecks, textchecks
+from fitune.checks import guards, runchecks, stepchecks, textchecks
+from fitune.checks.findings import raise_refused
 from fitune.commands import resuming
 from fitune.commands.prepare import Job, prepare, resolve
 from fitune.commands.resuming import note
@@ -271,7 +272,7 @@ def _begin(run: RunFolder, job: Job, watch: Watcher) -> None:
     run.write("template", job.tuned.template.as_dict())
     job.tuned.tokenizer.save_pretrained(str(run.tokenizer))
     job.findings.append(runchecks.chat_parity(run, job.config, job.tuned.encoder, job.loader.samples))
-    preflight.raise_refused(job.findings[-1:])
+    raise_refused(job.findings[-1:])
     parts = {name: {"trainable": trained, "total": total} for name, trained, total in job.groups()}
     kept = [part.as_dict() for part in job.kept]
     plan = {

@@ -1,15 +1,18 @@
-"""Memory that was really taken, in MiB."""
+"""Memory that was really taken, in MiB. torch is imported only where a GPU is asked."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
-MIB = 2**20
+from fitune.core.units import MIB
+
+if TYPE_CHECKING:
+    import torch
 
 
 def resident_mib() -> float:
@@ -21,6 +24,8 @@ def forget_peak(device: torch.device) -> None:
     """Let peaks count from now on, where the system can: loading maps whole files, whose pages it may drop again, and
     that is no memory that a run needs."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         with suppress(OSError):  # not everywhere allowed
@@ -31,6 +36,8 @@ def peak_mib(device: torch.device) -> float:
     """The most that was held: of the GPU's memory on a GPU, else of main memory by this process; since `forget_peak`
     on CUDA and Linux, else since the process began."""
     if device.type == "cuda":
+        import torch
+
         return float(torch.cuda.max_memory_reserved(device) / MIB)
     if sys.platform == "win32":
         return float(psutil.Process().memory_info().peak_wset / MIB)

@@ -29,6 +29,7 @@ from fitune.core.config import RunConfig, build
 from fitune.core.errors import ConfigError, ModelError, Problems, did_you_mean, shorten
 from fitune.core.files import expand
 from fitune.core.untrusted import read_json
+from fitune.data.tokenizer.new_tokens import NewToken
 from fitune.models import families, methods
 from fitune.models.families import towers
 from fitune.models.methods import adapter as bottleneck
@@ -181,7 +182,7 @@ def put(model: Any, folder: Path) -> Any:
         missing = WEIGHTS if own or peft else PEFT_CONFIG
         raise ModelError(f"{folder}: no {missing}", expected="an adapter folder (safetensors), PEFT's or fitune's")
     if (folder / NEW_IDS).is_file():
-        new_tokens.add_rows(model, [new_tokens.NewToken("", i, (0,)) for i in _new_ids(folder)])
+        new_tokens.add_rows(model, [NewToken("", i, (0,)) for i in _new_ids(folder)])
         _load_rows(model, folder)
     if own:
         return _put_own(model, folder)

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -167,6 +166,8 @@ class Terminal(Watcher):
             measured, value = self.held_out
             held_out = [f"held-out {value:.4f}" + ("" if measured == record.step else f" (step {measured})")]
         speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+        import torch  # loaded already where steps are made; a terminal that shows something else does without
+
         figures = [f"loss {record.loss:.4f}", *held_out, speed, f"{peak_mib(torch.device(self.device)):,.0f} MiB"]
         while len(figures) > 1 and len("  ".join(figures)) > self._room():
             figures.pop()

@@ -7,7 +7,7 @@ folder that names remote code is told at once what it is: ChatGLM has a tokenize
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,19 +109,53 @@ def _from_transformers(folder: Path, settings: dict[str, Any]) -> Any:
 
 
 def _readers(folder: Path, settings: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
-    """Classes that may read the folder, with their arguments, the likeliest first."""
-    from transformers import AutoTokenizer, GPT2TokenizerFast, LlamaTokenizerFast, PreTrainedTokenizerFast
+    """Classes that may read the folder, with their arguments, the likeliest first.
 
-    if (folder / "tokenizer.json").is_file():
+    AutoTokenizer is asked only where it has something to decide: importing it imports torch.
+    """
+    from transformers import GPT2TokenizerFast, LlamaTokenizerFast, PreTrainedTokenizerFast
+
+    complete, has_model = (folder / "tokenizer.json").is_file(), (folder / "config.json").is_file()
+    if complete and ("auto_map" in settings or not (settings or has_model)):
         # the file says it all; whatever code the folder names is not needed
-        bare = "auto_map" in settings or not (settings or (folder / "config.json").is_file())
-        return [(PreTrainedTokenizerFast if bare else AutoTokenizer, {})]
+        return [(PreTrainedTokenizerFast, {})]
+    if settings and not has_model and (named := _named_class(settings, complete=complete)) is not None:
+        return [(named, {})]
+    if complete or settings:
+        return [(_auto(), {})]
     found = sentencepiece_file(folder)
     plain = (GPT2TokenizerFast, {}) if found is None else (LlamaTokenizerFast, {"vocab_file": str(found)})
-    if settings:
-        return [(AutoTokenizer, {})]
     # the model's config may name a class that these bare files are not for: another model's tokenizer
-    return [(AutoTokenizer, {}), plain] if (folder / "config.json").is_file() else [plain]
+    return [(_auto(), {}), plain] if has_model else [plain]
+
+
+def _auto() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def _named_class(settings: Mapping[str, Any], *, complete: bool) -> Any:
+    """The class of transformers that AutoTokenizer takes for a folder without a config.json.
+
+    Args:
+        settings: tokenizer_config.json.
+        complete: is there a tokenizer.json?
+
+    Returns:
+        None where AutoTokenizer has more to look at: code in the folder, or the kind of a Llama's tokenizer.json.
+    """
+    import transformers
+
+    name = str(settings.get("tokenizer_class", ""))
+    if name in ("PreTrainedTokenizerFast", "TokenizersBackend") and "auto_map" not in settings:
+        return transformers.PreTrainedTokenizerFast
+    name = name.removesuffix("Fast")
+    if not name or "auto_map" in settings or (complete and name == "LlamaTokenizer"):
+        return None
+    found = getattr(transformers, name, None)
+    fast = isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerFast)
+    return found if fast else None
 
 
 def _unreadable(folder: Path, settings: dict[str, Any], error: Exception) -> ModelError:
