@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from zlib import crc32
 
 import tables as t
+
+from fitune.core.letters import COMMON_HAN
 
 Message = dict[str, str]
 Conversation = list[Message]
@@ -73,7 +76,7 @@ class Item:
 
 def has_chinese(text: str) -> bool:
     """Whether the text has a Chinese character."""
-    return any("\u4e00" <= char <= "\u9fff" for char in text)
+    return re.search(f"[{COMMON_HAN}]", text) is not None
 
 
 def stop(answer: str, lang: str) -> str:

@@ -298,9 +298,12 @@ def test_where_the_cache_lies(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "mine"))
     assert default_folder() == tmp_path / "mine"
     monkeypatch.delenv("FITUNE_CACHE")
-    monkeypatch.setattr(sys, "platform", "linux")
+    if sys.platform != "linux":
+        return
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "fitune" / "data"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_folder() == Path.home() / ".cache" / "fitune" / "data"
 
 
 # ---- real processes ----

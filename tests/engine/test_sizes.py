@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fitune.core import processor
-from fitune.core.config import RunConfig, build
+from fitune.core.config import RunConfig, settings_only
 from fitune.core.records import Sample
 from fitune.data.batches import PARTS, flat, in_order, rounded
 from fitune.engine import step
@@ -63,8 +63,8 @@ def test_sizes_are_few_and_near() -> None:
 
 
 def config_of(method: str) -> RunConfig:
-    settings = {"model": "-", "data": ["-"], "precision": "fp32", "method": method}
-    return build(settings | VIRTUAL[method])
+    settings = {"precision": "fp32", "method": method}
+    return settings_only(settings | VIRTUAL[method])
 
 
 def tuned(kind: str, method: str) -> Any:
@@ -198,7 +198,7 @@ def test_lengths_in_16_bits_on_a_cpu_are_few_and_give_the_same(kind: str, method
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_products_in_float32_are_those_of_bfloat16(kind: str) -> None:
     """Where a processor only imitates bfloat16: losses alike, and layers as they were before."""
-    config = build({"model": "-", "data": ["-"], "method": "lora", "lora": {"targets": "all-linear"}})
+    config = settings_only({"method": "lora", "lora": {"targets": "all-linear"}})
     model = adapters.attach(ready(tiny.make_model(kind).bfloat16().requires_grad_(False), "bf16"), config).eval()
     batch, seen = flat(samples(), range(9)), []
     expected = held_out_loss(model, [batch])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fitune.core import begun, catalog, locks
-from fitune.core.begun import CONFIG
+from fitune.core.begun import CONFIG, RUNS
 from fitune.core.config import DataSource, RunConfig, build
 from fitune.core.errors import Collector, ConfigError, DataError, ModelError, RunFolderError, nearest
 from fitune.core.files import check_new, check_writable, expand, names_near
@@ -20,7 +20,6 @@ from fitune.data import formats, readers, templates
 from fitune.models import hub
 
 MODEL, WEIGHTS = "config.json", "adapter_model.safetensors"
-RUNS = Path("runs")  # where runs lie that were given no --output
 YAML = (".yaml", ".yml")
 
 

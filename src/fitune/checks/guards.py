@@ -23,6 +23,7 @@ from torch import Tensor
 from fitune.checks.leak import PROBE_TOKENS
 from fitune.core.errors import FituneError
 from fitune.core.records import Batch, Finding, Layout, Sample
+from fitune.core.units import MIB
 from fitune.data.batches import flat, split
 from fitune.engine import optim
 from fitune.engine.checkpoint import Loaded, restore_rng, rng_state
@@ -309,7 +310,7 @@ def disk_space(folder: Path, trained_bytes: int, keep: int, free: int | None = N
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     there = shutil.disk_usage(place).free if free is None else free
     needed = trained_bytes * (keep + 1)
-    text = f"{needed / 2**20:,.0f} MiB for {keep} checkpoints and the result, {there / 2**20:,.0f} MiB free"
+    text = f"{needed / MIB:,.0f} MiB for {keep} checkpoints and the result, {there / MIB:,.0f} MiB free"
     if needed > there:
         return Finding("disk-space", "refuse", text, "free some space, --keep-last 1, or another --output")
     return Finding("disk-space", "ok", text)
@@ -318,7 +319,7 @@ def disk_space(folder: Path, trained_bytes: int, keep: int, free: int | None = N
 def eval_memory(model: Any) -> Finding:
     """Held-out losses never hold the logits of a batch: the head sees label rows, a chunk at a time."""
     vocabulary, rows = causal_lm(model).config.vocab_size, loss_rows(model)
-    mib = 2 * rows * vocabulary * 4 / 2**20
+    mib = 2 * rows * vocabulary * 4 / MIB
     return Finding("eval-memory", "ok", f"logits of at most {rows:,} rows at once ({mib:,.0f} MiB with their gradient)")
 
 

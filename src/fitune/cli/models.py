@@ -17,6 +17,7 @@ from fitune.checks import early
 from fitune.cli.flags import Json, Moved, console_for, print_json
 from fitune.core import config as settings
 from fitune.core import locks
+from fitune.core.units import MIB
 
 
 def merge(
@@ -85,7 +86,7 @@ def download(
     entry = catalog.get(model)
     with transfer_bar(console) as on_bytes:
         done = fetch(entry.id if entry is not None else model, on_bytes=on_bytes)
-    console.say(f"{done.id} at {done.revision}: {done.files} files, {done.bytes / 2**20:,.1f} MiB, in {done.folder}")
+    console.say(f"{done.id} at {done.revision}: {done.files} files, {done.bytes / MIB:,.1f} MiB, in {done.folder}")
     if json:
         print_json(done.as_dict())
 
@@ -143,7 +144,7 @@ def quantize(
     done = run_quantize(model, output, quant=options)
     console.print(quantized_table(done))
     console.say(
-        f"{done.folder}: {done.bytes_before / 2**20:,.1f} MiB of weights before, {done.bytes_after / 2**20:,.1f} now; "
+        f"{done.folder}: {done.bytes_before / MIB:,.1f} MiB of weights before, {done.bytes_after / MIB:,.1f} now; "
         f"picture {Path(done.folder) / 'quantization.html'}"
     )
     if json:

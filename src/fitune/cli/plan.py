@@ -15,6 +15,7 @@ from fitune.checks import early
 from fitune.cli.flags import Json, SetOption, console_for, optional, print_json, typed
 from fitune.core import config as settings
 from fitune.core.errors import ConfigError
+from fitune.core.units import MIB
 from fitune.views.screen import Screen
 
 
@@ -109,10 +110,17 @@ def plan(
     print_figures(figures, json)
 
 
+def _build(given: dict[str, Any], model: str, data: list[str]) -> settings.RunConfig:
+    """The settings of a plan; without data it is one of lengths that are given."""
+    return (
+        settings.build({**given, "model": model, "data": data}) if data else settings.settings_only(given, model=model)
+    )
+
+
 def _check(model: str, data: list[str], tokenizer: Path | None, given: dict[str, Any]) -> None:
     """Unknown settings, wrong values and wrong paths, all of them at once."""
     early.together(
-        lambda: settings.build({**given, "model": model, "data": data or ["-"]}),
+        lambda: _build(given, model, data),
         lambda: early.shape(model),
         *early.each(early.data, *data),
         lambda: early.template(str(given.get("template", "auto"))),
@@ -164,7 +172,7 @@ def _verified(model: str, data: list[str] | None, given: dict[str, Any], console
     console.print(compare_table(found.rows))
     console.print(compare_table(found.phases))
     console.print(
-        f"predicted {found.predicted / 2**20:,.1f} MiB, really allocated {found.allocated / 2**20:,.1f}: "
+        f"predicted {found.predicted / MIB:,.1f} MiB, really allocated {found.allocated / MIB:,.1f}: "
         f"[bold]{found.error:+.2%}[/]",
         highlight=False,
     )
@@ -178,8 +186,8 @@ def _calibration(console: Screen) -> dict[str, Any]:
 
     found = calibrate(date.today().isoformat())
     console.say(
-        f"{found['gpu']}: context {found['context'] / 2**20:,.0f} MiB, "
-        f"a workspace {found['workspace'] / 2**20:,.1f} MiB; kept in {found['file']}"
+        f"{found['gpu']}: context {found['context'] / MIB:,.0f} MiB, "
+        f"a workspace {found['workspace'] / MIB:,.1f} MiB; kept in {found['file']}"
     )
     return found
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fitune.commands.train import resume_config, train
+from fitune.core.begun import free_folder
 from fitune.core.config import RunConfig, build
 from fitune.core.errors import ConfigError, RunFolderError
 from fitune.core.events import Silent, Watcher
@@ -68,19 +69,12 @@ def config(output: str | None = None, **changes: Any) -> RunConfig:
             "model": str(bundled() / "model"),
             "data": [str(bundled() / "data" / "train.jsonl")],
             "eval_data": [str(bundled() / "data" / "held_out.jsonl")],
-            "output": output or _free(),
+            "output": output or free_folder("demo"),
             **COMMON,
             **method,
             **changes,
         }
     )
-
-
-def _free() -> str:
-    number = 1
-    while (path := Path("runs") / f"demo-{number}").exists():
-        number += 1
-    return str(path)
 
 
 def demo(

@@ -21,6 +21,7 @@ from fitune.checks.findings import raise_refused
 from fitune.core.config import DataSource
 from fitune.core.errors import DataError
 from fitune.core.events import Silent, Ticker, Watcher
+from fitune.core.letters import HAN
 from fitune.core.records import Batch, Conversation, DataReport, Layout, Sample
 from fitune.core.results import Answered, Evaluation, Scores
 from fitune.data import pipeline, rows
@@ -38,8 +39,7 @@ from fitune.models.model import Tuned, causal_lm, compute_dtype
 from fitune.models.precision import imitated
 
 TOGETHER = 8  # rows of a batch whose loss is measured
-CJK = "\u3400-\u9fff\uf900-\ufaff"
-UNITS = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")  # a Chinese character, or a word of anything else
+UNITS = re.compile(rf"[{HAN}]|[^\W_{HAN}]+")  # a Chinese character, or a word of anything else
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def bleu4(got: Sequence[str], expected: Sequence[str]) -> float:
     """Corpus BLEU up to 4-grams, 0 to 100 (Papineni et al. 2002; sacrebleu). Chinese by character where most is."""
     import sacrebleu
 
-    chinese = sum(len(re.findall(f"[{CJK}]", text)) for text in expected)
+    chinese = sum(len(re.findall(f"[{HAN}]", text)) for text in expected)
     words = sum(len(UNITS.findall(text)) for text in expected)
     kind = "zh" if chinese * 2 > words else "13a"
     return float(sacrebleu.corpus_bleu(list(got), [list(expected)], tokenize=kind).score)

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fitune.checks import datachecks
+from fitune.core import letters
 from fitune.core.config import RunConfig
 from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.records import Conversation, DataReport, Finding, Sample
@@ -34,11 +35,8 @@ from fitune.views.charts import NARROW, WIDE, Bar, bar_chart
 from fitune.views.pages import render
 from fitune.views.screen import visible
 from fitune.views.terminal import LENGTHS, findings_table, length_rows, lengths_table, pairs
-from fitune.views.tokens import CJK, TokenizerView, TokenView, token_views, tokenizer_view
+from fitune.views.tokens import CHINESE, TokenizerView, TokenView, token_views, tokenizer_view
 
-KANA = re.compile(r"[\u3040-\u30ff]")
-HANGUL = re.compile(r"[\uac00-\ud7af]")
-LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 BINS = 24
 MOST_EXAMPLES = 5  # groups of equal rows that are shown
 MOST_TEXTS = 20_000  # texts that the tokenizer view counts over, and
@@ -47,11 +45,12 @@ MOST_CHARACTERS = 10_000  # of each so much
 
 def language(text: str) -> str:
     """zh, ja, ko, en (Latin letters), mixed or other, by the letters of a text."""
-    if KANA.search(text):
+    if re.search(f"[{letters.KANA}]", text):
         return "ja"
-    if HANGUL.search(text):
+    if re.search(f"[{letters.HANGUL}]", text):
         return "ko"
-    chinese, latin = len(CJK.findall(text)), len(LATIN.findall(text)) / 4  # a word has several letters
+    chinese = len(CHINESE.findall(text))
+    latin = len(re.findall(f"[{letters.LATIN}]", text)) / 4  # a word has several letters
     if not chinese and not latin:
         return "other"
     share = chinese / (chinese + latin)

@@ -25,6 +25,7 @@ from fitune.core.config import RunConfig, build
 from fitune.core.errors import Collector, ConfigError, DataError
 from fitune.core.events import Silent, Watcher
 from fitune.core.files import expand
+from fitune.core.letters import FULL_WIDTH
 from fitune.core.plan import Compared
 from fitune.core.records import Conversation, DataReport, LengthChoice, Message, Sample
 from fitune.data import formats, pipeline, rows, templates, tokenizer
@@ -47,7 +48,7 @@ ESTIMATED = 20_000  # rows whose lengths are estimated; more are alike
 WIDE, NARROW, LATIN = 1.4, 0.5, 4.2
 BIG_VOCABULARY = 60_000  # from here on Chinese words are tokens of their own
 EXTRA = 12  # tokens of a template for each message
-CJK = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]")
+FULL_WIDTH_LETTER = re.compile(f"[{FULL_WIDTH}]")
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ def _estimated(config: RunConfig, shape: Any, limit: int) -> Rows:
 def _tokens(row: Conversation, vocabulary: int) -> int:
     text = "".join(part for message in row.messages for part in _texts(message))
     text += json.dumps([dict(tool) for tool in row.tools], ensure_ascii=False) if row.tools else ""
-    wide = len(CJK.findall(text))
+    wide = len(FULL_WIDTH_LETTER.findall(text))
     each = WIDE if vocabulary >= BIG_VOCABULARY else NARROW
     return max(2, round(wide / each + (len(text) - wide) / LATIN) + EXTRA * len(row.messages))
 

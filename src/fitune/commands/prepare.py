@@ -14,6 +14,7 @@ import torch
 
 from fitune.checks import datachecks, guards, leak, modelchecks, runchecks, stepchecks
 from fitune.checks.findings import raise_refused
+from fitune.core.begun import free_folder
 from fitune.core.config import DataSource, RunConfig
 from fitune.core.errors import Collector, ConfigError, TrainingError
 from fitune.core.events import Watcher
@@ -130,7 +131,7 @@ def resolve(config: RunConfig) -> RunConfig:
         config = precision.resolve(config, pick_device(config.device), shape)
         quant_settings(config, shape)
     problems.raise_any()
-    changes["output"] = config.output or _free_folder(folder.name, config.method)
+    changes["output"] = config.output or free_folder(f"{folder.name}-{config.method}")
     return config.model_copy(update=changes)
 
 
@@ -173,13 +174,6 @@ def absolute(source: str | DataSource) -> str | DataSource:
     # a link's own name is kept: it tells the kind of file, which that of its target may not
     path = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
     return str(path) if isinstance(source, str) else source.model_copy(update={"path": str(path)})
-
-
-def _free_folder(model: str, method: str) -> str:
-    number = 1
-    while (path := Path("runs") / f"{model}-{method}-{number}").exists():
-        number += 1
-    return str(path)
 
 
 def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None = None) -> Job:

@@ -33,6 +33,7 @@ from fitune.core.events import NAME, RUN_FOLDER, Silent, Watcher
 from fitune.core.files import full_disk, json_text, write_atomic
 from fitune.core.records import Conversation, Finding, StepRecord
 from fitune.core.results import Answered, Result
+from fitune.core.units import MIB
 from fitune.data import given
 from fitune.data.batches import in_order
 from fitune.engine import environment, integrity, optim
@@ -583,7 +584,7 @@ def _finish(run: RunFolder, job: Job, watch: Watcher, held_out: float | None) ->
         total_parameters=job.total,
         real_tokens_per_second=sum(record.tokens for record in records) / max(seconds, 1e-9),
         peak_memory_mib=devices.peak_taken_mib(job.tuned.device),
-        expected_memory_mib=job.plan.needed / plans.MIB,
+        expected_memory_mib=job.plan.needed / MIB,
         seconds=seconds,
         history=tuple(records),
     )

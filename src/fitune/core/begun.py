@@ -15,6 +15,7 @@ from fitune.core.errors import FituneError, RunFolderError
 from fitune.core.files import LOCK, expand, read_summed
 from fitune.core.scratch import OURS
 
+RUNS = Path("runs")  # where runs lie that were given no --output
 CONFIG, SEAL, RESULT = "config.yaml", "seal.json", "result.json"
 GIVEN = re.compile(r".+-[0-9a-f]{8}\.jsonl")  # rows that Python gave, copied before the settings are written
 
@@ -38,6 +39,14 @@ def check(folder: Path) -> bool:
             f"fitune train --adapter {shlex.quote(str(folder))} --output NEW ...",
         )
     raise RunFolderError(f"{folder}: is not empty; nothing of yours is overwritten", fix="choose another --output")
+
+
+def free_folder(name: str) -> str:
+    """A run folder that is not there yet: runs/NAME-1, or the first number that is free."""
+    number = 1
+    while (path := RUNS / f"{name}-{number}").exists():
+        number += 1
+    return str(path)
 
 
 def _is_free(folder: Path) -> bool:

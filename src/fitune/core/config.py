@@ -525,6 +525,19 @@ def build(values: Mapping[str, Any]) -> RunConfig:
         raise AssertionError("unreachable: pydantic raised without errors") from error
 
 
+def settings_only(values: Mapping[str, Any], *, model: str = "-") -> RunConfig:
+    """The checked settings of a run whose data, and perhaps whose model, nobody looks at.
+
+    Args:
+        values: settings; a model or data among them do not count.
+        model: a model, where that counts.
+
+    Raises:
+        ConfigError, Problems: see `build`.
+    """
+    return build({**values, "model": model, "data": ["-"]})
+
+
 def _wish(message: str) -> str:
     """pydantic's `Input should be ...` as what was expected."""
     return message.removeprefix("Input should be ").removeprefix("Value error, ")

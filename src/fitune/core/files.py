@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from fitune.core.errors import ConfigError, FituneError, RunFolderError, nearest
 from fitune.core.scratch import TEMPORARY as TEMPORARY
 from fitune.core.scratch import Scratch
+from fitune.core.units import MIB
 
 MANIFEST = "MANIFEST.json"
 LOCK = "run.lock"  # of a run folder that a process works in: see locks.py
@@ -147,7 +148,7 @@ def tree(path: Path) -> str:
 
 
 def _piece(path: Path, start: int) -> bytes:
-    found, buffer = hashlib.sha256(), memoryview(bytearray(min(PIECE, 1 << 20)))
+    found, buffer = hashlib.sha256(), memoryview(bytearray(min(PIECE, MIB)))
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         left = PIECE

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from fitune.core.errors import FituneError, ModelError, shorten
+from fitune.core.units import MIB
 
-MIB = 1 << 20
 MOST_JSON = 256 * MIB  # tokenizer.json of a large vocabulary has 30
 MOST_YAML = MIB
 DEEPEST = 100  # levels of lists and objects; a JSON schema of a tool has 10

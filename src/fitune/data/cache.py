@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 import weakref
@@ -24,6 +23,8 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from platformdirs import user_cache_path
 
 from fitune.core.errors import RunFolderError
 from fitune.core.files import disk, expand, is_whole, seal, sync
@@ -35,19 +36,21 @@ FIX = "free some space, choose another folder with --cache, or keep nothing with
 
 
 def default_folder() -> Path:
-    """FITUNE_CACHE, else the system's place for caches.
+    """FITUNE_CACHE, else the system's folder for caches: on Linux $XDG_CACHE_HOME/fitune/data or ~/.cache/fitune/data.
 
     Raises:
-        RunFolderError: this user has no home, and none of the variables that name another place is set.
+        RunFolderError: this user has no home folder, and no variable names another place.
     """
     if named := os.environ.get("FITUNE_CACHE"):
         return Path(named)
-    variable, inside = ("LOCALAPPDATA", "AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", ".cache")
+    missing = RunFolderError("no home folder for a cache", fix="set HOME, or FITUNE_CACHE to a folder")
     try:
-        base = Path(os.environ.get(variable) or Path.home() / inside)
+        folder = user_cache_path("fitune", appauthor=False, opinion=False)
     except RuntimeError:
-        raise RunFolderError("no home folder for a cache", fix="set HOME, or FITUNE_CACHE to a folder") from None
-    return base / "fitune" / "data"
+        raise missing from None
+    if not folder.is_absolute():  # versions of platformdirs that leave ~ as it is
+        raise missing
+    return folder / "data"
 
 
 class Cache:

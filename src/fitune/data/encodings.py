@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from fitune.core.errors import DataError, shorten
+from fitune.core.letters import COMMON_HAN
 from fitune.core.records import Source
+from fitune.core.units import MIB
 from fitune.core.untrusted import check_file
 
 Item = tuple[Any, Source] | DataError
@@ -31,7 +33,7 @@ BOMS = (  # UTF-32's begins with UTF-16's, so it is asked first
 )
 GZIP = b"\x1f\x8b"
 SAMPLE = 1 << 22  # bytes that are looked at to tell GB18030 from other encodings
-BLOCK = 1 << 20
+BLOCK = MIB
 MOST_ROW = 64 << 20  # characters of a row
 MOST_LINE = 1 << 30  # characters of a line that holds a whole list
 BOMB, BOMB_RATIO = (
@@ -40,7 +42,7 @@ BOMB, BOMB_RATIO = (
 )  # unpacked bytes from which on a file may not grow so many times: text grows 10
 WIDE_SHARE, WIDE_LEAST = 0.2, 4  # zero bytes of the head, at even or at odd places alone, that mean UTF-16
 COMMON = frozenset("的一是不了在人有我他这中大来上个国和地到说们为子你时要就出会可以对生能学下年得自")
-CHINESE = re.compile("[\u4e00-\u9fff]")
+CHINESE = re.compile(f"[{COMMON_HAN}]")
 LEAST = 50  # Chinese characters from which on the common ones among them are counted
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitune.core.scratch import TEMPORARY, sweep
+from fitune.core.units import GIB, MIB
 
 ENTRY = re.compile(r"(rows|samples|given)-[0-9a-f]+-\d+")
-GIB = 1 << 30
 IDLE = 86400.0  # seconds without use, where nobody can be asked who uses it
 
 if os.name == "nt":
@@ -139,4 +139,4 @@ def remove(path: Path) -> None:
 
 def size_text(count: int) -> str:
     """Bytes for a person."""
-    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / (1 << 20):,.1f} MiB"
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / MIB:,.1f} MiB"

@@ -21,11 +21,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from fitune.core.units import MIB
+
 Event = tuple[int, int]  # (block key, bytes): above 0 allocates, below 0 frees; (EMPTY_CACHE, 0) empties the cache
 
 EMPTY_CACHE: Final = -1
 
-MIB: Final = 2**20
 GRAIN: Final = 512  # every block is a multiple of it
 SMALL: Final = MIB  # the largest block of the small pool
 SMALL_SEGMENT: Final = 2 * MIB  # what the small pool asks of the driver, and its page when segments expand

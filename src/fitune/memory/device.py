@@ -22,12 +22,12 @@ import torch
 
 from fitune.core.errors import ConfigError, RunFolderError, did_you_mean
 from fitune.core.files import write_atomic
+from fitune.core.units import GIB, MIB
 from fitune.data.cache import default_folder
 from fitune.memory.measure import peak_mib, resident_mib
 from fitune.models.determinism import CUBLAS_BYTES
 from fitune.models.kernels.target import Target
 
-MIB, GIB = 2**20, 2**30
 HERE = ("this machine", "this-machine", "here", "auto")
 CALIBRATIONS = "gpus.json"  # in the cache
 CONTEXT = 725 * MIB  # the most that was seen of 300 to 725 MiB: it depends on GPU, driver and the kernels loaded

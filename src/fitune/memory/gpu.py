@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fitune.core.units import MIB
 from fitune.engine import environment
 from fitune.models.kernels import flash
 from fitune.models.kernels.target import of
 
-MIB = 2**20
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,

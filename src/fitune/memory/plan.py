@@ -20,6 +20,7 @@ from fitune.core.config import RunConfig
 from fitune.core.plan import Holding, Moment, Point
 from fitune.core.plan import Plan as Plan
 from fitune.core.records import Batch, Layout
+from fitune.core.units import MIB
 from fitune.data.batches import rounded
 from fitune.engine import optim
 from fitune.engine.step import LossScale, apply_gradients, held_out_loss, make_gradients
@@ -35,7 +36,6 @@ from fitune.models.kernels.target import CPU, Target
 from fitune.models.methods import new_tokens
 from fitune.models.model import causal_lm, checkpoint_blocks, loss_rows, outline, set_loss_rows, trainable
 
-MIB = 2**20
 POINTS = 160  # of a timeline
 PHASES = ("load", "start", "forward", "loss", "backward", "update", "evaluation", "answers", "checkpoint")
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fitune.core.config import RunConfig, build, merge
+from fitune.core.config import RunConfig, merge, settings_only
 from fitune.core.errors import ConfigError, FituneError
+from fitune.core.units import MIB
 from fitune.memory import chunks, device, flops, plan, steps
 from fitune.memory.flops import Counts
 from fitune.models import families, methods, precision, quant
@@ -26,7 +27,7 @@ from fitune.models.kernels.target import Target
 from fitune.models.model import without_weights
 
 TOKENS = (1024, 4096)  # of the two micro-batches, four rows each: so many that activations outweigh single weights
-MARGIN, SEGMENT = 1.03, 20 * 2**20  # fragmentation, until a candidate is planned exactly: a share, and a segment
+MARGIN, SEGMENT = 1.03, 20 * MIB  # fragmentation, until a candidate is planned exactly: a share, and a segment
 MOST = 4096  # rows of a micro-batch
 
 # Share of the questions of a held-out test that were answered right after tuning (results/methods.json: exact match of
@@ -126,7 +127,7 @@ def search(
         raise _no_way(given, shape, where)
     for number, (name, settings, quality) in enumerate(ways):
         tell(number, len(ways))
-        config = plan.without_words(build({**settings, "model": "-", "data": ["-"]}))
+        config = plan.without_words(settings_only(settings))
         line = _line(config, shape, where.target)
         if line is None:
             continue
@@ -198,7 +199,7 @@ def _agree(wanted: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
 def _no_way(given: Mapping[str, Any], shape: Any, where: device.Device) -> FituneError:
     """Why no way agrees with what was given."""
     try:
-        config = build({**given, "model": "-", "data": ["-"]})
+        config = settings_only(given)
         empty = without_weights(shape)
         family = families.of(empty)
         methods.find(config.method).expected(empty, family, config)
@@ -215,7 +216,7 @@ def _no_way(given: Mapping[str, Any], shape: Any, where: device.Device) -> Fitun
 def _possible(settings: Mapping[str, Any], empty: Any, family: families.Family, where: device.Device) -> bool:
     """Can the method be put on this model, quantized so?"""
     try:
-        config = build({**settings, "model": "-", "data": ["-"]})
+        config = settings_only(settings)
         method = methods.find(config.method)
         method.check(config)
         expected = method.expected(empty, family, config)

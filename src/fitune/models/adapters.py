@@ -25,7 +25,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fitune.core.config import RunConfig, build
+from fitune.core.config import RunConfig, settings_only
 from fitune.core.errors import ConfigError, ModelError, Problems, did_you_mean, shorten
 from fitune.core.files import expand
 from fitune.core.untrusted import read_json
@@ -207,7 +207,7 @@ def read_own(folder: Path) -> RunConfig:
     """
     path = folder / OWN_CONFIG
     try:
-        return build({**read_json(path), "model": str(folder), "data": ["-"]})
+        return settings_only(read_json(path), model=str(folder))
     except (FileNotFoundError, ConfigError, Problems) as error:
         raise ModelError(f"{path}: broken", received=" ".join(str(error).split())[:200]) from None
 

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fitune.core.units import MIB
+
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 # 8 buffers of 4 MiB: https://docs.nvidia.com/cuda/cublas/index.html, "Results reproducibility"; torch takes as much
-CUBLAS_BUFFERS, CUBLAS_BYTES = ":4096:8", 32 * 2**20
+CUBLAS_BUFFERS, CUBLAS_BYTES = ":4096:8", 32 * MIB
 FILL = False  # memory as it is given out with NaN: for a test
 # Not cuDNN's attention, torch's first choice on newer GPUs: it plans anew for each length that it meets, for a second.
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

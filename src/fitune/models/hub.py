@@ -26,13 +26,14 @@ from typing import Any
 from fitune.core.errors import ModelError, shorten
 from fitune.core.files import disk, sync, write_json
 from fitune.core.scratch import alone
+from fitune.core.units import MIB
 from fitune.data.cache import default_folder
 
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin")
 MODELSCOPE = "https://www.modelscope.cn"
 TIMEOUT = 30.0  # seconds without a byte
 TRIES = 5
-BLOCK = 1 << 20
+BLOCK = MIB
 OnBytes = Callable[[str, int, int], None]
 
 
@@ -132,8 +133,8 @@ def check_room(folder: Path, needed: int, name: str, free: int | None = None) ->
     if needed > there:
         raise ModelError(
             f"{name}: does not fit on the disk",
-            received=f"{there / 2**20:,.0f} MiB free at {place}",
-            expected=f"{needed / 2**20:,.0f} MiB",
+            received=f"{there / MIB:,.0f} MiB free at {place}",
+            expected=f"{needed / MIB:,.0f} MiB",
             fix="free some space, or name another place: HF_HOME (hub), FITUNE_CACHE (ModelScope)",
         )
 

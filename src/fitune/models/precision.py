@@ -22,6 +22,7 @@ from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError, RunFolderError
 from fitune.core.files import write_atomic
 from fitune.core.records import Finding, Kept
+from fitune.core.units import MIB
 from fitune.data.cache import default_folder
 from fitune.models import quant, trial
 from fitune.models.kernels.frozen import Frozen
@@ -287,4 +288,4 @@ def weights_kept(model: Any, stored: torch.dtype | None) -> Finding:
 
 def size(count: int) -> str:
     """Bytes in words."""
-    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 1024:,.1f} KiB"
+    return f"{count / MIB:,.1f} MiB" if count >= MIB else f"{count / 1024:,.1f} KiB"

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from fitune.core.config import RunConfig
+from fitune.core.config import RunConfig, settings_only
 from fitune.core.files import write_atomic
 from fitune.data.templates.as_jinja import KINDS
 from fitune.engine.checkpoint import RunFolder
@@ -167,7 +167,7 @@ def _data(run: RunFolder, config: RunConfig) -> str:
 
 def _settings(config: RunConfig) -> str:
     """What differs from the defaults, and what decides most."""
-    values, plain = config.model_dump(mode="json"), RunConfig(model="-", data=["-"]).model_dump(mode="json")
+    values, plain = config.model_dump(mode="json"), settings_only({}).model_dump(mode="json")
     always = ("method", "template", "max_length", "batch_size", "epochs", "lr", "precision", "seed")
     shown = {
         name: value

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fitune.core.plan import Compared, Moment, Plan
+from fitune.core.units import GIB, MIB
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ GREYS = {
     OUTSIDE: Look("--outside", "#6b7078", "#"),
 }
 SMALL = 0.0005  # of the peak: what is never more joins the temporaries in a table
-MIB, GIB = 2**20, 2**30
 PLACES = {
     "load": "while the model is loaded",
     "start": "while the method is put on the model",

@@ -14,6 +14,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from fitune.core.units import MIB
+
 
 def proof() -> dict[str, Any]:
     """The result of the benchmark that came with this version."""
@@ -28,7 +30,7 @@ def proof_table(found: Mapping[str, Any]) -> Table:
     for name in ("measured MiB", "predicted MiB", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in found["table"]:
-        sizes = (f"{row['measured_bytes'] / 2**20:,.0f}", f"{row['predicted_bytes'] / 2**20:,.0f}")
+        sizes = (f"{row['measured_bytes'] / MIB:,.0f}", f"{row['predicted_bytes'] / MIB:,.0f}")
         table.add_row(escape(row["name"]), *sizes, f"{row['error']:+.2%}")
     table.caption = (
         f"mean error {found['mean_error']:.2%}, median {found['median_error']:.2%}, 95 % of the runs within "

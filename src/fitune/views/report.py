@@ -15,12 +15,12 @@ from fitune.core.config import Options, RunConfig
 from fitune.core.files import write_atomic
 from fitune.core.records import StepRecord
 from fitune.core.results import Answered
+from fitune.core.units import MIB
 from fitune.engine.checkpoint import RunFolder
 from fitune.views.charts import NARROW, WIDE, Series, line_chart
 from fitune.views.pages import render
 from fitune.views.terminal import LENGTHS, length_rows, parameters
 
-MIB = 2**20
 WIDE_RANGE = 30  # of losses, largest to smallest
 
 

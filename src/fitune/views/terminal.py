@@ -20,6 +20,7 @@ from fitune.core.events import NAME, RUN_FOLDER, Watcher
 from fitune.core.plan import Plan
 from fitune.core.records import Finding, Kept, StepRecord
 from fitune.core.results import Answered, Evaluation
+from fitune.core.units import MIB
 from fitune.memory import peak_mib
 
 MARKS = {"ok": "[green]ok[/]", "fixed": "[cyan]fixed[/]", "warn": "[yellow]warn[/]", "refuse": "[red]refused[/]"}
@@ -101,12 +102,12 @@ class Terminal(Watcher):
 
     def plan(self, plan: Plan) -> None:
         """See Watcher."""
-        budget = "" if plan.budget is None else f" of {plan.budget / 2**20:,.0f} MiB"
+        budget = "" if plan.budget is None else f" of {plan.budget / MIB:,.0f} MiB"
         how = "" if plan.how == "trace" else ", by closed forms"
-        text = f"{plan.needed / 2**20:,.0f} MiB expected{budget}{how}; the peak is in the {plan.peak.phase}"
+        text = f"{plan.needed / MIB:,.0f} MiB expected{budget}{how}; the peak is in the {plan.peak.phase}"
         self.summary({"memory": text})
         if self.verbose:
-            parts = {name: count / 2**20 for name, count in {**plan.peak.parts, **plan.outside}.items()}
+            parts = {name: count / MIB for name, count in {**plan.peak.parts, **plan.outside}.items()}
             self.say(" + ".join(f"{name} {mib:,.0f}" for name, mib in parts.items() if mib >= 0.5))
             for note in plan.notes:
                 self.console.print(f"[yellow]{escape(note)}[/]", highlight=False)
@@ -248,7 +249,7 @@ def methods_table(rows: Sequence[Any], model: str) -> Table:
     notes: dict[str, list[str]] = {}
     for row in rows:
         known = row.trainable is not None
-        figures = (f"{row.trainable:,}", f"{row.training_bytes / 2**20:,.0f}") if known else ("-", "-")
+        figures = (f"{row.trainable:,}", f"{row.training_bytes / MIB:,.0f}") if known else ("-", "-")
         short, _, options = row.trains.partition(" (")
         merges = "yes" if row.merges else "no"
         table.add_row(row.name, escape(short.partition(";")[0]), *figures, merges, f"{row.default_lr:g}")

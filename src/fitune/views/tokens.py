@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fitune.core.letters import ALL_HAN
 from fitune.core.records import Sample
 from fitune.data.tokenizer import coverage
 
-CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+CHINESE = re.compile(f"[{ALL_HAN}]")
 MOST_PIECES = 8  # a character needs at most this many tokens
 MOST_DROPPED = 1_000  # texts that are decoded again, to see what is lost
 SHOWN = 8  # characters and tokens that are shown
@@ -108,7 +109,7 @@ def tokenizer_view(name: str, tokenizer: Any, texts: Sequence[str]) -> Tokenizer
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         tokens, characters = tokens + len(ids), characters + len(text)
         unknown += sum(i == tokenizer.unk_token_id for i in ids) if tokenizer.unk_token_id is not None else 0
-        chinese.update(CJK.findall(text))
+        chinese.update(CHINESE.findall(text))
         long_tokens.update(i for i in ids)
     for text in texts[:: max(1, len(texts) // MOST_DROPPED)]:
         dropped += coverage.lost(tokenizer, text)
@@ -127,7 +128,7 @@ def tokenizer_view(name: str, tokenizer: Any, texts: Sequence[str]) -> Tokenizer
         tokens_per_chinese_character=_per_chinese(tokenizer, texts),
         byte_fallback_tokens=fallback,
         unknown_tokens=unknown,
-        several_characters=[text for text in held if len(CJK.findall(text)) > 1 and len(text) < 12][:8],
+        several_characters=[text for text in held if len(CHINESE.findall(text)) > 1 and len(text) < 12][:8],
         several_tokens=[f"{c} ({cost[c]})" for c in several[:SHOWN]],
         dropped=[f"{coverage.named(c)} ({n:,})" for c, n in dropped.most_common(SHOWN)],
     )
@@ -141,7 +142,7 @@ def _cost(tokenizer: Any, character: str) -> int:
 
 def _per_chinese(tokenizer: Any, texts: Sequence[str]) -> float | None:
     """Tokens per character over the runs of Chinese characters alone."""
-    runs = [run for text in texts for run in re.findall(rf"(?:{CJK.pattern})+", text)][:20_000]
+    runs = [run for text in texts for run in re.findall(rf"(?:{CHINESE.pattern})+", text)][:20_000]
     characters = sum(map(len, runs))
     if not characters:
         return None

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fitune.core.units import MIB
 from fitune.models.kernels.target import CPU, Target, of
 
 aten = torch.ops.aten
-CHUNK_BYTES = 32 * 2**20  # float32 logits of one chunk; their gradient takes as much again
+CHUNK_BYTES = 32 * MIB  # float32 logits of one chunk; their gradient takes as much again
 LEAST = {"cuda": 512}  # rows for which the head is read; fewer than this, and a GPU reads more than it computes
 
 

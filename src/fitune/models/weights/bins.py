@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fitune.core.errors import ModelError
+from fitune.core.units import MIB
 
 STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
@@ -35,7 +36,7 @@ KNOWN = {
     **{("torch", name): name for name in STORAGES},
 }
 WRAPPERS = ("state_dict", "module", "model")  # a checkpoint may hold its state dict under one of these names
-LARGEST_PICKLE = 64 * 2**20  # bytes; that of a model with ten thousand tensors has less than two million
+LARGEST_PICKLE = 64 * MIB  # bytes; that of a model with ten thousand tensors has less than two million
 MAGIC_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch before 1.6, which wrote no zip
 
 
