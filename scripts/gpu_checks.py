@@ -256,7 +256,7 @@ def bundled(here: Here, name: str, *flags: object) -> Run:
     """A short run of the bundled model."""
     from fitune.commands import demo
 
-    folder, parts = here.work / name.replace(" ", "-"), Path(demo.__file__).parent / "bundled"
+    folder, parts = here.work / name.replace(" ", "-"), demo.bundled()
     fixed = ("--model", parts / "model", "--data", parts / "data" / "train.jsonl", "--device", here.device)
     small = ("--max-steps", STEPS, "--save-every", 1, "--batch-size", 4, "--sample-prompts", 0, "--val-share", 0)
     precision = ("--precision", "fp32" if here.dry else "bf16")

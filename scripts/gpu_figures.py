@@ -183,7 +183,7 @@ def random_model(here: Here) -> Path:
 
     from fitune.commands import demo
 
-    bundled, folder = Path(demo.__file__).parent / "bundled", here.work / "model"
+    bundled, folder = demo.bundled(), here.work / "model"
     tokenizer = AutoTokenizer.from_pretrained(str(bundled / "model"), trust_remote_code=False)
     large = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 12,
              "num_key_value_heads": 4, "head_dim": 128, "vocab_size": len(tokenizer)}  # fmt: skip
