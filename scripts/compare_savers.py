@@ -104,7 +104,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
             most = max(most, now)
     model = ready(folder / "model", config)  # the first one's hooks are of another optimizer
     optimizer = optim.make(trainable(model), config)
-    optim.set_rate(optimizer, config.lr or 1e-4)
+    optim.set_learning_rate(optimizer, config.lr or 1e-4)
     spent = []
     for _ in range(STEPS if length == LENGTH else 1):
         began = time.perf_counter()

@@ -44,8 +44,9 @@ from fitune.core.events import Watcher
 from fitune.core.records import Finding
 from fitune.data import batches, pipeline
 from fitune.data.encode import Encoder
-from fitune.engine import optim, recovery, step
+from fitune.engine import optim, step
 from fitune.engine.checkpoint import RunFolder
+from fitune.engine.step_runner import StepRunner
 from fitune.models import adapters, model, quant
 from fitune.models.methods import lora
 from support import tiny
@@ -295,16 +296,16 @@ def _base_changes(at: int) -> Callable[[Seam], None]:
     def careful(real: Any) -> Any:
         count = 0
 
-        def made(found: Any, *args: Any, **kwargs: Any) -> Any:
+        def made(runner: StepRunner, *args: Any, **kwargs: Any) -> Any:
             nonlocal count
             count += 1
             if count == at:
-                next(layer for _, layer in quant.layers(found)).weight.data.view(torch.uint8)[0] ^= 1
-            return real(found, *args, **kwargs)
+                next(layer for _, layer in quant.layers(runner.model)).weight.data.view(torch.uint8)[0] ^= 1
+            return real(runner, *args, **kwargs)
 
         return made
 
-    return lambda seam: seam.everywhere(recovery.careful_step, careful)
+    return lambda seam: seam.put(StepRunner, "step", careful)
 
 
 # ---- how steps and files go wrong ----
@@ -314,11 +315,10 @@ def _gradients(mean_of_means: bool = False, drop: bool = False, clip: bool = Fal
     """The first half of a step, wrong in one way."""
 
     def make(real: Any) -> Any:
-        def made(found: Any, micro: Sequence[Any], layout: Any, reached: list[Any], scale: float = 1.0) -> Any:
+        def made(found: Any, micro: Sequence[Any], layout: Any, scale: float = 1.0, **_: Any) -> Any:
             some = micro[:-1] if drop and len(micro) > 1 else micro
             weight, total = sum(batch.weight for batch in some), 0.0
             for batch in some:
-                reached[:] = [batch]
                 loss = step.loss_sum(found, batch, layout)
                 (loss * (scale / (batch.weight * len(some) if mean_of_means else weight))).backward()
                 if clip:

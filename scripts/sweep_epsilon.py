@@ -57,7 +57,7 @@ def tune(folder: Path, train: list[Batch], held_out: list[Batch], settings: dict
     kept = {name: torch.nn.Parameter(p.detach().half() if half else p.detach().clone()) for name, p in plain.items()}
     optimizer = optim.make(kept, config)
     for step, batch in enumerate(train):
-        optim.set_rate(optimizer, optim.learning_rate(step, len(train), config.lr or 0.0, 0.05))
+        optim.set_learning_rate(optimizer, optim.learning_rate(step, len(train), config.lr or 0.0, 0.05))
         with torch.no_grad():
             for name, p in plain.items():
                 p.copy_(kept[name])

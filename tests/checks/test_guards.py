@@ -140,7 +140,7 @@ def test_frozen_intact() -> None:
     model = make()
     before = guards.fingerprint(model)
     optimizer = optim.make(trainable(model), config_for("lora"))
-    optim.set_rate(optimizer, 1e-2)
+    optim.set_learning_rate(optimizer, 1e-2)
     for _ in range(2):
         training_step(model, [BATCH], optimizer, 1.0)
     assert guards.frozen_intact(before, model, 1e-2).level == "ok"

@@ -21,15 +21,17 @@ import fitune
 from fitune.commands import plan as planning
 from fitune.commands import train as training
 from fitune.commands.train import resume_config, train
+from fitune.commands.train_start import Rehearsal
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, FituneError, ModelError, Problems, TrainingError
 from fitune.core.events import Silent, Watcher
-from fitune.core.records import Conversation, Message, Sample, Source, ToolCall
+from fitune.core.records import Conversation, Message, Sample, ToolCall
 from fitune.data import tokenizer
 from fitune.data.batches import Loader, flat
 from fitune.data.store import lengths_of
-from fitune.engine import optim, recovery
+from fitune.engine import optim, step_runner
 from fitune.engine.checkpoint import RunFolder
+from fitune.engine.step_runner import StepRunner
 from fitune.memory import closed, device, steps, trace
 from fitune.memory import plan as plans
 from fitune.models import methods
@@ -38,7 +40,7 @@ from support import tiny
 from support.command import run as command
 from support.contract import samples
 from support.hub_server import SHA, Server, fetch
-from support.memory_errors import OOM, make
+from support.memory_errors import OOM, make, runner
 from support.runs import Crash, CrashAt, digest
 
 MIB, GIB = 2**20, 2**30
@@ -778,10 +780,10 @@ def test_the_report_shows_predicted_beside_measured(finished: Path) -> None:
 def test_a_rehearsal_changes_nothing(
     finished: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_rehearse", lambda *_: 1)
+    monkeypatch.setattr(training, "rehearse", lambda *_: Rehearsal({}, micro_batch_parts=1))
     data = finished.parent / "rows.jsonl"
     train(build(settings(model_folder, data, tmp_path / "run", lora={"dropout": 0.2})))
-    assert not (tmp_path / "run" / "measured.json").exists()
+    assert json.loads((tmp_path / "run" / "measured.json").read_text())["parts"] == {}
     assert digest(tmp_path / "run") == digest(finished)
     assert losses(tmp_path / "run") == losses(finished)
     assert (tmp_path / "run" / "before.json").read_bytes() == (finished / "before.json").read_bytes()
@@ -841,7 +843,7 @@ def test_a_run_may_be_forced_to_go_on(finished: Path) -> None:
 def limited(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """From the rehearsal on, training steps of a run cannot hold more than so many tokens; what was tried."""
     tried: list[int] = []
-    real = training._rehearse
+    real = training.rehearse
 
     def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
         if module.training:
@@ -849,12 +851,12 @@ def limited(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             if output.shape[-2] > tokens:
                 raise OOM["cpu"]
 
-    def rehearse(job: Any, watch: Watcher) -> int:
+    def rehearse(job: Any, runner: StepRunner) -> Rehearsal:
         names = dict(job.tuned.model.named_modules())
         next(m for n, m in names.items() if n.endswith("layers.1.mlp.up_proj")).register_forward_hook(hook)
-        return real(job, watch)
+        return real(job, runner)
 
-    monkeypatch.setattr(training, "_rehearse", rehearse)
+    monkeypatch.setattr(training, "rehearse", rehearse)
     return tried
 
 
@@ -902,11 +904,10 @@ def test_a_row_that_does_not_fit_is_named_and_leaves_nothing_behind(
 
 
 def rehearsed(model: Any, batches: list[Any], said: list[str] | None = None, state_bytes: int = 0) -> int:
-    tracer, say = trace.Tracer(), [] if said is None else said
+    tracer, steps = trace.Tracer(), runner(model, said=said)
     with tracer:
-        return recovery.rehearse(
-            model, batches, "flat", state_bytes, tracer, lambda row: Source("f.jsonl", row + 1), say.append
-        )
+        steps.rehearse(batches, state_bytes, tracer)
+    return steps.parts
 
 
 @pytest.mark.parametrize("kind", OOM)
@@ -976,14 +977,14 @@ def test_a_rehearsal_drops_gradients_where_the_optimizer_does(
     model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[int] = []
-    real = recovery.make_gradients
+    real = step_runner.make_gradients
 
-    def counted(model: Any, *arguments: Any) -> Any:
-        done = real(model, *arguments)
+    def counted(model: Any, *arguments: Any, **named: Any) -> Any:
+        done = real(model, *arguments, **named)
         left.append(sum(parameter.grad is not None for parameter in trainable(model).values()))
         return done
 
-    monkeypatch.setattr(recovery, "make_gradients", counted)
+    monkeypatch.setattr(step_runner, "make_gradients", counted)
     full = {"method": "full", "max_grad_norm": 0.0, "max_steps": 1}
     train(build(settings(model_folder, data_file, tmp_path / "kept", **full)))
     assert left[0] > 0
@@ -1004,14 +1005,14 @@ def test_a_resumed_run_takes_the_parts_of_its_rehearsal(
     parts = json.loads((tmp_path / "run" / "measured.json").read_text())["micro_batch_parts"]
     assert parts > 1
     used: list[int] = []
-    real = training.careful_step
+    real = StepRunner.step
 
-    def step(*arguments: Any) -> Any:
-        used.append(arguments[5])
-        return real(*arguments)
+    def step(self: StepRunner, *arguments: Any) -> Any:
+        used.append(self.parts)
+        return real(self, *arguments)
 
-    monkeypatch.setattr(training, "careful_step", step)
-    monkeypatch.setattr(training, "_rehearse", lambda *_: pytest.fail("rehearsed again"))
+    monkeypatch.setattr(StepRunner, "step", step)
+    monkeypatch.setattr(training, "rehearse", lambda *_: pytest.fail("rehearsed again"))
     train(resume_config(str(tmp_path / "run"), {}), resume=True)
     assert used == [parts] * 3
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import fitune
 from fitune.cli import main as cli
 from fitune.commands import resuming
+from fitune.commands.check_log import CheckLog
 from fitune.commands.merge import merge
 from fitune.commands.train import resume_config, train
 from fitune.core import files, locks
@@ -278,14 +280,15 @@ def test_the_best_checkpoint_is_verified_before_it_is_the_result(stopped: Path, 
     run, loss = checked(stopped), 2.0
     path = run.checkpoint(4)
     parameters = {name: torch.nn.Parameter(t) for name, t in run.load(path).trainable.items()}
-    put = resuming.back_to_best(run, parameters, (4, loss), lambda: loss, torch.float32, Silent())
+    checks, best = CheckLog(run, Silent()), resuming.Best(4, loss, torch.float32, lambda: loss)
+    put = resuming.back_to_best(checks, parameters, best)
     assert put == loss
     with pytest.raises(TrainingError, match="read back, has a held-out loss of"):
-        resuming.back_to_best(run, parameters, (4, loss), lambda: loss * 1.01, torch.float32, Silent())
+        resuming.back_to_best(checks, parameters, replace(best, measure=lambda: loss * 1.01))
     for plant in (lambda: flip(path / "trainable.safetensors"), lambda: os.truncate(path / "trainable.safetensors", 9)):
         plant()
         with pytest.raises(RunFolderError, match="step-000004: the best checkpoint") as caught:
-            resuming.back_to_best(run, parameters, (4, loss), lambda: loss, torch.float32, Silent())
+            resuming.back_to_best(checks, parameters, best)
         assert "--resume" in str(caught.value)
     # and a run that goes on does not count on it: it goes on from before
     state = {"best": [4, 1.0]}
@@ -538,7 +541,7 @@ def half(place: Path, out: Path, seed: int, count: int, whole: int) -> list[str]
         try:
             resume_config(str(run), {})
             path, _ = resuming.newest(checked(run), with_best=True)
-            resuming._noted(RunFolder(run))
+            CheckLog(RunFolder(run), Silent())._so_far()
             if path is not None and any(file.read_bytes() != (place / "stopped" / file.relative_to(run)).read_bytes()
                                         for file in path.iterdir()):  # fmt: skip
                 wrong.append(f"{how}: goes on from what was damaged")

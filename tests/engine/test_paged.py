@@ -64,12 +64,12 @@ def go_on(device: str) -> None:
         which.step()
 
     for number in range(2):
-        optim.set_rate(optimizer, 1e-2)
+        optim.set_learning_rate(optimizer, 1e-2)
         step(optimizer, number)
     start = {name: p.detach().clone() for name, p in named.items()}
     tensors, scalars = optim.state_tensors(optimizer, named)
     optim.load_state(other, named, {name: t.clone() for name, t in tensors.items()}, scalars)
-    optim.set_rate(other, 1e-2)
+    optim.set_learning_rate(other, 1e-2)
     paged = [
         {key for key, value in one.state[named["large"]].items() if getattr(value, "is_paged", False)}
         for one in (optimizer, other)

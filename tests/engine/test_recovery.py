@@ -16,14 +16,13 @@ from fitune.commands.train import resume_config, train
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, TrainingError
 from fitune.core.events import Watcher
-from fitune.core.records import Source
 from fitune.data.batches import flat, rounded, split
-from fitune.engine import optim, recovery
+from fitune.engine import non_finite, optim, out_of_memory
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.step import loss_sum, training_step
 from fitune.models.model import trainable
 from support.contract import samples
-from support.memory_errors import OOM, careful, fails_above, make
+from support.memory_errors import OOM, careful, fails_above, make, runner
 from support.runs import Crash, CrashAt, digest
 
 
@@ -156,11 +155,11 @@ def test_the_first_weight_that_is_not_finite_is_named(name: str, said: str) -> N
     done = training_step(model, batches, optimizer, 1.0)
     assert not done.finite
     assert all(torch.equal(p, before[n]) for n, p in trainable(model).items())
-    where = {"sources": lambda row: Source("f.jsonl", row + 1), "checkpoint": "step-000002"}
-    assert recovery.check_finite(model, 0, done, batches, "flat", where) == 1
-    assert recovery.check_finite(model, 1, done, batches, "flat", where) == 2
+    steps = runner(model)
+    assert steps.check_finite(done, batches, 0, "step-000002") == 1
+    assert steps.check_finite(done, batches, 1, "step-000002") == 2
     with pytest.raises(TrainingError) as caught:
-        recovery.check_finite(model, 2, done, batches, "flat", where)
+        steps.check_finite(done, batches, 2, "step-000002")
     for part in ("3 steps in a row were not finite", said, "f.jsonl:1", "step-000002", "loss nan"):
         assert part in str(caught.value)
 
@@ -169,7 +168,7 @@ def test_an_overflow_inside_is_found_at_the_module_that_makes_it() -> None:
     model, _ = make()
     up = next(m for n, m in model.named_modules() if n.endswith("layers.2.mlp.up_proj"))
     up.register_forward_hook(lambda module, inputs, out: out * float("inf"))
-    first, rows = recovery.first_non_finite(model, [flat(samples(), [0]), flat(samples(), [2])], "flat")
+    first, rows = non_finite.first_non_finite(model, [flat(samples(), [0]), flat(samples(), [2])], "flat")
     assert first == "the output of model.layers.2.mlp.up_proj"
     assert rows == (0,)
 
@@ -179,7 +178,7 @@ def test_one_good_step_forgets_the_bad_ones() -> None:
     batches = [flat(samples(), range(5))]
     done = training_step(model, batches, optimizer, 1.0)
     assert done.finite
-    assert recovery.check_finite(model, 2, done, batches, "flat", {}) == 0
+    assert runner(model).check_finite(done, batches, 2, "step-000002") == 0
 
 
 def test_a_run_that_goes_wrong_stops_and_keeps_its_last_good_checkpoint(
@@ -242,7 +241,7 @@ def test_states_take_the_bytes_of_the_table(name: str) -> None:
     parameter = torch.nn.Parameter(torch.randn(256, 256))
     config = build({"model": "m", "data": ["d"], "optimizer": name})
     optimizer = optim.make({"w": parameter}, config)
-    optim.set_rate(optimizer, 1e-3)
+    optim.set_learning_rate(optimizer, 1e-3)
     parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     tensors, _ = optim.state_tensors(optimizer, {"w": parameter})
@@ -332,21 +331,21 @@ def test_an_evaluation_that_does_not_fit_goes_over_fewer_rows(monkeypatch) -> No
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return 10 * rows
 
-    assert recovery.in_fewer(work, 8, "held-out rows", said.append) == 20
+    assert out_of_memory.in_fewer(work, 8, "held-out rows", said.append) == 20
     assert said == [f"out of memory: {n} held-out rows side by side from here on" for n in (4, 2)]
     with pytest.raises(TrainingError, match="a single one of the held-out rows"):
-        recovery.in_fewer(lambda rows: work(100), 4, "held-out rows", said.append)
+        out_of_memory.in_fewer(lambda rows: work(100), 4, "held-out rows", said.append)
     with pytest.raises(ValueError, match="other"):
-        recovery.in_fewer(lambda rows: int("other"), 4, "held-out rows", said.append)
+        out_of_memory.in_fewer(lambda rows: int("other"), 4, "held-out rows", said.append)
 
 
 def test_a_held_out_loss_that_runs_out_of_memory_does_not_end_the_run(
     model_folder, data_file, tmp_path, monkeypatch
 ) -> None:
-    from fitune.commands import train as training
+    from fitune.commands import active_run
     from fitune.core.config import RunConfig
 
-    real, seen = training.held_out_loss, []
+    real, seen = active_run.held_out_loss, []
 
     def small(model, batches, layout):
         batches = list(batches)
@@ -363,8 +362,8 @@ def test_a_held_out_loss_that_runs_out_of_memory_does_not_end_the_run(
         "max_lost": 1.0,
     }
     how = {"max_steps": 2, "batch_size": 2, "val_share": 0.2}
-    plain = training.train(RunConfig(**given, **how, output=str(tmp_path / "plain")))
-    monkeypatch.setattr(training, "held_out_loss", small)
-    found = training.train(RunConfig(**given, **how, output=str(tmp_path / "small")))
+    plain = train(RunConfig(**given, **how, output=str(tmp_path / "plain")))
+    monkeypatch.setattr(active_run, "held_out_loss", small)
+    found = train(RunConfig(**given, **how, output=str(tmp_path / "small")))
     assert found.held_out_loss_after == pytest.approx(plain.held_out_loss_after, rel=1e-5)
     assert set(seen) == {1, 2}

@@ -140,7 +140,7 @@ def test_contract(variant: str, kind: str, precision: str, quant: str, tmp_path:
     # after two steps every trainable tensor has changed, and every frozen one is bit-identical
     start = state(model)
     optimizer = optim.make(trainable(model), config, lambda name: method.rates(config, name))
-    optim.set_rate(optimizer, 1e-2)
+    optim.set_learning_rate(optimizer, 1e-2)
     model.train()
     for _ in range(2):
         training_step(model, [flat(samples(), range(5))], optimizer, 1.0)

@@ -53,20 +53,21 @@ def test_what_has_no_deterministic_algorithm_is_named() -> None:
 
 def test_a_run_that_has_to_do_without_says_so_and_remembers(model_folder, data_file, tmp_path, monkeypatch) -> None:
     """A planted operation without a deterministic algorithm: the rehearsal meets it, and a resumed run knows."""
-    from fitune.commands import train as training
+    from fitune.commands.train import train
     from fitune.core.config import RunConfig
     from fitune.engine.checkpoint import RunFolder
+    from fitune.engine.step_runner import StepRunner
 
-    make = training.rehearse
+    make = StepRunner.rehearse
 
     def planted(*args, **kwargs):
         torch.zeros(3).put_(torch.tensor([1]), torch.tensor([1.0]))
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(training, "rehearse", planted)
+    monkeypatch.setattr(StepRunner, "rehearse", planted)
     given = {"model": str(model_folder), "data": [str(data_file)], "output": str(tmp_path / "run")}
     config = RunConfig(**given, max_steps=2, batch_size=2, sample_prompts=0, max_length=64, max_lost=1)
-    training.train(config)
+    train(config)
     run = RunFolder(str(tmp_path / "run"))
     assert run.read("measured")["deterministic"] is False
     noted = [one for one in run.read("data")["findings"] if one["rule"] == "deterministic"]

@@ -63,7 +63,7 @@ def test_losses_of_micro_batches_are_read_at_the_end_of_the_step(monkeypatch) ->
     model, made = tiny.make_model("llama"), [batch(), batch(weighted=True)]
     expected = sum(loss_sum(model, one).item() for one in made) / sum(one.weight for one in made)
     monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("the CPU waits inside of a step"))
-    found = make_gradients(model, made, "flat", [])
+    found = make_gradients(model, made, "flat")
     monkeypatch.undo()
     assert found.loss == pytest.approx(expected, rel=1e-12)
 

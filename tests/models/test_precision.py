@@ -26,9 +26,10 @@ from fitune.core.config import RunConfig, build
 from fitune.core.errors import ConfigError, Problems
 from fitune.core.records import Sample, Source
 from fitune.data.batches import flat, in_order
-from fitune.engine import optim, recovery
+from fitune.engine import optim
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.step import LossScale, held_out_loss, hidden_states, loss_sum, training_step
+from fitune.engine.step_runner import StepRunner
 from fitune.models import adapters, precision, trial
 from fitune.models.kernels.frozen import StoredLinear
 from fitune.models.kernels.norm import LeanRMSNorm, replace_norms
@@ -273,21 +274,12 @@ def test_a_loss_scale_that_is_too_high_costs_no_row_and_no_step() -> None:
     for start in (2.0**30, 2.0**8):
         model = adapters.attach(make_base("llama", "fp16"), config_for("lora", "fp16"))
         optimizer = optim.make(trainable(model), config_for("lora"))
-        optim.set_rate(optimizer, 1e-2)
+        optim.set_learning_rate(optimizer, 1e-2)
         model.train()
         scale, said = LossScale(start), []
         for _ in range(3):
-            done, _ = recovery.careful_step(
-                model,
-                [flat(samples(), range(5))],
-                optimizer,
-                1.0,
-                "flat",
-                1,
-                scale,
-                lambda row: Source("f", row),
-                said.append,
-            )
+            steps = StepRunner(model, "flat", 1.0, lambda row: Source("f", row), said.append, scale=scale)
+            done = steps.step([flat(samples(), range(5))], optimizer)
             assert done.finite
         results.append((scale.value, done.loss, [p.detach().clone() for p in trainable(model).values()]))
         assert not said
@@ -302,9 +294,8 @@ def test_what_no_scale_mends_is_a_bad_step_and_leaves_the_scale(monkeypatch: pyt
     parameter = next(iter(trainable(model).values()))
     parameter.register_hook(lambda grad: grad * float("nan"))
     scale = LossScale(1024.0)
-    done, _ = recovery.careful_step(
-        model, [flat(samples(), range(5))], optimizer, 1.0, "flat", 1, scale, lambda row: Source("f", row), print
-    )
+    steps = StepRunner(model, "flat", 1.0, lambda row: Source("f", row), print, scale=scale)
+    done = steps.step([flat(samples(), range(5))], optimizer)
     assert not done.finite
     assert scale.value == 1024.0
 
@@ -447,7 +438,7 @@ def pure_float16(folder: Path, epsilon: float, *, steps: int) -> tuple[Any, Any,
         parameter.requires_grad_(True)
     optimizer = optim.make(trainable(model), plain(optimizer="adamw-foreach", epsilon=epsilon))
     finding = guards.fp16_master(model, optimizer)
-    optim.set_rate(optimizer, 1e-3)
+    optim.set_learning_rate(optimizer, 1e-3)
     rows = [Sample(s.ids % model.config.vocab_size, s.mask) for s in samples()]
     model.train()
     for _ in range(steps):
@@ -588,7 +579,7 @@ def test_trainable_dtype_is_checked_by_name() -> None:
     assert modelchecks.trainable_set(model, None, torch.bfloat16).level == "ok"
     assert modelchecks.trainable_set(model, None).level == "refuse"
     optimizer = optim.make(trainable(model), plain())
-    optim.set_rate(optimizer, 1e-2)
+    optim.set_learning_rate(optimizer, 1e-2)
     first = training_step(model, [flat(samples(), range(5))], optimizer, 1.0)
     assert first.finite
     assert all(s["exp_avg"].dtype == torch.bfloat16 for s in optimizer.state.values())

@@ -75,7 +75,7 @@ def test_the_weighted_objective_is_the_reference_however_it_is_split(layout: str
     loss, expected = reference(data)
     batches = split(flat(data, range(len(data))), parts)
     assert len(batches) == parts
-    made = make_gradients(model, batches, layout, [])
+    made = make_gradients(model, batches, layout)
     assert abs(made.loss - loss) < 1e-5 * loss
     assert relative(gradients(model), expected) < 1e-5
     assert abs(held_out_loss(model, batches, layout) - loss) < 1e-5 * loss
@@ -86,7 +86,7 @@ def test_weights_that_are_ignored_are_noticed(monkeypatch) -> None:
     loss, expected = reference(data)
     plain = loss_kernel._chunk_loss
     monkeypatch.setattr(loss_kernel, "_chunk_loss", lambda head, hidden, labels, _: plain(head, hidden, labels, None))
-    made = make_gradients(model, [flat(data, range(len(data)))], "flat", [])
+    made = make_gradients(model, [flat(data, range(len(data)))], "flat")
     assert abs(made.loss - loss) > 1e-3 * loss  # a hundred times the bound
     assert relative(gradients(model), expected) > 1e-2
 
@@ -105,7 +105,7 @@ def test_without_weights_the_bits_are_those_of_the_plain_loss() -> None:
     assert batch.weights is None
     assert batch.weight == batch.targets
     model = tiny.make_model("llama")
-    plain = make_gradients(model, [batch], "flat", [])
+    plain = make_gradients(model, [batch], "flat")
     bits = {name: p.grad.clone() for name, p in model.named_parameters()}
     head, rows, labels = model.get_output_embeddings(), torch.randn(30, 32), torch.arange(30)
     assert torch.equal(
@@ -113,7 +113,7 @@ def test_without_weights_the_bits_are_those_of_the_plain_loss() -> None:
     )
     model.zero_grad(set_to_none=True)
     ones = [Sample(one.ids, one.mask, weights=np.ones(len(one), np.float32)) for one in data]
-    weighted = make_gradients(model, [flat(ones, range(len(ones)))], "flat", [])
+    weighted = make_gradients(model, [flat(ones, range(len(ones)))], "flat")
     assert abs(weighted.loss - plain.loss) < 1e-6 * plain.loss
     assert all(torch.allclose(bits[name], p.grad, rtol=1e-4, atol=1e-6) for name, p in model.named_parameters())
 

@@ -70,9 +70,9 @@ def test_the_loop_stays_small() -> None:
     """The steps of a run, from the first to the last, are one function that fits on a screen or two."""
     import inspect
 
-    from fitune.commands import train as training
+    from fitune.commands.train_loop import Training
 
-    assert len(inspect.getsource(training._loop).splitlines()) <= 60
+    assert len(inspect.getsource(Training._loop).splitlines()) <= 60
 
 
 @pytest.mark.parametrize(

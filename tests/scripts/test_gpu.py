@@ -206,7 +206,7 @@ def test_two_steps_have_the_same_bits_by_strict_algorithms(where: str, variant: 
             base = base.float()
         model = adapters.attach(base, config).train()
         optimizer = optim.make(trainable(model), config)
-        optim.set_rate(optimizer, 1e-2)
+        optim.set_learning_rate(optimizer, 1e-2)
         with determinism.exact(device):
             determinism.strict(True)
             done = [training_step(model, [given], optimizer, 1.0) for _ in range(2)]

@@ -8,8 +8,8 @@ import torch
 
 from fitune.core.config import build
 from fitune.core.records import Source
-from fitune.engine import optim, recovery
-from fitune.engine.step import LossScale
+from fitune.engine import optim
+from fitune.engine.step_runner import StepRunner
 from fitune.models import adapters
 from fitune.models.model import ready, trainable
 from support import tiny
@@ -25,7 +25,7 @@ def make(method: str = "lora", **changes: Any):
     config = build({"model": "m", "data": ["d"], "method": method, **changes})
     model = adapters.attach(ready(tiny.make_model("llama")), config).train()
     optimizer = optim.make(trainable(model), config)
-    optim.set_rate(optimizer, 1e-2)
+    optim.set_learning_rate(optimizer, 1e-2)
     return model, optimizer
 
 
@@ -42,8 +42,13 @@ def fails_above(model: Any, tokens: int, error: BaseException) -> list[int]:
     return tried
 
 
-def careful(model: Any, optimizer: Any, batches: list, parts: int = 1, said: list[str] | None = None):
+def runner(model: Any, parts: int = 1, said: list[str] | None = None) -> StepRunner:
+    """A runner of steps whose rows stand in f.jsonl, one a line; what it reports goes to `said`."""
     said = [] if said is None else said
-    return recovery.careful_step(
-        model, batches, optimizer, 1.0, "flat", parts, LossScale(), lambda row: Source("f.jsonl", row + 1), said.append
-    )
+    return StepRunner(model, "flat", 1.0, lambda row: Source("f.jsonl", row + 1), said.append, parts)
+
+
+def careful(model: Any, optimizer: Any, batches: list, parts: int = 1, said: list[str] | None = None):
+    """A step's result, and in how many parts its micro-batches went through the model."""
+    steps = runner(model, parts, said)
+    return steps.step(batches, optimizer), steps.parts

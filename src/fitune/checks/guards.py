@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from fitune.checks.leak import PROBE_TOKENS
 from fitune.core.errors import FituneError
@@ -27,7 +27,7 @@ from fitune.core.units import MIB
 from fitune.data.batches import flat, split
 from fitune.engine import optim
 from fitune.engine.checkpoint import Loaded, restore_rng, rng_state
-from fitune.engine.recovery import first_non_finite
+from fitune.engine.non_finite import first_non_finite
 from fitune.engine.step import hidden_states, loss_sum, make_gradients
 from fitune.models import adapters, quant, weights
 from fitune.models.methods import lora
@@ -80,7 +80,7 @@ def base_intact(folder: Path, known: Mapping[str, Any] | None = None) -> Finding
     return Finding("base-intact", "ok", f"{len(facts)} files of weights, {total:,} bytes, as long as they say")
 
 
-def nan_hidden(model: Any, batch: Batch, layout: Layout) -> Finding:
+def nan_hidden(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
     """A weight or an activation that is not finite makes every loss NaN, which some trainers log as 0."""
     training = model.training
     model.eval()
@@ -105,7 +105,7 @@ def nan_hidden(model: Any, batch: Batch, layout: Layout) -> Finding:
     )
 
 
-def embeddings(model: Any, highest: int) -> Finding:
+def embeddings(model: nn.Module, highest: int) -> Finding:
     """Embedding and head have the same rows, enough for every id, and are one tensor where the config says so."""
     inner = causal_lm(model)
     words, head = inner.get_input_embeddings(), inner.get_output_embeddings()
@@ -123,13 +123,13 @@ def embeddings(model: Any, highest: int) -> Finding:
 
 
 @torch.no_grad()
-def start_of(model: Any, samples: Sequence[Sample]) -> Tensor:
+def start_of(model: nn.Module, samples: Sequence[Sample]) -> Tensor:
     """What the first probe row gives before a method is put on: (T, W)."""
     model.eval()
     return hidden_states(model, flat([probe_row(samples)], [0]), "documents").float()
 
 
-def same_at_start(model: Any, before: Tensor, samples: Sequence[Sample]) -> Finding:
+def same_at_start(model: nn.Module, before: Tensor, samples: Sequence[Sample]) -> Finding:
     """A method that promises no change at the start makes none."""
     difference = float((start_of(model, samples) - before).abs().max() / before.abs().max())
     if difference > SAME[compute_dtype(model)]:
@@ -138,7 +138,7 @@ def same_at_start(model: Any, before: Tensor, samples: Sequence[Sample]) -> Find
     return Finding("same-at-start", "ok", f"nothing changes before the first step ({difference:.1e})")
 
 
-def quantised_trainable(model: Any) -> Finding:
+def quantised_trainable(model: nn.Module) -> Finding:
     """Only floating-point tensors can be trained; gradients of quantized ones would be lost."""
     wrong = [n for n, p in trainable(model).items() if not p.is_floating_point() or hasattr(p, "quant_state")]
     if wrong:
@@ -147,14 +147,14 @@ def quantised_trainable(model: Any) -> Finding:
     return Finding("quantised-trainable", "ok", "every trainable tensor is floating point")
 
 
-def fp16_master(model: Any, optimizer: torch.optim.Optimizer, rate: float = 0.0, *, force: bool = False) -> Finding:
+def fp16_master(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float = 0.0, *, force: bool = False) -> Finding:
     """Weights that are trained in float16 need an epsilon that is not next to zero in it: Adam divides by it. In 16
     bits small updates are lost; float32 keeps them.
 
     Args:
         model: with its method.
         optimizer: of its trainable parameters.
-        rate: the highest learning rate of the run; 0: not known.
+        lr: the highest learning rate of the run; 0: not known.
         force: what may ruin the model is a warning.
     """
     low = {name: p for name, p in trainable(model).items() if p.dtype != torch.float32}
@@ -162,7 +162,7 @@ def fp16_master(model: Any, optimizer: torch.optim.Optimizer, rate: float = 0.0,
         return Finding("fp16-master", "ok", "what is trained is float32, with its gradients and states")
     halves = {id(p) for p in low.values() if p.dtype == torch.float16}
     adams = [
-        (rate * group.get("times", 1.0), float(group["eps"]), name)
+        (lr * group.get("times", 1.0), float(group["eps"]), name)
         for group in optimizer.param_groups
         if (name := _adam(group)) and any(id(p) in halves for p in group["params"])
     ]
@@ -185,7 +185,7 @@ FP16_HIGHEST = 65504.0
 CLOSE = 0.5  # of it: a row that is longer than the probe may go beyond
 
 
-def fp16_range(model: Any, batch: Batch, layout: Layout) -> Finding:
+def fp16_range(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
     """In float16 everything must stay below 65,504: no weight is beyond, and no output of a layer is close to it."""
     if compute_dtype(model) != torch.float16:
         return Finding("fp16-range", "ok", "nothing is computed in float16")
@@ -222,7 +222,7 @@ LOOKED_AT = 2**16  # numbers of a gradient that are compared, spread over all of
 
 
 @contextmanager
-def _watching(model: Any, look: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _watching(model: nn.Module, look: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Inside, each gradient is looked at when it is there, and dropped: all of them at once may be more than a run
     holds. Nothing of the model or the random numbers is left changed."""
     training, before = model.training, rng_state()
@@ -246,7 +246,7 @@ def _watching(model: Any, look: Callable[[str, Tensor], None]) -> Iterator[None]
         restore_rng(before)
 
 
-def _gradients(model: Any, backward: Callable[[], object]) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, backward: Callable[[], object]) -> dict[str, Tensor]:
     """Of the mean over all targets, without dropout: of each gradient the numbers that are compared."""
     found: dict[str, Tensor] = {}
 
@@ -260,7 +260,7 @@ def _gradients(model: Any, backward: Callable[[], object]) -> dict[str, Tensor]:
     return found
 
 
-def grad_reaches(model: Any, batch: Batch, layout: Layout) -> Finding:
+def grad_reaches(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
     """A first backward pass: a finite gradient reaches every trainable tensor. In training mode, as the run will be."""
     fine: dict[str, bool] = {}
     with _watching(model, lambda name, gradient: fine.update({name: finite(gradient)})):
@@ -278,12 +278,12 @@ def grad_reaches(model: Any, batch: Batch, layout: Layout) -> Finding:
     return Finding("grad-reaches", "ok", f"a finite gradient reaches all {len(found)} trainable tensors")
 
 
-def accumulation_equality(model: Any, batch: Batch, layout: Layout) -> Finding:
+def accumulation_equality(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
     """Micro-batches, by the code of a step, give the gradient of the whole, made here: the sum of the losses over the
     number of target tokens, whatever the pieces."""
     whole = _gradients(model, lambda: (loss_sum(model, batch, layout) / batch.weight).backward())
     parts = split(batch, len(batch.rows))
-    pieces = _gradients(model, lambda: make_gradients(model, parts, layout, []))
+    pieces = _gradients(model, lambda: make_gradients(model, parts, layout))
     # of the largest gradient of all: some, of key biases for example, are zero but for rounding
     scale = max((float(g.abs().max()) for g in whole.values()), default=0.0) or 1.0
     worst = max(float((g - pieces[name]).abs().max()) / scale for name, g in whole.items() if name in pieces)
@@ -316,7 +316,7 @@ def disk_space(folder: Path, trained_bytes: int, keep: int, free: int | None = N
     return Finding("disk-space", "ok", text)
 
 
-def eval_memory(model: Any) -> Finding:
+def eval_memory(model: nn.Module) -> Finding:
     """Held-out losses never hold the logits of a batch: the head sees label rows, a chunk at a time."""
     vocabulary, rows = causal_lm(model).config.vocab_size, loss_rows(model)
     mib = 2 * rows * vocabulary * 4 / MIB
@@ -326,8 +326,11 @@ def eval_memory(model: Any) -> Finding:
 # ---- while it runs ----
 
 
+Bits = Mapping[str, tuple[int, bool]]  # of each parameter a sum over its bits, and whether it is trained
+
+
 @torch.no_grad()
-def fingerprint(model: Any) -> dict[str, tuple[int, bool]]:
+def fingerprint(model: nn.Module) -> Bits:
     """Of each parameter an exact sum over its bits, and whether it is trained."""
     sums = {}
     tensors: dict[str, Tensor] = dict(model.named_parameters())
@@ -338,15 +341,13 @@ def fingerprint(model: Any) -> dict[str, tuple[int, bool]]:
     return sums
 
 
-def frozen_intact(
-    before: Mapping[str, tuple[int, bool]], model: Any, rate: float, when: str = "after two steps"
-) -> Finding:
+def frozen_intact(before: Bits, model: nn.Module, lr: float, when: str = "after two steps") -> Finding:
     """After two steps, and at the end: every frozen tensor has the bits that it had, and what is trained has changed.
 
     Args:
         before: what `fingerprint` gave.
         model: now.
-        rate: the learning rate; with 0 nothing needs to change.
+        lr: the learning rate; with 0 nothing needs to change.
         when: it is, for people.
     """
     now = fingerprint(model)
@@ -355,7 +356,7 @@ def frozen_intact(
     if moved:
         text = f"{len(moved)} frozen tensors changed, the first {moved[0]}"
         return Finding("frozen-intact", "refuse", text, "this is an error of fitune: please report it")
-    if still and rate > 0:
+    if still and lr > 0:
         text = f"{len(still)} trained tensors have not changed {when.replace('after', 'in')}: {still[0]}"
         return Finding("frozen-intact", "warn", text, "a higher --lr, or --trainable-dtype fp32")
     frozen = sum(not trained for _, trained in before.values())
@@ -405,7 +406,7 @@ def resume_identity(loaded: Loaded, parameters: Mapping[str, Tensor], steps: int
 
 
 @torch.no_grad()
-def saved_complete(model: Any, folder: Path, batch: Batch, layout: Layout) -> Finding:
+def saved_complete(model: nn.Module, folder: Path, batch: Batch, layout: Layout) -> Finding:
     """What was saved, read back, is what was trained: names, shapes, values, and the hidden states that it gives."""
     try:
         stored = adapters.stored(model, folder)
@@ -439,7 +440,7 @@ def saved_complete(model: Any, folder: Path, batch: Batch, layout: Layout) -> Fi
     return Finding("saved-complete", "ok", text)
 
 
-def _as_saved(model: Any) -> dict[str, Tensor]:
+def _as_saved(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that the folder should hold."""
     if not isinstance(model, PeftModel):
         return adapters.trained(model)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
+from torch import nn
+from transformers import PretrainedConfig
 
 from fitune.core.errors import ModelError
 from fitune.core.records import Finding, Layout, Sample
@@ -30,7 +32,7 @@ LAYOUTS: tuple[Layout, ...] = ("flat", "padded", "documents")
 
 
 @torch.no_grad()
-def packing_leak(model: Any, samples: Sequence[Sample], wanted: str = "auto") -> tuple[Layout, Finding]:
+def packing_leak(model: nn.Module, samples: Sequence[Sample], wanted: str = "auto") -> tuple[Layout, Finding]:
     """Which layout keeps documents apart: the leak probe, on the model itself.
 
     Two documents go through the model together. Their logits must be those that transformers' own forward gives each of
@@ -52,7 +54,7 @@ def packing_leak(model: Any, samples: Sequence[Sample], wanted: str = "auto") ->
 
 
 @contextmanager
-def perturbed(model: Any) -> Iterator[None]:
+def perturbed(model: nn.Module) -> Iterator[None]:
     """Inside, trainable tensors that are all zero are not: what they are going to let through is seen now."""
     zero = [p for p in trainable(model).values() if not bool(p.any())]
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -65,7 +67,7 @@ def perturbed(model: Any) -> Iterator[None]:
             parameter.zero_()
 
 
-def _first_that_passes(model: Any, samples: Sequence[Sample], wanted: str) -> tuple[Layout, Finding]:
+def _first_that_passes(model: nn.Module, samples: Sequence[Sample], wanted: str) -> tuple[Layout, Finding]:
     measured: dict[Layout, Leak] = {}
     for layout in LAYOUTS if wanted == "auto" else (cast(Layout, wanted),):
         measured[layout] = _leak(model, samples, layout)
@@ -99,7 +101,7 @@ def _leak_finding(layout: Layout, measured: Mapping[Layout, Leak]) -> Finding:
     return Finding("packing-leak", "fixed", f"{leaking}; running {layout}: {measured[layout]}")
 
 
-def _leak(model: Any, samples: Sequence[Sample], layout: Layout) -> Leak:
+def _leak(model: nn.Module, samples: Sequence[Sample], layout: Layout) -> Leak:
     """Infinity where the model cannot run so at all."""
     inner = causal_lm(model)
     first, second = _probes(samples, inner.config)
@@ -131,7 +133,7 @@ def _leak(model: Any, samples: Sequence[Sample], layout: Layout) -> Leak:
     return Leak(difference, moved, TOLERANCE[compute_dtype(model)])
 
 
-def _probes(samples: Sequence[Sample], config: Any) -> tuple[Sample, Sample]:
+def _probes(samples: Sequence[Sample], config: PretrainedConfig) -> tuple[Sample, Sample]:
     """Two documents. Where something depends on their length (windows, chunks, rope that changes with it), the longest
     and the shortest as they are; else any two, shortened."""
     if not _depends_on_length(config):
@@ -140,7 +142,7 @@ def _probes(samples: Sequence[Sample], config: Any) -> tuple[Sample, Sample]:
     return samples[int(lengths.argmax())], samples[int(lengths.argmin())]
 
 
-def _depends_on_length(config: Any) -> bool:
+def _depends_on_length(config: PretrainedConfig) -> bool:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
     return bool(

@@ -8,16 +8,15 @@ optimizer has applied anything. When a run goes on: resume-exact, row-order. At 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fitune.checks.findings import raise_refused
@@ -28,6 +27,7 @@ from fitune.data.batches import Loader, flat
 from fitune.engine import optim
 from fitune.engine.checkpoint import Loaded, restore_rng, rng_state
 from fitune.engine.step import held_out_loss, loss_sum
+from fitune.engine.step_runner import StepRunner
 from fitune.models.model import causal_lm, compute_dtype, computing, trainable, use_attention
 from fitune.models.tensors import bit_sum
 
@@ -75,7 +75,7 @@ def _differs(batch: Batch, sample: Sample, start: int, end: int) -> str:
 
 
 @torch.no_grad()
-def reference_loss(model: Any, samples: Sequence[Sample], layout: Layout) -> Finding:
+def reference_loss(model: nn.Module, samples: Sequence[Sample], layout: Layout) -> Finding:
     """The loss that is trained is that of transformers' own logits, shifted here anew: two ways to one figure.
 
     Args:
@@ -106,7 +106,7 @@ def reference_loss(model: Any, samples: Sequence[Sample], layout: Layout) -> Fin
     return Finding("reference-loss", "ok", text)
 
 
-def _plain_loss(model: Any, sample: Sample) -> float:
+def _plain_loss(model: nn.Module, sample: Sample) -> float:
     ids = torch.from_numpy(sample.ids)[None].long().to(next(causal_lm(model).parameters()).device)
     with computing(model):
         logits = model(input_ids=ids).logits[0, -len(sample) :].float()
@@ -128,7 +128,7 @@ def each_row_once(loader: Loader) -> Finding:
 
 
 @torch.no_grad()
-def eval_dropout(model: Any, batch: Batch, layout: Layout) -> Finding:
+def eval_dropout(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
     """A held-out loss draws no random numbers: dropout is off, whatever they are it is the same."""
     training, before = model.training, rng_state()
     losses = []
@@ -158,27 +158,25 @@ def _some(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def step_equality(
-    model: Any, optimizer: torch.optim.Optimizer, max_norm: float, scale: Callable[[], float], told: list[Finding]
-) -> Iterator[None]:
+def step_equality(runner: StepRunner, optimizer: torch.optim.Optimizer) -> Iterator[Sequence[Finding]]:
     """Inside, one optimizer step is watched: what the optimizer is given is the sum of what the micro-batches gave,
-    clipped once, all by one factor. Nothing is left of an earlier step, of no micro-batch is anything lost.
+    clipped once, all by one factor. Nothing is left of an earlier step, and no micro-batch is lost.
 
     Args:
-        model: with its method on it.
+        runner: makes the step.
         optimizer: is asked to step inside.
-        max_norm: of all gradients together; 0 does not clip.
-        scale: of the loss as it is then.
-        told: gets what was found.
+
+    Yields:
+        The findings, one for each time that the optimizer stepped.
 
     Raises:
         TrainingError: before the optimizer has applied what is wrong.
     """
+    found: list[Finding] = []
     if isinstance(optimizer, optim.InBackward):
-        told.append(Finding("step-equality", "ok", "gradients are applied one by one in the backward pass"))
-        yield
+        yield [Finding("step-equality", "ok", "gradients are applied one by one in the backward pass")]
         return
-    parameters, sums, latest = trainable(model), dict[str, Tensor](), dict[str, tuple[Tensor, bool]]()
+    parameters, sums, latest = trainable(runner.model), dict[str, Tensor](), dict[str, tuple[Tensor, bool]]()
 
     def came(name: str, gradient: Tensor) -> None:  # of the head, while the loss is made, too: the last one counts
         latest[name] = _some(gradient), parameters[name].grad is None
@@ -187,17 +185,17 @@ def step_equality(
         gradient, first = latest.pop(name)  # first of the step, which may be done again from its start
         sums[name] = gradient if first or name not in sums else sums[name] + gradient
 
-    def used(opt: Any, args: Any, kwargs: Any) -> None:
+    def used(*_: object) -> None:
         given = {name: _some(p.grad) for name, p in parameters.items() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-        told.append(_as_summed(sums, given, float(norm), max_norm, scale()))
-        raise_refused(told[-1:])
+        found.append(_as_summed(sums, given, float(norm), runner.max_grad_norm, runner.scale.value))
+        raise_refused(found[-1:])
 
     hooks = [p.register_hook(partial(came, name)) for name, p in parameters.items()]
     hooks += [p.register_post_accumulate_grad_hook(partial(added, name)) for name, p in parameters.items()]
     hooks.append(optimizer.register_step_pre_hook(used))
     try:
-        yield
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
@@ -245,8 +243,8 @@ def next_rows(loader: Loader, step: int) -> str:
 
 
 def _digest(micro: Sequence[NDArray[np.int64] | tuple[int, ...]]) -> str:
-    told = repr([[int(row) for row in rows] for rows in micro])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    text = repr([[int(row) for row in rows] for rows in micro])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def row_order(expected: str, step: int, micro_batches: Sequence[Batch]) -> Finding:

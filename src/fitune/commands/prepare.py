@@ -68,7 +68,6 @@ class Job:
     eval_every: int
     save_every: int
     lr: float
-    measured: dict[str, Any] | None = None  # what a rehearsal of the largest step took
 
     @property
     def trainable(self) -> int:

@@ -10,14 +10,13 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fitune.checks import guards, stepchecks
-from fitune.checks.findings import raise_refused
+from fitune.commands.check_log import CheckLog
 from fitune.core.config import RunConfig
 from fitune.core.errors import RunFolderError
 from fitune.core.events import Watcher
@@ -31,27 +30,24 @@ from fitune.views import plan_page, report
 Parameters = Mapping[str, torch.nn.Parameter]
 
 
-def note(run: RunFolder, watch: Watcher, finding: Finding) -> None:
-    """A check that was made while the run went on: for the report, and told where it is not well."""
-    run.write("checks", [*_noted(run), asdict(finding)])
-    if finding.level != "ok":
-        watch.findings([finding])
-    raise_refused([finding])
+def is_finished(run: RunFolder, watch: Watcher) -> bool:
+    """Has the run everything that a finished one has? What it made and is missing is made again: then it is not
+    finished.
+
+    Raises:
+        RunFolderError: a file of the run is not as the run left it.
+    """
+    warned = integrity.check(run, [*integrity.BEGIN, *integrity.END], missing=integrity.END)
+    if warned is not None:
+        if has_begun(run):
+            CheckLog(run, watch).add(warned)
+        return run.has("result") and run.adapter.is_dir()
+    return integrity.complete(run)
 
 
-def _noted(run: RunFolder) -> list[dict[str, Any]]:
-    """The checks so far. Their file grows while the run goes on, so it is sealed at the end alone."""
-    path = run.path / "checks.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        if isinstance(found, list) and all({"rule", "level", "text"} <= set(one) for one in found):
-            return found
-        told = "something else"
-    except (OSError, ValueError, TypeError) as error:
-        told = " ".join(str(error).split())[:200]
-    raise RunFolderError(
-        f"{path}: broken", received=told, expected="a list of checks", fix="remove it: only the report reads it"
-    )
+def has_begun(run: RunFolder) -> bool:
+    """Is everything there that is written before the first step? A run that was killed before that begins anew."""
+    return run.identity is not None or (run.has("before") and any(run.checkpoints.glob("step-*")))
 
 
 def pages_again(run: RunFolder) -> None:
@@ -87,6 +83,28 @@ def check_same_settings(run: RunFolder, config: RunConfig) -> None:
         )
 
 
+def check_same_inputs(run: RunFolder, data_sha256: Mapping[str, str], inputs: Mapping[str, object]) -> None:
+    """Raises RunFolderError where what decides a run was changed since it began.
+
+    Args:
+        run: that goes on.
+        data_sha256: of each data file, as it is now.
+        inputs: digests of base model, tokenizer, template and adapter, as they are now.
+    """
+    stored = run.read("data") if run.has("data") else {}
+    if stored and list(stored["sha256"].values()) != list(data_sha256.values()):
+        raise RunFolderError(
+            f"{run.path}: the data files changed since this run began", fix="restore them, or start a new run"
+        )
+    known = stored.get("inputs", {})
+    changed = sorted(name for name, value in inputs.items() if known.get(name, value) != value)
+    if changed:
+        raise RunFolderError(
+            f"{run.path}: {', '.join(changed)} changed since this run began",
+            fix="restore what lies in the model's folder, or start a new run",
+        )
+
+
 def problem(run: RunFolder, path: Path) -> str:
     """Why a checkpoint does not count; nothing, where it does.
 
@@ -100,8 +118,8 @@ def problem(run: RunFolder, path: Path) -> str:
         raise _foreign(run, path, manifest.get("run"))
     if manifest.get("step", _number(path)) != _number(path):
         return f"that of step {manifest['step']}"
-    told = run.log_problem(_number(path), manifest.get("log"))
-    return f"ahead of the log: {told}" if told else ""
+    reason = run.log_problem(_number(path), manifest.get("log"))
+    return f"ahead of the log: {reason}" if reason else ""
 
 
 def _number(path: Path) -> int:
@@ -113,14 +131,14 @@ def _foreign(run: RunFolder, path: Path, theirs: dict[str, str] | None) -> RunFo
     mine = run.identity or {}
     differ = sorted(name for name in {*mine, *(theirs or {})} if mine.get(name) != (theirs or {}).get(name))
     if theirs is None:
-        told = "it names no run"
+        received = "it names no run"
     elif differ == ["id"]:
-        told = "one of the same settings and data, but not this one"
+        received = "one of the same settings and data, but not this one"
     else:
-        told = f"other {', '.join(name for name in differ if name != 'id')}"
+        received = f"other {', '.join(name for name in differ if name != 'id')}"
     return RunFolderError(
         f"{path}: the checkpoint of another run",
-        received=told,
+        received=received,
         expected=f"run {mine.get('id', 'without a seal')}",
         fix="remove it; --resume goes on from the one before. Where the run's settings were changed: start a new run",
     )
@@ -160,37 +178,37 @@ def _best_problem(run: RunFolder, path: Path) -> str:
     if best is None or best == _number(path):
         return ""
     place = run.checkpoint(best)
-    told = problem(run, place)
-    return f"of no use: the best so far, {place.name}, is {told}" if told else ""
+    reason = problem(run, place)
+    return f"of no use: the best so far, {place.name}, is {reason}" if reason else ""
 
 
 def restore(
-    run: RunFolder, parameters: Parameters, optimizer: torch.optim.Optimizer, watch: Watcher, *, with_best: bool
+    checks: CheckLog, parameters: Parameters, optimizer: torch.optim.Optimizer, *, with_best: bool
 ) -> Loaded | None:
-    """Put the newest checkpoint that fits back; says so. None: there is none, the run starts anew.
+    """Put the newest checkpoint that fits back, and report it. None: there is none, the run starts anew.
 
     Args:
-        run: whose seal was checked.
+        checks: of the run, whose seal was checked.
         parameters, optimizer: get its values.
-        watch: is told.
         with_best: as for `newest`.
 
     Raises:
         RunFolderError, TrainingError: no checkpoint can be gone on from, and the run is not to start anew.
     """
+    run = checks.run
     path, reasons = newest(run, with_best=with_best)
-    note(run, watch, guards.partial_checkpoint(path, reasons))
+    checks.add(guards.partial_checkpoint(path, reasons))
     if path is None:
-        watch.say("no whole checkpoint yet: starting from the first step")
+        checks.watch.say("no whole checkpoint yet: starting from the first step")
         return None
     loaded = run.load(path)
-    note(run, watch, guards.resume_identity(loaded, parameters, len(run.read_steps())))
+    checks.add(guards.resume_identity(loaded, parameters, len(run.read_steps())))
     put(loaded, parameters)
     optim.load_state(optimizer, parameters, loaded.optimizer, loaded.optimizer_scalars)
     same = restore_rng(loaded.rng)
-    note(run, watch, stepchecks.resume_exact(loaded, parameters, optimizer))
-    note(run, watch, _same_machine(run, parameters, random=same))
-    watch.say(f"going on from {path.name}")
+    checks.add(stepchecks.resume_exact(loaded, parameters, optimizer))
+    checks.add(_same_machine(run, parameters, random=same))
+    checks.watch.say(f"going on from {path.name}")
     return loaded
 
 
@@ -217,51 +235,53 @@ def _same_machine(run: RunFolder, parameters: Parameters, *, random: bool) -> Fi
 # ---- the best weights ----
 
 
-def back_to_best(
-    run: RunFolder,
-    parameters: Parameters,
-    best: tuple[int, float],
-    measure: Callable[[], float | None],
-    dtype: torch.dtype,
-    watch: Watcher,
-) -> float | None:
-    """Put the weights with the best held-out loss back, and measure that loss again.
+@dataclass(frozen=True)
+class Best:
+    """The evaluation with the lowest held-out loss.
+
+    step: of its checkpoint. loss: that was measured there. dtype: that it is computed in. measure: gives the held-out
+    loss of the model as it is now.
+    """
+
+    step: int
+    loss: float
+    dtype: torch.dtype
+    measure: Callable[[], float | None]
+
+
+def back_to_best(checks: CheckLog, parameters: Parameters, best: Best) -> float | None:
+    """Put the weights with the best held-out loss back; that loss, measured again.
 
     Args:
-        run: the run.
+        checks: of the run.
         parameters: get its values.
-        best: step of the best checkpoint, and the held-out loss that was measured then.
-        measure: the held-out loss of the model as it is now.
-        dtype: that it is computed in.
-        watch: is told.
-
-    Returns:
-        The loss that was measured again.
+        best: the evaluation.
 
     Raises:
         RunFolderError: the checkpoint is damaged, or of another run.
         TrainingError: its loss is another than it was.
     """
-    step, loss = best
-    path = run.checkpoint(step)
-    if told := problem(run, path):
+    run = checks.run
+    path = run.checkpoint(best.step)
+    if reason := problem(run, path):
         raise RunFolderError(
-            f"{path}: the best checkpoint, which is to be the result, is {told}",
+            f"{path}: the best checkpoint, which is to be the result, is {reason}",
             fix=f"fitune train --resume --output {shlex.quote(str(run.path))}: goes on from a checkpoint before it, or "
             "from the start, and makes it again",
         )
     put(run.load(path), parameters)
-    again = measure()
-    note(run, watch, best_reloaded(step, loss, again, dtype))
-    watch.say(f"the result is step {step}, with the best held-out loss, {loss:.4f}")
+    again = best.measure()
+    checks.add(best_reloaded(best, again))
+    checks.watch.say(f"the result is step {best.step}, with the best held-out loss, {best.loss:.4f}")
     return again
 
 
-def best_reloaded(step: int, loss: float, again: float | None, dtype: torch.dtype) -> Finding:
+def best_reloaded(best: Best, again: float | None) -> Finding:
     """The best weights, read back from the disk, have the held-out loss that they were chosen for."""
+    step, loss = best.step, best.loss
     if again == loss:
         return Finding("best-reloaded", "ok", f"step {step}, read back: the same held-out loss, {loss:.6f}")
     text = f"step {step}, read back, has a held-out loss of {again}, it was {loss}"
-    if again is not None and math.isclose(again, loss, rel_tol=guards.SAME[dtype]):
+    if again is not None and math.isclose(again, loss, rel_tol=guards.SAME[best.dtype]):
         return Finding("best-reloaded", "ok", f"{text}: equal but for rounding")
     return Finding("best-reloaded", "refuse", text, "fitune train --resume goes on from a checkpoint before it")

@@ -273,10 +273,10 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group this learning rate, times its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["times"]
+        group["lr"] = lr * group["times"]
 
 
 def state_tensors(

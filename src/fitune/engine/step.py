@@ -8,14 +8,15 @@ number of rows in a micro-batch and their lengths never change it; without weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from fitune.core.records import Batch, Layout
 from fitune.data.batches import rounded
@@ -67,7 +68,7 @@ class StepResult:
     finite: bool = True
 
 
-def place(model: Any, batch: Batch, layout: Layout = "flat") -> Placed:
+def place(model: nn.Module, batch: Batch, layout: Layout = "flat") -> Placed:
     """The batch on the model's device, with what the method lays before its documents."""
     device, before = next(causal_lm(model).parameters()).device, virtual.of(model)
     if layout != "flat":
@@ -79,7 +80,7 @@ def place(model: Any, batch: Batch, layout: Layout = "flat") -> Placed:
     return placing.place(batch, device, prefix=before.count)
 
 
-def hidden_states(model: Any, batch: Batch, layout: Layout, placed: Placed | None = None) -> Tensor:
+def hidden_states(model: nn.Module, batch: Batch, layout: Layout, placed: Placed | None = None) -> Tensor:
     """(T, W): the last hidden states of all tokens of a batch; those of virtual tokens before them are left out.
 
     Args:
@@ -99,7 +100,7 @@ def hidden_states(model: Any, batch: Batch, layout: Layout, placed: Placed | Non
     return rows[: len(batch.ids)] if placed.filler else rows
 
 
-def _rows(model: Any, batch: Batch, layout: Layout, placed: Placed) -> Tensor:
+def _rows(model: nn.Module, batch: Batch, layout: Layout, placed: Placed) -> Tensor:
     """The last hidden states of all rows that the model works on; of a flat batch also those of what is laid before
     its documents, and of the filler."""
     before = virtual.of(model)
@@ -111,14 +112,14 @@ def _rows(model: Any, batch: Batch, layout: Layout, placed: Placed) -> Tensor:
         return _separate(model, batch, before, placed.ids, padded=layout == "padded")
 
 
-def _flat(model: Any, batch: Batch, before: virtual.Virtual | None, placed: Placed) -> Tensor:
+def _flat(model: nn.Module, batch: Batch, before: virtual.Virtual | None, placed: Placed) -> Tensor:
     inner = causal_lm(model)
-    inputs: dict[str, Any] = {"input_ids": placed.ids[None]}
+    inputs: dict[str, object] = {"input_ids": placed.ids[None]}
     if before is not None and before.prefix is not None:
         inputs["prefix"] = before.prefix
     elif before is not None:
-        words = inner.get_input_embeddings()(placed.ids)
-        rows = torch.cat([cast(Tensor, before.embeddings).to(words.dtype), words])
+        embedded = inner.get_input_embeddings()(placed.ids)
+        rows = torch.cat([cast(Tensor, before.embeddings).to(embedded.dtype), embedded])
         inputs = {"inputs_embeds": rows.index_select(0, cast(Tensor, placed.order))[None]}
     positions, bounds = placed.positions, placed.documents.bounds
     if hasattr(inner.base_model, "flat_positions"):  # a model that makes its positions from the ids, ChatGLM's first
@@ -132,18 +133,18 @@ def _flat(model: Any, batch: Batch, before: virtual.Virtual | None, placed: Plac
     return out
 
 
-def _embedded(inner: Any, ids: Tensor, batch: Batch, before: virtual.Virtual) -> list[Tensor]:
+def _embedded(inner: PreTrainedModel, ids: Tensor, batch: Batch, before: virtual.Virtual) -> list[Tensor]:
     """Each document's embeddings behind the virtual ones."""
-    words = inner.get_input_embeddings()(ids)
-    start = cast(Tensor, before.embeddings).to(words.dtype)
-    return [torch.cat([start, document]) for document in _documents(words, batch)]
+    embedded = inner.get_input_embeddings()(ids)
+    start = cast(Tensor, before.embeddings).to(embedded.dtype)
+    return [torch.cat([start, document]) for document in _documents(embedded, batch)]
 
 
 def _documents(values: Tensor, batch: Batch) -> tuple[Tensor, ...]:
     return torch.split(values, [int(end - start) for start, end in pairwise(batch.bounds)])
 
 
-def _separate(model: Any, batch: Batch, before: virtual.Virtual | None, ids: Tensor, *, padded: bool) -> Tensor:
+def _separate(model: nn.Module, batch: Batch, before: virtual.Virtual | None, ids: Tensor, *, padded: bool) -> Tensor:
     """Documents in rows of their own: padded side by side, or one after the other."""
     inner = causal_lm(model)
     use_attention(model, "sdpa")
@@ -167,19 +168,19 @@ def _separate(model: Any, batch: Batch, before: virtual.Virtual | None, ids: Ten
     if places[0]:
         padded_places = [F.pad(p["position_ids"], (0, width - p["position_ids"].shape[-1])) for p in places]
         extra = {"position_ids": torch.cat(padded_places)}
-    states = inner.base_model(**{name: rows}, attention_mask=mask, use_cache=False, **extra).last_hidden_state
+    states: Tensor = inner.base_model(**{name: rows}, attention_mask=mask, use_cache=False, **extra).last_hidden_state
     real = mask.bool()
     real[:, :skip] = False
-    return states[real]  # type: ignore[no-any-return]
+    return states[real]
 
 
-def _width(inner: Any, longest: int) -> int:
+def _width(inner: PreTrainedModel, longest: int) -> int:
     """One of few widths of padded rows, where the model holds so many tokens."""
     most = getattr(inner.config, "max_position_embeddings", None)
     return rounded(longest) if most is None or rounded(longest) <= most else longest
 
 
-def _own_positions(inner: Any, ids: Tensor, batch: Batch, before: int) -> list[dict[str, Tensor]]:
+def _own_positions(inner: PreTrainedModel, ids: Tensor, batch: Batch, before: int) -> list[dict[str, Tensor]]:
     """Of each document its positions (1, 2, L), for a model that makes them from the ids; nothing for others."""
     if not hasattr(inner.base_model, "flat_positions"):
         return [{} for _ in batch.rows]
@@ -187,7 +188,7 @@ def _own_positions(inner: Any, ids: Tensor, batch: Batch, before: int) -> list[d
     return [{"position_ids": one[None]} for one in each]
 
 
-def label_hidden(model: Any, batch: Batch, layout: Layout = "flat", placed: Placed | None = None) -> Tensor:
+def label_hidden(model: nn.Module, batch: Batch, layout: Layout = "flat", placed: Placed | None = None) -> Tensor:
     """(L, W): the last hidden states of the rows that carry a label. The rest never reaches the head.
 
     Args:
@@ -198,7 +199,7 @@ def label_hidden(model: Any, batch: Batch, layout: Layout = "flat", placed: Plac
     return found if placed is not None else found[: batch.targets]
 
 
-def loss_sum(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
+def loss_sum(model: nn.Module, batch: Batch, layout: Layout = "flat") -> Tensor:
     """Sum of the cross-entropies of the batch's target tokens, each times its weight, float32."""
     inner, placed = causal_lm(model), place(model, batch, layout)
     hidden = label_hidden(model, batch, layout, placed)
@@ -208,7 +209,7 @@ def loss_sum(model: Any, batch: Batch, layout: Layout = "flat") -> Tensor:
 
 
 def training_step(
-    model: Any,
+    model: nn.Module,
     micro_batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
@@ -229,7 +230,7 @@ def training_step(
         Its figures. Where loss or gradient is not finite, nothing was applied.
     """
     # ---- training step -------------------------------------------------------------------------------------------
-    made = make_gradients(model, micro_batches, layout, [], scale)
+    made = make_gradients(model, micro_batches, layout, scale)
     return apply_gradients(model, made, optimizer, max_grad_norm, scale)
     # --------------------------------------------------------------------------------------------------------------
 
@@ -251,18 +252,24 @@ class Made:
 
 
 def make_gradients(
-    model: Any, micro_batches: Sequence[Batch], layout: Layout, reached: list[Batch], scale: float = 1.0
+    model: nn.Module,
+    micro_batches: Sequence[Batch],
+    layout: Layout,
+    scale: float = 1.0,
+    *,
+    on_batch: Callable[[Batch], object] | None = None,
 ) -> Made:
     """The first half of a step: gradients of scale x the objective; no norm yet.
 
     Args:
         model, micro_batches, layout, scale: as for `training_step`.
-        reached: holds, whatever happens, the micro-batch that was worked on last.
+        on_batch: is called with each micro-batch before work on it begins.
     """
     weight = sum(batch.weight for batch in micro_batches)
     sums = []
     for batch in micro_batches:
-        reached[:] = [batch]
+        if on_batch is not None:
+            on_batch(batch)
         loss = loss_sum(model, batch, layout)
         (loss * (scale / weight)).backward()
         sums.append(loss.detach().double())
@@ -271,7 +278,7 @@ def make_gradients(
 
 
 def apply_gradients(
-    model: Any, made: Made, optimizer: torch.optim.Optimizer, max_grad_norm: float, scale: float = 1.0
+    model: nn.Module, made: Made, optimizer: torch.optim.Optimizer, max_grad_norm: float, scale: float = 1.0
 ) -> StepResult:
     """The second half of a step: take off the scale, clip and update; or drop gradients that are not finite. Loss and
     norm are read together, the only time in a step that the CPU waits for a GPU."""
@@ -294,7 +301,7 @@ def apply_gradients(
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, batches: Iterable[Batch], layout: Layout = "flat") -> float:
+def held_out_loss(model: nn.Module, batches: Iterable[Batch], layout: Layout = "flat") -> float:
     """Loss per target token (or unit of weight) over held-out batches; the model's mode is left as it was."""
     training = model.training
     model.eval()

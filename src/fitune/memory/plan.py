@@ -174,7 +174,7 @@ def go(model: Any, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False) 
         optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
         for micro_batches in work.steps:
             with tracer.during("step"):
-                made = make_gradients(model, micro_batches, work.layout, [], scale)
+                made = make_gradients(model, micro_batches, work.layout, scale)
             with tracer.during("update"):
                 apply_gradients(model, made, optimizer, config.max_grad_norm, scale)
             for states in optimizer.state.values():

@@ -1,0 +1,84 @@
+"""A run while it is made: its folder, its job and its watcher, and what is measured of it along the way.
+
+In: a prepared job. Out: held-out losses, sample answers, the load of the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from fitune.commands.check_log import CheckLog
+from fitune.commands.prepare import Job
+from fitune.core import processor
+from fitune.core.events import Watcher
+from fitune.core.records import Conversation, Finding
+from fitune.data.batches import in_order
+from fitune.engine import environment
+from fitune.engine.checkpoint import RunFolder
+from fitune.engine.generation import SIDE_BY_SIDE, Sampling, answers
+from fitune.engine.out_of_memory import in_fewer
+from fitune.engine.step import held_out_loss
+
+
+@dataclass(frozen=True)
+class ActiveRun:
+    """A run that this process works on.
+
+    Args:
+        folder: the run folder.
+        job: all that it needs, checked.
+        watch: what it reports to.
+    """
+
+    folder: RunFolder
+    job: Job
+    watch: Watcher
+
+    @cached_property
+    def checks(self) -> CheckLog:
+        """Takes the checks that are made while it runs."""
+        return CheckLog(self.folder, self.watch)
+
+    def held_out_loss(self) -> float | None:
+        """Of the model as it is now, per target token; None: no row is held out."""
+        job = self.job
+        if not job.held_out:
+            return None
+        return in_fewer(
+            lambda rows: held_out_loss(job.tuned.model, in_order(job.held_out, rows), job.layout),
+            job.config.batch_size,
+            "held-out rows",
+            self.watch.say,
+        )
+
+    def sample_rows(self) -> list[Conversation]:
+        """The held-out rows whose prompts are answered before and after."""
+        return self.job.held_out_rows[: self.job.config.sample_prompts]
+
+    def sample_answers(self) -> list[str]:
+        """The greedy answers of the model as it is now, one for each of `sample_rows`."""
+        asked = [row.question() for row in self.sample_rows()]
+        sampling = Sampling(max_new_tokens=self.job.config.sample_tokens)
+
+        def answered(rows: int) -> list[str]:
+            some = (asked[start : start + rows] for start in range(0, len(asked), rows))
+            return [text for questions in some for text in answers(self.job.tuned, questions, sampling)]
+
+        return in_fewer(answered, SIDE_BY_SIDE, "prompts answered", self.watch.say)
+
+    def check_machine_load(self, since: processor.Moment) -> None:
+        """Keep whether the processor was free while the run went on. It is reported only once: not again where it was
+        not free at the start."""
+        warned = any(finding.rule == "machine-load" and finding.level == "warn" for finding in self.job.findings)
+        for finding in machine_load(self.job, since):
+            self.checks.add(finding, quiet=warned)
+
+
+def machine_load(job: Job, since: processor.Moment) -> list[Finding]:
+    """Was the processor free since a moment? Nothing, where another device computes."""
+    if job.tuned.device.type != "cpu":
+        return []
+    return [environment.machine_load(processor.others(since), torch.get_num_threads(), processor.cores())]

@@ -1,0 +1,198 @@
+"""Optimizer steps that survive running out of memory, and float16 gradients beyond their range.
+
+In: the micro-batches of a step. Out: the step's result, or an error that says which rows, and what would help. A step
+that runs out of memory is done again from where it began (gradients dropped, random numbers put back, no weight had
+changed) with every micro-batch in twice as many parts: the objective is a sum over the whole step, and stays the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fitune.core.errors import TrainingError
+from fitune.core.records import Batch, Layout, Source
+from fitune.data.batches import split
+from fitune.engine import optim, out_of_memory
+from fitune.engine.checkpoint import restore_rng, rng_state
+from fitune.engine.non_finite import first_non_finite
+from fitune.engine.out_of_memory import SAFE, OutOfMemory, attempt
+from fitune.engine.step import LossScale, Made, StepResult, apply_gradients, make_gradients
+
+MOST_BAD = 3  # steps in a row that are not finite
+
+
+class Phases(Protocol):
+    """What counts memory by the phase of a run (memory.trace.Tracer)."""
+
+    def during(self, phase: str) -> AbstractContextManager[object]:
+        """Inside, what is allocated belongs to that phase."""
+
+
+@dataclass
+class StepRunner:
+    """Makes the optimizer steps of a run; the rehearsal of the largest step and the training share it.
+
+    Args:
+        model: in training mode.
+        layout: how documents go through the model.
+        max_grad_norm: gradients are scaled down to this norm; 0: they are not.
+        source: where a row of the data stands, by its number.
+        report: is called with one line when micro-batches are split.
+        parts: each micro-batch goes through the model in so many parts; more once memory has run out.
+        scale: of the loss. Gradients that are not finite under it halve it, and the step is done again: no row is
+            lost, and no step counts as bad for it.
+    """
+
+    model: nn.Module
+    layout: Layout
+    max_grad_norm: float
+    source: Callable[[int], Source | None]
+    report: Callable[[str], None]
+    parts: int = 1
+    scale: LossScale = field(default_factory=LossScale)
+
+    def step(self, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            micro_batches: all rows of the step.
+            optimizer: with its learning rate set.
+
+        Raises:
+            TrainingError: a single row does not fit, or the optimizer's states do not.
+        """
+        start = self.scale.value
+        while True:
+            before = rng_state()
+            made = self._gradients(micro_batches, optimizer)
+            done = self._apply(made, optimizer)
+            if done.finite or not math.isfinite(done.loss) or not self.scale.lower():
+                if not done.finite:
+                    self.scale.value = start  # what no scale repairs is not the scale's fault
+                self.scale.passed()
+                return done
+            restore_rng(before)
+
+    def _gradients(self, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Made:
+        """The first half of a step, in as many parts as it takes to fit."""
+        before = rng_state()
+        while True:
+            reached = list(micro_batches[:1])
+            made = attempt(partial(self._make, micro_batches, reached, self.scale.value))
+            if not isinstance(made, OutOfMemory):
+                return made
+            self._forget(optimizer)
+            if isinstance(optimizer, optim.InBackward):
+                raise TrainingError(
+                    "out of memory; with optimizer_in_backward a step cannot be done again",
+                    received=made.message,
+                    fix="a smaller --batch-size; the last checkpoint is good",
+                )
+            rows = self._split(micro_batches, reached[-1], made, SAFE)
+            restore_rng(before)
+            self.report(
+                f"out of memory: the step is done again with micro-batches of at most {rows} rows, to the same "
+                "objective"
+            )
+
+    def _make(self, micro_batches: Sequence[Batch], reached: list[Batch], scale: float) -> Made:
+        pieces = self._pieces(micro_batches)
+        return make_gradients(self.model, pieces, self.layout, scale, on_batch=reached.append)
+
+    def _pieces(self, micro_batches: Sequence[Batch]) -> list[Batch]:
+        return [piece for batch in micro_batches for piece in split(batch, self.parts)]
+
+    def _split(self, micro_batches: Sequence[Batch], reached: Batch, failed: OutOfMemory, more: str) -> int:
+        """Twice as many parts from here on; the number of rows that a part has at most.
+
+        Raises:
+            TrainingError: the batch that was reached is a single row.
+        """
+        if len(reached.rows) == 1:
+            raise out_of_memory.row_does_not_fit(reached, self.source(reached.rows[0]), failed, more)
+        self.parts *= 2
+        return max(len(piece.rows) for piece in self._pieces(micro_batches))
+
+    def _apply(self, made: Made, optimizer: torch.optim.Optimizer) -> StepResult:
+        done = attempt(partial(apply_gradients, self.model, made, optimizer, self.max_grad_norm, self.scale.value))
+        if not isinstance(done, OutOfMemory):
+            return done
+        self._forget(optimizer)
+        raise out_of_memory.states_do_not_fit(done, SAFE)
+
+    @staticmethod
+    def _forget(optimizer: torch.optim.Optimizer) -> None:
+        """Drop gradients and whatever the failed step left."""
+        optimizer.zero_grad(set_to_none=True)
+        out_of_memory.free()
+
+    def rehearse(self, micro_batches: Sequence[Batch], state_bytes: int, phases: Phases) -> None:
+        """Gradients of the largest step, dropped again, so that what does not fit shows itself before hours of
+        training. Random numbers are put back, and no weight changes; `parts` is what fits.
+
+        Args:
+            micro_batches: those of the step.
+            state_bytes: bytes that the optimizer's states will take; on a GPU they are held meanwhile.
+            phases: sees what is allocated.
+
+        Raises:
+            TrainingError: a single row does not fit, or the optimizer's states do not.
+        """
+        before = rng_state()
+        while True:
+            reached: list[Batch] = []
+            failed = attempt(partial(self._rehearse_once, micro_batches, reached, state_bytes, phases))
+            self.model.zero_grad(set_to_none=True)
+            restore_rng(before)
+            if failed is None:
+                return
+            out_of_memory.free()
+            if not reached:
+                raise out_of_memory.states_do_not_fit(failed)
+            rows = self._split(micro_batches, reached[-1], failed, "")
+            self.report(
+                f"out of memory in a rehearsal of the largest step: micro-batches have at most {rows} rows from the "
+                "start, to the same objective"
+            )
+
+    def _rehearse_once(
+        self, micro_batches: Sequence[Batch], reached: list[Batch], state_bytes: int, phases: Phases
+    ) -> None:
+        device = next(self.model.parameters()).device
+        held = torch.empty(state_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+        with phases.during("step"):
+            self._make(micro_batches, reached, 1.0)
+        del held
+
+    def check_finite(self, done: StepResult, micro_batches: Sequence[Batch], bad: int, checkpoint: str) -> int:
+        """How many steps in a row were not finite; their weights were not changed.
+
+        Args:
+            done: what the step gave.
+            micro_batches: its rows.
+            bad: how many before this one.
+            checkpoint: the newest one that is good, for the message.
+
+        Raises:
+            TrainingError: MOST_BAD in a row.
+        """
+        if done.finite:
+            return 0
+        if bad + 1 < MOST_BAD:
+            return bad + 1
+        first, rows = first_non_finite(self.model, micro_batches, self.layout)
+        places = ", ".join(str(self.source(row)) for row in rows[:8])
+        raise TrainingError(
+            f"{MOST_BAD} steps in a row were not finite, so the run stops; none of them was applied",
+            received=f"loss {done.loss}, gradient norm {done.grad_norm}; first non-finite: {first}; rows {places}",
+            expected="finite losses and gradients",
+            fix=f"a lower --lr, or --precision fp32; look at these rows; the last good checkpoint is {checkpoint}",
+        )
