@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def measure(variant: str, lr: float | None) -> dict[str, Any]:
     """Train, answer, count; in this process."""
     from fitune.commands import demo
-    from fitune.commands.evaluate import accuracy, exact_match
+    from fitune.commands.scores import accuracy, exact_match
     from fitune.commands.train import train
     from fitune.core.records import DataReport
     from fitune.data import rows

@@ -35,7 +35,7 @@ REAL = {"template": "alpaca", "max_length": 256, "max_lost": 1.0, "skip_bad": Tr
 def measure(variant: str, real: list[str]) -> dict[str, Any]:
     """Train, answer, count; in this process."""
     from fitune.commands import demo
-    from fitune.commands.evaluate import accuracy, exact_match
+    from fitune.commands.scores import accuracy, exact_match
     from fitune.commands.train import train
     from fitune.core.config import build
     from fitune.core.records import DataReport

@@ -14,7 +14,8 @@ import torch
 import fitune
 from fitune.cli import main as cli
 from fitune.commands.demo import bundled
-from fitune.commands.evaluate import Judged, _scores, bleu4, evaluate, exact_match, rouge_l
+from fitune.commands.evaluate import evaluate
+from fitune.commands.scores import Judged, bleu4, exact_match, rouge_l, scores_of
 from fitune.commands.train import train
 from fitune.core.config import build
 from fitune.core.errors import FituneError
@@ -183,7 +184,7 @@ def test_perfect_answers_are_right_whatever_frame_they_stand_in(name: str, speci
     answer_perfectly(monkeypatch, tuned, rows)
     judged = exact_match(tuned, rows)
     assert [one.expected for one in judged] == [CAPITAL] * len(rows)
-    scores = _scores(1.0, judged)
+    scores = scores_of(1.0, judged)
     assert (scores.exact_match, scores.rouge_l) == (1.0, pytest.approx(1.0))
     assert scores.bleu4 == pytest.approx(100)
     assert scores.thoughts == pytest.approx((len(rows) - 1) / len(rows))
@@ -202,7 +203,7 @@ def test_a_thought_that_is_not_closed_is_no_answer(name: str, monkeypatch) -> No
     assert judged.answer == ""
     assert CAPITAL.startswith(judged.thought)
     assert judged.thought
-    assert _scores(1.0, [judged]).exact_match == 0.0
+    assert scores_of(1.0, [judged]).exact_match == 0.0
 
 
 def test_calls_and_thoughts_are_figures_of_their_own(monkeypatch) -> None:
@@ -211,11 +212,11 @@ def test_calls_and_thoughts_are_figures_of_their_own(monkeypatch) -> None:
     rows = [asked(Message("assistant", "two plus three", thought="it is five")), asked(call)]
     answer_perfectly(monkeypatch, tuned, rows)
     judged = exact_match(tuned, rows)
-    assert _scores(1.0, judged).call_match == 1.0
+    assert scores_of(1.0, judged).call_match == 1.0
     wrong = [replace(judged[0], thought="it is two"), replace(judged[1], answer=judged[1].answer + "x")]
-    scores = _scores(1.0, wrong)
+    scores = scores_of(1.0, wrong)
     assert (scores.exact_match, scores.thought_match, scores.call_match) == (1.0, 0.0, 0.0)
-    plain = _scores(1.0, [Judged("q", "a", "a")])
+    plain = scores_of(1.0, [Judged("q", "a", "a")])
     assert (plain.thoughts, plain.thought_match, plain.call_match) == (None, None, None)
 
 

@@ -43,7 +43,7 @@ def merge(
     console = console_for(json)
     done = run_merge(run, output, dtype=dtype, force=force, onto=onto, requantize=requantize, model=model)
     if done.drift is not None:
-        console.say(f"drift {done.drift.told()}", style="yellow")
+        console.say(f"drift {done.drift.text()}", style="yellow")
     console.say(
         f"{done.folder}: {done.dtype}; relative error of the logits {done.merge_error:.1e} by merging, "
         f"{done.rounding_error:.1e} as written"

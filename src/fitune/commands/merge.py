@@ -9,13 +9,12 @@ again, gives another model, and how far off it is gets measured.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fitune.checks import datachecks
 from fitune.checks.findings import raise_refused
@@ -37,7 +36,7 @@ from fitune.models.handover import Handover, hand_over, write_answer_tokens
 from fitune.models.methods import new_tokens
 from fitune.models.model import Tuned, causal_lm, load_model, output_head, quantized_as, read_config
 from fitune.models.precision import DTYPES, NAMES
-from fitune.views import model_card as modelcard
+from fitune.views import model_card
 
 PROBE = ("Hello, world!", "你好，世界", "1 + 1 = 2")
 
@@ -53,7 +52,7 @@ class Merged:
     drift: Drift | None = None  # where the weights are other ones than the run was trained on
     handed: Handover | None = None  # the chat template and the stop tokens
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 
@@ -68,7 +67,7 @@ class Drift:
     loss_after: float
     tokens: int
 
-    def told(self) -> str:
+    def text(self) -> str:
         """In one line."""
         return (
             f"over {self.tokens:,} held-out tokens: KL {self.kl:.2e} nats, top-1 agreement {self.agreement:.1%}, "
@@ -104,113 +103,132 @@ def merge(
     target = expand(output)
     check_new(target, whole=True)
     folder = RunFolder(run)
-    config = finished(
-        folder, (*integrity.BEGIN, *integrity.END), missing=[name for name in integrity.END if name != "adapter"]
-    )
+    reads = (*integrity.BEGIN, *integrity.END)
+    config = finished(folder, reads, missing=[name for name in integrity.END if name != "adapter"])
     config = config.model_copy(update={"model": base_of(folder, config, model)})
     if dtype not in ("auto", *DTYPES):
         raise RunFolderError("--dtype", received=dtype, expected=f"auto, {', '.join(DTYPES)}")
-    _check_ways(config, onto, requantize=requantize)
+    request = _Request(folder, config, target, onto, requantize, force)
+    request.check()
     tuned = load(run, model=model, device="cpu", precision="fp32")
-    chosen = NAMES[weights.stored_dtype(Path(config.model))] if dtype == "auto" else dtype
+    return _merge(request, tuned, NAMES[weights.stored_dtype(Path(config.model))] if dtype == "auto" else dtype)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is merged into what; see `merge`."""
+
+    run: RunFolder
+    config: RunConfig
+    target: Path
+    onto: str | None
+    requantize: bool
+    force: bool
+
+    def check(self) -> None:
+        """Raises RunFolderError where the base model is not quantized, or settings do not go together."""
+        config, onto = self.config, self.onto
+        quantized = config.quant.name != "none" or quantized_as(read_config(Path(config.model))).name != "none"
+        if (onto is not None or self.requantize) and not quantized:
+            raise RunFolderError("--onto and --requantize are for runs on a quantized base model", fix="leave them out")
+        if self.requantize and towers.of(Path(config.model)) is not None:
+            raise RunFolderError(
+                "--requantize: this run tuned the language model of one that takes images too",
+                fix="merge it without, and quantize the whole model by transformers when it is loaded",
+            )
+        if onto is not None and self.requantize:
+            raise RunFolderError("--onto and --requantize do not go together", fix="leave one of them out")
+        if self.requantize and config.quant.name == "none":
+            raise RunFolderError(
+                "--requantize: this run's base model was quantized before, by settings that the run does not know",
+                fix="merge it, then: fitune quantize FOLDER --quant nf4",
+            )
+        if onto == "original" and config.quant.name == "none":
+            raise RunFolderError(
+                "--onto original: this run's base model is a quantized folder", fix="--onto FOLDER, the original"
+            )
+
+    @property
+    def other_weights(self) -> bool:
+        """The merged model has other weights than the run was trained on."""
+        return self.onto is not None or self.requantize
+
+    @property
+    def base_files(self) -> Path:
+        """The folder with the files of the base model that the merged one has too."""
+        return Path(self.config.model if self.onto in (None, "original") else str(self.onto))
+
+
+def _merge(request: _Request, tuned: Tuned, dtype: str) -> Merged:
+    """Merge, compare and write. dtype: fp32, bf16 or fp16."""
     with torch.no_grad():
         before = tuned.model(input_ids=(probe := _probe(tuned.encoder))).logits[:, -probe.shape[1] :]
-        plain = merged(_plain(folder, config, tuned, onto), tuned.family, config)
+        plain = merged(_plain(request, tuned), tuned.family, request.config)
         error = _relative(plain(input_ids=probe).logits, before)
-    other = onto is not None or requantize
-    drift = _drift(folder, config, tuned, _again(plain, config, target, requantize=requantize)) if other else None
-    if drift is not None and not force:
+    drift = _drift(request, tuned, _as_written(request, plain)) if request.other_weights else None
+    if drift is not None and not request.force:
         raise RunFolderError(
-            f"these are other weights than the run was tuned on: {drift.told()}",
+            f"these are other weights than the run was tuned on: {drift.text()}",
             fix="leave out --onto and --requantize, which merges exactly; --force writes it all the same",
         )
-
-    def check(written: Path) -> float:
-        again = load_model(written, precision="fp32")
-        with torch.no_grad():
-            rounding = _relative(again(input_ids=probe).logits, before)
-        if not force:
-            raise_refused([merge_drift(error, rounding, chosen)])
-        return rounding
-
-    plain = plain.to(DTYPES[chosen])
-    files = Path(config.model if onto in (None, "original") else onto)
-    write = partial(_requantized, plain, config) if requantize else partial(_saved, plain, files)
-    with whole_folder(target) as place:
-        write(place)
+    plain = plain.to(DTYPES[dtype])
+    with whole_folder(request.target) as place:
+        _write(request, plain, place)
         handed = hand_over(place, tuned.tokenizer, tuned.template)
         write_answer_tokens(place, tuned.encoder)
-        modelcard.write(place, target.name, folder, config, handed)
-        rounding = check(place)
-    return Merged(str(target), chosen, error, rounding, drift, handed)
+        model_card.write(place, request.target.name, request.run, request.config, handed)
+        with torch.no_grad():
+            rounding = _relative(load_model(place, precision="fp32")(input_ids=probe).logits, before)
+        if not request.force:
+            raise_refused([merge_drift(error, rounding, dtype)])
+    return Merged(str(request.target), dtype, error, rounding, drift, handed)
 
 
-def _check_ways(config: RunConfig, onto: str | None, *, requantize: bool) -> None:
-    """Raises RunFolderError where the base is not quantized, or both ways are asked for."""
-    quantized = config.quant.name != "none" or quantized_as(read_config(Path(config.model))).name != "none"
-    if (onto is not None or requantize) and not quantized:
-        raise RunFolderError("--onto and --requantize are for runs on a quantized base", fix="leave them out")
-    if requantize and towers.of(Path(config.model)) is not None:
-        raise RunFolderError(
-            "--requantize: this run tuned the language model of one that takes images too",
-            fix="merge it without, and quantize the whole model by transformers when it is loaded",
-        )
-    if onto is not None and requantize:
-        raise RunFolderError("--onto and --requantize do not go together", fix="leave one of them out")
-    if requantize and config.quant.name == "none":
-        raise RunFolderError(
-            "--requantize: this run's base was quantized before, by settings that the run does not know",
-            fix="merge it, then: fitune quantize FOLDER --quant nf4",
-        )
-    if onto == "original" and config.quant.name == "none":
-        raise RunFolderError(
-            "--onto original: this run's base is a quantized folder", fix="--onto FOLDER, the original"
-        )
-
-
-def _plain(run: RunFolder, config: RunConfig, tuned: Tuned, onto: str | None) -> Any:
-    """The model to merge: the tuned one, or where its base is quantized the same on plain weights."""
-    if onto is None and not any(True for _ in quants.layers(tuned.model)):
+def _plain(request: _Request, tuned: Tuned) -> PreTrainedModel:
+    """The model to merge: the tuned one, or where its base model is quantized the same on plain weights."""
+    config, run = request.config, request.run
+    if request.onto is None and not any(True for _ in quants.layers(tuned.model)):
         return tuned.model
-    if onto is None:
+    if request.onto is None:
         return load(run.path, model=config.model, device="cpu", precision="fp32", plain=True).model
-    base = config.model if onto == "original" else onto
-    return load_model(base, precision="fp32", adapter=run.adapter)
+    return load_model(request.base_files, precision="fp32", adapter=run.adapter)
 
 
-def _again(plain: Any, config: RunConfig, target: Path, *, requantize: bool) -> Any:
+def _as_written(request: _Request, plain: PreTrainedModel) -> PreTrainedModel:
     """The merged model as it will be: itself, or quantized again, by way of a folder beside the target."""
-    if not requantize:
+    if not request.requantize:
         return plain
+    target = request.target
     target.parent.mkdir(parents=True, exist_ok=True)
     with disk(target.parent), Scratch(target) as place:
         plain.save_pretrained(str(place), safe_serialization=True)
-        return load_model(place, precision="fp32", quant=config.quant)
+        return load_model(place, precision="fp32", quant=request.config.quant)
 
 
-def _saved(model: Any, base: Path, folder: Path) -> None:
-    if getattr(model, "fitune_tower", None) is not None:
-        whole.save(model, base, folder)
+def _write(request: _Request, model: PreTrainedModel, folder: Path) -> None:
+    """The weights and the config of the merged model."""
+    if request.requantize:
+        with Scratch(folder / "plain") as place:
+            model.save_pretrained(str(place), safe_serialization=True)
+            quantized = load_model(place, precision="fp32", quant=request.config.quant)
+            quantized.save_pretrained(str(folder), safe_serialization=True)
+    elif getattr(model, "fitune_tower", None) is not None:
+        whole.save(model, request.base_files, folder)
     else:
         model.save_pretrained(str(folder), safe_serialization=True)
-
-
-def _requantized(model: Any, config: RunConfig, folder: Path) -> None:
-    with Scratch(folder / "plain") as place:
-        model.save_pretrained(str(place), safe_serialization=True)
-        load_model(place, precision="fp32", quant=config.quant).save_pretrained(str(folder), safe_serialization=True)
 
 
 MOST_ROWS = 50  # held-out rows that a drift is measured on
 
 
 @torch.no_grad()
-def _drift(folder: RunFolder, config: RunConfig, tuned: Tuned, other: Any) -> Drift:
+def _drift(request: _Request, tuned: Tuned, other: nn.Module) -> Drift:
     """The distributions of both models over the run's own held-out rows.
 
     Raises:
         RunFolderError: the run has none, or its data is gone.
     """
+    config, folder = request.config, request.run
     limit = int(config.max_length)
     try:
         rows = datachecks.read(config, folder.tokenizer, tuned.tokenizer, limit=limit, vocabulary=1 << 30).held_out
@@ -246,7 +264,7 @@ def merge_drift(error: float, rounding: float, dtype: str) -> Finding:
     return Finding("merge-drift", "ok", text)
 
 
-def merged(model: Any, family: Family, config: RunConfig) -> Any:
+def merged(model: nn.Module, family: Family, config: RunConfig) -> PreTrainedModel:
     """The plain model.
 
     Args:
