@@ -34,10 +34,10 @@ LARGE_SEGMENT: Final = 20 * MIB  # the same of the large pool
 LARGE: Final = 10 * MIB  # from here on a block gets a segment of its own, in steps of STEP
 STEP: Final = 2 * MIB
 
-_FREE: Final = 0
-_LIVE: Final = 1
+FREE: Final = 0
+LIVE: Final = 1
 _UNMAPPED: Final = 2
-_ENDLESS: Final = 1 << 60  # addresses of an expandable range; also the budget where there is no limit
+ENDLESS: Final = 1 << 60  # addresses of an expandable range; also the budget where there is no limit
 _SIZE_BITS: Final = 64  # a free block sorts by its size, shifted by this, then by its address
 
 
@@ -70,19 +70,19 @@ class Usage:
     freed_on_limit: int
 
 
-class _Block:
+class Block:
     """A piece of a segment."""
 
     __slots__ = ("address", "after", "before", "pool", "size", "state")
 
-    def __init__(self, pool: _Pool, address: int, size: int, state: int) -> None:
+    def __init__(self, pool: Pool, address: int, size: int, state: int) -> None:
         self.pool, self.address, self.size, self.state = pool, address, size, state
-        self.before: _Block | None = None
-        self.after: _Block | None = None
+        self.before: Block | None = None
+        self.after: Block | None = None
 
-    def cut(self, size: int, state: int) -> _Block:
+    def cut(self, size: int, state: int) -> Block:
         """Keep the first `size` bytes; the rest becomes a neighbour of its own, which is returned."""
-        rest = _Block(self.pool, self.address + size, self.size - size, state)
+        rest = Block(self.pool, self.address + size, self.size - size, state)
         after = self.after
         rest.before, rest.after, self.after, self.size = self, after, rest, size
         if after is not None:
@@ -99,7 +99,7 @@ class _Block:
             after.before = self
 
 
-class _Pool:
+class Pool:
     """The free blocks of one pool, best fit first; subclasses say where new memory comes from and goes back to.
 
     `order` and `blocks` are the same free blocks side by side: bisecting plain numbers is several times faster than
@@ -110,9 +110,9 @@ class _Pool:
         self.split_from = split_from  # a rest of at least this many bytes is split off
         self.reserved = 0
         self.order: list[int] = []
-        self.blocks: list[_Block] = []
+        self.blocks: list[Block] = []
 
-    def take(self, size: int) -> _Block | None:
+    def take(self, size: int) -> Block | None:
         """The smallest free block that holds `size`, at the lowest address among equals; it leaves the free ones."""
         at = bisect_left(self.order, size << _SIZE_BITS)
         if at == len(self.order):
@@ -120,33 +120,33 @@ class _Pool:
         del self.order[at]
         return self.blocks.pop(at)
 
-    def put(self, block: _Block) -> _Block:
+    def put(self, block: Block) -> Block:
         """Make a block free, as one with its free neighbours; the block that they are now."""
-        block.state = _FREE
+        block.state = FREE
         after, before = block.after, block.before
-        if after is not None and after.state == _FREE:
+        if after is not None and after.state == FREE:
             self.drop(after)
             block.join()
-        if before is not None and before.state == _FREE:
+        if before is not None and before.state == FREE:
             self.drop(before)
             before.join()
             block = before
         self.add(block)
         return block
 
-    def add(self, block: _Block) -> None:
+    def add(self, block: Block) -> None:
         """Enter a block among the free ones."""
         rank = (block.size << _SIZE_BITS) + block.address
         at = bisect_left(self.order, rank)
         self.order.insert(at, rank)
         self.blocks.insert(at, block)
 
-    def drop(self, block: _Block) -> None:
+    def drop(self, block: Block) -> None:
         """Take a block out of the free ones."""
         at = bisect_left(self.order, (block.size << _SIZE_BITS) + block.address)
         del self.order[at], self.blocks[at]
 
-    def grow(self, size: int, limit: int) -> _Block | None:
+    def grow(self, size: int, limit: int) -> Block | None:
         """A block of at least `size` from new memory; None if the pool would then hold more than `limit`."""
         raise NotImplementedError
 
@@ -155,18 +155,18 @@ class _Pool:
         raise NotImplementedError
 
 
-class _Segments(_Pool):
+class _Segments(Pool):
     """Memory from `cudaMalloc`: segments that come and go as a whole."""
 
     def __init__(self, *, small: bool) -> None:
         super().__init__(split_from=GRAIN if small else SMALL + GRAIN)  # a large rest must be above 1 MiB
         self.top = 0
 
-    def grow(self, size: int, limit: int) -> _Block | None:
+    def grow(self, size: int, limit: int) -> Block | None:
         segment = _segment_size(size)
         if self.reserved + segment > limit:
             return None
-        block = _Block(self, self.top, segment, _FREE)
+        block = Block(self, self.top, segment, FREE)
         self.top += segment
         self.reserved += segment
         return block
@@ -177,15 +177,15 @@ class _Segments(_Pool):
             self.reserved -= block.size
 
 
-class _Range(_Pool):
+class _Range(Pool):
     """Memory from `cuMemMap`: one range of addresses, behind which pages are mapped and unmapped."""
 
     def __init__(self, *, small: bool) -> None:
         super().__init__(split_from=GRAIN)
         self.page = SMALL_SEGMENT if small else LARGE_SEGMENT
-        self.unmapped = [_Block(self, 0, _ENDLESS, _UNMAPPED)]  # by address; always whole pages
+        self.unmapped = [Block(self, 0, ENDLESS, _UNMAPPED)]  # by address; always whole pages
 
-    def take(self, size: int) -> _Block | None:
+    def take(self, size: int) -> Block | None:
         """As above, but a block that could still expand counts as large as it could become: it is kept for later."""
         blocks = self.blocks
         at = bisect_left(self.order, size << _SIZE_BITS)
@@ -196,9 +196,9 @@ class _Range(_Pool):
         del self.order[at]
         return blocks.pop(at)
 
-    def grow(self, size: int, limit: int) -> _Block | None:
+    def grow(self, size: int, limit: int) -> Block | None:
         start = self._place(size)
-        block = start if start.state == _FREE else self._map(start, min(size, start.size), limit)
+        block = start if start.state == FREE else self._map(start, min(size, start.size), limit)
         while block is not None and block.size < size:
             hole = block.after
             assert hole is not None
@@ -208,16 +208,16 @@ class _Range(_Pool):
             self.drop(block)
         return block
 
-    def _place(self, size: int) -> _Block:
+    def _place(self, size: int) -> Block:
         """The first block of the lowest free addresses, mapped or not, that together hold `size`."""
         for hole in self.unmapped:
             before = hole.before
-            start = before if before is not None and before.state == _FREE else hole
+            start = before if before is not None and before.state == FREE else hole
             if _holds(start, size):
                 return start
         raise AssertionError("the range is endless")
 
-    def _map(self, hole: _Block, size: int, limit: int) -> _Block | None:
+    def _map(self, hole: Block, size: int, limit: int) -> Block | None:
         """Put memory behind the first `size` bytes of a hole, in whole pages; the free block that this makes."""
         size = _round_up(size, self.page)
         if self.reserved + size > limit:
@@ -235,7 +235,7 @@ class _Range(_Pool):
             if start < end:
                 self._unmap(block, start, end)
 
-    def _unmap(self, block: _Block, start: int, end: int) -> None:
+    def _unmap(self, block: Block, start: int, end: int) -> None:
         """Take the pages from `start` to `end` from behind a free block; what is left on both sides stays free."""
         self.drop(block)
         self.reserved -= end - start
@@ -245,11 +245,11 @@ class _Range(_Pool):
         else:
             hole = block
         if end < hole.address + hole.size:
-            self.add(hole.cut(end - start, _FREE))
+            self.add(hole.cut(end - start, FREE))
         hole.state = _UNMAPPED
         self._enter(hole)
 
-    def _enter(self, hole: _Block) -> None:
+    def _enter(self, hole: Block) -> None:
         """Enter a hole among the others, as one with its neighbours."""
         after, before = hole.after, hole.before
         if after is not None and after.state == _UNMAPPED:
@@ -280,10 +280,10 @@ class Allocator:
             expandable: as with PYTORCH_ALLOC_CONF=expandable_segments:True.
         """
         kind = _Range if expandable else _Segments
-        self._small: _Pool = kind(small=True)
-        self._large: _Pool = kind(small=False)
-        self._budget = _ENDLESS if budget is None else budget
-        self._live: dict[int, _Block | None] = {}
+        self._small: Pool = kind(small=True)
+        self._large: Pool = kind(small=False)
+        self._budget = ENDLESS if budget is None else budget
+        self._live: dict[int, Block | None] = {}
         self.allocated = self.peak_allocated = self.peak_reserved = self.freed_on_limit = 0
 
     @property
@@ -310,8 +310,8 @@ class Allocator:
         if block is None:
             block = self._grow(pool, wanted, size)
         if block.size - wanted >= pool.split_from:
-            pool.add(block.cut(wanted, _FREE))
-        block.state = _LIVE
+            pool.add(block.cut(wanted, FREE))
+        block.state = LIVE
         self._live[key] = block
         self.allocated += block.size
         if self.allocated > self.peak_allocated:
@@ -333,7 +333,7 @@ class Allocator:
         self._large.give_back()
         self._small.give_back()
 
-    def _grow(self, pool: _Pool, wanted: int, asked: int) -> _Block:
+    def _grow(self, pool: Pool, wanted: int, asked: int) -> Block:
         """A block from new memory; if need be in exchange for the cache."""
         block = self._ask(pool, wanted)
         if block is not None:
@@ -346,7 +346,7 @@ class Allocator:
             raise OutOfBudget(asked, self.allocated, self.reserved)
         return block
 
-    def _ask(self, pool: _Pool, wanted: int) -> _Block | None:
+    def _ask(self, pool: Pool, wanted: int) -> Block | None:
         """A block from new memory within the budget; None if there is none."""
         block = pool.grow(wanted, self._budget - self.reserved + pool.reserved)
         self.peak_reserved = max(self.peak_reserved, self.reserved)
@@ -428,15 +428,15 @@ def _segment_size(size: int) -> int:
     return LARGE_SEGMENT if size < LARGE else _round_up(size, STEP)
 
 
-def _reach(block: _Block) -> int:
+def _reach(block: Block) -> int:
     """Bytes of a free block and of the hole after it."""
     after = block.after
     return block.size + (after.size if after is not None and after.state == _UNMAPPED else 0)
 
 
-def _holds(block: _Block | None, size: int) -> bool:
+def _holds(block: Block | None, size: int) -> bool:
     """Whether `size` bytes fit from this block on, before a live one comes."""
-    while size > 0 and block is not None and block.state != _LIVE:
+    while size > 0 and block is not None and block.state != LIVE:
         size -= block.size
         block = block.after
     return size <= 0

@@ -24,7 +24,7 @@ from fitune.core.units import MIB
 from fitune.data.batches import rounded
 from fitune.engine import optim
 from fitune.engine.step import LossScale, apply_gradients, held_out_loss, make_gradients
-from fitune.memory import allocator, answers, chunks, device, trace
+from fitune.memory import allocator, answers, chunks, device, heap, trace
 from fitune.memory.closed import closed
 from fitune.memory.cuda import Cuda
 from fitune.memory.measure import resident_mib
@@ -340,12 +340,13 @@ def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int
         tracer = traced(work, where.target)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        seen, figures = _by_forms(forms), {}
+        seen, figures, between = _by_forms(forms), {}, {}
         how, why = "closed form", f"this model cannot be traced ({told})"
     else:
         seen, how, why = usage(tracer), "trace", ""
         figures = _allocator(tracer, where) if where.kind == "cuda" else {}
-    beside = dict(outside if outside is not None else outside_of(where, work.config.precision))
+        between = heap.beside(tracer.events, tracer.course) if where.kind == "cpu" else {}
+    beside = {**(outside if outside is not None else outside_of(where, work.config.precision)), **between}
     allocated = figures.get("allocated", seen.peak.bytes)
     inside = figures.get("smallest", allocated)
     config = work.config
