@@ -52,8 +52,9 @@ import transformers
 from torch import Tensor, nn
 
 from fitune.core import catalog
-from fitune.core.config import QuantOptions, RunConfig, build
+from fitune.core.config import RunConfig, build
 from fitune.core.files import write_json
+from fitune.core.options import QuantOptions
 from fitune.memory import device, plan, steps, trace
 from fitune.models import adapters, determinism, families, methods
 from fitune.models import model as models

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from fitune.core import catalog
-from fitune.core.config import build, quant_options
+from fitune.core.config import build
 from fitune.core.errors import FituneError
+from fitune.core.options import quant_options
 from fitune.models import families, methods, quant
 from fitune.models.methods import Quantized
 from fitune.models.model import shape_of, without_weights

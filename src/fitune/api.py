@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from fitune.checks import early
 from fitune.core import names
-from fitune.core.config import DataSource, RunConfig, read_yaml
+from fitune.core.config import RunConfig, read_yaml
 from fitune.core.config import merge as merged
 from fitune.core.errors import ConfigError, RunFolderError, shorten
+from fitune.core.options import DataSource
 from fitune.core.quiet import quietly
 from fitune.core.records import Message
 from fitune.core.records import StepRecord as StepRecord

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from fitune.cli import flags
 from fitune.cli import help as helppage
 from fitune.cli import main as cli
-from fitune.core.config import Options, RunConfig
+from fitune.core.config import RunConfig
+from fitune.core.options import Options
 from support import tiny
 from support.command import run
 

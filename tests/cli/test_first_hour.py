@@ -15,9 +15,10 @@ from fitune.checks import early
 from fitune.cli import main as cli
 from fitune.cli.flags import typed
 from fitune.core import names
-from fitune.core.config import Options, RunConfig, build, merge, parse_assignments, read_yaml
+from fitune.core.config import RunConfig, build, merge, parse_assignments, read_yaml
 from fitune.core.errors import ConfigError, FituneError, Problems, RunFolderError, did_you_mean
 from fitune.core.files import as_json, names_near
+from fitune.core.options import Options
 from fitune.memory.device import find, gpus
 from support import tiny
 from support.command import run

@@ -16,8 +16,8 @@ import torch
 from fitune.commands.chat import Chat
 from fitune.core.errors import FituneError
 from fitune.core.records import Conversation, Message, Sample, Source, ToolCall
+from fitune.data.conversations import to_conversation
 from fitune.data.encode import Encoder
-from fitune.data.formats import to_conversation
 from fitune.data.templates.jinja import of_tokenizer
 from fitune.data.tokenizer import load
 from fitune.models import families

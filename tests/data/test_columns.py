@@ -11,7 +11,7 @@ import pytest
 from fitune.core.errors import DataError, Problems
 from fitune.core.records import Conversation, DataReport, Message, Source, ToolCall
 from fitune.data.columns import propose
-from fitune.data.formats import to_conversation, unused
+from fitune.data.conversations import to_conversation, unused
 from fitune.data.rows import load
 
 PLAIN = (Message("user", "Sky?"), Message("assistant", "Blue."))

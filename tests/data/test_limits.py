@@ -23,8 +23,9 @@ from fitune.data.encode import Encoder
 from fitune.data.readers import read
 from fitune.data.rows import load
 from fitune.data.templates import sandbox
+from fitune.data.templates.counted import counted
 from fitune.data.templates.jinja import ChatTemplate
-from fitune.data.templates.sandbox import Runaway, counted
+from fitune.data.templates.sandbox import Runaway
 from fitune.models.configs import read_config_file
 from support import chat_templates, tiny
 

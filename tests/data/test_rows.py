@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.core.config import DataSource
 from fitune.core.errors import ConfigError, DataError, Problems
+from fitune.core.options import DataSource
 from fitune.core.records import Conversation, DataReport, Message, Source, ToolCall
-from fitune.data.formats import FORMATS, NAMES, check, fill, to_conversation, unused
+from fitune.data.conversations import fill, to_conversation, unused
+from fitune.data.formats import FORMATS, NAMES, check
 from fitune.data.rows import load
 
 

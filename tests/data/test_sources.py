@@ -11,9 +11,10 @@ import pytest
 
 from fitune.commands import prepare as preparing
 from fitune.commands.prepare import prepare, resolve
-from fitune.core.config import DataSource, RunConfig, build
+from fitune.core.config import RunConfig, build
 from fitune.core.errors import ConfigError, DataError, Problems
 from fitune.core.events import Silent
+from fitune.core.options import DataSource
 from fitune.core.records import Conversation, DataReport
 from fitune.data.rows import load, weigh
 from fitune.data.store import Rows

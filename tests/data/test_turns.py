@@ -10,7 +10,7 @@ import pytest
 
 from fitune.core.errors import DataError
 from fitune.core.records import Conversation, DataReport, Message, Source, ToolCall
-from fitune.data.formats import to_conversation, unused
+from fitune.data.conversations import to_conversation, unused
 from fitune.data.rows import load
 
 USER, ANSWER = {"role": "user", "content": "Time?"}, {"role": "assistant", "content": "10:05"}

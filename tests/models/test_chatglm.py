@@ -311,8 +311,8 @@ def span_tokenizer() -> Any:
 
 def test_gaps_in_a_prompt_are_answered_each_behind_its_own_sop(tmp_path: Path) -> None:
     from fitune.core.records import Source
+    from fitune.data.conversations import to_conversation
     from fitune.data.encode import Encoder
-    from fitune.data.formats import to_conversation
     from fitune.data.templates import TABLE
 
     words = span_tokenizer()
@@ -341,8 +341,8 @@ def test_gaps_in_a_prompt_are_answered_each_behind_its_own_sop(tmp_path: Path) -
 def test_wrong_numbers_of_answers_and_other_templates_are_refused() -> None:
     from fitune.core.errors import DataError
     from fitune.core.records import Source
+    from fitune.data.conversations import to_conversation
     from fitune.data.encode import Encoder
-    from fitune.data.formats import to_conversation
     from fitune.data.templates import TABLE
 
     for fields in (("prompt", "completion"), ("instruction", "output"), ("context", "target")):

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import fitune
 from fitune.commands.merge import merge
 from fitune.commands.train import train
-from fitune.core.config import QuantOptions, build
+from fitune.core.config import build
 from fitune.core.errors import ConfigError
+from fitune.core.options import QuantOptions
 from fitune.models import quant as quants
 from fitune.models.model import load_model, outline, quantized_as, read_config
 from fitune.models.weights import tensors

@@ -18,8 +18,9 @@ from fitune.checks import guards, leak
 from fitune.commands.merge import merge
 from fitune.commands.quantize import quantize
 from fitune.commands.train import train
-from fitune.core.config import QuantOptions, build, quant_options
+from fitune.core.config import build
 from fitune.core.errors import ConfigError, ModelError, Problems, RunFolderError
+from fitune.core.options import QuantOptions, quant_options
 from fitune.data.batches import flat
 from fitune.engine.step import loss_sum
 from fitune.memory.trace import Tracer

@@ -24,8 +24,9 @@ from fitune.commands.inspect import inspect as look
 from fitune.commands.merge import merge
 from fitune.commands.quantize import quantize
 from fitune.commands.train import train
-from fitune.core.config import QuantOptions, build
+from fitune.core.config import build
 from fitune.core.errors import ModelError, Problems, RunFolderError
+from fitune.core.options import QuantOptions
 from fitune.models import quant as quants
 from fitune.models import weights
 from fitune.models.families import towers

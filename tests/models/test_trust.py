@@ -14,7 +14,8 @@ import torch
 from fitune.commands import doctor
 from fitune.commands.merge import merge
 from fitune.commands.train import train
-from fitune.core.config import QuantOptions, build, quant_options
+from fitune.core.config import build
+from fitune.core.options import QuantOptions, quant_options
 from fitune.engine.checkpoint import RunFolder
 from fitune.models import quant as quants
 from fitune.models.model import load_model

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from fitune.core.config import quant_options
+from fitune.core.options import quant_options
 from fitune.core.records import Batch, Sample
 from fitune.data.batches import flat, split
 from fitune.engine import optim

@@ -19,8 +19,9 @@ import pytest
 from fitune.commands import inspect as inspection
 from fitune.commands.quantize import quantize
 from fitune.commands.train import train
-from fitune.core.config import build, quant_options
+from fitune.core.config import build
 from fitune.core.events import Silent
+from fitune.core.options import quant_options
 from fitune.core.records import StepRecord
 from fitune.engine.checkpoint import RunFolder
 from fitune.views import advice as adviceview

@@ -13,9 +13,10 @@ from typing import Any
 
 from fitune.core import begun, catalog, locks
 from fitune.core.begun import CONFIG, RUNS
-from fitune.core.config import DataSource, RunConfig, build
+from fitune.core.config import RunConfig, build
 from fitune.core.errors import Collector, ConfigError, DataError, ModelError, RunFolderError, nearest
 from fitune.core.files import check_new, check_writable, expand, names_near
+from fitune.core.options import DataSource
 from fitune.data import formats, readers, templates
 from fitune.models import hub
 

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from pydantic import BaseModel, Field, create_model
 
 from fitune.core import config as settings
+from fitune.core import options
 from fitune.core.errors import ConfigError
 from fitune.core.files import as_json
 from fitune.views.screen import Screen, check_written
@@ -26,10 +27,10 @@ def optional(model: type[BaseModel], name: str, without: tuple[str, ...] = ()) -
             continue
         kind: Any = _flag_type(info.annotation)
         text = info.description or ""
-        if isinstance(info.default, settings.QuantOptions):
+        if isinstance(info.default, options.QuantOptions):
             fields |= _quant_flags(type(info.default))
             continue
-        if isinstance(info.default, settings.Options):
+        if isinstance(info.default, options.Options):
             kind = optional(type(info.default), f"{name}_{field}")
         elif not info.is_required() and info.default is not None and info.default not in ([], {}, False):
             text = f"{text} [default: {info.default}]"
@@ -57,7 +58,7 @@ def _flag_type(kind: Any) -> Any:
 
     Bounds inside a list are left to the settings' own check, which tells what is wrong in fitune's words.
     """
-    if get_origin(kind) is dict or kind in (list[settings.AnySource], settings.OneOrMore):
+    if get_origin(kind) is dict or kind in (list[options.AnySource], options.OneOrMore):
         return list[str]
     item = get_args(kind)[0] if get_origin(kind) is list else None
     return list[get_args(item)[0]] if get_origin(item) is Annotated else kind  # type: ignore[misc]
@@ -87,13 +88,13 @@ def _with_mappings(values: dict[str, Any], group: type[BaseModel]) -> dict[str, 
     for name, info in group.model_fields.items():
         if name not in out:
             continue
-        if isinstance(info.default, settings.Options):
+        if isinstance(info.default, options.Options):
             out[name] = _with_mappings(out[name], type(info.default))
         elif get_origin(info.annotation) is dict:
             pairs = dict(pair(name, text) for text in out[name])
             as_text = get_args(info.annotation)[1] is str
             out[name] = pairs if as_text else {key: settings.value_of(text) for key, text in pairs.items()}
-        elif info.annotation == settings.OneOrMore and len(out[name]) == 1:
+        elif info.annotation == options.OneOrMore and len(out[name]) == 1:
             out[name] = out[name][0]
     return out
 

@@ -15,8 +15,7 @@ from cyclopts import Parameter
 
 from fitune.checks import early
 from fitune.cli.flags import Json, Moved, console_for, print_json
-from fitune.core import config as settings
-from fitune.core import locks
+from fitune.core import locks, options
 from fitune.core.units import MIB
 
 
@@ -140,8 +139,8 @@ def quantize(
     from fitune.views.terminal import quantized_table
 
     console = console_for(json)
-    options = settings.quant_options(quant).model_copy(update={"double": double})
-    done = run_quantize(model, output, quant=options)
+    chosen = options.quant_options(quant).model_copy(update={"double": double})
+    done = run_quantize(model, output, quant=chosen)
     console.print(quantized_table(done))
     console.say(
         f"{done.folder}: {done.bytes_before / MIB:,.1f} MiB of weights before, {done.bytes_after / MIB:,.1f} now; "

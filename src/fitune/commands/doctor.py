@@ -21,8 +21,8 @@ import psutil
 import torch
 
 from fitune.core import processor
-from fitune.core.config import quant_options
 from fitune.core.errors import ConfigError
+from fitune.core.options import quant_options
 from fitune.data import eviction
 from fitune.data.cache import default_folder
 from fitune.engine import environment

@@ -14,9 +14,9 @@ from pathlib import Path
 from fitune.checks import leak
 from fitune.checks.findings import raise_refused
 from fitune.commands.scores import Judged, exact_match, scores_of
-from fitune.core.config import DataSource
 from fitune.core.errors import DataError
 from fitune.core.events import Silent, Ticker, Watcher
+from fitune.core.options import DataSource
 from fitune.core.records import Batch, Conversation, DataReport, Layout, Sample
 from fitune.core.results import Answered, Evaluation, Scores
 from fitune.data import pipeline, rows

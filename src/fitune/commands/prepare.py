@@ -15,10 +15,11 @@ import torch
 from fitune.checks import datachecks, guards, leak, modelchecks, runchecks, stepchecks
 from fitune.checks.findings import raise_refused
 from fitune.core.begun import free_folder
-from fitune.core.config import DataSource, RunConfig
+from fitune.core.config import RunConfig
 from fitune.core.errors import Collector, ConfigError, TrainingError
 from fitune.core.events import Watcher
 from fitune.core.files import expand, sha256
+from fitune.core.options import DataSource
 from fitune.core.plan import size_text
 from fitune.core.records import Conversation, DataReport, Finding, Kept, Layout, Source
 from fitune.data import formats, pipeline, readers, templates, tokenizer

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from fitune.core.config import QuantOptions, quant_options
 from fitune.core.errors import FituneError, ModelError
 from fitune.core.files import as_json, check_new, expand, whole_folder
+from fitune.core.options import QuantOptions, quant_options
 from fitune.data import templates, tokenizer
 from fitune.models import quant as quants
 from fitune.models import weights

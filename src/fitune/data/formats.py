@@ -6,26 +6,21 @@ one a row has is found by its keys, or named; columns of other names are renamed
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from fitune.core.errors import ConfigError, DataError, did_you_mean, shorten
-from fitune.core.records import SPAN, Conversation, Message, Source
-from fitune.data.columns import FIELDS, IGNORE, propose, refuse, sizes, taken, used, weighted
+from fitune.core.errors import ConfigError, did_you_mean, shorten
+from fitune.core.records import SPAN, Message
+from fitune.data.columns import FIELDS, IGNORE, propose, sizes
 from fitune.data.fields import FieldError, Row, listed, missing, text_of
 from fitune.data.turns import (
     LEAVE_OUT,
-    ONE_SYSTEM,
     PAIRS,
     ROLE_KEYS,
     ending_in_answer,
     speaker,
-    thought_of,
     turns_of,
-    unused_keys,
 )
 
 TOOLS = ("tools", "functions")  # the second is OpenAI's older name
@@ -35,8 +30,6 @@ SHORT = (
     "or another format of docs/data.md"
 )
 UNKNOWN = "no known format"
-SLOT = re.compile(r"\{\{(\w+)\}\}")
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can write it, UTF-8 cannot
 
 
 def _answer(row: Row, field: str, prompt: str = "") -> Message:
@@ -143,7 +136,7 @@ def _completion(row: Row, field: str, prompt: str = "") -> list[Message]:
     return ending_in_answer(turns_of(value, field), field) if isinstance(value, list) else [_answer(row, field)]
 
 
-def _tools(row: Row, fmt: Format) -> tuple[Mapping[str, Any], ...]:
+def tools_of(row: Row, fmt: Format) -> tuple[Mapping[str, Any], ...]:
     """Function descriptions, each in OpenAI's frame `{type: function, function: {name, description, parameters}}`.
 
     They stand in a column, or in the system's turn (ChatGLM3).
@@ -289,7 +282,7 @@ def _known(name: str, mapped: set[str]) -> list[Format]:
     return [NAMES[name]] if name != "auto" else [fmt for fmt in FORMATS if wanted <= fmt.uses] or list(FORMATS)
 
 
-def _find(row: Row, name: str, mapped: set[str]) -> Format:
+def find(row: Row, name: str, mapped: set[str]) -> Format:
     """The format of a row."""
     if fmt := _first(row, mapped, name):
         return fmt
@@ -309,171 +302,19 @@ def _there(fmt: Format, row: Row) -> set[str]:
     return {key for key in fmt.keys & row.keys() if len(key) > 1}
 
 
-def _understood(row: Row, name: str, columns: Mapping[str, str]) -> Mapping[str, str]:
+def understood(row: Row, name: str, columns: Mapping[str, str]) -> Mapping[str, str]:
     """The column map, with `Question` read as `question` where that makes a format of the row."""
-    if name != "auto" or _first(*_renamed(row, columns)) is not None:
+    if name != "auto" or _first(*by_known_names(row, columns)) is not None:
         return columns
     known = FIELDS.union(*(fmt.uses for fmt in FORMATS))
     lower = {key: key.strip().lower() for key in row if isinstance(key, str) and key not in columns}
     lower = {key: small for key, small in lower.items() if key != small and small not in row and small in known}
-    return {**lower, **columns} if lower and _first(*_renamed(row, {**lower, **columns})) is not None else columns
+    return {**lower, **columns} if lower and _first(*by_known_names(row, {**lower, **columns})) is not None else columns
 
 
-def _renamed(row: Row, columns: Mapping[str, str]) -> tuple[Row, set[str]]:
+def by_known_names(row: Row, columns: Mapping[str, str]) -> tuple[Row, set[str]]:
     """The row under the names that formats know, and which of these were mapped."""
     present = {column: field for column, field in columns.items() if column in row}
     fields = set(present.values()) - {IGNORE}
     rest = {key: value for key, value in row.items() if key not in present and key not in fields}
     return rest | {field: row[column] for column, field in present.items() if field != IGNORE}, fields
-
-
-def framed(row: object) -> Any:
-    """A row, which may be a conversation without a frame: a list of turns."""
-    turns = isinstance(row, list) and bool(row) and isinstance(row[0], (str, list, dict))
-    return {"messages": row} if turns else row
-
-
-def to_conversation(
-    row: object, source: Source, *, name: str = "auto", columns: Mapping[str, str] | None = None
-) -> Conversation:
-    """One parsed row as a conversation.
-
-    Args:
-        row: a JSON value; anything but an object is refused.
-        source: where it stands.
-        name: a format of FORMATS, or auto.
-        columns: what columns of other names mean: {"content": "prompt", "summary": "completion"}.
-
-    Raises:
-        DataError: the row is of no known format, or a field of it is wrong.
-    """
-    columns = columns or {}
-    try:
-        row = framed(row)
-        if not isinstance(row, dict):
-            raise FieldError("", "not a row", received=shorten(row), expected="an object")
-        columns = _understood(row, name, columns)
-        return _convert(row, source, name, columns)
-    except FieldError as error:
-        # the user knows his own column's name, not the one it stands for
-        own = {field: column for column, field in columns.items()}
-        root = re.split(r"[.\[]", error.field)[0]
-        field = own.get(root, root) + error.field[len(root) :]
-        fix = error.fix
-        if error.what == UNKNOWN and isinstance(row, dict):
-            fix = fix or what_they_are(sizes(row))
-        raise DataError(
-            error.what,
-            file=source.file,
-            line=source.line,
-            field=field or None,
-            received=error.received,
-            expected=error.expected,
-            fix=fix,
-        ) from None
-    except RecursionError:
-        raise DataError("nested too deeply", file=source.file, line=source.line) from None
-
-
-def _convert(row: Row, source: Source, name: str, columns: Mapping[str, str]) -> Conversation:
-    row, mapped = _renamed(row, columns)
-    fmt = _find(row, name, mapped)
-    refuse(row)
-    messages = _weighted(fmt.convert(row), row, flat=_is_flat(fmt))
-    named = next((field for field in SYSTEMS if field in fmt.uses and not missing(row.get(field))), "")
-    system = text_of(row, named) if named else ""
-    if system and messages[0].role == "system":
-        raise FieldError(named, "a second system message", received=shorten(system), expected="one", fix=ONE_SYSTEM)
-    if system:
-        messages = [Message("system", system), *messages]
-    tools = _tools(row, fmt) if "tools" in fmt.uses else ()
-    for text in (*_texts(messages), json.dumps(tools, ensure_ascii=False, default=str) if tools else ""):
-        if half := SURROGATE.search(text):
-            raise FieldError(
-                "",
-                "half a character (a lone surrogate)",
-                received=shorten(half[0]),
-                expected="text",
-                fix=f"write the whole character, or {LEAVE_OUT}",
-            )
-    return Conversation(tuple(messages), source=source, format=fmt.name, tools=tools)
-
-
-def _is_flat(fmt: Format) -> bool:
-    """A prompt and an answer in columns: a column with a thought belongs to the answer."""
-    return fmt.name != "text" and not fmt.keys & set(TURNS)
-
-
-def _weighted(messages: list[Message], row: Row, *, flat: bool) -> list[Message]:
-    """The messages with the weight of their row, and the thought that stands in a column of its own."""
-    messages = weighted(row, messages)
-    if flat and not messages[-1].thought and (thought := thought_of(row)):
-        messages = [*messages[:-1], replace(messages[-1], thought=thought)]
-    return messages
-
-
-def _texts(messages: Iterable[Message]) -> list[str]:
-    return [
-        text
-        for message in messages
-        for text in (
-            message.content,
-            message.context,
-            message.thought,
-            message.call_id,
-            message.name,
-            *(part for c in message.tool_calls for part in (c.name, c.arguments, c.id)),
-        )
-    ]
-
-
-def unused(row: Row, name: str, columns: Mapping[str, str]) -> list[str]:
-    """The columns of a row, and the keys of its turns, that its format makes nothing of."""
-    columns = _understood(row, "auto", columns)
-    uses = NAMES[name].uses | {IGNORE} | set(used(_renamed(row, columns)[0], flat=_is_flat(NAMES[name])))
-    renamed = {column for column, field in columns.items() if field in uses}
-    taken = {field for column, field in columns.items() if column in row}
-    found = [key for key in row if key not in renamed and (key not in uses or key in taken)]
-    turns: list[Any] = next((row[key] for key in TURNS if isinstance(row.get(key), list)), [])
-    keys = {key for turn in turns if isinstance(turn, dict) for key in unused_keys(turn)}
-    return [*map(str, found), *sorted(f"turn.{key}" for key in keys)]
-
-
-def notes(row: Row, conversation: Conversation, columns: Mapping[str, str]) -> list[str]:
-    """What a user should know of how a row was understood, in words that are counted."""
-    weights = [m.weight for m in conversation.messages if m.role == "assistant"]
-    renamed = _renamed(row, _understood(row, "auto", columns))[0]
-    found = taken(renamed, flat=_is_flat(NAMES[conversation.format]))
-    if conversation.format == "preference":
-        found = [*found, "of preference: the chosen answer alone is trained, as plain tuning"]
-    if not any(weights):
-        return [*found, "without an answer of weight above 0: left out"]
-    if not all(weights):
-        found.append("with answers of weight 0: context only")
-    if any(value not in (0, 1) for value in weights):
-        found.append("with weights: the loss is divided by their sum")
-    return found
-
-
-def fill(conversation: Conversation, values: Mapping[str, str]) -> Conversation:
-    """The conversation with `{{name}}` replaced wherever `values` has the name."""
-
-    def filled(text: str) -> str:
-        return SLOT.sub(lambda slot: values.get(slot[1], slot[0]), text) if "{{" in text else text
-
-    messages = tuple(
-        replace(
-            message,
-            content=filled(message.content),
-            context=filled(message.context),
-            thought=filled(message.thought),
-        )
-        for message in conversation.messages
-    )
-    return replace(conversation, messages=messages)
-
-
-def slots(conversation: Conversation) -> set[str]:
-    """The names of the slots `{{name}}` that stand in a conversation's texts."""
-    texts = [text for message in conversation.messages for text in (message.content, message.context, message.thought)]
-    return {slot for text in texts if "{{" in text for slot in SLOT.findall(text)}

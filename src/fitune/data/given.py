@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from fitune.core.config import DataSource, RunConfig
+from fitune.core.config import RunConfig
 from fitune.core.errors import DataError, shorten
 from fitune.core.files import sha256, sync
+from fitune.core.options import DataSource
 from fitune.core.scratch import Scratch
 from fitune.data.cache import Cache
 

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fitune.core.config import DataSource
 from fitune.core.errors import Collector, DataError
 from fitune.core.files import sha256
+from fitune.core.options import DataSource
 from fitune.core.records import Conversation, DataReport, Source
 from fitune.core.untrusted import DEEPEST, check_depth
-from fitune.data import formats
+from fitune.data import conversations, formats
 from fitune.data.cache import Cache, code_version, key
 from fitune.data.columns import sizes
 from fitune.data.readers import documents_beside, files, locate, read
@@ -83,7 +83,7 @@ def load(
     report.files = rows.base().files()
     report.formats = rows.formats()
     for row in rows.view(np.flatnonzero(rows.column("slots"))):
-        for slot in formats.slots(row):
+        for slot in conversations.slots(row):
             report.unfilled_slots[slot] = report.unfilled_slots.get(slot, 0) + 1
     return rows
 
@@ -235,19 +235,19 @@ def _file(path: Path, source: DataSource, state: _State) -> Iterator[Conversatio
         try:
             if isinstance(item, DataError):
                 raise item
-            row, where = formats.framed(item[0]), item[1]
+            row, where = conversations.framed(item[0]), item[1]
             _check_shape(row, where)
-            conversation = formats.to_conversation(row, where, name=source.format or "auto", columns=source.map)
+            conversation = conversations.to_conversation(row, where, name=source.format or "auto", columns=source.map)
         except DataError as error:
             state.refuse(error, row)
             continue
-        for column in formats.unused(row, conversation.format, source.map):
+        for column in conversations.unused(row, conversation.format, source.map):
             unused[column] = unused.get(column, 0) + 1
-        for note in formats.notes(row, conversation, source.map):
+        for note in conversations.notes(row, conversation, source.map):
             state.report.taken[note] = state.report.taken.get(note, 0) + 1
         if not any(m.weight for m in conversation.messages if m.role == "assistant"):
             continue  # nothing of it would be trained
-        yield formats.fill(conversation, state.fill) if state.fill else conversation
+        yield conversations.fill(conversation, state.fill) if state.fill else conversation
 
 
 def _take(rows: Rows, sources: Sequence[DataSource], seed: int, report: DataReport) -> Rows:

@@ -34,7 +34,7 @@ from safetensors.numpy import load_file, save_file
 from fitune.core.errors import DataError, RunFolderError
 from fitune.core.records import Conversation, Message, Sample, Source, ToolCall
 from fitune.core.untrusted import reason
-from fitune.data.formats import slots
+from fitune.data.conversations import slots
 
 LINES, COLUMNS, META = "rows.jsonl", "columns.safetensors", "meta.json"
 SHARD_TOKENS = 1 << 20  # tokens of a shard, about: ids and mask of it are held while it is written or read through

@@ -15,7 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from fitune.core.errors import shorten
-from fitune.core.records import Message, Role, ToolCall
+from fitune.core.records import Message, Role
+from fitune.data.calls import call_of, calls_of, name_of
 from fitune.data.fields import FieldError, listed, missing, parsed
 
 ROLES: dict[str, Role] = {
@@ -54,8 +55,6 @@ MEDIA_KEY = re.compile(  # names of keys and columns that hold pictures, sound o
     r"(_?(path|file|file_?name|url|uri|bytes|base64|b64|data|array|values|features|tensor)s?)?|pixel_values(_\w+)?",
     re.IGNORECASE,
 )
-ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs")  # of a call; input is Anthropic's
-CALL_KEYS = {"name", "id", "type", "index", "function", "call_id", "tool_call_id", "cache_control", *ARGUMENTS}
 CHANNELS = ("analysis", "commentary", "final")  # of gpt-oss: a thought, a call, an answer
 LEAVE_OUT = "leave such rows out with --skip-bad"
 ONE_SYSTEM = f"join them in one, at the beginning, or {LEAVE_OUT}"
@@ -109,7 +108,7 @@ def _recipient(turn: Mapping[str, Any]) -> str:
     """Which tool an answer of gpt-oss speaks to."""
     if not _channel(turn) or ROLES[_role(turn)[1]] != "assistant":
         return ""
-    return _name(turn, "recipient").removeprefix("functions.")
+    return name_of(turn, "recipient").removeprefix("functions.")
 
 
 def _is_thought(turn: Mapping[str, Any]) -> bool:
@@ -187,7 +186,7 @@ def _turn(turn: object, where: str) -> list[Message]:
     key = _text_key(turn)
     if role in CALLS or _recipient(turn):
         said = turn.get(key) if role in CALLS else {"name": _recipient(turn), "arguments": turn.get(key)}
-        calls = _calls(parsed(said, f"{where}.{key}", '{"name": ..., "arguments": {...}}'), f"{where}.{key}")
+        calls = calls_of(parsed(said, f"{where}.{key}", '{"name": ..., "arguments": {...}}'), f"{where}.{key}")
         return [
             Message("assistant", "", tool_calls=calls, thought=thought_of(turn, where), weight=_weight(turn, where))
         ]
@@ -235,7 +234,7 @@ def _parts_of_calls(
         for n, part in enumerate(parts[:count]):
             content = part.get("content")
             text = "" if content is None else _content(content, f"{where}.{key}[{n}].content", required=True)[0]
-            results.append(Message("tool", text, call_id=_name(part, "tool_use_id")))
+            results.append(Message("tool", text, call_id=name_of(part, "tool_use_id")))
         return {**turn, key: parts[count:]}, results
     return turn, []
 
@@ -243,7 +242,7 @@ def _parts_of_calls(
 def _message(turn: Mapping[str, Any], key: str, role: Role, where: str) -> Message:
     """A turn of the system, the user or the assistant."""
     calls = turn.get("tool_calls") or turn.get("function_call")  # the second is OpenAI's older name
-    calls = _calls(parsed(calls, f"{where}.tool_calls", "a list of calls"), f"{where}.tool_calls") if calls else ()
+    calls = calls_of(parsed(calls, f"{where}.tool_calls", "a list of calls"), f"{where}.tool_calls") if calls else ()
     if role != "assistant" and calls:
         raise FieldError(f"{where}.tool_calls", "only an answer can call", received=role, expected="assistant")
     content, thought = _content(turn.get(key), f"{where}.{key}", required=not calls)
@@ -293,8 +292,8 @@ def _tool(turn: Mapping[str, Any], key: str, where: str) -> list[Message]:
         if isinstance(value, dict):  # results are often objects, and go to the model as JSON
             value = json.dumps(value, ensure_ascii=False, default=str)
         text = _content(value, f"{where}.{key}", required=True)[0]
-        return [Message("tool", text, call_id=_name(turn, "tool_call_id"), name=_name(turn, "name"))]
-    call = _call({"name": turn.get("name"), "arguments": turn.get("parameters")}, where)
+        return [Message("tool", text, call_id=name_of(turn, "tool_call_id"), name=name_of(turn, "name"))]
+    call = call_of({"name": turn.get("name"), "arguments": turn.get("parameters")}, where)
     result = turn.get("observation")
     if not isinstance(result, str):
         result = json.dumps(result, ensure_ascii=False, default=str)
@@ -403,50 +402,3 @@ def weight_of(value: object, name: str, where: str) -> float:
         expected = "true or false" if name in MASKS else "true, false, or a number from 0 (context only) on"
         raise FieldError(where, "no weight of the loss", received=shorten(value), expected=expected)
     return float(value)  # type: ignore[arg-type]
-
-
-# ---- calls and tools ----
-
-
-def _calls(value: object, where: str) -> tuple[ToolCall, ...]:
-    calls = [value] if isinstance(value, dict) else value
-    if not isinstance(calls, list) or not calls:
-        expected = "{name, arguments}, or a list of them"
-        raise FieldError(where, "no list of calls", received=shorten(value), expected=expected)
-    return tuple(_call(call, f"{where}[{n}]") for n, call in enumerate(calls))
-
-
-def _call(call: object, where: str) -> ToolCall:
-    """`{name, arguments}`, alone or in OpenAI's frame `{id, type, function: {name, arguments}}`."""
-    inner = call.get("function", call) if isinstance(call, dict) else call
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
-        raise FieldError(where, "not a call", received=shorten(call), expected="{name, arguments}")
-    holder = inner if inner.keys() & set(ARGUMENTS) or not isinstance(call, dict) else call
-    there = [key for key in ARGUMENTS if key in holder]
-    arguments = next((holder[key] for key in there if holder[key] not in (None, "", {})), None)
-    unknown = sorted(str(key) for key in inner.keys() - CALL_KEYS)
-    if not there and unknown:
-        raise FieldError(
-            where,
-            "a call whose arguments are not found",
-            received=", ".join(unknown),
-            expected='{"name": ..., "arguments": {...}}',
-            fix="name them arguments",
-        )
-    own = _name(call, "id") if isinstance(call, dict) else ""
-    if arguments is None or arguments == "":
-        return ToolCall(inner["name"], "{}", own)
-    values = parsed(arguments, f"{where}.arguments", "a JSON object")
-    if not isinstance(values, dict):
-        raise FieldError(
-            f"{where}.arguments", "not an object", received=shorten(arguments), expected='{"name": value, ...}'
-        )
-    # text stays as it was written: the model learns it letter by letter
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
-    return ToolCall(inner["name"], text, own)
-
-
-def _name(values: Mapping[str, Any], key: str) -> str:
-    """A name or an id; "" where there is none."""
-    value = values.get(key)
-    return value if isinstance(value, str) else ""

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fitune.core import locks
-from fitune.core.config import QuantOptions, RunConfig
+from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError, RunFolderError
+from fitune.core.options import QuantOptions
 from fitune.data import sums, templates, tokenizer
 from fitune.data.encode import Encoder
 from fitune.data.templates import Template

@@ -19,8 +19,8 @@ import torch
 from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fitune.core.config import QuantOptions
 from fitune.core.errors import ModelError, shorten
+from fitune.core.options import QuantOptions
 from fitune.core.untrusted import read_json
 from fitune.models import families, weights
 from fitune.models import quant as quants

@@ -19,9 +19,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GlmF
 from transformers.pytorch_utils import Conv1D
 
 from fitune.core import catalog
-from fitune.core.config import QuantOptions, RunConfig, quant_options
+from fitune.core.config import RunConfig
 from fitune.core.errors import ModelError, did_you_mean
 from fitune.core.files import expand, names_near
+from fitune.core.options import QuantOptions, quant_options
 from fitune.data.encode import Encoder
 from fitune.data.templates import Template
 from fitune.models import adapters, determinism, families, hub, weights

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from fitune.core.config import Options, RunConfig
+from fitune.core.config import RunConfig
 from fitune.core.files import write_atomic
+from fitune.core.options import Options
 from fitune.core.records import StepRecord
 from fitune.core.results import Answered
 from fitune.core.units import MIB

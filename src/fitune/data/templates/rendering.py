@@ -19,8 +19,9 @@ from fitune.core.errors import ConfigError, DataError, RunawayError, shorten
 from fitune.core.records import Message, ToolCall
 from fitune.data.templates import thoughts
 from fitune.data.templates.base import Tools, arguments, joined
+from fitune.data.templates.counted import counted
 from fitune.data.templates.marks import Marks
-from fitune.data.templates.sandbox import Runaway, counted
+from fitune.data.templates.sandbox import Runaway
 from fitune.data.tokenizer import single_id
 
 SystemRole = Literal["auto", "keep", "first-user"]

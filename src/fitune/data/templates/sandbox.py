@@ -19,9 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import update_wrapper
 from typing import Any
 
-from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.environment import Environment, Template
+from jinja2.compiler import CodeGenerator
 from jinja2.runtime import Context, LoopContext
 from jinja2.utils import Namespace
 
@@ -44,7 +42,7 @@ class Runaway(Exception):
 
 
 class Counting:
-    """What is laid over transformers' environment; see `counted`."""
+    """What is laid over transformers' environment; see `counted.counted`."""
 
     left = steps = 0
     bytes_left = 0
@@ -372,86 +370,3 @@ STRUCTURAL = {  # look at a list's entries one by one, and write none of them ou
     "mapping", "none", "number", "odd", "sameas", "sequence", "string", "test", "true", "undefined",
 }  # fmt: skip
 WRITES = {"string", "lower"}  # names of tests above that are filters, too, and do write their value out
-
-
-class _Code(CodeGenerator):
-    """Generated code that counts."""
-
-    def blockvisit(self, nodes: Iterable[nodes.Node], frame: Frame) -> None:
-        self.writeline("environment.tick()")
-        super().blockvisit(nodes, frame)
-
-    def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        if frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
-            super()._output_child_pre(node, frame, finalize)
-        else:
-            self.write("environment.shown(")
-
-    def _around(self, name: str, visit: Callable[..., Any], node: Any, frame: Frame) -> None:
-        self.write(f"environment.{name}(")
-        visit(node, frame)
-        self.write(")")
-
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:  # noqa: N802
-        self._around("made", super().visit_List, node, frame)
-
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
-        self._around("made", super().visit_Dict, node, frame)
-
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:  # noqa: N802
-        if node.ctx == "load":
-            self._around("made", super().visit_Tuple, node, frame)
-        else:
-            super().visit_Tuple(node, frame)
-
-    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:  # noqa: N802
-        if isinstance(node.arg, nodes.Slice):
-            self._around("made", super().visit_Getitem, node, frame)
-        else:
-            super().visit_Getitem(node, frame)
-
-    def visit_Operand(self, node: nodes.Operand, frame: Frame) -> None:  # noqa: N802
-        operator = {"eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<=", "in": "in"}.get(node.op)
-        self.write(f" {operator or 'not in'} ")
-        if isinstance(node.expr, nodes.Const):
-            self.visit(node.expr, frame)
-        else:
-            self._around("compared", self.visit, node.expr, frame)
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.joined((")
-        for arg in node.nodes:
-            self.visit(arg, frame)
-            self.write(", ")
-        self.write("))")
-
-
-def counted(environment: Environment, source: str) -> Template:
-    """A template that counts what it does.
-
-    Args:
-        environment: transformers' own, made for this template.
-        source: its text.
-
-    Raises:
-        Runaway: the text is longer than any template's.
-        jinja2.TemplateError: it is no Jinja.
-    """
-    if len(source) > MOST_SOURCE:
-        raise Runaway(f"a text of {len(source):,} characters, of {MOST_SOURCE:,} at most")
-    made: Any = environment.overlay()
-    made.__class__ = type("CountedEnvironment", (Counting, type(environment)), {"code_generator_class": _Code})
-    made.filters = {
-        name: made.around(name if name not in WRITES else "", f)
-        for name, f in environment.filters.items()
-        if name not in ("urlize",)
-    }
-    made.tests = {name: made.around(name, function, test=True) for name, function in environment.tests.items()}
-    made.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
-    made.begin(len(source))
-    tree = made._parse(source, None, None)
-    for loop in tree.find_all(nodes.For):
-        loop.iter = nodes.Filter(loop.iter, "_iterated", [], [], None, None, lineno=loop.lineno, environment=made)
-    made.filters["_iterated"] = made.iterated
-    code = made.compile(tree)
-    return Template.from_code(made, code, made.make_globals(None))

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitune.core.config import BottleneckOptions, RunConfig
+from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
+from fitune.core.options import BottleneckOptions
 from fitune.models.families import Family
 from fitune.models.methods.base import Method, train_only
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitune.core.config import RunConfig, TailOptions
+from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
+from fitune.core.options import TailOptions
 from fitune.models import quant
 from fitune.models.families import Family
 from fitune.models.methods.base import Method, head_names, train_only

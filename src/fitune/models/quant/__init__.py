@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from fitune.core.config import QuantOptions
 from fitune.core.errors import ConfigError, did_you_mean
+from fitune.core.options import QuantOptions
 from fitune.models.kernels.frozen import Frozen
 from fitune.models.quant import trust
 from fitune.models.quant.trust import Fault

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fitune.core.config import QuantOptions
+from fitune.core.options import QuantOptions
 
 
 def sizes(layer: Any) -> tuple[int, int]:

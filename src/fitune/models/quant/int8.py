@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from fitune.core.config import QuantOptions
+from fitune.core.options import QuantOptions
 from fitune.models.kernels.frozen import Frozen
 from fitune.models.kernels.target import of
 from fitune.models.quant.absmax import HIGHEST

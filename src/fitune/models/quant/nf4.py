@@ -21,7 +21,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from fitune.core.config import QuantOptions
+from fitune.core.options import QuantOptions
 from fitune.models.kernels.frozen import Frozen
 from fitune.models.quant import trust
 from fitune.models.quant.base import Quantizer, sizes
