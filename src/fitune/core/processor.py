@@ -11,7 +11,7 @@ one step of a model needs, a dozen shapes in three directions.
 torch asks for blocks at multiples of 64 bytes. glibc before 2.39 cuts such a block out of a larger piece and keeps the
 cut ends for small objects, which then lie between the blocks: freed blocks do not become one again, and the next block
 of the same size fits into none of them (glibc's bug 30723). Without the two caches of small pieces the ends go back:
-a model of 33 million parameters took 1,029 MiB where it took 1,300 to 1,400, in the same time. glibc reads these
+a model of 33 million parameters took 961 MiB where it took 1,232. glibc reads these
 settings only when a process begins, so the command starts itself anew with them.
 """
 
