@@ -22,9 +22,14 @@ from fitune.data.store import lengths_of
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
 from fitune.memory import search, steps
-from fitune.memory.flops import counts, per_token, seconds
+from fitune.memory.flops import Counts, counts, per_token, seconds
 
 CUT = (99, 95)  # percentiles of the lengths that may be cut to
+
+
+# settings that put no weights into a model, at any value that all questions can share
+NO_WEIGHTS = {"batch_size": 1, "accumulation": 1, "max_length": "auto", "optimizer": "adamw", "loss_rows": "auto",
+              "checkpointing": False}  # fmt: skip
 
 
 PATIENCE = 6  # plans, after which a batch is looked for by halves
@@ -86,6 +91,7 @@ class Exact:
     def __init__(self, asked: Asked, rows: Rows, given: Mapping[str, Any], made: plans.Plan | None = None) -> None:
         self.asked, self.rows, self.given = asked, rows, given
         self.plans: dict[str, plans.Plan] = {}
+        self.counted: dict[str, Counts] = {}
         # once: plans differ by what their settings take, and by that alone
         self.outside = made.outside if made is not None else plans.outside_of(asked.where, asked.config.precision)
         self.cut: dict[int, Rows] = {rows.max_length: rows}
@@ -127,10 +133,16 @@ class Exact:
         """Operations of an epoch."""
         config = self.with_settings(settings).config
         lengths = np.minimum(self.largest.lengths, self.longest(config))
-        model = plans.without_values(plans.Work(config, self.asked.shape, []))
-        found = counts(model, config)
-        each = per_token(found, lengths, labelled(self.rows), checkpointing=config.checkpointing)
+        each = per_token(self._counts(config), lengths, labelled(self.rows), checkpointing=config.checkpointing)
         return each * float(lengths.sum())
+
+    def _counts(self, config: RunConfig) -> Counts:
+        """Weights of the model, by what puts them there: how many rows go through it, and how, is another question."""
+        key = config.model_copy(update=NO_WEIGHTS).model_dump_json()
+        if key not in self.counted:
+            model = plans.without_values(plans.Work(config, self.asked.shape, []))
+            self.counted[key] = counts(model, config)
+        return self.counted[key]
 
     def time(self, settings: Mapping[str, Any]) -> float:
         """Of an epoch, in units that are the same for all settings on this device."""

@@ -24,7 +24,7 @@ from fitune.core.units import MIB
 from fitune.data.batches import rounded
 from fitune.engine import optim
 from fitune.engine.step import LossScale, apply_gradients, held_out_loss, make_gradients
-from fitune.memory import allocator, answers, chunks, device, heap, trace
+from fitune.memory import allocator, answers, chunks, depth, device, heap, trace
 from fitune.memory.closed import closed
 from fitune.memory.cuda import Cuda
 from fitune.memory.measure import resident_mib
@@ -45,7 +45,8 @@ class Work:
     """What a run asks of memory.
 
     config: resolved. shape: the model's transformers config. steps: micro-batches of optimizer steps, in order; the
-    largest that will come is among them. held_out: the largest batch of an evaluation. added: new tokens.
+    largest that will come is among them. held_out: the largest batch of an evaluation. added: new tokens. deep: where
+    the shape has fewer blocks than the model that is asked for, the shape of that one.
     """
 
     config: RunConfig
@@ -54,6 +55,7 @@ class Work:
     held_out: Batch | None = None
     layout: Layout = "flat"
     added: Sequence[Any] = field(default_factory=list)
+    deep: Any = None
 
     @property
     def largest(self) -> Batch:
@@ -164,6 +166,23 @@ def traced(work: Work, target: Target = CPU) -> Tracer:
     return over(*started(work, target), work, target)
 
 
+def deep(model: Any, work: Work, target: Target = CPU) -> Tracer:
+    """The same; of a deep model, whose blocks are alike, from shallow ones.
+
+    Args:
+        model: as `without_values` gave it.
+        work, target: as for `traced`.
+    """
+
+    def run(shape: Any) -> tuple[list[Any], Tracer]:
+        few = replace(work, shape=shape, deep=work.shape)
+        made, tracer = started(few, target)
+        kinds = depth.kinds(made)
+        return kinds, over(made, tracer, few, target)
+
+    return depth.traced(model, work.shape, run) or traced(work, target)
+
+
 def go(model: Any, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False) -> None:
     """The steps, the evaluation and the checkpoint of a piece of work, on shadows or for real."""
     config = work.config
@@ -184,7 +203,7 @@ def go(model: Any, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False) 
         if work.held_out is not None:
             with tracer.during("evaluation"):
                 held_out_loss(model, [work.held_out], work.layout)
-            taken = answers.bytes_taken(config, work.shape, work.held_out)
+            taken = answers.bytes_taken(config, work.deep or work.shape, work.held_out)
             if taken and isinstance(next(iter(parameters.values())), trace.Shadow):  # a closed form: values decide it
                 with tracer.during("answers"):
                     tracer.brief(taken, "generate")
@@ -337,7 +356,7 @@ def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int
     trained = sum(p.numel() for p in trainable(model).values())
     total = sum(quant.numel(p) for p in model.parameters())
     try:
-        tracer = traced(work, where.target)
+        tracer = deep(model, work, where.target)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         seen, figures, between = _by_forms(forms), {}, {}

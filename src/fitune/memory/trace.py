@@ -138,6 +138,11 @@ class Blind:
 class _Mode(TorchDispatchMode):
     """Inside, what is looked for in a tensor without values is found everywhere."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled: torch's guard against that would take as long as an operation on meta."""
+        return False
+
     def __enter__(self) -> Any:
         self._patch = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
         self._patch.__enter__()
@@ -304,6 +309,25 @@ class Tracer(_Mode):
     def close(self) -> None:
         """From now on nothing is recorded."""
         self._open = False
+        self._order_casts()
+
+    def _order_casts(self) -> None:
+        """Autocast keeps its casts in no order, and frees them so, all at once: let them end as they began."""
+        edges, first = {at for at, _, _ in self.course}, 0
+        while first < len(self.events):
+            last = first
+            while last < len(self.events) and self._ends_cast(last) and (last == first or last not in edges):
+                last += 1
+            if last - first > 1:
+                for at, number in zip(range(first, last), sorted(n for n, _ in self.events[first:last]), strict=True):
+                    self.blocks[number].freed = at
+                    self.events[at] = (number, -self.blocks[number].bytes)
+            first = max(last, first + 1)
+
+    def _ends_cast(self, event: int) -> bool:
+        number, _ = self.events[event]
+        block = self.blocks[number]
+        return block.born != event and block.op == "aten::_to_copy" and block.category in ("", PLAIN)
 
     # ---- operations ----
 
