@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MODULES = {
     "Converted": "commands.convert", "Downloaded": "models.hub", "Evaluation": "core.results",
     "Exported": "commands.export", "Merged": "commands.merge", "Plan": "core.plan",
-    "QuantizedModel": "commands.quantize", "Result": "core.results", "StepRecord": "core.records",
+    "QuantizedModel": "core.results", "Result": "core.results", "StepRecord": "core.records",
     "Tuned": "models.model", "Watcher": "core.events", "convert": "commands.convert", "download": "models.hub",
     "export": "commands.export", "load_model": "models.model", "merge": "commands.merge",
     "quantize": "commands.quantize",

@@ -19,9 +19,11 @@ from fitune.cli import main as cli
 from fitune.commands import advise as advice
 from fitune.commands import exact
 from fitune.commands import plan as planning
+from fitune.commands.exact import Exact
 from fitune.commands.plan import ask, look, work_of
-from fitune.commands.savers import smaller_batches, what_helps
+from fitune.commands.savers import savers, smaller_batches, what_helps
 from fitune.commands.train import train
+from fitune.core.as_flags import flags as as_flags
 from fitune.core.config import build, merge, parse_assignments
 from fitune.core.errors import ConfigError, FituneError
 from fitune.core.events import Silent
@@ -29,6 +31,7 @@ from fitune.core.plan import size_text
 from fitune.core.records import Sample
 from fitune.data.batches import Loader, rounded
 from fitune.memory import device, flops, plan, search, steps
+from fitune.memory.advice import Suggestion
 from fitune.models.kernels.target import AMPERE
 from support import tiny
 from support.gpu_benchmark import gpu
@@ -68,12 +71,12 @@ def job(folder: Path, seed: int) -> dict[str, Any]:
     return {**found, "method": METHODS[seed % len(METHODS)]} if METHODS[seed % len(METHODS)] else found
 
 
-def exact_of(wanted: dict[str, Any]) -> advice.Exact:
+def exact_of(wanted: dict[str, Any]) -> Exact:
     """Exact plans of a job."""
     given = ("model", "data", "gpu")
     settings = {k: v for k, v in wanted.items() if k not in given}
     asked = ask(wanted["model"], data=wanted["data"], gpu=wanted["gpu"], settings=settings)
-    return advice.Exact(asked, look(asked, None, Silent()), settings)
+    return Exact(asked, look(asked, None, Silent()), settings)
 
 
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=[] if n < 1 else [pytest.mark.full]) for n in range(30)])
@@ -136,7 +139,7 @@ def test_a_suggestion_runs_on_a_card_of_that_size(seed: int, tmp_path: Path) -> 
     assert died is None
 
 
-def larger(exactly: advice.Exact, best: advice.Suggestion) -> set[int]:
+def larger(exactly: Exact, best: Suggestion) -> set[int]:
     """The next larger batch, and of some larger ones that whose largest micro-batch has the fewest tokens."""
     near = range(best.largest_batch + 1, min(len(exactly.rows.samples), 2 * best.largest_batch + 4) + 1)
     fewest = min(near, key=lambda batch: exactly.largest(batch, best.max_length), default=None)
@@ -146,7 +149,7 @@ def larger(exactly: advice.Exact, best: advice.Suggestion) -> set[int]:
 def test_savers_are_the_differences_of_plans(tmp_path: Path) -> None:
     model, data = str(shape_file(tmp_path, 1)), [str(tiny.write_rows(tmp_path / "rows.jsonl", 60))]
     exactly = exact_of({"model": model, "data": data, "gpu": "24GB", "method": "lora", "batch_size": 8})
-    found = {one.flag: one for one in advice.savers(exactly, {})}
+    found = {one.flag: one for one in savers(exactly, {})}
     now = exactly.plan({}).needed
     assert found["--checkpointing"].saves == now - exactly.plan({"checkpointing": True}).needed
     assert found["--checkpointing"].time == pytest.approx(1.5, abs=0.1)  # LoRA: a forward pass more of three
@@ -261,7 +264,7 @@ def test_what_an_exact_plan_refutes_is_not_ranked(tmp_path: Path, monkeypatch: p
     model, data = str(shape_file(tmp_path, 3)), [str(tiny.write_rows(tmp_path / "rows.jsonl", 8))]
     real, refused = advice.settle, []
 
-    def settle(exactly: advice.Exact, candidate: search.Candidate) -> advice.Suggestion | None:
+    def settle(exactly: Exact, candidate: search.Candidate) -> Suggestion | None:
         if not refused:
             refused.append(candidate.name)
             return None
@@ -465,7 +468,7 @@ TYPED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("values", TYPED, ids=str)
 def test_flags_typed_in_a_shell_are_the_same_settings(values: dict[str, Any]) -> None:
-    words = ["train", "--model", "m", "--data", "d", *shlex.split(advice.flags(values))]
+    words = ["train", "--model", "m", "--data", "d", *shlex.split(as_flags(values))]
     _, bound, _ = cli.app.parse_args(words, exit_on_error=False, print_error=False)
     assigned = parse_assignments(bound.arguments.get("set_") or [])
     assert build(merge(assigned, flags.typed(bound.arguments["flags"]))) == build(

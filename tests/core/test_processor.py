@@ -20,7 +20,7 @@ from fitune.core.processor import others  # the real one: tests know of no other
 from fitune.engine import environment
 from fitune.engine.checkpoint import RunFolder
 from fitune.memory import forget_peak, peak_mib, resident_mib
-from fitune.views import report
+from fitune.views import report, run_records
 
 NAMES = ("OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -241,11 +241,10 @@ def test_a_run_says_that_the_cores_are_taken(
     assert [finding.level for finding in seen if finding.rule == "machine-load"] == ["ok", "warn"]
     run = RunFolder(str(tmp_path / "run"))
     assert any(check["rule"] == "machine-load" for check in run.read("checks"))
-    rows = {
-        row["what"].partition(":")[0]: row for row in report._memory(run.read("plan"), run.read("measured"), 1000.0)
-    }
+    found = run_records.read(run)
+    rows = {row.what.partition(":")[0]: row for row in report._memory(found.plan, found.measured, 1000.0)}
     total, beside = (
-        {key: float(row[key].replace(",", "")) for key in ("predicted", "measured")}
+        {key: float(getattr(row, key).replace(",", "")) for key in ("predicted", "measured")}
         for row in (rows["all tensors of that step"], rows["beside the tensors"])
     )
     assert total["measured"] == pytest.approx(total["predicted"], rel=0.05, abs=0.1)  # the same quantity twice

@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from fitune.core.events import RUN_FOLDER
-from fitune.core.records import Finding, StepRecord
+from fitune.core.records import Finding, LengthChoice, StepRecord
 from fitune.core.results import Answered
 from fitune.views import terminal as console
 from fitune.views.terminal import ECHO, Terminal, answers_table, lengths_table, methods_table
@@ -172,8 +172,8 @@ def test_a_log_has_few_lines_and_no_control_codes() -> None:
 def test_columns_line_up_behind_wide_characters() -> None:
     file = io.StringIO()
     out = Console(file=file, width=100)
-    out.print(lengths_table([{"name": "选定", "max_length": 8, "cut": 0.1, "lose_answer": 0.0},
-                             {"name": "p50", "max_length": 12345, "cut": 1.0, "lose_answer": 1.0}]))  # fmt: skip
+    out.print(lengths_table([LengthChoice("选定", 8, cut=0.1, lose_answer=0.0),
+                             LengthChoice("p50", 12345, cut=1.0, lose_answer=1.0)]))  # fmt: skip
     first, second = file.getvalue().splitlines()[-2:]
     assert cell_len(first[: first.index("10.0%") + 5]) == cell_len(second[: second.index("100.0%") + 6])
     file.truncate(file.seek(0))

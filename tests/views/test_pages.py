@@ -11,7 +11,6 @@ import subprocess
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +23,10 @@ from fitune.core.events import Silent
 from fitune.core.options import quant_options
 from fitune.core.records import StepRecord
 from fitune.engine.checkpoint import RunFolder
+from fitune.memory.advice import Advice, Advised, Saver, Suggestion
+from fitune.memory.search import Candidate
 from fitune.views import advice as adviceview
-from fitune.views import plan_page, report
+from fitune.views import plan_page, report, run_records
 from fitune.views.charts import Bar, Part, Series, StackedBar, bar_chart, line_chart, log_ticks, stacked_bars, thinned
 from fitune.views.pages import linked
 from support import tiny
@@ -74,23 +75,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Ru
 def advice() -> str:
     plan = example()
     names = ("lora, nf4", "full with lion-8bit, checkpointing", "a name that is longer than any that has been seen yet")
-    suggestion = SimpleNamespace(
-        plan=plan, micro_batch=4, accumulation=2, max_length=512, largest_batch=96, seconds=7300.0, settings={}
-    )
-    candidate = SimpleNamespace(
-        settings={"quant": {"name": "nf4"}, "precision": "bf16"}, batch_size=8, max_length=512, trainable=3407872,
-        quality=0.99, seconds=70.0,
+    suggestion = Suggestion(
+        name="", settings={}, changed={}, micro_batch=4, accumulation=2, plan=plan, largest_batch=96,
+        needed_at_largest=GIB, max_length=512, quality=0.99, seconds=7300.0, enough=None,
     )  # fmt: skip
-    saver = SimpleNamespace(flag="--optimizer paged-adamw-8bit", saves=GIB, time=1.1, cost="8-bit states", plan=plan)
+    candidate = Candidate(
+        name="", settings={"quant": {"name": "nf4"}, "precision": "bf16"}, batch_size=8, max_length=512, needed=GIB,
+        quality=0.99, trainable=3407872, flops_per_token=1e9, seconds=70.0, enough=None,
+    )  # fmt: skip
+    saver = Saver("--optimizer paged-adamw-8bit", {}, saves=GIB, time=1.1, cut=0.0, cost="8-bit states", plan=plan)
     text = (
         "a third more work, by Chen et al. 2016 (arXiv:1604.06174) and https://pytorch.org/docs/stable/checkpoint.html."
     )
     return adviceview.page(
-        SimpleNamespace(
-            suggestions=[SimpleNamespace(**{**vars(suggestion), "name": name}) for name in names],
-            candidates=[SimpleNamespace(**{**vars(candidate), "name": f"{name} on nf4"}) for name in names],
-            savers=[saver], advice=[SimpleNamespace(about="checkpointing", text=text)], notes=["estimated"],
-            where="24GB", budget=24 * GIB, combinations=1234, model="models/" + "llama" * 30,
+        Advised(
+            suggestions=[replace(suggestion, name=name) for name in names],
+            candidates=[replace(candidate, name=f"{name} on nf4") for name in names],
+            savers=[saver], advice=[Advice("checkpointing", text, {})], notes=["estimated"], where="24GB", here=False,
+            budget=24 * GIB, combinations=1234, model="models/" + "llama" * 30,
             command="fitune train --model " + "x" * 300,
         )
     )  # fmt: skip
@@ -205,8 +207,8 @@ def test_the_report_has_both_scales_and_no_card_twice(pages: dict[str, str], fin
     assert page.count('aria-label="loss by step"') == page.count('aria-label="loss by step, logarithmic"') == 2
     assert "held-out loss before" in page
     assert "held-out loss of the base" not in page  # lora begins at it: one card
-    result = finished.read("result")
-    other = dict(report._numbers({**result, "base_held_out_loss": 1.5, "held_out_loss_before": 9.0}))
+    result = run_records.result_of(finished)
+    other = dict(report._numbers(replace(result, base_held_out_loss=1.5, held_out_loss_before=9.0)))
     assert other["held-out loss of the base model"] == "1.5000"
     assert other["held-out loss before"] == "9.0000"
     assert len(page) < 1_000_000  # 5,000 steps

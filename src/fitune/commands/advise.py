@@ -9,66 +9,31 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from fitune.commands.exact import (
     Exact,
-    Suggestion,
     below_all,
-    flags,
     labelled,
     largest_batch,
-    named,
     parts,
     shorter_lengths,
 )
 from fitune.commands.plan import Asked, ask, look
-from fitune.commands.reasons import Advice, domain, reasons
-from fitune.commands.savers import Help, Saver, savers, what_helps
+from fitune.commands.reasons import domain, reasons
+from fitune.commands.savers import savers
 from fitune.core import catalog
+from fitune.core.as_flags import flags
 from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
 from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.files import expand
 from fitune.core.plan import size_text
 from fitune.memory import search
+from fitune.memory.advice import Advised, Suggestion
 
 SHOWN = 3  # suggestions
 NEAREST = 3  # ways that are planned exactly where none fits by arithmetic
-
-
-@dataclass(frozen=True)
-class Advised:
-    """All of it. combinations: how many were looked at; misses: the nearest ways where nothing fits."""
-
-    model: str
-    command: str  # that trains so
-    where: str
-    here: bool  # is that this machine?
-    budget: int
-    combinations: int
-    suggestions: list[Suggestion]
-    candidates: list[search.Candidate]
-    savers: list[Saver]
-    advice: list[Advice]
-    notes: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "model": self.model,
-            "command": self.command,
-            "where": self.where,
-            "here": self.here,
-            "budget": self.budget,
-            "combinations": self.combinations,
-            "suggestions": [one.as_dict() for one in self.suggestions],
-            "candidates": [named(asdict(one)) for one in self.candidates],
-            "savers": [one.as_dict() for one in self.savers],
-            "advice": [one.as_dict() for one in self.advice],
-            "notes": self.notes,
-        }
 
 
 def advise(
@@ -234,6 +199,3 @@ def _command(model: str, data: Sequence[Any], best: Suggestion) -> str:
         model = str(path.parent)
     files = " ".join(shlex.quote(str(source)) for source in data)
     return f"fitune train --model {shlex.quote(model)} --data {files} {flags(best.settings)}"
-
-
-__all__ = ["Advice", "Advised", "Exact", "Help", "Saver", "Suggestion", "advise", "flags", "savers", "what_helps"]

@@ -27,7 +27,7 @@ from fitune.core.events import Silent, Watcher
 from fitune.core.files import TEMPORARY, expand, sha256
 from fitune.core.results import Answered
 from fitune.engine.checkpoint import RunFolder
-from fitune.views import report
+from fitune.views import report, run_records
 
 KILLS = 3
 COMMON: dict[str, Any] = {"epochs": 6.0, "batch_size": 8, "sample_prompts": 0, "seed": 42}  # whatever the method
@@ -101,7 +101,7 @@ def demo(
         watch=watch or Silent(),
         resume=resume,
     )
-    table = [Answered(**row) for row in RunFolder(done.run).read("answers")]
+    table = run_records.answers_of(RunFolder(done.run))
     before, after = (report.exact_matches(table, when) for when in ("before", "after"))
     result = DemoResult(
         base_accuracy=before / max(1, len(table)),

@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from fitune.core import processor
 from fitune.core.errors import ConfigError
 from fitune.core.options import quant_options
+from fitune.core.results import Check
 from fitune.data import eviction
 from fitune.data.cache import default_folder
 from fitune.engine import environment
@@ -36,20 +36,6 @@ from fitune.models.quant import trust
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 LOOK = 0.5  # seconds for which other processes are watched
 LEAST_FREE = 2**30  # bytes of disk below which hardly a run's checkpoints fit
-
-
-@dataclass(frozen=True)
-class Check:
-    """level: ok, warn (works, with a loss), broken."""
-
-    name: str
-    level: Literal["ok", "warn", "broken"]
-    text: str
-    fix: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def doctor() -> list[Check]:

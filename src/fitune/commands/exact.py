@@ -6,10 +6,8 @@ flags.
 
 from __future__ import annotations
 
-import json
-import shlex
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,46 +34,6 @@ PATIENCE = 6  # plans, after which a batch is looked for by halves
 
 
 MEETINGS = 1.25  # how much larger a batch may be whose largest micro-batch is smaller by chance
-
-
-def named(values: dict[str, Any]) -> dict[str, Any]:
-    """A way's figures for JSON, its quality by the name of what it is: a result of the bundled 2M model, not yours."""
-    return {"result_of_bundled_2m_model" if name == "quality" else name: value for name, value in values.items()}
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A way that fits, planned exactly.
-
-    settings: all of them, what was given among them; changed: of them those that are new, or other than given.
-    micro_batch, accumulation: rows, and how many of them for each optimizer step: together as many rows as were asked
-    for; they are in the settings. plan: of exactly these settings. largest_batch: the most rows of a micro-batch that
-    fit with the same settings; needed_at_largest: bytes with it. quality: share of the questions of a test that the
-    bundled model of 2 million parameters answered rightly after tuning so (search.WAYS).
-    """
-
-    name: str
-    settings: dict[str, Any]
-    changed: dict[str, Any]
-    micro_batch: int
-    accumulation: int
-    plan: plans.Plan
-    largest_batch: int
-    needed_at_largest: int
-    max_length: int
-    quality: float
-    seconds: float | None
-    enough: int | None
-
-    @property
-    def flags(self) -> str:
-        """What to type beside what was given."""
-        return flags(self.changed)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        values = named(asdict(replace(self, plan=None)))  # type: ignore[arg-type]
-        return {**values, "plan": self.plan.as_dict(), "flags": self.flags}
 
 
 class Exact:
@@ -237,32 +195,3 @@ def below_all(where: devices.Device) -> ConfigError | None:
         received=told + (", a default on the safe side" if default else ""),
         fix="a larger --gpu" + ("; where the GPU is, `fitune plan --calibrate` measures it" if default else ""),
     )
-
-
-def flags(settings: Mapping[str, Any]) -> str:
-    """Settings as one types them in a shell."""
-    words: list[str] = []
-    for name, value in _leaves(settings):
-        flag = f"--{name.replace('_', '-')}"
-        if name == "quant.name":
-            words += ["--quant", value]
-        elif value is True:
-            words.append(flag)
-        elif isinstance(value, (str, int, float)) and value is not False:
-            words += [flag, str(value)]
-        else:  # lists and mappings have forms of their own as flags; here all go the same way
-            words += ["--set", f"{name}={json.dumps(value, ensure_ascii=False)}"]
-    return " ".join(shlex.quote(str(word)) for word in words)
-
-
-GROUPS = ("map", "fill", "peft", "ranks")  # mappings whose keys are no settings
-
-
-def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if above == "" and name == "quant" and isinstance(value, str):
-            yield "quant.name", value
-        elif isinstance(value, Mapping) and name not in GROUPS:
-            yield from _leaves(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value

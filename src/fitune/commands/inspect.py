@@ -26,7 +26,7 @@ from fitune.checks import datachecks
 from fitune.core import letters
 from fitune.core.config import RunConfig
 from fitune.core.events import Silent, Ticker, Watcher
-from fitune.core.records import Conversation, DataReport, Finding, Sample
+from fitune.core.records import Conversation, DataReport, Finding, LengthChoice, Sample
 from fitune.data import tokenizer
 from fitune.data.pipeline import NO_LIMIT
 from fitune.data.tokenizer.new_tokens import add_tokens
@@ -142,7 +142,7 @@ class Inspection:
     by_format: dict[str, int]
     languages: dict[str, int]
     lengths: dict[str, float]
-    length_choices: list[dict[str, Any]]
+    length_choices: list[LengthChoice]
     histogram: list[tuple[int, int, int]]
     max_length: int
     label_share: float
@@ -209,7 +209,7 @@ def inspect(
         by_format=report.formats,
         languages=dict(texts.languages.most_common()),
         lengths=report.lengths,
-        length_choices=[asdict(choice) for choice in report.length_choices],
+        length_choices=report.length_choices,
         histogram=histogram(lengths),
         max_length=report.max_length,
         label_share=report.trained_tokens / max(1, report.tokens),

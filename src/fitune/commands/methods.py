@@ -6,7 +6,6 @@ storage.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -14,32 +13,13 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from fitune.core import catalog
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, ModelError
+from fitune.core.results import Overview
 from fitune.models import families, methods
 from fitune.models.methods import other
 from fitune.models.model import locate, read_config, shape_of, without_weights
 
 BYTES = 16  # of a trained parameter in float32: itself, its gradient, Adam's two states
 EXAMPLE = "llama-3.2-1b"
-
-
-@dataclass(frozen=True)
-class Overview:
-    """One method. trainable: None where the model cannot carry it (`note` says why), or only PEFT knows."""
-
-    name: str
-    trains: str
-    trainable: int | None
-    share: float | None
-    training_bytes: int | None
-    merges: bool
-    families: str
-    default_lr: float
-    why_lr: str
-    note: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def overview(model: str | None = None) -> list[Overview]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from fitune.core.errors import FituneError, ModelError
 from fitune.core.files import as_json, check_new, expand, whole_folder
 from fitune.core.options import QuantOptions, quant_options
+from fitune.core.results import LayerError, QuantizedModel
 from fitune.data import templates, tokenizer
 from fitune.models import quant as quants
 from fitune.models import weights
@@ -35,33 +36,6 @@ from fitune.views.pages import render
 
 TEXT = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2. 今天天气很好，我们去公园散步。"
 THRESHOLD = 6.0  # the paper's
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """Of one quantized layer; errors are relative. outliers: columns of its input, None without a tokenizer."""
-
-    name: str
-    weights: int
-    mean_error: float
-    max_error: float
-    outliers: int | None
-    inputs: int
-
-
-@dataclass(frozen=True)
-class QuantizedModel:
-    """What was written."""
-
-    folder: str
-    quant: str
-    bytes_before: int
-    bytes_after: int
-    layers: list[LayerError]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def quantize(model: str | Path, output: str | Path, *, quant: QuantOptions | str = "nf4") -> QuantizedModel:

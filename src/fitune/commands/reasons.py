@@ -6,31 +6,17 @@ In: exact plans (exact.py) and what is suggested. Out: pieces of advice.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from fitune.commands import evaluate as evaluation
-from fitune.commands.exact import Exact, Suggestion, labelled
+from fitune.commands.exact import Exact, labelled
 from fitune.commands.plan import Asked
 from fitune.core.errors import FituneError
 from fitune.core.plan import size_text
+from fitune.memory.advice import Advice, Suggestion
 from fitune.memory.closed import state_bytes
 from fitune.models import weights
 from fitune.models.model import without_weights
 from fitune.models.precision import DTYPES
-
-
-@dataclass(frozen=True)
-class Advice:
-    """One piece of advice: what it is about, what it says, and the figures that it says it with."""
-
-    about: str
-    text: str
-    figures: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def reasons(exactly: Exact, best: Suggestion) -> Iterator[Advice]:

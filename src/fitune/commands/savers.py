@@ -11,43 +11,20 @@ from typing import Any
 
 import torch
 
-from fitune.commands.exact import Exact, below_all, flags, largest_batch, parts, shorter_lengths
+from fitune.commands.exact import Exact, below_all, largest_batch, parts, shorter_lengths
 from fitune.commands.plan import Answer
 from fitune.commands.prepare import check_quantized
+from fitune.core.as_flags import flags
 from fitune.core.config import RunConfig
 from fitune.core.errors import FituneError
 from fitune.core.events import Silent, Watcher
 from fitune.core.plan import size_text
 from fitune.memory import plan as plans
 from fitune.memory import search
+from fitune.memory.advice import Saver
 from fitune.models import methods
 
 HELPS = 6  # savers that a miss tells of
-
-
-@dataclass(frozen=True)
-class Saver:
-    """What one change to the settings would give: bytes by exact plans; time: of an epoch, times as much, by counted
-    operations and the share of its rate that a device reaches; cut: share of the rows that would lose tokens. cost: in
-    words."""
-
-    flag: str
-    settings: dict[str, Any]
-    saves: int
-    time: float
-    cut: float
-    cost: str
-    plan: plans.Plan
-
-    @property
-    def worth(self) -> float:
-        """Bytes saved for what they cost: more time, cut rows, and something for any change."""
-        return self.saves / (0.05 + max(0.0, self.time - 1) + 10 * self.cut)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        values = {name: value for name, value in vars(self).items() if name != "plan"}
-        return {**values, "needed": self.plan.needed, "worth": self.worth}
 
 
 def savers(exactly: Exact, settings: Mapping[str, Any], *, watch: Watcher | None = None) -> list[Saver]:

@@ -5,8 +5,12 @@ In: figures of a run, or of an evaluation. Out: Result, Evaluation, and what the
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
+from fitune.core.parse import parse
 from fitune.core.records import StepRecord
 
 Json = dict[str, object]  # a record as JSON has it
@@ -54,6 +58,16 @@ class Result:
         """For JSON, without the history."""
         return {name: value for name, value in vars(self).items() if name != "history"}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], where: str) -> Result:
+        """Back from result.json, in which a loss that is not finite is null.
+
+        Raises:
+            RunFolderError: a field is missing, or of another type.
+        """
+        losses = {name: math.nan for name in ("first_loss", "last_loss") if values.get(name, 0) is None}
+        return parse(cls, {**values, **losses}, where)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -90,6 +104,67 @@ class Evaluation:
     scores: Scores
     base: Scores | None
     samples: list[Answered] = field(default_factory=list)
+
+    def as_dict(self) -> Json:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Check:
+    """level: ok, warn (works, with a loss), broken."""
+
+    name: str
+    level: Literal["ok", "warn", "broken"]
+    text: str
+    fix: str = ""
+
+    def as_dict(self) -> Json:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Of one quantized layer; errors are relative. outliers: columns of its input, None without a tokenizer."""
+
+    name: str
+    weights: int
+    mean_error: float
+    max_error: float
+    outliers: int | None
+    inputs: int
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """What was written."""
+
+    folder: str
+    quant: str
+    bytes_before: int
+    bytes_after: int
+    layers: list[LayerError]
+
+    def as_dict(self) -> Json:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One method. trainable: None where the model cannot carry it (`note` says why), or only PEFT knows."""
+
+    name: str
+    trains: str
+    trainable: int | None
+    share: float | None
+    training_bytes: int | None
+    merges: bool
+    families: str
+    default_lr: float
+    why_lr: str
+    note: str = ""
 
     def as_dict(self) -> Json:
         """For JSON."""

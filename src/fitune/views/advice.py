@@ -1,18 +1,19 @@
 """Advice in the terminal and as a page: what fits, ranked; what each saver gives; and the reasons.
 
-In: advice.Advised. Out: tables, lines, an HTML page. Figures are those of the plans.
+In: what fits, as records. Out: tables, lines, an HTML page. Figures are those of the plans.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fitune.core.plan import size_text
+from fitune.memory.advice import Advice, Advised
+from fitune.memory.search import Candidate
 from fitune.views.charts import NARROW, WIDE
 from fitune.views.pages import render
 from fitune.views.plan_page import needed_bars
@@ -40,7 +41,7 @@ def _known(names: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[st
     return [names[at] for at in kept], [[row[at] for at in kept] for row in rows]
 
 
-def suggested(found: Any) -> list[Sequence[str]]:
+def suggested(found: Advised) -> list[Sequence[str]]:
     """What is suggested, each planned exactly, by SUGGESTED."""
     return [
         (
@@ -51,9 +52,9 @@ def suggested(found: Any) -> list[Sequence[str]]:
     ]  # fmt: skip
 
 
-def ranked(found: Any) -> list[Sequence[str]]:
+def ranked(found: Advised) -> list[Sequence[str]]:
     """The best of each way and precision, by arithmetic, by RANKED."""
-    grouped: dict[tuple[str, str], dict[bool, Any]] = {}
+    grouped: dict[tuple[str, str], dict[bool, Candidate]] = {}
     for one in found.candidates:
         weights = one.settings["quant"]["name"]
         weights = one.settings["precision"] if weights == "none" else weights
@@ -68,7 +69,7 @@ def ranked(found: Any) -> list[Sequence[str]]:
     return rows
 
 
-def saved(found: Any) -> list[Sequence[str]]:
+def saved(found: Advised) -> list[Sequence[str]]:
     """What each change to the best suggestion would give, the most for its cost first, by SAVED."""
     return [(one.flag, size_text(one.saves), f"x {one.time:.2f}", one.cost) for one in found.savers]
 
@@ -76,7 +77,7 @@ def saved(found: Any) -> list[Sequence[str]]:
 # ---- the terminal ----
 
 
-def show(found: Any, console: Console) -> None:
+def show(found: Advised, console: Console) -> None:
     """All of it."""
     for part in (suggestions_table(found), ranking_table(found), savers_table(found)):
         console.print(part)
@@ -87,7 +88,7 @@ def show(found: Any, console: Console) -> None:
     console.print(escape(found.command), highlight=False, soft_wrap=True)
 
 
-def show_fit(found: Any, console: Console) -> None:
+def show_fit(found: Advised, console: Console) -> None:
     """What `--fit` takes, and why."""
     console.print(suggestions_table(found))
     console.print(reasons(found.advice))
@@ -96,7 +97,7 @@ def show_fit(found: Any, console: Console) -> None:
     console.print(escape(found.suggestions[0].flags), highlight=False, soft_wrap=True)
 
 
-def _end(found: Any, console: Console) -> None:
+def _end(found: Advised, console: Console) -> None:
     for note in found.notes:
         console.print(f"[yellow]{escape(note)}[/]", highlight=False)
 
@@ -113,7 +114,7 @@ def _table(title: str, names: Sequence[str], caption: str = "", left: int = 1) -
     return table
 
 
-def suggestions_table(found: Any) -> Table:
+def suggestions_table(found: Advised) -> Table:
     """See `suggested`."""
     title = f"fits into {_where(found)} ({found.combinations:,} combinations tried)"
     names, rows = _known(SUGGESTED, suggested(found))
@@ -123,7 +124,7 @@ def suggestions_table(found: Any) -> Table:
     return table
 
 
-def ranking_table(found: Any) -> Table:
+def ranking_table(found: Advised) -> Table:
     """See `ranked`."""
     names, rows = _known(RANKED, ranked(found))
     left = len(rows) - ROWS
@@ -135,7 +136,7 @@ def ranking_table(found: Any) -> Table:
     return table
 
 
-def savers_table(found: Any) -> Table:
+def savers_table(found: Advised) -> Table:
     """See `saved`."""
     table = Table(
         title="memory savers beside the first, the most for their cost first", title_justify="left", title_style="bold",
@@ -150,7 +151,7 @@ def savers_table(found: Any) -> Table:
     return table
 
 
-def reasons(advice: Iterable[Any]) -> Table:
+def reasons(advice: Iterable[Advice]) -> Table:
     """Each piece of advice beside what it is about."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="cyan", no_wrap=True)
@@ -165,7 +166,7 @@ def _count(number: int) -> str:
     return f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number / 1e3:,.1f} K" if number >= 1e3 else str(number)
 
 
-def _where(found: Any) -> str:
+def _where(found: Advised) -> str:
     """`24.0 GiB`, and the name of what has them, where it has another."""
     return size_text(found.budget) if found.where[:1].isdecimal() else f"{size_text(found.budget)} of {found.where}"
 
@@ -187,7 +188,7 @@ def _time(seconds: float | None) -> str:
 # ---- the page ----
 
 
-def page(found: Any) -> str:
+def page(found: Advised) -> str:
     """All of it as a page that needs nothing from elsewhere."""
     best = found.suggestions[0]
     suggestions = {one.name: one.plan for one in found.suggestions}

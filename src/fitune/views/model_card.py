@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fitune.core.config import RunConfig, settings_only
 from fitune.core.files import write_atomic
+from fitune.core.records import DataReport
 from fitune.data.templates.as_jinja import KINDS
 from fitune.engine.checkpoint import RunFolder
 from fitune.models.adapters import PEFT_CONFIG
 from fitune.models.handover import BORDER, PIECES, Handover
 from fitune.models.hub import revision_of
+from fitune.views.run_records import data_of, result_of, versions_of
 
 CARD = "README.md"
 Kind = Literal["model", "adapter", "saved"]  # saved: what only fitune puts on its base
@@ -150,17 +152,17 @@ def _prompts(handed: Handover) -> str:
 
 
 def _data(run: RunFolder, config: RunConfig) -> str:
-    report: dict[str, Any] = run.read("data").get("report", {}) if run.has("data") else {}
-    files = {Path(name).name or name: count for name, count in report.get("files", {}).items()}
+    report = data_of(run).report if run.has("data") else DataReport()
+    files: dict[str, int | None] = {Path(name).name or name: count for name, count in report.files.items()}
     if not files:
-        files = {Path(source.path).name: "" for source in config.sources()}
-    rows = [f"| {name} | {count:,} |" if count != "" else f"| {name} | |" for name, count in files.items()]
+        files = {Path(source.path).name: None for source in config.sources()}
+    rows = [f"| {name} | {count:,} |" if count is not None else f"| {name} | |" for name, count in files.items()]
     table = "\n".join(["| file | rows |", "|---|---:|", *rows])
-    if not report:
+    if report == DataReport():
         return table
     told = (
-        f"Trained on {report['kept']:,} rows, {report['held_out']:,} held out; {report['tokens']:,} tokens, "
-        f"{report['trained_tokens']:,} of them trained. Longest sample {report['max_length']:,} tokens."
+        f"Trained on {report.kept:,} rows, {report.held_out:,} held out; {report.tokens:,} tokens, "
+        f"{report.trained_tokens:,} of them trained. Longest sample {report.max_length:,} tokens."
     )
     return f"{table}\n\n{told}"
 
@@ -184,12 +186,11 @@ def _settings(config: RunConfig) -> str:
 def _results(run: RunFolder) -> list[str]:
     if not run.has("result"):
         return []
-    result = run.read("result")
-    rows = [f"| {text} | {_number(result[name])} |" for name, text in FIGURES.items() if result.get(name) is not None]
+    figures = {name: getattr(result_of(run), name) for name in FIGURES}
+    rows = [f"| {FIGURES[name]} | {_number(value)} |" for name, value in figures.items() if value is not None]
     rates = [record.lr for record in run.read_steps()]
     rows += [f"| learning rate, largest | {max(rates):g} |"] if rates else []
-    versions = run.read("environment").get("packages", {}) if run.has("environment") else {}
-    made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    made = ", ".join(f"{name} {version}" for name, version in versions_of(run).items())
     return ["## Figures", "\n".join(["| | |", "|---|---:|", *rows]), f"Made with {made}." if made else ""]
 
 

@@ -6,20 +6,22 @@ In: the files of a run folder. Out: the page. It can be made again from the fold
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import yaml
 
 from fitune.core.config import RunConfig
 from fitune.core.files import write_atomic
 from fitune.core.options import Options
+from fitune.core.plan import Plan
 from fitune.core.records import StepRecord
-from fitune.core.results import Answered
+from fitune.core.results import Answered, Result
 from fitune.core.units import MIB
 from fitune.engine.checkpoint import RunFolder
 from fitune.views.charts import NARROW, WIDE, Series, line_chart
 from fitune.views.pages import render
+from fitune.views.run_records import Measured, ModelParts, read
 from fitune.views.terminal import LENGTHS, length_rows, parameters
 
 WIDE_RANGE = 30  # of losses, largest to smallest
@@ -67,27 +69,27 @@ def _about(config: RunConfig) -> str:
     return " ".join(" ".join((text or "", quant or "")).split())
 
 
-def _numbers(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _numbers(result: Result) -> list[tuple[str, str]]:
     def loss(value: float | None) -> str:
         return "none" if value is None else f"{value:.4f}"
 
-    share = result["trainable_parameters"] / result["total_parameters"]
-    base, before = result["base_held_out_loss"], result["held_out_loss_before"]
+    share = result.trainable_parameters / result.total_parameters
+    base, before = result.base_held_out_loss, result.held_out_loss_before
     of_base = [] if base == before else [("held-out loss of the base model", loss(base))]
     return [
         *of_base,
         ("held-out loss before", loss(before)),
-        ("held-out loss after", loss(result["held_out_loss_after"])),
-        ("trainable parameters", f"{result['trainable_parameters']:,} ({share:.2%})"),
-        ("steps", f"{result['steps']:,}"),
-        ("real tokens/s", f"{result['real_tokens_per_second']:,.0f}"),
-        ("training time", f"{result['seconds']:,.1f} s"),
+        ("held-out loss after", loss(result.held_out_loss_after)),
+        ("trainable parameters", f"{result.trainable_parameters:,} ({share:.2%})"),
+        ("steps", f"{result.steps:,}"),
+        ("real tokens/s", f"{result.real_tokens_per_second:,.0f}"),
+        ("training time", f"{result.seconds:,.1f} s"),
     ]
 
 
-def _parts(plan: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _parts(model: ModelParts) -> list[tuple[str, ...]]:
     """Frozen, trainable and all parameters by part of the model."""
-    parts = [(name, part["trainable"], part["total"]) for name, part in plan.get("parts", {}).items()]
+    parts = [(name, part.trainable, part.total) for name, part in model.parts.items()]
     return [(name, *(f"{n:,}" for n in figures)) for name, *figures in parameters(parts)]
 
 
@@ -96,25 +98,30 @@ def _mib(size: float) -> str:
     return "<0.1" if 0 < size < 0.05 * MIB else f"{size / MIB:,.1f}"
 
 
-def _memory(plan: Mapping[str, Any], measured: Mapping[str, Any], process_mib: float) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class MemoryRow:
+    """A quantity in MiB, predicted beside measured; measured is empty where nothing was."""
+
+    what: str
+    predicted: str
+    measured: str
+
+
+def _memory(plan: Plan, measured: Measured, process_mib: float) -> list[MemoryRow]:
     """Predicted beside measured, MiB, each row of one quantity: every component of the largest step, all its tensors,
     and what a process holds beside them."""
-    steps = [moment for moment in plan["phases"] if moment["phase"] in ("forward", "loss", "backward")]
-    parts = max(steps or plan["phases"], key=lambda moment: moment["bytes"])["parts"]
-    found = {**measured.get("parts", {}), **measured.get("at_the_end", {})}
+    steps = [moment for moment in plan.phases if moment.phase in ("forward", "loss", "backward")]
+    parts = max(steps or plan.phases, key=lambda moment: moment.bytes).parts
+    found = {**measured.parts, **measured.at_the_end}
     rows = [
-        {"what": name, "predicted": _mib(parts.get(name, 0)), "measured": _mib(found.get(name, 0)) if found else ""}
+        MemoryRow(name, _mib(parts.get(name, 0)), _mib(found.get(name, 0)) if found else "")
         for name in dict.fromkeys([*parts, *found])
     ]
     tensors = sum(found.values())
-    total = {
-        "what": "all tensors of that step",
-        "predicted": _mib(sum(parts.values())),
-        "measured": _mib(tensors) if found else "",
-    }
-    rest = _mib(process_mib * MIB - tensors) if found and plan["device"] != "cuda" else ""
-    names = f"beside the tensors: {'; '.join(plan['outside'])}"
-    return [*rows, total, {"what": names, "predicted": _mib(sum(plan["outside"].values())), "measured": rest}]
+    total = MemoryRow("all tensors of that step", _mib(sum(parts.values())), _mib(tensors) if found else "")
+    rest = _mib(process_mib * MIB - tensors) if found and plan.device != "cuda" else ""
+    names = f"beside the tensors: {'; '.join(plan.outside)}"
+    return [*rows, total, MemoryRow(names, _mib(sum(plan.outside.values())), rest)]
 
 
 def _charts(records: Sequence[StepRecord], before: float | None) -> dict[str, list[str]]:
@@ -143,28 +150,30 @@ def _wide(losses: Sequence[float]) -> bool:
 
 
 def write(run: RunFolder) -> None:
-    """Write report.html from what lies in the run folder."""
-    records, result, plan, data = run.read_steps(), run.read("result"), run.read("plan"), run.read("data")
-    answers = [Answered(**row) for row in run.read("answers")] if run.has("answers") else []
-    config = run.read_config()
-    findings = [*data["findings"], *(run.read("checks") if run.has("checks") else [])]
+    """Write report.html from what lies in the run folder.
+
+    Raises:
+        RunFolderError: a file of the run is missing, or is not what fitune writes.
+    """
+    found, config = read(run), run.read_config()
+    result = found.result
     page = render(
         "report",
         title=f"fitune: {config.method} on {config.model.replace(chr(92), '/').rpartition('/')[2]}",
-        subtitle=result["run"],
+        subtitle=result.run,
         about=_about(config),
         numbers=_numbers(result),
-        **_charts(records, result["held_out_loss_before"]),
-        log_first=_wide([record.loss for record in records if record.applied]),
-        answers=answers,
-        score=_score(answers),
-        memory=_memory(plan, run.read("measured") if run.has("measured") else {}, result["peak_memory_mib"]),
-        cuda=plan["device"] == "cuda",
-        parts=_parts(plan),
-        kept=plan.get("kept", []),
-        lengths=(LENGTHS, length_rows(data["report"]["length_choices"])),
+        **_charts(found.steps, result.held_out_loss_before),
+        log_first=_wide([record.loss for record in found.steps if record.applied]),
+        answers=found.answers,
+        score=_score(found.answers),
+        memory=_memory(found.plan, found.measured, result.peak_memory_mib),
+        cuda=found.plan.device == "cuda",
+        parts=_parts(found.model),
+        kept=found.model.kept,
+        lengths=(LENGTHS, length_rows(found.data.report.length_choices)),
         result=result,
-        findings=sorted(findings, key=lambda finding: finding["level"] != "warn"),
+        findings=sorted(found.findings, key=lambda finding: finding.level != "warn"),
         files=[(name, what) for name, what in FILES.items() if (run.path / name).exists()],
         settings=yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False),
         environment=yaml.safe_dump(run.read("environment"), allow_unicode=True, sort_keys=False),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,8 +17,8 @@ from rich.text import Text
 
 from fitune.core.events import NAME, RUN_FOLDER, Watcher
 from fitune.core.plan import Plan
-from fitune.core.records import Finding, Kept, StepRecord
-from fitune.core.results import Answered, Evaluation
+from fitune.core.records import Finding, Kept, LengthChoice, StepRecord
+from fitune.core.results import Answered, Check, Evaluation, Overview, QuantizedModel
 from fitune.core.units import MIB
 from fitune.memory import peak_mib
 
@@ -195,7 +194,7 @@ class Terminal(Watcher):
         self.preparing = self.bar = None
 
 
-def pairs(title: str, values: Mapping[str, Any]) -> Table:
+def pairs(title: str, values: Mapping[str, object]) -> Table:
     """A two-column table of names and values."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in values.items():
@@ -203,8 +202,8 @@ def pairs(title: str, values: Mapping[str, Any]) -> Table:
     return table
 
 
-def doctor_table(checks: Sequence[Any]) -> Table:
-    """What `fitune doctor` found (doctor.Check)."""
+def doctor_table(checks: Sequence[Check]) -> Table:
+    """What `fitune doctor` found."""
     marks = {**MARKS, "broken": "[red]broken[/]"}
     table = Table(title="this machine", title_justify="left", show_header=False, box=None, pad_edge=False)
     for check in checks:
@@ -213,8 +212,8 @@ def doctor_table(checks: Sequence[Any]) -> Table:
     return table
 
 
-def quantized_table(done: Any) -> Table:
-    """Of each quantized layer (quantizing.QuantizedModel) a line."""
+def quantized_table(done: QuantizedModel) -> Table:
+    """A line for each quantized layer."""
     table = Table(title=f"layers as {escape(done.quant)}", title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", style="cyan")
     for name in ("weights", "mean error", "largest", "outlier columns"):
@@ -239,8 +238,8 @@ def kept_table(parts: Sequence[Kept]) -> Table:
     return table
 
 
-def methods_table(rows: Sequence[Any], model: str) -> Table:
-    """Of each method (overview.Overview) a line; what else there is to know of some stands below."""
+def methods_table(rows: Sequence[Overview], model: str) -> Table:
+    """A line for each method; what else there is to know of some stands below."""
     table = Table(title=f"ways of tuning, figures for {escape(model)}", title_justify="left", box=None, pad_edge=False)
     table.add_column("method", style="cyan", no_wrap=True)
     table.add_column("trains", ratio=1)
@@ -248,11 +247,11 @@ def methods_table(rows: Sequence[Any], model: str) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     notes: dict[str, list[str]] = {}
     for row in rows:
-        known = row.trainable is not None
-        figures = (f"{row.trainable:,}", f"{row.training_bytes / MIB:,.0f}") if known else ("-", "-")
+        trained = "-" if row.trainable is None else f"{row.trainable:,}"
+        size = "-" if row.training_bytes is None else f"{row.training_bytes / MIB:,.0f}"
         short, _, options = row.trains.partition(" (")
         merges = "yes" if row.merges else "no"
-        table.add_row(row.name, escape(short.partition(";")[0]), *figures, merges, f"{row.default_lr:g}")
+        table.add_row(row.name, escape(short.partition(";")[0]), trained, size, merges, f"{row.default_lr:g}")
         more = [f"{short} ({options}" if options else "", row.note.removeprefix(f"{row.name}: ")]
         notes.setdefault("; ".join(filter(None, more)), []).append(row.name)
     table.caption = "\n".join(escape(f"{', '.join(names)}: {note}") for note, names in notes.items() if note)
@@ -311,12 +310,12 @@ def groups_table(parts: Sequence[tuple[str, int, int]]) -> Table:
 LENGTHS = ("max length of", "tokens", "rows cut", "rows that lose answer tokens")
 
 
-def length_rows(choices: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """What each max_length would do (records.LengthChoice as mappings), by LENGTHS."""
-    return [(c["name"], f"{c['max_length']:,}", f"{c['cut']:.1%}", f"{c['lose_answer']:.1%}") for c in choices]
+def length_rows(choices: Sequence[LengthChoice]) -> list[tuple[str, ...]]:
+    """What each max_length would do, by LENGTHS."""
+    return [(c.name, f"{c.max_length:,}", f"{c.cut:.1%}", f"{c.lose_answer:.1%}") for c in choices]
 
 
-def lengths_table(choices: Sequence[Mapping[str, Any]]) -> Table:
+def lengths_table(choices: Sequence[LengthChoice]) -> Table:
     """See `length_rows`."""
     table = Table(title="what a max length would cut", title_justify="left", box=None, pad_edge=False)
     table.add_column(LENGTHS[0], style="cyan")
@@ -353,7 +352,7 @@ def answers_table(rows: Sequence[Answered], limit: int = 60, *, base: bool = Tru
     for row in rows:
         cells = []
         for name in columns:
-            text = str(getattr(row, name))
+            text: str = getattr(row, name)
             text = escape(text if len(text) <= limit else text[: limit - 1] + "…")
             right = name in ("before", "after") and getattr(row, name) == row.expected
             cells.append(f"[green]{text}[/]" if right else text)

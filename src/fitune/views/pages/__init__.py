@@ -6,7 +6,6 @@ In: a page's name and its values. Out: the page. Every text is escaped; a missin
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -25,7 +24,7 @@ def linked(text: object) -> Markup:
     return Markup("").join([*parts, escape(whole[end:])])
 
 
-def render(page: str, **values: Any) -> str:
+def render(page: str, **values: object) -> str:
     """The page `pages/<page>.html.jinja` with these values; all extend base.html.jinja."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fitune.views", "pages"), autoescape=True, undefined=jinja2.StrictUndefined
