@@ -50,7 +50,6 @@ def measure(variant: str, lr: float | None) -> dict[str, Any]:
     from fitune.commands import demo
     from fitune.commands.scores import accuracy, exact_match
     from fitune.commands.train import train
-    from fitune.core.records import DataReport
     from fitune.data import rows
     from fitune.engine.loading import load
     from fitune.models import methods
@@ -60,7 +59,7 @@ def measure(variant: str, lr: float | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = demo.config(f"{folder}/run", **changes, lr=rate)
         done = train(settings)
-        judged = exact_match(load(done.run), list(rows.load(settings.eval_data, DataReport())))
+        judged = exact_match(load(done.run), list(rows.load(settings.eval_data).rows))
         size = sum(path.stat().st_size for path in (Path(done.run) / "adapter").iterdir())
     return {
         "accuracy": round(accuracy(judged), 3),

@@ -38,7 +38,6 @@ def measure(variant: str, real: list[str]) -> dict[str, Any]:
     from fitune.commands.scores import accuracy, exact_match
     from fitune.commands.train import train
     from fitune.core.config import build
-    from fitune.core.records import DataReport
     from fitune.data import rows
     from fitune.engine.checkpoint import RunFolder
     from fitune.engine.loading import load
@@ -53,7 +52,7 @@ def measure(variant: str, real: list[str]) -> dict[str, Any]:
             settings = demo.config(f"{folder}/run", **LORA, **VARIANTS[variant])
         done = train(settings)
         if not real:
-            judged = exact_match(load(done.run), list(rows.load(settings.eval_data, DataReport())))
+            judged = exact_match(load(done.run), list(rows.load(settings.eval_data).rows))
             found["accuracy"] = round(accuracy(judged), 3)
         kept = RunFolder(done.run).read("plan")["kept"]
     return found | {

@@ -166,9 +166,8 @@ def _shifted_twice(batch: Any) -> Any:
 
 def _on_training_rows(seam: Seam) -> None:
     def split(real: Any) -> Any:
-        def made(desk: Any, whole: Any, encoder: Any, report: Any) -> Any:
-            _, held_out, samples = real(desk, whole, encoder, report)
-            return np.arange(len(whole.rows)), held_out, samples
+        def made(desk: Any, written: Any, encoder: Any) -> Any:
+            return replace(real(desk, written, encoder), train=np.arange(len(written.samples.rows)))
 
         return made
 

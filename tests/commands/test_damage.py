@@ -18,7 +18,6 @@ import pytest
 from fitune.cli import last_catch as lastcatch
 from fitune.cli import main as cli
 from fitune.core.errors import ModelError, RunFolderError
-from fitune.core.records import DataReport
 from fitune.data import tokenizer as tokenizers
 from fitune.data.cache import Cache
 from fitune.data.rows import load
@@ -183,7 +182,7 @@ def test_a_quantization_that_the_weights_do_not_have_is_refused(model_folder, tm
 
 
 def test_a_cache_that_is_deleted_while_it_is_used_is_one_message(tmp_path, data_file) -> None:
-    rows = load([str(data_file)], DataReport(), cache=Cache(tmp_path / "cache"))
+    rows = load([str(data_file)], cache=Cache(tmp_path / "cache")).rows
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(RunFolderError, match="prepared data is gone"):
         list(rows)

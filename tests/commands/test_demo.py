@@ -18,7 +18,6 @@ from fitune.commands.train import resume_config, train
 from fitune.core.errors import ConfigError, Interrupted
 from fitune.core.events import Watcher
 from fitune.core.letters import COMMON_HAN
-from fitune.core.records import DataReport
 from fitune.data import rows, tokenizer
 from fitune.engine.checkpoint import RunFolder
 
@@ -28,7 +27,7 @@ MODEL = demo.bundled() / "model"
 
 
 def load(name: str):
-    return rows.load([str(DATA / name)], DataReport())
+    return rows.load([str(DATA / name)]).rows
 
 
 def test_the_bundled_model_is_small_and_was_trained() -> None:

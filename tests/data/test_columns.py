@@ -29,9 +29,10 @@ def refused(row: object, **how: Any) -> str:
 
 
 def read(tmp_path: Path, rows: list[Any], **how: Any) -> tuple[list[Conversation], DataReport]:
-    path, report = tmp_path / "rows.jsonl", DataReport()
+    path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return list(load([str(path)], report, **how)), report
+    found = load([str(path)], **how)
+    return list(found.rows), found.report
 
 
 @pytest.mark.parametrize(
@@ -298,6 +299,5 @@ def test_of_a_pair_of_answers_it_is_said_that_one_alone_is_trained(tmp_path: Pat
     data = tmp_path / "pairs.jsonl"
     row = {"prompt": "Say hi.", "chosen": "Hello!", "rejected": "Go away."}
     data.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    report = DataReport()
-    load([str(data)], report)
+    report = load([str(data)]).report
     assert any("1 row of preference: the chosen answer alone is trained" in note for note in report.notes)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fitune.checks import datachecks
 from fitune.core.config import build
-from fitune.core.records import Conversation, DataReport, Message, Sample, Source
+from fitune.core.records import Conversation, Message, Sample, Source
 from fitune.data import pipeline
 from fitune.data.batches import flat
 from fitune.data.documents import AUTO, for_auto, split
@@ -111,8 +111,8 @@ def test_conversations_are_cut_under_the_same_policy(tokenizer) -> None:
     row = Conversation((Message("user", "hi " * 60), Message("assistant", "hello")), Source("f", 1), "messages")
     text = Conversation((Message("assistant", "hello " * 60),), Source("f", 2), "text")
     encoder = Encoder(tokenizer, TABLE["plain"], 16)
-    cut, _ = tiny.encoded([row, text], encoder, DataReport(), "cut")
-    both, of = tiny.encoded([row, text], encoder, DataReport(), "split")
+    cut, _ = tiny.encoded([row, text], encoder, "cut")
+    both, of = tiny.encoded([row, text], encoder, "split")
     assert np.array_equal(both[0].ids, cut[0].ids)
     assert of.tolist() == [0] + [1] * (len(both) - 1)
     assert len(both) > 3

@@ -15,6 +15,7 @@ from fitune.checks.findings import raise_refused
 from fitune.core.errors import FituneError, ModelError
 from fitune.core.records import Conversation, DataReport, Finding, Message, Source
 from fitune.data.encode import Encoder
+from fitune.data.fitting import counted
 from fitune.data.prepared import Prepared
 from fitune.data.templates import TABLE, ChatTemplate, choose, from_dict
 from support import tiny
@@ -124,10 +125,9 @@ def test_plain_text_among_conversations_gets_no_frame(tokenizer, name: str) -> N
 
 
 def test_a_row_with_nothing_left_to_train_is_counted(tokenizer) -> None:
-    report = DataReport(rows=1)
-    samples, _ = tiny.encoded([ROW], Encoder(tokenizer, choose("auto", tokenizer), 3), report)
+    samples, of = tiny.encoded([ROW], Encoder(tokenizer, choose("auto", tokenizer), 3))
     assert len(samples) == 0
-    assert report.dropped == 1
+    assert counted(DataReport(rows=1), samples, of, 1).dropped == 1
 
 
 # ---- planted faults: the preflight rules must catch each of them ----

@@ -8,6 +8,7 @@ import pytest
 from fitune.core.errors import DataError, Problems
 from fitune.core.records import Conversation, DataReport, Message, Source
 from fitune.data.encode import Encoder
+from fitune.data.fitting import counted
 from fitune.data.lengths import automatic, choices, rule_of_thumb
 from fitune.data.templates import TABLE, choose
 from fitune.data.templates.base import as_json
@@ -112,10 +113,9 @@ def rows() -> list[Conversation]:
 
 
 def encoded(tokenizer, limit: int, policy: str) -> tuple[list, DataReport]:
-    report = DataReport()
     encoder = Encoder(tokenizer, choose("auto", tokenizer), limit)
-    samples, _ = tiny.encoded(rows(), encoder, report, policy)
-    return list(samples), report
+    samples, of = tiny.encoded(rows(), encoder, policy)
+    return list(samples), counted(DataReport(), samples, of, len(rows()))
 
 
 def test_what_a_row_needs_is_what_cuts_no_answer(tokenizer) -> None:

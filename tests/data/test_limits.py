@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from fitune.core import config, untrusted
 from fitune.core.errors import ConfigError, DataError, FituneError, ModelError, Problems, RunawayError
-from fitune.core.records import DataReport, Message
+from fitune.core.records import Message
 from fitune.data import encodings, tables
 from fitune.data.encode import Encoder
 from fitune.data.readers import read
@@ -108,7 +108,7 @@ def test_a_template_that_runs_away_on_a_row_is_named_with_the_row_and_asked_no_m
     template = ChatTemplate(words.chat_template, words, "<|end|>")
     encoder = Encoder(words, template)
     with pytest.raises(DataError, match=r"rows\.jsonl:3: .*does not end") as caught:
-        encoder.samples_of(list(load([str(path)], DataReport())), on_bad=lambda number, error: None)
+        encoder.samples_of(list(load([str(path)]).rows), on_bad=lambda number, error: None)
     assert "3,000,000,000" in str(caught.value)
     with pytest.raises(RunawayError):
         template.prompt([Message("user", "Hi?")])
@@ -249,7 +249,7 @@ def test_data_without_a_measure_is_refused_with_its_file(tmp_path, monkeypatch, 
     make, says = CASES[name]
     make(tmp_path / name)
     with pytest.raises(FituneError) as caught:
-        load([str(tmp_path / name)], DataReport())
+        load([str(tmp_path / name)])
     assert name in str(caught.value)
     assert says in str(caught.value)
 

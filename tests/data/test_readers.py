@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from fitune.core.errors import DataError
-from fitune.core.records import DataReport, Message
+from fitune.core.records import Message
 from fitune.data import readers
 from fitune.data.readers import files, locate, read, read_rows
 from fitune.data.rows import load
@@ -303,8 +303,7 @@ def test_what_no_file_says_of_itself_gets_a_notice(tmp_path: Path, name: str, co
     assert len(notes) == 1
     assert notes[0].startswith(f"{path}: ")
     assert says in notes[0]
-    report = DataReport()
-    load([str(path)], report)
+    report = load([str(path)]).report
     assert report.notes == notes
 
 
@@ -322,7 +321,7 @@ def test_what_no_file_says_of_itself_gets_a_notice(tmp_path: Path, name: str, co
 def test_one_row_alone_in_a_file_is_no_wrapper(tmp_path: Path, line: dict) -> None:
     path = write(tmp_path / "a.jsonl", json.dumps(line))
     assert found(path) == [(line, 1)]
-    assert load([str(path)], DataReport())[0].messages == (Message("user", "a"), Message("assistant", "b"))
+    assert load([str(path)]).rows[0].messages == (Message("user", "a"), Message("assistant", "b"))
 
 
 def test_a_list_of_turns_a_line_is_a_conversation_a_line(tmp_path: Path) -> None:
@@ -331,7 +330,7 @@ def test_a_list_of_turns_a_line_is_a_conversation_a_line(tmp_path: Path) -> None
     whole = write(tmp_path / "a.json", json.dumps(talks))
     assert [row for row, _ in found(lines)] == [row for row, _ in found(whole)] == talks
     assert [line for _, line in found(lines)] == [1, 2, 3]
-    assert [row.messages[0].content for row in load([str(lines)], DataReport())] == ["0", "1", "2"]
+    assert [row.messages[0].content for row in load([str(lines)]).rows] == ["0", "1", "2"]
 
 
 def book(path: Path, sheets: dict[str, list[list]]) -> Path:
@@ -377,8 +376,8 @@ def test_a_file_of_text_is_a_document_and_a_folder_of_them_many(tmp_path: Path) 
     write(tmp_path / "d.rst", "not read")
     texts = ["once upon a time", "# 标题\n\ntext\n", "天气"]
     assert found(tmp_path) == [({"text": text}, 1) for text in texts]
-    report = DataReport()
-    rows = load([str(tmp_path)], report)
+    loaded = load([str(tmp_path)])
+    rows, report = loaded.rows, loaded.report
     assert [row.messages for row in rows] == [(Message("assistant", text),) for text in texts]
     assert report.formats == {"text": 3}
     (error,) = read(write(tmp_path / "e.txt", " \n"))
@@ -406,12 +405,12 @@ def test_texts_beside_rows_are_left_alone_with_a_note(tmp_path: Path) -> None:
     for name, content in (("a.jsonl", JSONL), ("README.md", "#"), ("LICENSE.txt", "x"), ("one.txt", "story")):
         write(tmp_path / name, content)
     assert [path.name for path in files(tmp_path)] == ["a.jsonl"]
-    report = DataReport()
-    assert len(load([str(tmp_path)], report)) == 2
+    found = load([str(tmp_path)])
+    report = found.report
+    assert len(found.rows) == 2
     assert report.notes == [f"{tmp_path}: 1 text files beside the rows are left alone; name them to read"]
     (tmp_path / "one.txt").unlink()
-    report = DataReport()
-    load([str(tmp_path)], report)
+    report = load([str(tmp_path)]).report
     assert report.notes == []
 
 

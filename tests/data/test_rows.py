@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fitune.core.errors import ConfigError, DataError, Problems
 from fitune.core.options import DataSource
-from fitune.core.records import Conversation, DataReport, Message, Source, ToolCall
+from fitune.core.records import Conversation, Message, Source, ToolCall
 from fitune.data.conversations import fill, to_conversation, unused
 from fitune.data.formats import FORMATS, NAMES, check
 from fitune.data.rows import load
@@ -28,8 +28,8 @@ def write(path: Path, text: str) -> str:
 def test_each_format_becomes_the_same_turns(tmp_path: Path) -> None:
     alpaca = {"instruction": "add", "input": "1 2", "output": "3", "system": "s", "history": [["a", "b"]], "extra": 1}
     path = write(tmp_path / "a.json", json.dumps([alpaca, {"prompt": "p", "completion": "c"}]))
-    report = DataReport()
-    first, second = load([path], report)
+    found = load([path])
+    (first, second), report = found.rows, found.report
     assert first.messages == (
         Message("system", "s"),
         Message("user", "a"),
@@ -45,7 +45,7 @@ def test_each_format_becomes_the_same_turns(tmp_path: Path) -> None:
 def test_rows_know_their_line_in_a_json_list(tmp_path: Path) -> None:
     rows = [{"prompt": str(n), "completion": "x"} for n in range(3)]
     path = write(tmp_path / "a.json", json.dumps(rows, indent=2))
-    assert [c.source.line for c in load([path], DataReport())] == [2, 6, 10]
+    assert [c.source.line for c in load([path]).rows] == [2, 6, 10]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_rows_know_their_line_in_a_json_list(tmp_path: Path) -> None:
 def test_a_bad_row_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path / "a.jsonl", text)
     with pytest.raises(DataError) as caught:
-        load([path], DataReport())
+        load([path])
     assert f"{path}{message}" in str(caught.value) or message in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -78,7 +78,7 @@ def test_a_bad_row_is_named(tmp_path: Path, text: str, message: str) -> None:
 def test_all_bad_rows_are_told_at_once_up_to_a_limit(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"prompt": "a"}\n' * 30)
     with pytest.raises(Problems) as caught:
-        load([path], DataReport())
+        load([path])
     assert ":20:completion" in str(caught.value)
     assert "and 10 more bad rows" in str(caught.value)
 
@@ -87,14 +87,14 @@ def test_missing_file_folder_and_wrong_encoding(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes('[{"prompt": "café", "completion": "b"}]'.encode("latin-1"))
     (empty := tmp_path / "empty").mkdir()
     with pytest.raises(Problems) as caught:
-        load([str(tmp_path / "none.json"), str(empty), str(tmp_path / "latin.json")], DataReport())
+        load([str(tmp_path / "none.json"), str(empty), str(tmp_path / "latin.json")])
     for part in ("no such file", "no data in this folder", "not UTF-8"):
         assert part in str(caught.value)
 
 
 def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + b'[{"prompt": "a", "completion": "b"}]')
-    assert len(load([str(tmp_path / "bom.json")], DataReport())) == 1
+    assert len(load([str(tmp_path / "bom.json")]).rows) == 1
 
 
 def convert(row: object, **how: Any) -> Conversation:
@@ -345,7 +345,7 @@ def test_a_column_map_is_checked() -> None:
 def test_without_a_known_format_the_map_is_proposed_once_for_all_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"content": "a", "summary": "b"}\n' * 30)
     with pytest.raises(Problems) as caught:
-        load([path], DataReport())
+        load([path])
     text = str(caught.value)
     assert text.startswith("2 problems:")
     assert "received: the columns content, summary" in text
@@ -354,8 +354,7 @@ def test_without_a_known_format_the_map_is_proposed_once_for_all_rows(tmp_path: 
 
 
 def test_what_turns_hold_beside_is_listed_too(tmp_path: Path) -> None:
-    report = DataReport()
-    load([write(tmp_path / "a.jsonl", json.dumps({"messages": OPENAI, "id": 1}))], report)
+    report = load([write(tmp_path / "a.jsonl", json.dumps({"messages": OPENAI, "id": 1}))]).report
     assert report.unused_columns == {"id": 1, "turn.refusal": 1}
 
 
@@ -367,11 +366,12 @@ def test_slots_are_filled_or_counted(tmp_path: Path) -> None:
         "system": "{{x}}",
     }
     path = write(tmp_path / "a.jsonl", json.dumps(row))
-    report = DataReport()
-    assert load([path], report)[0].answer() == row["output"]
+    found = load([path])
+    report = found.report
+    assert found.rows[0].answer() == row["output"]
     assert report.unfilled_slots == {"name": 1, "author": 1, "x": 1}
-    report = DataReport()
-    filled = load([path], report, fill={"name": "{{x}}", "author": "Ada"})[0]
+    found = load([path], fill={"name": "{{x}}", "author": "Ada"})
+    filled, report = found.rows[0], found.report
     assert filled.answer() == "我是 {{x}}，由 Ada 开发"
     assert filled.messages[1] == Message("user", "你好 {{x}}", context="{{x}}")
     assert report.unfilled_slots == {"x": 1}
@@ -379,8 +379,10 @@ def test_slots_are_filled_or_counted(tmp_path: Path) -> None:
 
 def test_bad_rows_are_skipped_and_listed_if_so_wished(tmp_path: Path) -> None:
     text = '{"prompt": "a", "completion": "b"}\n' + '{"prompt": "a"}\n' * 30 + "{\n"
-    path, report = write(tmp_path / "a.jsonl", text), DataReport()
-    assert len(load([path], report, skip_bad=True)) == 1
+    path = write(tmp_path / "a.jsonl", text)
+    found = load([path], skip_bad=True)
+    report = found.report
+    assert len(found.rows) == 1
     assert report.skipped_bad == 31
     assert len(report.skipped) == 20
     assert report.skipped[0] == f"{path}:2:completion: missing (a row of prompt/completion)"
@@ -391,7 +393,7 @@ def test_skipping_hides_neither_a_broken_file_nor_one_without_a_good_row(tmp_pat
     good = '[{"prompt": "a", "completion": "b"}'
     cut, all_bad = write(tmp_path / "cut.json", good), write(tmp_path / "bad.jsonl", '{"prompt": "a"}\n' * 3)
     with pytest.raises(Problems) as caught:
-        load([cut, all_bad, str(tmp_path / "none.json")], DataReport(), skip_bad=True)
+        load([cut, all_bad, str(tmp_path / "none.json")], skip_bad=True)
     for part in ("the file is cut off", "bad.jsonl: no rows\n  received: 3 bad rows", "none.json: no such file"):
         assert part in str(caught.value)
 
@@ -399,7 +401,7 @@ def test_skipping_hides_neither_a_broken_file_nor_one_without_a_good_row(tmp_pat
 def test_a_bad_row_says_how_to_go_on(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"prompt": "a", "completion": ""}')
     with pytest.raises(DataError, match="fix:      fix the row, or leave bad rows out with --skip-bad"):
-        load([path], DataReport())
+        load([path])
 
 
 KEYS = sorted({key for fmt in FORMATS for key in fmt.uses} | {"role", "from", "content", "value", "tool_calls", "name"})
@@ -429,7 +431,7 @@ def test_any_text_is_read_or_refused(text: str, name: str, tmp_path_factory: pyt
     path = tmp_path_factory.mktemp("any") / name
     path.write_bytes(text.encode())
     with suppress(DataError, Problems):
-        load([str(path)], DataReport())
+        load([str(path)])
 
 
 @pytest.mark.parametrize("depth", [100, 900, 985, 995, 5000])
@@ -437,7 +439,7 @@ def test_depth_is_no_crash(depth: int, tmp_path: Path) -> None:
     deep = "[" * depth + "]" * depth
     for row in (f'{{"prompt": {deep}, "completion": "b"}}', f'{{"messages": {json.dumps(deep)}}}', f'{{"id": {deep}}}'):
         with pytest.raises(DataError):
-            load([write(tmp_path / "a.jsonl", row)], DataReport())
+            load([write(tmp_path / "a.jsonl", row)])
 
 
 @pytest.mark.shared
@@ -454,8 +456,8 @@ def test_depth_is_no_crash(depth: int, tmp_path: Path) -> None:
     ],
 )
 def test_real_data(shared: Path, name: str, count: int, how: set[str]) -> None:
-    report = DataReport()
-    conversations = load([str(shared / "data" / name)], report)
+    found = load([str(shared / "data" / name)])
+    conversations, report = found.rows, found.report
     assert len(conversations) == report.rows == count
     assert report.formats == dict.fromkeys(how, count)
     assert report.unused_columns == ({"rejected": 300} if "dpo" in name else {})
@@ -470,8 +472,8 @@ def test_real_data(shared: Path, name: str, count: int, how: set[str]) -> None:
 def test_real_data_with_a_column_map(shared: Path) -> None:
     path = str(shared / "data" / "advertisegen_dev" / "dev.json")
     columns = {"content": "prompt", "summary": "completion"}
-    mapped = load([DataSource(path=path, map=columns)], DataReport())
-    turns = load([str(shared / "data" / "advertisegen_dev" / "dev_chatml.json")], DataReport())
+    mapped = load([DataSource(path=path, map=columns)]).rows
+    turns = load([str(shared / "data" / "advertisegen_dev" / "dev_chatml.json")]).rows
     assert [row.messages for row in mapped] == [row.messages for row in turns]
 
 
@@ -479,9 +481,10 @@ def test_real_data_with_a_column_map(shared: Path) -> None:
 def test_a_real_folder_has_eleven_empty_answers(shared: Path) -> None:
     folder = str(shared / "data" / "alpaca_zh_20k")
     with pytest.raises(Problems, match="11 problems") as caught:
-        load([folder], DataReport())
+        load([folder])
     assert "zh-data-part-01.json:25107:output: the answer is empty" in str(caught.value)
-    report = DataReport()
-    assert len(load([folder], report, skip_bad=True)) == 20_465 - 11
+    found = load([folder], skip_bad=True)
+    report = found.report
+    assert len(found.rows) == 20_465 - 11
     assert report.skipped_bad == len(report.skipped) == 11
     assert list(report.files.values()) == [10_015, 10_439]

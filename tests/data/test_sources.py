@@ -15,7 +15,7 @@ from fitune.core.config import RunConfig, build
 from fitune.core.errors import ConfigError, DataError, Problems
 from fitune.core.events import Silent
 from fitune.core.options import DataSource
-from fitune.core.records import Conversation, DataReport
+from fitune.core.records import Conversation
 from fitune.data.rows import load, weigh
 from fitune.data.store import Rows
 from support import tiny
@@ -32,7 +32,7 @@ def prompts(conversations: list[Conversation]) -> list[str]:
 
 
 def drawn(path: str, seed: int, **how: Any) -> list[str]:
-    return prompts(load([DataSource(path=path, **how)], DataReport(), seed=seed))
+    return prompts(load([DataSource(path=path, **how)], seed=seed).rows)
 
 
 def test_take_draws_with_the_seed_and_keeps_the_order(tmp_path: Path) -> None:
@@ -42,8 +42,7 @@ def test_take_draws_with_the_seed_and_keeps_the_order(tmp_path: Path) -> None:
     assert first != drawn(path, 2, take=10)
     assert len(set(first)) == 10
     assert first == sorted(first, key=int)
-    report = DataReport()
-    load([DataSource(path=path, take=10)], report)
+    report = load([DataSource(path=path, take=10)]).report
     assert (report.rows, report.formats, report.files[path]) == (10, {"prompt/completion": 10}, 100)
 
 
@@ -55,9 +54,10 @@ def test_every_row_is_as_likely_to_be_taken(tmp_path: Path) -> None:
 
 
 def test_take_of_more_than_there_is_takes_all_and_says_so(tmp_path: Path) -> None:
-    path, report = rows(tmp_path / "a.jsonl", 3), DataReport()
-    assert len(load([DataSource(path=path, take=5)], report)) == 3
-    assert report.notes == [f"{path}: take 5, but it has 3 rows: all are taken"]
+    path = rows(tmp_path / "a.jsonl", 3)
+    found = load([DataSource(path=path, take=5)])
+    assert len(found.rows) == 3
+    assert found.report.notes == [f"{path}: take 5, but it has 3 rows: all are taken"]
 
 
 def test_rows_that_are_not_taken_are_checked_too(tmp_path: Path) -> None:
@@ -71,29 +71,30 @@ def test_rows_that_are_not_taken_are_checked_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("weight", "expected"), [(2.0, 20), (0.5, 5), (2.5, 25), (0.01, 1), (1.26, 13)])
 def test_weight_is_rows_times_weight(tmp_path: Path, weight: float, expected: int) -> None:
     a, b = rows(tmp_path / "a.jsonl", 10, "a"), rows(tmp_path / "b.jsonl", 7, "b")
-    report = DataReport()
     sources = [DataSource(path=a, weight=weight), DataSource(path=b)]
-    conversations = load(sources, report)
+    conversations = load(sources).rows
     assert len(conversations) == 17
 
-    def mix(seed: int, report: DataReport) -> Rows:
-        return conversations.view(weigh(conversations.column("source"), sources, seed, report))
+    def mix(seed: int) -> Rows:
+        return conversations.view(weigh(conversations.column("source"), sources, seed)[0])
 
-    mixed = mix(3, report)
+    mixed = mix(3)
     counts = Counter(prompts(mixed))
-    assert len(mixed) == report.rows == expected + 7
+    assert len(mixed) == expected + 7
     assert all(counts[f"b{n}"] == 1 for n in range(7))
     assert {counts[f"a{n}"] for n in range(10)} <= {int(weight), int(weight) + 1}
-    assert report.notes == [f"weights: 17 rows to train on become {expected + 7}"]
-    assert prompts(mix(3, DataReport())) == prompts(mixed)
+    note = weigh(conversations.column("source"), sources, 3)[1]
+    assert note == f"weights: 17 rows to train on become {expected + 7}"
+    assert prompts(mix(3)) == prompts(mixed)
     if weight % 1:
-        assert any(prompts(mix(seed, DataReport())) != prompts(mixed) for seed in range(9))
+        assert any(prompts(mix(seed)) != prompts(mixed) for seed in range(9))
 
 
 def test_without_weights_nothing_changes(tmp_path: Path) -> None:
-    source, report = DataSource(path=rows(tmp_path / "a.jsonl", 5)), DataReport()
-    assert weigh(load([source], DataReport()).column("source"), [source], 1, report).tolist() == [0, 1, 2, 3, 4]
-    assert not report.notes
+    source = DataSource(path=rows(tmp_path / "a.jsonl", 5))
+    drawn, note = weigh(load([source]).rows.column("source"), [source], 1)
+    assert drawn.tolist() == [0, 1, 2, 3, 4]
+    assert not note
 
 
 def test_each_source_has_its_own_format_and_columns(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_each_source_has_its_own_format_and_columns(tmp_path: Path) -> None:
         path,
         DataSource(path=path, format="text", map={"a": "text"}),
     ]
-    assert [(row.messages[0].content, row.answer()) for row in load(sources, DataReport())] == [
+    assert [(row.messages[0].content, row.answer()) for row in load(sources).rows] == [
         ("q1", "a1"), ("p1", "c1"), ("a1", "a1"),
     ]  # fmt: skip
 
@@ -161,7 +162,7 @@ def test_any_name_is_just_a_path(
     monkeypatch.chdir(tmp_path)
     config = resolve(build({"model": str(model_folder), "data": [name, {"path": name, "take": 2}]}))
     assert config.data == [str(tmp_path / name), DataSource(path=str(tmp_path / name), take=2)]
-    assert len(load(config.sources(), DataReport())) == 6
+    assert len(load(config.sources()).rows) == 6
 
 
 def job(config: dict[str, Any], model_folder: Path, folder: Path) -> preparing.Job:

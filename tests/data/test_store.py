@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from fitune.checks import datachecks
 from fitune.core.config import build
 from fitune.core.files import TEMPORARY, is_whole, seal
-from fitune.core.records import Conversation, DataReport, Finding, Message, Sample, Source, ToolCall
+from fitune.core.records import Conversation, Finding, Message, Sample, Source, ToolCall
 from fitune.data import cache as cache_module
 from fitune.data import pipeline, rows, store, tokenizer
 from fitune.data.cache import Cache, code_version, default_folder, key
@@ -122,7 +122,7 @@ def test_rows_encoded_together_are_the_rows_encoded_one_by_one(tokenizer, name: 
 def test_real_tokenizers_give_the_same_ids_together(shared: Path, words: str, template: str) -> None:
     loaded = tokenizer.load(shared / "tokenizers" / words)
     encoder = Encoder(loaded, choose(template, loaded))
-    given = rows.load([str(shared / "data" / "alpaca_zh_demo.json")], DataReport())[:60]
+    given = rows.load([str(shared / "data" / "alpaca_zh_demo.json")]).rows[:60]
     for row, made in zip(given, encoder.samples_of(given), strict=True):
         assert same(made[-1], encoder.sample(row))
 
@@ -280,7 +280,7 @@ def test_data_that_changes_while_it_is_read_is_not_kept(data: Path, tmp_path: Pa
             data.write_text(data.read_text(encoding="utf-8") + "\n", encoding="utf-8")
 
     with pytest.raises(Exception, match="changed while it was read"):
-        rows.load([str(data)], DataReport(), cache=cache, on_row=change)
+        rows.load([str(data)], cache=cache, on_row=change)
     assert names(cache.folder) == []
 
 
@@ -390,7 +390,7 @@ def test_templates_that_want_a_sample_per_answer_keep_their_rows(tokenizer) -> N
     given = [Conversation(turns, Source("f", n)) for n in range(3)]
     values = {name: value for name, value in TABLE["chatml"].as_dict().items() if name != "kind"}
     template = type("PerAnswer", (PieceTemplate,), {"one_answer_per_sample": lambda *_: True})(**values)
-    samples, of = tiny.encoded(given, Encoder(tokenizer, template, 60), DataReport())
+    samples, of = tiny.encoded(given, Encoder(tokenizer, template, 60))
     assert of.tolist() == [0, 0, 1, 1, 2, 2]
     assert [sample.ends_whole for sample in samples] == [True, False] * 3
     assert [str(sample.source) for sample in samples] == ["f:0", "f:0", "f:1", "f:1", "f:2", "f:2"]

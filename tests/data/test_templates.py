@@ -18,6 +18,7 @@ from fitune.core.errors import ConfigError, DataError, Problems
 from fitune.core.records import Conversation, DataReport, Message, Segment, ToolCall
 from fitune.data.batches import flat
 from fitune.data.encode import Encoder
+from fitune.data.fitting import counted
 from fitune.data.templates import TABLE, ChatTemplate, PieceTemplate, Template, choose, from_dict
 from fitune.data.templates.chatglm import TOOL_SYSTEM
 from support import tiny
@@ -370,9 +371,10 @@ def test_train_on(tokenizer: Any, train_on: Any, trained: list[int]) -> None:
 
 
 def test_a_row_without_what_is_trained_is_dropped(tokenizer: Any) -> None:
-    report = DataReport()
     encoder = Encoder(tokenizer, TABLE["chatml"], train_on="tool-calls")
-    assert len(tiny.encoded([Conversation(TALK)], encoder, report)[0]) == 0
+    samples, of = tiny.encoded([Conversation(TALK)], encoder)
+    assert len(samples) == 0
+    report = counted(DataReport(), samples, of, 1)
     assert (report.kept, report.dropped) == (0, 1)
 
 

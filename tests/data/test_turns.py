@@ -31,11 +31,11 @@ def refused(*turns: object, **columns: Any) -> str:
 
 
 def notes(tmp_path: Path, **columns: Any) -> tuple[list[Conversation], DataReport]:
-    report = DataReport()
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in ({"messages": TALK, **columns}, {"messages": TALK})), encoding="utf-8"
     )
-    return list(load([str(tmp_path / "rows.jsonl")], report)), report
+    found = load([str(tmp_path / "rows.jsonl")])
+    return list(found.rows), found.report
 
 
 @pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args", "kwargs"])

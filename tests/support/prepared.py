@@ -8,6 +8,7 @@ from pathlib import Path
 from fitune.core.config import build
 from fitune.core.records import Conversation, DataReport, Message, Source
 from fitune.data.encode import Encoder
+from fitune.data.fitting import counted
 from fitune.data.prepared import Prepared
 from fitune.data.templates import choose
 from support import tiny
@@ -27,8 +28,9 @@ ROW = Conversation(TURNS, Source("f.jsonl", 1), "messages")
 def prepared(tokenizer, max_length: int = 64, rows=(ROW,), template: str = "auto", **changes) -> Prepared:
     rows = [replace(rows[n % len(rows)], source=Source("f.jsonl", n + 1)) for n in range(20)]
     encoder = Encoder(tokenizer, choose(template, tokenizer), max_length, changes.pop("train_on", "all"))
+    samples, rows_of = tiny.encoded(rows, encoder)
     report = DataReport(rows=20, max_length=max_length, lengths={"max": 40, "p99": 40})
-    samples, rows_of = tiny.encoded(rows, encoder, report)
+    report = counted(report, samples, rows_of, len(rows))
     config = build({"model": "m", "data": ["d"]})
     values = {"vocabulary": 400, "limit": 1 << 30, "folder": Path(), **changes}
     whole = encoder.with_max_length(None)

@@ -32,8 +32,8 @@ from transformers import (
 
 from fitune.core.config import LengthPolicy
 from fitune.core.events import Silent
-from fitune.core.records import Conversation, DataReport
-from fitune.data import pipeline
+from fitune.core.records import Conversation
+from fitune.data import fitting
 from fitune.data.cache import Cache
 from fitune.data.encode import Encoder
 from fitune.data.store import Rows, Samples
@@ -210,18 +210,16 @@ def as_rows(conversations: Sequence[Conversation]) -> Rows:
 
 
 def encoded(
-    conversations: Sequence[Conversation], encoder: Encoder, report: DataReport, policy: LengthPolicy = "cut"
+    conversations: Sequence[Conversation], encoder: Encoder, policy: LengthPolicy = "cut"
 ) -> tuple[Samples, NDArray]:
     """The samples that a run would train on, and of each the number of its row."""
     rows, cache = as_rows(conversations), Cache()
 
     def encode(some: Rows, one: Encoder) -> Samples:
-        return pipeline.encode(some, one, cache, "", Silent())
+        return fitting.encode(some, one, cache, "", Silent())
 
     whole = encode(rows, encoder.with_max_length(None))
-    samples, of = pipeline.fit(whole, np.arange(len(rows)), encoder, policy, encode)
-    pipeline.count(samples, of, len(rows), report)
-    return samples, of
+    return fitting.fit(whole, np.arange(len(rows)), encoder, policy, encode)
 
 
 def write_rows(path: Path, count: int) -> Path:

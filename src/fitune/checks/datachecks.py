@@ -189,16 +189,8 @@ def read(
 
     A run that is resumed gives its template the date that it had.
     """
-    return pipeline.read(
-        config,
-        folder,
-        tokenizer,
-        limit=limit,
-        vocabulary=vocabulary,
-        watch=watch,
-        check=check_data,
-        date=_date_of_run(config),
-    )
+    target = pipeline.Target(folder, tokenizer, limit, vocabulary)
+    return pipeline.read(config, target, watch=watch, check=check_data, date=_date_of_run(config))
 
 
 def _date_of_run(config: RunConfig) -> str | None:

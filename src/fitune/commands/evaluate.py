@@ -17,12 +17,12 @@ from fitune.commands.scores import Judged, exact_match, scores_of
 from fitune.core.errors import DataError
 from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.options import DataSource
-from fitune.core.records import Batch, Conversation, DataReport, Layout, Sample
+from fitune.core.records import Batch, Conversation, Layout, Sample
 from fitune.core.results import Answered, Evaluation, Scores
-from fitune.data import pipeline, rows
+from fitune.data import fitting, rows
 from fitune.data.batches import in_order
 from fitune.data.cache import Cache
-from fitune.data.pipeline import NO_LIMIT
+from fitune.data.fitting import NO_LIMIT
 from fitune.data.store import Rows
 from fitune.data.templates.base import kept_date
 from fitune.engine.generation import SIDE_BY_SIDE
@@ -110,12 +110,12 @@ def measure(tuned: Tuned, request: Request, watch: Watcher) -> Evaluation:
     note = kept_date(tuned.template)
     if note:
         watch.say(note)
-    there = rows.load(request.sources, DataReport(), skip_bad=False)
+    there = rows.load(request.sources, skip_bad=False).rows
     limit = getattr(causal_lm(tuned.model).config, "max_position_embeddings", None) or NO_LIMIT
     encoder = tuned.encoder.with_max_length(limit, split=True)
     cache = Cache()  # keeps its files until the evaluation is over
-    held_out = pipeline.encode(there, encoder, cache, "", watch)
-    pipeline.refuse_unwritten(held_out, "change such rows, or leave them out of the file")
+    held_out = fitting.encode(there, encoder, cache, "", watch)
+    fitting.refuse_unwritten(held_out, "change such rows, or leave them out of the file")
     if not len(held_out):
         raise DataError("no row has a token to measure", file=request.sources[0].path, received=f"{len(there)} rows")
     asked, too_long = _askable(there, tuned, limit) if request.answer else ([], 0)

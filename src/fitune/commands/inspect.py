@@ -28,7 +28,7 @@ from fitune.core.config import RunConfig
 from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.records import Conversation, DataReport, Finding, LengthChoice, Sample
 from fitune.data import tokenizer
-from fitune.data.pipeline import NO_LIMIT
+from fitune.data.fitting import NO_LIMIT
 from fitune.data.tokenizer.new_tokens import add_tokens
 from fitune.models.locate import locate
 from fitune.views.charts import NARROW, WIDE, Bar, bar_chart

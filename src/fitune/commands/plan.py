@@ -28,9 +28,10 @@ from fitune.core.files import expand
 from fitune.core.letters import FULL_WIDTH
 from fitune.core.plan import Compared
 from fitune.core.records import Conversation, DataReport, LengthChoice, Message, Sample
-from fitune.data import formats, pipeline, rows, templates, tokenizer
+from fitune.data import formats, rows, templates, tokenizer
 from fitune.data.batches import Loader
 from fitune.data.cache import Cache
+from fitune.data.fitting import NO_LIMIT
 from fitune.data.lengths import automatic, choices, summary
 from fitune.data.tokenizer.new_tokens import NewToken, add_tokens
 from fitune.engine import optim
@@ -218,7 +219,7 @@ def _precision(config: RunConfig, where: devices.Device, shape: Any) -> RunConfi
 def look(wanted: Asked, words: str | Path | None, watch: Watcher) -> Rows:
     """The lengths of the rows: by the tokenizer, by their characters, or none where there is no data."""
     config, shape = wanted.config, wanted.shape
-    limit = getattr(shape, "max_position_embeddings", None) or pipeline.NO_LIMIT
+    limit = getattr(shape, "max_position_embeddings", None) or NO_LIMIT
     limit -= methods.find(config.method).virtual_tokens(config)
     _check_length(config, limit)
     folder = expand(words) if words is not None else wanted.folder
@@ -268,10 +269,8 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _estimated(config: RunConfig, shape: Any, limit: int) -> Rows:
     """Rows of about the lengths that a tokenizer would give them."""
-    report = DataReport()
-    found = rows.load(
-        config.sources(), report, seed=config.seed, fill=config.fill, skip_bad=config.skip_bad, cache=Cache()
-    )
+    sources, cache = config.sources(), Cache()
+    found = rows.load(sources, seed=config.seed, fill=config.fill, skip_bad=config.skip_bad, cache=cache).rows
     every = max(1, len(found) // ESTIMATED)
     guessed = np.array([_tokens(row, shape.vocab_size) for row in islice(found, 0, None, every)])
     auto = automatic(guessed, guessed, limit, batch_size=config.batch_size, batch_tokens=config.batch_tokens)

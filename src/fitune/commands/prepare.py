@@ -25,6 +25,7 @@ from fitune.core.records import Conversation, DataReport, Finding, Kept, Layout,
 from fitune.data import formats, pipeline, readers, templates, tokenizer
 from fitune.data.batches import Loader
 from fitune.data.cache import folder_digest, key
+from fitune.data.fitting import NO_LIMIT
 from fitune.data.store import Samples
 from fitune.data.tokenizer.new_tokens import add_tokens
 from fitune.engine import integrity, loading, optim
@@ -191,7 +192,7 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
     model_config = read_config(folder)
     words = tokenizer.load(folder)
     added = add_tokens(words, config.new_tokens, config.answer_tokens) if config.new_tokens else []
-    limit = getattr(model_config, "max_position_embeddings", None) or pipeline.NO_LIMIT
+    limit = getattr(model_config, "max_position_embeddings", None) or NO_LIMIT
     vocabulary = max([model_config.vocab_size, *(token.id + 1 for token in added)])
     limit -= methods.find(config.method).virtual_tokens(config)
     data = datachecks.read(config, folder, words, limit=limit, vocabulary=vocabulary, watch=watch)

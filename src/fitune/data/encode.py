@@ -11,69 +11,25 @@ descriptions of tools and calls of tools are never cut inside: half a JSON objec
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import islice, takewhile
+from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fitune.core.config import TrainOn
 from fitune.core.errors import ConfigError, DataError, FituneError, RunawayError
 from fitune.core.records import SPAN, Conversation, Message, Sample, Segment
 from fitune.data.documents import split
+from fitune.data.pieces import Group, Piece, is_users, length_of, weights_of
 from fitune.data.templates import TABLE, ChatTemplate, Template, thoughts
 from fitune.data.templates.base import Tools
 from fitune.data.tokenizer import adds_bos, encode, encode_many, opens_with_space, single_id, special
 
-CHUNK = 1024  # rows whose texts go to the tokenizer in one call
 Known = dict[tuple[str, bool], list[int]]  # ids of texts that were encoded together, by text and `continued`
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Segments that are encoded as one, nearly always a single one. continued: other text stands right before it."""
-
-    segments: tuple[Segment, ...]
-    trained: bool
-    continued: bool = False
-    weight: float = 1.0  # of its tokens in the loss
-
-    @property
-    def text(self) -> str:
-        """What is encoded."""
-        return "".join(s.text for s in self.segments)
-
-    @property
-    def literal(self) -> bool:
-        """All of it is the template's."""
-        return all(s.literal for s in self.segments)
-
-    @property
-    def content(self) -> bool:
-        """There is text in it that is not the template's."""
-        return any(s.text and not s.literal for s in self.segments)
-
-    @property
-    def cuttable(self) -> bool:
-        """There is text of a user in it: the only part of a prompt that is cut inside."""
-        return not self.trained and any(s.text and _of_user(s) for s in self.segments)
-
-    @property
-    def role(self) -> str:
-        """Of the first segment."""
-        return self.segments[0].role
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A group and its ids, which may have been cut."""
-
-    ids: list[int]
-    group: _Group
 
 
 @dataclass(frozen=True)
@@ -83,7 +39,7 @@ class _Draft:
     encoder: Encoder
     conversation: Conversation
     choose: Callable[[Sequence[Message]], set[int]]
-    groups: list[_Group]
+    groups: list[Group]
 
 
 class Encoder:
@@ -243,7 +199,7 @@ class Encoder:
         other.template, other.stop_id = TABLE["plain"], int(self.tokenizer.eos_token_id)
         return other
 
-    def _encode_together(self, groups: Sequence[_Group]) -> Known:
+    def _encode_together(self, groups: Sequence[Group]) -> Known:
         """Ids of the groups' texts, those of the template left out."""
         known: Known = {}
         for continued in (False, True):
@@ -264,7 +220,7 @@ class Encoder:
         conversation, choose = draft.conversation, draft.choose
         pieces = self._pieces(draft.groups, known)
         whole_trained = sum(len(p.ids) for p in pieces if p.group.trained)
-        whole_length = _length(pieces)
+        whole_length = length_of(pieces)
         needed, intact = self._needed(draft, pieces, known)
         cut_text = 0
         if self.max_length is not None and whole_length > self.max_length:
@@ -285,7 +241,7 @@ class Encoder:
             ends_whole=next(p.group.role == "stop" for p in reversed(pieces) if p.group.trained),
             prompt_length=int(mask.argmax()),
             needed=needed,
-            weights=_weights(pieces),
+            weights=weights_of(pieces),
             intact=intact,
             cut_text=cut_text,
         )
@@ -299,7 +255,7 @@ class Encoder:
             answers = [turn for turn in answers if messages[turn].tool_calls]
         return {turn for turn in answers if messages[turn].weight}
 
-    def _groups(self, messages: Sequence[Message], tools: Tools, chosen: set[int]) -> list[_Group]:
+    def _groups(self, messages: Sequence[Message], tools: Tools, chosen: set[int]) -> list[Group]:
         """The rendering of a row, in the groups that are encoded as one."""
         messages = self._with_thoughts(messages)
         return self._grouped(self.template.render(messages, tools), messages, chosen)
@@ -325,8 +281,8 @@ class Encoder:
             for m in messages
         ]
 
-    def _grouped(self, segments: Sequence[Segment], messages: Sequence[Message], chosen: set[int]) -> list[_Group]:
-        groups: list[_Group] = []
+    def _grouped(self, segments: Sequence[Segment], messages: Sequence[Message], chosen: set[int]) -> list[Group]:
+        groups: list[Group] = []
         after_text, chat = False, isinstance(self.template, ChatTemplate)
         for n, segment in enumerate(segments):
             if segment.joined:
@@ -334,15 +290,15 @@ class Encoder:
             group = (segment, *takewhile(lambda s: s.joined, segments[n + 1 :]))
             trained = segment.trained and segment.turn in chosen
             weight = messages[segment.turn].weight if trained else 1.0
-            groups.append(_Group(group, trained, continued=after_text and self._opens_with_space, weight=weight))
+            groups.append(Group(group, trained, continued=after_text and self._opens_with_space, weight=weight))
             # in a chat template's own rendering what stands behind a stop token goes on, too
             after_text = bool(segment.text) or (chat and segment.role == "stop")
         return groups
 
-    def _pieces(self, groups: Sequence[_Group], known: Known) -> list[_Piece]:
-        return [_Piece(self._ids(group, known), group) for group in groups]
+    def _pieces(self, groups: Sequence[Group], known: Known) -> list[Piece]:
+        return [Piece(self._ids(group, known), group) for group in groups]
 
-    def _ids(self, group: _Group, known: Known) -> list[int]:
+    def _ids(self, group: Group, known: Known) -> list[int]:
         first = group.segments[0]
         if first.role == "bos":
             return [] if self.bos_id is None else [self.bos_id]
@@ -357,7 +313,7 @@ class Encoder:
             self._literals[text, continued] = encode(self.tokenizer, text, literal=True, continued=continued)
         return self._literals[text, continued]
 
-    def _parts(self, group: _Group) -> list[tuple[str, bool] | int]:
+    def _parts(self, group: Group) -> list[tuple[str, bool] | int]:
         """A text in the parts that are encoded apart, each with its `continued`; and ids of answer tokens."""
         found: list[str | int] = []
         for segment in group.segments:
@@ -390,58 +346,58 @@ class Encoder:
             )
         return found
 
-    def _needed(self, draft: _Draft, pieces: list[_Piece], known: Known) -> tuple[int, int]:
+    def _needed(self, draft: _Draft, pieces: list[Piece], known: Known) -> tuple[int, int]:
         """Tokens that must stay so that no answer loses any, and so that nothing goes but old exchanges: each takes
         its answer along, so where that is trained all must stay."""
         messages = draft.conversation.messages
         last = max((turn for turn, message in enumerate(messages) if message.role == "user"), default=0)
         if any(turn < last for turn in draft.choose(messages)):
-            return _length(pieces), _length(pieces)
+            return length_of(pieces), length_of(pieces)
         left = [*(m for m in messages[:last] if m.role == "system"), *messages[last:]]
         if len(left) < len(messages):
             pieces = self._pieces(self._groups(left, draft.conversation.tools, draft.choose(left)), known)
-        return sum(map(self._least, pieces)), _length(pieces)
+        return sum(map(self._least, pieces)), length_of(pieces)
 
-    def _least(self, piece: _Piece) -> int:
+    def _least(self, piece: Piece) -> int:
         """Tokens of a piece that no cutting of a prompt takes away."""
         if not piece.group.cuttable:
             return len(piece.ids)
-        left = tuple(segment for segment in piece.group.segments if not _of_user(segment))
-        return len(self._ids(_Group(left, trained=False), {})) if left else 0
+        left = tuple(segment for segment in piece.group.segments if not is_users(segment))
+        return len(self._ids(Group(left, trained=False), {})) if left else 0
 
     def _cut(
         self,
-        pieces: list[_Piece],
+        pieces: list[Piece],
         limit: int,
         conversation: Conversation,
         choose: Callable[[Sequence[Message]], set[int]],
-    ) -> tuple[list[_Piece], int]:
+    ) -> tuple[list[Piece], int]:
         """A row cut to `limit` tokens: oldest exchanges, then the user's text, then the answer's end; and how many
         tokens of user's texts that stay were cut."""
         messages = conversation.messages
         system = [m for m in messages if m.role == "system"]
         turns = [m for m in messages if m.role != "system"]
-        while _length(pieces) > limit:
+        while length_of(pieces) > limit:
             starts = [n for n, m in enumerate(turns) if m.role == "user" and n > 0]
             if not starts:
                 break
             turns = turns[starts[0] :]
             left = [*system, *turns]
             pieces = self._pieces(self._groups(left, conversation.tools, choose(left)), {})
-        kept = _length(pieces)
+        kept = length_of(pieces)
         # the longest text first, each from its end: of an instruction and its long input, the input
         for n in sorted(range(len(pieces)), key=lambda n: -len(pieces[n].ids)):
-            excess = _length(pieces) - limit
+            excess = length_of(pieces) - limit
             if pieces[n].group.cuttable and excess > 0:
                 pieces[n] = self._shorter(pieces[n], max(0, len(pieces[n].ids) - excess))
-        cut_text = kept - _length(pieces)
-        while (excess := _length(pieces) - limit) > 0:  # the row's end: first the stop token, then the answer
+        cut_text = kept - length_of(pieces)
+        while (excess := length_of(pieces) - limit) > 0:  # the row's end: first the stop token, then the answer
             last = pieces.pop()
             if last.group.role != "stop" and excess < len(last.ids):
                 pieces.append(replace(last, ids=last.ids[: len(last.ids) - excess]))
         return pieces, cut_text
 
-    def _shorter(self, piece: _Piece, length: int) -> _Piece:
+    def _shorter(self, piece: Piece, length: int) -> Piece:
         """The piece in `length` tokens or, where the template's share of it is more, without the user's text."""
         group = piece.group
         if len(group.segments) == 1:
@@ -450,28 +406,13 @@ class Encoder:
         ids = piece.ids
         for n, segment in enumerate(group.segments):
             text = segment.text
-            while _of_user(segment) and text and len(ids) > length:
+            while is_users(segment) and text and len(ids) > length:
                 text = text[: max(0, len(text) - (len(ids) - length))]
                 parts = list(group.segments)
                 parts[n] = replace(segment, text=text)
-                group = _Group(tuple(parts), group.trained)
+                group = Group(tuple(parts), group.trained)
                 ids = self._ids(group, {})
-        return _Piece(ids, group)
-
-
-def _weights(pieces: list[_Piece]) -> NDArray[np.float32] | None:
-    """The weight of each token in the loss; None: the same for all, as nearly everywhere."""
-    if all(piece.group.weight == 1 for piece in pieces if piece.group.trained):
-        return None
-    return np.repeat([p.group.weight for p in pieces], [len(p.ids) for p in pieces]).astype(np.float32)
-
-
-def _length(pieces: list[_Piece]) -> int:
-    return sum(len(piece.ids) for piece in pieces)
-
-
-def _of_user(segment: Segment) -> bool:
-    return segment.role == "user" and not segment.literal
+        return Piece(ids, group)
 
 
 def _in_row(error: FituneError, row: Conversation) -> DataError:
@@ -487,29 +428,3 @@ def _in_row(error: FituneError, row: Conversation) -> DataError:
         expected=error.expected,
         fix=error.fix,
     )
-
-
-def encode_rows(
-    rows: Iterable[Conversation],
-    encoder: Encoder,
-    on_row: Callable[[int], None] = lambda done: None,
-    on_bad: Callable[[int, DataError], None] | None = None,
-) -> Iterator[list[Sample]]:
-    """The samples of each row, CHUNK rows at a time.
-
-    Args:
-        rows: read once.
-        encoder: with or without a max_length.
-        on_row: is told how many rows are done.
-        on_bad: see Encoder.samples_of.
-    """
-    remaining, done = iter(rows), 0
-    while some := list(islice(remaining, CHUNK)):
-        told = None if on_bad is None else partial(_told, on_bad, done)
-        yield from encoder.samples_of(some, told)
-        done += len(some)
-        on_row(done)
-
-
-def _told(on_bad: Callable[[int, DataError], None], first: int, number: int, error: DataError) -> None:
-    on_bad(first + number, error)

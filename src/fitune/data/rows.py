@@ -9,9 +9,10 @@ all at once, or skipped and listed if so wished. Nothing is dropped silently; co
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,21 +36,27 @@ MOST_PROBLEMS = 20  # bad rows told in one message, or listed where they are ski
 TAKE, WEIGH = 1, 2  # streams of random numbers, apart from each other and from that of the held-out split
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Rows on disk, and the report of reading them: rows, formats, files, unused columns, slots, what was bad."""
+
+    rows: Rows
+    report: DataReport
+
+
 def load(
     sources: Sequence[str | DataSource],
-    report: DataReport,
     *,
     seed: int = 0,
     fill: Mapping[str, str] | None = None,
     skip_bad: bool = False,
     cache: Cache | None = None,
     on_row: Callable[[int], None] = lambda done: None,
-) -> Rows:
+) -> Loaded:
     """The rows of all sources, in order, on disk; `take` is done, `weight` is left to `weigh`.
 
     Args:
         sources: paths, or sources as `RunConfig.sources` gives them.
-        report: rows, formats, files, unused columns and unfilled slots are counted here.
         seed: decides which rows `take` draws.
         fill: texts for the slots {{name}}.
         skip_bad: leave out bad rows, count and list them in the report.
@@ -74,18 +81,23 @@ def load(
             raise DataError("the data changed while it was read", received=", ".join(s.path for s in asked))
 
     rows = Rows(cache.entry("rows", name, write), name, keep=cache)
-    counted = _report(rows.folder)
-    if counted.skipped_bad and not skip_bad:  # kept by a run that skipped them; now they are to be told
+    read = _report(rows.folder)
+    if read.skipped_bad and not skip_bad:  # kept by a run that skipped them; now they are to be reported
         list(read_all({}))
-    _merge(report, counted)
-    rows = _take(rows, asked, seed, report)
-    report.rows += len(rows)
-    report.files = rows.base().files()
-    report.formats = rows.formats()
+    rows, notes = _take(rows, asked, seed)
+    slots: Counter[str] = Counter()
     for row in rows.view(np.flatnonzero(rows.column("slots"))):
-        for slot in conversations.slots(row):
-            report.unfilled_slots[slot] = report.unfilled_slots.get(slot, 0) + 1
-    return rows
+        slots.update(conversations.slots(row))
+    understood = [f"{count:,} row{'s' * (count > 1)} {what}" for what, count in read.taken.items()]
+    report = replace(
+        read,
+        rows=len(rows),
+        files=rows.base().files(),
+        formats=rows.formats(),
+        notes=[*read.notes, *understood, *notes],
+        unfilled_slots=dict(slots),
+    )
+    return Loaded(rows, report)
 
 
 def _key(sources: Sequence[DataSource], fill: Mapping[str, str]) -> str:
@@ -101,18 +113,6 @@ def _key(sources: Sequence[DataSource], fill: Mapping[str, str]) -> str:
 def _report(folder: Path) -> DataReport:
     """What was counted when the rows were read."""
     return DataReport(**json.loads((folder / META).read_text(encoding="utf-8"))["report"])
-
-
-def _merge(report: DataReport, read: DataReport) -> None:
-    """Add what the reading counted."""
-    report.skipped_bad += read.skipped_bad
-    report.skipped = [*report.skipped, *read.skipped][:MOST_PROBLEMS]
-    report.bad_first = {**read.bad_first, **report.bad_first}
-    for name in ("bad_reasons", "unused_columns", "taken"):
-        mine = getattr(report, name)
-        for what, count in getattr(read, name).items():
-            mine[what] = mine.get(what, 0) + count
-    report.notes += [*read.notes, *(f"{count:,} row{'s' * (count > 1)} {what}" for what, count in read.taken.items())]
 
 
 def _told(rows: Iterable[Any], on_row: Callable[[int], None]) -> Iterator[Any]:
@@ -250,11 +250,11 @@ def _file(path: Path, source: DataSource, state: _State) -> Iterator[Conversatio
         yield conversations.fill(conversation, state.fill) if state.fill else conversation
 
 
-def _take(rows: Rows, sources: Sequence[DataSource], seed: int, report: DataReport) -> Rows:
-    """So many rows of each source as it says, each set of them as likely as any other, in their order."""
+def _take(rows: Rows, sources: Sequence[DataSource], seed: int) -> tuple[Rows, list[str]]:
+    """So many rows of each source as it says, each set of them as likely as any other, in their order; and notes."""
     if not any(source.take for source in sources):
-        return rows
-    of = rows.column("source")
+        return rows, []
+    of, notes = rows.column("source"), []
     kept = []
     for number, source in enumerate(sources):
         there = np.flatnonzero(of == number)
@@ -262,12 +262,12 @@ def _take(rows: Rows, sources: Sequence[DataSource], seed: int, report: DataRepo
             random = np.random.default_rng([seed, TAKE, number])
             there = np.sort(random.choice(there, source.take, replace=False))
         elif source.take and source.take > len(there):
-            report.notes.append(f"{source.path}: take {source.take}, but it has {len(there)} rows: all are taken")
+            notes.append(f"{source.path}: take {source.take}, but it has {len(there)} rows: all are taken")
         kept.append(there)
-    return rows.view(np.concatenate(kept))
+    return rows.view(np.concatenate(kept)), notes
 
 
-def weigh(of: NDArray[np.int64], sources: Sequence[DataSource], seed: int, report: DataReport) -> NDArray[np.int64]:
+def weigh(of: NDArray[np.int64], sources: Sequence[DataSource], seed: int) -> tuple[NDArray[np.int64], str]:
     """The rows as often as their sources say: n rows of weight w become w x n, each floor(w) times, or once more.
 
     Done after rows are held out, so that no copy of a held-out row is trained.
@@ -276,10 +276,9 @@ def weigh(of: NDArray[np.int64], sources: Sequence[DataSource], seed: int, repor
         of: the number of each row's source.
         sources: with their weights.
         seed: decides which rows come once more.
-        report: is told how many there are now.
 
     Returns:
-        Numbers of rows, ascending, each as often as it is trained.
+        Numbers of rows, ascending, each as often as it is trained; and a note, "" where all weights are 1.
     """
     weights = [source.weight or 1.0 for source in sources]
     times = np.ones(len(of), np.int64)
@@ -291,10 +290,8 @@ def weigh(of: NDArray[np.int64], sources: Sequence[DataSource], seed: int, repor
             more = max(1, round(weight * len(there))) - int(weight) * len(there)
             times[random.permutation(there)[:more]] += 1
     drawn = np.repeat(np.arange(len(of)), times)
-    if any(weight != 1 for weight in weights):
-        report.rows += len(drawn) - len(of)
-        report.notes.append(f"weights: {len(of):,} rows to train on become {len(drawn):,}")
-    return drawn
+    changed = any(weight != 1 for weight in weights)
+    return drawn, f"weights: {len(of):,} rows to train on become {len(drawn):,}" if changed else ""
 
 
 def first(sources: Sequence[DataSource], count: int, fill: Mapping[str, str]) -> list[Conversation]:
