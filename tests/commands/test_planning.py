@@ -881,7 +881,7 @@ def test_a_rehearsal_that_does_not_fit_halves_micro_batches_to_the_same_result(
     train(build(settings(model_folder, data_file, tmp_path / "large")), watch=watch)
     said = [text for text in watch.said if "memory" in text]
     assert said[0].startswith("out of memory in a rehearsal of the largest step: micro-batches have at most 4 rows")
-    assert not [text for text in said if "the step is done again" in text]  # so hours later nothing does not fit
+    assert not [text for text in said if "the step is repeated" in text]  # so hours later nothing does not fit
     assert max(tried) > 100  # in the rehearsal alone:
     assert [size > 100 for size in tried].count(True) == len(said)
     measured = json.loads((tmp_path / "large" / "measured.json").read_text())

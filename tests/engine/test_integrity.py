@@ -368,7 +368,7 @@ def test_a_log_that_is_changed_while_the_run_goes_on_is_not_sealed(tmp_path: Pat
     run.truncate_steps(0)
     run.check_log()
     run.steps.write_text("{}\n")
-    with pytest.raises(RunFolderError, match="was changed while the run went on"):
+    with pytest.raises(RunFolderError, match="was changed during the run"):
         run.check_log()
 
 

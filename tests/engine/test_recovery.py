@@ -55,7 +55,7 @@ def test_a_step_that_does_not_fit_is_done_again_in_halves_and_is_the_same_step(k
     done, parts = careful(model, optimizer, batches, said=said)
     assert parts == 4 if half in tried else parts == 2
     assert len(said) == tried.count(whole) + sum(1 for n in tried if fits < n < whole)
-    assert "out of memory: the step is done again with micro-batches of at most" in said[0]
+    assert "out of memory: the step is repeated with micro-batches of at most" in said[0]
     assert done.loss == pytest.approx(expected.loss, abs=1e-6)
     for name, p in trainable(model).items():
         assert torch.allclose(p, wanted[name], atol=1e-6), name

@@ -284,7 +284,7 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
         total_steps=total,
         eval_every=eval_every,
         save_every=config.save_every or eval_every,
-        lr=optim.peak_rate(config),
+        lr=optim.peak_learning_rate(config),
     )
 
 

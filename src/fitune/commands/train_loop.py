@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
@@ -24,9 +24,9 @@ from fitune.commands.signals import interrupted
 from fitune.core import processor
 from fitune.core.config import RunConfig
 from fitune.core.files import json_text
+from fitune.core.parse import parse
 from fitune.core.records import Batch, StepRecord
 from fitune.engine import integrity, optim
-from fitune.engine.checkpoint import Loaded
 from fitune.engine.step import LossScale, StepResult
 from fitune.engine.step_runner import StepRunner
 from fitune.memory.trace import STATES
@@ -60,6 +60,18 @@ class Progress:
             self.best_step, self.best_loss, self.worse = self.step, loss, 0
         else:
             self.worse += 1
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What state.json of a checkpoint has beside the step. Older ones have no `next_rows`, `parts` or `scale`."""
+
+    best: tuple[int | None, float | None]  # step and held-out loss
+    worse: int = 0
+    bad: int = 0
+    parts: int = 1
+    scale: LossScale = field(default_factory=LossScale)
+    next_rows: str | None = None
 
 
 @dataclass
@@ -169,22 +181,25 @@ class Training:
     def _save(self) -> None:
         """A checkpoint of this step; those that are not needed any more are removed."""
         progress, run = self.progress, self.active.folder
-        state = {
-            "best": (progress.best_step, progress.best_loss), "worse": progress.worse, "bad": progress.bad,
-            "parts": self.runner.parts, "scale": asdict(self.runner.scale),
-            "next_rows": stepchecks.next_rows(self.active.job.loader, progress.step),
-        }  # fmt: skip
-        run.save(progress.step, self.parameters, self.optimizer, state)
+        saved = _Saved(
+            best=(progress.best_step, progress.best_loss),
+            worse=progress.worse,
+            bad=progress.bad,
+            parts=self.runner.parts,
+            scale=self.runner.scale,
+            next_rows=stepchecks.next_rows(self.active.job.loader, progress.step),
+        )
+        run.save(progress.step, self.parameters, self.optimizer, asdict(saved))
         run.prune(self.config.keep_last, progress.best_step, progress.step)
 
     def _restore(self) -> None:
         """Go on from the newest checkpoint that fits, where there is one."""
         loaded = resuming.restore(self.active.checks, self.parameters, self.optimizer, with_best=self.with_best)
         if loaded is not None:
-            self.progress = _progress(loaded)
-            self.next_rows = loaded.state.get("next_rows")  # older checkpoints have none
-            self.runner.parts = loaded.state.get("parts", 1)
-            self.runner.scale = LossScale(**loaded.state.get("scale", {}))
+            saved = parse(_Saved, loaded.state, str(self.active.folder.checkpoint(loaded.step) / "state.json"))
+            self.progress = Progress(loaded.step, *saved.best, worse=saved.worse, bad=saved.bad)
+            self.next_rows = saved.next_rows
+            self.runner.parts, self.runner.scale = saved.parts, saved.scale
 
     def _measure_states(self) -> None:
         """What the optimizer holds at the end; beside what the rehearsal took, which had none."""
@@ -203,12 +218,6 @@ class Training:
             return loss
         best = resuming.Best(step, loss, compute_dtype(self.model), measure=self.active.held_out_loss)
         return resuming.back_to_best(self.active.checks, self.parameters, best)
-
-
-def _progress(loaded: Loaded) -> Progress:
-    """What a checkpoint remembers beside weights, optimizer, random numbers and the runner's state."""
-    step, loss = loaded.state["best"]
-    return Progress(loaded.step, step, loss, worse=loaded.state["worse"], bad=loaded.state["bad"])
 
 
 def _record(

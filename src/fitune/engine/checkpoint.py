@@ -1,19 +1,19 @@
-"""The run folder: every file name of a run stands here, and every write is atomic.
+"""The run folder: all file names of a run are here, and every write is atomic.
 
     RUN/
       config.yaml  environment.json  template.json  plan.json  data.json  before.json  at the start
       tokenizer/                     the tokenizer's files
       steps.jsonl                    one StepRecord a line
-      checks.json                    what was found while it ran
+      checks.json                    checks that were made during the run
       checkpoints/step-000120/       trainable, optimizer and RNG tensors, state.json, MANIFEST.json
       adapter/                       the result, PEFT's format or ours (adapters.py), and what others need with it
-      plan.html  measured.json                     what it was to take, and what its largest step took
+      plan.html  measured.json       the memory that was planned, and that the largest step took
       answers.json  result.json  report.html       at the end
-      seal.json                      sums of all this and the run's identity (integrity.py)
+      seal.json                      checksums of these files, and the run's identity (integrity.py)
       run.lock                       while a process works in the folder (locks.py)
 
 A checkpoint is a sealed folder (see files.py) whose manifest holds the run's identity, its step, and a digest of the
-lines of steps.jsonl up to it; resume takes the newest that is whole and fits (resuming.py).
+lines of steps.jsonl up to it; resume takes the newest that is complete and fits (resuming.py).
 Files are safetensors and JSON; nothing is ever pickled or unpickled.
 """
 
@@ -52,13 +52,13 @@ class Loaded:
     step: int
     trainable: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    optimizer_scalars: dict[str, Any]
+    optimizer_scalars: dict[str, object]
     rng: dict[str, Tensor]
-    state: dict[str, Any]
+    state: dict[str, object]
 
 
 class RunFolder:
-    """A run's folder. See the module's text for what lies in it."""
+    """A run's folder. The module's docstring lists its files."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = expand(path)
@@ -67,7 +67,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints lie."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -87,7 +87,7 @@ class RunFolder:
 
     @property
     def plan_page(self) -> Path:
-        """What the run was to take, phase by phase."""
+        """The page that shows the planned memory, phase by phase."""
         return self.path / "plan.html"
 
     @property
@@ -98,16 +98,16 @@ class RunFolder:
     # ---- creation and small files ----
 
     def create(self) -> None:
-        """Make the folder; one that a killed start left behind is used again."""
+        """Make the folder; one that a killed run left behind is used again."""
         with disk(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
 
-    def write(self, name: str, value: Any) -> None:
-        """A JSON file of the run, by its bare name."""
+    def write(self, name: str, value: object) -> None:
+        """Write a JSON file of the run, by its name without `.json`."""
         write_json(self.path / f"{name}.json", value)
 
     def read(self, name: str) -> Any:
-        """A JSON file of the run.
+        """A JSON file of the run, as JSON has it; core.parse makes a record of it.
 
         Raises:
             RunFolderError: it is not there, or is broken.
@@ -125,7 +125,7 @@ class RunFolder:
         return (self.path / f"{name}.json").is_file()
 
     def has_settings(self) -> bool:
-        """Are the settings written already?"""
+        """Were the settings written?"""
         return (self.path / "config.yaml").is_file()
 
     def write_config(self, config: RunConfig) -> None:
@@ -165,7 +165,7 @@ class RunFolder:
         return [record for _, record in self._lines()]
 
     def _lines(self) -> list[tuple[bytes, StepRecord]]:
-        """The whole lines of steps.jsonl, and what they say."""
+        """The complete lines of steps.jsonl, and their records."""
         found = []
         for line in self.steps.read_bytes().splitlines(keepends=True) if self.steps.is_file() else ():
             with suppress(ValueError, TypeError, AttributeError):
@@ -173,17 +173,17 @@ class RunFolder:
         return [one for one in found if one[0].endswith(b"\n")]
 
     def truncate_steps(self, last: int) -> None:
-        """Forget what was logged after the checkpoint that a run goes on from."""
+        """Remove the steps that were logged after the checkpoint that a run goes on from."""
         kept = b"".join(line for line, record in self._lines() if record.step <= last)
         self._log = hashlib.sha256(kept)
         write_atomic(self.steps, kept.decode())
 
     def log_problem(self, step: int, digest: str | None) -> str:
-        """What is wrong with steps.jsonl up to a step; nothing, where it is as it was when the checkpoint was made.
+        """What is wrong with steps.jsonl up to a step; empty, where it is as it was when the checkpoint was made.
 
         Args:
             step: of the checkpoint.
-            digest: of the lines up to it, from its manifest; None: it is from before there was one.
+            digest: of the lines up to it, from its manifest; None: older checkpoints have none.
         """
         content = self.steps.read_bytes() if self.steps.is_file() else b""
         lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
@@ -193,10 +193,10 @@ class RunFolder:
         return "" if same else f"{self.steps.name} has other lines than when it was made"
 
     def check_log(self) -> None:
-        """Raises RunFolderError where steps.jsonl is not what this process wrote: it is about to be sealed."""
+        """Raises RunFolderError where steps.jsonl is not what this process wrote; called before it is sealed."""
         if hashlib.sha256(self.steps.read_bytes()).digest() != self._log.digest():
             raise RunFolderError(
-                f"{self.steps}: was changed while the run went on",
+                f"{self.steps}: was changed during the run",
                 fix=f"fitune train --resume --output {self.path} goes on from a checkpoint before the change",
             )
 
@@ -207,9 +207,9 @@ class RunFolder:
         step: int,
         parameters: Mapping[str, torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        state: Mapping[str, Any],
+        state: Mapping[str, object],
     ) -> Path:
-        """A checkpoint after `step` optimizer steps, whole or not at all.
+        """Write a checkpoint after `step` optimizer steps, completely or not at all.
 
         Raises:
             RunFolderError: the disk is full, or the folder cannot be written; earlier checkpoints stay.
@@ -230,9 +230,9 @@ class RunFolder:
                 text = as_json({"step": step, "optimizer": scalars, **state})
                 (temporary / "state.json").write_text(text, encoding="utf-8")
                 if self.steps.is_file():
-                    sync(self.steps)  # else a crash may leave a checkpoint of steps that no line speaks of
+                    sync(self.steps)  # else a crash may leave a checkpoint whose steps are not in it
                 seal(temporary, step=step, run=self.identity, log=self._log.hexdigest())
-                if final.exists():  # a resumed run comes by here again
+                if final.exists():  # a resumed run makes this step again
                     shutil.rmtree(final)
                 temporary.replace(final)
                 sync(self.checkpoints)
@@ -247,7 +247,7 @@ class RunFolder:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint after so many steps stands or will stand."""
+        """The folder of the checkpoint after so many steps."""
         return self.checkpoints / f"step-{step:06d}"
 
     def newest_name(self) -> str:
@@ -265,8 +265,7 @@ class RunFolder:
         Args:
             keep_last: how many.
             best: step of the best one.
-            step: of the newest. A later one is left over: it did not count when the run went on from before it, and it
-                is written anew when the run comes by.
+            step: of the newest. A later one is left over from before the run was resumed, and will be written again.
         """
         last = self.checkpoint(step).name
         steps = sorted((path for path in self.checkpoints.glob("step-*") if path.name <= last), reverse=True)
@@ -278,7 +277,7 @@ class RunFolder:
         """A checkpoint's content.
 
         Raises:
-            RunFolderError: something is missing in it, or broken.
+            RunFolderError: a file of it is missing or broken.
         """
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -291,11 +290,13 @@ class RunFolder:
                 state=state,
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            told = " ".join(str(error).split())[:200]
-            raise RunFolderError(f"{path}: broken", received=told, fix="remove it, and go on with --resume") from None
+            received = " ".join(str(error).split())[:200]
+            raise RunFolderError(
+                f"{path}: broken", received=received, fix="remove it, and go on with --resume"
+            ) from None
 
     def save_adapter(self, save: Callable[[Path], None]) -> None:
-        """The result, whole or not at all.
+        """Write the adapter, completely or not at all.
 
         Args:
             save: writes it into the folder that it is given.

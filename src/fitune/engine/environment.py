@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine, memory; and whether the processor is free for it.
+"""The machine and the versions that a run ran on; and whether the processor is free for it.
 
 In: nothing. Out: a dictionary for the run folder, a Finding.
 """
@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -22,7 +21,7 @@ from fitune.core.records import Finding
 PACKAGES = ("fitune", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 
 
-def describe(device: torch.device) -> dict[str, Any]:
+def describe(device: torch.device) -> dict[str, object]:
     """Versions, operating system, processor, threads, memory and GPUs.
 
     Args:
@@ -50,7 +49,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _device(device: torch.device) -> dict[str, Any]:
+def _device(device: torch.device) -> dict[str, object]:
     """What decides the bits on a device: its name and, of a GPU, its libraries and driver."""
     if device.type != "cuda":
         return {"name": device.type}
@@ -64,7 +63,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver, from the file where Linux has it; None: nobody says."""
+    """The version of NVIDIA's driver, from the file where Linux has it; None: not known."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
@@ -76,19 +75,26 @@ def driver() -> str | None:
 DECIDING = ("torch", "transformers", "peft", "bitsandbytes")  # whose versions decide what is computed
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changes(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """What differs, between two of `describe`, that may change the bits of a run."""
-    pairs = [(name, before["packages"].get(name), now["packages"].get(name)) for name in DECIDING]
-    there, here = before.get("device") or {}, now["device"]
-    pairs += [(f"device {name}", there[name], here.get(name)) for name in there]
+    packages, now_packages = (_mapping(one, "packages") for one in (before, now))
+    pairs = [(name, packages.get(name), now_packages.get(name)) for name in DECIDING]
+    device, now_device = (_mapping(one, "device") for one in (before, now))
+    pairs += [(f"device {name}", device[name], now_device.get(name)) for name in device]
     return [f"{name}: {old}, now {new}" for name, old, new in pairs if old is not None and old != new]
 
 
-SLACK = 0.5  # cores that are asked for in vain before there is a warning
+def _mapping(values: Mapping[str, object], name: str) -> Mapping[str, object]:
+    """A part of `describe`; empty where an older run folder has none."""
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+SLACK = 0.5  # cores that may be missing before there is a warning
 
 
 def machine_load(busy: float, threads: int, available: int) -> Finding:
-    """Are there cores enough for torch's threads beside what others do?
+    """Are there enough cores for torch's threads beside what other processes use?
 
     Args:
         busy: cores that other processes use.
@@ -99,7 +105,7 @@ def machine_load(busy: float, threads: int, available: int) -> Finding:
     if busy + threads <= available + SLACK:
         return Finding("machine-load", "ok", text)
     fewer = max(1, int(available - busy + SLACK))
-    fix = ["wait until they are done" if fewer == threads else f"OMP_NUM_THREADS={fewer} in front of the command"]
+    fix = ["wait until they have ended" if fewer == threads else f"OMP_NUM_THREADS={fewer} in front of the command"]
     if threads > 1 and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
         fix.insert(0, "OMP_WAIT_POLICY=PASSIVE before torch is loaded, so that its threads do not spin while they wait")
     return Finding("machine-load", "warn", f"{text}: steps take longer than they would alone", "; or ".join(fix))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, TextStreamer
@@ -41,7 +40,7 @@ class _Reader:
 
     encoder: Encoder
 
-    def decode(self, ids: list[int], **_: Any) -> str:
+    def decode(self, ids: list[int], **_: object) -> str:
         """Text of ids."""
         return self.encoder.text(ids)
 
@@ -58,8 +57,8 @@ class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers has no type
             self.on_text(text)
 
 
-def base_model(tuned: Tuned, *, base: bool) -> AbstractContextManager[Any]:
-    """Inside, the model answers as its base does (if `base`)."""
+def base_model(tuned: Tuned, *, base: bool) -> AbstractContextManager[object]:
+    """Inside, the model answers as its base model does (if `base`)."""
     return disabled(tuned.model) if base else nullcontext()
 
 
@@ -95,7 +94,7 @@ def reply(
 ) -> tuple[str, Message]:
     """The model's answer as `answer` gives it, and as the turn that the conversation goes on from.
 
-    That turn has no frame, and a thought apart: the template decides what of it stands in the prompts to come.
+    That turn has no frame, and its thought in a field of its own: the template decides what of it is in later prompts.
 
     Args:
         tuned, messages, sampling, on_text, base: see `answer`.
@@ -143,7 +142,7 @@ def answers(
 
 
 def _gaps(tuned: Tuned, question: Conversation) -> int:
-    """How many gaps of a prompt are to be filled in, each by an answer of its own."""
+    """The number of gaps in a prompt that are filled in, each by an answer of its own."""
     gaps = getattr(tuned.template, "gaps", None)
     return int(gaps(question.messages)) if gaps else 0
 
@@ -181,11 +180,11 @@ def _generate(
         raise ModelError(
             "the prompt is longer than the model can hold",
             received=f"{width} tokens",
-            expected=f"less than {limit}",
-            fix="shorten it; in a chat, /reset forgets what was said",
+            expected=f"fewer than {limit}",
+            fix="shorten it; in a chat, /reset starts a new conversation",
         )
     stops = tuned.encoder.stop_ids
-    # Padding is told by position (the mask), never by id, so any id will do.
+    # The mask says what is padding, never the id, so any id will do.
     ids = torch.tensor([[stops[0]] * (width - len(p)) + p for p in prompts], device=tuned.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=tuned.device)
     generation = GenerationConfig(
@@ -214,11 +213,11 @@ def _generate(
 
 
 def read(tuned: Tuned, question: Conversation, text: str) -> Message:
-    """An answer without the template's frame, its thought apart; one that ends in mid-thought has no text.
+    """An answer without the template's frame, its thought in a field of its own; an unfinished thought has no answer.
 
     Args:
         tuned: whose answer it is.
-        question: what was asked: some prompts open the thought themselves.
+        question: the prompt: some prompts open the thought themselves.
         text: the answer, as `answers` gives it.
     """
     found = tuned.template.read_answer(text)

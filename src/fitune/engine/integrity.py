@@ -1,19 +1,20 @@
-"""The seal of a run folder: what lies in it is what the run wrote, and belongs to this run and no other.
+"""The seal of a run folder: its files are those that the run wrote, and belong to this run and no other.
 
-In: a run folder. Out: `seal.json`, with sums of the files that verbs believe and with the run's identity: an id of its
-own, digests of settings, data, template and base weights. It is written before the first step over what a run begins
-with, and again at the end over what it made; each checkpoint holds the same identity. Every verb that reads a run
-checks what it reads. Pages, the model card and files whose names begin with a dot are free.
+In: a run folder. Out: `seal.json`, with checksums of the files that commands rely on and with the run's identity: an id
+of its own, digests of settings, data, template and base weights. It is written before the first step over what a run
+begins with, and again at the end over what it made; each checkpoint holds the same identity. Every command that reads a
+run checks what it reads. Pages, the model card and files whose names begin with a dot are not sealed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shlex
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fitune.core.config import RunConfig
 from fitune.core.errors import RunFolderError
@@ -27,15 +28,29 @@ BEGIN = (
     "config.yaml", "template.json", "data.json", "before.json", "plan.json", "environment.json", "measured.json",
     "tokenizer",
 )  # fmt: skip
-AGAIN = ("adapter", "answers.json", "result.json")  # of END: made again from the last checkpoint, in no time
+AGAIN = ("adapter", "answers.json", "result.json")  # of END: quickly made again from the last checkpoint
 END = ("adapter", "answers.json", "result.json", "steps.jsonl", "checks.json")
-MODEL = ("config.yaml", "template.json", "data.json", "tokenizer", "adapter")  # of these a run's model is made
+MODEL = ("config.yaml", "template.json", "data.json", "tokenizer", "adapter")  # a run's model is made of these
 FOLDERS = ("tokenizer", "adapter")
 FREE = ("README.md",)  # the model card is the user's to edit
-# what may be another when a run goes on: where things lie, and whether a run is tried that may not fit
+# settings that may change when a run goes on: places of files, and whether a run that may not fit is tried
 PLACES = ("output", "model", "data", "eval_data", "adapter", "cache", "cache_size", "force")
 TENSORS = "the base's tensors"  # the sums of the base's files, among the inputs in data.json
-Seal = dict[str, Any]
+Sum = dict[str, int | str]  # bytes and SHA-256 of a file
+
+
+@dataclass(frozen=True)
+class Seal:
+    """The content of seal.json.
+
+    identity: of the run. finished: the run was. files: the sum of each sealed file. replacing: the new sums of files
+    that are being replaced (`or` in the file).
+    """
+
+    identity: dict[str, str]
+    finished: bool
+    files: dict[str, Sum]
+    replacing: dict[str, Sum] = field(default_factory=dict)
 
 
 def read(run: RunFolder) -> Seal | None:
@@ -50,7 +65,7 @@ def read(run: RunFolder) -> Seal | None:
     found = read_summed(path)
     if found is None or not {"identity", "finished", "files"} <= set(found):
         raise RunFolderError(f"{path}: damaged, so nothing of this run can be checked", fix=_fix(run))
-    return found
+    return Seal(found["identity"], bool(found["finished"]), found["files"], found.get("or", {}))
 
 
 def _fix(run: RunFolder, *, again: bool = False) -> str:
@@ -60,7 +75,7 @@ def _fix(run: RunFolder, *, again: bool = False) -> str:
 
 
 def begin(run: RunFolder) -> None:
-    """Seal what a run begins with; from now on its checkpoints carry its identity."""
+    """Seal what a run begins with; from now on its checkpoints hold its identity."""
     run.identity = identity_of(run, uuid.uuid4().hex)
     _write(run, finished=False, names=BEGIN)
 
@@ -69,7 +84,7 @@ def end(run: RunFolder) -> None:
     """Seal all of a finished run.
 
     Raises:
-        RunFolderError: what it began with, or its log, was changed meanwhile.
+        RunFolderError: what it began with, or its log, was changed in the meantime.
     """
     run.check_log()
     check(run, BEGIN)
@@ -80,55 +95,56 @@ def end(run: RunFolder) -> None:
 def was_finished(run: RunFolder) -> bool:
     """Does the seal say that the run was finished?"""
     seal = read(run)
-    return seal is not None and bool(seal["finished"])
+    return seal is not None and seal.finished
 
 
 def complete(run: RunFolder) -> bool:
-    """Is there all of a finished run? What the seal names and is gone makes it an unfinished one, which is sealed as
-    such."""
+    """Are all files of a finished run there? Where one that the seal names is missing, the run counts as unfinished,
+    and is sealed as such."""
     seal = read(run)
-    if seal is None or not seal["finished"]:
+    if seal is None or not seal.finished:
         return False
-    if all((run.path / name).is_file() for name in seal["files"]):
+    if all((run.path / name).is_file() for name in seal.files):
         return True
     reopen(run)
     return False
 
 
 def reopen(run: RunFolder) -> None:
-    """Seal what the run began with, alone: what it made is to be made again."""
+    """Seal only what the run began with: what it made is to be made again."""
     _write(run, finished=False, names=BEGIN)
 
 
 def _write(run: RunFolder, *, finished: bool, names: Sequence[str]) -> None:
-    files = {}
+    files: dict[str, Sum] = {}
     with disk(run.path):
         for name, path in _files(run, names):
             sync(path)
             files[name] = sums.summed(path)
-    _store(run, {"identity": run.identity, "finished": finished, "files": files})
+    _store(run, Seal(run.identity or {}, finished, files))
 
 
 def _store(run: RunFolder, seal: Seal) -> None:
-    write_json(run.path / SEAL, with_own_sum(seal))
+    values = {"identity": seal.identity, "finished": seal.finished, "files": seal.files}
+    write_json(run.path / SEAL, with_own_sum({**values, "or": seal.replacing} if seal.replacing else values))
 
 
 def replace(run: RunFolder, name: str, text: str) -> None:
-    """Write a sealed file anew. In between the seal names both, so that a kill leaves none that is wrong.
+    """Write a sealed file anew. In between the seal names both, so that a kill leaves a seal that fits.
 
     Args:
-        run: sealed, or not: then the file is written and that is all.
+        run: the run; where it has no seal, the file is just written.
         name: of the file.
         text: its new content.
     """
     seal, content = read(run), text.encode()
-    if seal is None or name not in seal["files"]:
+    if seal is None or name not in seal.files:
         write_atomic(run.path / name, text)
         return
-    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    _store(run, {**seal, "or": {name: entry}})
+    entry: Sum = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    _store(run, dataclasses.replace(seal, replacing={name: entry}))
     write_atomic(run.path / name, text)
-    _store(run, {**seal, "files": {**seal["files"], name: entry}, "or": {}})
+    _store(run, dataclasses.replace(seal, files={**seal.files, name: entry}, replacing={}))
 
 
 def _files(run: RunFolder, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
@@ -147,7 +163,7 @@ def _files(run: RunFolder, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
 
 
 def identity_of(run: RunFolder, own: str) -> dict[str, str]:
-    """What a run is, by what lies in its folder.
+    """The identity of a run, from the files of its folder.
 
     Args:
         run: with its settings, data and template written.
@@ -163,29 +179,29 @@ def identity_of(run: RunFolder, own: str) -> dict[str, str]:
     }
 
 
-def settings(config: RunConfig) -> dict[str, Any]:
+def settings(config: RunConfig) -> dict[str, object]:
     """The settings that decide what a run computes."""
     return {name: value for name, value in config.model_dump(mode="json").items() if name not in PLACES}
 
 
 def changes(run: RunFolder, seal: Seal, names: Sequence[str]) -> dict[str, str]:
-    """What is otherwise than it was sealed: the file's name, and how.
+    """The files that differ from the seal: the name of each, and how it differs.
 
     Args:
         run: the run.
         seal: its seal.
-        names: files and folders that count.
+        names: the files and folders that are compared.
     """
-    sealed = {name: one for name, one in seal["files"].items() if name.partition("/")[0] in names}
-    there = dict(_files(run, [name for name in names if seal["finished"] or name not in END]))
-    either = seal.get("or", {})
+    sealed = {name: one for name, one in seal.files.items() if name.partition("/")[0] in names}
+    there = dict(_files(run, [name for name in names if seal.finished or name not in END]))
+    either = seal.replacing
     found = {name: _how(run.path / name, one) for name, one in sealed.items()}
     found = {name: how for name, how in found.items() if name not in either or _how(run.path / name, either[name])}
     found |= {name: "is there and was not sealed" for name in there if name not in sealed}
     return {name: how for name, how in sorted(found.items()) if how}
 
 
-def _how(path: Path, entry: dict[str, Any]) -> str:
+def _how(path: Path, entry: Sum) -> str:
     try:
         if not path.is_file():
             return "is no file" if path.exists() else "is missing"
@@ -197,23 +213,23 @@ def _how(path: Path, entry: dict[str, Any]) -> str:
 
 
 def check(run: RunFolder, names: Sequence[str] = MODEL, *, missing: Sequence[str] = ()) -> Finding | None:
-    """Check what a verb is about to read. Sets the run's identity.
+    """Check what a command is about to read. Sets the run's identity.
 
     Args:
         run: the run.
         names: the files and folders that it reads.
-        missing: files that may be gone: they are made again, or the verb does without.
+        missing: files that may be missing: they are made again, or the command does without.
 
     Returns:
-        A warning where the run has no seal: it is from before there were seals.
+        A warning where the run has no seal: it was made before there were seals.
 
     Raises:
-        RunFolderError: something is otherwise than it was sealed; the message names all of it.
+        RunFolderError: files differ from the seal; the message names all of them.
     """
     seal = read(run)
     if seal is None:
         return _unsealed(run)
-    run.identity = seal["identity"]
+    run.identity = seal.identity
     wrong = {
         name: how
         for name, how in changes(run, seal, names).items()
@@ -223,24 +239,25 @@ def check(run: RunFolder, names: Sequence[str] = MODEL, *, missing: Sequence[str
         raise RunFolderError(
             f"{run.path}: not as the run left it: {', '.join(list(wrong)[:5])}{' ...' if len(wrong) > 5 else ''}",
             received="; ".join(f"{name} {how}" for name, how in list(wrong.items())[:10]),
-            expected=f"the files that {SEAL} has the sums of",
+            expected=f"the files that {SEAL} has the checksums of",
             fix=_fix(run, again=all(name.partition("/")[0] in AGAIN for name in wrong)),
         )
     return None
 
 
 def check_adapter(folder: Path) -> None:
-    """Check a folder that is given by itself, where it is the adapter of a run that has a seal.
+    """Check an adapter folder that is given by itself, where its run has a seal.
 
     Raises:
-        RunFolderError: something in it is otherwise than it was sealed.
+        RunFolderError: a file in it differs from the seal.
     """
     if folder.name == "adapter" and (folder.resolve().parent / SEAL).is_file():
         check(RunFolder(folder.resolve().parent), ("adapter",))
 
 
 def _unsealed(run: RunFolder) -> Finding:
-    """Runs from before there were seals are read as before. Where a checkpoint says that there was one, it was lost."""
+    """The warning of a run that was made before there were seals. Where a checkpoint says that it had one, the seal was
+    lost, and that is an error."""
     if carried(run) is not None:
         raise RunFolderError(
             f"{run.path}: no {SEAL}, so nothing of this run can be checked",
@@ -252,19 +269,19 @@ def _unsealed(run: RunFolder) -> Finding:
 
 
 def carried(run: RunFolder) -> dict[str, str] | None:
-    """The identity that the newest checkpoint carries."""
+    """The identity that the newest checkpoint holds."""
     found = [read_summed(path / MANIFEST) or {} for path in sorted(run.checkpoints.glob("step-*"), reverse=True)]
     return next((one["run"] for one in found if one.get("run")), None)
 
 
 def reseal(run: RunFolder) -> list[str]:
-    """Accept a run as it lies there now: what a user changed on purpose, or a seal that was lost.
+    """Accept the files of a run as they are now: changed on purpose, or with a seal that was lost.
 
     Args:
-        run: that nothing is going on with.
+        run: no process works in it.
 
     Returns:
-        What was otherwise than it was sealed: the file, and how.
+        The files that differed from the seal, and how.
 
     Raises:
         RunFolderError: a file cannot be read, or a run without a seal is not finished.
@@ -277,16 +294,16 @@ def reseal(run: RunFolder) -> list[str]:
         return _seal_anew(run)
     every = (*BEGIN, *END)
     wrong = changes(run, seal, every)
-    now, identity = identity_of(run, seal["identity"]["id"]), seal["identity"]
+    now, identity = identity_of(run, seal.identity["id"]), seal.identity
     parts = {"config.yaml": ["settings"], "template.json": ["template"], "data.json": ["data", "base"]}
     changed = [part for name, some in parts.items() if name in wrong for part in some]
     run.identity = {**identity, **{part: now[part] for part in changed}}
-    _all(run, finished=seal["finished"])
+    _all(run, finished=seal.finished)
     return [f"{name} {how}" for name, how in wrong.items()]
 
 
 def _seal_anew(run: RunFolder) -> list[str]:
-    """A run whose seal was lost has the identity that its checkpoints carry."""
+    """A run whose seal was lost gets the identity that its checkpoints hold."""
     finished = _is_there(run)
     identity = carried(run)
     if identity is None and not finished:
@@ -304,6 +321,6 @@ def _is_there(run: RunFolder) -> bool:
 
 
 def _all(run: RunFolder, *, finished: bool) -> None:
-    """Seal what is there; a run without a result is no finished one: --resume makes it again."""
+    """Seal the files that are there; a run without a result is not finished: --resume makes it again."""
     finished = finished and _is_there(run)
     _write(run, finished=finished, names=(*BEGIN, *END) if finished else BEGIN)

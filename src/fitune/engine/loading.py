@@ -6,9 +6,11 @@ In: a path. Out: Tuned, with the run's own template and stop tokens.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+
+from transformers import PreTrainedTokenizerBase
 
 from fitune.core import locks
 from fitune.core.config import RunConfig
@@ -26,7 +28,15 @@ from fitune.models.handover import TEMPLATE, read_answer_tokens
 from fitune.models.model import Tuned, causal_lm, load_model, locate, pick_device
 from fitune.models.precision import choose
 
-WEIGHTS, CONFIG = "the base's weights", "the base's config.json"  # what a run folder keeps digests of
+WEIGHTS, CONFIG = "the base's weights", "the base's config.json"  # keys of data.json, whose values are digests
+Digests = Mapping[str, object]  # of files, by their names
+
+
+class _Where(TypedDict):
+    """How a model is loaded, whatever it is."""
+
+    device: str
+    plain: bool
 
 
 def load(
@@ -43,13 +53,13 @@ def load(
 
     Args:
         path: a run folder, a model folder, or a hub id.
-        model: where the base of a run lies now, if it was moved; the weights must be the same.
+        model: where the base model of a run is now, if it was moved; the weights must be the same.
         device: where it computes.
         template: for a model folder only; a run brings its own.
         precision: of the computation: fp32, bf16, fp16, or auto, what the device computes fast. Default: the run's own;
             of a model folder fp32.
-        quant: how the base's linear layers are quantized. Default: as in the run; of a model folder not at all.
-        plain: make quantized layers plain again, with the values that they stand for.
+        quant: how the base model's linear layers are quantized. Default: as in the run; of a model folder not at all.
+        plain: replace quantized layers by plain ones with the same values.
 
     Raises:
         ModelError, RunFolderError: it cannot be used.
@@ -57,26 +67,27 @@ def load(
     run = RunFolder(path)
     where = pick_device(device)
     precision = choose(where)[0] if precision == "auto" else precision
-    how: dict[str, Any] = {"device": str(where), "plain": plain}
+    how: _Where = {"device": str(where), "plain": plain}
     if not (run.path / "config.yaml").is_file():
         if model is not None:
             raise ConfigError(
-                f"--model is for a run whose base was moved, and {path} is no run",
+                f"--model is for a run whose base model was moved, and {path} is no run folder",
                 received=str(model),
                 fix="leave --model out",
             )
         folder = locate(str(path))
         integrity.check_adapter(folder)
-        words = tokenizer.load(folder)
-        shape = _template(folder, template, words)
+        vocabulary = tokenizer.load(folder)
+        chat_template = _template(folder, template, vocabulary)
         plain_model = load_model(folder, precision=precision or "fp32", quant=quant or "none", **how)
         quants.trust.notice(quants.faults(plain_model))
-        encoder = Encoder(words, shape, answer_tokens=read_answer_tokens(folder) if template == "auto" else ())
-        return Tuned(plain_model, words, shape, encoder, _family(plain_model))
+        answer_tokens = read_answer_tokens(folder) if template == "auto" else ()
+        encoder = Encoder(vocabulary, chat_template, answer_tokens=answer_tokens)
+        return Tuned(plain_model, vocabulary, chat_template, encoder, _family(plain_model))
     config = finished(run)
     base = base_of(run, config, model)
-    words = tokenizer.load(run.tokenizer)
-    shape = templates.from_dict(run.read("template"), words)
+    vocabulary = tokenizer.load(run.tokenizer)
+    chat_template = templates.from_dict(run.read("template"), vocabulary)
     loaded = load_model(
         base,
         precision=precision or config.precision,
@@ -86,20 +97,20 @@ def load(
         **how,
     )
     quants.trust.notice(quants.faults(causal_lm(loaded)))
-    encoder = Encoder(words, shape, answer_tokens=config.answer_tokens)
-    return Tuned(loaded, words, shape, encoder, _family(loaded))
+    encoder = Encoder(vocabulary, chat_template, answer_tokens=config.answer_tokens)
+    return Tuned(loaded, vocabulary, chat_template, encoder, _family(loaded))
 
 
 def finished(run: RunFolder, reads: Sequence[str] = integrity.MODEL, missing: Sequence[str] = ()) -> RunConfig:
-    """The settings of a finished run, of which all that a verb reads is as the run left it.
+    """The settings of a finished run whose files were not changed since it ended.
 
     Args:
         run: the run.
-        reads: files and folders of it.
+        reads: the files and folders of it that the command reads.
         missing: those of them that need not be there.
 
     Raises:
-        RunFolderError: it is not finished, or something in it is otherwise.
+        RunFolderError: it is not finished, or one of these files was changed.
     """
     warned = integrity.check(run, reads, missing=missing)
     if warned is not None:
@@ -123,7 +134,7 @@ def base_of(run: RunFolder, config: RunConfig, model: str | Path | None = None) 
     Args:
         run: the run.
         config: the run's.
-        model: where the base lies now; None: where the run found it.
+        model: where the base model is now; None: where the run found it.
 
     Raises:
         ModelError: it is not there.
@@ -138,7 +149,7 @@ def base_of(run: RunFolder, config: RunConfig, model: str | Path | None = None) 
     folder = Path(config.model) if model is None else locate(str(model))
     weights.check(folder)
     known = run.read("data").get("inputs", {}) if run.has("data") else {}
-    there: dict[str, Callable[[], dict[str, Any]]] = {
+    there: dict[str, Callable[[], Digests]] = {
         WEIGHTS: lambda: weights.facts(folder),
         CONFIG: lambda: config_of(folder),
         integrity.TENSORS: lambda: weights.summed(folder),
@@ -155,33 +166,35 @@ def base_of(run: RunFolder, config: RunConfig, model: str | Path | None = None) 
     return config.model if model is None else str(folder.resolve())
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    """The sum of a base's config.json, as data.json keeps it."""
+def config_of(folder: Path) -> Digests:
+    """The SHA-256 of a base model's config.json, as data.json keeps it."""
     return {"config.json": sums.summed(folder / "config.json")}
 
 
-def _fresh(name: str, folder: Path, found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The same, from the files themselves: a sum that was kept may be damaged."""
+def _fresh(name: str, folder: Path, found: Callable[[], Digests]) -> Digests:
+    """The same digests, made anew from the files: those in the cache may be damaged."""
     return weights.summed(folder, fresh=True) if name == integrity.TENSORS else found()
 
 
-def _digests(other: dict[str, Any], mine: dict[str, Any]) -> str:
+def _digests(other: Digests, mine: Digests) -> str:
     """The files that differ, with their digests."""
-    told = {name: value for name, value in mine.items() if other.get(name) != value}
-    texts = [
-        f"{name} {value[0]:,} bytes, header {value[1][:16]}"
-        if isinstance(value, list)
-        else f"{name} SHA-256 {value.get('sha256', value.get('sha256_tree', ''))[:16]}"
-        for name, value in sorted(told.items())
-    ]
+    texts = [f"{name} {_digest(value)}" for name, value in sorted(mine.items()) if other.get(name) != value]
     return f"{', '.join(texts[:3])}{f' and {len(texts) - 3} more' if len(texts) > 3 else ''}" or "none of these files"
 
 
-def _template(folder: Path, name: str, words: Any) -> Template:
+def _digest(value: object) -> str:
+    """The start of a digest: of weights (length in bytes, SHA-256 of the header), else the SHA-256 of the file."""
+    if isinstance(value, list):
+        return f"{value[0]:,} bytes, header {value[1][:16]}"
+    sums: Mapping[str, str] = value if isinstance(value, dict) else {}
+    return f"SHA-256 {sums.get('sha256', sums.get('sha256_tree', ''))[:16]}"
+
+
+def _template(folder: Path, name: str, vocabulary: PreTrainedTokenizerBase) -> Template:
     """The template of a model folder: a merged one brings its own."""
     if name == "auto" and (folder / TEMPLATE).is_file():
-        return templates.from_dict(tokenizer.read_json(folder / TEMPLATE), words)
-    return templates.choose(name, words)
+        return templates.from_dict(tokenizer.read_json(folder / TEMPLATE), vocabulary)
+    return templates.choose(name, vocabulary)
 
 
 def _family(model: object) -> Family:

@@ -21,27 +21,31 @@ from fitune.core.errors import ConfigError, did_you_mean
 from fitune.core.records import Finding
 from fitune.models import methods
 
-Groups = list[dict[str, Any]]
+Groups = list[dict[str, object]]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An optimizer: bytes of its states per trained parameter (where that is float32), and its rate in times of
-    AdamW's. epsilon: it has one. harm: learning rate over epsilon above which float16 weights take harm,
-    and from which they are ruined; None: it computes in float32 and keeps states of its own."""
+    """An optimizer.
+
+    state_bytes: of its states per trained parameter, where that is float32. lr_factor: its default learning rate as a
+    multiple of AdamW's. epsilon: it has one. harm: the ratios of learning rate to epsilon above which training in
+    float16 is harmed, and from which it is ruined; None: it computes in float32 and keeps states of its own.
+    """
 
     name: str
     state_bytes: float
     make: Callable[..., torch.optim.Optimizer]
     why: str
-    rate: float = 1.0
+    lr_factor: float = 1.0
     epsilon: bool = False
     harm: tuple[float, float] | None = None
 
 
 SHARED = 256  # numbers in a table of bitsandbytes
-# In float16 the second moment of every gradient below 5.5e-3 is zero, so that a step is rate x gradient / epsilon, and
-# what becomes of the model follows rate / epsilon alone. (harm, ruin): from a half of the rows of results/epsilon.json.
+# In float16 the second moment of every gradient below 5.5e-3 is zero, so that a step is learning rate x gradient /
+# epsilon, and the model's fate depends on learning rate / epsilon alone. (harm, ruin): from half of the rows of
+# results/epsilon.json.
 FOREACH = (
     5.0,
     100.0,
@@ -50,7 +54,7 @@ FUSED = (100.0, 10_000.0)  # divides by the second moment before it is rounded; 
 
 
 def _adamw(groups: Groups, *, eps: float, **how: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=eps, **how)  # type: ignore[arg-type]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=eps, **how)  # type: ignore[arg-type]  # bools only
 
 
 def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -71,7 +75,8 @@ def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 # AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. 8-bit states: Dettmers et al. 2022, arXiv:2110.02861. Adafactor:
-# Shazeer & Stern 2018, arXiv:1804.04235. Lion: Chen et al. 2023, arXiv:2302.06675 (rates 3 to 10 times smaller).
+# Shazeer & Stern 2018, arXiv:1804.04235. Lion: Chen et al. 2023, arXiv:2302.06675 (learning
+# rates 3 to 10 times smaller).
 TABLE: dict[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -93,9 +98,9 @@ TABLE: dict[str, Kind] = {
             epsilon=True,
         ),
         Kind("adafactor", 0.01, partial(torch.optim.Adafactor, lr=1e-3), "sums of rows and columns for its state"),
-        Kind("lion", 4, _bitsandbytes("Lion"), "one state, steps by sign", rate=0.2),
-        Kind("lion-8bit", 1.02, _bitsandbytes("Lion8bit"), "one state in 8 bits", rate=0.2),
-        Kind("sgd", 4, partial(torch.optim.SGD, lr=0.0, momentum=0.9), "one state, momentum 0.9", rate=100),
+        Kind("lion", 4, _bitsandbytes("Lion"), "one state, steps by sign", lr_factor=0.2),
+        Kind("lion-8bit", 1.02, _bitsandbytes("Lion8bit"), "one state in 8 bits", lr_factor=0.2),
+        Kind("sgd", 4, partial(torch.optim.SGD, lr=0.0, momentum=0.9), "one state, momentum 0.9", lr_factor=100),
     )
 }
 
@@ -112,16 +117,16 @@ def find(name: str) -> Kind:
 
 
 def check(config: RunConfig) -> None:
-    """Raises ConfigError for an unknown optimizer, an epsilon that float16 does not survive, or what does not go with
-    an optimizer in the backward pass."""
+    """Raises ConfigError for an unknown optimizer, an epsilon that ruins float16 weights, or settings that do not go
+    with an optimizer in the backward pass."""
     kind = find(config.optimizer)
     if config.epsilon != type(config).model_fields["epsilon"].default and not kind.epsilon:
         raise ConfigError(f"epsilon {config.epsilon:g} with {kind.name}, which has none", fix="leave it out")
     if config.trainable_dtype == "fp16" and kind.harm is not None:
-        rate = peak_rate(config) * methods.find(config.method).highest_rate(config)
-        found = in_float16(kind.name, config.epsilon, rate, force=config.force)
+        lr = peak_learning_rate(config) * methods.find(config.method).highest_rate(config)
+        found = in_float16(kind.name, config.epsilon, lr, force=config.force)
         if found.level == "refuse":
-            given = f"optimizer {kind.name}, epsilon {config.epsilon:g}, learning rate {rate:g}"
+            given = f"optimizer {kind.name}, epsilon {config.epsilon:g}, learning rate {lr:g}"
             raise ConfigError(found.text, received=f"trainable_dtype fp16, {given}", fix=found.fix)
     if not config.optimizer_in_backward:
         return
@@ -140,42 +145,42 @@ def check(config: RunConfig) -> None:
         )
 
 
-def peak_rate(config: RunConfig) -> float:
+def peak_learning_rate(config: RunConfig) -> float:
     """The highest learning rate of a run.
 
     Raises:
         ConfigError: there is no such method or optimizer.
     """
-    return config.lr or methods.find(config.method).default_lr * find(config.optimizer).rate
+    return config.lr or methods.find(config.method).default_lr * find(config.optimizer).lr_factor
 
 
-def in_float16(name: str, epsilon: float, rate: float, *, force: bool = False) -> Finding:
-    """What an epsilon does to weights that are trained in float16: the rule fp16-master.
+def in_float16(name: str, epsilon: float, lr: float, *, force: bool = False) -> Finding:
+    """The rule fp16-master: does the epsilon suit weights that are trained in float16?
 
     Args:
         name: of the optimizer.
-        epsilon: its own.
-        rate: the highest learning rate; 0: it is not known.
-        force: what may ruin the model is a warning. NaN for sure stays refused.
+        epsilon: the optimizer's.
+        lr: the highest learning rate; 0: it is not known.
+        force: what may ruin the model is only a warning. What gives NaN for certain stays refused.
     """
     harm, fp32 = find(name).harm, "--trainable-dtype fp32, which is right beside --precision fp16"
     zero = bool(torch.tensor(epsilon, dtype=torch.float16) == 0)
-    if harm is None or (rate <= harm[0] * epsilon * (1 + 1e-9) and not zero):
+    if harm is None or (lr <= harm[0] * epsilon * (1 + 1e-9) and not zero):
         return Finding("fp16-master", "warn", "trained in float16: small updates are lost", fp32)
-    least = max(rate / harm[0], 1e-7)
+    least = max(lr / harm[0], 1e-7)
     digit = 10.0 ** math.floor(math.log10(least))
     enough = math.ceil(least / digit - 1e-9) * digit
-    fix = [fp32, f"--epsilon {enough if rate else 1e-4:g}", *([] if zero else [f"--lr {harm[0] * epsilon:g}"])]
-    text = f"learning rate / epsilon is {rate / epsilon:,.0f}: where gradients are small, steps are too large"
+    fix = [fp32, f"--epsilon {enough if lr else 1e-4:g}", *([] if zero else [f"--lr {harm[0] * epsilon:g}"])]
+    text = f"learning rate / epsilon is {lr / epsilon:,.0f}: where gradients are small, steps are too large"
     if zero:
         text = f"epsilon {epsilon:g} is zero in float16, and Adam divides by it"
-    elif rate < harm[1] * epsilon * (1 - 1e-9):
+    elif lr < harm[1] * epsilon * (1 - 1e-9):
         return Finding("fp16-master", "warn", text, "; or ".join(fix))
-    sure = zero and harm == FOREACH  # NaN at every learning rate
-    if force and not sure:
-        return Finding("fp16-master", "warn", f"float16 weights hardly survive this: {text}", "; or ".join(fix))
-    fix += [] if sure else ["--force, to try it anyway"]
-    return Finding("fp16-master", "refuse", f"float16 weights do not survive this: {text}", "; or ".join(fix))
+    certain = zero and harm == FOREACH  # NaN at every learning rate
+    if force and not certain:
+        return Finding("fp16-master", "warn", f"float16 weights may be ruined: {text}", "; or ".join(fix))
+    fix += [] if certain else ["--force, to try it anyway"]
+    return Finding("fp16-master", "refuse", f"float16 weights would be ruined: {text}", "; or ".join(fix))
 
 
 def make(
@@ -186,7 +191,7 @@ def make(
     Args:
         parameters: what is trained, by name.
         config: the settings.
-        rates: the learning rate of a parameter, in times of the run's.
+        rates: the learning rate of a parameter, as a multiple of the run's.
     """
     kind = find(config.optimizer)
     how = {"eps": config.epsilon} if kind.epsilon else {}
@@ -236,11 +241,11 @@ class InBackward(torch.optim.Optimizer):
         return update
 
     @property
-    def state(self) -> dict[Any, Any]:  # type: ignore[override]
-        """Of all parameters."""
+    def state(self) -> dict[Tensor, dict[str, object]]:  # type: ignore[override]  # an attribute in torch
+        """The states of all parameters."""
         return {p: s for one in self.each.values() for p, s in one.state.items()}
 
-    def of(self, parameter: Any) -> torch.optim.Optimizer:
+    def of(self, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
         """The optimizer of a parameter."""
         return next(one for one in self.each.values() if one.param_groups[0]["params"][0] is parameter)
 
@@ -250,11 +255,11 @@ class InBackward(torch.optim.Optimizer):
         self.squares, self.bad = 0.0, []
         return found
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Every update is made already."""
+    def step(self, closure: object = None) -> None:  # type: ignore[override]  # takes no closure
+        """Does nothing: every update was made in the backward pass."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Every gradient is gone already."""
+        """Does nothing: every gradient was dropped in the backward pass."""
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
@@ -263,7 +268,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
     Args:
         step: from 0.
         total: steps of the whole run.
-        peak: highest rate.
+        peak: the highest learning rate.
         warmup: share of the steps, 0 to 1.
     """
     rising = max(1, round(total * warmup)) if warmup > 0 else 0
@@ -274,29 +279,29 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group this learning rate, times its own factor."""
+    """Give every group of parameters this learning rate, times its own factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["times"]
 
 
 def state_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as tensors named `parameter|key`, to be written at once, and what is no tensor. States on
-    a CPU are not copied: all of them a second time would be the peak of a full tuning."""
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The optimizer's state as tensors named `parameter|key`, to be written at once, and its other values. States on a
+    CPU are not copied: a second copy of all would be the peak memory of full tuning."""
     tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
-    taken: set[int] = set()
+    scalars: dict[str, object] = {}
+    written: set[int] = set()
     states = optimizer.state
     for name, parameter in parameters.items():
         for key, value in states.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 mine = value.detach().cpu().contiguous()
-                storage = value.untyped_storage()._cdata  # value lives on: its address is not given to another
+                storage = value.untyped_storage()._cdata  # value stays alive: its address is not reused
                 # bitsandbytes' parameters share their tables, and safetensors refuses tensors that share memory
-                apart = storage in taken or mine.numel() <= SHARED
+                apart = storage in written or mine.numel() <= SHARED
                 tensors[f"{name}|{key}"] = mine.clone() if apart else mine
-                taken.add(storage)
+                written.add(storage)
             elif value is not None:
                 scalars[f"{name}|{key}"] = value
     return tensors, scalars
@@ -306,11 +311,12 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, torch.nn.Parameter],
     tensors: Mapping[str, Tensor],
-    scalars: Mapping[str, Any],
+    scalars: Mapping[str, object],
 ) -> None:
     """Put back what `state_tensors` gave."""
     on_device = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    for name, value in {**tensors, **scalars}.items():
+    values: dict[str, object] = {**tensors, **scalars}
+    for name, value in values.items():
         named, _, key = name.rpartition("|")
         parameter = parameters[named]
         holder = optimizer.of(parameter) if isinstance(optimizer, InBackward) else optimizer

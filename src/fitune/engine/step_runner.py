@@ -1,7 +1,7 @@
 """Optimizer steps that survive running out of memory, and float16 gradients beyond their range.
 
 In: the micro-batches of a step. Out: the step's result, or an error that says which rows, and what would help. A step
-that runs out of memory is done again from where it began (gradients dropped, random numbers put back, no weight had
+that runs out of memory is repeated from where it began (gradients dropped, random numbers restored, no weight had
 changed) with every micro-batch in twice as many parts: the objective is a sum over the whole step, and stays the same.
 """
 
@@ -47,8 +47,8 @@ class StepRunner:
         source: where a row of the data stands, by its number.
         report: is called with one line when micro-batches are split.
         parts: each micro-batch goes through the model in so many parts; more once memory has run out.
-        scale: of the loss. Gradients that are not finite under it halve it, and the step is done again: no row is
-            lost, and no step counts as bad for it.
+        scale: of the loss. Gradients that are not finite under it halve it, and the step is repeated: no row is lost,
+            and it does not count as a bad step.
     """
 
     model: nn.Module
@@ -76,7 +76,7 @@ class StepRunner:
             done = self._apply(made, optimizer)
             if done.finite or not math.isfinite(done.loss) or not self.scale.lower():
                 if not done.finite:
-                    self.scale.value = start  # what no scale repairs is not the scale's fault
+                    self.scale.value = start  # no scale would have helped
                 self.scale.passed()
                 return done
             restore_rng(before)
@@ -92,15 +92,15 @@ class StepRunner:
             self._forget(optimizer)
             if isinstance(optimizer, optim.InBackward):
                 raise TrainingError(
-                    "out of memory; with optimizer_in_backward a step cannot be done again",
+                    "out of memory; with optimizer_in_backward a step cannot be repeated",
                     received=made.message,
                     fix="a smaller --batch-size; the last checkpoint is good",
                 )
             rows = self._split(micro_batches, reached[-1], made, SAFE)
             restore_rng(before)
             self.report(
-                f"out of memory: the step is done again with micro-batches of at most {rows} rows, to the same "
-                "objective"
+                f"out of memory: the step is repeated with micro-batches of at most {rows} rows; "
+                "the loss stays the same"
             )
 
     def _make(self, micro_batches: Sequence[Batch], reached: list[Batch], scale: float) -> Made:
@@ -130,17 +130,17 @@ class StepRunner:
 
     @staticmethod
     def _forget(optimizer: torch.optim.Optimizer) -> None:
-        """Drop gradients and whatever the failed step left."""
+        """Drop the gradients and the memory of a failed step."""
         optimizer.zero_grad(set_to_none=True)
         out_of_memory.free()
 
     def rehearse(self, micro_batches: Sequence[Batch], state_bytes: int, phases: Phases) -> None:
-        """Gradients of the largest step, dropped again, so that what does not fit shows itself before hours of
-        training. Random numbers are put back, and no weight changes; `parts` is what fits.
+        """Make the gradients of the largest step and drop them, so that a step that does not fit is found before
+        hours of training. Random numbers are restored, and no weight changes; `parts` is what fits.
 
         Args:
             micro_batches: those of the step.
-            state_bytes: bytes that the optimizer's states will take; on a GPU they are held meanwhile.
+            state_bytes: bytes that the optimizer's states will take; on a GPU so many are held meanwhile.
             phases: sees what is allocated.
 
         Raises:
@@ -160,7 +160,7 @@ class StepRunner:
             rows = self._split(micro_batches, reached[-1], failed, "")
             self.report(
                 f"out of memory in a rehearsal of the largest step: micro-batches have at most {rows} rows from the "
-                "start, to the same objective"
+                "start; the loss stays the same"
             )
 
     def _rehearse_once(
@@ -168,9 +168,11 @@ class StepRunner:
     ) -> None:
         device = next(self.model.parameters()).device
         held = torch.empty(state_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-        with phases.during("step"):
-            self._make(micro_batches, reached, 1.0)
-        del held
+        try:
+            with phases.during("step"):
+                self._make(micro_batches, reached, 1.0)
+        finally:
+            del held  # an error keeps this frame: it must not keep the bytes that the next attempt asks for
 
     def check_finite(self, done: StepResult, micro_batches: Sequence[Batch], bad: int, checkpoint: str) -> int:
         """How many steps in a row were not finite; their weights were not changed.
