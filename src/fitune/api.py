@@ -7,6 +7,7 @@ found before torch is imported.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,22 +25,25 @@ from fitune.data import given
 from fitune.data.cache import Cache, default_folder
 
 if TYPE_CHECKING:
+    from fitune.commands.inspect import Inspection as Inspection
     from fitune.core.events import Watcher as Watcher
     from fitune.core.plan import Plan as Plan
     from fitune.core.results import Evaluation as Evaluation
     from fitune.core.results import Result as Result
+    from fitune.memory.advice import Advised as Advised
     from fitune.models.model import Tuned as Tuned
 
 # what is passed on as it is, by the modules that have it; loaded when it is first used
 MODULES = {
-    "Converted": "commands.convert", "Downloaded": "models.hub", "Evaluation": "core.results",
-    "Exported": "commands.export", "Merged": "commands.merge", "Plan": "core.plan",
+    "Advised": "memory.advice", "Converted": "commands.convert", "Downloaded": "models.hub",
+    "Evaluation": "core.results",
+    "Exported": "commands.export", "Inspection": "commands.inspect", "Merged": "commands.merge", "Plan": "core.plan",
     "QuantizedModel": "core.results", "Result": "core.results", "StepRecord": "core.records",
     "Tuned": "models.model", "Watcher": "core.events", "convert": "commands.convert", "download": "models.hub",
     "export": "commands.export", "load_model": "models.model", "merge": "commands.merge",
     "quantize": "commands.quantize",
 }  # fmt: skip
-__all__ = sorted([*MODULES, "evaluate", "generate", "load", "plan", "train"])
+__all__ = sorted([*MODULES, "advise", "evaluate", "generate", "inspect", "load", "plan", "train"])
 
 
 def __getattr__(name: str) -> Any:
@@ -56,6 +60,7 @@ def train(
     config: RunConfig | str | Path | None = None,
     *,
     resume: bool = False,
+    fit: bool = False,
     verbose: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
     watch: Watcher | None = None,
@@ -66,6 +71,8 @@ def train(
     Args:
         config: settings as a whole: a RunConfig, or a YAML file of them. Settings beside it win over it.
         resume: go on with the run in `output`.
+        fit: choose the best settings that fit into this machine's memory, beside those that are given; the rows of an
+            optimizer step stay as many. `fitune.advise` shows what it chooses, and why.
         verbose: show in the terminal what the command line shows. Default: nothing is printed.
         on_step: is called with the record of each optimizer step. What it raises ends the run; the checkpoints that
             are there stay whole, and `resume` goes on from the newest.
@@ -88,15 +95,57 @@ def train(
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     if resume and "output" not in settings:
         raise ConfigError("resume: which run?", expected="output, the run folder")
+    if resume and fit:
+        raise ConfigError("fit with resume: a resumed run keeps its settings", fix="leave fit out")
+    report = _Reports(verbose, on_step, watch)
     if resume:
         early.resumed(settings["output"])
-        return _run(
-            {name: value for name, value in settings.items() if name not in ROWS}, True, verbose, on_step, watch
-        )
+        return _resume({name: value for name, value in settings.items() if name not in ROWS}, report)
     cache = _cache(settings.get("cache", "auto"))
     settings |= {name: given.sources(settings[name], name, cache) for name in ROWS if name in settings}
     early.checked(settings)
-    return _run(settings, False, verbose, on_step, watch)
+    return _begin(settings, fit, report)
+
+
+@dataclass(frozen=True)
+class _Reports:
+    """Whom a run reports to."""
+
+    verbose: bool
+    on_step: Callable[[StepRecord], None] | None
+    watch: Watcher | None
+
+    def watcher(self) -> Watcher:
+        from fitune.core.events import Several, Steps
+        from fitune.views.screen import Screen
+        from fitune.views.terminal import Terminal
+
+        shown: list[Watcher] = [Terminal(Screen())] if self.verbose else []
+        shown += [Steps(self.on_step)] if self.on_step is not None else []
+        shown += [self.watch] if self.watch is not None else []
+        return Several(shown)
+
+
+@quietly
+def _resume(settings: Mapping[str, Any], report: _Reports) -> Result:
+    from fitune.commands.train import resume_config
+    from fitune.commands.train import train as run
+
+    return run(resume_config(settings["output"], dict(settings)), resume=True, watch=report.watcher())
+
+
+@quietly
+def _begin(settings: Mapping[str, Any], fit: bool, report: _Reports) -> Result:
+    from fitune.commands.train import train as run
+    from fitune.core.config import build
+
+    watch = report.watcher()
+    if not fit:
+        return run(build(settings), watch=watch)
+    from fitune.commands.fit import fit as fitted
+
+    found = fitted(settings, watch=watch)
+    return run(found.config, watch=watch, outside=found.outside)
 
 
 ROWS = ("data", "eval_data")
@@ -128,28 +177,6 @@ def _cache(folder: str) -> Cache:
         return Cache()
 
 
-@quietly
-def _run(
-    settings: Mapping[str, Any],
-    resume: bool,
-    verbose: bool,
-    on_step: Callable[[StepRecord], None] | None,
-    watch: Watcher | None,
-) -> Result:
-    from fitune.commands.train import resume_config
-    from fitune.commands.train import train as run
-    from fitune.core.config import build
-    from fitune.core.events import Several, Steps
-    from fitune.views.screen import Screen
-    from fitune.views.terminal import Terminal
-
-    watchers: list[Watcher] = [Terminal(Screen())] if verbose else []
-    watchers += [Steps(on_step)] if on_step is not None else []
-    watchers += [watch] if watch is not None else []
-    config = resume_config(settings["output"], dict(settings)) if resume else build(settings)
-    return run(config, resume=resume, watch=Several(watchers))
-
-
 def plan(
     model: str | Path | RunConfig,
     *,
@@ -173,6 +200,50 @@ def plan(
     Raises:
         FituneError: settings, model, data or device that cannot be.
     """
+    model, there, settings = _question(model, data, words, settings)
+    make = quietly(import_module("fitune.commands.plan").plan)
+    made: Plan = make(model, data=there, gpu=gpu, words=words, watch=watch, **settings)
+    return made
+
+
+def advise(
+    model: str | Path | RunConfig,
+    *,
+    data: Data = (),
+    gpu: str | None = None,
+    words: str | Path | None = None,
+    watch: Watcher | None = None,
+    **settings: Any,
+) -> Advised:
+    """Which methods and settings fit, ranked, each planned exactly, with the reasons.
+
+    Args:
+        model, data, gpu, words, watch: as for `plan`; there must be data.
+        settings: as for `train`: those that must stay. batch_size and accumulation stay as their product, the rows of
+            an optimizer step.
+
+    Returns:
+        Suggestions, the best first (`suggestions[0].settings` are for `train`), the memory savers, and the reasons.
+
+    Raises:
+        FituneError: settings, model, data or device that cannot be; or nothing fits.
+
+    Example:
+        >>> fitune.advise("llama-3.1-8b", data=["rows.jsonl"], gpu="24GB").suggestions[0].flags
+    """
+    model, there, settings = _question(model, data, words, settings)
+    if not there:
+        raise ConfigError("advise: with which data?", expected="paths or rows", fix='data=["rows.jsonl"]')
+    search = quietly(import_module("fitune.commands.advise").advise)
+    found: Advised = search(model, data=there, gpu=gpu, words=words, watch=watch, **settings)
+    return found
+
+
+def _question(
+    model: str | Path | RunConfig, data: Data, words: str | Path | None, settings: Mapping[str, Any]
+) -> tuple[str | Path, list[Any], dict[str, Any]]:
+    """The model, the data and the settings of a plan, checked before torch is imported."""
+    settings = dict(settings)
     if not isinstance(model, (str, Path)) or str(model).endswith(early.YAML):
         settings = _beside(model, settings)
         data = data if _is_given(data) else settings.pop("data", ())
@@ -189,9 +260,48 @@ def plan(
         *early.each(early.folder, words),
         *early.each(early.adapter, settings.get("adapter")),
     )
-    make = quietly(import_module("fitune.commands.plan").plan)
-    made: Plan = make(model, data=there, gpu=gpu, words=words, watch=watch, **settings)
-    return made
+    return str(model), there, settings
+
+
+def inspect(
+    data: Data,
+    *,
+    model: str | Path,
+    samples: int = 3,
+    compare: Sequence[str | Path] = (),
+    watch: Watcher | None = None,
+    **settings: Any,
+) -> Inspection:
+    """What will be trained: rows, lengths, labels, tokens, and what the checks find.
+
+    Args:
+        data: paths or rows, as for `train`.
+        model: a model folder, or a folder with only tokenizer files.
+        samples: how many rows are kept token by token.
+        compare: folders of other tokenizers to compare on the same data.
+        watch: what is reported to.
+        settings: as for `train`: those that concern data.
+
+    Raises:
+        FituneError: data or a tokenizer that cannot be read at all. Bad rows are counted, not raised.
+
+    Example:
+        >>> fitune.inspect(["rows.jsonl"], model="models/llama").label_share
+    """
+    from fitune.core.config import build
+
+    settings = names.ours(settings)
+    there = given.sources(data, "data", _cache(settings.get("cache", "auto")))
+    early.together(
+        lambda: early.folder(model),
+        *early.each(early.data, *_paths(there)),
+        *early.each(early.folder, *compare),
+        lambda: early.template(str(settings.get("template", "auto"))),
+    )
+    checked = build({**settings, "model": str(model), "data": there})
+    look = quietly(import_module("fitune.commands.inspect").inspect)
+    seen: Inspection = look(checked, samples=samples, tokenizers=[str(one) for one in compare], watch=watch)
+    return seen
 
 
 def _listed(paths: Any) -> list[Any]:

@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 import fitune
-from fitune.core.errors import DataError
+from fitune.commands.inspect import inspect as look
+from fitune.core.config import build
+from fitune.core.errors import ConfigError, DataError
 from fitune.data import given
 from fitune.data.cache import Cache
 from support import tiny
@@ -257,7 +260,9 @@ def test_wrong_paths_are_told_before_torch_in_python() -> None:
         "import sys\nsys.modules['torch'] = None\nimport fitune\n"
         "for call in (lambda: fitune.train(model='no/x/y', data='n.json'), lambda: fitune.load('no/x/y'),\n"
         "             lambda: fitune.generate('no/x/y', 'hi'), lambda: fitune.evaluate('no/x/y', ['n.json']),\n"
-        "             lambda: fitune.plan('no/x/y', data=['n.json'])):\n"
+        "             lambda: fitune.plan('no/x/y', data=['n.json']),\n"
+        "             lambda: fitune.advise('no/x/y', data=['n.json']),\n"
+        "             lambda: fitune.inspect(['n.json'], model='no/x/y')):\n"
         "    try:\n        call()\n    except fitune.FituneError as error:\n        assert 'nearest' in str(error)\n"
         "    else:\n        raise AssertionError\n"
     )
@@ -272,3 +277,32 @@ def test_names_of_others_are_keywords_too(settings, tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.history[0].lr == pytest.approx(1e-3, rel=0.5)
     assert run.run == str(tmp_path / "run")
+
+
+def test_python_advises_and_trains_with_what_fits(settings, tmp_path: Path) -> None:
+    asked = {"model": settings["model"], "data": ROWS, "method": "lora", "max_length": 64}
+    found = fitune.advise(**asked)
+    best = found.suggestions[0]
+    assert best.plan.fits
+    assert f"--data {found.command.split('--data ')[1].split()[0]}" in found.command
+    assert ".jsonl" in found.command
+    done = fitune.train(**asked, fit=True, max_steps=1, sample_prompts=0, output=tmp_path / "run")
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    defaults = {"batch_size": 8, "accumulation": 1, "method": "lora"}
+    assert {name: config[name] for name in defaults} == {n: best.settings.get(n, d) for n, d in defaults.items()}
+    assert done.steps == 1
+    with pytest.raises(ConfigError, match="fit with resume"):
+        fitune.train(resume=True, fit=True, output=tmp_path / "run")
+    with pytest.raises(ConfigError, match="with which data"):
+        fitune.advise(settings["model"])
+
+
+def test_python_inspects_what_the_command_line_does(settings, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    seen = fitune.inspect(ROWS, model=settings["model"], samples=1, compare=[settings["model"]], train_on="last")
+    of_file = look(build({"model": settings["model"], "data": [str(file)], "train_on": "last"}), samples=1)
+    assert isinstance(seen, fitune.Inspection)
+    assert (seen.rows, seen.lengths, seen.label_share) == (of_file.rows, of_file.lengths, of_file.label_share)
+    assert len(seen.samples) == 1
+    assert len(seen.tokenizers) == 2

@@ -27,8 +27,9 @@ from fitune.memory.advice import Advice, Advised, Saver, Suggestion
 from fitune.memory.search import Candidate
 from fitune.views import advice as adviceview
 from fitune.views import plan_page, report, run_records
-from fitune.views.charts import Bar, Part, Series, StackedBar, bar_chart, line_chart, log_ticks, stacked_bars, thinned
+from fitune.views.charts import Bar, Series, bar_chart, line_chart, log_ticks, thinned
 from fitune.views.pages import linked
+from fitune.views.stacked import Part, StackedBar, stacked_bars
 from support import tiny
 from support.plan_example import GIB, example, on_cpu
 

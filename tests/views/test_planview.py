@@ -14,10 +14,10 @@ from rich.console import Console
 from fitune.core.plan import Compared, Moment, Plan
 from fitune.memory import trace
 from fitune.views import plan as planview
-from fitune.views.charts import Layer, Limit, Part, Peak, Span, StackedBar, area_chart, stacked_bars
 from fitune.views.plan import CATEGORIES, compare_table, plan_table, verdict
 from fitune.views.plan_drawing import plan_bar, plan_timeline
 from fitune.views.plan_page import page
+from fitune.views.stacked import Course, Layer, Limit, Part, Peak, Span, StackedBar, area_chart, stacked_bars
 from support.plan_example import GIB, MIB, PHASES, example, on_cpu
 
 
@@ -265,14 +265,16 @@ def test_layers_are_stacked_to_scale() -> None:
     layers = [Layer("a", [1, 2, 3], "--line1"), Layer("b", [3, 2, 7], "--line2"), Layer("none", [0, 0, 0], "--bad")]
     picture = ET.fromstring(
         area_chart(
-            layers,
-            [0, 0.5, 1],
+            Course(
+                layers,
+                [0, 0.5, 1],
+                spans=[Span("一", 0, 0.5), Span("二", 0.5, 1)],
+                limit=Limit("budget 12.0 GiB", 12),
+                peak=Peak(1, 10, "top"),
+            ),
             label="x",
             unit="GiB",
             form=",.1f",
-            spans=[Span("一", 0, 0.5), Span("二", 0.5, 1)],
-            limit=Limit("budget 12.0 GiB", 12),
-            peak=Peak(1, 10, "top"),
         )
     )
     first, second = [
@@ -294,4 +296,4 @@ def test_layers_are_stacked_to_scale() -> None:
 
 def test_nothing_to_draw() -> None:
     assert "nothing" in stacked_bars([StackedBar("a", [Part("b", 0, "--line1")])], label="x", unit="MiB")
-    assert "nothing" in area_chart([], [], label="x", unit="MiB")
+    assert "nothing" in area_chart(Course([], []), label="x", unit="MiB")

@@ -6,7 +6,9 @@ everywhere; the settings that were typed, ready for `config.build`. No torch her
 
 from __future__ import annotations
 
+import shlex
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
 from cyclopts import Parameter
@@ -147,3 +149,11 @@ def print_json(value: dict[str, Any]) -> None:
     """
     sys.stdout.write(as_json(value) + "\n")
     check_written()
+
+
+def check_page(html: Path | None) -> None:
+    """Whether it can be written is known before the work."""
+    if html is not None and html.exists():
+        raise ConfigError(f"{html}: exists; nothing of yours is overwritten", fix="choose another --html")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise ConfigError(f"{html}: no such folder", fix=f"mkdir -p {shlex.quote(str(html.parent))}")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Optional
 
 from cyclopts import Parameter
 
@@ -19,22 +20,40 @@ from fitune.core import locks, options
 from fitune.core.units import MIB
 
 
-def merge(
-    run: Annotated[str, Parameter(help="A finished run.")],
-    *,
-    output: Annotated[Path, Parameter(help="Folder of the plain model; must be new or empty.")],
-    dtype: Annotated[str, Parameter(help="Of its weights: auto (as the base's), fp32, bf16 or fp16.")] = "auto",
-    force: Annotated[bool, Parameter(negative="", help="Write it though its logits have drifted.")] = False,
+@dataclass(frozen=True)
+class QuantizedBase:
+    """What becomes of a run whose base model was quantized."""
+
     onto: Annotated[
-        str | None, Parameter(help="For a quantized base: put it on `original`, or a folder's weights, and measure.")
-    ] = None,
+        str | None,
+        Parameter(
+            help="For a quantized base model: merge into `original`, its weights before, or into those of a folder, "
+            "and measure the difference."
+        ),
+    ] = None
     requantize: Annotated[
-        bool, Parameter(negative="", help="Quantize the merged model as the base was, and measure.")
+        bool,
+        Parameter(negative="", help="Quantize the merged model as the base model was, and measure the difference."),
+    ] = False
+
+
+def merge(
+    run: Annotated[str, Parameter(help="Run folder of a finished run.")],
+    *,
+    output: Annotated[Path, Parameter(help="Folder of the merged model; must be new or empty.")],
+    dtype: Annotated[
+        str, Parameter(help="Dtype of the weights: auto (the base model's), fp32, bf16 or fp16.")
+    ] = "auto",
+    force: Annotated[
+        bool, Parameter(negative="", help="Write it even where merging changes the logits too much.")
     ] = False,
+    quantized: Annotated[Optional[QuantizedBase], Parameter(name="*")] = None,  # noqa: UP045
     model: Moved = None,
     json: Json = False,
 ) -> None:
-    """Make a run's model a plain one, which transformers loads without fitune or PEFT."""
+    """Merge what was trained into the base model: transformers loads the result without fitune or PEFT."""
+    quantized = quantized or QuantizedBase()
+    onto, requantize = quantized.onto, quantized.requantize
     weights = onto if onto != "original" else None
     early.together(lambda: early.run(run), lambda: early.new_folder(output), *early.each(early.folder, weights, model))
     from fitune.commands.merge import merge as run_merge
@@ -55,7 +74,7 @@ def merge(
 
 
 def reseal(run: Annotated[str, Parameter(help="Run folder.")], *, json: Json = False) -> None:
-    """Accept a run's files as they are now, after a change on purpose; prints what was changed."""
+    """Accept changes that you made to a run's files on purpose: their checksums are written anew."""
     early.resumed(run)
     from fitune.engine.checkpoint import RunFolder
     from fitune.engine.integrity import reseal as run_reseal
@@ -71,11 +90,11 @@ def reseal(run: Annotated[str, Parameter(help="Run folder.")], *, json: Json = F
 
 
 def download(
-    model: Annotated[str, Parameter(help="org/name on the hub, ms:org/name on ModelScope, or a name of the catalog.")],
+    model: Annotated[str, Parameter(help="org/name on the hub, ms:org/name on ModelScope, or a catalog name.")],
     *,
     json: Json = False,
 ) -> None:
-    """Fetch a model into the cache, or what is missing of it; name@revision pins one."""
+    """Download a model into the cache, or the files that are missing; name@revision pins a revision."""
     os.environ.pop("TQDM_DISABLE", None)  # a transfer is what one wants to see the bar of
     from fitune.core import catalog
     from fitune.models.hub import download as fetch
@@ -129,11 +148,11 @@ def quantize(
     model: Annotated[str, Parameter(help="Model folder or hub id.")],
     *,
     quant: Annotated[Literal["int8", "nf4", "fp4"], Parameter(help="Quantization format.")] = "nf4",
-    double: Annotated[bool, Parameter(help="4 bits: quantize the scales too.")] = True,
+    double: Annotated[bool, Parameter(help="With 4 bits: quantize the scales too: 0.4 bits a weight less.")] = True,
     output: Annotated[Path, Parameter(help="Folder of the quantized model; must be new or empty.")],
     json: Json = False,
 ) -> None:
-    """Write a model with quantized linear layers, and tell what that costs layer by layer."""
+    """Write a model with quantized linear layers, and show the error of each layer."""
     early.together(lambda: early.model(model), lambda: early.new_folder(output))
     from fitune.commands.quantize import quantize as run_quantize
     from fitune.views.terminal import quantized_table

@@ -5,78 +5,126 @@ In: what was typed. Out: tables in the terminal, a page, one JSON object. Nothin
 
 from __future__ import annotations
 
-import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from cyclopts import Parameter
 
 from fitune.checks import early
-from fitune.cli.flags import Json, SetOption, console_for, optional, print_json, typed
+from fitune.cli.flags import Json, SetOption, check_page, console_for, optional, print_json, typed
 from fitune.core import config as settings
 from fitune.core.errors import ConfigError
 from fitune.core.units import MIB
 from fitune.views.screen import Screen
 
-
-def check_page(html: Path | None) -> None:
-    """Whether it can be written is known before the work."""
-    if html is not None and html.exists():
-        raise ConfigError(f"{html}: exists; nothing of yours is overwritten", fix="choose another --html")
-    if html is not None and not html.absolute().parent.is_dir():
-        raise ConfigError(f"{html}: no such folder", fix=f"mkdir -p {shlex.quote(str(html.parent))}")
-
-
 PlanFlags = optional(settings.RunConfig, "PlanFlags", without=("model", "data", "output", "force"))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan is for, beside the model."""
+
+    data: Annotated[
+        list[str] | None,
+        Parameter(consume_multiple=True, negative="", help="Data files, folders or ids, as for train."),
+    ] = None
+    gpu: Annotated[
+        str | None,
+        Parameter(help="A memory size (24GB), a GPU (rtx-4090), or this-machine. [default: this machine]"),
+    ] = None
+    tokenizer: Annotated[
+        Path | None, Parameter(help="Tokenizer folder, to count tokens where the model itself is not here.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Instead:
+    """What plan does instead of a plan."""
+
+    verify: Annotated[
+        bool,
+        Parameter(negative="", help="Run three steps here and compare with their plan; needs the model and data."),
+    ] = False
+    calibrate: Annotated[
+        bool, Parameter(negative="", help="Measure what this machine's GPU takes beside tensors, and keep it.")
+    ] = False
+    prove: Annotated[
+        bool, Parameter(negative="", help="Show what was predicted for published runs beside what was measured.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of plan: a model, what the plan is for, and the settings that were given."""
+
+    model: str
+    target: Target
+    given: dict[str, Any]
+
+    @property
+    def data(self) -> list[str]:
+        """The data that was named."""
+        return self.target.data or []
+
+    def arguments(self) -> dict[str, Any]:
+        """As the Python functions take it."""
+        words = str(self.target.tokenizer) if self.target.tokenizer is not None else None
+        return {"model": self.model, "data": self.data, "gpu": self.target.gpu, "words": words, **self.given}
 
 
 def plan(
     model: Annotated[
-        str | None, Parameter(help="Name of the catalog (llama-3.1-8b), config.json, model folder or hub id.")
+        str | None, Parameter(help="Name from the catalog (llama-3.1-8b), config.json, model folder or hub id.")
     ] = None,
     *,
-    data: Annotated[
-        list[str] | None,
-        Parameter(consume_multiple=True, negative="", help="Data files, folders or ids, as for train."),
-    ] = None,
-    gpu: Annotated[
-        str | None, Parameter(help="A size (24GB), a GPU (rtx-4090), this-machine. [default: this machine]")
-    ] = None,
-    tokenizer: Annotated[Path | None, Parameter(help="Tokenizer folder, for a model that is not here.")] = None,
-    verify: Annotated[
-        bool, Parameter(negative="", help="Run three steps on this machine and compare; needs the model and data.")
-    ] = False,
-    calibrate: Annotated[
-        bool, Parameter(negative="", help="Measure what this machine's GPU takes beside tensors, and keep it.")
-    ] = False,
-    prove: Annotated[
-        bool, Parameter(negative="", help="Show what was predicted of published runs, beside what was measured.")
-    ] = False,
-    html: Annotated[Path | None, Parameter(help="Write a page to this file.")] = None,
+    target: Annotated[Optional[Target], Parameter(name="*")] = None,  # noqa: UP045
+    instead: Annotated[Optional[Instead], Parameter(name="*")] = None,  # noqa: UP045
+    html: Annotated[Path | None, Parameter(help="Also write the result as a web page to this new file.")] = None,
     json: Json = False,
     set_: SetOption = None,
-    flags: Annotated[Optional[PlanFlags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045
+    flags: Annotated[Optional[PlanFlags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045  # a model made at run time
 ) -> None:
-    """What a run takes before it runs, and whether that fits. Nothing but a config.json is ever fetched."""
+    """How much memory a run takes, and whether that fits, before anything is downloaded but a config.json.
+
+    With data and without --method: which methods fit, ranked, with reasons (fitune.advise in Python).
+    """
     check_page(html)
-    if sum((verify, calibrate, prove)) > 1:
+    target, instead, console = target or Target(), instead or Instead(), console_for(json)
+    if sum((instead.verify, instead.calibrate, instead.prove)) > 1:
         raise ConfigError("--verify, --calibrate and --prove are three things", fix="one at a time")
-    console = console_for(json)
-    if prove or calibrate:
-        print_figures(_proof(console) if prove else _calibration(console), json)
-        return
+    if instead.prove or instead.calibrate:
+        figures = _proof(console) if instead.prove else _calibration(console)
+    else:
+        question = _question(model, target, settings.merge(settings.parse_assignments(set_ or []), typed(flags)))
+        if instead.verify:
+            figures = _verified(question, html, console)
+        elif "method" not in question.given and question.data:
+            figures = _advised(question, html, console)
+        else:
+            figures = _planned(question, html, console)
+    if json:
+        print_json(figures)
+
+
+def _question(model: str | None, target: Target, given: dict[str, Any]) -> Question:
+    """The question, checked before torch is imported: unknown settings, wrong values and wrong paths, all at once."""
     if model is None:
         raise ConfigError("plan: of which model?", expected="a name such as llama-3.1-8b, a folder, or a hub id")
-    given = settings.merge(settings.parse_assignments(set_ or []), typed(flags))
-    _check(model, data or [], tokenizer, given)
-    given = {name: value for name, value in given.items() if name not in ("model", "data")}
-    if verify:
-        useless = [flag for flag, value in (("--gpu", gpu), ("--tokenizer", tokenizer), ("--html", html)) if value]
-        if useless:
-            raise ConfigError(f"--verify runs the model itself on this machine: {', '.join(useless)} would do nothing")
-        print_figures(_verified(model, data, given, console), json)
-        return
+    data = target.data or []
+    early.together(
+        lambda: _build(given, model, data),
+        lambda: early.shape(model),
+        *early.each(early.data, *data),
+        lambda: early.template(str(given.get("template", "auto"))),
+        *early.each(early.folder, target.tokenizer),
+        *early.each(early.adapter, given.get("adapter")),
+    )
+    return Question(model, target, {name: value for name, value in given.items() if name not in ("model", "data")})
 
+
+def _planned(question: Question, html: Path | None, console: Screen) -> dict[str, object]:
+    """One plan, drawn; what would help where it does not fit."""
     from fitune.commands.plan import answer
     from fitune.core.files import write_atomic
     from fitune.views.plan import plan_table, verdict
@@ -84,16 +132,11 @@ def plan(
     from fitune.views.plan_page import page
     from fitune.views.terminal import Terminal
 
-    words = str(tokenizer) if tokenizer is not None else None
-    if "method" not in given and data:
-        print_figures(_advised(model, data, gpu, words, given, console, html), json)
-        return
     with Terminal(console) as watch:
-        found = answer(model, data=data or (), gpu=gpu, words=words, watch=watch, **given)
-    made = found.plan
-    console.print(plan_table(made))
-    console.print(plan_bar(made, min(console.width, 100)))
-    console.print(plan_timeline(made, min(console.width, 100), 10))
+        found = answer(**question.arguments(), watch=watch)
+    made, width = found.plan, min(console.width, 100)
+    for part in (plan_table(made), plan_bar(made, width), plan_timeline(made, width, 10)):
+        console.print(part)
     for note in made.notes:
         console.print(note, style="yellow", markup=False, highlight=False)
     console.print(verdict(made), markup=False, highlight=False)
@@ -107,7 +150,7 @@ def plan(
     if html is not None:
         write_atomic(html, page(made))
         console.say(f"page {html}")
-    print_figures(figures, json)
+    return figures
 
 
 def _build(given: dict[str, Any], model: str, data: list[str]) -> settings.RunConfig:
@@ -117,27 +160,7 @@ def _build(given: dict[str, Any], model: str, data: list[str]) -> settings.RunCo
     )
 
 
-def _check(model: str, data: list[str], tokenizer: Path | None, given: dict[str, Any]) -> None:
-    """Unknown settings, wrong values and wrong paths, all of them at once."""
-    early.together(
-        lambda: _build(given, model, data),
-        lambda: early.shape(model),
-        *early.each(early.data, *data),
-        lambda: early.template(str(given.get("template", "auto"))),
-        *early.each(early.folder, tokenizer),
-        *early.each(early.adapter, given.get("adapter")),
-    )
-
-
-def _advised(
-    model: str,
-    data: list[str],
-    gpu: str | None,
-    words: str | None,
-    given: dict[str, Any],
-    console: Screen,
-    html: Path | None,
-) -> dict[str, Any]:
+def _advised(question: Question, html: Path | None, console: Screen) -> dict[str, object]:
     """What fits, ranked, with the reasons."""
     from fitune.commands.advise import advise
     from fitune.core.files import write_atomic
@@ -145,7 +168,7 @@ def _advised(
     from fitune.views.terminal import Terminal
 
     with Terminal(console) as watch:
-        found = advise(model, data=data, gpu=gpu, words=words, watch=watch, **given)
+        found = advise(**question.arguments(), watch=watch)
     show(found, console)
     if html is not None:
         write_atomic(html, page(found))
@@ -153,16 +176,14 @@ def _advised(
     return found.as_dict()
 
 
-def print_figures(values: dict[str, Any], json: bool) -> None:
-    if json:
-        print_json(values)
-
-
-def _verified(model: str, data: list[str] | None, given: dict[str, Any], console: Screen) -> dict[str, Any]:
-    """Three steps for real, beside their plan."""
-    if not data:
+def _verified(question: Question, html: Path | None, console: Screen) -> dict[str, object]:
+    """Three real steps beside their plan."""
+    others = {"--gpu": question.target.gpu, "--tokenizer": question.target.tokenizer, "--html": html}
+    if useless := [flag for flag, value in others.items() if value]:
+        raise ConfigError(f"--verify runs the model itself on this machine: {', '.join(useless)} would do nothing")
+    if not question.data:
         raise ConfigError("--verify: with which data?", fix="add --data FILE")
-    checked = settings.build({**given, "model": model, "data": data})
+    checked = settings.build({**question.given, "model": question.model, "data": question.data})
     from fitune.commands.plan import verify
     from fitune.views.plan import compare_table
     from fitune.views.terminal import Terminal
@@ -179,7 +200,7 @@ def _verified(model: str, data: list[str] | None, given: dict[str, Any], console
     return found.as_dict()
 
 
-def _calibration(console: Screen) -> dict[str, Any]:
+def _calibration(console: Screen) -> dict[str, object]:
     from datetime import date
 
     from fitune.memory.calibration import calibrate
@@ -192,7 +213,7 @@ def _calibration(console: Screen) -> dict[str, Any]:
     return found
 
 
-def _proof(console: Screen) -> dict[str, Any]:
+def _proof(console: Screen) -> dict[str, object]:
     from fitune.views.proof import proof, proof_table
 
     found = proof()

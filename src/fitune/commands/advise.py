@@ -28,6 +28,7 @@ from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
 from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.files import expand
+from fitune.core.options import DataSource
 from fitune.core.plan import size_text
 from fitune.memory import search
 from fitune.memory.advice import Advised, Suggestion
@@ -197,5 +198,12 @@ def _command(model: str, data: Sequence[Any], best: Suggestion) -> str:
         model = entry.id
     elif path.is_file():
         model = str(path.parent)
-    files = " ".join(shlex.quote(str(source)) for source in data)
+    files = " ".join(shlex.quote(_path(source)) for source in data)
     return f"fitune train --model {shlex.quote(model)} --data {files} {flags(best.settings)}"
+
+
+def _path(source: object) -> str:
+    """The path of a source, however it was named."""
+    if isinstance(source, Mapping):
+        source = DataSource.model_validate(source)
+    return source.path if isinstance(source, DataSource) else str(source)

@@ -108,10 +108,12 @@ def stack_of(parts: Mapping[str, int], kept: Sequence[str] = CATEGORIES) -> dict
 
 
 def phases_of(plan: Plan) -> list[Moment]:
+    """The most of each phase; of a plan by closed forms the peak alone."""
     return list(plan.phases or [plan.peak])
 
 
 def outside_of(plan: Plan) -> int:
+    """Bytes outside of the allocator."""
     return sum(plan.outside.values())
 
 
@@ -127,6 +129,7 @@ def needed_parts(plan: Plan) -> dict[str, int]:
 
 
 def look_of(name: str) -> Look:
+    """How a category is drawn, a grey one among them."""
     return LOOKS.get(name) or GREYS[name]
 
 

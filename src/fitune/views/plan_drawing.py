@@ -14,8 +14,8 @@ from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
 from fitune.core.plan import Plan, Point
-from fitune.views.charts import BEYOND
 from fitune.views.plan import OUTSIDE, Unit, look_of, needed_parts, outside_of, stack_of, unit_of
+from fitune.views.stacked import BEYOND
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from fitune.core.plan import Plan, Point
-from fitune.views.charts import NARROW, WIDE, Layer, Limit, Part, Peak, Span, StackedBar, area_chart, stacked_bars
+from fitune.views.charts import NARROW, WIDE
 from fitune.views.pages import render
 from fitune.views.plan import (
     CATEGORIES,
@@ -27,6 +27,7 @@ from fitune.views.plan import (
     unit_of,
     verdict,
 )
+from fitune.views.stacked import Course, Layer, Limit, Part, Peak, Span, StackedBar, area_chart, stacked_bars
 
 
 def page(plan: Plan) -> str:
@@ -111,15 +112,12 @@ def _area(plan: Plan, width: int) -> str:
     at = [point.at for point in points]
     totals = [sum(stack.values()) - stack[OUTSIDE] for stack in stacks]
     top = max(range(len(totals)), key=totals.__getitem__)
+    peak = Peak(at[top], totals[top] / unit.size, f"peak of tensors {unit.named(plan.peak.bytes)}")
     return area_chart(
-        layers,
-        at,
+        Course(layers, at, _spans(points), _limit(plan, unit), peak),
         label="memory over the course of the run, by category",
         unit=unit.name,
         form=unit.form,
-        spans=_spans(points),
-        limit=_limit(plan, unit),
-        peak=Peak(at[top], totals[top] / unit.size, f"peak of tensors {unit.named(plan.peak.bytes)}"),
         width=width,
     )
 

@@ -1,0 +1,160 @@
+"""Verbs that train, as they are typed: train, demo.
+
+In: what was typed. Out: a run folder, a few lines in the terminal, one JSON object. Nothing here loads torch
+before it is needed.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+from cyclopts import Parameter
+
+from fitune.checks import early
+from fitune.cli.flags import Flags, Json, SetOption, Verbose, console_for, print_json, typed
+from fitune.core import config as settings
+from fitune.core.errors import ConfigError
+from fitune.core.results import Result
+from fitune.views import screen
+
+
+def train(
+    *,
+    config: Annotated[Path | None, Parameter(help="YAML file with settings; flags win over it.")] = None,
+    set_: SetOption = None,
+    resume: Annotated[bool, Parameter(negative="", help="Go on with the run in --output.")] = False,
+    fit: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            help="Choose the best settings that fit into memory, beside those that are given, and say why. "
+            "The rows of an optimizer step stay as many: batch_size shrinks, accumulation grows.",
+        ),
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        Parameter(help="With --fit: the GPU (rtx-4090) or size (24GB) to fit into; planned only, if it is not here."),
+    ] = None,
+    verbose: Verbose = False,
+    json: Json = False,
+    flags: Annotated[Optional[Flags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045  # a model made at run time
+) -> None:
+    """Fine-tune a model on your data."""
+    values: dict[str, Any] = settings.read_yaml(config) if config else {}
+    values = settings.merge(values, settings.parse_assignments(set_ or []))
+    values = settings.merge(values, typed(flags))
+    checked = _checked(values, resume=resume, fit=fit, gpu=gpu)
+
+    from fitune.commands.train import resume_config
+    from fitune.commands.train import train as run_training
+    from fitune.views.terminal import Terminal
+
+    console, outside = console_for(json), None
+    if fit and checked is not None:
+        planned = _fitted(values, gpu, console, json)
+        if planned is None:
+            return
+        checked, outside = planned
+    if checked is None:
+        checked = resume_config(values["output"], values)
+    result = run_training(checked, resume=resume, watch=Terminal(console, verbose=verbose), outside=outside)
+    _print_result(result, console)
+    if json:
+        print_json(result.as_dict())
+
+
+def _checked(values: dict[str, Any], *, resume: bool, fit: bool, gpu: str | None) -> settings.RunConfig | None:
+    """The settings, checked before torch is imported; None for a run that is resumed, which has its own."""
+    if resume and "output" not in values:
+        raise ConfigError("--resume: which run?", fix="add --output RUN")
+    if resume:
+        early.resumed(values["output"])
+    if gpu is not None and not fit:
+        raise ConfigError("--gpu without --fit", fix="fitune plan takes --gpu; train takes it with --fit")
+    if fit and resume:
+        raise ConfigError("--fit with --resume: a resumed run keeps its settings", fix="leave --fit out")
+    return None if resume else early.checked(values, output=gpu is None)
+
+
+def _fitted(
+    values: dict[str, Any], gpu: str | None, console: screen.Screen, json: bool
+) -> tuple[settings.RunConfig, dict[str, int]] | None:
+    """The settings that fit best, and what their plan counts beside the tensors; None: they are for another machine,
+    and nothing is run."""
+    from fitune.commands.fit import fit
+    from fitune.views.advice import show_fit
+    from fitune.views.terminal import Terminal
+
+    with Terminal(console) as watch:
+        found = fit(values, gpu=gpu, watch=watch)
+    show_fit(found.advised, console)
+    if found.advised.here:
+        return found.config, found.outside
+    console.print(
+        f"planned for {found.advised.where}, which is not here: nothing is run", markup=False, highlight=False
+    )
+    if json:
+        print_json(found.advised.as_dict())
+    return None
+
+
+def _print_result(result: Result, console: screen.Screen) -> None:
+    base, before, after = result.base_held_out_loss, result.held_out_loss_before, result.held_out_loss_after
+    if base is not None and before is not None and after is not None:
+        of_base = f"{base:.4f} of the base model, " if base != before else ""
+        console.print(f"held-out loss {of_base}{before:.4f} before, [bold]{after:.4f}[/] after", highlight=False)
+        if after > base:
+            console.print("[yellow]the base model does better on the held-out rows than what was tuned[/]")
+    console.print(
+        f"{result.steps} steps, {result.real_tokens_per_second:,.0f} real tokens/s, peak memory "
+        f"{result.peak_memory_mib:,.0f} MiB ({result.expected_memory_mib:,.0f} expected)",
+        highlight=False,
+    )
+    console.say(f"run folder {result.run} (open report.html; fitune chat {shlex.quote(result.run)})")
+
+
+def demo(
+    *,
+    output: Annotated[str | None, Parameter(help="Run folder. [default: runs/demo-<number>]")] = None,
+    kill: Annotated[
+        bool, Parameter(negative="", help="Show that a killed and resumed run equals an unbroken one.")
+    ] = False,
+    resume: Annotated[bool, Parameter(negative="", help="Go on with the demo in --output.")] = False,
+    verbose: Verbose = False,
+    json: Json = False,
+) -> None:
+    """Fine-tune the bundled model on the bundled data (CPU, about a minute) and show what changed."""
+    from fitune.commands import demo as demos
+    from fitune.views.terminal import Terminal, answers_table
+
+    console = console_for(json)
+    if kill:
+        killed = demos.kill_demo(output, say=console.say)
+        verdict = "[green]equal, bit for bit[/]" if killed.equal else "[red]NOT equal[/]"
+        console.print(f"{killed.kills} kills, {killed.kills_inside_a_save} inside a save: weights and losses {verdict}")
+        if json:
+            print_json(killed.as_dict())
+        if not killed.equal:
+            raise SystemExit(1)
+        return
+    result, table = demos.demo(output, Terminal(console, verbose=verbose), resume=resume)
+    console.print(answers_table(table[:: max(1, len(table) // 10)]))
+    console.print(
+        f"exact match on {result.held_out_prompts} held-out prompts: [bold]{result.base_accuracy:.1%}[/] before, "
+        f"[bold]{result.tuned_accuracy:.1%}[/] after; {result.seconds:.0f} s in all, "
+        f"peak memory of the process {result.peak_memory_mib:,.0f} MiB ({result.expected_memory_mib:,.0f} expected)",
+        highlight=False,
+    )
+    _next_steps(console, result.run, str(demos.bundled() / "model"))
+    if json:
+        print_json(result.as_dict())
+
+
+def _next_steps(console: screen.Screen, run: str, model: str) -> None:
+    named = shlex.quote(run)
+    console.say(f"\nrun folder   {run}   (open {Path(run) / 'report.html'})")
+    console.say(f"talk to it   fitune chat {named} --compare")
+    console.say(f"your data    fitune train --model {shlex.quote(model)} --data my.jsonl --output runs/mine")
+    console.say("what fits    fitune plan llama-3.1-8b --gpu 24GB --data my.jsonl")

@@ -1,0 +1,151 @@
+"""Verbs that use a model, as they are typed: chat, eval.
+
+In: what was typed. Out: answers, or a table of scores and one JSON object. No torch before it is needed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Annotated, Optional
+
+from cyclopts import Parameter
+
+from fitune.checks import early
+from fitune.cli.flags import Json, Moved, Precision, Quant, console_for, pair, print_json
+from fitune.core.errors import ConfigError
+from fitune.views import screen
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the model is loaded, the same for every verb that uses one."""
+
+    model: Moved = None
+    template: Annotated[str, Parameter(help="Prompt template, for a model folder; a run brings its own.")] = "auto"
+    precision: Precision = None
+    quant: Quant = None
+    device: Annotated[str, Parameter(help="Where to compute: auto, cpu, cuda, cuda:1, ...")] = "auto"
+
+    def check(self, run: str) -> list[Callable[[], object]]:
+        """The checks that need no torch."""
+        return [
+            lambda: early.run_or_model(run),
+            lambda: early.template(self.template),
+            *early.each(early.folder, self.model),
+        ]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How an answer is drawn from the model's probabilities."""
+
+    temperature: Annotated[float, Parameter(help="0: always the most probable token; higher: more variety.")] = 0.0
+    top_p: Annotated[
+        float, Parameter(help="Draw only from the most probable tokens that together have this probability.")
+    ] = 1.0
+    max_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 256
+    seed: Annotated[int | None, Parameter(help="Seed of the random draws; the same seed, the same answers.")] = None
+
+
+def chat(
+    run: Annotated[str, Parameter(help="Run folder or model folder.")],
+    *,
+    compare: Annotated[bool, Parameter(negative="", help="Show the base model's answer too.")] = False,
+    system: Annotated[str, Parameter(help="System message that the conversation starts with.")] = "",
+    drawing: Annotated[Optional[Drawing], Parameter(name="*")] = None,  # noqa: UP045
+    loading: Annotated[Optional[Loading], Parameter(name="*")] = None,  # noqa: UP045
+) -> None:
+    """Talk to a run; works in a pipe too: echo 你好 | fitune chat RUN."""
+    how, loading = drawing or Drawing(), loading or Loading()
+    if how.temperature < 0 or not 0 < how.top_p <= 1 or how.max_tokens < 1:
+        raise ConfigError(
+            "chat: a setting is out of range",
+            received=f"temperature {how.temperature}, top-p {how.top_p}, max tokens {how.max_tokens}",
+            expected="temperature >= 0, 0 < top-p <= 1, max tokens >= 1",
+        )
+    early.together(*loading.check(run))
+    from fitune.commands.chat import HELP, Chat, talk
+    from fitune.data.templates.base import kept_date
+    from fitune.engine.generation import Sampling
+    from fitune.engine.loading import load
+
+    console = screen.Screen()
+    tuned = load(run, **asdict(loading))
+    sampling = Sampling(how.temperature, how.top_p, how.max_tokens, how.seed)
+    if told := kept_date(tuned.template):
+        screen.Screen(stderr=True).say(told)
+    other = Chat(tuned, sampling, system=system, base=True) if compare else None
+    if sys.stdin.isatty():
+        console.print(HELP)
+    talk(_lines(), Chat(tuned, sampling, system=system), other, console)
+
+
+def _lines() -> Iterator[str]:
+    """Lines from the terminal, with a prompt, or from a pipe."""
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            yield line
+            if screen.failed(sys.stdout):  # nobody reads the answers any more
+                return
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  # arrow keys and history in input()
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What eval generates and shows."""
+
+    loss_only: Annotated[bool, Parameter(negative="", help="Measure only the loss; generate no answers.")] = False
+    max_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 256
+    samples: Annotated[int, Parameter(help="Rows to show, with the base model's and the tuned model's answers.")] = 5
+
+
+def evaluate(
+    run: Annotated[str, Parameter(help="Run folder, model folder or hub id.")],
+    *,
+    data: Annotated[list[str], Parameter(consume_multiple=True, help="Held-out data: files, folders or hub ids.")],
+    take: Annotated[
+        int | None, Parameter(help="Rows to use of each source, drawn with a fixed seed. [default: all]")
+    ] = None,
+    map_: Annotated[
+        list[str] | None,
+        Parameter(name="--map", consume_multiple=True, negative="", help="What columns mean: content=prompt ..."),
+    ] = None,
+    answers: Annotated[Optional[Answers], Parameter(name="*")] = None,  # noqa: UP045
+    loading: Annotated[Optional[Loading], Parameter(name="*")] = None,  # noqa: UP045
+    json: Json = False,
+) -> None:
+    """Measure a run beside its base model, or a model: loss, perplexity, exact match, BLEU-4, ROUGE-L."""
+    answers, loading = answers or Answers(), loading or Loading()
+    columns = dict(pair("map", text) for text in map_ or [])
+    early.together(*loading.check(run), *early.each(early.data, *data))
+    from fitune.commands.evaluate import evaluate as run_evaluation
+    from fitune.views.terminal import Terminal, answers_table, scores_table
+
+    console = console_for(json)
+    with Terminal(console) as watch:
+        found = run_evaluation(
+            run,
+            data,
+            take=take,
+            answer=not answers.loss_only,
+            max_new_tokens=answers.max_tokens,
+            samples=answers.samples,
+            columns=columns,
+            watch=watch,
+            **asdict(loading),
+        )
+    if found.samples:
+        console.print(answers_table(found.samples, base=found.base is not None))
+    console.print(scores_table(found))
+    if json:
+        print_json(found.as_dict())
