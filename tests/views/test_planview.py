@@ -14,7 +14,7 @@ from rich.console import Console
 from fitune.core.plan import Compared, Moment, Plan
 from fitune.memory import trace
 from fitune.views import plan as planview
-from fitune.views.plan import CATEGORIES, compare_table, plan_table, verdict
+from fitune.views.plan import CATEGORIES, compare_table, plan_table, plan_tables, verdict
 from fitune.views.plan_drawing import plan_bar, plan_timeline
 from fitune.views.plan_page import page
 from fitune.views.stacked import Course, Layer, Limit, Part, Peak, Span, StackedBar, area_chart, stacked_bars
@@ -76,7 +76,7 @@ def test_the_page_and_the_terminal_say_the_same(name: str) -> None:
 
 # ---- tables ----
 def test_table() -> None:
-    table = plan_table(example())
+    (table,) = plan_tables(example(), 100)
     assert [column.header for column in table.columns] == ["", *PHASES]
     assert [str(column.style) for column in table.columns[1:]].index("bold yellow") == PHASES.index("loss")
     lines = printed(table).splitlines()
@@ -92,10 +92,21 @@ def test_table() -> None:
 
 @pytest.mark.parametrize("unit", [MIB // 10, MIB, 100 * MIB, GIB, 90 * GIB])
 def test_table_fits_100_columns(unit: int) -> None:
-    text = printed(plan_table(example(unit)))
+    text = printed(plan_table(example(unit), 100))
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
     assert "checkpoint" in text
+
+
+@pytest.mark.parametrize("unit", [MIB // 10, MIB, 100 * MIB, GIB, 90 * GIB])
+def test_no_figure_of_the_table_is_cut_off_at_80_columns(unit: int) -> None:
+    text = printed(plan_table(example(unit), 80), width=80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    wide = plan_tables(example(unit), 1000)[0]
+    figures = [cell for column in wide.columns[1:] for cell in column._cells]
+    assert sorted(re.findall(r"[<\d][\d.,]*|(?<= )-(?=\s|$)", text.split("\n", 1)[1])) == sorted(map(str, figures))
+    assert [name for name in PHASES if name not in text] == []
 
 
 def test_small_categories_join_the_temporaries_and_the_total_stays() -> None:

@@ -135,7 +135,7 @@ def _planned(question: Question, html: Path | None, console: Screen) -> dict[str
     with Terminal(console) as watch:
         found = answer(**question.arguments(), watch=watch)
     made, width = found.plan, min(console.width, 100)
-    for part in (plan_table(made), plan_bar(made, width), plan_timeline(made, width, 10)):
+    for part in (plan_table(made, console.width), plan_bar(made, width), plan_timeline(made, width, 10)):
         console.print(part)
     for note in made.notes:
         console.print(note, style="yellow", markup=False, highlight=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -49,6 +50,7 @@ GREYS = {
     FRAGMENTATION: Look("--fragmentation", "#9a9da3", "%"),
     OUTSIDE: Look("--outside", "#6b7078", "#"),
 }
+GAP = 2  # columns between two columns of a table
 SMALL = 0.0005  # of the peak: what is never more joins the temporaries in a table
 PLACES = {
     "load": "while the model is loaded",
@@ -137,7 +139,7 @@ def look_of(name: str) -> Look:
 def verdict(plan: Plan) -> str:
     """What the plan needs, whether that fits its budget, and what it is at the peak: one sentence without a full stop.
 
-    Sizes are MiB or GiB, as they are told.
+    Sizes are in MiB or GiB, with their unit.
     """
     return "; ".join(part for part in (_needs(plan), _fits(plan), _where(plan)) if part)
 
@@ -198,18 +200,44 @@ def grid(plan: Plan) -> Grid:
     return Grid(unit_of(plan), names, [row for row in rows if any(row[1])], total, peak)
 
 
-def plan_table(plan: Plan) -> Table:
-    """A row for each category, a column for each phase, and what they are together; the peak's column is marked."""
+def plan_table(plan: Plan, width: int = 10_000) -> Group:
+    """A row for each category, a column for each phase, and what they are together; the peak's column is marked.
+
+    Args:
+        plan: any.
+        width: of the console, in columns. Phases that find no room there stand in a table of their own below: a figure
+            that is cut off is none.
+    """
+    return Group(*plan_tables(plan, width))
+
+
+def plan_tables(plan: Plan, width: int) -> list[Table]:
+    """The tables of `plan_table`, as many as it takes."""
     shown = grid(plan)
     cell = shown.unit.cell
-    table = Table(title=f"memory by phase, {shown.unit.name}", title_justify="left", box=None, pad_edge=False)
+    columns = [[cell(sizes[n]) for _, sizes in shown.rows] + [cell(shown.total[n])] for n in range(len(shown.phases))]
+    wide = [GAP + max(map(len, [name, *cells])) for name, cells in zip(shown.phases, columns, strict=True)]
+    names = 2 + max(len(name) for name, _ in shown.rows)
+    groups: list[list[int]] = [[]]
+    for number in range(len(columns)):
+        if groups[-1] and names + sum(wide[n] for n in [*groups[-1], number]) > width:
+            groups.append([])
+        groups[-1].append(number)
+    return [_phase_table(shown, columns, group) for group in groups]
+
+
+def _phase_table(shown: Grid, columns: Sequence[Sequence[str]], group: Sequence[int]) -> Table:
+    """The columns of some phases."""
+    title = f"memory by phase, {shown.unit.name}" if 0 in group else None
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for number, name in enumerate(shown.phases):
+    for number in group:
         style = "bold yellow" if number == shown.peak else ""
-        table.add_column(escape(name), justify="right", no_wrap=True, style=style, header_style=style or "bold")
-    for name, sizes in shown.rows:
-        table.add_row(f"[on {LOOKS[name].colour}] [/] {name}", *map(cell, sizes))
-    table.add_row("total", *map(cell, shown.total), style="bold")
+        name = escape(shown.phases[number])
+        table.add_column(name, justify="right", no_wrap=True, style=style, header_style=style or "bold")
+    for row, (name, _) in enumerate(shown.rows):
+        table.add_row(f"[on {LOOKS[name].colour}] [/] {name}", *(columns[number][row] for number in group))
+    table.add_row("total", *(columns[number][-1] for number in group), style="bold")
     return table
 
 
