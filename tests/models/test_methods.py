@@ -1,4 +1,4 @@
-"""Ways of tuning: published counts, work not done, runs that resume, adapters that go on and stand side by side."""
+"""Methods: published counts, work not done, runs that resume, adapters that go on and stand side by side."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def advise(
 
 
 def _searched(exactly: Exact, settings: Mapping[str, Any], watch: Watcher) -> search.Found:
-    rows, ticker = exactly.rows, Ticker(watch, "ways of tuning", None)
+    rows, ticker = exactly.rows, Ticker(watch, "methods", None)
 
     def tell(done: int, total: int) -> None:
         ticker.total = total

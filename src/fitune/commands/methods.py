@@ -1,4 +1,4 @@
-"""The ways of tuning side by side: what each trains, what that takes, whether it merges, where it works.
+"""The methods side by side: what each trains, what that takes, whether it merges, where it works.
 
 In: the shape of a model (its config alone). Out: a row per method. No weights are needed: the model is built without
 storage.

@@ -1,7 +1,7 @@
-"""What fits: every way of tuning in every precision, with the largest batch, by arithmetic.
+"""What fits: every method in every precision, with the largest batch, by arithmetic.
 
 In: settings that are given, the model's config, the lengths of the rows, a device. Out: candidates, the best first. The
-memory of a phase is linear in the tokens of a micro-batch and in the number of blocks, so each way of tuning is traced
+memory of a phase is linear in the tokens of a micro-batch and in the number of blocks, so each method is traced
 twice, on models of a few blocks, with two sizes of micro-batches each; the rest is arithmetic in batch, length and
 depth. What is shown to a user is planned exactly afterwards (planning.py).
 """
@@ -146,7 +146,7 @@ def _rank(one: Candidate) -> tuple[float, float, float]:
 
 
 def _ways(given: Mapping[str, Any], shape: Any, where: device.Device) -> Iterator[tuple[str, dict[str, Any], float]]:
-    """Every way of tuning that agrees with what was given, plain and with each saver; none under two names."""
+    """Every method that agrees with what was given, plain and with each saver; none under two names."""
     empty = without_weights(shape)
     family = families.of(empty)
     computing = "bf16" if where.bf16 and where.kind == "cuda" else "fp16" if where.kind == "cuda" else "fp32"
@@ -207,7 +207,7 @@ def _no_way(given: Mapping[str, Any], shape: Any, where: device.Device) -> Fitun
         return error
     told = ", ".join(sorted(given)) or "nothing"
     return ConfigError(
-        "no way of tuning agrees with all that is given",
+        "no method agrees with all that is given",
         received=f"settings that must stay: {told}",
         fix="give fewer of them, or name the --method and plan that one run with `fitune plan`",
     )

@@ -240,7 +240,7 @@ def kept_table(parts: Sequence[Kept]) -> Table:
 
 def methods_table(rows: Sequence[Overview], model: str) -> Table:
     """A line for each method; what else there is to know of some stands below."""
-    table = Table(title=f"ways of tuning, figures for {escape(model)}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"methods, with figures for {escape(model)}", title_justify="left", box=None, pad_edge=False)
     table.add_column("method", style="cyan", no_wrap=True)
     table.add_column("trains", ratio=1)
     for name in ("parameters", "MiB", "merges", "learning\nrate"):

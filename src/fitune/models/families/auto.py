@@ -1,6 +1,6 @@
 """Any other causal LM: its parts by the names found in it.
 
-In: a model. Out: a Family, or an error that says which part was not found. What was found is said aloud before the
+In: a model. Out: a Family, or an error that says which part was not found. What was found is reported before the
 first step; that flat batches are right is shown by the leak probe, as for every model.
 """
 

@@ -1,4 +1,4 @@
-"""Ways of tuning: each one a file, found by the name that users type.
+"""Methods: each one a file, found by the name that users type.
 
 In: a method's name. Out: a Method, which attaches trainable parameters to a model and says what it trains.
 """

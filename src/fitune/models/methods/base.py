@@ -1,4 +1,4 @@
-"""What every way of tuning offers."""
+"""What every method offers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Quantized:
 
 
 class Method:
-    """A way of tuning.
+    """A method of tuning.
 
     The model never knows its method: `attach` converts it from outside and leaves exactly the method's parameters
     trainable, in float32. `expected` is the closed form that the result is checked against before the first step.

@@ -1,0 +1,96 @@
+"""Plain language: help texts, messages and documents keep to the glossary (ARCHITECTURE.md says what each word means).
+
+A word that the glossary rules out stands in RULED_OUT with what is said in its place. Where such a word is right, the
+place stands in ALLOWED. The list grows: add a word once no text has it any more.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fitune.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "src" / "fitune").rglob("*.py"))
+DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("README*.md")), ROOT / "ARCHITECTURE.md"]
+PAGES = sorted((ROOT / "src" / "fitune" / "views" / "pages").glob("*.jinja"))
+RULED_OUT = {  # a pattern, and what is said in its place
+    r"\bmend(s|ed|ing)?\b": "fix",
+    r"\bsaid aloud\b": "printed, or reported",
+    r"\bwhat is well\b": "passed checks",
+    r"\btokenizers to put beside\b": "tokenizers to compare",
+    r"\bway of tuning\b|\bways of tuning\b": "method",
+    r"底座|原模型|底模": "基座模型",
+    r"不用检查点|有无检查点|重计算检查点": "激活检查点",
+}
+IN_HELP = {  # further words that no help text has
+    r"\bwords?\b": "token, tokenizer, or text",
+    r"\b(tell|tells|told)\b": "print, show or say",
+    r"\bthings?\b": "what it is",
+    r"(?<!learning )\brate\b": "learning rate",
+    r"^(How|Which|What)\.": "a sentence that says what the option sets",
+}
+ALLOWED = {  # (file's or verb's name, the pattern): a word that is right there
+    ("help", r"\bwords?\b"),
+}
+
+
+def strings(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of the string literals of a module, docstrings among them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def broken(name: str, text: str, rules: dict[str, str] = RULED_OUT) -> list[str]:
+    """What is to be said otherwise in a text."""
+    return [
+        f"{name}: {found[0]!r} in {text[max(0, found.start() - 40) : found.end() + 40]!r}: say {instead}"
+        for pattern, instead in rules.items()
+        if (Path(name).stem, pattern) not in ALLOWED
+        for found in re.finditer(pattern, text, re.IGNORECASE)
+    ]
+
+
+def helps(verb: str) -> dict[str, str]:
+    """Each option of a verb with its help text."""
+    arguments = cli.app[verb].assemble_argument_collection()
+    return {f"{verb} {one.name}": str(one.parameter.help or "") for one in arguments if one.name != "*"}
+
+
+VERBS = [verb for verb in cli.app if not verb.startswith("-")]
+
+
+def test_messages_and_docstrings_keep_to_the_glossary() -> None:
+    faults = [
+        fault for path in SOURCES for line, text in strings(path) for fault in broken(f"{path.name}:{line}", text)
+    ]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *PAGES], ids=lambda path: path.name)
+def test_documents_and_pages_keep_to_the_glossary(path: Path) -> None:
+    faults = broken(path.name, path.read_text(encoding="utf-8"))
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_says_what_it_sets(verb: str) -> None:
+    found = helps(verb)
+    assert all(text.strip() for name, text in found.items()), [name for name, text in found.items() if not text.strip()]
+    faults = [fault for name, text in found.items() for fault in broken(name, text, {**RULED_OUT, **IN_HELP})]
+    assert not faults, "\n".join(faults)
+
+
+def test_a_planted_word_is_found() -> None:
+    assert broken("a", "a user can mend it") == ["a: 'mend' in 'a user can mend it': say fix"]
+    assert broken("a", "与原模型并排")
+    assert not broken("a", "recommended, 激活检查点, 检查点 of a run")
+    assert broken("train --x", "Words to put beside.", IN_HELP)
+    assert broken("train --x", "How.", IN_HELP)
+    assert not broken("train --x", "Peak learning rate.", IN_HELP)
