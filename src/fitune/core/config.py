@@ -93,7 +93,7 @@ class DataConfig(Options):
     fill: dict[str, str] = {}
     """Texts for the slots {{name}} in the data: name=Ada."""
     take: Annotated[list[Annotated[int, Field(ge=1, le=MOST_COUNT)]], BeforeValidator(listed)] = []
-    """So many rows of each source of data, drawn with the seed; one number, or one for each."""
+    """Rows to use of each source of data, drawn with the seed; one number, or one for each source."""
     weight: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], BeforeValidator(listed)] = []
     """How often the rows of each source are trained in a pass; one number, or one for each."""
     skip_bad: bool = False
@@ -102,7 +102,7 @@ class DataConfig(Options):
     """Prompt template: auto (the tokenizer's own, else alpaca), or a name."""
     system_role: Literal["auto", "keep", "first-user"] = "auto"
     """What becomes of a system text in the tokenizer's own template: keep, first-user (it goes into the first user's
-    turn), or auto (that, and it is said, where the template has no place for it: Gemma 2)."""
+    turn), or auto (first-user, with a notice, where the template has no place for it: Gemma 2)."""
     template_options: dict[str, Any] = {}
     """Variables that the tokenizer's own template reads: enable_thinking=false. The run keeps them."""
     new_tokens: list[str] = []
@@ -113,7 +113,7 @@ class DataConfig(Options):
     max_length: Annotated[int, Field(ge=2, le=MOST_COUNT)] | Literal["auto"] = "auto"
     """Longest row in tokens. Longer rows are cut: activations grow with it."""
     length_policy: LengthPolicy = "split"
-    """What becomes of rows longer than max_length: split (documents of plain text become several samples; conversations
+    """What to do with rows longer than max_length: split (documents of plain text become several samples; conversations
     are cut), cut (the prompt first, then the answer), drop, or refuse the run."""
     train_on: TrainOn = "all"
     """Which answers of a conversation are trained: all, the last one, or those that call a tool."""
@@ -126,7 +126,7 @@ class DataConfig(Options):
     folder, or none."""
 
     cache_size: Annotated[str, BeforeValidator(_size)] = "20GB"
-    """Most that the cache may hold (20GB, 500MB): what was not used for the longest time goes, and is named."""
+    """Largest size of the cache (20GB, 500MB): beyond it the entries unused for longest are removed, and named."""
 
     @field_validator("model", "template", "cache", mode="before")
     @classmethod
@@ -183,7 +183,7 @@ class RunConfig(DataConfig):
     """Most rows that are held out from the training data."""
     method: str = "lora"
     """How to tune: full, freeze, tail, bitfit, prompt, p-tuning, prefix, adapter, lora, ia3, or peft:TYPE for any other
-    method of PEFT. `fitune methods` tells what each trains."""
+    method of PEFT. `fitune methods` prints what each trains."""
     adapter: str | None = None
     """Go on from what was tuned before: a run folder, or its adapter folder. It must be of the same method."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -225,7 +225,7 @@ class RunConfig(DataConfig):
     batch_tokens: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     """Tokens per micro-batch, in place of batch_size: memory stays even where rows differ in length."""
     loss_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Label rows whose logits are there at once; each takes 6 bytes for each word of the vocabulary, 8 in fp32. auto:
+    """Label rows whose logits are there at once; each takes 6 bytes for each token of the vocabulary, 8 in fp32. auto:
     32 MiB of logits on a CPU; on a GPU at least 512 rows, a quarter of the largest micro-batch where there is room."""
     layout: Literal["auto", "flat", "padded", "documents"] = "auto"
     """How documents go through the model. auto: flat, unless a probe on the model shows that documents leak."""
@@ -234,7 +234,7 @@ class RunConfig(DataConfig):
     epochs: float = Field(default=3.0, gt=0, le=10_000)
     """Passes over the data."""
     max_steps: int | None = Field(default=None, ge=1, le=MOST_COUNT)
-    """Stop after so many optimizer steps, whatever epochs says."""
+    """Stop after this number of optimizer steps, whatever epochs says."""
     lr: float | None = Field(default=None, gt=0, le=1e6)
     """Peak learning rate. Default: the method's own."""
     warmup: float = Field(default=0.05, ge=0, le=1)
@@ -264,9 +264,9 @@ class RunConfig(DataConfig):
     sample_prompts: int = Field(default=3, ge=0, le=MOST_BATCH)
     """Held-out prompts that are answered before and after, for the report."""
     sample_tokens: int = Field(default=64, ge=1, le=MOST_BATCH)
-    """Longest such answer, in tokens."""
+    """Most tokens of such an answer."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """Where to compute: auto, cpu, cuda, cuda:1, ..."""
     force: bool = False
     """Run though the plan says that it does not fit, or an epsilon that float16 weights may not survive."""
 

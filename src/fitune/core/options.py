@@ -30,23 +30,23 @@ class LoraOptions(Options):
     """LoRA (Hu et al. 2021, arXiv:2106.09685). Trainable parameters per target: rank x (inputs + outputs)."""
 
     rank: int = Field(default=8, ge=1, le=MOST_WIDTH)
-    """Width of the update. Trainable bytes (weights, gradients, Adam states) grow with it."""
+    """Rank of the update matrices. Trainable bytes (weights, gradients, Adam states) grow with it."""
     alpha: float = Field(default=16.0, gt=0, le=1e9)
     """The update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of the update."""
     targets: OneOrMore = "auto"
-    """Which linear layers: auto (the family's attention projections), all-linear, or names."""
+    """Linear layers that get an update: auto (the family's attention projections), all-linear, or names."""
     ranks: dict[str, Annotated[int, Field(ge=1, le=MOST_WIDTH)]] = {}
     """Other ranks for some targets: the end of a name, or a regular expression, to a rank."""
     dora: bool = False
-    """DoRA (Liu et al. 2024, arXiv:2402.09353): magnitudes are trained beside; one more number per output."""
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): trains the magnitudes too, one more number per output."""
     rslora: bool = False
     """rsLoRA (Kalajdzievski 2023, arXiv:2312.03732): scaled by alpha / sqrt(rank), so that high ranks learn."""
     init: Literal["default", "pissa"] = "default"
     """default: B = 0, nothing changes at the start. pissa: the base's largest singular vectors (arXiv:2404.02948)."""
     b_rate: float = Field(default=1.0, gt=0, le=1e6)
-    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the matrices B learn so many times faster; 16 is usual there."""
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): factor on the learning rate of the matrices B; 16 is usual."""
     save: list[str] = []
     """Modules trained whole beside it: embeddings, head, or names. They cost 16 bytes a parameter."""
 
@@ -55,15 +55,15 @@ class FreezeOptions(Options):
     """Training only some of the base's own parameters. The backward pass stops at the first of them."""
 
     blocks: int = Field(default=2, ge=0, le=10_000)
-    """The last so many transformer blocks."""
+    """How many of the last transformer blocks to train."""
     tensors: int | None = Field(default=None, ge=1, le=MOST_COUNT)
-    """In place of blocks: the last so many parameter tensors."""
+    """Instead of blocks: how many of the last parameter tensors to train."""
     patterns: list[str] = []
-    """In place of blocks: parameters whose names contain a match of one of these regular expressions."""
+    """Instead of blocks: train parameters whose names contain a match of one of these regular expressions."""
     head: bool = False
-    """The output head too."""
+    """Train the output head too."""
     norm: bool = False
-    """The final norm too."""
+    """Train the final norm too."""
 
 
 class TailOptions(Options):
@@ -73,9 +73,9 @@ class TailOptions(Options):
     """block: copies of transformer blocks whose outputs begin at zero (LLaMA Pro, Wu et al. 2024, arXiv:2401.02415).
     mlp: a small residual MLP behind the final norm."""
     blocks: int = Field(default=2, ge=1, le=10_000)
-    """How many new blocks."""
+    """Number of new blocks."""
     interleaved: bool = False
-    """Spread over the depth in place of all behind the last one."""
+    """Spread the new blocks over the depth, instead of all behind the last one."""
     width: int | None = Field(default=None, ge=1, le=MOST_WIDTH)
     """Inner width of the MLP. Default: a quarter of the model's."""
     head: bool = False
@@ -86,27 +86,27 @@ class BitfitOptions(Options):
     """BitFit (Ben Zaken et al. 2022, arXiv:2106.10199): the bias terms alone."""
 
     add: bool = False
-    """Give the projections of a model without biases some, zero at the start."""
+    """Add biases to the projections of a model that has none; they are zero at the start."""
 
 
 class PromptOptions(Options):
     """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): trained vectors before the input; tokens x width."""
 
     tokens: int = Field(default=20, ge=1, le=MOST_WIDTH)
-    """How many virtual tokens. Each makes every row one token longer."""
+    """Number of virtual tokens. Each makes every row one token longer."""
     init: Literal["vocab", "random", "text"] = "vocab"
-    """They begin as tokens of the vocabulary drawn by the seed, at random, or as the words of `text`."""
+    """How virtual tokens start: as tokens of the vocabulary, drawn by the seed, at random, or as those of `text`."""
     text: str = ""
-    """A prompt in words, for init=text; repeated or cut to the number of tokens."""
+    """Text that the virtual tokens start as, with init=text; repeated or cut to their number."""
 
 
 class PTuningOptions(Options):
     """P-tuning (Liu et al. 2021, arXiv:2103.10385): virtual tokens through a trained encoder."""
 
     tokens: int = Field(default=20, ge=1, le=MOST_WIDTH)
-    """How many virtual tokens."""
+    """Number of virtual tokens."""
     encoder: Literal["mlp", "lstm"] = "mlp"
-    """What the vectors go through."""
+    """Network that makes the virtual tokens."""
     width: int | None = Field(default=None, ge=1, le=MOST_WIDTH)
     """Inner width of the encoder. Default: the model's."""
 
@@ -115,11 +115,11 @@ class PrefixOptions(Options):
     """Prefix tuning (Li & Liang 2021, arXiv:2101.00190; P-Tuning v2, arXiv:2110.07602): keys and values per layer."""
 
     tokens: int = Field(default=20, ge=1, le=MOST_WIDTH)
-    """How many prefix tokens. Trainable: tokens x layers x 2 x width of the keys."""
+    """Number of prefix tokens. Trainable parameters: tokens x layers x 2 x width of the keys."""
     projection: bool = False
-    """Make them by a trained MLP; steadier, and many times more parameters."""
+    """Make the prefixes by a trained MLP: training is steadier, with many times more parameters."""
     width: int | None = Field(default=None, ge=1, le=MOST_WIDTH)
-    """Inner width of that MLP. Default: the model's."""
+    """Inner width of that MLP, with projection. Default: the model's."""
 
 
 class BottleneckOptions(Options):
@@ -131,14 +131,14 @@ class BottleneckOptions(Options):
     width: int = Field(default=64, ge=1, le=MOST_WIDTH)
     """Inner width."""
     activation: Literal["relu", "gelu", "silu"] = "gelu"
-    """What stands between its two layers."""
+    """Activation function between the adapter's two layers."""
 
 
 class Ia3Options(Options):
     """IA3 (Liu et al. 2022, arXiv:2205.05638): trained factors on keys, values and the MLP's inner activations."""
 
     targets: OneOrMore = "auto"
-    """Which linear layers: auto (keys, values and the MLP's output layer), or names."""
+    """Linear layers that are scaled: auto (keys, values and the MLP's output layer), or names."""
 
 
 class QuantOptions(Options):
@@ -152,7 +152,7 @@ class QuantOptions(Options):
     double: bool = True
     """Quantize the scales of the blocks of 64 weights too: 0.516 bytes a weight in place of 0.5625."""
     storage: Literal["uint8", "fp32", "bf16", "fp16"] = "uint8"
-    """As which dtype the packed 4-bit weights lie in memory; the bytes are the same."""
+    """Dtype in which packed 4-bit weights are stored; the number of bytes is the same."""
     threshold: float = Field(default=6.0, ge=0, le=1e9)
     """Of int8, for transformers alone, which quantizes inputs but for columns with a value above it: what is quantized
     and written keeps it. fitune quantizes no inputs, so in a run it does nothing."""
