@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from fitune.data import pipeline
 from fitune.data.prepared import PROBE_CHARACTERS, PROBES, Prepared
 from fitune.data.store import Samples
 from fitune.data.tokenizer import parity
+from fitune.data.tokenizer.interface import Tokenizer
 
 SHARED = 0.05  # of the held-out rows, above which their loss says little
 
@@ -183,7 +183,7 @@ def check_data(prepared: Prepared) -> list[Finding]:
 
 
 def read(
-    config: RunConfig, folder: Path, tokenizer: Any, *, limit: int, vocabulary: int, watch: Watcher | None = None
+    config: RunConfig, folder: Path, tokenizer: Tokenizer, *, limit: int, vocabulary: int, watch: Watcher | None = None
 ) -> pipeline.Data:
     """The data of a config, read, prepared and checked; see `pipeline.read`.
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from fitune.core.errors import FituneError
 from fitune.core.records import Conversation, Finding, Message, Sample, Segment
 from fitune.data.encode import Encoder
 from fitune.data.tokenizer import coverage, special
+from fitune.data.tokenizer.interface import Tokenizer
 
 MOST_ROWS = 20_000  # that are searched for special tokens
 MOST_TEXTS = 500  # rows that are encoded and decoded again, and
@@ -135,7 +136,7 @@ def _segments(encoder: Encoder, row: Conversation) -> list[Segment]:
     return [Segment(message.content, literal=False) for message in row.messages]
 
 
-def byte_fallback(tokenizer: Any, samples: Sequence[Sample]) -> Finding:
+def byte_fallback(tokenizer: Tokenizer, samples: Sequence[Sample]) -> Finding:
     """How many trained tokens are bytes of characters that the vocabulary does not have.
 
     Args:

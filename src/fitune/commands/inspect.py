@@ -29,6 +29,7 @@ from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.records import Conversation, DataReport, Finding, LengthChoice, Sample
 from fitune.data import tokenizer
 from fitune.data.fitting import NO_LIMIT
+from fitune.data.tokenizer.interface import Tokenizer
 from fitune.data.tokenizer.new_tokens import add_tokens
 from fitune.models.locate import locate
 from fitune.views.charts import NARROW, WIDE, Bar, bar_chart
@@ -227,7 +228,7 @@ def bad_rows(report: DataReport) -> list[tuple[str, int, str]]:
     return [(reason, count, report.bad_first.get(reason, "")) for reason, count in found]
 
 
-def _model_facts(folder: Path, words: Any) -> tuple[int, int]:
+def _model_facts(folder: Path, words: Tokenizer) -> tuple[int, int]:
     """Longest row and embedding rows, from config.json; where there is none, from the tokenizer."""
     if not (folder / "config.json").is_file():
         return NO_LIMIT, len(words)

@@ -40,7 +40,7 @@ if os.name == "nt":
     def _lock(handle: int) -> bool:
         os.lseek(handle, FAR, os.SEEK_SET)
         try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # of Windows alone
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EDEADLK):
                 return False

@@ -6,12 +6,10 @@ In: a value of a turn. Out: ToolCalls, whose arguments are the text of a JSON ob
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from fitune.core.errors import shorten
 from fitune.core.records import ToolCall
-from fitune.data.fields import FieldError, parsed
+from fitune.data.fields import FieldError, Turn, parsed
 
 ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs")  # of a call; input is Anthropic's
 CALL_KEYS = {"name", "id", "type", "index", "function", "call_id", "tool_call_id", "cache_control", *ARGUMENTS}
@@ -55,7 +53,7 @@ def call_of(call: object, where: str) -> ToolCall:
     return ToolCall(inner["name"], text, own)
 
 
-def name_of(values: Mapping[str, Any], key: str) -> str:
+def name_of(values: Turn, key: str) -> str:
     """A name or an id; "" where there is none."""
     value = values.get(key)
     return value if isinstance(value, str) else ""

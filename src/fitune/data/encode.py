@@ -16,7 +16,6 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from fitune.data.pieces import Group, Piece, is_users, length_of, weights_of
 from fitune.data.templates import TABLE, ChatTemplate, Template, thoughts
 from fitune.data.templates.base import Tools
 from fitune.data.tokenizer import adds_bos, encode, encode_many, opens_with_space, single_id, special
+from fitune.data.tokenizer.interface import Tokenizer
 
 Known = dict[tuple[str, bool], list[int]]  # ids of texts that were encoded together, by text and `continued`
 
@@ -63,7 +63,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         template: Template,
         max_length: int | None = None,
         train_on: TrainOn = "all",

@@ -12,7 +12,8 @@ from typing import Any
 
 from fitune.core.errors import shorten
 
-Row = Mapping[str, Any]
+Row = Mapping[str, Any]  # what a file has, of whatever format
+Turn = Mapping[str, Any]  # one turn of its conversation, by whoever's names
 
 
 class FieldError(Exception):

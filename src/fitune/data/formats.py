@@ -13,7 +13,7 @@ from typing import Any
 from fitune.core.errors import ConfigError, did_you_mean, shorten
 from fitune.core.records import SPAN, Message
 from fitune.data.columns import FIELDS, IGNORE, propose, sizes
-from fitune.data.fields import FieldError, Row, listed, missing, text_of
+from fitune.data.fields import FieldError, Row, Turn, listed, missing, text_of
 from fitune.data.turns import (
     LEAVE_OUT,
     PAIRS,
@@ -154,7 +154,7 @@ def tools_of(row: Row, fmt: Format) -> tuple[Mapping[str, Any], ...]:
     return found[there[0]] if there else ()
 
 
-def _of_turn(turn: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
+def _of_turn(turn: Turn, where: str) -> tuple[Mapping[str, Any], ...]:
     if speaker(turn) != "system":
         raise FieldError(
             f"{where}.tools", "tools in a turn", received=speaker(turn), expected="a column tools, or the system's turn"

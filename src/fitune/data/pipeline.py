@@ -27,6 +27,7 @@ from fitune.data.encode import Encoder
 from fitune.data.fitting import by_reason, counted, encode, fit, of_rows, raise_unwritten
 from fitune.data.prepared import PROBE_CHARACTERS, PROBES, Cached, Prepared
 from fitune.data.store import Rows, Samples
+from fitune.data.tokenizer.interface import Tokenizer
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Target:
     """
 
     folder: Path
-    tokenizer: Any
+    tokenizer: Tokenizer
     limit: int
     vocabulary: int
 
@@ -259,7 +260,8 @@ def _texts(samples: Samples) -> NDArray[np.bool_]:
     formats = samples.rows.meta["formats"]
     if "text" not in formats:
         return np.zeros(len(samples), np.bool_)
-    return samples.rows.column("format")[samples.column("row")] == formats.index("text")  # type: ignore[no-any-return]
+    are_texts: NDArray[np.bool_] = samples.rows.column("format")[samples.column("row")] == formats.index("text")
+    return are_texts
 
 
 def _note_of_splits(before: Samples, samples: Samples, max_length: int) -> str:

@@ -119,7 +119,7 @@ class Rows(Sequence[Conversation]):
 
     def column(self, name: str) -> NDArray[Any]:
         """file, line, format, source (numbers) or slots (bool), of each row."""
-        return self._columns[name][self.numbers]  # type: ignore[no-any-return]
+        return self._columns[name][self.numbers]  # type: ignore[no-any-return]  # numpy gives Any
 
     def formats(self) -> dict[str, int]:
         """Rows by format."""
@@ -345,7 +345,7 @@ class Samples(Sequence[Sample]):
         facts["ends_whole"] = bool(facts["ends_whole"])
         weights = self._weights(at) if self._columns["weighted"][at] else None
         source = self.rows.source(int(self._columns["row"][at]))
-        return Sample(ids, mask, source=source, weights=weights, **facts)  # type: ignore[arg-type]
+        return Sample(ids, mask, source=source, weights=weights, **facts)  # type: ignore[arg-type]  # one flag
 
     def _weights(self, at: int) -> NDArray[np.float32]:
         path = self._shards[self._columns["shard"][at]]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from fitune.core.errors import shorten
 from fitune.core.records import Message, Role
 from fitune.data.calls import call_of, calls_of, name_of
-from fitune.data.fields import FieldError, listed, missing, parsed
+from fitune.data.fields import FieldError, Turn, listed, missing, parsed
 
 ROLES: dict[str, Role] = {
     "system": "system", "developer": "system",
@@ -98,26 +97,26 @@ def _lines(*texts: str) -> str:
     return "\n".join(filter(None, texts))
 
 
-def _channel(turn: Mapping[str, Any]) -> str:
+def _channel(turn: Turn) -> str:
     """Where gpt-oss says it: one of CHANNELS, or ""."""
     channel = turn.get("channel")
     return channel if channel in CHANNELS and ROLES.get(_role(turn)[1]) in ("assistant", "tool") else ""
 
 
-def _recipient(turn: Mapping[str, Any]) -> str:
+def _recipient(turn: Turn) -> str:
     """Which tool an answer of gpt-oss speaks to."""
     if not _channel(turn) or ROLES[_role(turn)[1]] != "assistant":
         return ""
     return name_of(turn, "recipient").removeprefix("functions.")
 
 
-def _is_thought(turn: Mapping[str, Any]) -> bool:
+def _is_thought(turn: Turn) -> bool:
     if _channel(turn) == "analysis" and ROLES[_role(turn)[1]] == "assistant":
         return not _recipient(turn)
     return _role(turn)[1] in THOUGHTS
 
 
-def _thought_alone(turn: Mapping[str, Any], after: list[Any], where: str) -> str:
+def _thought_alone(turn: Turn, after: list[Any], where: str) -> str:
     """A thought in a turn of its own: it belongs to the answer that follows."""
     role = _role(after[0])[1] if after and isinstance(after[0], dict) else ""
     if ROLES.get(role) != "assistant" and role not in CALLS:
@@ -133,7 +132,7 @@ def _thought_alone(turn: Mapping[str, Any], after: list[Any], where: str) -> str
     return text or thought
 
 
-def _text_key(turn: Mapping[str, Any]) -> str:
+def _text_key(turn: Turn) -> str:
     return next((key for key in TEXT_KEYS if turn.get(key) is not None), "value" if "value" in turn else "content")
 
 
@@ -143,7 +142,7 @@ def _goes_on(before: Message, message: Message, turn: object) -> bool:
     return bool(alone and before.role == "assistant" and isinstance(turn, dict) and _is_call(turn))
 
 
-def _is_call(turn: Mapping[str, Any]) -> bool:
+def _is_call(turn: Turn) -> bool:
     return _role(turn)[1] in CALLS or bool(turn.keys() & CALLED_KEYS) or bool(_recipient(turn))
 
 
@@ -159,12 +158,12 @@ def _joined(before: Message, message: Message, where: str) -> Message:
     return replace(before, tool_calls=(*before.tool_calls, *message.tool_calls), thought=thought)
 
 
-def speaker(turn: Mapping[str, Any]) -> str:
+def speaker(turn: Turn) -> str:
     """Whose turn it is; "" where nothing says so."""
     return ROLES.get(_role(turn)[1], "")
 
 
-def _role(turn: Mapping[str, Any]) -> tuple[str, str]:
+def _role(turn: Turn) -> tuple[str, str]:
     """The key that names the speaker, and the name in one spelling; "" where there is none."""
     key = next((key for key in ROLE_KEYS if turn.get(key) is not None), "from" if "from" in turn else "role")
     name = turn.get(key)
@@ -203,16 +202,14 @@ def _turn(turn: object, where: str) -> list[Message]:
     return results if results and not turn[key] else [*results, _message(turn, key, ROLES[role], where)]
 
 
-def _no_media_beside(turn: Mapping[str, Any], where: str) -> None:
+def _no_media_beside(turn: Turn, where: str) -> None:
     """Refuse pictures, sound and films that stand in keys of their own."""
     for key, value in turn.items():
         if isinstance(key, str) and MEDIA_KEY.fullmatch(key) and value not in ("", [], {}) and not missing(value):
             raise no_media(f"{where}.{key}", value)
 
 
-def _parts_of_calls(
-    turn: Mapping[str, Any], key: str, role: Role, where: str
-) -> tuple[Mapping[str, Any], list[Message]]:
+def _parts_of_calls(turn: Turn, key: str, role: Role, where: str) -> tuple[Turn, list[Message]]:
     """Anthropic's parts: calls in an answer go beside its text, results in a user's turn are turns before it."""
     parts = turn.get(key)
     if not isinstance(parts, list):
@@ -239,7 +236,7 @@ def _parts_of_calls(
     return turn, []
 
 
-def _message(turn: Mapping[str, Any], key: str, role: Role, where: str) -> Message:
+def _message(turn: Turn, key: str, role: Role, where: str) -> Message:
     """A turn of the system, the user or the assistant."""
     calls = turn.get("tool_calls") or turn.get("function_call")  # the second is OpenAI's older name
     calls = calls_of(parsed(calls, f"{where}.tool_calls", "a list of calls"), f"{where}.tool_calls") if calls else ()
@@ -261,12 +258,12 @@ def _said(text: str, where: str) -> Message:
     return Message("assistant", text)
 
 
-def pair_of(values: Mapping[str, Any]) -> tuple[str, str] | None:
+def pair_of(values: Turn) -> tuple[str, str] | None:
     """The keys of a question and its answer, where an object has both."""
     return next((pair for pair in PAIRS if pair[0] in values and pair[1] in values), None)
 
 
-def unused_keys(turn: Mapping[str, Any]) -> set[str]:
+def unused_keys(turn: Turn) -> set[str]:
     """The keys of a turn that nothing is made of."""
     known = TURN_KEYS | TURN_IDS | (CALLED_KEYS if _is_call(turn) else set())
     known = known | ({"channel", "recipient"} if _channel(turn) else set())
@@ -276,7 +273,7 @@ def unused_keys(turn: Mapping[str, Any]) -> set[str]:
     return turn.keys() - known
 
 
-def _pair(turn: Mapping[str, Any], keys: tuple[str, str], where: str) -> list[Message]:
+def _pair(turn: Turn, keys: tuple[str, str], where: str) -> list[Message]:
     asked, said = (turn[key] for key in keys)
     for key, text in zip(keys, (asked, said), strict=True):
         if not isinstance(text, str):
@@ -285,7 +282,7 @@ def _pair(turn: Mapping[str, Any], keys: tuple[str, str], where: str) -> list[Me
     return [Message("user", asked), replace(answer, thought=thought_of(turn, where), weight=_weight(turn, where))]
 
 
-def _tool(turn: Mapping[str, Any], key: str, where: str) -> list[Message]:
+def _tool(turn: Turn, key: str, where: str) -> list[Message]:
     """What a tool gave back; in ChatGLM3's words with what it was called with."""
     if not turn.keys() & CALLED_KEYS:
         value = turn.get(key)
@@ -344,7 +341,7 @@ def no_media(where: str, what: object) -> FieldError:
     )
 
 
-def thought_of(turn: Mapping[str, Any], where: str = "") -> str:
+def thought_of(turn: Turn, where: str = "") -> str:
     """What was thought before an answer, from a field of its own."""
     texts = []
     for key in THOUGHTS:
@@ -374,7 +371,7 @@ def _plain_parts(parts: list[Any]) -> list[Any]:
     return found
 
 
-def _weight(turn: Mapping[str, Any], where: str) -> float:
+def _weight(turn: Turn, where: str) -> float:
     """How much of an answer the loss sees: the product of its flags."""
     for key in SPANS:
         if turn.get(key) is not None:
@@ -401,4 +398,4 @@ def weight_of(value: object, name: str, where: str) -> float:
     if not number or name in MASKS:  # a mask of 1 may mean either
         expected = "true or false" if name in MASKS else "true, false, or a number from 0 (context only) on"
         raise FieldError(where, "no weight of the loss", received=shorten(value), expected=expected)
-    return float(value)  # type: ignore[arg-type]
+    return float(value)  # type: ignore[arg-type]  # `number` has checked it

@@ -22,6 +22,7 @@ from fitune.data.templates.base import Template
 from fitune.data.templates.jinja import ChatTemplate
 from fitune.data.templates.pieces import PieceTemplate
 from fitune.data.templates.rendering import SystemRole
+from fitune.data.tokenizer.interface import Tokenizer
 
 __all__ = ["TABLE", "ChatTemplate", "PieceTemplate", "Template", "choose", "from_dict"]
 
@@ -30,7 +31,7 @@ TABLE: dict[str, Template] = {template.name: template for template in (*pieces.R
 
 def choose(
     name: str,
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     *,
     system_role: SystemRole = "auto",
     options: Mapping[str, Any] | None = None,
@@ -41,14 +42,15 @@ def choose(
     Args:
         name: `auto` (ChatGLM's, or the tokenizer's own, else alpaca), `chat_template` (the tokenizer's own), a name of
             the table, or the path of a YAML file.
-        tokenizer: whose own it may be.
+        tokenizer: whose own it may be; None: there is none at hand, and the name is neither auto nor chat_template.
         system_role, options, date: of the tokenizer's own, see ChatTemplate.
 
     Raises:
         ConfigError: the name is unknown, or the YAML file cannot be used; the folder's files contradict each other.
     """
+    family = getattr(tokenizer, "family", None)
     own = name in ("auto", "chat_template") and bool(getattr(tokenizer, "chat_template", None))
-    own = own and not (name == "auto" and getattr(tokenizer, "family", None) in TABLE)
+    own = own and not (name == "auto" and family in TABLE)
     if (options or system_role == "first-user") and not own:
         raise ConfigError(
             "template_options and system_role are for the tokenizer's own chat template",
@@ -58,18 +60,18 @@ def choose(
         )
     if name.endswith((".yaml", ".yml")):
         return user.load(expand(name))
-    if name == "auto" and (told := getattr(tokenizer, "contradiction", None)):
-        kinds = sorted(set(told.values()))
+    if name == "auto" and (named := getattr(tokenizer, "contradiction", None)):
+        kinds = sorted(set(named.values()))
         raise ConfigError(
             f"template: the files of this folder name {' and '.join(kinds)}, whose prompts differ",
-            received="; ".join(told),
+            received="; ".join(named),
             expected="one of them",
             fix=" or ".join(f"--template {kind}" for kind in kinds),
         )
-    if name == "auto" and getattr(tokenizer, "family", None) in TABLE:
-        return TABLE[tokenizer.family]  # ChatGLM's ids cannot be written as text, so not by a Jinja template either
+    if name == "auto" and family in TABLE:
+        return TABLE[family]  # ChatGLM's ids cannot be written as text, so not by a Jinja template either
     if name in ("auto", "chat_template"):
-        if tokenizer.chat_template:
+        if tokenizer is not None and tokenizer.chat_template:
             template = jinja.of_tokenizer(tokenizer, system_role=system_role, options=options, date=date)
             _check_options(options or {}, template)
             return template
@@ -108,7 +110,7 @@ def _check_options(options: Mapping[str, Any], template: ChatTemplate) -> None:
     problems.raise_any()
 
 
-def from_dict(values: dict[str, Any], tokenizer: Any) -> Template:
+def from_dict(values: dict[str, Any], tokenizer: Tokenizer) -> Template:
     """The template that a run folder stores.
 
     Raises:

@@ -26,6 +26,7 @@ from fitune.core.records import Message, Segment
 from fitune.data.templates.base import Tools
 from fitune.data.templates.dialogue import Dialogue, Ends, answered, next_turn
 from fitune.data.templates.rendering import DATED, MUSED, SAID, USER, Renderer, SystemRole
+from fitune.data.tokenizer.interface import Tokenizer
 
 NAMED = "default", "tool_use"  # templates that a tokenizer may have beside each other
 
@@ -48,7 +49,7 @@ class ChatTemplate:
     def __init__(
         self,
         jinja: str | Mapping[str, str],
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         stop: str | None,
         *,
         date: str | None = None,
@@ -187,7 +188,7 @@ class ChatTemplate:
 
 
 def of_tokenizer(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     system_role: SystemRole = "auto",
     options: Mapping[str, Any] | None = None,
@@ -203,6 +204,7 @@ def of_tokenizer(
         ConfigError: it writes every message twice.
     """
     how: dict[str, Any] = {"system_role": system_role, "options": options, "date": date}
+    assert tokenizer.chat_template is not None
     found = ChatTemplate(tokenizer.chat_template, tokenizer, None, **how)._renderers["default"]
     found.check_once()
     return ChatTemplate(tokenizer.chat_template, tokenizer, find_stop(found), **how)

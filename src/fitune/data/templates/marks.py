@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fitune.core.records import Segment
+from fitune.data.tokenizer.interface import Tokenizer
 
 OPEN, TURN, CLOSE, BREAK = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"  # OPEN 12 TURN a text of message 12 CLOSE
 _MARKS = re.compile(f"{OPEN}[0-9]+{TURN}|[{CLOSE}{BREAK}]")
@@ -28,7 +29,7 @@ class Marks:
         tokenizer: its special tokens are those that must not be typed.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         added = [token for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
         named = {token.content: token for token in added}
         names = sorted(set(named) | {token for token in tokenizer.all_special_tokens if token}, key=len, reverse=True)

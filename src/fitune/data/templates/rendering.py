@@ -23,6 +23,7 @@ from fitune.data.templates.counted import counted
 from fitune.data.templates.marks import Marks
 from fitune.data.templates.sandbox import Runaway
 from fitune.data.tokenizer import single_id
+from fitune.data.tokenizer.interface import Tokenizer
 
 SystemRole = Literal["auto", "keep", "first-user"]
 # How users' texts are marked: whole, without the blanks at their ends, not at all but with special tokens in them
@@ -73,7 +74,7 @@ class Renderer:
     """
 
     def __init__(
-        self, jinja: str, tokenizer: Any, *, date: str, options: Mapping[str, Any], system_role: SystemRole
+        self, jinja: str, tokenizer: Tokenizer, *, date: str, options: Mapping[str, Any], system_role: SystemRole
     ) -> None:
         self.jinja, self.tokenizer, self.date = jinja, tokenizer, date
         self.options, self.system_role = dict(options), system_role

@@ -184,7 +184,7 @@ class Counting:
                 raise Runaway("a number of more digits than anybody writes")
         elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
             self.refuse_above(len(left) + len(right))
-        return self.made(super().call_binop(context, operator, left, right))  # type: ignore[misc]
+        return self.made(super().call_binop(context, operator, left, right))  # type: ignore[misc]  # mixed into an environment
 
     def _check_product(self, left: Any, right: Any) -> None:
         for one, other in ((left, right), (right, left)):
@@ -224,7 +224,7 @@ class Counting:
             __self.charge(len(owner))
         elif isinstance(__obj, LoopContext):
             args = tuple(__self.iterated(value) for value in args)
-        return __self.made(super().call(__context, __obj, *args, **kwargs))  # type: ignore[misc]
+        return __self.made(super().call(__context, __obj, *args, **kwargs))  # type: ignore[misc]  # mixed into an environment
 
     def _check_method(self, text: Any, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """A method of a text: what it would give may not be too large. Returns its arguments, iterators as lists."""
@@ -253,7 +253,7 @@ class Counting:
 
     def wrap_str_format(self, value: Any) -> Any:
         """`text.format`: its widths, and its values as often as it has places."""
-        inner = super().wrap_str_format(value)  # type: ignore[misc]
+        inner = super().wrap_str_format(value)  # type: ignore[misc]  # mixed into an environment
         if inner is None:
             return None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from fitune.core import quiet, untrusted
 from fitune.core.errors import ModelError
+from fitune.data.tokenizer.interface import Tokenizer
 
 EXPECTED = "tokenizer.json, a sentencepiece *.model, or vocab.json + merges.txt"
 
@@ -30,7 +31,7 @@ def load(folder: Path) -> Any:
     if _is_chatglm(folder, settings):
         from fitune.data.tokenizer import chatglm
 
-        tokenizer: Any = chatglm.load(folder, settings, read_json(folder / "config.json"))
+        tokenizer: Tokenizer = chatglm.load(folder, settings, read_json(folder / "config.json"))
     else:
         tokenizer = _from_transformers(folder, settings)
     if tokenizer.eos_token_id is None:
@@ -174,7 +175,7 @@ def _unreadable(folder: Path, settings: dict[str, Any], error: Exception) -> Mod
     )
 
 
-def encode(tokenizer: Any, text: str, *, literal: bool, continued: bool = False) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str, *, literal: bool, continued: bool = False) -> list[int]:
     """Ids of a piece of text.
 
     Args:
@@ -194,7 +195,7 @@ def encode(tokenizer: Any, text: str, *, literal: bool, continued: bool = False)
     return _ids(tokenizer, text, literal)
 
 
-def encode_many(tokenizer: Any, texts: Sequence[str], *, continued: bool = False) -> list[list[int]]:
+def encode_many(tokenizer: Tokenizer, texts: Sequence[str], *, continued: bool = False) -> list[list[int]]:
     """`encode` of many texts that are no part of a template, in one call: fast tokenizers use all cores for it."""
     if not texts:
         return []
@@ -207,18 +208,18 @@ def encode_many(tokenizer: Any, texts: Sequence[str], *, continued: bool = False
     ]
 
 
-def _batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def _batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     found = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
     return list(found["input_ids"])
 
 
-def _ids(tokenizer: Any, text: str, literal: bool) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str, literal: bool) -> list[int]:
     if literal:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
-def opens_with_space(tokenizer: Any) -> bool:
+def opens_with_space(tokenizer: Tokenizer) -> bool:
     """Does this tokenizer put a space of its own in front of each text, and should parts of a prompt do without?
 
     ChatGLM's own chat encodes the parts of a prompt as texts of their own, space and all, so it does not count.
@@ -227,13 +228,13 @@ def opens_with_space(tokenizer: Any) -> bool:
     return bool(first) and first[0].startswith("▁") and not hasattr(tokenizer, "family")
 
 
-def adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Tokenizer) -> bool:
     """Does this tokenizer begin a text with BOS?"""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def single_id(tokenizer: Any, token: str) -> int | None:
+def single_id(tokenizer: Tokenizer, token: str) -> int | None:
     """The id of a token that the vocabulary holds as one piece, or None."""
     found = tokenizer.convert_tokens_to_ids(token)
     if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
@@ -250,7 +251,7 @@ class Difference:
     expected: list[int]
 
 
-def parity(folder: Path, tokenizer: Any, texts: Iterable[str]) -> list[Difference]:
+def parity(folder: Path, tokenizer: Tokenizer, texts: Iterable[str]) -> list[Difference]:
     """Where the tokenizer in use and the folder's sentencepiece file disagree.
 
     Pieces are compared, not ids: some families move the ids by a constant. No file, no differences.

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fitune.data.tokenizer import encode
+from fitune.data.tokenizer.interface import Tokenizer
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 WHITE = {0x09, 0x0A, 0x0D}  # line breaks and tabs are whole characters of one byte: nothing is missing there
 NAMES = {"\n": "line break", "\t": "tab"}
 
 
-def lost(tokenizer: Any, text: str, *, literal: bool = False) -> Counter[str]:
+def lost(tokenizer: Tokenizer, text: str, *, literal: bool = False) -> Counter[str]:
     """Characters that are not there any more when the text's ids are decoded, and how often.
 
     Args:
@@ -46,7 +47,7 @@ def named(character: str) -> str:
     return NAMES.get(character, character)
 
 
-def byte_tokens(tokenizer: Any, ids: Sequence[int] | NDArray[Any]) -> NDArray[np.bool_]:
+def byte_tokens(tokenizer: Tokenizer, ids: Sequence[int] | NDArray[Any]) -> NDArray[np.bool_]:
     """Of each id: is it a byte of a character that has no token of its own?
 
     Args:
@@ -56,7 +57,7 @@ def byte_tokens(tokenizer: Any, ids: Sequence[int] | NDArray[Any]) -> NDArray[np
     return np.array([_is_byte(tokenizer, int(i)) for i in ids], np.bool_)
 
 
-def _is_byte(tokenizer: Any, id_: int) -> bool:
+def _is_byte(tokenizer: Tokenizer, id_: int) -> bool:
     found = BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(id_)))
     if found:
         return int(found[1], 16) not in WHITE

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fitune.core.errors import ConfigError
 from fitune.data.tokenizer import encode, single_id, special
+from fitune.data.tokenizer.interface import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class NewToken:
     pieces: tuple[int, ...]
 
 
-def add_tokens(tokenizer: Any, texts: Sequence[str], answer_tokens: Sequence[str] = ()) -> list[NewToken]:
+def add_tokens(tokenizer: Tokenizer, texts: Sequence[str], answer_tokens: Sequence[str] = ()) -> list[NewToken]:
     """Give the tokenizer these tokens; those that it has already keep their ids.
 
     Args:
@@ -54,7 +54,7 @@ def add_tokens(tokenizer: Any, texts: Sequence[str], answer_tokens: Sequence[str
     return [NewToken(text, single_id(tokenizer, text) or 0, some) for text, some in zip(texts, pieces, strict=True)]
 
 
-def _refuse_special(tokenizer: Any, texts: Sequence[str], answer_tokens: Sequence[str]) -> None:
+def _refuse_special(tokenizer: Tokenizer, texts: Sequence[str], answer_tokens: Sequence[str]) -> None:
     """Special tokens of the vocabulary are not new; to produce them takes another setting."""
     known = special.added(tokenizer)
     there = [text for text in texts if known.get(text) and text not in answer_tokens]

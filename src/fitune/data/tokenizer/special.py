@@ -15,10 +15,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fitune.core.errors import Collector, ConfigError
 from fitune.data.tokenizer import single_id
+from fitune.data.tokenizer.interface import Tokenizer
 
 # what marks a part of an answer: a template may write it into its prompt, yet answers have it in their own text
 PART_OF_ANSWER = re.compile("think|thought|reason|tool", re.IGNORECASE)
@@ -27,13 +27,13 @@ MARK = re.compile(r"[<\[{(].+[>\]})]")
 MOST_NAMED = 12  # tokens that an error lists
 
 
-def added(tokenizer: Any) -> dict[str, bool]:
+def added(tokenizer: Tokenizer) -> dict[str, bool]:
     """Every added token by name, and whether it is special: whether decoding can leave it out."""
     found = {str(token): bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
     return {name: special for name, special in found.items() if name}
 
 
-def control(tokenizer: Any, stops: Iterable[int], frame: str) -> set[str]:
+def control(tokenizer: Tokenizer, stops: Iterable[int], frame: str) -> set[str]:
     """Names of the tokens that begin or end texts, pad them, or mark whose turn it is.
 
     Args:
@@ -79,7 +79,7 @@ class Marks:
         return [part for part in (*parts, before) if part != ""]
 
 
-def marks(tokenizer: Any, answer_tokens: Sequence[str], control_tokens: Iterable[str]) -> Marks:
+def marks(tokenizer: Tokenizer, answer_tokens: Sequence[str], control_tokens: Iterable[str]) -> Marks:
     """What a run's texts may become.
 
     Args:
@@ -100,7 +100,7 @@ def marks(tokenizer: Any, answer_tokens: Sequence[str], control_tokens: Iterable
     return Marks({name: single_id(tokenizer, name) or 0 for name in answer_tokens}, disguised)
 
 
-def _wrong(tokenizer: Any, name: str, known: Mapping[str, bool], never: set[str]) -> ConfigError | None:
+def _wrong(tokenizer: Tokenizer, name: str, known: Mapping[str, bool], never: set[str]) -> ConfigError | None:
     """Why this cannot be an answer token."""
     others = [other for other, special in known.items() if special and other not in never]
     expected = ", ".join(others[:MOST_NAMED]) + (", ..." if len(others) > MOST_NAMED else "")
@@ -129,7 +129,7 @@ def _wrong(tokenizer: Any, name: str, known: Mapping[str, bool], never: set[str]
     return None
 
 
-def readable(tokenizer: Any, ids: Sequence[int], keep: Iterable[int] = ()) -> str:
+def readable(tokenizer: Tokenizer, ids: Sequence[int], keep: Iterable[int] = ()) -> str:
     """Text of ids without their special tokens, but for those that answers may name.
 
     Args:
