@@ -95,7 +95,7 @@ def _weights(sample: Sample) -> NDArray[np.float32]:
 
 
 def stale_cache(p: Prepared) -> Finding:
-    """What a cache kept is what would be made now: its keys tell content and code, this looks at the rows."""
+    """What a cache kept is what would be made now: its keys stand for content and code, this looks at the rows."""
     if p.cached is None:
         return Finding("stale-cache", "ok", "the data was read and encoded anew")
     kept, cached = p.cached.samples, p.cached
@@ -103,8 +103,8 @@ def stale_cache(p: Prepared) -> Finding:
         if row != now:
             return Finding("stale-cache", "refuse", f"the cached row {row.source} is not what the file holds now")
     of = kept.column("row")
-    some = np.unique(of[:: max(1, len(of) // PROBES)])
-    for row in some:
+    numbers = np.unique(of[:: max(1, len(of) // PROBES)])
+    for row in numbers:
         places = np.flatnonzero(of == row)
         if kept.rows[int(row)].characters() > PROBE_CHARACTERS:
             continue
@@ -119,7 +119,9 @@ def stale_cache(p: Prepared) -> Finding:
             return Finding(
                 "stale-cache", "refuse", f"the cached tokens of {kept.rows.source(int(row))} are out of date"
             )
-    return Finding("stale-cache", "ok", f"from the cache; {len(some)} of its rows encoded again gave the same tokens")
+    return Finding(
+        "stale-cache", "ok", f"from the cache; {len(numbers)} of its rows encoded again gave the same tokens"
+    )
 
 
 def folder_agrees(p: Prepared) -> Finding:

@@ -47,7 +47,7 @@ def checked(values: Mapping[str, Any], *, output: bool = True) -> RunConfig:
             _each(problems, adapter, [found.adapter])
         if output and found.output is not None:
             _each(problems, run_folder, [found.output])
-    else:  # what can be told of the paths beside wrong settings
+    else:  # what can be said of the paths beside wrong settings
         _each(problems, model, _texts(values.get("model")))
         _each(problems, data, [DataSource(path=path) for path in _texts(values.get("data"))])
         _each(problems, run_folder, _texts(values.get("output")) if output else ())
@@ -143,13 +143,13 @@ def _is_local(name: str) -> bool:
 
 def not_there(name: str) -> str:
     """What is near to a model that is not there: folders beside it, and models of the catalog."""
-    told = [names_near(name, folders=True)]
+    hints = [names_near(name, folders=True)]
     if hub.parse(name) is not None and not _is_local(name):  # an id: of those that are known the nearest
-        told = [f"of the catalog: {', '.join(nearest(name, [one.id for one in catalog.entries().values()]))}"]
+        hints = [f"of the catalog: {', '.join(nearest(name, [one.id for one in catalog.entries().values()]))}"]
     elif Path(name).name == name:
-        told.append(f"of the catalog: {', '.join(nearest(name, catalog.entries()))}")
-        told += [f"runs: {', '.join(nearest(str(RUNS / name), _runs()))}"] if _runs() else []
-    return "; ".join(str(one) for one in told)
+        hints.append(f"of the catalog: {', '.join(nearest(name, catalog.entries()))}")
+        hints += [f"runs: {', '.join(nearest(str(RUNS / name), _runs()))}"] if _runs() else []
+    return "; ".join(str(one) for one in hints)
 
 
 def _runs() -> list[str]:

@@ -141,7 +141,7 @@ def double_bos(p: Prepared) -> Finding:
 
 
 def padding_side(p: Prepared) -> Finding:
-    """Rows hold no padding, at neither end: what is padded later is told by position, so pad = EOS is safe."""
+    """Rows hold no padding, at neither end: later padding is known by its position, so pad = EOS is safe."""
     pad = p.encoder.tokenizer.pad_token_id
     if pad is None or pad in p.encoder.stop_ids:
         return Finding("padding-side", "ok", "no padding in the rows; the pad token is never looked at")
@@ -171,14 +171,14 @@ def bpe_boundary(p: Prepared) -> Finding:
 def _pairs(p: Prepared) -> list[tuple[Conversation, Sample]]:
     """Up to PROBES rows with their (last) samples, evenly over the data."""
     last = np.flatnonzero(np.append(p.rows_of[1:] != p.rows_of[:-1], len(p.rows_of) > 0))
-    some = [(p.conversations[int(p.rows_of[n])], p.samples[int(n)]) for n in last[:: max(1, len(last) // PROBES)]]
-    return [(row, sample) for row, sample in some if row.format != "text" and row.characters() <= PROBE_CHARACTERS]
+    pairs = [(p.conversations[int(p.rows_of[n])], p.samples[int(n)]) for n in last[:: max(1, len(last) // PROBES)]]
+    return [(row, sample) for row, sample in pairs if row.format != "text" and row.characters() <= PROBE_CHARACTERS]
 
 
 def some_rows(p: Prepared) -> list[Conversation]:
     """Up to PROBES rows, evenly over the data."""
-    some = p.conversations[:: max(1, len(p.conversations) // PROBES)]
-    return [row for row in some if row.characters() <= PROBE_CHARACTERS]
+    rows = p.conversations[:: max(1, len(p.conversations) // PROBES)]
+    return [row for row in rows if row.characters() <= PROBE_CHARACTERS]
 
 
 def template_parity(p: Prepared) -> Finding:
@@ -198,10 +198,10 @@ def template_parity(p: Prepared) -> Finding:
 def chat_template(p: Prepared) -> Finding:
     """What the tokenizer's own template does that its texts do not show: a date that it writes, texts that move."""
     template = p.encoder.template
-    told = kept_date(template)
+    date_note = kept_date(template)
     moved = isinstance(template, ChatTemplate) and template.moves_system
     if moved and any(message.role == "system" for row in some_rows(p) for message in row.messages):
         where = "system texts stand in the first user's turn"
         why = "as asked" if p.config.system_role == "first-user" else "the chat template has no place for them"
-        return Finding("chat-template", "fixed", "; ".join(filter(None, (f"{where} ({why})", told))))
-    return Finding("chat-template", "ok", told or f"template {template.name}: no date, no text moved")
+        return Finding("chat-template", "fixed", "; ".join(filter(None, (f"{where} ({why})", date_note))))
+    return Finding("chat-template", "ok", date_note or f"template {template.name}: no date, no text moved")

@@ -29,7 +29,7 @@ SHOWN = 6  # tokens or characters that a finding names
 T = TypeVar("T")
 
 
-def some(rows: Sequence[T], most: int) -> Sequence[T]:
+def spread(rows: Sequence[T], most: int) -> Sequence[T]:
     """Up to so many rows, evenly over the data."""
     return rows[:: -(-len(rows) // most)] if len(rows) > most else rows
 
@@ -49,26 +49,28 @@ def answer_tokens(encoder: Encoder, rows: Sequence[Conversation]) -> Finding:
         return Finding("answer-tokens", "ok", "the vocabulary has no special tokens")
     pattern = re.compile("|".join(map(re.escape, names)))
     times, in_rows, at_end = Counter[str](), Counter[str](), Counter[str]()
-    looked_at = some(rows, MOST_ROWS)
+    looked_at = spread(rows, MOST_ROWS)
     for row in looked_at:
         texts = [text for message in row.messages if message.role == "assistant" for text in _texts(message)]
         found = Counter(token for text in texts for token in pattern.findall(text))
         times += found
         in_rows.update(found.keys())
         at_end.update({name for text in texts for name in encoder.control if text.rstrip().endswith(name)})
-    return _told(encoder, times, in_rows, at_end, "" if len(looked_at) == len(rows) else f" of {len(looked_at):,} rows")
+    return _finding_of(
+        encoder, times, in_rows, at_end, "" if len(looked_at) == len(rows) else f" of {len(looked_at):,} rows"
+    )
 
 
 def _texts(message: Message) -> list[str]:
     return [message.content, message.context, message.thought, *(call.arguments for call in message.tool_calls)]
 
 
-def _told(
+def _finding_of(
     encoder: Encoder, times: Mapping[str, int], in_rows: Mapping[str, int], at_end: Mapping[str, int], of: str
 ) -> Finding:
     def counts(names: Sequence[str]) -> str:
-        told = [f"{name} {times[name]:,} times in {in_rows[name]:,} rows" for name in names[:SHOWN]]
-        return ", ".join(told) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") + of
+        counted = [f"{name} {times[name]:,} times in {in_rows[name]:,} rows" for name in names[:SHOWN]]
+        return ", ".join(counted) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") + of
 
     by_count = sorted(times, key=lambda name: (-times[name], name))
     asked = [name for name in by_count if name not in encoder.control and name not in encoder.marks.answers]
@@ -83,8 +85,8 @@ def _told(
         return Finding("answer-tokens", "warn", "; ".join(parts), fix)
     if at_end:
         ends = sorted(at_end, key=lambda name: (-at_end[name], name))
-        told = ", ".join(f"{name} in {at_end[name]:,} rows" for name in ends[:SHOWN])
-        parts.append(f"answers end with what marks a turn, as text that the model would write: {told}{of}")
+        counted = ", ".join(f"{name} in {at_end[name]:,} rows" for name in ends[:SHOWN])
+        parts.append(f"answers end with what marks a turn, as text that the model would write: {counted}{of}")
         return Finding("answer-tokens", "warn", "; ".join(parts), "take it out of the data: fitune adds the stop token")
     stay = [name for name in by_count if name in encoder.control]
     parts += [f"what marks turns stays text in answers: {counts(stay)}"] if stay else []
@@ -100,7 +102,7 @@ def lost_characters(encoder: Encoder, rows: Sequence[Conversation]) -> Finding:
     """
     known: dict[tuple[str, bool], Counter[str]] = {}
     times, in_rows, of_template = Counter[str](), Counter[str](), Counter[str]()
-    affected, looked_at = 0, some(rows, MOST_TEXTS)
+    affected, looked_at = 0, spread(rows, MOST_TEXTS)
     for row in looked_at:
         found = Counter[str]()
         for text, literal in {(s.text[:MOST_CHARACTERS], s.literal): None for s in _segments(encoder, row) if s.text}:
@@ -114,10 +116,10 @@ def lost_characters(encoder: Encoder, rows: Sequence[Conversation]) -> Finding:
     if not times:
         text = f"the texts of {len(looked_at):,} rows come back whole from their tokens"
         return Finding("lost-characters", "ok", text)
-    told = [f"{coverage.named(c)} {n:,} times in {in_rows[c]:,} rows" for c, n in times.most_common(SHOWN)]
+    counted = [f"{coverage.named(c)} {n:,} times in {in_rows[c]:,} rows" for c, n in times.most_common(SHOWN)]
     more = f" and {len(times) - SHOWN} other characters" if len(times) > SHOWN else ""
     own = ", ".join(coverage.named(c) for c, _ in of_template.most_common(SHOWN))
-    text = f"this tokenizer drops characters in {affected:,} of {len(looked_at):,} rows: {', '.join(told)}{more}"
+    text = f"this tokenizer drops characters in {affected:,} of {len(looked_at):,} rows: {', '.join(counted)}{more}"
     return Finding(
         "lost-characters",
         "warn",
@@ -132,7 +134,7 @@ def _segments(encoder: Encoder, row: Conversation) -> list[Segment]:
         try:
             return encoder.template.render(row.messages, row.tools)
         except FituneError:
-            pass  # told elsewhere
+            pass  # reported elsewhere
     return [Segment(message.content, literal=False) for message in row.messages]
 
 
@@ -143,7 +145,9 @@ def byte_fallback(tokenizer: Tokenizer, samples: Sequence[Sample]) -> Finding:
         tokenizer: of the model.
         samples: what is trained.
     """
-    ids = np.concatenate([sample.ids[sample.mask] for sample in some(samples, MOST_SAMPLES)] or [np.zeros(0, np.int32)])
+    ids = np.concatenate(
+        [sample.ids[sample.mask] for sample in spread(samples, MOST_SAMPLES)] or [np.zeros(0, np.int32)]
+    )
     distinct, counts = np.unique(ids, return_counts=True)
     count = int(counts[coverage.byte_tokens(tokenizer, distinct)].sum())
     share = count / max(1, len(ids))

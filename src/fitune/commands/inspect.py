@@ -27,7 +27,7 @@ from fitune.core import letters
 from fitune.core.config import RunConfig
 from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.records import Conversation, DataReport, Finding, LengthChoice, Sample
-from fitune.data import tokenizer
+from fitune.data import tokenizer as tokenizer_folders
 from fitune.data.fitting import NO_LIMIT
 from fitune.data.tokenizer.interface import Tokenizer
 from fitune.data.tokenizer.new_tokens import add_tokens
@@ -167,43 +167,37 @@ def inspect(
         config: the settings of the run; config.model may be a folder with nothing but tokenizer files.
         samples: how many rows are shown token by token.
         tokenizers: further folders whose tokenizers are compared on the same data.
-        watch: is told how far it is.
+        watch: progress is reported to it.
 
     Raises:
         FituneError: data or a tokenizer that cannot be read at all. Bad rows are counted, not raised.
     """
     watch = watch or Silent()
     folder = locate(config.model)
-    words = tokenizer.load(folder)
+    tokenizer = tokenizer_folders.load(folder)
     if config.new_tokens:
-        add_tokens(words, config.new_tokens, config.answer_tokens)
-    limit, vocabulary = _model_facts(folder, words)
+        add_tokens(tokenizer, config.new_tokens, config.answer_tokens)
+    limit, vocabulary = _model_facts(folder, tokenizer)
     config = config.model_copy(update={"skip_bad": True, "val_share": 0.0})
-    data = datachecks.read(config, folder, words, limit=limit, vocabulary=vocabulary, watch=watch)
+    data = datachecks.read(config, folder, tokenizer, limit=limit, vocabulary=vocabulary, watch=watch)
     report = data.report
     texts = Texts()
-    told = Ticker(watch, "looking", len(data.conversations))
+    progress = Ticker(watch, "looking", len(data.conversations))
     for number, row in enumerate(data.conversations, 1):
         texts.add(row)
-        told(number)
-    told.end()
+        progress(number)
+    progress.end()
     lengths = data.whole_lengths
-    named = [(folder.name, words), *((Path(path).name, tokenizer.load(locate(path))) for path in tokenizers)]
+    named = [
+        (folder.name, tokenizer),
+        *((Path(path).name, tokenizer_folders.load(locate(path))) for path in tokenizers),
+    ]
     doubles = duplicates(texts.whole, texts.prompts, data.conversations.source)
     return Inspection(
         data=[source.path for source in config.sources()],
         model=str(folder),
         template=data.encoder.template.name,
-        rows={
-            "read": report.rows + report.skipped_bad,
-            "kept": report.kept,
-            "dropped": report.dropped,
-            "bad": report.skipped_bad,
-            "prompts cut": report.cut_prompt,
-            "answers cut": report.cut_answer,
-            "duplicates": doubles["rows"],
-            "empty answers": report.bad_reasons.get("the answer is empty", 0),
-        },
+        rows=_row_counts(report, doubles["rows"]),
         bad=bad_rows(report),
         notes=report.notes,
         by_source=_by_name(data.conversations.files()),
@@ -218,8 +212,22 @@ def inspect(
         duplicates=doubles,
         findings=data.findings,
         tokenizers=[tokenizer_view(name, one, texts.texts[:MOST_TEXTS]) for name, one in named],
-        samples=[SampleView(str(s.source), token_views(words, s)) for s in _spread(data.samples, samples)],
+        samples=[SampleView(str(s.source), token_views(tokenizer, s)) for s in _spread(data.samples, samples)],
     )
+
+
+def _row_counts(report: DataReport, duplicates: int) -> dict[str, int]:
+    """What became of the rows, by the names that are shown."""
+    return {
+        "read": report.rows + report.skipped_bad,
+        "kept": report.kept,
+        "dropped": report.dropped,
+        "bad": report.skipped_bad,
+        "prompts cut": report.cut_prompt,
+        "answers cut": report.cut_answer,
+        "duplicates": duplicates,
+        "empty answers": report.bad_reasons.get("the answer is empty", 0),
+    }
 
 
 def bad_rows(report: DataReport) -> list[tuple[str, int, str]]:
@@ -228,14 +236,14 @@ def bad_rows(report: DataReport) -> list[tuple[str, int, str]]:
     return [(reason, count, report.bad_first.get(reason, "")) for reason, count in found]
 
 
-def _model_facts(folder: Path, words: Tokenizer) -> tuple[int, int]:
+def _model_facts(folder: Path, tokenizer: Tokenizer) -> tuple[int, int]:
     """Longest row and embedding rows, from config.json; where there is none, from the tokenizer."""
     if not (folder / "config.json").is_file():
-        return NO_LIMIT, len(words)
+        return NO_LIMIT, len(tokenizer)
     from fitune.models.configs import read_config  # imports torch, which a tokenizer alone does not need
 
     config = read_config(folder)
-    return getattr(config, "max_position_embeddings", None) or NO_LIMIT, max(config.vocab_size, len(words))
+    return getattr(config, "max_position_embeddings", None) or NO_LIMIT, max(config.vocab_size, len(tokenizer))
 
 
 def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -317,7 +325,7 @@ def _tokenizer_table(views: Sequence[TokenizerView]) -> Table:
 
 
 def _tokenizer_rows(views: Sequence[TokenizerView]) -> list[tuple[str, list[str]]]:
-    """Names and values of what is told of tokenizers, for the terminal and the page alike."""
+    """Names and values of what is shown of tokenizers, for the terminal and the page alike."""
 
     def per_character(view: TokenizerView) -> str:
         value = view.tokens_per_chinese_character

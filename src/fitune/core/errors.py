@@ -1,4 +1,4 @@
-"""Every error a user can meet, and how several are told at once.
+"""Every error a user can meet, and how several are reported at once.
 
 In: what was received, what was expected, how to fix it. Out: exceptions that the command line prints as they are and
 turns into an exit code. Draw on this tree, never on bare `ValueError`, for anything that a user can cause.
@@ -10,7 +10,7 @@ turns into an exit code. Draw on this tree, never on bare `ValueError`, for anyt
       ModelError             a model folder, a tokenizer, an adapter
       TrainingError          a run that went wrong (non-finite loss, a refused check)
       RunFolderError         a run folder, a checkpoint, the disk
-      Problems               several of the above, told together
+      Problems               several of the above, reported together
       Interrupted            exit code 130: stopped by the user, the run is saved
 """
 
@@ -88,7 +88,7 @@ class Interrupted(FituneError):
 
 
 class Problems(FituneError):
-    """Several problems, told in one message."""
+    """Several problems, reported in one message."""
 
     def __init__(self, problems: list[FituneError]) -> None:
         self.problems = problems
@@ -99,7 +99,7 @@ class Problems(FituneError):
 
 
 class Collector:
-    """Gathers problems so that they are told together.
+    """Gathers problems so that they are reported together.
 
     Example:
         >>> problems = Collector()

@@ -1,7 +1,7 @@
 """Files that are there whole or not at all.
 
-In: what is to be written. Out: atomic writes, folders sealed with a manifest of SHA-256 sums, and a full disk told as
-what it is. A folder is written under a temporary name, each file synced, its manifest last; then it is renamed. What
+In: what is to be written. Out: atomic writes, folders sealed with a manifest of SHA-256 sums, and an error that names a
+full disk. A folder is written under a temporary name, each file synced, its manifest last; then it is renamed. What
 has no manifest, or does not match it, does not count. A manifest lists exactly the files that are there, and holds a
 sum of itself.
 """
@@ -40,7 +40,7 @@ FIX = "free some space or choose another --output, then go on with --resume; ear
 
 @contextmanager
 def disk(folder: Path, fix: str = FIX) -> Iterator[None]:
-    """A write that fails is told as what it is: a full disk, or a folder that cannot be written."""
+    """A write that fails is reported as what it is: a full disk, or a folder that cannot be written."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -54,7 +54,7 @@ def disk(folder: Path, fix: str = FIX) -> Iterator[None]:
 
 @contextmanager
 def full_disk(fix: str = FIX) -> Iterator[None]:
-    """A disk that is full is told as that, wherever it was noticed: libraries raise what they like."""
+    """A disk that is full is reported as that, wherever it was noticed: libraries raise what they like."""
     try:
         yield
     except FituneError:
@@ -253,8 +253,8 @@ def check_writable(target: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=place):
             return
     except OSError as error:
-        told = f"{place}: {os.strerror(error.errno) if error.errno else error}"
-        raise RunFolderError(f"{target}: cannot be written", received=told, fix="choose another --output") from error
+        shown = f"{place}: {os.strerror(error.errno) if error.errno else error}"
+        raise RunFolderError(f"{target}: cannot be written", received=shown, fix="choose another --output") from error
 
 
 def _is_there(path: Path) -> bool:
@@ -308,8 +308,8 @@ def names_near(path: str | Path, *, folders: bool = False) -> str | None:
             names = [name for name in names if (place / name).is_dir()]
     except OSError:
         names = []
-    told = f"nearest in {place}: {', '.join(nearest(missing.name, names))}" if names else f"nothing like it in {place}"
-    return told if missing == wanted else f"there is no folder {missing}; {told}"
+    near = f"nearest in {place}: {', '.join(nearest(missing.name, names))}" if names else f"nothing like it in {place}"
+    return near if missing == wanted else f"there is no folder {missing}; {near}"
 
 
 @contextmanager

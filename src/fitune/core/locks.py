@@ -67,7 +67,7 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
     Args:
         folder: of a run.
-        say: is told where the file system has no locks; then there is none.
+        say: receives a warning where the file system has no locks; then there is none.
 
     Raises:
         InUseError: another process has it; the message says which.
@@ -145,7 +145,7 @@ def holder(folder: Path) -> str | None:
     except OSError:
         return None
     try:
-        return None if _lock(handle) else _told(folder)
+        return None if _lock(handle) else _holder_of(folder)
     except OSError:
         return None
     finally:
@@ -158,7 +158,7 @@ def check(folder: Path) -> None:
         raise _in_use(folder)
 
 
-def _told(folder: Path) -> str:
+def _holder_of(folder: Path) -> str:
     try:
         found = json.loads((folder / LOCK).read_text(encoding="utf-8"))
         return f"process {found['pid']} on {found['host']}, since {found['started']}"
@@ -169,6 +169,6 @@ def _told(folder: Path) -> str:
 def _in_use(folder: Path) -> InUseError:
     return InUseError(
         f"{folder}: another process works in this run folder",
-        received=_told(folder),
+        received=_holder_of(folder),
         fix="wait until it has ended, or end it; then go on with --resume. For another run choose another --output",
     )

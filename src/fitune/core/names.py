@@ -293,11 +293,11 @@ def problem(given: str, value: Any) -> ConfigError | None:
 # ---- the command line ----
 
 
-def flags(words: Sequence[str], verb: str, own: Collection[str] = ()) -> list[str]:
+def flags(arguments: Sequence[str], verb: str, own: Collection[str] = ()) -> list[str]:
     """A command line by our names: `--learning_rate 1e-4` is `--lr 1e-4`.
 
     Args:
-        words: as typed.
+        arguments: as typed.
         verb: the first of them.
         own: names of options of the verb itself, which mean what it says, whatever they mean elsewhere.
 
@@ -306,17 +306,17 @@ def flags(words: Sequence[str], verb: str, own: Collection[str] = ()) -> list[st
     """
     out: list[str] = []
     problems, at = Collector(), 0
-    while at < len(words):
-        word, at = words[at], at + 1
-        typed, equals, value = word.partition("=")
-        name = _plain(typed[2:]) if word.startswith("--") else ""
+    while at < len(arguments):
+        argument, at = arguments[at], at + 1
+        typed, equals, value = argument.partition("=")
+        name = _plain(typed[2:]) if argument.startswith("--") else ""
         if name in own and _of_others(name):
-            out.append(word)
+            out.append(argument)
             continue
         if not (_of_others(name) or name in VALUES or _of_answers(name, verb)):
-            out.append(word)
+            out.append(argument)
             continue
-        values = [value] if equals else list(takewhile(lambda one: not one.startswith("--"), words[at:]))
+        values = [value] if equals else list(takewhile(lambda one: not one.startswith("--"), arguments[at:]))
         at += 0 if equals else len(values)
         with problems.gather():
             out += _flag(typed, name, values, verb)

@@ -59,7 +59,7 @@ class Cache:
     Args:
         folder: where; None: a temporary folder that goes with this object.
         most: bytes that it may hold; above, what was not used for the longest time goes.
-        say: is told what went.
+        say: receives what was removed.
     """
 
     def __init__(

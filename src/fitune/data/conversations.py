@@ -147,7 +147,7 @@ def unused(row: Row, name: str, columns: Mapping[str, str]) -> list[str]:
 
 
 def notes(row: Row, conversation: Conversation, columns: Mapping[str, str]) -> list[str]:
-    """What a user should know of how a row was understood, in words that are counted."""
+    """What a user should know of how a row was understood, as notes that are counted."""
     weights = [m.weight for m in conversation.messages if m.role == "assistant"]
     by_name = by_known_names(row, understood(row, "auto", columns))[0]
     found = taken(by_name, flat=_is_flat(NAMES[conversation.format]))

@@ -133,10 +133,10 @@ class Encoder:
 
         Args:
             conversations: the rows.
-            on_bad: is told the number of a row that the template cannot write, and why; it has no samples then.
+            on_bad: receives the number of a row that the template cannot write, and why; it has no samples then.
 
         Raises:
-            DataError: a row that the template cannot write, where nobody is told.
+            DataError: a row that the template cannot write, where there is no on_bad.
         """
         drafts: list[list[_Draft]] = []
         for number, conversation in enumerate(conversations):

@@ -23,7 +23,7 @@ from fitune.core.units import MIB
 from fitune.core.untrusted import check_file
 
 Item = tuple[Any, Source] | DataError
-Notice = Callable[[str], None]  # is told how a file was understood
+Notice = Callable[[str], None]  # receives how a file was understood
 
 BOMS = (  # UTF-32's begins with UTF-16's, so it is asked first
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -136,7 +136,7 @@ def encoding_of(path: Path) -> str:
         return wide
     if not _all_decodes(path, "utf-8") and _is_chinese(path):
         return "gb18030"
-    return "utf-8-sig"  # what is wrong with it is told when it is read
+    return "utf-8-sig"  # what is wrong with it is reported when it is read
 
 
 def _wide(head: bytes) -> str | None:
@@ -183,7 +183,7 @@ def lines_of(path: Path, notice: Notice, newline: str | None = None) -> Iterator
 
     Args:
         path: the file.
-        notice: is told of an encoding other than UTF-8.
+        notice: receives a note of an encoding other than UTF-8.
         newline: as for `open`: None makes all line ends alike.
 
     Raises:

@@ -101,7 +101,7 @@ def shrink(folder: Path, most: int, say: Callable[[str], None] = lambda text: No
     Args:
         folder: the cache.
         most: bytes that may stay.
-        say: is told what was removed, and why.
+        say: receives what was removed, and why.
 
     Returns:
         How many entries and bytes were removed.

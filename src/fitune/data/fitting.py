@@ -39,7 +39,7 @@ def encode_rows(
     Args:
         rows: read once.
         encoder: with or without a max_length.
-        on_row: is told how many rows are done.
+        on_row: receives how many rows are done.
         on_bad: see Encoder.samples_of.
     """
     remaining, done = iter(rows), 0
@@ -58,10 +58,10 @@ def encode(rows_: Rows, encoder: Encoder, cache: Cache, tokenizer_digest: str, w
     """The samples of all rows, from the cache where they are there."""
 
     def write(folder: Path) -> None:
-        told = Ticker(watch, "encoding rows", len(rows_))
+        progress = Ticker(watch, "encoding rows", len(rows_))
         bad: dict[int, DataError] = {}
-        write_samples(folder, encode_rows(rows_, encoder, told, bad.__setitem__), bad)
-        told.end()
+        write_samples(folder, encode_rows(rows_, encoder, progress, bad.__setitem__), bad)
+        progress.end()
 
     template = encoder.template.as_dict()
     settings = (encoder.train_on, encoder.max_length, encoder.split, sorted(encoder.marks.answers))
@@ -93,7 +93,7 @@ def fit(
         numbers: which rows.
         encoder: with the max_length.
         policy: what becomes of rows that are longer.
-        encoded: gives the samples of some rows, cut.
+        encoded: gives the samples of given rows, cut.
 
     Raises:
         DataError, Problems: too long rows, under the policy `refuse`.

@@ -48,8 +48,8 @@ def _spans(values: list[Any], field: str, prompt: str) -> list[str]:
     if not values or not texts or SPAN not in prompt:
         raise FieldError(field, "not a text", received=shorten(values), expected=expected)
     if prompt.count(SPAN) != len(values):
-        told = f"{len(values)} texts, {prompt.count(SPAN)} {SPAN} in the prompt"
-        raise FieldError(field, "as many answers as gaps are needed", received=told, expected=expected)
+        counts = f"{len(values)} texts, {prompt.count(SPAN)} {SPAN} in the prompt"
+        raise FieldError(field, "as many answers as gaps are needed", received=counts, expected=expected)
     return values
 
 

@@ -87,18 +87,18 @@ def of_row(encoder: Encoder, row: Conversation, made: Sequence[Sample]) -> list[
     return [(row, *both) for both in zip(made, each, strict=True)] if len(each) == len(made) else []
 
 
-def wrong_rows(encoder: Encoder, samples: Samples, some: Iterable[int]) -> dict[int, DataError]:
+def wrong_rows(encoder: Encoder, samples: Samples, numbers: Iterable[int]) -> dict[int, DataError]:
     """Rows whose labels are wrong, by number, each as an error that names the row.
 
     Args:
         encoder: made the samples.
         samples: of all rows, uncut.
-        some: numbers of the rows to look at, ascending.
+        numbers: of the rows to look at, ascending.
     """
     found: dict[int, DataError] = {}
-    of = samples.column("row")
-    for number in some:
-        made = [samples[n] for n in range(*np.searchsorted(of, [number, number + 1]))]
+    row_of = samples.column("row")
+    for number in numbers:
+        made = [samples[n] for n in range(*np.searchsorted(row_of, [number, number + 1]))]
         for row, sample, turns in of_row(encoder, samples.rows[number], made):
             if text := wrong(encoder, row, sample, turns):
                 what = f"{row.source}: the labels are not the answer's own"

@@ -49,7 +49,7 @@ def locate(name: str) -> Path:
     wanted = [f"*{suffix}{packed}" for suffix in (*FOLDER_SUFFIXES, ".txt") for packed in ("", ".gz")]
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
-    except Exception as error:  # the hub client raises many kinds; each is told as it is
+    except Exception as error:  # the hub client raises many kinds; each is reported as it is
         raise DataError(
             "no such file or folder, and the hub does not give it",
             file=name,
@@ -161,7 +161,7 @@ def read(path: Path, notice: Notice = lambda text: None) -> Iterator[Item]:
 
     Args:
         path: the file.
-        notice: is told how it was understood, where nothing in it says so.
+        notice: receives how it was understood, where nothing in it says so.
 
     Raises:
         DataError: the file cannot be read, or not beyond some place.
@@ -192,7 +192,7 @@ def read_rows(path: Path) -> Iterator[Item]:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """What goes wrong inside is told with the file's name."""
+    """What goes wrong inside is reported with the file's name."""
     try:
         yield
     except FituneError:

@@ -2,8 +2,9 @@
 
 In: sources (files, folders, hub ids), each with what is said of it. Out: one Conversation per row, each knowing its
 file and line, on disk: read as a stream, and found again in the cache. `readers` parses files, `formats` understands
-rows; here is what becomes of them: `take` draws some, `weight` repeats them, bad ones are told with file:line:field,
-all at once, or skipped and listed if so wished. Nothing is dropped silently; columns that no format uses are counted.
+rows; here is what becomes of them: `take` draws some, `weight` repeats them, bad ones are reported with
+file:line:field, all at once, or skipped and listed if so wished. Nothing is dropped silently; columns that no format
+uses are counted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fitune.data.readers import documents_beside, files, locate, read
 from fitune.data.store import META, Rows, write_rows
 from fitune.data.tables import check_columns
 
-MOST_PROBLEMS = 20  # bad rows told in one message, or listed where they are skipped; the rest are counted
+MOST_PROBLEMS = 20  # bad rows reported in one message, or listed where they are skipped; the rest are counted
 TAKE, WEIGH = 1, 2  # streams of random numbers, apart from each other and from that of the held-out split
 
 
@@ -61,7 +62,7 @@ def load(
         fill: texts for the slots {{name}}.
         skip_bad: leave out bad rows, count and list them in the report.
         cache: where the rows are kept, and found again; None: a temporary folder.
-        on_row: is told how many rows were read.
+        on_row: receives how many rows were read.
 
     Raises:
         ConfigError: an unknown format, or a column map that fits none.
@@ -76,7 +77,7 @@ def load(
 
     def write(folder: Path) -> None:
         meta: dict[str, Any] = {}
-        write_rows(folder, _told(read_all(meta), on_row), meta)
+        write_rows(folder, _counting(read_all(meta), on_row), meta)
         if _key(asked, fill or {}) != name:
             raise DataError("the data changed while it was read", received=", ".join(s.path for s in asked))
 
@@ -102,12 +103,12 @@ def load(
 
 def _key(sources: Sequence[DataSource], fill: Mapping[str, str]) -> str:
     """All that decides what is read: the files' content, and what is said of them. A file that is missing has none."""
-    told = []
+    content = []
     for source in sources:
         with suppress(DataError, OSError):
             found = [[str(file), sha256(file)] for file in files(locate(source.path))]
-            told.append([source.format, source.map, found])
-    return key(told, dict(fill), code_version())
+            content.append([source.format, source.map, found])
+    return key(content, dict(fill), code_version())
 
 
 def _report(folder: Path) -> DataReport:
@@ -115,21 +116,21 @@ def _report(folder: Path) -> DataReport:
     return DataReport(**json.loads((folder / META).read_text(encoding="utf-8"))["report"])
 
 
-def _told(rows: Iterable[Any], on_row: Callable[[int], None]) -> Iterator[Any]:
+def _counting(rows: Iterable[Any], on_row: Callable[[int], None]) -> Iterator[Any]:
     for number, row in enumerate(rows, 1):
         yield row
         on_row(number)
 
 
 def _all(sources: Sequence[DataSource], state: _State, meta: dict[str, Any]) -> Iterator[tuple[int, Conversation]]:
-    """Every good row of every source; what is wrong is told when all have been read."""
+    """Every good row of every source; what is wrong is reported when all have been read."""
     for number, source in enumerate(sources):
         with state.problems.gather():
             formats.check(source.format or "auto", source.map)
             for row in _rows(source, state):
                 yield number, row
-    if state.bad > state.told and not state.skip_bad:
-        state.problems.problems.append(DataError(f"and {state.bad - state.told} more bad rows"))
+    if state.bad > state.reported and not state.skip_bad:
+        state.problems.problems.append(DataError(f"and {state.bad - state.reported} more bad rows"))
     state.problems.raise_any()
     meta["report"] = state.report.as_dict()
 
@@ -143,7 +144,7 @@ class _State:
     skip_bad: bool
     problems: Collector = field(default_factory=Collector)
     bad: int = 0
-    told: int = 0
+    reported: int = 0
     shapes: set[tuple[str, str]] = field(default_factory=set)
     unknown: dict[tuple[str, str], tuple[DataError, dict[str, int]]] = field(default_factory=dict)
     left_out: list[DataError] = field(default_factory=list)  # the first bad rows of a source, where they are skipped
@@ -161,10 +162,10 @@ class _State:
                 self.report.skipped.append(error.what)
             if len(self.left_out) < MOST_PROBLEMS and not self._known(error):
                 self.left_out.append(error)
-        elif self.told < MOST_PROBLEMS and not self._known(error):
-            if not self.told:
+        elif self.reported < MOST_PROBLEMS and not self._known(error):
+            if not self.reported:
                 error.fix = error.fix or "fix the row, or leave bad rows out with --skip-bad"
-            self.told += 1
+            self.reported += 1
             self.problems.problems.append(error)
 
     def _weigh(self, error: DataError, row: object) -> None:
@@ -178,7 +179,7 @@ class _State:
         first.fix = formats.what_they_are(lengths)
 
     def _known(self, error: DataError) -> bool:
-        """A row with the same wrong columns was told of before: a file of them needs no list."""
+        """A row with the same wrong columns was reported before: a file of them needs no list."""
         shape = (str(error.file), str(error.received))
         known = error.field is None and shape in self.shapes
         self.shapes.add(shape)

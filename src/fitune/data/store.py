@@ -218,11 +218,11 @@ def write_samples(folder: Path, made: Iterable[Sequence[Sample]], bad: Mapping[i
             flush()
     flush()
     save_file({name: np.asarray(values) for name, values in columns.items()}, folder / COLUMNS)
-    told = {
+    described = {
         row: [e.what, *(str(v) if v else None for v in (e.received, e.expected, e.fix))]
         for row, e in (bad or {}).items()
     }
-    (folder / META).write_text(json.dumps({"bad": told}, ensure_ascii=False), encoding="utf-8")
+    (folder / META).write_text(json.dumps({"bad": described}, ensure_ascii=False), encoding="utf-8")
 
 
 @contextmanager
@@ -264,11 +264,11 @@ class Samples(Sequence[Sample]):
         self.rows, self._keep = rows, [keep]
         self._columns: dict[str, NDArray[np.int32]] = load_file(folder / COLUMNS)
         self._shards = [_shard(folder, n) for n in range(int(self._columns["shard"].max(initial=-1)) + 1)]
-        told = json.loads((folder / META).read_text(encoding="utf-8"))["bad"]
+        described = json.loads((folder / META).read_text(encoding="utf-8"))["bad"]
         # rows that the template cannot write, and why
         self.bad = {
             int(row): DataError(what, received=received, expected=expected, fix=fix)
-            for row, (what, received, expected, fix) in told.items()
+            for row, (what, received, expected, fix) in described.items()
         }
 
     def view(self, index: NDArray[Any]) -> Samples:
@@ -391,7 +391,7 @@ def blocks(samples: Sequence[Sample]) -> Iterator[Block]:
         if isinstance(samples, Samples)
         else ((n, samples[n].ids, samples[n].mask) for n in numbers)
     )
-    while some := list(islice(pieces, BLOCK)):
-        ends = np.cumsum([len(ids) for _, ids, _ in some])
-        ids, mask = np.concatenate([ids for _, ids, _ in some]), np.concatenate([mask for _, _, mask in some])
-        yield Block(some[0][0], ids, mask, np.concatenate([[0], ends[:-1]]), ends)
+    while block := list(islice(pieces, BLOCK)):
+        ends = np.cumsum([len(ids) for _, ids, _ in block])
+        ids, mask = np.concatenate([ids for _, ids, _ in block]), np.concatenate([mask for _, _, mask in block])
+        yield Block(block[0][0], ids, mask, np.concatenate([[0], ends[:-1]]), ends)

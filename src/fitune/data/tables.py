@@ -107,7 +107,7 @@ def read_xlsx(path: Path, notice: Notice) -> Iterator[Item]:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         sheets = [(sheet.title, rows) for sheet in book.worksheets if len(rows := _cells(sheet)) > 1]
         book.close()
-    except Exception as error:  # the library raises many kinds; each is told as it is
+    except Exception as error:  # the library raises many kinds; each is reported as it is
         raise DataError(
             "cannot be read as Excel",
             file=path,
@@ -138,7 +138,7 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as packed:
             unpacked = sum(one.file_size for one in packed.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return  # what is wrong with it is told by who reads it
+        return  # what is wrong with it is reported by who reads it
     if unpacked > MOST_BOOK or unpacked > max(BOMB, BOMB_RATIO * path.stat().st_size):
         raise too_large(path, f"{path.stat().st_size:,} bytes unpack to {unpacked:,}")
 
@@ -191,7 +191,7 @@ def read_arrow(path: Path, notice: Notice) -> Iterator[Item]:
 
 @contextmanager
 def _arrow(path: Path, kind: str) -> Iterator[None]:
-    """pyarrow's errors are of many kinds; each is told as it is."""
+    """pyarrow's errors are of many kinds; each is reported as it is."""
     import pyarrow
 
     try:

@@ -1,6 +1,6 @@
 """A user's own template, from a YAML file with the pieces as keys.
 
-In: a path. Out: a PieceTemplate. All that is wrong with the file is told together.
+In: a path. Out: a PieceTemplate. All that is wrong with the file is reported together.
 
     user: "Q: {content}\\n"
     opening: "A: "

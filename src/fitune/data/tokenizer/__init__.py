@@ -2,7 +2,7 @@
 
 In: a folder with tokenizer files: tokenizer.json, a sentencepiece *.model, or vocab.json + merges.txt. Out: a
 transformers tokenizer whose special ids are known. tokenizer_config.json is read here, before any Auto class, so a
-folder that names remote code is told at once what it is: ChatGLM has a tokenizer of ours, others are refused.
+folder that names remote code is recognized at once: ChatGLM has a tokenizer of ours, others are refused.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def load(folder: Path, settings: dict[str, Any], config: dict[str, Any]) -> Any:
             fix="newer GLM models come with a tokenizer.json: put it into the folder",
         )
     made = ChatGLM2Tokenizer(file, family=_family(folder, settings, config), **keep)
-    told = named(settings, config) if settings.get("family") not in FAMILIES else {}
-    made.contradiction = told if len(set(told.values())) > 1 else {}
+    versions = named(settings, config) if settings.get("family") not in FAMILIES else {}
+    made.contradiction = versions if len(set(versions.values())) > 1 else {}
     return made
 
 
