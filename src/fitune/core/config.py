@@ -303,7 +303,7 @@ def _locate(path: tuple[str | int, ...]) -> tuple[str, type[BaseModel]]:
     return ".".join(parts), group
 
 
-def build(values: Mapping[str, Any]) -> RunConfig:
+def build(values: Mapping[str, object]) -> RunConfig:
     """Check the values and fill in the defaults.
 
     Raises:
@@ -336,7 +336,7 @@ def build(values: Mapping[str, Any]) -> RunConfig:
         raise AssertionError("unreachable: pydantic raised without errors") from error
 
 
-def settings_only(values: Mapping[str, Any], *, model: str = "-") -> RunConfig:
+def settings_only(values: Mapping[str, object], *, model: str = "-") -> RunConfig:
     """The checked settings of a run whose data, and perhaps whose model, nobody looks at.
 
     Args:

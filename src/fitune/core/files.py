@@ -103,12 +103,12 @@ def write_atomic(path: Path, text: str) -> None:
         sync(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """JSON, atomically."""
     write_atomic(path, json_text(value))
 
 
-def json_text(value: Any) -> str:
+def json_text(value: object) -> str:
     """A value as it stands in a JSON file."""
     return as_json(value, indent=1) + "\n"
 
@@ -123,7 +123,7 @@ def in_unicode(text: str) -> str:
     return text if text.isascii() else HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -164,14 +164,14 @@ def summed(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256_tree": tree(path)} if size > PIECE else {"bytes": size, "sha256": sha256(path)}
 
 
-def matches(path: Path, entry: Mapping[str, Any]) -> bool:
+def matches(path: Path, entry: Mapping[str, object]) -> bool:
     """Is this the file that `summed` saw?"""
     if not path.is_file() or path.stat().st_size != entry["bytes"]:
         return False
     return bool(tree(path) == entry["sha256_tree"] if "sha256_tree" in entry else sha256(path) == entry["sha256"])
 
 
-def with_own_sum(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_own_sum(values: Mapping[str, object]) -> dict[str, Any]:
     """A JSON object with a sum of itself, which tells damage to it from damage to what it speaks of."""
     return {**values, "sum": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
 
@@ -186,7 +186,7 @@ def read_summed(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def seal(folder: Path, **facts: Any) -> None:
+def seal(folder: Path, **facts: object) -> None:
     """Sync every file, then write the manifest of their checksums: the marker that the folder is whole.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 from fitune.core.errors import Collector, ConfigError
 
 
-def _each(table: Mapping[Any, str]) -> dict[str, Any]:
+def _each(table: Mapping[object, str]) -> dict[str, Any]:
     """A table by each of the names in its texts."""
     return {name: value for value, names in table.items() for name in names.split()}
 
@@ -197,7 +197,7 @@ GROUPS = ("lora", "quant", "freeze", "tail", "bitfit", "prompt", "p_tuning", "pr
 ONE_OF = (("bf16", "fp16"), ("load_in_4bit", "load_in_8bit"))  # of which one is true where the other is false
 
 
-def ours(values: Mapping[str, Any]) -> dict[str, Any]:
+def ours(values: Mapping[str, object]) -> dict[str, Any]:
     """Settings by our names, `-` and `_` alike. What cannot be taken stays under its own name: see `problem`."""
     there = {_plain(name): value for name, value in values.items()}
     out: dict[str, Any] = {}
@@ -242,7 +242,7 @@ def _joined(out: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     return joined
 
 
-def _ours(name: str, value: Any) -> dict[str, Any] | None:
+def _ours(name: str, value: object) -> dict[str, Any] | None:
     """One setting of whoever's name as ours; None: it cannot be taken."""
     if name in MEANS:
         return MEANS[name].get(str(value).lower())
@@ -267,7 +267,7 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _group(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _group(group: str, values: Mapping[str, object]) -> dict[str, Any]:
     """Names inside a group of settings: `lora: {r: 16}`."""
     out: dict[str, Any] = {}
     for given, value in values.items():
@@ -279,7 +279,7 @@ def _group(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def problem(given: str, value: Any) -> ConfigError | None:
+def problem(given: str, value: object) -> ConfigError | None:
     """Why a name of another tool was not taken; None: nobody has that name."""
     name = _plain(given.removeprefix("--")).rpartition(".")[2]
     if name in MEANS or name in INSTEAD:
@@ -357,7 +357,7 @@ def _flag_name(name: str) -> str:
     return "--quant" if name == "quant.name" else f"--{name.replace('_', '-')}"
 
 
-def _typed(settings: Mapping[str, Any], above: str = "") -> list[str]:
+def _typed(settings: Mapping[str, object], above: str = "") -> list[str]:
     """Settings as they are typed."""
     out: list[str] = []
     for name, value in settings.items():

@@ -184,7 +184,7 @@ class StepRecord:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> StepRecord:
+    def from_dict(cls, values: Mapping[str, object]) -> StepRecord:
         """Back from JSON."""
         known = {k: math.nan if v is None and k != "held_out_loss" else v for k, v in values.items()}
         return cls(**known)  # type: ignore[arg-type]  # the fields' types are those of the file

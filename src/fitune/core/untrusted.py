@@ -120,7 +120,7 @@ def read_json(path: Path, error: type[FituneError] = ModelError, kind: type = di
 COPY = "copy the file again from where it came"
 
 
-def check_depth(value: Any, most: int = DEEPEST) -> None:
+def check_depth(value: object, most: int = DEEPEST) -> None:
     """Raises RecursionError where lists and objects stand deeper in each other than anybody writes."""
     level = [value]
     for _ in range(most + 1):

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from platformdirs import user_cache_path
 
@@ -167,7 +166,7 @@ def _close(handles: dict[Path, int | None]) -> None:
             os.close(handle)
 
 
-def key(*parts: Any) -> str:
+def key(*parts: object) -> str:
     """A name for everything that decides the content: JSON values, bytes."""
     found = hashlib.sha256()
     for part in parts:

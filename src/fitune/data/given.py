@@ -29,7 +29,7 @@ FOLDER = "data"  # of a run, for rows that had no file
 FIX = 'data=["rows.jsonl"] names files; data=[{"prompt": ..., "completion": ...}, ...] are rows'
 
 
-def sources(value: Any, name: str, cache: Cache) -> list[Any]:
+def sources(value: object, name: str, cache: Cache) -> list[Any]:
     """What `data` is in Python as sources: paths stay, rows become files.
 
     Args:
@@ -49,23 +49,23 @@ def sources(value: Any, name: str, cache: Cache) -> list[Any]:
     return [one if _is_source(one) else _file(one, name, cache) for one in value]
 
 
-def _is_source(value: Any) -> bool:
+def _is_source(value: object) -> bool:
     named = isinstance(value, Mapping) and "path" in value and set(value) <= set(DataSource.model_fields)
     return isinstance(value, (str, PurePath, DataSource)) or named
 
 
-def _is_row(value: Any) -> bool:
+def _is_row(value: object) -> bool:
     if _is_conversation(value):
         return True
     return isinstance(value, Mapping) and not _is_source(value) and not _is_splits(value) and not _is_columns(value)
 
 
-def _is_conversation(value: Any) -> bool:
+def _is_conversation(value: object) -> bool:
     """Turns without a name: [{"role": "user", ...}, {"role": "assistant", ...}]."""
     return isinstance(value, (list, tuple)) and bool(value) and all(_is_turn(one) for one in value)
 
 
-def _is_columns(value: Any) -> bool:
+def _is_columns(value: object) -> bool:
     """Columns by name: lists of one length that hold no turns."""
     if not isinstance(value, Mapping) or not value:
         return False
@@ -74,16 +74,16 @@ def _is_columns(value: Any) -> bool:
     return lists and len({len(one) for one in columns}) == 1 and not any(_is_turn(one[0]) for one in columns if one)
 
 
-def _is_turn(value: Any) -> bool:
+def _is_turn(value: object) -> bool:
     return isinstance(value, Mapping) and bool({"role", "from"} & set(value))
 
 
-def _is_splits(value: Any) -> bool:
+def _is_splits(value: object) -> bool:
     """A DatasetDict: tables by the names of their splits."""
     return isinstance(value, Mapping) and bool(value) and all(hasattr(one, "column_names") for one in value.values())
 
 
-def _file(table: Any, name: str, cache: Cache) -> str:
+def _file(table: object, name: str, cache: Cache) -> str:
     """The rows as a file of the cache; the same rows are the same file."""
     with tempfile.TemporaryDirectory(prefix="fitune-") as folder:
         path = Path(folder) / f"{name}.jsonl"
@@ -119,7 +119,7 @@ def _rows(table: Any, name: str) -> Iterator[Any]:
     raise DataError(f"{name}: no rows", received=shorten(table), expected="paths or rows", fix=FIX)
 
 
-def _line(row: Any, where: str) -> str:
+def _line(row: object, where: str) -> str:
     row = {"messages": row} if _is_conversation(row) else row
     if not isinstance(row, Mapping):
         raise DataError("not a row", file=where, received=shorten(row), expected="a dict of columns", fix=FIX)
@@ -129,7 +129,7 @@ def _line(row: Any, where: str) -> str:
         raise DataError("cannot be written as JSON", file=where, received=str(error)) from error
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Values as JSON has them; what a table marks as missing is left out."""
     if isinstance(value, Mapping):
         plain = {str(key): _plain(one) for key, one in value.items()}

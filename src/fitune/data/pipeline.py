@@ -230,7 +230,9 @@ def _load(desk: _Desk, config: RunConfig) -> rows.Loaded:
     return found
 
 
-def _with_lengths(report: DataReport, config: RunConfig, whole: Samples, of: NDArray[Any], limit: int) -> DataReport:
+def _with_lengths(
+    report: DataReport, config: RunConfig, whole: Samples, of: NDArray[np.int64], limit: int
+) -> DataReport:
     """The report with the run's max_length, and with what this and other lengths would cut.
 
     Raises:

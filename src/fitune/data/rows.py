@@ -116,7 +116,7 @@ def _report(folder: Path) -> DataReport:
     return DataReport(**json.loads((folder / META).read_text(encoding="utf-8"))["report"])
 
 
-def _counting(rows: Iterable[Any], on_row: Callable[[int], None]) -> Iterator[Any]:
+def _counting(rows: Iterable[object], on_row: Callable[[int], None]) -> Iterator[Any]:
     for number, row in enumerate(rows, 1):
         yield row
         on_row(number)
@@ -208,7 +208,7 @@ def _rows(source: DataSource, state: _State) -> Iterator[Conversation]:
         raise DataError("no rows", file=source.path, received=received, expected="rows to train on")
 
 
-def _check_shape(row: Any, where: Source) -> None:
+def _check_shape(row: object, where: Source) -> None:
     """Raises DataError for a row of more columns than any data has, or one nested deeper than anybody writes."""
     if isinstance(row, dict):
         check_columns(len(row), where.file, where.line)
@@ -220,7 +220,7 @@ def _check_shape(row: Any, where: Source) -> None:
         raise DataError("nested too deeply", file=where.file, line=where.line, field=field, expected=expected) from None
 
 
-def _is_deep(value: Any) -> bool:
+def _is_deep(value: object) -> bool:
     try:
         check_depth(value, DEEPEST - 1)
     except RecursionError:

@@ -44,7 +44,7 @@ def summed(path: Path, *, fresh: bool = False) -> dict[str, Any]:
     return entry
 
 
-def matches(path: Path, entry: Mapping[str, Any]) -> bool:
+def matches(path: Path, entry: Mapping[str, object]) -> bool:
     """Is this the file that `summed` saw?"""
     if not path.is_file() or path.stat().st_size != entry["bytes"]:
         return False

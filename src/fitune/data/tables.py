@@ -155,7 +155,7 @@ def _cells(sheet: Any) -> list[tuple[int, list[Any]]]:
     return found
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> Any:
     if isinstance(value, (date, time)):
         return str(value).removesuffix(" 00:00:00")
     if isinstance(value, float) and value.is_integer():
@@ -221,7 +221,7 @@ def _step(batch: Any) -> int:
     return max(1, min(256, rows * MOST_ROW // held))
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> Any:
     """In a column store every struct has every field: what a row did not have stands there as null."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}

@@ -107,12 +107,12 @@ def arguments(call: ToolCall) -> dict[str, Any]:
     return values
 
 
-def as_json(values: Any, indent: int | None = None) -> str:
+def as_json(values: object, indent: int | None = None) -> str:
     """JSON as templates write it: Chinese stays Chinese."""
     return json.dumps(values, ensure_ascii=False, indent=indent)
 
 
-def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+def function_of(tool: Mapping[str, object]) -> Mapping[str, Any]:
     """The bare description of a function, with or without OpenAI's `{"type": "function"}` around it."""
     inner = tool.get("function")
     return inner if isinstance(inner, Mapping) else tool

@@ -53,7 +53,7 @@ class ChatTemplate:
         stop: str | None,
         *,
         date: str | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, object] | None = None,
         system_role: SystemRole = "auto",
     ) -> None:
         self.jinja, self.tokenizer, self.stop = jinja if isinstance(jinja, str) else dict(jinja), tokenizer, stop
@@ -191,7 +191,7 @@ def of_tokenizer(
     tokenizer: Tokenizer,
     *,
     system_role: SystemRole = "auto",
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     date: str | None = None,
 ) -> ChatTemplate:
     """The tokenizer's own template, with the token that ends its answers.
@@ -210,7 +210,7 @@ def of_tokenizer(
     return ChatTemplate(tokenizer.chat_template, tokenizer, find_stop(found), **how)
 
 
-def _quoted(value: Any) -> str:
+def _quoted(value: object) -> str:
     """A JSON value as Jinja writes it."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]

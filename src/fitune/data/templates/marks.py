@@ -61,7 +61,7 @@ class Marks:
         at = text.index(inner)
         return f"{text[:at]}{OPEN}{turn}{TURN}{self.broken(inner)}{CLOSE}{text[at + len(inner) :]}"
 
-    def everywhere(self, value: Any) -> Any:
+    def everywhere(self, value: object) -> Any:
         """A JSON value with every text in it broken: arguments of calls, descriptions of tools."""
         if isinstance(value, str):
             return self.broken(value)

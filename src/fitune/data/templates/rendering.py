@@ -74,7 +74,7 @@ class Renderer:
     """
 
     def __init__(
-        self, jinja: str, tokenizer: Tokenizer, *, date: str, options: Mapping[str, Any], system_role: SystemRole
+        self, jinja: str, tokenizer: Tokenizer, *, date: str, options: Mapping[str, object], system_role: SystemRole
     ) -> None:
         self.jinja, self.tokenizer, self.date = jinja, tokenizer, date
         self.options, self.system_role = dict(options), system_role

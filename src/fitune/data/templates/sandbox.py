@@ -85,7 +85,7 @@ class Counting:
         if size > self.largest:
             raise Runaway(f"a text or list of {size:,} characters or entries")
 
-    def made(self, value: Any) -> Any:
+    def made(self, value: object) -> Any:
         """A value that was just made: its bytes count, and so does every item of one that is made bit by bit."""
         if value.__class__ is str and len(value) < SHORT:
             self.bytes_left -= SHORT
@@ -104,19 +104,19 @@ class Counting:
             return self._each(value)
         return value
 
-    def _each(self, values: Iterator[Any]) -> Iterator[Any]:
+    def _each(self, values: Iterator[object]) -> Iterator[Any]:
         for value in values:
             self.charge(0)
             yield value
 
-    def weigh(self, value: Any) -> int:
+    def weigh(self, value: object) -> int:
         """Characters and entries of a value as it would be written out, whatever it holds more than once."""
         size = self._weight(value, {}, 0)
         self.refuse_above(size)
         self.charge(size)
         return size
 
-    def _weight(self, value: Any, known: dict[int, int], depth: int) -> int:
+    def _weight(self, value: object, known: dict[int, int], depth: int) -> int:
         if isinstance(value, (str, bytes)):
             return len(value)
         if isinstance(value, Mapping):
@@ -136,14 +136,14 @@ class Counting:
 
     # ---- what generated code calls ----
 
-    def iterated(self, values: Any) -> Any:
+    def iterated(self, values: object) -> Any:
         """What a loop goes over."""
         if hasattr(values, "__len__"):
             self.charge(10 * len(values))
             return values
         return self._each(iter(values)) if isinstance(values, Iterator) else values
 
-    def compared(self, value: Any) -> Any:
+    def compared(self, value: object) -> Any:
         """What is looked at by a comparison."""
         if isinstance(value, str):
             if len(value) > SHORT:
@@ -152,14 +152,14 @@ class Counting:
             self.weigh(value)
         return value
 
-    def shown(self, value: Any) -> str:
+    def shown(self, value: object) -> str:
         """What is written out, as text."""
         if value.__class__ is str:
             return str(value)
         self.weigh(value)
         return str(self.made(str(value)))
 
-    def joined(self, parts: Iterable[Any]) -> str:
+    def joined(self, parts: Iterable[object]) -> str:
         """Jinja's `~`."""
         return self.concat([part if part.__class__ is str else self.shown(part) for part in parts])
 
@@ -170,7 +170,7 @@ class Counting:
         text: str = self.made("".join(texts))
         return text
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> Any:
         """Operators whose result may be larger than what goes in."""
         if operator == "+" and left.__class__ is str and right.__class__ is str and len(left) + len(right) < SHORT:
             self.bytes_left -= SHORT
@@ -186,7 +186,7 @@ class Counting:
             self.refuse_above(len(left) + len(right))
         return self.made(super().call_binop(context, operator, left, right))  # type: ignore[misc]  # mixed into an environment
 
-    def _check_product(self, left: Any, right: Any) -> None:
+    def _check_product(self, left: object, right: object) -> None:
         for one, other in ((left, right), (right, left)):
             if hasattr(one, "__len__") and isinstance(other, int):
                 self.refuse_above(len(one) * max(0, other))
@@ -200,11 +200,11 @@ class Counting:
             self._check_counts(values if isinstance(values, tuple) else (values,))
         self.refuse_above(len(text) + str(text).count("%") * self._largest(values))
 
-    def _largest(self, values: Any) -> int:
+    def _largest(self, values: object) -> int:
         inner = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else (values,)
         return max((self.weigh(one) for one in inner), default=0)
 
-    def _check_counts(self, values: Iterable[Any]) -> None:
+    def _check_counts(self, values: Iterable[object]) -> None:
         """Whole numbers that a function takes for a width, an indent or a number of columns."""
         for value in values:
             if isinstance(value, int) and abs(value) > MOST_COUNT:
@@ -275,7 +275,7 @@ class Counting:
         guard = GUARDS.get(name)
         structural = name in STRUCTURAL
 
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
+        def wrapper(*args: object, **kwargs: object) -> Any:
             given = args[skipped:]
             if given:
                 value = given[0]
@@ -314,13 +314,15 @@ def _check_widths(text: str) -> None:
 # ---- what single filters could be made to do; each returns its (possibly listed) value ----
 
 
-def _of_join(env: Counting, value: Any, d: Any = "", *rest: Any, **more: Any) -> tuple[Any]:
+def _of_join(env: Counting, value: object, d: object = "", *rest: object, **more: object) -> tuple[Any]:
     listed = value if isinstance(value, str) else env._listed(value)
     env.refuse_above(env._weight(listed, {}, 0) + env.weigh(d) * len(listed))
     return (listed,)
 
 
-def _of_replace(env: Counting, value: Any, old: Any = "", new: Any = "", *rest: Any, **more: Any) -> tuple[Any]:
+def _of_replace(
+    env: Counting, value: object, old: object = "", new: object = "", *rest: object, **more: object
+) -> tuple[Any]:
     env._check_replace(str(value), str(old), str(more.get("new", new)))
     return (value,)
 
@@ -332,13 +334,13 @@ def _of_indent(env: Counting, value: Any, width: Any = 4, *rest: Any, **more: An
     return (value,)
 
 
-def _of_wordwrap(env: Counting, value: Any, *rest: Any, **more: Any) -> tuple[Any]:
+def _of_wordwrap(env: Counting, value: object, *rest: object, **more: object) -> tuple[Any]:
     wrap = more.get("wrapstring") or (rest[2] if len(rest) > 2 else "\n")
     env.refuse_above(len(str(value)) * max(1, len(str(wrap or ""))))
     return (value,)
 
 
-def _of_format(env: Counting, value: Any, *rest: Any, **more: Any) -> tuple[Any]:
+def _of_format(env: Counting, value: object, *rest: object, **more: object) -> tuple[Any]:
     env._check_percent(str(value), more or rest)
     return (value,)
 
@@ -351,7 +353,7 @@ def _of_tojson(env: Counting, value: Any, *rest: Any, **more: Any) -> tuple[Any]
     return (value,)
 
 
-def _of_sum(env: Counting, value: Any, attribute: Any = None, start: Any = 0, **more: Any) -> tuple[Any]:
+def _of_sum(env: Counting, value: object, attribute: object = None, start: object = 0, **more: object) -> tuple[Any]:
     if not isinstance(more.get("start", start), (int, float)):
         raise Runaway("a sum of lists")
     return (env._listed(value),)

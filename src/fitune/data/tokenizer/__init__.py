@@ -136,7 +136,7 @@ def _auto() -> Any:
     return AutoTokenizer
 
 
-def _named_class(settings: Mapping[str, Any], *, complete: bool) -> Any:
+def _named_class(settings: Mapping[str, object], *, complete: bool) -> Any:
     """The class of transformers that AutoTokenizer takes for a folder without a config.json.
 
     Args:

@@ -88,7 +88,7 @@ class _SentencePieceTokenizer(PreTrainedTokenizer):  # type: ignore[misc]  # tra
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012  # transformers' own form
     file_name = "tokenizer.model"
 
-    def __init__(self, vocab_file: str | Path, *, family: str, commands: dict[str, int], **kwargs: Any) -> None:
+    def __init__(self, vocab_file: str | Path, *, family: str, commands: dict[str, int], **kwargs: object) -> None:
         self.vocab_file, self.family, self.commands = Path(vocab_file), family, commands
         self.model = open_sentencepiece(self.vocab_file)
         self.names = {id_: name for name, id_ in commands.items()}
@@ -113,7 +113,7 @@ class _SentencePieceTokenizer(PreTrainedTokenizer):  # type: ignore[misc]  # tra
         """The way back."""
         return text
 
-    def tokenize(self, text: str, **_: Any) -> list[str]:
+    def tokenize(self, text: str, **_: object) -> list[str]:
         """Pieces of a text; special tokens are never parsed."""
         return list(self.model.encode(self.before(text), out_type=str))
 
@@ -164,7 +164,7 @@ class ChatGLMTokenizer(_SentencePieceTokenizer):
     file_name = "ice_text.model"
     vocab_files_names = {"vocab_file": "ice_text.model"}  # noqa: RUF012
 
-    def __init__(self, vocab_file: str | Path, **kwargs: Any) -> None:
+    def __init__(self, vocab_file: str | Path, **kwargs: object) -> None:
         model = open_sentencepiece(Path(vocab_file))
         names = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
         kwargs.pop("family", None)
@@ -206,7 +206,7 @@ class ChatGLM2Tokenizer(_SentencePieceTokenizer):
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
 
-    def __init__(self, vocab_file: str | Path, *, family: str = "chatglm2", **kwargs: Any) -> None:
+    def __init__(self, vocab_file: str | Path, *, family: str = "chatglm2", **kwargs: object) -> None:
         size = open_sentencepiece(Path(vocab_file)).get_piece_size()
         kwargs.setdefault("padding_side", "left")
         super().__init__(

@@ -10,7 +10,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +46,7 @@ def named(character: str) -> str:
     return NAMES.get(character, character)
 
 
-def byte_tokens(tokenizer: Tokenizer, ids: Sequence[int] | NDArray[Any]) -> NDArray[np.bool_]:
+def byte_tokens(tokenizer: Tokenizer, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
     """Of each id: is it a byte of a character that has no token of its own?
 
     Args:
