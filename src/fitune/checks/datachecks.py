@@ -102,10 +102,10 @@ def stale_cache(p: Prepared) -> Finding:
     for row, now in zip(cached.rows, cached.first, strict=False):
         if row != now:
             return Finding("stale-cache", "refuse", f"the cached row {row.source} is not what the file holds now")
-    of = kept.column("row")
-    numbers = np.unique(of[:: max(1, len(of) // PROBES)])
+    row_of = kept.column("row")
+    numbers = np.unique(row_of[:: max(1, len(row_of) // PROBES)])
     for row in numbers:
-        places = np.flatnonzero(of == row)
+        places = np.flatnonzero(row_of == row)
         if kept.rows[int(row)].characters() > PROBE_CHARACTERS:
             continue
         made = cached.encoder.samples(kept.rows[int(row)])
@@ -167,8 +167,8 @@ def held_out_apart(trained: Samples, held_out: Samples) -> Finding:
         return Finding("held-out-apart", "ok", "no rows are held out")
     wanted = {sample.ids.tobytes() for sample in held_out}
     lengths = {len(ids) // 4 for ids in wanted}
-    there = [n for n, length in enumerate(trained.column("length").tolist()) if length in lengths]
-    both = wanted.intersection(ids.astype(np.int32).tobytes() for _, ids, _ in trained.pieces(there))
+    alike = [n for n, length in enumerate(trained.column("length").tolist()) if length in lengths]
+    both = wanted.intersection(ids.astype(np.int32).tobytes() for _, ids, _ in trained.pieces(alike))
     share = sum(sample.ids.tobytes() in both for sample in held_out) / len(held_out)
     text = f"{share:.1%} of the held-out samples are trained too"
     if share > SHARED:

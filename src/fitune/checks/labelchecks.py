@@ -48,10 +48,10 @@ def truncation(p: Prepared) -> Finding:
 
 def _first_lost(p: Prepared) -> str:
     """The first rows that were dropped or whose answers were cut, by name."""
-    there = np.zeros(len(p.conversations), np.bool_)
-    there[p.rows_of] = True
+    kept = np.zeros(len(p.conversations), np.bool_)
+    kept[p.rows_of] = True
     cut = cut_answers(p.samples)
-    rows = sorted({*np.flatnonzero(~there).tolist(), *p.rows_of[cut].tolist()})
+    rows = sorted({*np.flatnonzero(~kept).tolist(), *p.rows_of[cut].tolist()})
     if not rows:
         return ""
     return f" ({', '.join(str(p.conversations[row].source) for row in rows[:NAMED])}{', ...' * (len(rows) > NAMED)})"

@@ -208,8 +208,8 @@ def whole(folder: Path) -> dict[str, Any] | None:
     try:
         if manifest is None or not manifest["files"]:
             return None
-        there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST}
-        same = there == set(manifest["files"])
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST}
+        same = names == set(manifest["files"])
         same = same and all(matches(folder / name, one) for name, one in manifest["files"].items())
         return manifest if same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

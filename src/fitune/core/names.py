@@ -223,13 +223,13 @@ def _plain(name: object) -> str:
     return str(name).strip().replace("-", "_")
 
 
-def _twice(out: Mapping[str, Any], taken: Mapping[str, Any], there: Mapping[str, Any], name: str) -> bool:
+def _twice(out: Mapping[str, Any], taken: Mapping[str, Any], given: Mapping[str, Any], name: str) -> bool:
     """Is this setting given by another name too?"""
     for mine, value in taken.items():
         if isinstance(value, Mapping) and isinstance(out.get(mine), Mapping):
             if _twice(out[mine], value, {}, ""):
                 return True
-        elif mine in out or (mine in there and mine != name and not isinstance(value, Mapping)):
+        elif mine in out or (mine in given and mine != name and not isinstance(value, Mapping)):
             return True
     return False
 

@@ -29,10 +29,10 @@ def call_of(call: object, where: str) -> ToolCall:
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise FieldError(where, "not a call", received=shorten(call), expected="{name, arguments}")
     holder = inner if inner.keys() & set(ARGUMENTS) or not isinstance(call, dict) else call
-    there = [key for key in ARGUMENTS if key in holder]
-    arguments = next((holder[key] for key in there if holder[key] not in (None, "", {})), None)
+    given = [key for key in ARGUMENTS if key in holder]
+    arguments = next((holder[key] for key in given if holder[key] not in (None, "", {})), None)
     unknown = sorted(str(key) for key in inner.keys() - CALL_KEYS)
-    if not there and unknown:
+    if not given and unknown:
         raise FieldError(
             where,
             "a call whose arguments are not found",

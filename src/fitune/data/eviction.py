@@ -106,9 +106,9 @@ def shrink(folder: Path, most: int, say: Callable[[str], None] = lambda text: No
     Returns:
         How many entries and bytes were removed.
     """
-    there = entries(folder)
-    total, gone, freed = sum(entry.bytes for entry in there), 0, 0
-    for entry in there:
+    kept = entries(folder)
+    total, gone, freed = sum(entry.bytes for entry in kept), 0, 0
+    for entry in kept:
         if total - freed <= most:
             break
         with suppress(OSError):
@@ -117,7 +117,7 @@ def shrink(folder: Path, most: int, say: Callable[[str], None] = lambda text: No
                 gone, freed = gone + 1, freed + entry.bytes
     if gone:
         say(
-            f"cache {folder}: {gone} of {len(there)} entries removed, {size_text(freed)}, the longest unused first: "
+            f"cache {folder}: {gone} of {len(kept)} entries removed, {size_text(freed)}, the longest unused first: "
             f"it may hold {size_text(most)} (--cache-size)"
         )
     return gone, freed

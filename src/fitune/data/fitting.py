@@ -71,8 +71,8 @@ def encode(rows_: Rows, encoder: Encoder, cache: Cache, tokenizer_digest: str, w
 
 def of_rows(samples: Samples, numbers: NDArray[Any]) -> tuple[Samples, NDArray[Any]]:
     """The samples of these rows, in their order, and of each sample which of `numbers` it belongs to."""
-    of = samples.column("row")  # ascending
-    starts, ends = (np.searchsorted(of, numbers, side) for side in ("left", "right"))
+    row_of = samples.column("row")  # ascending
+    starts, ends = (np.searchsorted(row_of, numbers, side) for side in ("left", "right"))
     counts = ends - starts
     shift = np.repeat(starts - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) if len(numbers) else counts
     at = np.arange(int(counts.sum())) + shift
@@ -98,11 +98,11 @@ def fit(
     Raises:
         DataError, Problems: too long rows, under the policy `refuse`.
     """
-    wanted, of = of_rows(whole, numbers)
+    wanted, row_of = of_rows(whole, numbers)
     lengths_, rows_ = wanted.column("length"), wanted.column("row")
     too_long = np.unique(rows_[lengths_ > (encoder.max_length or NO_LIMIT)])
     if not len(too_long):
-        return wanted, of
+        return wanted, row_of
     if policy == "refuse":
         _refuse_long(whole, too_long, encoder.max_length)
     fitted = whole.without(too_long)
@@ -131,22 +131,22 @@ def _refuse_long(whole: Samples, too_long: NDArray[Any], limit: int | None) -> N
     problems.raise_any()
 
 
-def counted(report: DataReport, samples: Samples, of: NDArray[Any], total: int) -> DataReport:
+def counted(report: DataReport, samples: Samples, row_of: NDArray[Any], total: int) -> DataReport:
     """The report with what was kept, cut and dropped.
 
     Args:
         report: of the reading.
         samples: what is trained.
-        of: of each sample, the number of its row.
+        row_of: of each sample, the number of its row.
         total: how many rows there were.
     """
 
     def rows_where(name: str) -> int:
-        return len(np.unique(of[samples.column(name) > 0]))
+        return len(np.unique(row_of[samples.column(name) > 0]))
 
     lengths_ = samples.column("length")
-    kept, tokens = len(np.unique(of)), int(lengths_.sum())
-    _, firsts = np.unique(of, return_index=True)  # one pass over a conversation is as long as its longest sample
+    kept, tokens = len(np.unique(row_of)), int(lengths_.sum())
+    _, firsts = np.unique(row_of, return_index=True)  # one pass over a conversation is as long as its longest sample
     return replace(
         report,
         kept=kept,
@@ -156,7 +156,7 @@ def counted(report: DataReport, samples: Samples, of: NDArray[Any], total: int) 
         cut_text=rows_where("cut_text"),
         samples=len(samples),
         tokens=tokens,
-        repeated=tokens - int(np.maximum.reduceat(lengths_, firsts).sum()) if len(of) else 0,
+        repeated=tokens - int(np.maximum.reduceat(lengths_, firsts).sum()) if len(row_of) else 0,
         trained_tokens=int(samples.column("trained").sum()),
     )
 

@@ -148,10 +148,10 @@ def tools_of(row: Row, fmt: Format) -> tuple[Mapping[str, Any], ...]:
         for n, turn in enumerate(turns if isinstance(turns, list) else []):
             if isinstance(turn, dict) and turn.get("tools"):
                 found[f"{name}[{n}].tools"] = _of_turn(turn, f"{name}[{n}]")
-    there = [name for name, tools in found.items() if tools]
-    if len(there) > 1 and any(found[name] != found[there[0]] for name in there):
-        raise FieldError(there[1], "tools in two places", received=" and ".join(there), expected="one list of them")
-    return found[there[0]] if there else ()
+    places = [name for name, tools in found.items() if tools]
+    if len(places) > 1 and any(found[name] != found[places[0]] for name in places):
+        raise FieldError(places[1], "tools in two places", received=" and ".join(places), expected="one list of them")
+    return found[places[0]] if places else ()
 
 
 def _of_turn(turn: Turn, where: str) -> tuple[Mapping[str, Any], ...]:

@@ -151,11 +151,11 @@ def _read(desk: _Desk) -> Data:
     split = _split(desk, _written(desk, loaded, encoder), encoder)
     whole = split.whole
     train, report = _weighed(split, config)
-    before, of = of_rows(whole, train)
-    report = _with_lengths(report, config, before, of, desk.target.limit)
+    before, row_of = of_rows(whole, train)
+    report = _with_lengths(report, config, before, row_of, desk.target.limit)
     encoder = encoder.with_max_length(report.max_length)
-    samples, of = fit(whole, train, encoder, config.length_policy, desk.encoded)
-    report = counted(report, samples, of, len(train))
+    samples, row_of = fit(whole, train, encoder, config.length_policy, desk.encoded)
+    report = counted(report, samples, row_of, len(train))
     if config.length_policy == "split" and (note := _note_of_splits(before, samples, report.max_length)):
         report = replace(report, notes=[*report.notes, note])
     held_out_policy: LengthPolicy = "split" if config.length_policy == "split" else "cut"
@@ -170,7 +170,7 @@ def _read(desk: _Desk) -> Data:
         vocabulary=desk.target.vocabulary,
         limit=desk.target.limit,
         folder=desk.target.folder,
-        rows_of=of,
+        rows_of=row_of,
         cached=desk.cached(whole, encoder),
         held_out=held_out,
     )
@@ -202,8 +202,8 @@ def _encoder(desk: _Desk, report: DataReport) -> Encoder:
 
 def _weighed(split: _Split, config: RunConfig) -> tuple[NDArray[Any], DataReport]:
     """The training rows as often as their sources say, and the report with their number."""
-    report, of = split.report, split.whole.rows.column("source")[split.train]
-    drawn, note = rows.weigh(of, config.sources(), config.seed)
+    report, source_of = split.report, split.whole.rows.column("source")[split.train]
+    drawn, note = rows.weigh(source_of, config.sources(), config.seed)
     if note:
         more = len(drawn) - len(split.train)
         report = replace(report, rows=report.rows + more, notes=[*report.notes, note])
@@ -231,7 +231,7 @@ def _load(desk: _Desk, config: RunConfig) -> rows.Loaded:
 
 
 def _with_lengths(
-    report: DataReport, config: RunConfig, whole: Samples, of: NDArray[np.int64], limit: int
+    report: DataReport, config: RunConfig, whole: Samples, row_of: NDArray[np.int64], limit: int
 ) -> DataReport:
     """The report with the run's max_length, and with what this and other lengths would cut.
 
@@ -253,7 +253,7 @@ def _with_lengths(
         max_length=max_length,
         lengths=lengths.summary(all_lengths),
         length_choices=lengths.choices(all_lengths, needed, intact, chosen=max_length, auto=auto),
-        lost_at_limit=len(np.unique(of[needed > limit])) if len(whole) else 0,
+        lost_at_limit=len(np.unique(row_of[needed > limit])) if len(whole) else 0,
     )
 
 

@@ -255,26 +255,26 @@ def _take(rows: Rows, sources: Sequence[DataSource], seed: int) -> tuple[Rows, l
     """So many rows of each source as it says, each set of them as likely as any other, in their order; and notes."""
     if not any(source.take for source in sources):
         return rows, []
-    of, notes = rows.column("source"), []
+    source_of, notes = rows.column("source"), []
     kept = []
     for number, source in enumerate(sources):
-        there = np.flatnonzero(of == number)
-        if source.take and source.take < len(there):
+        numbers = np.flatnonzero(source_of == number)
+        if source.take and source.take < len(numbers):
             random = np.random.default_rng([seed, TAKE, number])
-            there = np.sort(random.choice(there, source.take, replace=False))
-        elif source.take and source.take > len(there):
-            notes.append(f"{source.path}: take {source.take}, but it has {len(there)} rows: all are taken")
-        kept.append(there)
+            numbers = np.sort(random.choice(numbers, source.take, replace=False))
+        elif source.take and source.take > len(numbers):
+            notes.append(f"{source.path}: take {source.take}, but it has {len(numbers)} rows: all are taken")
+        kept.append(numbers)
     return rows.view(np.concatenate(kept)), notes
 
 
-def weigh(of: NDArray[np.int64], sources: Sequence[DataSource], seed: int) -> tuple[NDArray[np.int64], str]:
+def weigh(source_of: NDArray[np.int64], sources: Sequence[DataSource], seed: int) -> tuple[NDArray[np.int64], str]:
     """The rows as often as their sources say: n rows of weight w become w x n, each floor(w) times, or once more.
 
     Done after rows are held out, so that no copy of a held-out row is trained.
 
     Args:
-        of: the number of each row's source.
+        source_of: the number of each row's source.
         sources: with their weights.
         seed: decides which rows come once more.
 
@@ -282,17 +282,17 @@ def weigh(of: NDArray[np.int64], sources: Sequence[DataSource], seed: int) -> tu
         Numbers of rows, ascending, each as often as it is trained; and a note, "" where all weights are 1.
     """
     weights = [source.weight or 1.0 for source in sources]
-    times = np.ones(len(of), np.int64)
+    times = np.ones(len(source_of), np.int64)
     random = np.random.default_rng([seed, WEIGH])
     for number, weight in enumerate(weights):
-        there = np.flatnonzero(of == number)
-        if weight != 1 and len(there):
-            times[there] = int(weight)
-            more = max(1, round(weight * len(there))) - int(weight) * len(there)
-            times[random.permutation(there)[:more]] += 1
-    drawn = np.repeat(np.arange(len(of)), times)
+        numbers = np.flatnonzero(source_of == number)
+        if weight != 1 and len(numbers):
+            times[numbers] = int(weight)
+            more = max(1, round(weight * len(numbers))) - int(weight) * len(numbers)
+            times[random.permutation(numbers)[:more]] += 1
+    drawn = np.repeat(np.arange(len(source_of)), times)
     changed = any(weight != 1 for weight in weights)
-    return drawn, f"weights: {len(of):,} rows to train on become {len(drawn):,}" if changed else ""
+    return drawn, f"weights: {len(source_of):,} rows to train on become {len(drawn):,}" if changed else ""
 
 
 def first(sources: Sequence[DataSource], count: int, fill: Mapping[str, str]) -> list[Conversation]:

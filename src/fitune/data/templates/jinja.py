@@ -203,11 +203,15 @@ def of_tokenizer(
     Raises:
         ConfigError: it writes every message twice.
     """
-    how: dict[str, Any] = {"system_role": system_role, "options": options, "date": date}
     assert tokenizer.chat_template is not None
-    found = ChatTemplate(tokenizer.chat_template, tokenizer, None, **how)._renderers["default"]
+
+    def with_stop(stop: str | None) -> ChatTemplate:
+        jinja = tokenizer.chat_template or ""
+        return ChatTemplate(jinja, tokenizer, stop, system_role=system_role, options=options, date=date)
+
+    found = with_stop(None)._renderers["default"]
     found.check_once()
-    return ChatTemplate(tokenizer.chat_template, tokenizer, find_stop(found), **how)
+    return with_stop(find_stop(found))
 
 
 def _quoted(value: object) -> str:

@@ -57,11 +57,11 @@ def add_tokens(tokenizer: Tokenizer, texts: Sequence[str], answer_tokens: Sequen
 def _refuse_special(tokenizer: Tokenizer, texts: Sequence[str], answer_tokens: Sequence[str]) -> None:
     """Special tokens of the vocabulary are not new; to produce them takes another setting."""
     known = special.added(tokenizer)
-    there = [text for text in texts if known.get(text) and text not in answer_tokens]
-    if there:
-        flags = " ".join(f'"{text}"' for text in there)
+    already = [text for text in texts if known.get(text) and text not in answer_tokens]
+    if already:
+        flags = " ".join(f'"{text}"' for text in already)
         raise ConfigError(
-            f"new_tokens: {', '.join(map(repr, there))}: special tokens that the vocabulary has already",
+            f"new_tokens: {', '.join(map(repr, already))}: special tokens that the vocabulary has already",
             received=flags,
             expected="texts that are no special tokens yet",
             fix=f"--answer-tokens {flags} lets answers produce them; with --new-tokens beside it, it trains their rows",
