@@ -56,8 +56,7 @@ from fitune.core.config import RunConfig, build
 from fitune.core.files import write_json
 from fitune.core.options import QuantOptions
 from fitune.memory import device, plan, steps, trace
-from fitune.models import adapters, determinism, families, methods
-from fitune.models import model as models
+from fitune.models import adapters, configs, determinism, devices, families, load, methods, prepare
 from fitune.models import quant as quants
 from fitune.models.precision import DTYPES
 from fitune.models.quant.base import sizes
@@ -149,7 +148,7 @@ def matrix(*, quick: bool = False) -> list[Case]:
 
 def work_of(case: Case, precision: str) -> plan.Work:
     """Three steps of a configuration: rows of half the length, of the whole, of half again."""
-    shape = models.shape_of(catalog.find(case.model).config)
+    shape = configs.shape_of(catalog.find(case.model).config)
     how = {"precision": precision, "checkpointing": case.checkpointing, **METHODS[case.method]}
     config = build({"model": case.model, "data": ["-"], **how})
     ordinary, largest = (
@@ -173,19 +172,19 @@ def build_model(config: RunConfig, shape: Any, where: torch.device) -> Any:
     storage = config.storage_dtype if method.low_precision_base else config.trainable_dtype
     base = random_base(shape, config.precision, config.quant, storage, where)
     model = adapters.attach(base, config)
-    models.checkpoint_blocks(model, families.of(base), config.checkpointing)
+    prepare.checkpoint_blocks(model, families.of(base), config.checkpointing)
     return model
 
 
 def random_base(shape: Any, precision: str, quant: QuantOptions, storage: str, where: torch.device) -> Any:
     """The model that `load_model` would give, with random weights."""
-    model = models.without_weights(shape)
+    model = configs.without_weights(shape)
     fill(model, quant, DTYPES[precision if storage == "auto" else storage], where)
     model.initialize_weights()
     if quant.name != "none":
         setattr(model, "is_loaded_in_8bit" if quant.name == "int8" else "is_loaded_in_4bit", True)  # PEFT asks for it
-        models._adopt(model, quant.name, precision, storage)
-    return models.ready(model, precision)
+        load._adopt(model, quant.name, precision, storage)
+    return prepare.ready(model, precision)
 
 
 def fill(model: nn.Module, quant: QuantOptions, dtype: torch.dtype, where: torch.device) -> None:
@@ -269,7 +268,7 @@ def measure(work: plan.Work, card: Card, limit: int | None) -> tuple[dict[str, A
     if limit is not None:
         whole = max(0, limit) + 512  # torch cuts a fraction of all bytes off to a whole number of them
         torch.cuda.set_per_process_memory_fraction(min(1.0, whole / card.total))
-    where = models.pick_device("cuda")
+    where = devices.pick_device("cuda")
     died, began, seen = None, time.perf_counter(), Updates()
     try:
         with determinism.exact(where):
@@ -441,7 +440,7 @@ def most_tokens(rows: int, cap: float) -> int:
 def tokens_at(cap: int, kind: Case) -> float:
     """About how many tokens a micro-batch has that meets a limit, by what blocks keep of each (memory/closed.py)."""
     entry = catalog.find(kind.model)
-    shape = models.shape_of(entry.config)
+    shape = configs.shape_of(entry.config)
     keys = shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads
     block = 4 * shape.hidden_size + 2 * keys + 3 * shape.intermediate_size
     blocks = 2 if kind.method == "freeze" else shape.num_hidden_layers

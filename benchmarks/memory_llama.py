@@ -26,8 +26,8 @@ from fitune.core.config import build
 from fitune.memory import device, plan, steps, trace
 from fitune.memory.cuda import Cuda
 from fitune.memory.trace import Building, Tracer
+from fitune.models.configs import shape_of
 from fitune.models.kernels.target import Target
-from fitune.models.model import shape_of
 
 # an Ampere GPU or newer; no multiprocessors: a plain script does not ask for deterministic kernels, which take more
 GPU = Target("cuda", (8, 0))

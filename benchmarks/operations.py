@@ -25,9 +25,9 @@ from fitune.core import catalog
 from fitune.core.config import build
 from fitune.memory import plan, steps, trace
 from fitune.memory.cuda import Cuda
+from fitune.models.configs import shape_of
 from fitune.models.kernels import placed
 from fitune.models.kernels.target import AMPERE
-from fitune.models.model import shape_of
 
 
 class Counting(trace.Tracer):

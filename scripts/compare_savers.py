@@ -66,7 +66,8 @@ def make(folder: Path) -> None:
 def ready(folder: Path, config: Any) -> Any:
     """The model with its method, in training mode."""
     from fitune.models import adapters, families
-    from fitune.models.model import checkpoint_blocks, load_model
+    from fitune.models.load import load_model
+    from fitune.models.prepare import checkpoint_blocks
 
     base = load_model(folder, precision=config.precision)
     family = families.of(base)
@@ -84,7 +85,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     from fitune.engine.step import training_step
     from fitune.memory import plan as plans
     from fitune.memory import steps, trace
-    from fitune.models.model import read_config, trainable
+    from fitune.models.configs import read_config
+    from fitune.models.parts import trainable
 
     settings = {"length": LENGTH, **SAVERS[name][0]}
     length = settings.pop("length")

@@ -122,7 +122,7 @@ def machine(here: Here) -> None:
     import torch
 
     from fitune.engine import environment as around
-    from fitune.models.model import pick_device
+    from fitune.models.devices import pick_device
 
     device = pick_device(here.device)
     found = around.describe(device)

@@ -50,7 +50,9 @@ class Bench:
         from fitune.core import catalog
         from fitune.core.config import build
         from fitune.engine import optim
-        from fitune.models.model import pick_device, shape_of, trainable
+        from fitune.models.configs import shape_of
+        from fitune.models.devices import pick_device
+        from fitune.models.parts import trainable
 
         self.here, self.device, self.strict = here, pick_device(here.device), True
         name = model_for(self.device)

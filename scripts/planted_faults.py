@@ -47,7 +47,7 @@ from fitune.data.encode import Encoder
 from fitune.engine import optim, step
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.step_runner import StepRunner
-from fitune.models import adapters, model, quant
+from fitune.models import adapters, parts, quant
 from fitune.models.methods import lora
 from support import tiny
 
@@ -209,7 +209,7 @@ def _loaded(change: Callable[[Any], None]) -> Callable[[Seam], None]:
 
         return made
 
-    return lambda seam: seam.everywhere(model.load_model, load)
+    return lambda seam: seam.everywhere(load.load_model, load)
 
 
 def _leaks(found: Any) -> None:
@@ -321,7 +321,7 @@ def _gradients(mean_of_means: bool = False, drop: bool = False, clip: bool = Fal
                 loss = step.loss_sum(found, batch, layout)
                 (loss * (scale / (batch.weight * len(some) if mean_of_means else weight))).backward()
                 if clip:
-                    torch.nn.utils.clip_grad_norm_(model.trainable(found).values(), 0.05)
+                    torch.nn.utils.clip_grad_norm_(parts.trainable(found).values(), 0.05)
                 total = total + loss.detach().double()
             counts = (sum(len(b.ids) for b in some), sum(b.targets for b in some))
             return step.Made(torch.as_tensor(total), weight, *counts)

@@ -16,8 +16,8 @@ from fitune.core.config import build
 from fitune.core.errors import FituneError
 from fitune.core.options import quant_options
 from fitune.models import families, methods, quant
+from fitune.models.configs import shape_of, without_weights
 from fitune.models.methods import Quantized
-from fitune.models.model import shape_of, without_weights
 
 EVERYWHERE, PLAIN, NOT_YET = "✓", "16/32", "not yet"
 QUANTIZERS = ("int8", "nf4")

@@ -28,7 +28,8 @@ from fitune.data.batches import flat
 from fitune.engine import optim
 from fitune.engine.step import held_out_loss, loss_sum
 from fitune.models import adapters
-from fitune.models.model import load_model, trainable
+from fitune.models.load import load_model
+from fitune.models.parts import trainable
 
 STEPS, ROWS, LENGTH = 60, 4, 64
 RATES = {"lora": (5e-5, 2e-4, 1e-3, 5e-3), "full": (2e-5, 1e-4, 3e-4, 1e-3)}

@@ -17,6 +17,7 @@ from hypothesis import settings
 from fitune.core import processor
 from fitune.models import precision
 from support import tiny
+from support.hub_server import server as server  # a fixture
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 os.environ["FITUNE_CACHE"] = tempfile.mkdtemp(prefix="fitune-cache-")  # nor what lies in the user's own cache

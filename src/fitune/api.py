@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fitune.core.results import Evaluation as Evaluation
     from fitune.core.results import Result as Result
     from fitune.memory.advice import Advised as Advised
-    from fitune.models.model import Tuned as Tuned
+    from fitune.models.load import Tuned as Tuned
 
 # what is passed on as it is, by the modules that have it; loaded when it is first used
 MODULES = {
@@ -39,8 +39,8 @@ MODULES = {
     "Evaluation": "core.results",
     "Exported": "commands.export", "Inspection": "commands.inspect", "Merged": "commands.merge", "Plan": "core.plan",
     "QuantizedModel": "core.results", "Result": "core.results", "StepRecord": "core.records",
-    "Tuned": "models.model", "Watcher": "core.events", "convert": "commands.convert", "download": "models.hub",
-    "export": "commands.export", "load_model": "models.model", "merge": "commands.merge",
+    "Tuned": "models.load", "Watcher": "core.events", "convert": "commands.convert", "download": "models.hub",
+    "export": "commands.export", "load_model": "models.load", "merge": "commands.merge",
     "quantize": "commands.quantize",
 }  # fmt: skip
 __all__ = sorted([*MODULES, "advise", "evaluate", "generate", "inspect", "load", "plan", "train"])

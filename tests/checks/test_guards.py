@@ -23,7 +23,9 @@ from fitune.engine import optim
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.step import hidden_states, training_step
 from fitune.models import adapters, families, tensors, weights
-from fitune.models.model import checkpoint_blocks, load_model, ready, trainable
+from fitune.models.load import load_model
+from fitune.models.parts import trainable
+from fitune.models.prepare import checkpoint_blocks, ready
 from support import tiny
 from support.contract import KINDS, REFUSED, VARIANTS, config_for, gradients, samples
 from support.runs import Crash, CrashAt

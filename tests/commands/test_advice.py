@@ -300,7 +300,7 @@ def test_at_least_two_hundred_combinations_are_looked_at() -> None:
 
 
 def build_shape(layers: int) -> Any:
-    from fitune.models.model import shape_of
+    from fitune.models.configs import shape_of
 
     return shape_of(
         {

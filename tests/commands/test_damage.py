@@ -21,7 +21,7 @@ from fitune.core.errors import ModelError, RunFolderError
 from fitune.data import tokenizer as tokenizers
 from fitune.data.cache import Cache
 from fitune.data.rows import load
-from fitune.models.model import load_model
+from fitune.models.load import load_model
 from support import tiny
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "broken_folders.py"

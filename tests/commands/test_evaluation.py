@@ -25,7 +25,7 @@ from fitune.data.encode import Encoder
 from fitune.data.templates import choose
 from fitune.models import families
 from fitune.models.kernels import loss as loss_kernel
-from fitune.models.model import Tuned
+from fitune.models.load import Tuned
 from support import tiny
 
 

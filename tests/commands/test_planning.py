@@ -37,7 +37,7 @@ from fitune.engine.step_runner import StepRunner
 from fitune.memory import closed, device, heap, steps, trace
 from fitune.memory import plan as plans
 from fitune.models import methods
-from fitune.models.model import trainable
+from fitune.models.parts import trainable
 from support import tiny
 from support.command import run as command
 from support.contract import samples

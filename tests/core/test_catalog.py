@@ -8,7 +8,7 @@ from fitune.core import catalog
 from fitune.core.config import build
 from fitune.core.errors import ModelError
 from fitune.models import families, methods
-from fitune.models.model import shape_of, without_weights
+from fitune.models.configs import shape_of, without_weights
 
 LISTED = (
     "llama-2-7b", "llama-3.1-8b", "llama-3.2-1b", "qwen2.5-7b", "qwen3-8b", "mistral-7b-v0.3", "gemma-2-9b", "phi-4",

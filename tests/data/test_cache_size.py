@@ -16,6 +16,8 @@ from fitune.core.errors import FituneError, ModelError
 from fitune.data import eviction
 from fitune.data.cache import Cache, key
 from fitune.models import hub
+from fitune.models.hub.files import Remote
+from fitune.models.hub.transfer import check_secure, fetch
 
 
 def fill(cache: Cache, name: str, size: int, age: float) -> Path:
@@ -108,16 +110,16 @@ def test_a_token_follows_no_redirect_to_another_host(hosts: tuple[Host, Host], t
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", first.address)
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", "secret")
     first.to = f"{other.address}/file"
-    file = hub.Remote("model.safetensors", 7)
-    hub._fetch(f"{first.address}/api", file, tmp_path / "model.safetensors", None)
+    file = Remote("model.safetensors", 7)
+    fetch(f"{first.address}/api", file, tmp_path / "model.safetensors", None)
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
     assert (first.tokens, other.tokens) == (["Bearer secret"], [None])
     first.to = f"{first.address}/again"  # the same host may have it
-    hub._fetch(f"{first.address}/api", file, tmp_path / "more.safetensors", None)
+    fetch(f"{first.address}/api", file, tmp_path / "more.safetensors", None)
     assert first.tokens == ["Bearer secret"] * 3
     first.to = "http://example.invalid/file"
     with pytest.raises(ModelError, match="not secure"):
-        hub._fetch(f"{first.address}/api", file, tmp_path / "third.safetensors", None)
+        fetch(f"{first.address}/api", file, tmp_path / "third.safetensors", None)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_an_endpoint_in_the_clear_is_on_this_machine_only(address: str, monkeypa
 
 def test_what_is_secure() -> None:
     for address in ("https://hub.example", "http://localhost:8000", "http://127.0.0.1", "http://[::1]:80"):
-        hub.check_secure(address, "HF_ENDPOINT")
+        check_secure(address, "HF_ENDPOINT")
     with pytest.raises(ModelError) as caught:
-        hub.check_secure("http://me:secret@hub.example/a?token=secret", "HF_ENDPOINT")
+        check_secure("http://me:secret@hub.example/a?token=secret", "HF_ENDPOINT")
     assert "secret" not in str(caught.value)

@@ -21,7 +21,7 @@ from fitune.data.encode import Encoder
 from fitune.data.templates.jinja import of_tokenizer
 from fitune.data.tokenizer import load
 from fitune.models import families
-from fitune.models.model import Tuned
+from fitune.models.load import Tuned
 from support import chat_templates as kinds
 from support import tiny
 from support.template_rows import (

@@ -14,7 +14,7 @@ from fitune.engine.step import held_out_loss, label_hidden, loss_sum, training_s
 from fitune.models.kernels import loss as loss_kernel
 from fitune.models.kernels.attention import FLAT
 from fitune.models.kernels.loss import label_loss
-from fitune.models.model import use_attention
+from fitune.models.switches import SDPA, attention
 from support import tiny
 
 LENGTHS = (5, 1, 17, 3, 40, 9, 2, 28, 64)
@@ -37,11 +37,11 @@ def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def separate(model, data: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and summed loss by transformers' own forward, one document at a time."""
-    use_attention(model, "sdpa")
     logits, total = [], torch.zeros(())
     for one in data:
         alone = flat([one], [0])
-        out = model(input_ids=torch.from_numpy(alone.ids)[None]).logits[0]
+        with attention(model, SDPA):
+            out = model(input_ids=torch.from_numpy(alone.ids)[None]).logits[0]
         logits.append(out)
         rows, labels = torch.from_numpy(alone.label_rows), torch.from_numpy(alone.labels)
         total = total + torch.nn.functional.cross_entropy(out[rows], labels, reduction="sum")
@@ -49,13 +49,13 @@ def separate(model, data: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def packed_logits(model, batch: Batch) -> torch.Tensor:
-    use_attention(model, FLAT)
-    hidden = model.base_model(
-        input_ids=torch.from_numpy(batch.ids)[None],
-        position_ids=torch.from_numpy(batch.positions)[None],
-        cu_seq_lens_q=torch.from_numpy(batch.bounds),
-        use_cache=False,
-    ).last_hidden_state
+    with attention(model, FLAT):
+        hidden = model.base_model(
+            input_ids=torch.from_numpy(batch.ids)[None],
+            position_ids=torch.from_numpy(batch.positions)[None],
+            cu_seq_lens_q=torch.from_numpy(batch.bounds),
+            use_cache=False,
+        ).last_hidden_state
     return model.get_output_embeddings()(hidden)[0]
 
 

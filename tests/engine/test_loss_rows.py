@@ -17,10 +17,10 @@ from fitune.core.errors import ConfigError
 from fitune.core.events import Watcher
 from fitune.engine.checkpoint import RunFolder
 from fitune.memory import chunks, device, plan, steps, trace
+from fitune.models.head import loss_rows, set_loss_rows
 from fitune.models.kernels import loss as loss_kernel
 from fitune.models.kernels.loss import chunk_rows
 from fitune.models.kernels.target import AMPERE, CPU, planned
-from fitune.models.model import loss_rows, set_loss_rows
 
 GIB = 2**30
 LLAMA_3 = 128_256  # words

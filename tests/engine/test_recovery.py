@@ -20,7 +20,7 @@ from fitune.data.batches import flat, rounded, split
 from fitune.engine import non_finite, optim, out_of_memory
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.step import loss_sum, training_step
-from fitune.models.model import trainable
+from fitune.models.parts import trainable
 from support.contract import samples
 from support.memory_errors import OOM, careful, fails_above, make, runner
 from support.runs import Crash, CrashAt, digest

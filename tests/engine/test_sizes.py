@@ -19,8 +19,10 @@ from fitune.engine import step
 from fitune.engine.step import held_out_loss, hidden_states, loss_sum
 from fitune.memory import device, plan
 from fitune.models import adapters
+from fitune.models.interfaces import causal_lm
 from fitune.models.kernels import flash, placed, wide
-from fitune.models.model import causal_lm, ready, trainable
+from fitune.models.parts import trainable
+from fitune.models.prepare import ready
 from support import tiny
 
 VIRTUAL: dict[str, dict[str, Any]] = {

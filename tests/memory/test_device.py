@@ -10,7 +10,7 @@ import torch
 
 from fitune.core.errors import ModelError
 from fitune.memory import calibration, device
-from fitune.models import model
+from fitune.models import load
 
 MIB = 2**20
 
@@ -105,9 +105,9 @@ def test_a_plain_model_goes_to_a_gpu_tensor_by_tensor(model_folder, monkeypatch)
         seen.append(dict(how))
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr(model, "_read", read)
+    monkeypatch.setattr(load, "_read", read)
     for where in ("cuda:1", "cpu"):
         with pytest.raises(ModelError, match="cannot be loaded"):
-            model.load_model(model_folder, device=torch.device(where))
+            load.load_model(model_folder, device=torch.device(where))
     assert seen[0]["device_map"] == {"": torch.device("cuda:1")}
     assert "device_map" not in seen[1]

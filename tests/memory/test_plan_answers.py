@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from fitune.core.config import build
 from fitune.memory import answers, device, plan, steps
-from fitune.models.model import use_attention
+from fitune.models.switches import SDPA, attention
 
 GIB = 2**30
 
@@ -35,11 +35,11 @@ def test_what_generation_takes_is_what_is_said(prompt: int, tokens: int, blocks:
     """By torch's own count of what transformers allocates while it generates."""
     model = LlamaForCausalLM(shape(blocks)).eval()
     model = model.bfloat16() if precision == "bf16" else model
-    use_attention(model, "sdpa")
     ids = torch.randint(1000, (3, prompt))
     how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "eos_token_id": [0], "pad_token_id": 0}
     with (
         torch.no_grad(),
+        attention(model, SDPA),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=GenerationConfig(**how))

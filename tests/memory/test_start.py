@@ -19,7 +19,7 @@ from fitune.memory.trace import Tracer
 from fitune.models import adapters
 from fitune.models.kernels.target import AMPERE, CPU, Target
 from fitune.models.methods import other
-from fitune.models.model import ready
+from fitune.models.prepare import ready
 
 CLOSE, CLOSE_START = 0.01, 0.05  # shares of what was measured
 SHAPE = LlamaConfig(

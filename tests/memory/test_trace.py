@@ -22,8 +22,9 @@ from fitune.memory.cuda import Cuda
 from fitune.memory.trace import Building, Tracer
 from fitune.models import adapters, families, methods
 from fitune.models import quant as quants
+from fitune.models.configs import without_weights
 from fitune.models.kernels.target import AMPERE
-from fitune.models.model import checkpoint_blocks, without_weights
+from fitune.models.prepare import checkpoint_blocks
 from support import contract as contract
 from support import tiny
 

@@ -15,9 +15,10 @@ import fitune
 from fitune.commands.export import export
 from fitune.core.errors import ModelError, RunFolderError
 from fitune.core.records import Message
+from fitune.models.configs import read_config
 from fitune.models.families import original
 from fitune.models.families.chatglm_model import positions_of
-from fitune.models.model import load_model, read_config
+from fitune.models.load import load_model
 from support import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -19,16 +19,13 @@ from fitune.core.errors import ConfigError, RunFolderError
 from fitune.data.batches import flat
 from fitune.engine import optim
 from fitune.engine.step import training_step
-from fitune.models import adapters, families, methods
+from fitune.models import adapters, attached, families, methods
 from fitune.models import quant as quants
-from fitune.models.model import (
-    causal_lm,
-    checkpoint_blocks,
-    load_model,
-    ready,
-    trainable,
-    without_weights,
-)
+from fitune.models.configs import without_weights
+from fitune.models.interfaces import causal_lm
+from fitune.models.load import load_model
+from fitune.models.parts import trainable
+from fitune.models.prepare import checkpoint_blocks, ready
 from support import tiny
 from support.contract import (
     IDS,
@@ -173,7 +170,7 @@ def test_contract(variant: str, kind: str, precision: str, quant: str, tmp_path:
     # PEFT loads what it knows, with the same logits
     if isinstance(loaded, PeftModel):
         theirs = PeftModel.from_pretrained(make_base(kind, precision, quant=quant), str(tmp_path / "saved")).eval()
-        theirs.fitune_compute = causal_lm(loaded).fitune_compute
+        attached.of(theirs).compute = attached.of(loaded).compute
         assert torch.equal(logits(theirs), logits(loaded))
 
     # it merges into a plain model with the same logits, or says why not

@@ -77,7 +77,7 @@ def test_a_run_that_has_to_do_without_says_so_and_remembers(model_folder, data_f
 
 @pytest.mark.cuda
 def test_on_a_gpu_cublas_is_told_before_its_first_product() -> None:
-    from fitune.models.model import pick_device
+    from fitune.models.devices import pick_device
 
     device = pick_device("cuda")
     assert os.environ[determinism.CUBLAS]
@@ -88,7 +88,7 @@ def test_on_a_gpu_cublas_is_told_before_its_first_product() -> None:
 
 def test_a_gpu_is_made_ready_before_anything_lies_on_it(monkeypatch) -> None:
     """The seam is torch.cuda: cuBLAS reads its setting at its first product, so it is there before a GPU is taken."""
-    from fitune.models import model
+    from fitune.models import devices
 
     taken: list[tuple[int, str | None]] = []
     monkeypatch.delenv(determinism.CUBLAS, raising=False)
@@ -96,9 +96,9 @@ def test_a_gpu_is_made_ready_before_anything_lies_on_it(monkeypatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda device: taken.append((device.index, os.environ.get(determinism.CUBLAS)))
     )
-    monkeypatch.setattr(model.torch, "empty", lambda *size, device: None)
-    assert model.pick_device("cuda:1") == torch.device("cuda", 1)
-    assert model.pick_device("cuda") == torch.device("cuda", 3)
+    monkeypatch.setattr(devices.torch, "empty", lambda *size, device: None)
+    assert devices.pick_device("cuda:1") == torch.device("cuda", 1)
+    assert devices.pick_device("cuda") == torch.device("cuda", 3)
     assert taken == [(1, ":4096:8"), (3, ":4096:8")]
     monkeypatch.setenv(determinism.CUBLAS, ":16:8")  # the user's own stays
     determinism.use_gpu(torch.device("cuda", 0))

@@ -21,7 +21,9 @@ from fitune.data.batches import flat
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.step import hidden_states, loss_sum
 from fitune.models import adapters, families, methods
-from fitune.models.model import load_model, ready, trainable
+from fitune.models.load import load_model
+from fitune.models.parts import trainable
+from fitune.models.prepare import ready
 from support import tiny
 from support.contract import config_for
 from support.stops import Crash, StopAt, crash

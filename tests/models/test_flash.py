@@ -18,7 +18,7 @@ from fitune.memory import overrides, plan
 from fitune.models.kernels import attention, flash, target
 from fitune.models.kernels.attention import chosen, flat_attention
 from fitune.models.kernels.placed import place
-from fitune.models.model import ready
+from fitune.models.prepare import ready
 from support import contract as contract
 from support import tiny
 from support.flash import FLASH, flash_by_hand

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fitune.models.kernels.gated import LeanJoinedMLP, LeanMLP, lean_mlps
-from fitune.models.model import ready
+from fitune.models.prepare import ready
 from support import tiny
 
 GATED = ("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "phi3", "glm", "glm4", "olmo2", "cohere", "granite")

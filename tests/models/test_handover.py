@@ -25,8 +25,8 @@ from fitune.data.templates import TABLE, choose, from_dict, user
 from fitune.data.templates.as_jinja import Frame, as_jinja, quoted
 from fitune.engine import integrity
 from fitune.engine.checkpoint import RunFolder
-from fitune.models import handover
-from fitune.models.handover import PIECES, hand_over, write_stops
+from fitune.models.handover import hand_over, proof, write_stops
+from fitune.models.handover.proof import PIECES
 from support import tiny
 
 BUNDLED = Path(fitune.__file__).parent / "bundled" / "model"
@@ -124,7 +124,7 @@ def test_what_cannot_be_one_text_is_not_written_and_says_so(tmp_path: Path) -> N
 
 def test_a_wrong_text_is_never_written(tmp_path: Path, monkeypatch) -> None:
     """The planted fault: a Jinja text that forgets a line break."""
-    monkeypatch.setattr(handover, "as_jinja", lambda t, frame: as_jinja(t, frame).replace("user\\n", "user "))
+    monkeypatch.setattr(proof, "as_jinja", lambda t, frame: as_jinja(t, frame).replace("user\\n", "user "))
     done = hand_over(tmp_path, tokenizer.load(BUNDLED), TABLE["chatml"])
     assert not done.written
     assert not done.pieces

@@ -14,7 +14,9 @@ import pytest
 
 from fitune.core.errors import ModelError
 from fitune.models import hub
-from fitune.models.model import locate, read_config
+from fitune.models.configs import read_config
+from fitune.models.hub import files
+from fitune.models.locate import locate
 from support import tiny
 from support.hub_server import SHA, Server, fetch
 
@@ -55,7 +57,7 @@ def test_a_transfer_that_breaks_is_gone_on_with(name: str, server: Server, tmp_p
 
 
 def test_a_damaged_or_a_long_file_never_takes_its_place(server: Server, tmp_path: Path) -> None:
-    for fault, message in (("damaged", "arrived damaged"), ("long", "does not arrive")):
+    for fault, message in (("damaged", "the downloaded file is damaged"), ("long", "the download failed")):
         server.faults = {fault: True}
         code, _, error = fetch(server, tmp_path / fault, "ms:org/name")
         assert code == 2
@@ -72,11 +74,11 @@ def test_a_damaged_or_a_long_file_never_takes_its_place(server: Server, tmp_path
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("org/nothing", "the hub does not give it"),
-        ("org/gated", "the hub wants permission for it"),
+        ("org/nothing", "no such model on the hub"),
+        ("org/gated", "access to it must be granted"),
         ("ms:org/nothing", "no such model, or no such revision"),
-        ("ms:org/gated", "it wants permission"),
-        ("no-id-at-all", "no id of a hub"),
+        ("ms:org/gated", "access to it is restricted"),
+        ("no-id-at-all", "not a hub id"),
     ],
 )
 def test_what_a_hub_refuses_is_one_message(name: str, message: str, server: Server, tmp_path: Path) -> None:
@@ -104,9 +106,9 @@ def test_a_server_that_is_not_there(tmp_path: Path, server: Server) -> None:
 
 
 def test_the_disk_is_checked_first(tmp_path: Path) -> None:
-    hub.check_room(tmp_path / "not" / "there", 1000, "org/name")
+    files.check_room(tmp_path / "not" / "there", 1000, "org/name")
     with pytest.raises(ModelError, match=r"org/name: does not fit on the disk[\s\S]*1 MiB free[\s\S]*expected: 9 MiB"):
-        hub.check_room(tmp_path, 9 * 2**20, "org/name", free=2**20)
+        files.check_room(tmp_path, 9 * 2**20, "org/name", free=2**20)
 
 
 def test_names_of_hubs() -> None:

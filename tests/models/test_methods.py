@@ -29,7 +29,10 @@ from fitune.engine.checkpoint import RunFolder
 from fitune.engine.loading import load
 from fitune.engine.step import hidden_states, loss_sum
 from fitune.models import adapters, families, methods
-from fitune.models.model import groups, load_model, ready, use_attention
+from fitune.models.load import load_model
+from fitune.models.parts import groups
+from fitune.models.prepare import ready
+from fitune.models.switches import SDPA, attention
 from support import tiny
 from support.contract import IDS, KINDS, VARIANTS, config_for, logits, samples
 from support.runs import Crash, CrashAt, digest
@@ -129,9 +132,8 @@ def test_bloom_in_a_flat_batch_is_bloom_alone(length: int) -> None:
     model = ready(tiny.make_model("bloom"))
     made = [*samples(), *(s for s in samples() for _ in range(length // 20))]
     batch = flat(made, range(len(made)))
-    with torch.no_grad():
+    with torch.no_grad(), attention(model, SDPA):
         together = model.lm_head(hidden_states(model, batch, "flat"))
-        use_attention(model, "sdpa")
         alone = torch.cat([model(torch.from_numpy(s.ids)[None].long()).logits[0] for s in made])
         assert (together - alone).abs().max() < 1e-5
         leaking = model(torch.from_numpy(batch.ids)[None]).logits[0]
@@ -326,7 +328,7 @@ def test_training_goes_on_from_an_adapter(variant: str, model_folder: Path, tmp_
     assert again.held_out_loss_before != done.held_out_loss_before
     assert digest(first) != digest(second)
     other = {"ia3": "lora", "lora": "houlsby"}.get(variant, "ia3")
-    with pytest.raises(ModelError, match="was trained by another method, or with other settings"):
+    with pytest.raises(ModelError, match="was trained with another method or other settings"):
         train(build(settings(other, model_folder, data_file, tmp_path / "third", adapter=str(first))))
 
 
@@ -495,7 +497,7 @@ def test_batched_answers_of_virtual_tokens_are_the_answers_one_by_one(model_fold
     from fitune.data.encode import Encoder
     from fitune.data.templates import choose
     from fitune.engine.generation import Sampling, answers
-    from fitune.models.model import Tuned
+    from fitune.models.load import Tuned
 
     words = tiny.make_tokenizer()
     for variant in ("prompt", "prefix"):

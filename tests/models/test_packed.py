@@ -17,7 +17,8 @@ from fitune.core.config import build
 from fitune.core.errors import ConfigError
 from fitune.core.options import QuantOptions
 from fitune.models import quant as quants
-from fitune.models.model import load_model, outline, quantized_as, read_config
+from fitune.models.configs import quantized_as, read_config
+from fitune.models.load import load_model, outline
 from fitune.models.weights import tensors
 from support import tiny
 

@@ -15,7 +15,7 @@ from fitune.core.config import build
 from fitune.core.errors import ConfigError, ModelError
 from fitune.models import families, methods
 from fitune.models.adapters import attach
-from fitune.models.model import load_model
+from fitune.models.load import load_model
 from support import tiny
 
 IDS = torch.randint(5, 300, (1, 12), generator=torch.Generator().manual_seed(0))

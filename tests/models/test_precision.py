@@ -33,7 +33,9 @@ from fitune.engine.step_runner import StepRunner
 from fitune.models import adapters, precision, trial
 from fitune.models.kernels.frozen import StoredLinear
 from fitune.models.kernels.norm import LeanRMSNorm, replace_norms
-from fitune.models.model import load_model, ready, trainable
+from fitune.models.load import load_model
+from fitune.models.parts import trainable
+from fitune.models.prepare import ready
 from support import tiny
 from support.contract import KINDS, config_for, gradients, logits, make_base, samples
 from support.stops import StopAt, crash
@@ -185,7 +187,7 @@ def test_activations_are_kept_in_the_compute_dtype(kind: str, low: str) -> None:
 
 
 def test_without_lean_norms_they_would_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fitune.models.model.replace_norms", lambda model, compute: None)
+    monkeypatch.setattr("fitune.models.prepare.replace_norms", lambda model, compute: None)
     fat = kept_bytes(adapters.attach(make_base("llama", "bf16"), config_for("lora", "bf16")))
     monkeypatch.undo()
     lean = kept_bytes(adapters.attach(make_base("llama", "bf16"), config_for("lora", "bf16")))

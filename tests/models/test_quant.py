@@ -28,7 +28,8 @@ from fitune.models import adapters, precision
 from fitune.models import quant as quants
 from fitune.models.kernels import target
 from fitune.models.kernels.frozen import Frozen
-from fitune.models.model import load_model, ready
+from fitune.models.load import load_model
+from fitune.models.prepare import ready
 from fitune.models.quant import absmax, nf4, trust
 from fitune.models.quant.int8 import Int8Linear
 from fitune.models.weights import stored_dtype

@@ -29,8 +29,9 @@ from fitune.core.errors import ModelError, Problems, RunFolderError
 from fitune.core.options import QuantOptions
 from fitune.models import quant as quants
 from fitune.models import weights
+from fitune.models.configs import read_config
 from fitune.models.families import towers
-from fitune.models.model import load_model, outline, read_config
+from fitune.models.load import load_model, outline
 from support import tiny
 from support.contract import IDS, apart, logits
 

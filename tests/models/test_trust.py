@@ -17,8 +17,9 @@ from fitune.commands.train import train
 from fitune.core.config import build
 from fitune.core.options import QuantOptions, quant_options
 from fitune.engine.checkpoint import RunFolder
+from fitune.models import kernel_faults
 from fitune.models import quant as quants
-from fitune.models.model import load_model
+from fitune.models.load import load_model
 from fitune.models.quant import absmax, nf4, trust
 from support import tiny
 
@@ -83,7 +84,7 @@ def test_a_wrong_kernel_is_found_and_not_used(tmp_path: Path, monkeypatch: pytes
     assert all(fault.error > 0.1 for fault in faults)
     for name, layer in quants.layers(model):
         assert torch.equal(layer.plain_weight(torch.float32), right[name])
-    found = trust.finding(faults)
+    found = kernel_faults.finding(faults)
     assert found.level == "warn"
     assert re.search(
         r"wrong for .*48 x 32.* \(nf4; blocks of 64, double; float32; cpu; off by up to 0\.\d\d\)", found.text
@@ -107,7 +108,7 @@ def test_a_wrong_kernel_is_found_and_not_used(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", RIGHT)
     layers = [packed((48, 64)), packed((8, 128), double=True)]
     assert trust.check(layers, torch.float32) == []
-    assert trust.finding([]).level == "ok"
+    assert kernel_faults.finding([]).level == "ok"
 
 
 def test_a_run_on_a_wrong_kernel_says_so_and_merges_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

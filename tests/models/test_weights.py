@@ -22,7 +22,7 @@ import fitune
 from fitune.commands.convert import convert
 from fitune.core.errors import ModelError
 from fitune.models import weights
-from fitune.models.model import load_model
+from fitune.models.load import load_model
 from fitune.models.weights.bins import Bin
 from support import tiny
 from support.contract import logits

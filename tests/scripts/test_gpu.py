@@ -28,11 +28,16 @@ from fitune.engine import optim
 from fitune.engine.step import hidden_states, loss_sum, training_step
 from fitune.models import adapters, determinism
 from fitune.models import quant as quants
+from fitune.models.devices import pick_device
+from fitune.models.head import output_head
 from fitune.models.kernels import target
 from fitune.models.kernels.gated import lean_mlps
 from fitune.models.kernels.loss import label_loss
 from fitune.models.kernels.norm import LeanRMSNorm
-from fitune.models.model import computing, load_model, output_head, pick_device, ready, trainable, use_attention
+from fitune.models.load import load_model
+from fitune.models.parts import trainable
+from fitune.models.prepare import ready
+from fitune.models.switches import SDPA, attention, computing
 from support import contract as contract
 from support import memory_errors as recovering
 from support import tiny
@@ -163,11 +168,10 @@ def logits(model: Any, made: Batch) -> Tensor:
 @torch.no_grad()
 def alone(model: Any, made: Batch) -> Tensor:
     """By transformers' own forward, a document at a time."""
-    use_attention(model, "sdpa")
     found = []
     for first, last in zip(made.bounds[:-1], made.bounds[1:], strict=True):
         ids = torch.from_numpy(made.ids[first:last])[None].long().to(model.device)
-        with computing(model):
+        with attention(model, SDPA), computing(model):
             found.append(model(input_ids=ids).logits[0].float().cpu())
     return torch.cat(found)
 
@@ -231,9 +235,9 @@ def test_a_model_is_loaded_onto_its_device(where: str, quant: str) -> None:
         assert name in packed or torch.equal(a.cpu(), b)
     for (_, a), (_, b) in zip(quants.layers(there), quants.layers(here), strict=True):
         assert apart(a.plain_weight(torch.float32).double(), b.plain_weight(torch.float32).double()) < 1e-3
-    use_attention(there, "sdpa")
     ids = torch.arange(5, 12, device=where)[None]
-    made = there.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    with attention(there, SDPA):
+        made = there.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
     assert made.shape == (1, 10)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from fitune.data.batches import Loader, flat
 from fitune.engine import optim
 from fitune.engine.step_runner import StepRunner
 from fitune.models import adapters
-from fitune.models.model import load_model, ready, trainable
+from fitune.models.load import load_model
+from fitune.models.parts import trainable
+from fitune.models.prepare import ready
 from support import tiny
 from support.contract import config_for, samples
 
@@ -155,7 +158,7 @@ def test_dropout_in_an_evaluation_is_seen_before_anything_is_learned(monkeypatch
     batch = flat([s for s in samples() if len(s) > 2], [0])
     before = {name: p.detach().clone() for name, p in trainable(model).items()}
     assert stepchecks.eval_dropout(model, batch, "flat").level == "ok"
-    monkeypatch.setattr(model, "eval", lambda: model)
+    monkeypatch.setattr("fitune.engine.step.evaluating", lambda model: nullcontext())
     assert stepchecks.eval_dropout(model.train(), batch, "flat").level == "refuse"
     assert all(torch.equal(p, before[name]) for name, p in trainable(model).items())
     assert np.isfinite(float(next(iter(before.values())).abs().max()))

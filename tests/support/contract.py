@@ -17,13 +17,10 @@ from fitune.core.records import Sample
 from fitune.data.batches import flat
 from fitune.engine.step import loss_sum
 from fitune.models import methods
-from fitune.models.model import (
-    computing,
-    load_model,
-    ready,
-    use_attention,
-)
+from fitune.models.load import load_model
 from fitune.models.precision import DTYPES
+from fitune.models.prepare import ready
+from fitune.models.switches import SDPA, attention, computing
 from support import tiny
 
 # What is tried of each method: its settings. `peft:` types stand for all the others.
@@ -118,8 +115,7 @@ def samples() -> list[Sample]:
 def logits(model: Any) -> torch.Tensor:
     """Of the model's own forward, without what virtual tokens give."""
     model.eval()
-    use_attention(model, "sdpa")
-    with torch.no_grad(), computing(model):
+    with torch.no_grad(), attention(model, SDPA), computing(model):
         return model(input_ids=IDS).logits[:, -IDS.shape[1] :].float()
 
 

@@ -11,7 +11,8 @@ from fitune.core.records import Source
 from fitune.engine import optim
 from fitune.engine.step_runner import StepRunner
 from fitune.models import adapters
-from fitune.models.model import ready, trainable
+from fitune.models.parts import trainable
+from fitune.models.prepare import ready
 from support import tiny
 
 OOM = {

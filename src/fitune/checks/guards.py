@@ -30,8 +30,12 @@ from fitune.engine.checkpoint import Loaded, restore_rng, rng_state
 from fitune.engine.non_finite import first_non_finite
 from fitune.engine.step import hidden_states, loss_sum, make_gradients
 from fitune.models import adapters, quant, weights
+from fitune.models.attached import compute_dtype
+from fitune.models.head import loss_rows
+from fitune.models.interfaces import causal_lm
 from fitune.models.methods import lora
-from fitune.models.model import causal_lm, compute_dtype, loss_rows, trainable
+from fitune.models.parts import trainable
+from fitune.models.switches import evaluating, training
 from fitune.models.tensors import bit_sum, finite
 
 AGAIN = "the checkpoints are whole: fitune train --resume --output RUN saves again"
@@ -82,9 +86,7 @@ def base_intact(folder: Path, known: Mapping[str, Any] | None = None) -> Finding
 
 def nan_hidden(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
     """A weight or an activation that is not finite makes every loss NaN, which some trainers log as 0."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with torch.no_grad():
             fine = finite(hidden_states(model, batch, layout))
         packed = {
@@ -96,8 +98,6 @@ def nan_hidden(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
         first = (
             "" if fine and not bad else (f"the weight {bad[0]}" if bad else first_non_finite(model, [batch], layout)[0])
         )
-    finally:
-        model.train(training)
     if first:
         return Finding("nan-hidden", "refuse", f"the model is not finite before training: {first}", "--precision fp32")
     return Finding(
@@ -125,8 +125,8 @@ def embeddings(model: nn.Module, highest: int) -> Finding:
 @torch.no_grad()
 def start_of(model: nn.Module, samples: Sequence[Sample]) -> Tensor:
     """What the first probe row gives before a method is put on: (T, W)."""
-    model.eval()
-    return hidden_states(model, flat([probe_row(samples)], [0]), "documents").float()
+    with evaluating(model):
+        return hidden_states(model, flat([probe_row(samples)], [0]), "documents").float()
 
 
 def same_at_start(model: nn.Module, before: Tensor, samples: Sequence[Sample]) -> Finding:
@@ -200,15 +200,12 @@ def fp16_range(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
         return hook
 
     hooks = [m.register_forward_hook(look(n)) for n, m in causal_lm(model).named_modules() if not list(m.children())]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             hidden_states(model, batch, layout)
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
     name = max(largest, key=lambda key: largest[key])
     text = f"the largest output is {largest[name]:,.0f} of {FP16_HIGHEST:,.0f}, of {name}"
     if largest[name] >= FP16_HIGHEST:
@@ -225,7 +222,7 @@ LOOKED_AT = 2**16  # numbers of a gradient that are compared, spread over all of
 def _watching(model: nn.Module, look: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Inside, each gradient is looked at when it is there, and dropped: all of them at once may be more than a run
     holds. Nothing of the model or the random numbers is left changed."""
-    training, before = model.training, rng_state()
+    before = rng_state()
 
     def watcher(name: str) -> Callable[[Tensor], None]:
         def seen(parameter: Tensor) -> None:
@@ -242,7 +239,6 @@ def _watching(model: nn.Module, look: Callable[[str, Tensor], None]) -> Iterator
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-        model.train(training)
         restore_rng(before)
 
 
@@ -254,8 +250,7 @@ def _gradients(model: nn.Module, backward: Callable[[], object]) -> dict[str, Te
         some = gradient.reshape(-1)[:: max(1, gradient.numel() // LOOKED_AT)]
         found[name] = found[name] + some if name in found else some.clone()
 
-    with _watching(model, add):
-        model.eval()
+    with _watching(model, add), evaluating(model):
         backward()
     return found
 
@@ -263,8 +258,7 @@ def _gradients(model: nn.Module, backward: Callable[[], object]) -> dict[str, Te
 def grad_reaches(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
     """A first backward pass: a finite gradient reaches every trainable tensor. In training mode, as the run will be."""
     fine: dict[str, bool] = {}
-    with _watching(model, lambda name, gradient: fine.update({name: finite(gradient)})):
-        model.train()
+    with _watching(model, lambda name, gradient: fine.update({name: finite(gradient)})), training(model):
         try:
             (loss_sum(model, batch, layout) / batch.weight).backward()
         except RuntimeError as error:
@@ -422,16 +416,14 @@ def saved_complete(model: nn.Module, folder: Path, batch: Batch, layout: Layout)
     text = f"{len(stored)} tensors read back from {folder.name}, equal to the last bit"
     as_lora = isinstance(model, PeftModel) and lora.is_pissa(model)  # it was saved in another form
     if not as_lora:
-        training = model.training
-        model.eval()
-        before = hidden_states(model, batch, layout)
-        try:
-            adapters.load_into(model, folder)
-        except (OSError, ValueError, SafetensorError, FituneError) as error:
-            text = f"what was saved cannot be loaded again: {' '.join(str(error).split())[:200]}"
-            return Finding("saved-complete", "refuse", text, AGAIN)
-        same = torch.equal(before, hidden_states(model, batch, layout))
-        model.train(training)
+        with evaluating(model):
+            before = hidden_states(model, batch, layout)
+            try:
+                adapters.load_into(model, folder)
+            except (OSError, ValueError, SafetensorError, FituneError) as error:
+                text = f"what was saved cannot be loaded again: {' '.join(str(error).split())[:200]}"
+                return Finding("saved-complete", "refuse", text, AGAIN)
+            same = torch.equal(before, hidden_states(model, batch, layout))
         if not same:
             return Finding(
                 "saved-complete", "refuse", "read back, it gives other hidden states", "save again: --resume"

@@ -6,7 +6,7 @@ In: a model with its method attached, samples. Out: the layout that keeps docume
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -19,7 +19,11 @@ from fitune.core.records import Finding, Layout, Sample
 from fitune.data.batches import flat
 from fitune.data.store import lengths_of
 from fitune.engine.step import hidden_states
-from fitune.models.model import causal_lm, compute_dtype, computing, output_head, trainable, use_attention
+from fitune.models.attached import compute_dtype
+from fitune.models.head import output_head
+from fitune.models.interfaces import causal_lm
+from fitune.models.parts import trainable
+from fitune.models.switches import computing, evaluating, rows_attention
 
 PROBE_TOKENS = 48  # a document of the model checks: long enough to matter, short enough to cost nothing
 MOVED = 1e-3  # of the largest logit: what a change of one document may move in another, in any precision
@@ -44,13 +48,8 @@ def packing_leak(model: nn.Module, samples: Sequence[Sample], wanted: str = "aut
         samples: the first two are tried, shortened.
         wanted: auto takes the first layout that passes; a name is refused if it does not.
     """
-    training = model.training
-    model.eval()
-    try:
-        with perturbed(model):
-            return _first_that_passes(model, samples, wanted)
-    finally:
-        model.train(training)
+    with evaluating(model), perturbed(model):
+        return _first_that_passes(model, samples, wanted)
 
 
 @contextmanager
@@ -118,10 +117,9 @@ def _leak(model: nn.Module, samples: Sequence[Sample], layout: Layout) -> Leak:
         packed, changed = together(first), together(other)
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, ModelError):
         return Leak(float("inf"), float("inf"), 0.0)
-    with suppress(ModelError):  # a model without SDPA runs in its own way
-        use_attention(model, "sdpa")
     device = packed.device
-    with computing(model):  # the outer model's own forward: PEFT puts virtual tokens there, and their logits come first
+    # the outer model's own forward: PEFT puts virtual tokens there, and their logits come first
+    with rows_attention(model), computing(model):
         alone = [
             model(input_ids=torch.from_numpy(s.ids)[None].long().to(device)).logits[0, -len(s) :].float()
             for s in (first, second)

@@ -13,7 +13,7 @@ import torch
 from fitune.core.records import Finding
 from fitune.models import quant
 from fitune.models.families import Family
-from fitune.models.model import trainable
+from fitune.models.parts import trainable
 
 
 def family_found(family: Family) -> Finding:

@@ -27,8 +27,9 @@ from fitune.data.encode import Encoder
 from fitune.data.store import Samples
 from fitune.engine.checkpoint import RunFolder
 from fitune.models import quant, weights
+from fitune.models.attached import compute_dtype
 from fitune.models.methods import lora
-from fitune.models.model import compute_dtype, computing
+from fitune.models.switches import computing, evaluating
 
 ROWS = 20  # prompts that are compared
 TAKEN = 4096  # numbers of a tensor that are compared with its file
@@ -126,13 +127,12 @@ def adapter_scale(model: Any, config: RunConfig) -> Finding:
 def _update_is_off(model: Any, layer: Any, scale: float) -> float:
     """How far what a layer adds is from scale B A x, of its largest output."""
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    kept, training = b.detach().clone(), layer.training
+    kept = b.detach().clone()
     numbers = torch.Generator().manual_seed(0)
     try:
-        layer.eval()
         b.copy_(torch.randn(b.shape, generator=numbers) / scale)
         x = torch.randn(1, 3, a.shape[1], generator=numbers).to(a.device, compute_dtype(model))
-        with computing(model):
+        with evaluating(layer), computing(model):
             plain, tuned = layer.get_base_layer()(x).float(), layer(x).float()
         update = scale * (x.float() @ a.float().T) @ b.float().T
         return float((tuned - plain - update).abs().max() / tuned.abs().max())
@@ -140,7 +140,6 @@ def _update_is_off(model: Any, layer: Any, scale: float) -> float:
         return 0.0
     finally:
         b.copy_(kept)
-        layer.train(training)
 
 
 # ---- what is handed on ----

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 
@@ -21,14 +21,16 @@ from torch.nn import functional as F
 
 from fitune.checks.findings import raise_refused
 from fitune.checks.leak import PROBE_TOKENS, TOLERANCE, perturbed
-from fitune.core.errors import ModelError
 from fitune.core.records import Batch, Finding, Layout, Sample, StepRecord
 from fitune.data.batches import Loader, flat
 from fitune.engine import optim
 from fitune.engine.checkpoint import Loaded, restore_rng, rng_state
 from fitune.engine.step import held_out_loss, loss_sum
 from fitune.engine.step_runner import StepRunner
-from fitune.models.model import causal_lm, compute_dtype, computing, trainable, use_attention
+from fitune.models.attached import compute_dtype
+from fitune.models.interfaces import causal_lm
+from fitune.models.parts import trainable
+from fitune.models.switches import computing, evaluating, rows_attention, training
 from fitune.models.tensors import bit_sum
 
 OURS = "this is an error of fitune: please report it"
@@ -89,16 +91,11 @@ def reference_loss(model: nn.Module, samples: Sequence[Sample], layout: Layout) 
         sample.mask[-1] = True
     if not some:
         return Finding("reference-loss", "ok", "rows of one token have no loss")
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         batch = flat(some, range(len(some)))
         ours, rows = float(loss_sum(model, batch, layout)), sum(int(sample.mask[1:].sum()) for sample in some)
-        with suppress(ModelError):  # a model without SDPA runs in its own way
-            use_attention(model, "sdpa")
-        theirs = sum(_plain_loss(model, sample) for sample in some)
-    finally:
-        model.train(training)
+        with rows_attention(model):
+            theirs = sum(_plain_loss(model, sample) for sample in some)
     off = abs(ours - theirs) / max(abs(theirs), 1e-6 * rows, 1e-6)
     text = f"{ours / rows:.4f} per target token, {theirs / rows:.4f} by transformers' own logits (off by {off:.1e})"
     if not off <= TOLERANCE[compute_dtype(model)]:
@@ -130,16 +127,14 @@ def each_row_once(loader: Loader) -> Finding:
 @torch.no_grad()
 def eval_dropout(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
     """A held-out loss draws no random numbers: dropout is off, whatever they are it is the same."""
-    training, before = model.training, rng_state()
+    before = rng_state()
     losses = []
     try:
-        with perturbed(model):  # dropout before a matrix of zeros shows only once it has learned
+        with training(model), perturbed(model):  # dropout before a matrix of zeros shows only once it has learned
             for seed in (1, 2):
-                model.train()
                 torch.manual_seed(seed)
                 losses.append(held_out_loss(model, [batch], layout))
     finally:
-        model.train(training)
         restore_rng(before)
     if losses[0] != losses[1]:
         text = f"the held-out loss of the same rows is {losses[0]:.6f}, and then {losses[1]:.6f}: dropout is on in it"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fitune.core.records import Message
 from fitune.engine.generation import Sampling, reply
-from fitune.models.model import Tuned
+from fitune.models.load import Tuned
 
 HELP = "/reset forgets the conversation, /exit ends it (so does Ctrl-D)"
 

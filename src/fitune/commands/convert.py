@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from fitune.core.errors import ModelError
 from fitune.core.files import check_new, expand, whole_folder
 from fitune.models import weights
-from fitune.models.model import locate
+from fitune.models.locate import locate
 from fitune.models.weights import bins
 
 

@@ -29,7 +29,7 @@ from fitune.engine import environment
 from fitune.memory import gpu
 from fitune.memory.device import by_driver
 from fitune.memory.gpu import Card
-from fitune.models import quant
+from fitune.models import kernel_faults, quant
 from fitune.models.precision import choose, measure
 from fitune.models.quant import trust
 
@@ -259,8 +259,8 @@ def _kernels(name: str, quantizer: Any) -> Check:
     tried = f"{len(layers)} layers in {len(DTYPES)} dtypes"
     if not faults:
         return Check(f"{name} kernels", "ok", f"right for {tried}")
-    text = f"{trust.told(faults)}; of {tried}"
-    return Check(f"{name} kernels", "warn", text, trust.OTHERS)
+    text = f"{kernel_faults.describe(faults)}; of {tried}"
+    return Check(f"{name} kernels", "warn", text, kernel_faults.OTHERS)
 
 
 def _quantized_step(name: str, quantizer: Any) -> Check:

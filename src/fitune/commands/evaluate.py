@@ -28,9 +28,12 @@ from fitune.data.templates.base import kept_date
 from fitune.engine.generation import SIDE_BY_SIDE
 from fitune.engine.loading import load
 from fitune.engine.step import held_out_loss
+from fitune.models import attached
 from fitune.models.adapters import disabled
+from fitune.models.attached import compute_dtype
+from fitune.models.interfaces import causal_lm
 from fitune.models.kernels import wide
-from fitune.models.model import Tuned, causal_lm, compute_dtype
+from fitune.models.load import Tuned
 from fitune.models.precision import imitated
 
 TOGETHER = 8  # rows of a batch whose loss is measured
@@ -200,4 +203,4 @@ def _askable(there: Rows, tuned: Tuned, limit: int) -> tuple[list[Conversation],
 
 
 def _is_tuned(tuned: Tuned) -> bool:
-    return hasattr(tuned.model, "peft_config") or hasattr(tuned.model, "fitune_method")
+    return hasattr(tuned.model, "peft_config") or attached.of(tuned.model).method is not None

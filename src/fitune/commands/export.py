@@ -19,9 +19,9 @@ from transformers import GlmConfig
 from fitune.core.errors import ModelError
 from fitune.core.files import check_new, expand, whole_folder
 from fitune.models import weights
-from fitune.models.configs import read_values
+from fitune.models.configs import quantized_as, read_config, read_values
 from fitune.models.families import original
-from fitune.models.model import locate, quantized_as, read_config
+from fitune.models.locate import locate
 from fitune.models.weights import safe
 
 LAYOUTS = ("original",)

@@ -29,12 +29,15 @@ from fitune.engine import integrity
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.loading import base_of, finished, load
 from fitune.engine.step import label_hidden
-from fitune.models import methods, weights, whole
+from fitune.models import attached, methods, weights, whole
 from fitune.models import quant as quants
+from fitune.models.configs import quantized_as, read_config
 from fitune.models.families import Family, towers
 from fitune.models.handover import Handover, hand_over, write_answer_tokens
+from fitune.models.head import output_head
+from fitune.models.interfaces import causal_lm
+from fitune.models.load import Tuned, load_model
 from fitune.models.methods import new_tokens
-from fitune.models.model import Tuned, causal_lm, load_model, output_head, quantized_as, read_config
 from fitune.models.precision import DTYPES, NAMES
 from fitune.views import model_card
 
@@ -212,7 +215,7 @@ def _write(request: _Request, model: PreTrainedModel, folder: Path) -> None:
             model.save_pretrained(str(place), safe_serialization=True)
             quantized = load_model(place, precision="fp32", quant=request.config.quant)
             quantized.save_pretrained(str(folder), safe_serialization=True)
-    elif getattr(model, "fitune_tower", None) is not None:
+    elif attached.of(model).tower is not None:
         whole.save(model, request.base_files, folder)
     else:
         model.save_pretrained(str(folder), safe_serialization=True)
@@ -286,7 +289,7 @@ def merged(model: nn.Module, family: Family, config: RunConfig) -> PreTrainedMod
         )
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
-    new_tokens.write_in(model)
+    new_tokens.write_in(causal_lm(model))
     if config.method == "bitfit" and config.bitfit.add:
         for flag in family.bias_flags:
             setattr(model.config, flag, True)

@@ -15,8 +15,9 @@ from fitune.core.config import build
 from fitune.core.errors import ConfigError, ModelError
 from fitune.core.results import Overview
 from fitune.models import families, methods
+from fitune.models.configs import read_config, shape_of, without_weights
+from fitune.models.locate import locate
 from fitune.models.methods import other
-from fitune.models.model import locate, read_config, shape_of, without_weights
 
 BYTES = 16  # of a trained parameter in float32: itself, its gradient, Adam's two states
 EXAMPLE = "llama-3.2-1b"

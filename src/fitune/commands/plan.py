@@ -39,8 +39,11 @@ from fitune.memory import device as devices
 from fitune.memory import plan as plans
 from fitune.memory import steps, trace
 from fitune.models import adapters, methods, precision
+from fitune.models.configs import read_config, read_config_file, shape_of
+from fitune.models.devices import pick_device
 from fitune.models.kernels.target import of
-from fitune.models.model import locate, pick_device, read_config, read_config_file, shape_of, trainable
+from fitune.models.locate import locate
+from fitune.models.parts import trainable
 
 NO_DATA = "-"  # stands for data that nobody named
 ASSUMED_LENGTH = 1024  # of a row, where neither data nor max_length say anything

@@ -32,21 +32,15 @@ from fitune.engine import integrity, loading, optim
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
 from fitune.memory import steps
-from fitune.models import adapters, families, methods, precision, quant, weights
+from fitune.models import adapters, families, kernel_faults, methods, precision, quant, weights
+from fitune.models.configs import quantized_as, read_config, without_weights
+from fitune.models.devices import pick_device
+from fitune.models.head import set_loss_rows
+from fitune.models.load import Tuned, load_model
+from fitune.models.locate import locate
 from fitune.models.methods import new_tokens
-from fitune.models.model import (
-    Tuned,
-    checkpoint_blocks,
-    groups,
-    load_model,
-    locate,
-    pick_device,
-    quantized_as,
-    read_config,
-    set_loss_rows,
-    trainable,
-    without_weights,
-)
+from fitune.models.parts import groups, trainable
+from fitune.models.prepare import checkpoint_blocks
 
 
 @dataclass
@@ -241,7 +235,7 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
     dtypes = [precision.speed(config, device, model_config), precision.weights_kept(model, stored)]
     dtypes.append(guards.fp16_range(model, probe, layout))
     if quant.name_of(base) != "none":
-        dtypes.append(quant.trust.finding(quant.faults(base)))
+        dtypes.append(kernel_faults.finding(quant.faults(base)))
     model_findings = [
         modelchecks.family_found(family),
         *families.towers.finding(base),

@@ -24,11 +24,13 @@ from fitune.core.files import as_json, check_new, expand, whole_folder
 from fitune.core.options import QuantOptions, quant_options
 from fitune.core.results import LayerError, QuantizedModel
 from fitune.data import templates, tokenizer
+from fitune.models import kernel_faults, weights
 from fitune.models import quant as quants
-from fitune.models import weights
+from fitune.models.configs import quantized_as, read_config
 from fitune.models.families import towers
 from fitune.models.handover import TEMPLATE, hand_over
-from fitune.models.model import load_model, locate, quantized_as, read_config
+from fitune.models.load import load_model
+from fitune.models.locate import locate
 from fitune.models.quant.absmax import outlier_columns
 from fitune.models.weights import safe
 from fitune.views.charts import NARROW, WIDE, Series, line_chart
@@ -63,7 +65,7 @@ def quantize(model: str | Path, output: str | Path, *, quant: QuantOptions | str
             fix="--quant nf4 on train, chat and eval quantizes its language model while it is read",
         )
     loaded = load_model(folder, quant=options)
-    quants.trust.notice(quants.faults(loaded))
+    kernel_faults.notice(quants.faults(loaded))
     outliers = _outliers(loaded, folder)
     layers = [
         LayerError(name, weight.numel(), *_errors(layer, weight), outliers.get(name), layer.in_features)

@@ -15,7 +15,7 @@ from fitune.core.plan import size_text
 from fitune.memory.advice import Advice, Suggestion
 from fitune.memory.closed import state_bytes
 from fitune.models import weights
-from fitune.models.model import without_weights
+from fitune.models.configs import without_weights
 from fitune.models.precision import DTYPES
 
 

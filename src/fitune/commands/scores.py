@@ -17,7 +17,7 @@ from fitune.core.letters import HAN
 from fitune.core.records import Conversation
 from fitune.core.results import Scores
 from fitune.engine.generation import SIDE_BY_SIDE, Sampling, answers, expected, read
-from fitune.models.model import Tuned
+from fitune.models.load import Tuned
 
 UNITS = re.compile(rf"[{HAN}]|[^\W_{HAN}]+")  # a Chinese character, or a word of anything else
 

@@ -30,7 +30,7 @@ from fitune.engine.step import LossScale
 from fitune.engine.step_runner import StepRunner
 from fitune.memory import forget_peak
 from fitune.models import determinism, precision
-from fitune.models.model import pick_device
+from fitune.models.devices import pick_device
 
 
 def train(

@@ -16,7 +16,8 @@ from fitune.engine import integrity
 from fitune.engine.generation import expected, read
 from fitune.memory import device as devices
 from fitune.models import adapters, handover
-from fitune.models.model import Tuned, causal_lm
+from fitune.models.interfaces import causal_lm
+from fitune.models.load import Tuned
 from fitune.views import model_card, report
 
 

@@ -31,7 +31,8 @@ from fitune.engine.step import LossScale, StepResult
 from fitune.engine.step_runner import StepRunner
 from fitune.memory.trace import STATES
 from fitune.models import methods
-from fitune.models.model import compute_dtype, trainable
+from fitune.models.attached import compute_dtype
+from fitune.models.parts import trainable
 
 
 @dataclass

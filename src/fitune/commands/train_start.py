@@ -26,8 +26,10 @@ from fitune.memory import plan as plans
 from fitune.memory.closed import state_bytes
 from fitune.memory.trace import Tracer, count
 from fitune.models import adapters, determinism, hub, methods
+from fitune.models.interfaces import causal_lm
 from fitune.models.kernels.target import of
-from fitune.models.model import causal_lm, trainable
+from fitune.models.parts import trainable
+from fitune.models.switches import training
 from fitune.views import plan_page
 
 
@@ -84,17 +86,16 @@ def rehearse(job: Job, runner: StepRunner) -> Rehearsal:
 
 
 def _rehearse_once(job: Job, runner: StepRunner, lacking: str = "") -> Rehearsal:
-    model, training = job.tuned.model, job.tuned.model.training
-    model.train()
+    model = job.tuned.model
     tracer = Tracer(of(job.tuned.device))
     tracer.at("load")
     count(model, tracer)
     tracer.at("")
     states = int(job.trainable * state_bytes(job.config))
-    with tracer, tracer.inside(model, causal_lm(model).base_model), _dropping(model, job.config):
+    inside = tracer.inside(model, causal_lm(model).base_model)
+    with training(model), tracer, inside, _dropping(model, job.config):
         runner.rehearse(job.work.steps[-1], states, tracer)
     tracer.close()
-    model.train(training)
     return Rehearsal(plans.usage(tracer).peak.parts, runner.parts, lacking)
 
 

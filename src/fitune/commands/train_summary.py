@@ -11,8 +11,9 @@ from fitune.commands.prepare import Job
 from fitune.core.config import RunConfig
 from fitune.core.events import NAME, RUN_FOLDER, Watcher
 from fitune.models import precision
+from fitune.models.attached import compute_dtype
+from fitune.models.interfaces import causal_lm
 from fitune.models.kernels.attention import chosen
-from fitune.models.model import causal_lm, compute_dtype
 
 
 def show(job: Job, watch: Watcher) -> None:

@@ -6,7 +6,7 @@
       steps.jsonl                    one StepRecord a line
       checks.json                    checks that were made during the run
       checkpoints/step-000120/       trainable, optimizer and RNG tensors, state.json, MANIFEST.json
-      adapter/                       the result, PEFT's format or ours (adapters.py), and what others need with it
+      adapter/                       the result, PEFT's format or ours (models/adapters/), and what others need with it
       plan.html  measured.json       the memory that was planned, and that the largest step took
       answers.json  result.json  report.html       at the end
       seal.json                      checksums of these files, and the run's identity (integrity.py)
@@ -72,7 +72,7 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """The result: PEFT's format, or fitune's where PEFT has none (adapters.py)."""
+        """The result: PEFT's format, or fitune's where PEFT has none (models/adapters/)."""
         return self.path / "adapter"
 
     @property

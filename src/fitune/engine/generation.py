@@ -18,8 +18,10 @@ from fitune.core.records import SPAN, Conversation, Message
 from fitune.data.encode import Encoder
 from fitune.data.templates import ChatTemplate, thoughts
 from fitune.models.adapters import disabled
+from fitune.models.interfaces import causal_lm
+from fitune.models.load import Tuned
 from fitune.models.methods import virtual
-from fitune.models.model import Tuned, causal_lm, computing, use_attention
+from fitune.models.switches import SDPA, attention, computing, evaluating
 
 SIDE_BY_SIDE = 16  # prompts that are answered together
 
@@ -198,17 +200,14 @@ def _generate(
     )
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    training = tuned.model.training
-    tuned.model.eval()
-    use_attention(tuned.model, "sdpa")
-    with base_model(tuned, base=base), computing(tuned.model):
+    model = tuned.model
+    with evaluating(model), attention(model, SDPA), base_model(tuned, base=base), computing(model):
         out = tuned.model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=generation,
             streamer=_Streamer(tuned.encoder, on_text) if on_text else None,
         )
-    tuned.model.train(training)
     return [row[width:].tolist() for row in out]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fitune.core import locks
@@ -21,11 +22,14 @@ from fitune.data.encode import Encoder
 from fitune.data.templates import Template
 from fitune.engine import integrity
 from fitune.engine.checkpoint import RunFolder
-from fitune.models import families, weights
+from fitune.models import families, kernel_faults, weights
 from fitune.models import quant as quants
+from fitune.models.devices import pick_device
 from fitune.models.families import Family
 from fitune.models.handover import TEMPLATE, read_answer_tokens
-from fitune.models.model import Tuned, causal_lm, load_model, locate, pick_device
+from fitune.models.interfaces import causal_lm
+from fitune.models.load import Tuned, load_model
+from fitune.models.locate import locate
 from fitune.models.precision import choose
 
 WEIGHTS, CONFIG = "the base's weights", "the base's config.json"  # keys of data.json, whose values are digests
@@ -80,7 +84,7 @@ def load(
         vocabulary = tokenizer.load(folder)
         chat_template = _template(folder, template, vocabulary)
         plain_model = load_model(folder, precision=precision or "fp32", quant=quant or "none", **how)
-        quants.trust.notice(quants.faults(plain_model))
+        kernel_faults.notice(quants.faults(plain_model))
         answer_tokens = read_answer_tokens(folder) if template == "auto" else ()
         encoder = Encoder(vocabulary, chat_template, answer_tokens=answer_tokens)
         return Tuned(plain_model, vocabulary, chat_template, encoder, _family(plain_model))
@@ -96,7 +100,7 @@ def load(
         quant=config.quant if quant is None else quant,
         **how,
     )
-    quants.trust.notice(quants.faults(causal_lm(loaded)))
+    kernel_faults.notice(quants.faults(causal_lm(loaded)))
     encoder = Encoder(vocabulary, chat_template, answer_tokens=config.answer_tokens)
     return Tuned(loaded, vocabulary, chat_template, encoder, _family(loaded))
 
@@ -114,7 +118,7 @@ def finished(run: RunFolder, reads: Sequence[str] = integrity.MODEL, missing: Se
     """
     warned = integrity.check(run, reads, missing=missing)
     if warned is not None:
-        quants.trust.warn_once(f"warning: {warned.text}; {warned.fix}")
+        kernel_faults.warn_once(f"warning: {warned.text}; {warned.fix}")
     done = run.adapter.is_dir() if warned is not None else integrity.was_finished(run)
     if not done:
         working = locks.holder(run.path)
@@ -197,5 +201,5 @@ def _template(folder: Path, name: str, vocabulary: PreTrainedTokenizerBase) -> T
     return templates.choose(name, vocabulary)
 
 
-def _family(model: object) -> Family:
+def _family(model: nn.Module) -> Family:
     return families.of(causal_lm(model))

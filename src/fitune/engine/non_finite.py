@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fitune.core.records import Batch, Layout
 from fitune.engine.step import loss_sum
-from fitune.models.model import causal_lm, trainable
+from fitune.models.interfaces import causal_lm
+from fitune.models.parts import trainable
 from fitune.models.tensors import finite
 
 

@@ -21,12 +21,15 @@ from transformers import PreTrainedModel
 from fitune.core.records import Batch, Layout
 from fitune.data.batches import rounded
 from fitune.engine.optim import InBackward
+from fitune.models.head import loss_rows, output_head
+from fitune.models.interfaces import causal_lm
 from fitune.models.kernels import placed as placing
 from fitune.models.kernels.attention import FLAT
 from fitune.models.kernels.loss import label_loss
 from fitune.models.kernels.placed import Placed
 from fitune.models.methods import virtual
-from fitune.models.model import causal_lm, computing, loss_rows, output_head, trainable, use_attention
+from fitune.models.parts import trainable
+from fitune.models.switches import SDPA, attention, computing, evaluating
 
 
 @dataclass
@@ -109,7 +112,8 @@ def _rows(model: nn.Module, batch: Batch, layout: Layout, placed: Placed) -> Ten
             return _flat(model, batch, before, placed)
         if before is not None and before.prefix is not None:
             raise NotImplementedError("a prefix needs flat batches")
-        return _separate(model, batch, before, placed.ids, padded=layout == "padded")
+        with attention(model, SDPA):
+            return _separate(model, batch, before, placed.ids, padded=layout == "padded")
 
 
 def _flat(model: nn.Module, batch: Batch, before: virtual.Virtual | None, placed: Placed) -> Tensor:
@@ -126,10 +130,10 @@ def _flat(model: nn.Module, batch: Batch, before: virtual.Virtual | None, placed
         laid = 0 if placed.order is None or before is None else before.count
         own = inner.base_model.flat_positions(placed.ids[: len(batch.ids)], batch.bounds.tolist(), laid)
         positions = placed.repeated(own)
-    use_attention(model, FLAT, bounds, inputs.get("prefix"))
-    out: Tensor = inner.base_model(
-        **inputs, position_ids=positions[None], cu_seq_lens_q=bounds, documents=placed.documents, use_cache=False
-    ).last_hidden_state[0]
+    with attention(model, FLAT, bounds, None if before is None else before.prefix):
+        out: Tensor = inner.base_model(
+            **inputs, position_ids=positions[None], cu_seq_lens_q=bounds, documents=placed.documents, use_cache=False
+        ).last_hidden_state[0]
     return out
 
 
@@ -147,7 +151,6 @@ def _documents(values: Tensor, batch: Batch) -> tuple[Tensor, ...]:
 def _separate(model: nn.Module, batch: Batch, before: virtual.Virtual | None, ids: Tensor, *, padded: bool) -> Tensor:
     """Documents in rows of their own: padded side by side, or one after the other."""
     inner = causal_lm(model)
-    use_attention(model, "sdpa")
     skip = 0 if before is None else before.count
     name = "input_ids" if before is None else "inputs_embeds"
     documents = list(_documents(ids, batch)) if before is None else _embedded(inner, ids, batch, before)
@@ -267,12 +270,13 @@ def make_gradients(
     """
     weight = sum(batch.weight for batch in micro_batches)
     sums = []
-    for batch in micro_batches:
-        if on_batch is not None:
-            on_batch(batch)
-        loss = loss_sum(model, batch, layout)
-        (loss * (scale / weight)).backward()
-        sums.append(loss.detach().double())
+    with attention(model, FLAT if layout == "flat" else SDPA):  # once for all, not for each micro-batch
+        for batch in micro_batches:
+            if on_batch is not None:
+                on_batch(batch)
+            loss = loss_sum(model, batch, layout)
+            (loss * (scale / weight)).backward()
+            sums.append(loss.detach().double())
     tokens, targets = (sum(sizes) for sizes in zip(*((len(b.ids), b.targets) for b in micro_batches), strict=True))
     return Made(sum(sums[1:], sums[0]), weight, tokens, targets)
 
@@ -303,11 +307,9 @@ def apply_gradients(
 @torch.no_grad()
 def held_out_loss(model: nn.Module, batches: Iterable[Batch], layout: Layout = "flat") -> float:
     """Loss per target token (or unit of weight) over held-out batches; the model's mode is left as it was."""
-    training = model.training
-    model.eval()
     total, weight = 0.0, 0.0
-    for batch in batches:
-        total += loss_sum(model, batch, layout).item()
-        weight += batch.weight
-    model.train(training)
+    with evaluating(model):
+        for batch in batches:
+            total += loss_sum(model, batch, layout).item()
+            weight += batch.weight
     return total / weight

@@ -19,7 +19,8 @@ from fitune.memory import plan, steps
 from fitune.memory.trace import Blind
 from fitune.models import adapters
 from fitune.models.determinism import exact
-from fitune.models.model import pick_device, ready
+from fitune.models.devices import pick_device
+from fitune.models.prepare import ready
 
 WIDTH, BLOCKS, VOCABULARY, TOKENS = 256, 2, 4096, 256
 

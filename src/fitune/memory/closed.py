@@ -23,8 +23,10 @@ from fitune.core.config import RunConfig
 from fitune.engine import optim
 from fitune.memory import trace
 from fitune.models import families, quant
+from fitune.models.head import loss_rows
+from fitune.models.interfaces import causal_lm
 from fitune.models.methods.prefix import key_width
-from fitune.models.model import causal_lm, loss_rows, trainable
+from fitune.models.parts import trainable
 from fitune.models.precision import DTYPES
 
 
@@ -88,19 +90,12 @@ def _block(block: Any, shape: Any) -> float:
     inner = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or 4 * width
     heads = shape.num_attention_heads
     queries = heads * (getattr(shape, "head_dim", None) or width // heads)
-    kept = 2 * width + 2 * queries + 2 * key_width(_Shape(shape)) + 2 * inner + 2 * heads
+    kept = 2 * width + 2 * queries + 2 * key_width(shape) + 2 * inner + 2 * heads
     trained = [name for name, p in block.named_parameters() if p.requires_grad]
     attention = any(re.search(r"q_proj|k_proj|v_proj|query|c_attn|qkv", name) for name in trained)
     output = any(re.search(r"down_proj|fc2|dense_4h|c_proj", name) for name in trained)
     into = any(re.search(r"gate|up_proj|fc1|dense_h_to_4h|c_fc", name) for name in trained)
     return float(kept + width * (attention + into) + inner * output)
-
-
-class _Shape:
-    """A config where a model is expected."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
 
 
 def _first_trained(model: Any, blocks: str, count: int) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 from fitune.memory.trace import TRAINABLE, WEIGHTS, Block, Tracer
 from fitune.models import families
-from fitune.models.model import causal_lm
+from fitune.models.interfaces import causal_lm
 
 KEPT = 3  # periods of like blocks in the first of the shallow models: the first and the last may differ from the others
 LONGEST = 6  # blocks of a period

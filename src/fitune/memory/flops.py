@@ -24,8 +24,9 @@ from numpy.typing import ArrayLike
 
 from fitune.core.config import RunConfig
 from fitune.models import families, quant
+from fitune.models.interfaces import causal_lm
 from fitune.models.methods.base import is_linear
-from fitune.models.model import causal_lm, trainable
+from fitune.models.parts import trainable
 
 # The share of its rate that a GPU reaches while it tunes: published runs lie between 27 and 57 % (torchtune on RTX 4090
 # 56 %, A100 34 to 57 %, Unsloth QLoRA 27 %, NeMo AutoModel on H100 42 %)

@@ -32,9 +32,13 @@ from fitune.memory.places import Starting, put_host_apart
 from fitune.memory.sparse import OnPaper
 from fitune.memory.trace import Blind, Block, Building, Tracer
 from fitune.models import adapters, families, methods, precision, quant
+from fitune.models.head import loss_rows, set_loss_rows
+from fitune.models.interfaces import causal_lm
 from fitune.models.kernels.target import CPU, Target
+from fitune.models.load import outline
 from fitune.models.methods import new_tokens
-from fitune.models.model import causal_lm, checkpoint_blocks, loss_rows, outline, set_loss_rows, trainable
+from fitune.models.parts import trainable
+from fitune.models.prepare import checkpoint_blocks
 
 POINTS = 160  # of a timeline
 PHASES = ("load", "start", "forward", "loss", "backward", "update", "evaluation", "answers", "checkpoint")

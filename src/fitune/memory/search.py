@@ -23,8 +23,8 @@ from fitune.core.units import MIB
 from fitune.memory import chunks, device, flops, plan, steps
 from fitune.memory.flops import Counts
 from fitune.models import families, methods, precision, quant
+from fitune.models.configs import without_weights
 from fitune.models.kernels.target import Target
-from fitune.models.model import without_weights
 
 TOKENS = (1024, 4096)  # of the two micro-batches, four rows each: so many that activations outweigh single weights
 MARGIN, SEGMENT = 1.03, 20 * MIB  # fragmentation, until a candidate is planned exactly: a share, and a segment

@@ -25,6 +25,7 @@ from fitune.core.records import Finding, Kept
 from fitune.core.units import MIB
 from fitune.data.cache import default_folder
 from fitune.models import quant, trial
+from fitune.models.interfaces import CausalLM, causal_lm
 from fitune.models.kernels.frozen import Frozen
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -217,15 +218,14 @@ UNQUANTIZED = {
 }
 
 
-def kept(model: Any, stored: torch.dtype | None = None) -> list[Kept]:
+def kept(model: CausalLM, stored: torch.dtype | None = None) -> list[Kept]:
     """What a model holds, by part and dtype; nothing is left out, a tensor that two modules share counts once.
 
     Args:
         model: with its method on it.
         stored: dtype of the base's files; what lies in another is called a cast.
     """
-    head = _inner_head(model)
-    quantized = quant.name_of(model) if not hasattr(model, "get_base_model") else quant.name_of(model.get_base_model())
+    head, quantized = causal_lm(model).get_output_embeddings(), quant.name_of(model)
     found: dict[tuple[str, str, str], list[int]] = {}
     seen: set[int] = set()
     for module in model.modules():
@@ -253,12 +253,6 @@ def kept(model: Any, stored: torch.dtype | None = None) -> list[Kept]:
     ]
 
 
-def _inner_head(model: Any) -> nn.Module | None:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head: nn.Module | None = inner.get_output_embeddings()
-    return head
-
-
 def _part(module: nn.Module, name: str, parameter: torch.Tensor, head: nn.Module | None) -> str:
     if parameter.requires_grad:
         return "trained"
@@ -275,7 +269,7 @@ def _part(module: nn.Module, name: str, parameter: torch.Tensor, head: nn.Module
     return "linear layers" if isinstance(module, (nn.Linear, Frozen)) or parameter.ndim == 2 else "other"
 
 
-def weights_kept(model: Any, stored: torch.dtype | None) -> Finding:
+def weights_kept(model: CausalLM, stored: torch.dtype | None) -> Finding:
     """Every cast, and what stayed in 16 or 32 bits beside quantized weights, with bytes."""
     parts = kept(model, stored)
     text = "; ".join(f"{k.part} {k.dtype} {size(k.bytes)}{f' ({k.note})' if k.note else ''}" for k in parts)

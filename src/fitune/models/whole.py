@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +17,7 @@ from fitune.core.errors import RunFolderError
 from fitune.core.untrusted import read_json
 from fitune.models import weights
 from fitune.models.families import towers
+from fitune.models.interfaces import CausalLM
 from fitune.models.weights import bins, safe
 
 KINDS = (".json", ".jinja", ".txt", ".model", ".md")  # of files that are copied; none of them holds weights or code
@@ -25,7 +25,7 @@ PACKED = (".quant_state.", ".SCB")  # in names of what lies beside weights that 
 BESIDE = (".SCB", ".weight_format")
 
 
-def save(model: Any, base: Path, folder: Path) -> None:
+def save(model: CausalLM, base: Path, folder: Path) -> None:
     """Write the whole model, file by file.
 
     Args:

@@ -18,7 +18,8 @@ from fitune.core.records import DataReport
 from fitune.data.templates.as_jinja import KINDS
 from fitune.engine.checkpoint import RunFolder
 from fitune.models.adapters import PEFT_CONFIG
-from fitune.models.handover import BORDER, PIECES, Handover
+from fitune.models.handover import Handover
+from fitune.models.handover.proof import BORDER, PIECES
 from fitune.models.hub import revision_of
 from fitune.views.run_records import data_of, result_of, versions_of
 

@@ -5,8 +5,7 @@ In: a model. Out: a Family. A new family is one file and one line in TABLE; what
 
 from __future__ import annotations
 
-from typing import Any
-
+from fitune.models import attached
 from fitune.models.families import (
     auto,
     bloom,
@@ -24,7 +23,8 @@ from fitune.models.families import (
     qwen2,
     qwen3,
 )
-from fitune.models.families.base import Family
+from fitune.models.family import Family
+from fitune.models.interfaces import CausalLM
 
 TABLE: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
@@ -34,13 +34,13 @@ TABLE: dict[str, Family] = {
 __all__ = ["TABLE", "Family", "of"]
 
 
-def of(model: Any) -> Family:
+def of(model: CausalLM) -> Family:
     """The family of a causal LM. It is remembered, since a method put on it later hides its layers' names.
 
     Raises:
         ModelError: it is not in the table, and its names do not show its parts.
     """
-    if getattr(model, "fitune_family", None) is None:
-        model.fitune_family = TABLE.get(model.config.model_type) or auto.find(model)
-    found: Family = model.fitune_family
-    return found
+    known = attached.of(model)
+    if known.family is None:
+        known.family = TABLE.get(model.config.model_type) or auto.find(model)
+    return known.family

@@ -7,13 +7,13 @@ first step; that flat batches are right is shown by the leak probe, as for every
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fitune.core.errors import ModelError
-from fitune.models.families.base import Family
+from fitune.models.family import Family
+from fitune.models.interfaces import CausalLM
 
 OUT = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj", "linear_out")
 MLP_OUT = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "proj", "fc_2", "linear_2")
@@ -22,7 +22,7 @@ RECURRENT = ("in_proj_qkvz", "in_proj_qkv")  # of layers with linear attention
 VALUES = ("v_proj", "value", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
 
 
-def find(model: Any) -> Family:
+def find(model: CausalLM) -> Family:
     """The parts of a causal LM by their names.
 
     Raises:
@@ -69,7 +69,7 @@ def _partial(blocks: nn.ModuleList) -> str:
     return " and ".join(reasons)
 
 
-def _part_of(model: Any, path: str, blocks: nn.ModuleList, why: str) -> Family:
+def _part_of(model: CausalLM, path: str, blocks: nn.ModuleList, why: str) -> Family:
     """What can be said of such a model: its blocks, its norm, and which layers `targets: auto` means."""
     linear = [(name, _leaf(name)) for block in blocks for name, module in block.named_modules() if _is_linear(module)]
     attention = sorted({name.split(".")[0] for name, _ in linear if "attn" in name or "attention" in name})
@@ -96,7 +96,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def _blocks(model: Any) -> tuple[str, nn.ModuleList]:
+def _blocks(model: CausalLM) -> tuple[str, nn.ModuleList]:
     """The longest list of modules of one class, outermost first."""
     lists = [
         (name, module)
@@ -109,7 +109,7 @@ def _blocks(model: Any) -> tuple[str, nn.ModuleList]:
     return min(((n, m) for n, m in lists if len(m) == longest), key=lambda pair: pair[0].count("."))
 
 
-def _final_norm(model: Any, blocks: str) -> str:
+def _final_norm(model: CausalLM, blocks: str) -> str:
     """The last norm beside the list of blocks."""
     parent = blocks.rpartition(".")[0]
     names = [
@@ -120,7 +120,7 @@ def _final_norm(model: Any, blocks: str) -> str:
     return f"{parent}.{names[-1]}" if parent else names[-1]
 
 
-def _pick(model: Any, names: list[str], known: tuple[str, ...], what: str) -> str:
+def _pick(model: CausalLM, names: list[str], known: tuple[str, ...], what: str) -> str:
     found = [name for leaf in known for name in names if _leaf(name) == leaf]
     if not found:
         raise _unknown(model, what, names)
@@ -133,7 +133,7 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _unknown(model: Any, what: str, names: list[str]) -> ModelError:
+def _unknown(model: CausalLM, what: str, names: list[str]) -> ModelError:
     return ModelError(
         f"model type {model.config.model_type!r} is not in the table, and its names do not show {what}",
         received=", ".join(names[:12]),

@@ -4,14 +4,13 @@ transformers has no attention interface for it, so the attention modules of an i
 `kernels.alibi.AlibiAttention`, which shares their layers and names.
 """
 
-from typing import Any
-
-from fitune.models.families.base import Family
+from fitune.models.family import Family
+from fitune.models.interfaces import CausalLM
 from fitune.models.kernels.alibi import AlibiAttention
 
 
-def _make_flat(model: Any) -> None:
-    AlibiAttention.put_into(model, [(block, "self_attention") for block in model.transformer.h])
+def _make_flat(model: CausalLM) -> None:
+    AlibiAttention.put_into(model, [(block, "self_attention") for block in FAMILY.block_list(model)])
 
 
 FAMILY = Family(

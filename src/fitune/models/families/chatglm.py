@@ -1,7 +1,7 @@
 """ChatGLM-6B, version 1: q, k and v in one layer, interleaved by head; see chatglm_model.py."""
 
 from fitune.models.families import chatglm_model
-from fitune.models.families.base import Family
+from fitune.models.family import Family
 
 FAMILY = Family(
     model_type=chatglm_model.ChatGLMConfig.model_type,

@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019): q, k and v in one Conv1D, whose weight is stored inputs x outputs."""
 
-from fitune.models.families.base import Family
+from fitune.models.family import Family
 
 FAMILY = Family(
     model_type="gpt2",

@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia (arXiv:2204.06745, arXiv:2304.01373): attention and MLP side by side, q, k and v in one layer."""
 
-from fitune.models.families.base import Family
+from fitune.models.family import Family
 
 FAMILY = Family(
     model_type="gpt_neox",

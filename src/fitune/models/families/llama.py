@@ -1,6 +1,6 @@
 """Llama 1, 2 and 3 (Touvron et al. 2023, arXiv:2302.13971), and what shares their architecture."""
 
-from fitune.models.families.base import Family
+from fitune.models.family import Family
 
 FAMILY = Family(
     model_type="llama",

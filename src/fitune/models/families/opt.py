@@ -1,6 +1,6 @@
 """OPT (arXiv:2205.01068): learned positions; the MLP's layers stand in the block itself."""
 
-from fitune.models.families.base import Family
+from fitune.models.family import Family
 
 FAMILY = Family(
     model_type="opt",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from fitune.core.errors import ModelError
 from fitune.core.records import Finding
 from fitune.core.untrusted import read_json
-
-
-@dataclass(frozen=True)
-class Tower:
-    """path: of the language model in transformers' class of the whole model; in the causal LM it is `model`. like: the
-    causal LM that it equals, where transformers has no class for it alone."""
-
-    path: str = "model.language_model"
-    like: str | None = None
-
+from fitune.models import attached
+from fitune.models.family import Tower
+from fitune.models.interfaces import CausalLM
 
 TABLE: dict[str, Tower] = {
     **dict.fromkeys(("gemma3", "internvl", "lfm2_vl", "llava", "llava_next", "llava_onevision", "mistral3"), Tower()),
@@ -121,9 +113,9 @@ def tensors(found: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
             yield own, tensor
 
 
-def finding(model: Any) -> list[Finding]:
+def finding(model: CausalLM) -> list[Finding]:
     """What is loaded of a model that takes images too, in a list; empty where the model is all that there is."""
-    if getattr(model, "fitune_tower", None) is None:
+    if attached.of(model).tower is None:
         return []
     text = "this model takes images too: its language model alone is loaded and tuned, all other parts stay as they are"
     return [Finding("language-model", "fixed", text)]

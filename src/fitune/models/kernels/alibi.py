@@ -3,8 +3,7 @@
 In: BLOOM's attention module. Out: one that shares its layers and names. In a flat batch every document attends to
 itself alone, through SDPA with the bias slope x position of the key; otherwise the original runs. The bounds of the
 documents, and the prefix of prefix-tuning, reach it through the model's own `FlatState`: BLOOM's blocks hand no
-keywords through. They stay set until the next forward, so that a checkpointed block finds them again in the backward
-pass.
+keywords through; a block whose activations are recomputed finds them again (`switches.recomputed`).
 
 Shapes: H = heads, T = tokens of all documents, L = of one, E = head width, k = prefix tokens.
 """
@@ -12,7 +11,6 @@ Shapes: H = heads, T = tokens of all documents, L = of one, E = head width, k = 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,19 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
+from fitune.models import attached
+from fitune.models.attached import FlatState
 from fitune.models.kernels.apart import apart
-
-
-@dataclass
-class FlatState:
-    """What the attention modules of one model share: bounds of the documents (None: not flat), a prefix per layer."""
-
-    bounds: Tensor | None = None
-    prefix: list[tuple[Tensor, Tensor]] | None = None
-
-    def __deepcopy__(self, memo: object) -> FlatState:
-        """A copied block belongs to the same model."""
-        return self
 
 
 class AlibiAttention(BloomAttention):  # type: ignore[misc]  # transformers has no types
@@ -42,13 +30,14 @@ class AlibiAttention(BloomAttention):  # type: ignore[misc]  # transformers has 
     state: FlatState
 
     @classmethod
-    def put_into(cls, model: Any, places: Iterable[tuple[nn.Module, str]]) -> None:
+    def put_into(cls, model: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:
         """Replace the attention modules of a model, once."""
-        if hasattr(model, "flat_state"):
+        of_model = attached.of(model)
+        if of_model.flat is not None:
             return
-        model.flat_state = FlatState()
+        of_model.flat = state = FlatState()
         for block, name in places:
-            setattr(block, name, cls.from_base(getattr(block, name), model.flat_state))
+            setattr(block, name, cls.from_base(getattr(block, name), state))
 
     @classmethod
     def from_base(cls, base: BloomAttention, state: FlatState) -> AlibiAttention:

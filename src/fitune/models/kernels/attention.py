@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fitune.models import attached
+from fitune.models.interfaces import CausalLM
 from fitune.models.kernels import flash, target
 from fitune.models.kernels.apart import apart
 
@@ -81,7 +83,7 @@ def _refusal(query: Tensor, dropout: float, softcap: float | None, sinks: Tensor
     return flash.refusal(where, query.shape[-1], dropout=dropout, dtype=dtype, softcap=softcap, sinks=sinks is not None)
 
 
-def chosen(model: Any, dtype: torch.dtype) -> str:
+def chosen(model: CausalLM, dtype: torch.dtype) -> str:
     """How a model's flat batches go through attention, in words, and why.
 
     Args:
@@ -89,7 +91,7 @@ def chosen(model: Any, dtype: torch.dtype) -> str:
         dtype: what it computes in.
     """
     config, device = model.config, next(model.parameters()).device
-    if hasattr(model, "flat_state"):
+    if attached.of(model).flat is not None:
         return "a call for each document: ALiBi"
     if hasattr(model.base_model, "flat_positions"):
         return "a call for each document: a prompt that attends both ways"

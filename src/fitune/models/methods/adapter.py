@@ -19,6 +19,7 @@ from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
 from fitune.core.options import BottleneckOptions
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM
 from fitune.models.methods.base import Method, train_only
 
 F = nn.functional
@@ -71,14 +72,14 @@ class Adapter(Method):
     why_lr = "small layers that start at zero (Houlsby et al. 2019 search up to 3e-3; He et al. 2022 use 1e-3)"
     cannot_merge = "its activation function stands between the two layers, so they are no part of a weight matrix"
 
-    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+    def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         expected = self.expected(model, family, config)
         add(model, family, config.bottleneck, DEFAULT)
         train_only(model, expected)
         return model
 
-    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
+    def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """2 x width x model width + both biases, for each place."""
         inner, outer = config.bottleneck.width, int(model.config.hidden_size)
         parts = {"down.weight": inner * outer, "down.bias": inner, "up.weight": inner * outer, "up.bias": outer}
@@ -89,7 +90,7 @@ class Adapter(Method):
         }
 
 
-def _places(model: Any, family: Family, options: BottleneckOptions) -> list[str]:
+def _places(model: CausalLM, family: Family, options: BottleneckOptions) -> list[str]:
     """The layers that get adapters."""
     family.whole("adapter")
     if options.kind == "parallel" and family.mlp is None:
@@ -102,7 +103,7 @@ def _places(model: Any, family: Family, options: BottleneckOptions) -> list[str]
     return [f"{family.blocks}.{n}.{name}" for n in range(len(family.block_list(model))) for name in names[options.kind]]
 
 
-def add(model: Any, family: Family, options: BottleneckOptions, name: str) -> None:
+def add(model: CausalLM, family: Family, options: BottleneckOptions, name: str) -> None:
     """One more adapter, the active one from now on; its parameters are float32."""
     for place in _places(model, family, options):
         parent, _, leaf = place.rpartition(".")
@@ -115,12 +116,12 @@ def add(model: Any, family: Family, options: BottleneckOptions, name: str) -> No
     switch(model, name)
 
 
-def wrappers(model: Any) -> Iterator[Adapted]:
+def wrappers(model: CausalLM) -> Iterator[Adapted]:
     """Every wrapped layer."""
     yield from (module for module in model.modules() if isinstance(module, Adapted))
 
 
-def switch(model: Any, name: str | None) -> None:
+def switch(model: CausalLM, name: str | None) -> None:
     """Make this adapter the active one; None: the base alone."""
     for layer in wrappers(model):
         layer.active = name if name is not None and name in layer.adapters else None

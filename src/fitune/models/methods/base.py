@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError, did_you_mean
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,18 @@ class Method:
     same_at_start: ClassVar[bool] = True  # nothing changes before the first step
     low_precision_base: ClassVar[bool] = True  # frozen weights may be kept in 16 bits
 
-    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+    def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """The model with the method's parameters, trainable, in float32; everything else frozen."""
         raise NotImplementedError
 
-    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int] | None:
+    def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int] | None:
         """Names and sizes of the parameters that will be trainable, from the shapes of the model before `attach`.
 
         None: only PEFT knows.
         """
         raise NotImplementedError
 
-    def count(self, model: Any, family: Family, config: RunConfig) -> int | None:
+    def count(self, model: CausalLM, family: Family, config: RunConfig) -> int | None:
         """How many parameters will be trainable."""
         expected = self.expected(model, family, config)
         return None if expected is None else sum(expected.values())
@@ -72,7 +73,7 @@ class Method:
         """Positions that it takes before every row."""
         return 0
 
-    def quant_problem(self, model: Any, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
+    def quant_problem(self, model: CausalLM, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
         """Why it cannot be put on quantized weights.
 
         Args:
@@ -83,7 +84,7 @@ class Method:
         """
         return None
 
-    def merge_problem(self, model: Any, family: Family, config: RunConfig) -> str | None:
+    def merge_problem(self, model: CausalLM, family: Family, config: RunConfig) -> str | None:
         """Why this model cannot become a plain one."""
         return self.cannot_merge
 
@@ -112,13 +113,13 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return rows, columns  # type: ignore[has-type]
 
 
-def linear_names(model: Any) -> list[str]:
+def linear_names(model: CausalLM) -> list[str]:
     """Every linear layer but the output head."""
     head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if is_linear(module) and module is not head]
 
 
-def targets(model: Any, setting: str | list[str], auto: Sequence[str], what: str) -> list[str]:
+def targets(model: CausalLM, setting: str | list[str], auto: Sequence[str], what: str) -> list[str]:
     """Full names of the linear layers that a setting means, in the model's order.
 
     Args:
@@ -148,7 +149,7 @@ def targets(model: Any, setting: str | list[str], auto: Sequence[str], what: str
     return [name for name in linear if name in found]
 
 
-def short(names: Sequence[str], model: Any) -> list[str]:
+def short(names: Sequence[str], model: CausalLM) -> list[str]:
     """The layers' last names where those mean exactly these layers, as PEFT's own users write them."""
     leaves = {name.rpartition(".")[2] for name in names}
     meant = sum(name.rpartition(".")[2] in leaves for name, _ in model.named_modules())
@@ -168,13 +169,13 @@ def train_only(model: nn.Module, names: Iterable[str]) -> None:
                 parameter.data = parameter.data.float()
 
 
-def tied_head(model: Any) -> bool:
+def tied_head(model: CausalLM) -> bool:
     """Is the output head the embedding itself?"""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return head is not None and head.weight is embedding.weight
 
 
-def head_names(model: Any, what: str) -> list[str]:
+def head_names(model: CausalLM, what: str) -> list[str]:
     """Parameters of the output head.
 
     Raises:

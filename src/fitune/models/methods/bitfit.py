@@ -5,7 +5,7 @@ In: a model. Out: the same, its biases trainable. A model that has none is refus
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM, Layer
 from fitune.models.methods.base import Method, is_linear, sizes, train_only
 
 
@@ -26,18 +27,18 @@ class Bitfit(Method):
     default_lr = 1e-3
     why_lr = "few parameters that only shift activations (Ben Zaken et al. 2022 search 1e-4 to 1e-3; large steps win)"
 
-    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+    def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         expected = self.expected(model, family, config)
         if config.bitfit.add:
             for name in _without_bias(model, family):
-                layer = model.get_submodule(name)
+                layer = cast(Layer, model.get_submodule(name))
                 zero = torch.zeros(sizes(layer)[1], device=layer.weight.device, dtype=torch.float32)
                 layer.bias = nn.Parameter(zero)
         train_only(model, expected)
         return model
 
-    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
+    def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """Every parameter called bias; with `add`, one for each output of each projection.
 
         Raises:
@@ -54,14 +55,14 @@ class Bitfit(Method):
             )
         return found
 
-    def merge_problem(self, model: Any, family: Family, config: RunConfig) -> str | None:
+    def merge_problem(self, model: CausalLM, family: Family, config: RunConfig) -> str | None:
         """Added biases need a place in the config."""
         if config.bitfit.add and not family.bias_flags:
             return f"{family.model_type} models have no place for the added biases"
         return None
 
 
-def _without_bias(model: Any, family: Family) -> list[str]:
+def _without_bias(model: CausalLM, family: Family) -> list[str]:
     """Projections that have no bias."""
     family.whole("bitfit.add")
     names = (

@@ -6,11 +6,10 @@ pass stops there.
 
 from __future__ import annotations
 
-from typing import Any
-
 from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM
 from fitune.models.methods.base import Method, Quantized, head_names, matching, train_only, trains_quantized
 from fitune.models.methods.new_tokens import NAME as NEW_ROWS
 
@@ -35,12 +34,12 @@ class Freeze(Method):
         if len(given) > 1:
             raise ConfigError(f"freeze: {' and '.join(given)} are given", expected="one of blocks, tensors, patterns")
 
-    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+    def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         train_only(model, self.expected(model, family, config))
         return model
 
-    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
+    def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """The parameters of what the settings name.
 
         Raises:
@@ -69,7 +68,7 @@ class Freeze(Method):
             raise ConfigError("freeze: nothing would be trained", fix="freeze.blocks=2, or freeze.head=true")
         return {name: sizes[name] for name in names if name in chosen}
 
-    def quant_problem(self, model: Any, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
+    def quant_problem(self, model: CausalLM, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
         """Norms, head and embedding may be trained, the weights of quantized layers not."""
         return trains_quantized(self.expected(model, family, config), quantized)
 

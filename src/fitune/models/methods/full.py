@@ -5,10 +5,9 @@ In: a model. Out: the same, all of it trainable in float32 (16 bytes a parameter
 
 from __future__ import annotations
 
-from typing import Any
-
 from fitune.core.config import RunConfig
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM
 from fitune.models.methods.base import Method, Quantized, train_only, trains_quantized
 
 
@@ -21,16 +20,16 @@ class Full(Method):
     why_lr = "every weight moves, so small steps keep what the base knows (Touvron et al. 2023, section 3.1: 2e-5)"
     low_precision_base = False
 
-    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+    def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         train_only(model, self.expected(model, family, config))
         return model
 
-    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
+    def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """All of them; a tied head counts once."""
         return {name: p.numel() for name, p in model.named_parameters()}
 
-    def quant_problem(self, model: Any, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
+    def quant_problem(self, model: CausalLM, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
         """It trains every weight."""
         return trains_quantized(self.expected(model, family, config), quantized)
 

@@ -5,13 +5,12 @@ In: a model. Out: the model as PEFT wraps it; all factors begin at one, so nothi
 
 from __future__ import annotations
 
-from typing import Any
-
 from peft import IA3Config, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 from fitune.core.config import RunConfig
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM
 from fitune.models.methods.base import Method, short, sizes, targets
 from fitune.models.methods.lora import PREFIX
 
@@ -25,12 +24,12 @@ class Ia3(Method):
     default_lr = 3e-3
     why_lr = "very few factors that begin at one (Liu et al. 2022: 3e-3)"
 
-    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+    def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         names = _targets(model, family, config)
         feedforward = [name for name in names if _is_feedforward(name, family)]
         conv = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
-        return get_peft_model(
+        wrapped: CausalLM = get_peft_model(
             model,
             IA3Config(
                 task_type="CAUSAL_LM",
@@ -39,8 +38,9 @@ class Ia3(Method):
                 fan_in_fan_out=conv,
             ),
         )
+        return wrapped
 
-    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
+    def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """A factor for each output; for the MLP's output layer, for each input."""
         found = {}
         for name in _targets(model, family, config):
@@ -53,7 +53,7 @@ def _is_feedforward(name: str, family: Family) -> bool:
     return name.endswith(f".{family.mlp_out}")
 
 
-def _targets(model: Any, family: Family, config: RunConfig) -> list[str]:
+def _targets(model: CausalLM, family: Family, config: RunConfig) -> list[str]:
     family.whole("ia3")
     return targets(model, config.ia3.targets, [*_keys_values(family), family.mlp_out], "ia3.targets")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM, Peft
 from fitune.models.methods.base import Method, Quantized, head_names, short, sizes, targets, trains_quantized
 
 PREFIX = "base_model.model."
@@ -42,12 +43,12 @@ class Lora(Method):
         "only the small update moves: ten times full tuning's rate (Hu et al. 2021, table 11; Biderman et al. 2024)"
     )
 
-    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+    def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         names = _targets(model, family, config)
         options = config.lora
         saved = _saved(model, config)
-        wrapped = get_peft_model(
+        wrapped: Peft = get_peft_model(
             model,
             LoraConfig(
                 task_type="CAUSAL_LM",
@@ -70,7 +71,7 @@ class Lora(Method):
                 _start_pissa(layer)
         return wrapped
 
-    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
+    def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """rank x (inputs + outputs) for each target; with DoRA its outputs once more; whole modules as they are."""
         options, found = config.lora, {}
         for name in _targets(model, family, config):
@@ -95,7 +96,7 @@ class Lora(Method):
                 fix="leave one of them out",
             )
 
-    def quant_problem(self, model: Any, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
+    def quant_problem(self, model: CausalLM, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
         """PiSSA needs the weights themselves; DoRA on int8 dies at its second step on a CPU; whole modules are trained
         only where they are plain."""
         if config.lora.init == "pissa":
@@ -118,7 +119,7 @@ def _rank(name: str, ranks: dict[str, int], default: int) -> int:
     return ranks.get(get_pattern_key(list(ranks), name), default) if ranks else default
 
 
-def _targets(model: Any, family: Family, config: RunConfig) -> list[str]:
+def _targets(model: CausalLM, family: Family, config: RunConfig) -> list[str]:
     found = targets(model, config.lora.targets, family.lora_targets, "lora.targets")
     for pattern in config.lora.ranks:
         if not any(_rank(name, {pattern: -1}, 0) for name in found):
@@ -128,7 +129,7 @@ def _targets(model: Any, family: Family, config: RunConfig) -> list[str]:
     return found
 
 
-def _saved_paths(model: Any, config: RunConfig) -> list[str]:
+def _saved_paths(model: CausalLM, config: RunConfig) -> list[str]:
     """Paths of the modules that are trained whole.
 
     Raises:
@@ -154,11 +155,11 @@ def _saved_paths(model: Any, config: RunConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _saved(model: Any, config: RunConfig) -> list[str]:
+def _saved(model: CausalLM, config: RunConfig) -> list[str]:
     return short(_saved_paths(model, config), model) if config.lora.save else []
 
 
-def _layers(model: Any) -> list[Any]:
+def _layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
@@ -189,12 +190,12 @@ def _start_pissa(layer: Any) -> None:
     layer.register_forward_hook(take_off)
 
 
-def is_pissa(model: Any) -> bool:
+def is_pissa(model: nn.Module) -> bool:
     """Did this LoRA begin as PiSSA, so that it is saved in another form?"""
     return any(hasattr(layer, "pissa_start") for layer in _layers(model))
 
 
-def pissa_as_lora(model: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], LoraConfig] | None:
+def pissa_as_lora(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], LoraConfig] | None:
     """A trained PiSSA as a plain LoRA of twice the rank: A = [A; A0], B = [B, -B0]; None where it is no PiSSA.
 
     Args:
@@ -203,7 +204,7 @@ def pissa_as_lora(model: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tenso
     """
     if not is_pissa(model):
         return None
-    config = model.peft_config["default"]
+    config = cast(Peft, model).peft_config["default"]
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     rank = 2 * config.r
     made = dict(state)

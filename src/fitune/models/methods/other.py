@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import inspect
 from importlib.util import find_spec
-from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
 
 from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError, did_you_mean
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM
 from fitune.models.methods.base import Method, Quantized, short, targets
 
 START = "peft:"
@@ -44,7 +44,7 @@ class Other(Method):
         self.name = f"{START}{kind}"  # type: ignore[misc]
         self.kind = kind
 
-    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+    def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         maker = PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]  # type: ignore[index]
         given = dict(config.peft)
@@ -55,7 +55,8 @@ class Other(Method):
             names = targets(model, given.pop("target_modules", "auto"), family.lora_targets, "peft.target_modules")
             given["target_modules"] = short(names, model)
         try:
-            return get_peft_model(model, maker(task_type="CAUSAL_LM", **given))
+            wrapped: CausalLM = get_peft_model(model, maker(task_type="CAUSAL_LM", **given))
+            return wrapped
         except ImportError as error:
             raise ConfigError(
                 f"{self.name}: PEFT needs a package for it that is not here",
@@ -69,13 +70,13 @@ class Other(Method):
                 fix="--set peft.KEY=...",
             ) from error
 
-    def quant_problem(self, model: Any, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
+    def quant_problem(self, model: CausalLM, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
         """PEFT says of some types how they lie on quantized layers; virtual tokens touch no layer."""
         if self.kind in VIRTUAL_TOKENS or find_spec(f"peft.tuners.{self.kind.lower()}.bnb") is not None:
             return None
         return "PEFT has no layers of this type for quantized weights"
 
-    def expected(self, model: Any, family: Family, config: RunConfig) -> None:
+    def expected(self, model: CausalLM, family: Family, config: RunConfig) -> None:
         """Only PEFT knows."""
 
     def check(self, config: RunConfig) -> None:

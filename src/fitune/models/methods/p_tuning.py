@@ -6,12 +6,11 @@ adapter needs, and all that PEFT saves; the encoder itself is saved beside, so t
 
 from __future__ import annotations
 
-from typing import Any
-
 from peft import PromptEncoderConfig, get_peft_model
 
 from fitune.core.config import RunConfig
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM, Peft
 from fitune.models.methods.base import Method
 from fitune.models.methods.prompt import ENCODER, VIRTUAL, in_float32
 
@@ -27,10 +26,10 @@ class PTuning(Method):
     cannot_merge = VIRTUAL
     same_at_start = False
 
-    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+    def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         options = config.p_tuning
-        wrapped = get_peft_model(
+        wrapped: Peft = get_peft_model(
             model,
             PromptEncoderConfig(
                 task_type="CAUSAL_LM",
@@ -45,7 +44,7 @@ class PTuning(Method):
         """See Method.virtual_tokens."""
         return config.p_tuning.tokens
 
-    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
+    def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """The vectors; of the MLP three layers, of the LSTM two bidirectional ones and two layers behind."""
         options, outer = config.p_tuning, _width(model)
         inner = options.width or outer
@@ -66,7 +65,7 @@ class PTuning(Method):
         return {f"{ENCODER}.{name}": size for name, size in found.items()}
 
 
-def _width(model: Any) -> int:
+def _width(model: CausalLM) -> int:
     return int(model.get_input_embeddings().weight.shape[1])
 
 

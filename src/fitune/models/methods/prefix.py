@@ -6,13 +6,12 @@ In: a model. Out: the model as PEFT wraps it. With grouped-query attention there
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 
 from fitune.core.config import RunConfig
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM, Config, Peft
 from fitune.models.methods.base import Method
 from fitune.models.methods.prompt import ENCODER, VIRTUAL, in_float32
 
@@ -30,10 +29,10 @@ class Prefix(Method):
     cannot_merge = VIRTUAL
     same_at_start = False
 
-    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+    def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         options = config.prefix
-        wrapped = get_peft_model(
+        wrapped: Peft = get_peft_model(
             model,
             PrefixTuningConfig(
                 task_type="CAUSAL_LM",
@@ -51,10 +50,10 @@ class Prefix(Method):
         """See Method.virtual_tokens."""
         return config.prefix.tokens
 
-    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
+    def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """tokens x layers x 2 x key heads x head width; projected: tokens x that width, and the MLP's two layers."""
         options = config.prefix
-        keys = key_width(model)
+        keys = key_width(model.config)
         layers = model.config.num_hidden_layers
         if not options.projection:
             return {f"{ENCODER}.embedding.weight": options.tokens * layers * 2 * keys}
@@ -73,15 +72,14 @@ class Prefix(Method):
         return 0.1 if config.prefix.projection else 1.0
 
 
-def key_width(model: Any) -> int:
+def key_width(config: Config) -> int:
     """Key heads x head width."""
-    config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(heads * width)
 
 
-def _width(model: Any) -> int:
+def _width(model: CausalLM) -> int:
     return int(model.config.hidden_size)
 
 

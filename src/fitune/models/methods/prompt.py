@@ -7,7 +7,6 @@ with the spread of the embedding.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PromptTuningConfig, get_peft_model
@@ -16,6 +15,7 @@ from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
 from fitune.data import tokenizer
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM, Peft
 from fitune.models.methods.base import Method
 
 VIRTUAL = "it adds tokens, and no weight of the base changes"
@@ -32,11 +32,13 @@ class Prompt(Method):
     cannot_merge = VIRTUAL
     same_at_start = False
 
-    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+    def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         options, words = config.prompt, model.get_input_embeddings()
         start = _start(words, config)
-        wrapped = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.tokens))
+        wrapped: Peft = get_peft_model(
+            model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.tokens)
+        )
         with torch.no_grad():
             wrapped.prompt_encoder["default"].embedding.weight.copy_(start)
         return wrapped
@@ -45,7 +47,7 @@ class Prompt(Method):
         """See Method.virtual_tokens."""
         return config.prompt.tokens
 
-    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
+    def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """tokens x width."""
         return {f"{ENCODER}.embedding.weight": config.prompt.tokens * model.get_input_embeddings().weight.shape[1]}
 
@@ -62,7 +64,7 @@ class Prompt(Method):
 ENCODER = "prompt_encoder.default"
 
 
-def in_float32(wrapped: Any) -> Any:
+def in_float32(wrapped: Peft) -> Peft:
     """The model whose encoder of virtual tokens computes in float32 whatever the rest does: what PEFT saves is computed
     so, and not every processor has an LSTM in bf16."""
     encoder = wrapped.prompt_encoder["default"]

@@ -19,6 +19,7 @@ from fitune.core.errors import ConfigError
 from fitune.core.options import TailOptions
 from fitune.models import quant
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM
 from fitune.models.methods.base import Method, head_names, train_only
 
 INNER = "tail"  # the MLP's place in the final norm's
@@ -51,7 +52,7 @@ class Tail(Method):
     default_lr = 2e-4
     why_lr = "the new layers start at zero and the base stays (LLaMA Pro uses 2e-4)"
 
-    def attach(self, model: Any, family: Family, config: RunConfig) -> Any:
+    def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         expected = self.expected(model, family, config)
         options = config.tail
@@ -70,7 +71,7 @@ class Tail(Method):
         train_only(model, expected)
         return model
 
-    def expected(self, model: Any, family: Family, config: RunConfig) -> dict[str, int]:
+    def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """The new blocks' parameters, each as many as the block that it copies; or both layers of the MLP.
 
         Raises:
@@ -112,12 +113,12 @@ class Tail(Method):
             }
         return found
 
-    def merge_problem(self, model: Any, family: Family, config: RunConfig) -> str | None:
+    def merge_problem(self, model: CausalLM, family: Family, config: RunConfig) -> str | None:
         """An MLP behind the final norm has no place in a plain model."""
         return "a plain model has no place for an MLP behind its final norm" if config.tail.kind == "mlp" else None
 
 
-def _places(model: Any, family: Family, options: TailOptions) -> list[tuple[int, int]]:
+def _places(model: CausalLM, family: Family, options: TailOptions) -> list[tuple[int, int]]:
     return new_places(len(family.block_list(model)), options.blocks, interleaved=options.interleaved)
 
 
@@ -129,7 +130,7 @@ def new_places(there: int, new: int, *, interleaved: bool) -> list[tuple[int, in
     return [(old + 1 + n, old) for n, old in enumerate(after)]
 
 
-def grow(model: Any, family: Family, places: list[tuple[int, int]]) -> None:
+def grow(model: CausalLM, family: Family, places: list[tuple[int, int]]) -> None:
     """Put the new blocks in and number all of them; the config says how many there are."""
     blocks = family.block_list(model)
     old = list(blocks)
@@ -163,11 +164,11 @@ def _per_layer(config: Any, layers: int) -> dict[str, list[Any]]:
     return {name: value for name, value in config.to_dict().items() if isinstance(value, list) and len(value) == layers}
 
 
-def _width(model: Any) -> int:
+def _width(model: CausalLM) -> int:
     return int(model.config.hidden_size)
 
 
-def _device(model: Any) -> torch.device:
+def _device(model: CausalLM) -> torch.device:
     return next(model.parameters()).device  # type: ignore[no-any-return]
 
 

@@ -9,10 +9,12 @@ Shapes: k = virtual tokens, W = width, K = key heads, E = head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from peft import PeftType
-from torch import Tensor
+from torch import Tensor, nn
+
+from fitune.models import attached
+from fitune.models.interfaces import Peft, peft_of
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,13 @@ class Virtual:
     prefix: list[tuple[Tensor, Tensor]] | None = None
 
 
-def of(model: Any) -> Virtual | None:
+def of(model: nn.Module) -> Virtual | None:
     """What stands before each document; None where nothing does."""
-    if not getattr(model, "_is_prompt_learning", False) or getattr(model, "fitune_disabled", False):
+    peft = peft_of(model)
+    if peft is None or not peft._is_prompt_learning or attached.of(model).disabled:
         return None
-    config = model.active_peft_config
-    made = _encoded(model)
+    config = peft.active_peft_config
+    made = _encoded(peft)
     if config.peft_type != PeftType.PREFIX_TUNING:
         return Virtual(config.num_virtual_tokens, embeddings=made)
     layers, heads = config.num_layers, config.num_attention_heads
@@ -38,7 +41,7 @@ def of(model: Any) -> Virtual | None:
     return Virtual(config.num_virtual_tokens, prefix=list(zip(split[::2], split[1::2], strict=True)))
 
 
-def _encoded(model: Any) -> Tensor:
+def _encoded(model: Peft) -> Tensor:
     """(k, ...): what the encoder gives, or where PEFT loaded it for inference, what it gave."""
     encoder = model.prompt_encoder[model.active_adapter]
     if model.active_peft_config.inference_mode:

@@ -19,9 +19,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fitune.core.errors import ConfigError, did_you_mean
 from fitune.core.options import QuantOptions
+from fitune.models import attached
+from fitune.models.interfaces import CausalLM
+from fitune.models.kernel_faults import Fault
 from fitune.models.kernels.frozen import Frozen
 from fitune.models.quant import trust
-from fitune.models.quant.trust import Fault
 
 if TYPE_CHECKING:
     from fitune.models.quant.base import Quantizer
@@ -51,7 +53,7 @@ def find(name: str) -> Quantizer:
     return found
 
 
-def head_name(model: Any) -> list[str]:
+def head_name(model: CausalLM) -> list[str]:
     """The output head's name, which is never quantized, in a list; empty where there is no head."""
     head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if module is head and name]
@@ -65,7 +67,7 @@ class Packed(QuantOptions):
     """llm_int8_skip_modules of its config; None: the loader's own choice."""
 
 
-def planned(model: Any, options: QuantOptions) -> list[str]:
+def planned(model: CausalLM, options: QuantOptions) -> list[str]:
     """Linear layers of a plain model that would be quantized, or that are so in its folder.
 
     Args:
@@ -100,12 +102,12 @@ def is_quantized(module: object) -> bool:
     return hasattr(module, "source_cls") and isinstance(module, Frozen)
 
 
-def layers(model: Any) -> Iterator[tuple[str, Any]]:
+def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every quantized layer by name."""
     yield from ((name, module) for name, module in model.named_modules() if is_quantized(module))
 
 
-def adopt(model: Any, name: str, compute: torch.dtype) -> None:
+def adopt(model: CausalLM, name: str, compute: torch.dtype) -> None:
     """Give every layer of bitsandbytes in a model the one path, by kernels that were found right for its layers."""
     quantizer = find(name)
     for path, module in list(model.named_modules()):
@@ -115,8 +117,8 @@ def adopt(model: Any, name: str, compute: torch.dtype) -> None:
             quantizer.adopt(module, compute)
             # the loader has put the weight behind the bias; "the last tensors" are to be those of the plain model
             module._parameters["bias"] = module._parameters.pop("bias")
-    model.fitune_quant = name
-    model.fitune_faults = trust.check((layer for _, layer in layers(model)), compute)
+    known = attached.of(model)
+    known.quantizer, known.faults = name, trust.check((layer for _, layer in layers(model)), compute)
     for head in head_name(model):  # somebody's folder may hold a quantized one: here it is always plain
         if is_quantized(layer := model.get_submodule(head)):
             _replace(model, head, plain_layer(layer, compute))
@@ -130,12 +132,12 @@ def _unpacked(layer: Any) -> nn.Module:
     return made
 
 
-def faults(model: Any) -> list[Fault]:
+def faults(model: CausalLM) -> list[Fault]:
     """The kernels that were found wrong for the packed layers of a causal LM when it was loaded."""
-    return getattr(model, "fitune_faults", [])
+    return attached.of(model).faults
 
 
-def empty(model: Any, options: QuantOptions) -> None:
+def empty(model: CausalLM, options: QuantOptions) -> None:
     """Make the linear layers of a model on meta what they would be once loaded quantized, without values."""
     quantizer = find(options.name)
     for name in planned(model, options):
@@ -146,9 +148,9 @@ def empty(model: Any, options: QuantOptions) -> None:
     setattr(model, "is_loaded_in_8bit" if options.name == "int8" else "is_loaded_in_4bit", True)
 
 
-def name_of(model: Any) -> str:
+def name_of(model: CausalLM) -> str:
     """How a causal LM is quantized: none, int8, nf4."""
-    return getattr(model, "fitune_quant", "none")
+    return attached.of(model).quantizer
 
 
 def constants(layer: Any) -> list[Tensor]:
@@ -189,7 +191,7 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, layer)
 
 
-def forget(model: Any) -> None:
+def forget(model: CausalLM) -> None:
     """A model whose layers are plain again is an ordinary one, to transformers and PEFT too."""
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method"):
         if name in vars(model):
@@ -203,4 +205,4 @@ def forget(model: Any) -> None:
         for one in conversions
         if not any(type(op).__name__.startswith("Bnb") for op in getattr(one, "operations", []))
     ] or None
-    model.fitune_quant = "none"
+    attached.of(model).quantizer = "none"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from fitune.core.options import QuantOptions
+from fitune.models.kernel_faults import Kind
 from fitune.models.kernels.frozen import Frozen
 from fitune.models.quant import trust
 from fitune.models.quant.base import Quantizer, sizes
@@ -128,11 +129,11 @@ class Nf4Linear(Frozen, bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbyte
 
     # what trust.py asks of a packed layer
 
-    def kind(self) -> trust.Kind:
+    def kind(self) -> Kind:
         """Shape and settings."""
         state = self.weight.quant_state
         setting = f"blocks of {state.blocksize}{', double' if state.nested else ''}"
-        return trust.Kind(state.quant_type, tuple(state.shape), setting)
+        return Kind(state.quant_type, tuple(state.shape), setting)
 
     def ways(self) -> list[tuple[str, trust.Way]]:
         """To its plain weight, the last one exact by construction."""

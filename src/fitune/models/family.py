@@ -1,17 +1,17 @@
-"""What fitune must know of an architecture to tune it."""
+"""What fitune must know of an architecture to tune it. The table of families is families/."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from fitune.core.errors import ConfigError
+from fitune.models.interfaces import CausalLM
 
 
-def _nothing(model: Any) -> None:
+def _nothing(model: CausalLM) -> None:
     return None
 
 
@@ -39,7 +39,7 @@ class Family:
     final_norm: str
     lora_targets: tuple[str, ...]
     bias_flags: tuple[str, ...] = ()
-    make_flat: Callable[[Any], None] = _nothing
+    make_flat: Callable[[CausalLM], None] = _nothing
     found: bool = False
     partial: str = ""
 
@@ -52,7 +52,7 @@ class Family:
                 fix="--method lora (its attention, or --lora.targets all-linear), full, freeze or prompt",
             )
 
-    def block_list(self, model: Any) -> nn.ModuleList:
+    def block_list(self, model: CausalLM) -> nn.ModuleList:
         """The transformer blocks of a causal LM."""
         blocks = model.get_submodule(self.blocks)
         assert isinstance(blocks, nn.ModuleList)
@@ -68,3 +68,12 @@ class Family:
             return f"blocks {self.blocks}, which {self.partial}; final norm {self.final_norm}"
         parts = f"blocks {self.blocks}, attention {', '.join((*self.qkv, self.out))}"
         return f"{parts}, MLP {', '.join((*self.mlp_in, self.mlp_out))}, final norm {self.final_norm}"
+
+
+@dataclass(frozen=True)
+class Tower:
+    """path: of the language model in transformers' class of the whole model; in the causal LM it is `model`. like: the
+    causal LM that it equals, where transformers has no class for it alone."""
+
+    path: str = "model.language_model"
+    like: str | None = None

@@ -1,0 +1,71 @@
+"""What fitune attaches to a model: one record, kept as one attribute of the transformers model itself.
+
+In: a causal LM, with or without PEFT's wrapper. Out: its `Attached`, made when it is first asked for. Nothing else of
+fitune is set on a model; what belongs to single layers (rows of new tokens, a packed weight's compute dtype) is set on
+those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fitune.models.family import Family, Tower
+from fitune.models.interfaces import causal_lm
+from fitune.models.kernel_faults import Fault
+
+NAME = "_fitune"  # of the attribute
+
+
+@dataclass
+class FlatState:
+    """What the attention modules of one model share: bounds of the documents (None: not flat), a prefix per layer."""
+
+    bounds: Tensor | None = None
+    prefix: list[tuple[Tensor, Tensor]] | None = None
+
+    def __deepcopy__(self, memo: object) -> FlatState:
+        """A copied block belongs to the same model."""
+        return self
+
+
+@dataclass
+class Attached:
+    """What fitune knows of a model that it loaded or tuned.
+
+    compute: dtype that its layers compute in; None: it was not prepared by fitune. family: its architecture, once
+    asked for. tower: where it stands in a model that takes images too. quantizer: of its linear layers. faults:
+    kernels that are wrong for these. method: name and settings of a method of fitune's own (PEFT keeps those of its
+    methods itself). start: values that this method's parameters had before it was loaded. disabled: PEFT's method is
+    turned off. loss_rows: label rows whose logits a loss computes at once; None: what vocabulary and device suggest.
+    flat: shared by the attention modules of a model whose blocks hand no keywords through (BLOOM).
+    """
+
+    compute: torch.dtype | None = None
+    family: Family | None = None
+    tower: Tower | None = None
+    quantizer: str = "none"
+    faults: list[Fault] = field(default_factory=list)
+    method: dict[str, Any] | None = None
+    start: dict[str, Tensor] | None = None
+    disabled: bool = False
+    loss_rows: int | None = None
+    flat: FlatState | None = None
+
+
+def of(model: nn.Module) -> Attached:
+    """The record of a model; of one that PEFT wrapped, that of the transformers model inside."""
+    inner = causal_lm(model)
+    found = vars(inner).get(NAME)
+    if not isinstance(found, Attached):
+        found = Attached()
+        setattr(inner, NAME, found)
+    return found
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What the layers of a model compute in; of a model that was not loaded here, float32."""
+    return of(model).compute or torch.float32

@@ -1,0 +1,40 @@
+"""What of a model is trainable, and how many parameters each of its parts has.
+
+In: a model with its method on it. Out: names, parameters, counts.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from fitune.models import quant as quants
+from fitune.models.family import Family
+from fitune.models.interfaces import causal_lm
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def groups(model: nn.Module, family: Family) -> list[tuple[str, int, int]]:
+    """(name, trainable, total) parameters of each part: embedding, blocks one by one, norm, head, and what is new."""
+    inner = causal_lm(model)
+    prefix = next((name for name, module in model.named_modules() if module is inner), "")
+    start = f"{prefix}." if prefix else ""
+    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+    paths = {id(module): name for name, module in model.named_modules()}
+    parts = {f"{paths[id(embedding)]}.": "embedding", f"{start}{family.final_norm}.": "final norm"}
+    if head is not None:
+        parts[f"{paths[id(head)]}."] = "head"
+    counts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        block = re.match(rf"{re.escape(start + family.blocks)}\.(\d+)\.", name)
+        found = next((part for path, part in parts.items() if name.startswith(path)), name.split(".")[0])
+        part = f"block {block[1]}" if block else found
+        trained, total = counts.get(part, (0, 0))
+        count = quants.numel(parameter)
+        counts[part] = (trained + count * parameter.requires_grad, total + count)
+    return [(part, trained, total) for part, (trained, total) in counts.items()]

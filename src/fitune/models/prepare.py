@@ -1,0 +1,68 @@
+"""What is done to a model before it runs: flat batches, its precision, activation checkpointing.
+
+In: a transformers model. Out: the same, all of it frozen, in eval mode.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fitune.core.errors import ModelError
+from fitune.models import adapters, attached, families
+from fitune.models.family import Family
+from fitune.models.interfaces import CausalLM, causal_lm
+from fitune.models.kernels.frozen import keep_stored
+from fitune.models.kernels.gated import lean_mlps
+from fitune.models.kernels.norm import replace_norms
+from fitune.models.precision import DTYPES
+from fitune.models.switches import recomputed
+
+
+def ready(model: CausalLM, precision: str = "fp32", adapter: str | Path | None = None) -> CausalLM:
+    """A transformers model prepared for flat batches and for its precision, with an adapter if there is one.
+
+    Raises:
+        ModelError: the adapter cannot be used.
+    """
+    attached.of(model).compute = compute = DTYPES[precision]
+    if compute == torch.float32:
+        keep_stored(model, compute)
+    else:
+        replace_norms(model, compute)
+    lean_mlps(model)
+    if model.config.model_type in families.TABLE:
+        families.TABLE[model.config.model_type].make_flat(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if adapter is not None:
+        with suppress(ModelError):  # whoever needs it gets the error
+            families.of(model)
+        model = adapters.put(model, Path(adapter))
+    return model.eval()
+
+
+def checkpoint_blocks(model: nn.Module, family: Family, every: bool | int) -> None:
+    """Activation checkpointing: keep nothing inside blocks, compute it again in the backward pass.
+
+    Args:
+        model: with its method attached.
+        family: names its blocks.
+        every: all blocks (True), every nth (a number), or none (False).
+
+    Raises:
+        ModelError: the model's blocks cannot do it.
+    """
+    inner = causal_lm(model)
+    if not every:
+        return
+    if not inner.supports_gradient_checkpointing:
+        raise ModelError(f"{type(inner).__name__}: cannot checkpoint activations", fix="leave out --checkpointing")
+    settings = {"use_reentrant": False, "context_fn": partial(recomputed, inner)}
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    for number, block in enumerate(family.block_list(inner)):
+        block.gradient_checkpointing = (number + 1) % int(every) == 0  # type: ignore[assignment]

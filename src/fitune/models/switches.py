@@ -1,0 +1,118 @@
+"""What is switched on a model for a while, and put back: its attention, its mode, the dtype that it computes in.
+
+In: a model. Out: contexts; when one ends, also by an error, the model is as it was before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+
+import torch
+from torch import Tensor, nn
+
+from fitune.core.errors import ModelError
+from fitune.models import determinism
+from fitune.models.attached import FlatState, compute_dtype, of
+from fitune.models.interfaces import CausalLM, causal_lm
+from fitune.models.kernels.attention import FLAT
+
+SDPA = "sdpa"
+Prefix = Sequence[tuple[Tensor, Tensor]]  # of each layer keys and values
+
+
+@contextmanager
+def attention(
+    model: nn.Module, name: str, bounds: Tensor | None = None, prefix: Prefix | None = None
+) -> Iterator[None]:
+    """Inside, the model's attention is another; a block whose activations are recomputed finds it again.
+
+    Args:
+        model: with or without a method's wrapper.
+        name: FLAT for flat batches, SDPA for rows; a model whose scores SDPA cannot compute takes transformers' own
+            code ("eager").
+        bounds, prefix: of a flat batch, for models whose blocks hand no keywords through (BLOOM).
+
+    Raises:
+        ModelError: the model keeps its own attention.
+    """
+    inner = causal_lm(model)
+    flat = of(inner).flat
+    before = inner.config._attn_implementation
+    kept = None if flat is None else (flat.bounds, flat.prefix)
+    try:
+        _switch(inner, flat, name, bounds, prefix)
+        yield
+    finally:
+        if flat is not None and kept is not None:
+            flat.bounds, flat.prefix = kept
+            inner.config._attn_implementation = before
+        elif inner.config._attn_implementation != before:
+            inner.set_attn_implementation(before)
+
+
+def _switch(inner: CausalLM, flat: FlatState | None, name: str, bounds: Tensor | None, prefix: Prefix | None) -> None:
+    if flat is not None:
+        flat.bounds, flat.prefix = bounds, None if prefix is None else list(prefix)
+        inner.config._attn_implementation = FLAT if name == FLAT else "eager"
+        return
+    if name == SDPA and not getattr(type(inner), "_supports_sdpa", True):
+        name = "eager"
+    if inner.config._attn_implementation != name:
+        inner.set_attn_implementation(name)
+        if inner.config._attn_implementation != name:  # some models only warn
+            raise ModelError(
+                f"{type(inner).__name__}: its attention cannot be replaced", expected=f"attention {name!r}"
+            )
+
+
+@contextmanager
+def rows_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, SDPA; a model whose attention cannot be replaced keeps its own."""
+    with ExitStack() as stack:
+        with suppress(ModelError):
+            stack.enter_context(attention(model, SDPA))
+        yield
+
+
+def recomputed(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For activation checkpointing: contexts of a block's forward pass (it is there already) and of its recomputation
+    in the backward pass, when the attention may have been switched back."""
+    inner = causal_lm(model)
+    flat = of(inner).flat
+    bounds, prefix = (None, None) if flat is None else (flat.bounds, flat.prefix)
+    return nullcontext(), attention(inner, inner.config._attn_implementation, bounds, prefix)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it was in."""
+    with _mode(model, training=False):
+        yield
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in training mode; afterwards each of its modules is in the mode that it was in."""
+    with _mode(model, training=True):
+        yield
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextmanager
+def computing(model: nn.Module) -> Iterator[None]:
+    """Inside, layers compute in the model's precision, whatever their weights are kept in."""
+    dtype, device = compute_dtype(model), next(model.parameters()).device
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    with determinism.kernels(device), autocast:
+        yield
