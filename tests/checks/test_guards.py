@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitune.checks import guards, leak
+from fitune.checks import guards, leak, savedchecks
 from fitune.commands.merge import merge_drift
 from fitune.commands.train import resume_config, train
 from fitune.core.config import build
@@ -90,7 +90,7 @@ def test_embeddings() -> None:
     tied = make("lora", "qwen2")
     tied.get_base_model().lm_head.weight = torch.nn.Parameter(tied.get_base_model().lm_head.weight.detach().clone())
     assert guards.embeddings(tied, 5).level == "warn"
-    assert "two tensors, the config says they are one" in guards.embeddings(tied, 5).text
+    assert "two tensors; config.json says one" in guards.embeddings(tied, 5).text
 
 
 def test_quantised_trainable() -> None:
@@ -98,7 +98,7 @@ def test_quantised_trainable() -> None:
     next(iter(trainable(model).values())).quant_state = object()  # as bitsandbytes marks its weights
     found = guards.quantised_trainable(model)
     assert found.level == "refuse"
-    assert "1 quantized tensors are to be trained" in found.text
+    assert "1 quantized tensors would be trained" in found.text
 
 
 def test_grad_reaches() -> None:
@@ -277,17 +277,17 @@ def test_saved_complete(variant: str, tmp_path: Path) -> None:
         for p in trainable(model).values():
             p.add_(0.01)
     adapters.save(model, tmp_path)
-    assert guards.saved_complete(model, tmp_path, BATCH, "flat").level == "ok"
+    assert savedchecks.saved_complete(model, tmp_path, BATCH, "flat").level == "ok"
     file = tmp_path / "adapter_model.safetensors"
     stored = load_file(file)
     name = sorted(stored)[0]
     save_file({**stored, name: stored[name] + 1e-3}, file)
-    found = guards.saved_complete(model, tmp_path, BATCH, "flat")
+    found = savedchecks.saved_complete(model, tmp_path, BATCH, "flat")
     assert found.level == "refuse"
     assert name in found.text
     stored.pop(name)
     save_file(stored or {"other": torch.zeros(1)}, file)
-    assert guards.saved_complete(model, tmp_path, BATCH, "flat").level == "refuse"
+    assert savedchecks.saved_complete(model, tmp_path, BATCH, "flat").level == "refuse"
 
 
 def test_merge_drift() -> None:
@@ -325,7 +325,7 @@ def test_partial_checkpoint(broken: Path) -> None:
     assert newest.name == "step-000004"
     (newest / "MANIFEST.json").unlink()
     said = go_on(broken)
-    assert any("fixed partial-checkpoint: step-000004 not whole" in line and "step-000002" in line for line in said)
+    assert any("fixed partial-checkpoint: step-000004 not complete" in line and "step-000002" in line for line in said)
     checks = json.loads((broken / "checks.json").read_text())
     assert "partial-checkpoint" in {check["rule"] for check in checks}
     assert "partial-checkpoint" in (broken / "report.html").read_text(encoding="utf-8")
@@ -336,7 +336,7 @@ def test_resume_identity(broken: Path) -> None:
     loaded = run.load(run.whole_checkpoints()[0])
     parameters = loaded.trainable
     steps = len(run.read_steps())
-    assert guards.resume_identity(loaded, parameters, steps).level == "ok"
+    assert savedchecks.resume_identity(loaded, parameters, steps).level == "ok"
     name = next(iter(parameters))
     without = {key: value for key, value in loaded.optimizer.items() if not key.startswith(name)}
     faults = [
@@ -347,7 +347,7 @@ def test_resume_identity(broken: Path) -> None:
         (loaded, 1, "1 steps are logged"),
     ]
     for fault, logged, text in faults:
-        found = guards.resume_identity(fault, parameters, logged)
+        found = savedchecks.resume_identity(fault, parameters, logged)
         assert found.level == "refuse"
         assert text in found.text
 

@@ -147,7 +147,7 @@ def test_the_same_command_takes_no_other_run_for_its_own(place: Place, whole: tu
     assert any((place.root / "other" / "run" / "checkpoints").glob("step-*"))
     (place.root / "other" / "run" / "run.lock").unlink()
     before = content(place.root / "other")
-    with pytest.raises(RunFolderError, match=r"by other settings.*\n.*seed 7 \(the run has 42\)"):
+    with pytest.raises(RunFolderError, match=r"with other settings.*\n.*seed 7 \(the run has 42\)"):
         place.run("other", seed=7)
     with pytest.raises(RunFolderError, match="holds a finished run"):
         place.run("whole")

@@ -301,7 +301,7 @@ def test_the_best_checkpoint_is_verified_before_it_is_the_result(stopped: Path, 
     assert resuming.newest(run, with_best=False)[0] == later
     found, reasons = resuming.newest(run, with_best=True)
     assert found == run.checkpoint(2)
-    assert "the best so far, step-000004, is not whole" in reasons[0]
+    assert "the best so far, step-000004, is not complete" in reasons[0]
 
 
 def test_the_loss_of_a_finished_run_is_that_of_its_best_weights(place: Path) -> None:

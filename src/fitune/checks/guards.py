@@ -2,8 +2,7 @@
 
 In: a model with its method, probe rows, folders. Out: Findings. Before the first step: base-intact,
 nan-hidden, embeddings, quantised-trainable, fp16-master, fp16-range, grad-reaches, accumulation-equality, disk-space,
-eval-memory. During it: frozen-intact. When a run goes on: resume-identity, partial-checkpoint. At its end:
-saved-complete.
+eval-memory. During it: frozen-intact.
 """
 
 from __future__ import annotations
@@ -13,37 +12,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fitune.checks.leak import PROBE_TOKENS
-from fitune.core.errors import FituneError
 from fitune.core.records import Batch, Finding, Layout, Sample
 from fitune.core.units import MIB
 from fitune.data.batches import flat, split
 from fitune.engine import optim
-from fitune.engine.checkpoint import Loaded, restore_rng, rng_state
+from fitune.engine.checkpoint import restore_rng, rng_state
 from fitune.engine.non_finite import first_non_finite
 from fitune.engine.step import hidden_states, loss_sum, make_gradients
-from fitune.models import adapters, quant, weights
+from fitune.models import quant, weights
 from fitune.models.attached import compute_dtype
 from fitune.models.head import loss_rows
 from fitune.models.interfaces import causal_lm
-from fitune.models.methods import lora
 from fitune.models.parts import trainable
 from fitune.models.switches import evaluating, training
 from fitune.models.tensors import bit_sum, finite
 
-AGAIN = "the checkpoints are whole: fitune train --resume --output RUN saves again"
 SAME = {
     torch.float32: 1e-4,
     torch.bfloat16: 5e-2,
     torch.float16: 1e-2,
-}  # of the largest gradient: two ways to the same sum
+}  # relative to the largest gradient: two ways to compute the same sum may differ by so much
 
 
 def probe_row(samples: Sequence[Sample]) -> Sample:
@@ -52,7 +45,7 @@ def probe_row(samples: Sequence[Sample]) -> Sample:
 
 
 def probe(samples: Sequence[Sample]) -> Batch:
-    """Three short documents to try things on, each with something to learn."""
+    """Three short documents for the checks of a model, each with at least one trained token."""
     made = []
     for n in range(min(3, len(samples))):
         sample = samples[n]
@@ -65,8 +58,9 @@ def probe(samples: Sequence[Sample]) -> Batch:
 # ---- before the first step ----
 
 
-def base_intact(folder: Path, known: Mapping[str, Any] | None = None) -> Finding:
-    """Every shard is as long as its header says, all of the index are there, and they are those of the run's start.
+def base_intact(folder: Path, known: Mapping[str, object] | None = None) -> Finding:
+    """Every shard is as long as its header says, all shards of the index are there, and none has changed since the run
+    began.
 
     Args:
         folder: the base model.
@@ -81,17 +75,17 @@ def base_intact(folder: Path, known: Mapping[str, Any] | None = None) -> Finding
         text = f"the base model changed since this run began: {', '.join(changed)}"
         return Finding("base-intact", "refuse", text, "restore it, or start a new run")
     total = sum(size for size, _ in facts.values())
-    return Finding("base-intact", "ok", f"{len(facts)} files of weights, {total:,} bytes, as long as they say")
+    return Finding("base-intact", "ok", f"{len(facts)} weight files, {total:,} bytes: complete")
 
 
 def nan_hidden(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
-    """A weight or an activation that is not finite makes every loss NaN, which some trainers log as 0."""
+    """Weights and hidden states are finite: else every loss would be NaN, which some trainers log as 0."""
     with evaluating(model):
         with torch.no_grad():
             fine = finite(hidden_states(model, batch, layout))
         packed = {
             id(layer.weight) for _, layer in quant.layers(model)
-        }  # their bits are no floats, whatever they lie in
+        }  # their bits are not floats, whatever the dtype says
         bad = [
             n for n, p in model.named_parameters() if p.is_floating_point() and id(p) not in packed and not finite(p)
         ]
@@ -108,54 +102,54 @@ def nan_hidden(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
 def embeddings(model: nn.Module, highest: int) -> Finding:
     """Embedding and head have the same rows, enough for every id, and are one tensor where the config says so."""
     inner = causal_lm(model)
-    words, head = inner.get_input_embeddings(), inner.get_output_embeddings()
-    rows, scores = int(words.weight.shape[0]), int(head.weight.shape[0])
+    table, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    rows, scores = int(table.weight.shape[0]), int(head.weight.shape[0])
     if rows != scores:
         return Finding("embeddings", "refuse", f"the embedding has {rows:,} rows, the output head {scores:,}")
     if highest >= rows:
         return Finding("embeddings", "refuse", f"token id {highest:,} has no row: the embedding has {rows:,}")
     tied = bool(getattr(inner.config, "tie_word_embeddings", False))
-    if tied != (words.weight.data_ptr() == head.weight.data_ptr()):
-        said = "says they are one" if tied else "says they are two"
-        text = f"embedding and head are {'two tensors' if tied else 'one tensor'}, the config {said}"
+    if tied != (table.weight.data_ptr() == head.weight.data_ptr()):
+        real, expected = ("two tensors", "one") if tied else ("one tensor", "two")
+        text = f"embedding and output head are {real}; config.json says {expected}"
         return Finding("embeddings", "warn", text)
-    return Finding("embeddings", "ok", f"{rows:,} rows, the head {'is the embedding' if tied else 'has its own'}")
+    return Finding("embeddings", "ok", f"{rows:,} rows, the output head {'shares them' if tied else 'has its own'}")
 
 
 @torch.no_grad()
 def start_of(model: nn.Module, samples: Sequence[Sample]) -> Tensor:
-    """What the first probe row gives before a method is put on: (T, W)."""
+    """(T, W): the hidden states of the first probe row before a method is attached."""
     with evaluating(model):
         return hidden_states(model, flat([probe_row(samples)], [0]), "documents").float()
 
 
 def same_at_start(model: nn.Module, before: Tensor, samples: Sequence[Sample]) -> Finding:
-    """A method that promises no change at the start makes none."""
+    """A method that must not change the model at the start does not change it."""
     difference = float((start_of(model, samples) - before).abs().max() / before.abs().max())
     if difference > SAME[compute_dtype(model)]:
         text = f"the method changes the model before the first step, by {difference:.1e} of the largest value"
-        return Finding("same-at-start", "refuse", text, "another --method: this model's blocks are not as they seem")
-    return Finding("same-at-start", "ok", f"nothing changes before the first step ({difference:.1e})")
+        return Finding("same-at-start", "refuse", text, "another --method, which does not depend on the layers' names")
+    return Finding("same-at-start", "ok", f"the method changes nothing before the first step ({difference:.1e})")
 
 
 def quantised_trainable(model: nn.Module) -> Finding:
     """Only floating-point tensors can be trained; gradients of quantized ones would be lost."""
     wrong = [n for n, p in trainable(model).items() if not p.is_floating_point() or hasattr(p, "quant_state")]
     if wrong:
-        text = f"{len(wrong)} quantized tensors are to be trained, the first {wrong[0]}"
-        return Finding("quantised-trainable", "refuse", text, "--method lora, or another that leaves the base frozen")
+        text = f"{len(wrong)} quantized tensors would be trained, the first {wrong[0]}"
+        return Finding("quantised-trainable", "refuse", text, "--method lora, or another with a frozen base model")
     return Finding("quantised-trainable", "ok", "every trainable tensor is floating point")
 
 
 def fp16_master(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float = 0.0, *, force: bool = False) -> Finding:
-    """Weights that are trained in float16 need an epsilon that is not next to zero in it: Adam divides by it. In 16
+    """Weights that are trained in float16 need an epsilon that is not close to zero there: Adam divides by it. In 16
     bits small updates are lost; float32 keeps them.
 
     Args:
         model: with its method.
         optimizer: of its trainable parameters.
         lr: the highest learning rate of the run; 0: not known.
-        force: what may ruin the model is a warning.
+        force: what may ruin the model is only a warning.
     """
     low = {name: p for name, p in trainable(model).items() if p.dtype != torch.float32}
     if not low:
@@ -174,25 +168,26 @@ def fp16_master(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float = 
     return Finding("fp16-master", "warn", f"trained in {kinds}: small updates are lost", "--trainable-dtype fp32")
 
 
-def _adam(group: Mapping[str, Any]) -> str | None:
-    """Which of torch's AdamW a group of parameters belongs to; others compute in float32, or have no epsilon."""
+def _adam(group: Mapping[str, object]) -> str | None:
+    """The name of torch's AdamW that a group of parameters belongs to; None: of another optimizer, which computes in
+    float32 or has no epsilon."""
     if not isinstance(group.get("eps"), float) or "fused" not in group:
         return None
     return "adamw" if group["fused"] else "adamw-foreach"
 
 
 FP16_HIGHEST = 65504.0
-CLOSE = 0.5  # of it: a row that is longer than the probe may go beyond
+CLOSE = 0.5  # of it: a row that is longer than the probe may exceed it
 
 
 def fp16_range(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
-    """In float16 everything must stay below 65,504: no weight is beyond, and no output of a layer is close to it."""
+    """In float16 everything must stay below 65,504: no layer's output on the probe is close to it."""
     if compute_dtype(model) != torch.float16:
         return Finding("fp16-range", "ok", "nothing is computed in float16")
     largest: dict[str, float] = {}
 
-    def look(name: str) -> Any:
-        def hook(module: Any, inputs: object, output: object) -> None:
+    def look(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
             out = output[0] if isinstance(output, tuple) else output
             if isinstance(out, Tensor) and out.is_floating_point():
                 largest[name] = max(largest.get(name, 0.0), float(out.abs().nan_to_num(nan=float("inf")).max()))
@@ -215,13 +210,13 @@ def fp16_range(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
     return Finding("fp16-range", "ok", text)
 
 
-LOOKED_AT = 2**16  # numbers of a gradient that are compared, spread over all of it
+LOOKED_AT = 2**16  # numbers of each gradient that are compared, spread over all of it
 
 
 @contextmanager
 def _watching(model: nn.Module, look: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, each gradient is looked at when it is there, and dropped: all of them at once may be more than a run
-    holds. Nothing of the model or the random numbers is left changed."""
+    """Inside, each gradient is passed to `look` as soon as it is computed, and dropped: all of them together may not
+    fit. Model and random numbers are restored."""
     before = rng_state()
 
     def watcher(name: str) -> Callable[[Tensor], None]:
@@ -243,7 +238,7 @@ def _watching(model: nn.Module, look: Callable[[str, Tensor], None]) -> Iterator
 
 
 def _gradients(model: nn.Module, backward: Callable[[], object]) -> dict[str, Tensor]:
-    """Of the mean over all targets, without dropout: of each gradient the numbers that are compared."""
+    """The gradients of the mean loss over all targets, without dropout: of each the numbers that are compared."""
     found: dict[str, Tensor] = {}
 
     def add(name: str, gradient: Tensor) -> None:
@@ -256,7 +251,7 @@ def _gradients(model: nn.Module, backward: Callable[[], object]) -> dict[str, Te
 
 
 def grad_reaches(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
-    """A first backward pass: a finite gradient reaches every trainable tensor. In training mode, as the run will be."""
+    """A first backward pass, in training mode: a finite gradient reaches every trainable tensor."""
     fine: dict[str, bool] = {}
     with _watching(model, lambda name, gradient: fine.update({name: finite(gradient)})), training(model):
         try:
@@ -273,8 +268,8 @@ def grad_reaches(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
 
 
 def accumulation_equality(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
-    """Micro-batches, by the code of a step, give the gradient of the whole, made here: the sum of the losses over the
-    number of target tokens, whatever the pieces."""
+    """Gradient accumulation gives the gradient of the whole batch, which is computed here: the sum of the losses over
+    the number of target tokens, whatever the micro-batches."""
     whole = _gradients(model, lambda: (loss_sum(model, batch, layout) / batch.weight).backward())
     parts = split(batch, len(batch.rows))
     pieces = _gradients(model, lambda: make_gradients(model, parts, layout))
@@ -293,13 +288,13 @@ def accumulation_equality(model: nn.Module, batch: Batch, layout: Layout) -> Fin
 
 
 def disk_space(folder: Path, trained_bytes: int, keep: int, free: int | None = None) -> Finding:
-    """The checkpoints that will be there at once, and the result, fit on the disk.
+    """The checkpoints that are kept at the same time, and the result, fit on the disk.
 
     Args:
-        folder: the run folder, which may not be there yet.
+        folder: the run folder, which may not exist yet.
         trained_bytes: of weights and optimizer states.
-        keep: checkpoints that are kept, the best one and the one that is being written included.
-        free: bytes; None: asks the system.
+        keep: checkpoints that are kept, with the best one and the one that is being written.
+        free: bytes; None: asks the operating system.
     """
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     there = shutil.disk_usage(place).free if free is None else free
@@ -311,7 +306,7 @@ def disk_space(folder: Path, trained_bytes: int, keep: int, free: int | None = N
 
 
 def eval_memory(model: nn.Module) -> Finding:
-    """Held-out losses never hold the logits of a batch: the head sees label rows, a chunk at a time."""
+    """Held-out losses never hold the logits of a whole batch: the output head gets label rows, a chunk at a time."""
     vocabulary, rows = causal_lm(model).config.vocab_size, loss_rows(model)
     mib = 2 * rows * vocabulary * 4 / MIB
     return Finding("eval-memory", "ok", f"logits of at most {rows:,} rows at once ({mib:,.0f} MiB with their gradient)")
@@ -325,7 +320,7 @@ Bits = Mapping[str, tuple[int, bool]]  # of each parameter a sum over its bits, 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> Bits:
-    """Of each parameter an exact sum over its bits, and whether it is trained."""
+    """For each parameter an exact sum over its bits, and whether it is trained."""
     sums = {}
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     for name, layer in quant.layers(model):
@@ -336,7 +331,7 @@ def fingerprint(model: nn.Module) -> Bits:
 
 
 def frozen_intact(before: Bits, model: nn.Module, lr: float, when: str = "after two steps") -> Finding:
-    """After two steps, and at the end: every frozen tensor has the bits that it had, and what is trained has changed.
+    """After two steps, and at the end: every frozen tensor has the same bits, and every trained one has changed.
 
     Args:
         before: what `fingerprint` gave.
@@ -355,87 +350,3 @@ def frozen_intact(before: Bits, model: nn.Module, lr: float, when: str = "after 
         return Finding("frozen-intact", "warn", text, "a higher --lr, or --trainable-dtype fp32")
     frozen = sum(not trained for _, trained in before.values())
     return Finding("frozen-intact", "ok", f"{when} {frozen} frozen tensors have the same bits, the rest changed")
-
-
-# ---- when a run goes on ----
-
-
-def partial_checkpoint(path: Path | None, reasons: Sequence[str]) -> Finding:
-    """Checkpoints that are not whole, or do not fit the log, do not count; the newest that does is gone on from.
-
-    Args:
-        path: of that one; None: there is none.
-        reasons: of each newer one why not.
-    """
-    if reasons:
-        use = path.name if path else "the beginning"
-        return Finding("partial-checkpoint", "fixed", f"{', '.join(reasons)}: going on from {use}")
-    return Finding("partial-checkpoint", "ok", "the newest checkpoint is whole" if path else "no checkpoint yet")
-
-
-def resume_identity(loaded: Loaded, parameters: Mapping[str, Tensor], steps: int) -> Finding:
-    """A checkpoint has every trained tensor in its shape, the optimizer's states for them, the random numbers, and
-    belongs to as many steps as were logged."""
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    stored = {name: tuple(t.shape) for name, t in loaded.trainable.items()}
-    wrong = sorted(name for name in {*shapes, *stored} if shapes.get(name) != stored.get(name))
-    if wrong:
-        return Finding(
-            "resume-identity", "refuse", f"other trained tensors than this run's: {wrong[:3]}", "start a new run"
-        )
-    without = [
-        n for n in shapes if not any(k.startswith(f"{n}|") for k in (*loaded.optimizer, *loaded.optimizer_scalars))
-    ]
-    if without and loaded.step > 0:
-        return Finding("resume-identity", "refuse", f"no optimizer state for {without[0]}", "start a new run")
-    if "cpu" not in loaded.rng:
-        return Finding("resume-identity", "refuse", "the random numbers' state is missing", "start a new run")
-    if steps < loaded.step:
-        text = f"{steps} steps are logged, the checkpoint is of step {loaded.step}"
-        return Finding("resume-identity", "refuse", text, "restore steps.jsonl, or start a new run")
-    return Finding("resume-identity", "ok", f"step {loaded.step}: weights, optimizer, random numbers and order of rows")
-
-
-# ---- at the end ----
-
-
-@torch.no_grad()
-def saved_complete(model: nn.Module, folder: Path, batch: Batch, layout: Layout) -> Finding:
-    """What was saved, read back, is what was trained: names, shapes, values, and the hidden states that it gives."""
-    try:
-        stored = adapters.stored(model, folder)
-    except (OSError, ValueError, SafetensorError, FituneError) as error:
-        text = f"what was saved cannot be read back: {' '.join(str(error).split())[:200]}"
-        return Finding("saved-complete", "refuse", text, AGAIN)
-    mine = _as_saved(model)
-    shapes = [{name: tuple(t.shape) for name, t in some.items()} for some in (stored, mine)]
-    wrong = sorted(name for name in {*stored, *mine} if shapes[0].get(name) != shapes[1].get(name))
-    wrong += [name for name, value in mine.items() if name not in wrong and not torch.equal(stored[name], value.cpu())]
-    if wrong:
-        return Finding("saved-complete", "refuse", f"saved otherwise than trained: {wrong[:3]}", AGAIN)
-    text = f"{len(stored)} tensors read back from {folder.name}, equal to the last bit"
-    as_lora = isinstance(model, PeftModel) and lora.is_pissa(model)  # it was saved in another form
-    if not as_lora:
-        with evaluating(model):
-            before = hidden_states(model, batch, layout)
-            try:
-                adapters.load_into(model, folder)
-            except (OSError, ValueError, SafetensorError, FituneError) as error:
-                text = f"what was saved cannot be loaded again: {' '.join(str(error).split())[:200]}"
-                return Finding("saved-complete", "refuse", text, AGAIN)
-            same = torch.equal(before, hidden_states(model, batch, layout))
-        if not same:
-            return Finding(
-                "saved-complete", "refuse", "read back, it gives other hidden states", "save again: --resume"
-            )
-        text += "; they give the same hidden states"
-    return Finding("saved-complete", "ok", text)
-
-
-def _as_saved(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that the folder should hold."""
-    if not isinstance(model, PeftModel):
-        return adapters.trained(model)
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    changed = lora.pissa_as_lora(model, state)
-    return state if changed is None else changed[0]

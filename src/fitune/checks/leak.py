@@ -25,8 +25,8 @@ from fitune.models.interfaces import causal_lm
 from fitune.models.parts import trainable
 from fitune.models.switches import computing, evaluating, rows_attention
 
-PROBE_TOKENS = 48  # a document of the model checks: long enough to matter, short enough to cost nothing
-MOVED = 1e-3  # of the largest logit: what a change of one document may move in another, in any precision
+PROBE_TOKENS = 48  # length of the documents that models are checked with
+MOVED = 1e-3  # relative to the largest logit: so much may a change of one document change another, in any precision
 TOLERANCE = {
     torch.float32: 1e-3,
     torch.bfloat16: 5e-2,
@@ -45,8 +45,8 @@ def packing_leak(model: nn.Module, samples: Sequence[Sample], wanted: str = "aut
 
     Args:
         model: with its method attached.
-        samples: the first two are tried, shortened.
-        wanted: auto takes the first layout that passes; a name is refused if it does not.
+        samples: the first two are used, shortened.
+        wanted: auto takes the first layout that passes; a layout given by name is refused if it does not.
     """
     with evaluating(model), perturbed(model):
         return _first_that_passes(model, samples, wanted)
@@ -54,7 +54,7 @@ def packing_leak(model: nn.Module, samples: Sequence[Sample], wanted: str = "aut
 
 @contextmanager
 def perturbed(model: nn.Module) -> Iterator[None]:
-    """Inside, trainable tensors that are all zero are not: what they are going to let through is seen now."""
+    """Inside, trainable tensors that are all zero have other values: what they will let through later is seen now."""
     zero = [p for p in trainable(model).values() if not bool(p.any())]
     generator = torch.Generator(device="cpu").manual_seed(0)
     for parameter in zero:
@@ -78,7 +78,8 @@ def _first_that_passes(model: nn.Module, samples: Sequence[Sample], wanted: str)
 
 @dataclass(frozen=True)
 class Leak:
-    """Of the largest logit: how far a layout is from separate documents, and what one document moves in another."""
+    """How far a layout is from separate documents, and how much one document changes another; relative to the largest
+    logit."""
 
     difference: float
     moved: float
@@ -101,7 +102,7 @@ def _leak_finding(layout: Layout, measured: Mapping[Layout, Leak]) -> Finding:
 
 
 def _leak(model: nn.Module, samples: Sequence[Sample], layout: Layout) -> Leak:
-    """Infinity where the model cannot run so at all."""
+    """Infinity where the model cannot run in this layout at all."""
     inner = causal_lm(model)
     first, second = _probes(samples, inner.config)
     other = replace(first, ids=first.ids[::-1].copy())  # another first document of the same length

@@ -1,4 +1,4 @@
-"""Rules about what was loaded and what is handed on: each a function named as in the report.
+"""Rules about the weights that were loaded and the files that chat will read: each a function named as in the report.
 
 In: a model, its folder, a run folder. Out: Findings, as in datachecks.py. Before the first step: base-loaded,
 adapter-scale, chat-parity, held-out-apart.
@@ -9,19 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fitune.checks.leak import TOLERANCE
 from fitune.checks.stepchecks import OURS
 from fitune.core.config import RunConfig
-from fitune.core.records import Finding, Sample
+from fitune.core.records import Conversation, Finding, Sample
 from fitune.data import templates, tokenizer
 from fitune.data.encode import Encoder
 from fitune.data.store import Samples
@@ -33,18 +34,27 @@ from fitune.models.switches import computing, evaluating
 
 ROWS = 20  # prompts that are compared
 TAKEN = 4096  # numbers of a tensor that are compared with its file
-UNLIKE = 0.5  # packed weights are off by 1 % (int8) or 10 % (nf4) of their own size; other ones by more than all of it
+UNLIKE = 0.5  # quantized weights are off by 1 % (int8) or 10 % (nf4) of their norm; wrong ones by more than 100 %
+
+
+class _Quantized(Protocol):
+    """A quantized layer (models.quant)."""
+
+    source_cls: type
+
+    def plain_weight(self, dtype: torch.dtype) -> Tensor:
+        """Its weight, in that dtype."""
 
 
 # ---- what was loaded ----
 
 
 @torch.no_grad()
-def base_loaded(model: Any, folder: Path) -> Finding:
-    """Each tensor of the base has the values that the file has under its name; some numbers of each are compared.
+def base_loaded(model: PreTrainedModel, folder: Path) -> Finding:
+    """Each tensor of the base model has the values of its file; some numbers of each are compared.
 
     Args:
-        model: the base, before a method is on it.
+        model: the base model, before a method is attached.
         folder: with its weights. Names that the loader changes are left out, and counted.
     """
     mine = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
@@ -69,21 +79,23 @@ def base_loaded(model: Any, folder: Path) -> Finding:
             unlike = not torch.equal(there, value.reshape(-1).to(there.dtype))
         if unlike:
             text = f"{own} does not have the values that {folder.name} has for {name}"
-            return Finding("base-loaded", "refuse", text, "download the model again; if it stays so, report it")
+            return Finding(
+                "base-loaded", "refuse", text, "download the model again; if that does not help, please report it"
+            )
         compared += 1
-    more = f"; {left} that the loader renames or lays out anew were not" if left else ""
+    more = f"; {left} that the loader renames or reshapes were not compared" if left else ""
     return Finding("base-loaded", "ok", f"{compared} tensors begin with the values of their files{more}")
 
 
-def _row(layer: Any, shape: Sequence[int]) -> Tensor | None:
-    """The first rows of a packed weight, made plain."""
+def _row(layer: _Quantized, shape: Sequence[int]) -> Tensor | None:
+    """The first rows of a quantized weight, as float32; None: of another shape."""
     weight = layer.plain_weight(torch.float32)
     weight = (weight.T if layer.source_cls is Conv1D else weight)[: shape[0]]
     return weight.cpu() if tuple(weight.shape) == tuple(shape) else None
 
 
 def _starts(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Of each tensor in safetensors its first rows, some thousand numbers; torch's old files map theirs whole."""
+    """The first rows of each tensor in safetensors files, some thousand numbers. torch's old files are left out."""
     for file in weights.files(folder):
         if file.suffix != ".safetensors":
             continue
@@ -98,23 +110,23 @@ def _starts(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def adapter_scale(model: Any, config: RunConfig) -> Finding:
-    """A LoRA adds (alpha / rank) B A x, by the settings that its file will have: once, not twice.
+def adapter_scale(model: nn.Module, config: RunConfig) -> Finding:
+    """A LoRA adds (alpha / rank) B A x, with the settings that its file will have, exactly once.
 
     Args:
-        model: with its method on it. B is given values for the time of the check, and zeroed again.
+        model: with its method attached. B gets other values during the check, and is restored.
         config: the run's.
     """
     rule = "adapter-scale"
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
     if not isinstance(model, PeftModel) or config.method != "lora" or not layers:
-        return Finding(rule, "ok", "no low-rank updates, so no scale of theirs")
+        return Finding(rule, "ok", "no low-rank updates, so there is no scale to check")
     options = config.lora
     for name, layer in layers:
         rank = layer.lora_A["default"].weight.shape[0]
         wanted = options.alpha / (math.sqrt(rank) if options.rslora else rank)
         if not math.isclose(layer.scaling["default"], wanted, rel_tol=1e-6):
-            text = f"{name} multiplies its update by {layer.scaling['default']:g}, its settings say {wanted:g}"
+            text = f"{name} multiplies its update by {layer.scaling['default']:g}, its settings give {wanted:g}"
             return Finding(rule, "refuse", text, OURS)
         if not options.dora and not lora.is_pissa(model) and (layer in (layers[0][1], layers[-1][1])):
             off = _update_is_off(model, layer, wanted)
@@ -124,8 +136,8 @@ def adapter_scale(model: Any, config: RunConfig) -> Finding:
     return Finding(rule, "ok", f"{len(layers)} updates are added once, times alpha / rank of the settings")
 
 
-def _update_is_off(model: Any, layer: Any, scale: float) -> float:
-    """How far what a layer adds is from scale B A x, of its largest output."""
+def _update_is_off(model: nn.Module, layer: LoraLayer, scale: float) -> float:
+    """How far the update of a layer is from scale B A x, relative to its largest output."""
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     kept = b.detach().clone()
     numbers = torch.Generator().manual_seed(0)
@@ -142,20 +154,21 @@ def _update_is_off(model: Any, layer: Any, scale: float) -> float:
         b.copy_(kept)
 
 
-# ---- what is handed on ----
+# ---- what chat reads ----
 
 
 def chat_parity(run: RunFolder, config: RunConfig, encoder: Encoder, samples: Sequence[Sample]) -> Finding:
-    """What chat will read from the run folder gives the prompts that were trained, token for token.
+    """Template and tokenizer of the run folder give chat the prompts that were trained, token for token.
 
     Args:
         run: with template.json and its tokenizer written.
         config: the run's.
-        encoder: what the run itself asks with.
-        samples: what it trains.
+        encoder: of the run itself.
+        samples: that are trained.
     """
-    words = tokenizer.load(run.tokenizer)
-    there = Encoder(words, templates.from_dict(run.read("template"), words), answer_tokens=config.answer_tokens)
+    vocabulary = tokenizer.load(run.tokenizer)
+    template = templates.from_dict(run.read("template"), vocabulary)
+    there = Encoder(vocabulary, template, answer_tokens=config.answer_tokens)
     if (there.stop_ids, there.stop_id) != (encoder.stop_ids, encoder.stop_id):
         text = f"chat would stop at the tokens {there.stop_ids}, the run trains {encoder.stop_ids}"
         return Finding("chat-parity", "refuse", text, OURS)
@@ -171,8 +184,8 @@ def chat_parity(run: RunFolder, config: RunConfig, encoder: Encoder, samples: Se
     return Finding("chat-parity", "ok", f"{tried} prompts, read back from the run folder, are those of training")
 
 
-def _whole_rows(samples: Sequence[Sample]) -> Iterator[tuple[Sample, Any]]:
-    """Some samples that are not cut and their rows; of rows with several the last, whose answer comes last."""
+def _whole_rows(samples: Sequence[Sample]) -> Iterator[tuple[Sample, Conversation]]:
+    """Some samples that are not cut, with their rows; of a row with several samples the last one."""
     assert isinstance(samples, Samples)
     of = samples.column("row")
     for at in range(0, len(samples), max(1, len(samples) // ROWS)):

@@ -1,4 +1,4 @@
-"""Rules about what the loop does with rows, gradients and states: each a function named as in the report.
+"""Rules about rows, gradients and states in the training loop: each a function named as in the report.
 
 In: batches, a model, an optimizer, a checkpoint. Out: Findings, as in datachecks.py. Before the first step:
 batch-labels, reference-loss, row-order, eval-dropout. In the first two: step-equality, which raises before the
@@ -39,9 +39,9 @@ OURS = "this is an error of fitune: please report it"
 
 
 def batch_labels(batches: Sequence[Batch], samples: Sequence[Sample]) -> Finding:
-    """Each document of a batch is its sample: its ids, positions from 0, and of each trained id the row before it.
+    """Each document of a batch is its sample: its ids, positions from 0, and each label on the row before its token.
 
-    Made here anew from the samples, token by token, so that a slip in the one place of the label shift is seen.
+    Computed here from the samples, token by token, so that an error in the code of the label shift is found.
 
     Args:
         batches: those of the first step.
@@ -55,7 +55,7 @@ def batch_labels(batches: Sequence[Batch], samples: Sequence[Sample]) -> Finding
                 text = f"document {document + 1} of the first step ({sample.source}): {text}"
                 return Finding("batch-labels", "refuse", text, OURS)
             count += 1
-    return Finding("batch-labels", "ok", f"each label of the first step's {count} rows is the token behind its place")
+    return Finding("batch-labels", "ok", f"each label of the first step's {count} rows is the token that follows")
 
 
 def _differs(batch: Batch, sample: Sample, start: int, end: int) -> str:
@@ -78,11 +78,11 @@ def _differs(batch: Batch, sample: Sample, start: int, end: int) -> str:
 
 @torch.no_grad()
 def reference_loss(model: nn.Module, samples: Sequence[Sample], layout: Layout) -> Finding:
-    """The loss that is trained is that of transformers' own logits, shifted here anew: two ways to one figure.
+    """The loss that is trained equals the one computed here from transformers' own logits.
 
     Args:
-        model: with its method on it.
-        samples: the first two are tried, shortened.
+        model: with its method attached.
+        samples: the first two are used, shortened.
         layout: how documents go through the model.
     """
     some = [samples[n].part(slice(-PROBE_TOKENS, None)) for n in range(min(2, len(samples)))]
@@ -126,7 +126,7 @@ def each_row_once(loader: Loader) -> Finding:
 
 @torch.no_grad()
 def eval_dropout(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
-    """A held-out loss draws no random numbers: dropout is off, whatever they are it is the same."""
+    """Dropout is off in a held-out loss: with other random numbers it is the same."""
     before = rng_state()
     losses = []
     try:
@@ -137,15 +137,15 @@ def eval_dropout(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
     finally:
         restore_rng(before)
     if losses[0] != losses[1]:
-        text = f"the held-out loss of the same rows is {losses[0]:.6f}, and then {losses[1]:.6f}: dropout is on in it"
+        text = f"the held-out loss of the same rows is {losses[0]:.6f}, then {losses[1]:.6f}: dropout is on"
         return Finding("eval-dropout", "refuse", text, OURS)
-    return Finding("eval-dropout", "ok", "no random number decides a held-out loss")
+    return Finding("eval-dropout", "ok", "held-out losses do not depend on random numbers")
 
 
 # ---- the first steps ----
 
 LOOKED_AT = 2**16  # numbers of a gradient that are compared, spread over all of it
-OFF = 1e-3  # of the largest: what adding in another order may change
+OFF = 1e-3  # relative to the largest: what another order of additions may change
 
 
 def _some(tensor: Tensor) -> Tensor:
@@ -173,11 +173,11 @@ def step_equality(runner: StepRunner, optimizer: torch.optim.Optimizer) -> Itera
         return
     parameters, sums, latest = trainable(runner.model), dict[str, Tensor](), dict[str, tuple[Tensor, bool]]()
 
-    def came(name: str, gradient: Tensor) -> None:  # of the head, while the loss is made, too: the last one counts
+    def came(name: str, gradient: Tensor) -> None:  # the output head's comes in chunks: the last counts
         latest[name] = _some(gradient), parameters[name].grad is None
 
     def added(name: str, parameter: Tensor) -> None:
-        gradient, first = latest.pop(name)  # first of the step, which may be done again from its start
+        gradient, first = latest.pop(name)  # first of the step, which may be repeated
         sums[name] = gradient if first or name not in sums else sums[name] + gradient
 
     def used(*_: object) -> None:
@@ -199,7 +199,7 @@ def step_equality(runner: StepRunner, optimizer: torch.optim.Optimizer) -> Itera
 def _as_summed(
     sums: Mapping[str, Tensor], given: Mapping[str, Tensor], norm: float, max_norm: float, scale: float
 ) -> Finding:
-    """One factor leads from the sums to what is given, and it is that of clipping."""
+    """What the optimizer gets is the sums times one factor, that of clipping."""
     rule = "step-equality"
     if not given or sums.keys() != given.keys():
         return Finding(rule, "refuse", f"{len(sums)} tensors got a gradient, the optimizer has {len(given)}", OURS)
@@ -225,11 +225,11 @@ def _as_summed(
 
 
 def next_rows(loader: Loader, step: int) -> str:
-    """A digest of the rows of the step behind so many, for a checkpoint.
+    """A digest of the rows of the next step, for a checkpoint.
 
     Args:
         loader: of the run.
-        step: how many are done.
+        step: how many steps are done.
     """
     epoch = 0
     while step >= (count := loader.count(epoch)):
@@ -251,8 +251,8 @@ def row_order(expected: str, step: int, micro_batches: Sequence[Batch]) -> Findi
         micro_batches: its batches.
     """
     if _digest([batch.rows for batch in micro_batches]) != expected:
-        text = f"step {step} would train other rows than the run that goes on had planned for it"
-        return Finding("row-order", "refuse", text, "start a new run: the order of the rows is another one here")
+        text = f"step {step} would train other rows than the ones that its checkpoint names"
+        return Finding("row-order", "refuse", text, "start a new run: the order of the rows has changed")
     return Finding("row-order", "ok", f"step {step} has the rows that the checkpoint names")
 
 
@@ -260,7 +260,7 @@ def row_order(expected: str, step: int, micro_batches: Sequence[Batch]) -> Findi
 def resume_exact(
     loaded: Loaded, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> Finding:
-    """Weights, optimizer states and random numbers, read back from where they were put, have the checkpoint's bits."""
+    """Weights, optimizer states and random numbers, after they were restored, have the checkpoint's bits."""
     tensors, scalars = optim.state_tensors(optimizer, parameters)
     now = rng_state()
     random = {name: state for name, state in loaded.rng.items() if name == "cpu"}
@@ -286,7 +286,7 @@ def _same_bits(stored: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> bool
 
 
 def steps_applied(optimizer: torch.optim.Optimizer, records: Sequence[StepRecord]) -> Finding:
-    """The optimizer has counted as many steps as the log calls applied: none was skipped, or made twice, in silence."""
+    """The optimizer has counted as many steps as the log says were applied: none was skipped, or made twice."""
     logged = sum(record.applied for record in records)
     counted = [int(states["step"]) for states in optimizer.state.values() if "step" in states]
     if isinstance(optimizer, optim.InBackward) or not counted:

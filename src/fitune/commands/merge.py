@@ -1,9 +1,9 @@
-"""A run to a plain model: what was tuned becomes part of the base's weights.
+"""fitune merge: a run to a plain model, with what was tuned added to the base model's weights.
 
-In: a run. Out: a model folder that transformers loads without fitune or PEFT. The logits are compared with the tuned
-model's, before the weights are rounded to 16 bits and after, on the model that was written. A base that was quantized
-while it was tuned is made plain with its own values first: merging into the 16-bit original, or quantizing the sum
-again, gives another model, and how far off it is gets measured.
+In: a run. Out: a model folder that transformers loads without fitune or PEFT. The logits are compared with those of the
+tuned model, before the weights are rounded to 16 bits and after, on the model that was written. A base model that was
+quantized is first dequantized, with the values that it was tuned on. Merging into the original weights, or quantizing
+the merged ones again, gives another model: the difference is measured.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Merged:
     dtype: str
     merge_error: float  # in float32
     rounding_error: float  # of the folder as it was written
-    drift: Drift | None = None  # where the weights are other ones than the run was trained on
+    drift: Drift | None = None  # where the run was trained on other weights
     handed: Handover | None = None  # the chat template and the stop tokens
 
     def as_dict(self) -> dict[str, object]:
@@ -62,16 +62,16 @@ class Merged:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a merged model is from the tuned one, over target tokens of held-out rows."""
+    """The difference between a merged model and the tuned one, over target tokens of held-out rows."""
 
-    kl: float  # of the tuned model's distributions from the merged one's, nats per token
-    agreement: float  # share of tokens that both think most likely
+    kl: float  # KL divergence from the merged model's distributions to the tuned one's, nats per token
+    agreement: float  # share of tokens where both have the same most likely token
     loss_before: float
     loss_after: float
     tokens: int
 
     def text(self) -> str:
-        """In one line."""
+        """For a message, in one line."""
         return (
             f"over {self.tokens:,} held-out tokens: KL {self.kl:.2e} nats, top-1 agreement {self.agreement:.1%}, "
             f"loss {self.loss_before:.4f} before and {self.loss_after:.4f} after"
@@ -88,17 +88,18 @@ def merge(
     requantize: bool = False,
     model: str | Path | None = None,
 ) -> Merged:
-    """Write a run's model as a plain one. A quantized base is made plain first, with the values that it was tuned on.
+    """Write a run's model as a plain one. A quantized base model is first dequantized, to the values of its tuning.
 
     Args:
         run: a finished run.
-        output: a folder that is not there yet, or is empty.
-        dtype: of its weights: auto (as the base's are stored), fp32, bf16 or fp16.
-        force: write it though its logits have drifted from the tuned model's.
-        onto: for a run on a quantized base: `original`, or a folder, whose weights take the place of those that the
-            run was tuned on. The drift is measured; needs `force`.
-        requantize: quantize the merged model again, as the run's base was. The drift is measured; needs `force`.
-        model: where the run's base lies now, if it was moved.
+        output: a new or empty folder.
+        dtype: of the weights: auto (as those of the base model are stored), fp32, bf16 or fp16.
+        force: write the model even if its logits differ from the tuned model's.
+        onto: for a run on a quantized base model: `original`, or a folder, whose weights replace those that the run
+            was tuned on. The difference is measured; needs `force`.
+        requantize: quantize the merged model again, as the run's base model was. The difference is measured; needs
+            `force`.
+        model: where the run's base model is now, if it was moved.
 
     Raises:
         RunFolderError: the run is not finished, its method cannot be merged, or the folder is not empty.
@@ -136,8 +137,8 @@ class _Request:
             raise RunFolderError("--onto and --requantize are for runs on a quantized base model", fix="leave them out")
         if self.requantize and towers.of(Path(config.model)) is not None:
             raise RunFolderError(
-                "--requantize: this run tuned the language model of one that takes images too",
-                fix="merge it without, and quantize the whole model by transformers when it is loaded",
+                "--requantize: this run tuned the language model of a model that also takes images",
+                fix="merge without it, and let transformers quantize the whole model when it is loaded",
             )
         if onto is not None and self.requantize:
             raise RunFolderError("--onto and --requantize do not go together", fix="leave one of them out")
@@ -171,8 +172,8 @@ def _merge(request: _Request, tuned: Tuned, dtype: str) -> Merged:
     drift = _drift(request, tuned, _as_written(request, plain)) if request.other_weights else None
     if drift is not None and not request.force:
         raise RunFolderError(
-            f"these are other weights than the run was tuned on: {drift.text()}",
-            fix="leave out --onto and --requantize, which merges exactly; --force writes it all the same",
+            f"the run was tuned on other weights: {drift.text()}",
+            fix="leave out --onto and --requantize, which merges exactly; --force writes it anyway",
         )
     plain = plain.to(DTYPES[dtype])
     with whole_folder(request.target) as place:
@@ -221,15 +222,15 @@ def _write(request: _Request, model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(str(folder), safe_serialization=True)
 
 
-MOST_ROWS = 50  # held-out rows that a drift is measured on
+MOST_ROWS = 50  # held-out rows that a difference is measured on
 
 
 @torch.no_grad()
 def _drift(request: _Request, tuned: Tuned, other: nn.Module) -> Drift:
-    """The distributions of both models over the run's own held-out rows.
+    """The difference of both models over the run's own held-out rows.
 
     Raises:
-        RunFolderError: the run has none, or its data is gone.
+        RunFolderError: the run has none, or its data is missing.
     """
     config, folder = request.config, request.run
     limit = int(config.max_length)
@@ -237,10 +238,10 @@ def _drift(request: _Request, tuned: Tuned, other: nn.Module) -> Drift:
         rows = datachecks.read(config, folder.tokenizer, tuned.tokenizer, limit=limit, vocabulary=1 << 30).held_out
     except FituneError as error:
         raise RunFolderError(
-            "the run's data cannot be read, so no drift can be measured", received=error.what
+            "the run's data cannot be read, so the difference cannot be measured", received=error.what
         ) from None
     if not len(rows):
-        raise RunFolderError("this run holds no rows out, so no drift can be measured")
+        raise RunFolderError("this run holds no rows out, so the difference cannot be measured")
     batches = list(in_order([rows[n] for n in range(min(len(rows), MOST_ROWS))], 1))
     kl, agree, losses, tokens = 0.0, 0, [0.0, 0.0], 0
     for batch in batches:
@@ -256,14 +257,14 @@ def _drift(request: _Request, tuned: Tuned, other: nn.Module) -> Drift:
     return Drift(kl / tokens, agree / tokens, losses[0] / tokens, losses[1] / tokens, tokens)
 
 
-DRIFT = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}  # of the largest logit, as written
+DRIFT = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}  # allowed in the written model, relative to the largest logit
 
 
 def merge_drift(error: float, rounding: float, dtype: str) -> Finding:
-    """A merged model gives the tuned model's logits: in float32 nearly exactly, rounded to 16 bits nearly so."""
+    """A merged model gives the tuned model's logits: nearly exactly in float32, with a small error in 16 bits."""
     text = f"logits are off by {error:.1e} through merging, by {rounding:.1e} as written in {dtype}"
     if error > DRIFT["fp32"] or rounding > DRIFT[dtype]:
-        return Finding("merge-drift", "refuse", text, "--dtype fp32; --force writes it all the same")
+        return Finding("merge-drift", "refuse", text, "--dtype fp32; --force writes it anyway")
     return Finding("merge-drift", "ok", text)
 
 
@@ -271,8 +272,8 @@ def merged(model: nn.Module, family: Family, config: RunConfig) -> PreTrainedMod
     """The plain model.
 
     Args:
-        model: with its method on it; its base is changed.
-        family: its family.
+        model: with its method attached; its base model is changed.
+        family: of the model.
         config: the run's settings.
 
     Raises:
@@ -297,10 +298,10 @@ def merged(model: nn.Module, family: Family, config: RunConfig) -> PreTrainedMod
 
 
 def _probe(encoder: Encoder) -> Tensor:
-    """(1, T): a few words in two languages, framed as the run frames them."""
+    """(1, T): short texts in two languages, in the run's template."""
     try:
         ids = [i for text in PROBE for i in encoder.prompt([Message("user", text)])]
-    except FituneError:  # a template that wants tools: the words alone
+    except FituneError:  # a template that needs tools: the texts alone
         ids = [i for text in PROBE for i in encoder.tokenizer(text, add_special_tokens=False)["input_ids"]]
     return torch.tensor([ids[:256]])
 

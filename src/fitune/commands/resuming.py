@@ -1,7 +1,7 @@
-"""A run that goes on: from which checkpoint, and with what in it; and the best checkpoint, put back at the end.
+"""A run that is resumed: from which checkpoint, and what is restored; and the best checkpoint, restored at the end.
 
-In: a run folder. Out: weights, optimizer and random numbers put back, and what was found, as findings for the report.
-The newest checkpoint that is whole, is of this run, and fits steps.jsonl is taken; one of another run is refused.
+In: a run folder. Out: weights, optimizer and random numbers restored, and findings for the report. The newest
+checkpoint that is complete, is of this run, and fits steps.jsonl is taken; one of another run is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fitune.checks import guards, stepchecks
+from fitune.checks import guards, savedchecks, stepchecks
 from fitune.commands.check_log import CheckLog
 from fitune.core.config import RunConfig
 from fitune.core.errors import RunFolderError
@@ -51,10 +51,10 @@ def has_begun(run: RunFolder) -> bool:
 
 
 def pages_again(run: RunFolder) -> None:
-    """The pages of a finished run, where they are gone: all that they show is there.
+    """Write the pages of a finished run again, where they are missing.
 
     Raises:
-        RunFolderError: a folder lies in the place of one.
+        RunFolderError: there is a folder of that name.
     """
     for page in (run.report, run.plan_page):
         if page.is_dir():
@@ -66,7 +66,7 @@ def pages_again(run: RunFolder) -> None:
 
 
 def check_same_settings(run: RunFolder, config: RunConfig) -> None:
-    """Raises RunFolderError where a run was begun in this folder by another command.
+    """Raises RunFolderError where a run with other settings was begun in this folder.
 
     Args:
         run: that is not finished.
@@ -76,7 +76,7 @@ def check_same_settings(run: RunFolder, config: RunConfig) -> None:
     differing = [f"{name} {mine[name]} (the run has {stored[name]})" for name in mine if mine[name] != stored[name]]
     if differing:
         raise RunFolderError(
-            f"{run.path}: holds a run that is not finished, by other settings; nothing of yours is overwritten",
+            f"{run.path}: has an unfinished run with other settings; nothing is overwritten",
             received="; ".join(differing),
             fix="choose another --output, or go on with that run: "
             f"fitune train --resume --output {shlex.quote(str(run.path))}",
@@ -106,14 +106,14 @@ def check_same_inputs(run: RunFolder, data_sha256: Mapping[str, str], inputs: Ma
 
 
 def problem(run: RunFolder, path: Path) -> str:
-    """Why a checkpoint does not count; nothing, where it does.
+    """Why a checkpoint cannot be used; empty, where it can.
 
     Raises:
-        RunFolderError: it is whole, and of another run.
+        RunFolderError: it is complete, and of another run.
     """
     manifest = whole(path)
     if manifest is None:
-        return f"not whole (no matching {MANIFEST})"
+        return f"not complete (no matching {MANIFEST})"
     if manifest.get("run") != run.identity:
         raise _foreign(run, path, manifest.get("run"))
     if manifest.get("step", _number(path)) != _number(path):
@@ -145,14 +145,14 @@ def _foreign(run: RunFolder, path: Path, theirs: dict[str, str] | None) -> RunFo
 
 
 def newest(run: RunFolder, *, with_best: bool) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and of the newer ones why not.
+    """The checkpoint to go on from, and why each newer one is not used.
 
     Args:
         run: whose seal was checked.
         with_best: the run ends with its best weights, so that checkpoint must be there too.
 
     Raises:
-        RunFolderError: one is of another run, or whole ones are there and none fits a log that was changed.
+        RunFolderError: one is of another run; or steps.jsonl was changed, and no complete checkpoint fits it.
     """
     reasons: list[str] = []
     changed = False
@@ -179,13 +179,13 @@ def _best_problem(run: RunFolder, path: Path) -> str:
         return ""
     place = run.checkpoint(best)
     reason = problem(run, place)
-    return f"of no use: the best so far, {place.name}, is {reason}" if reason else ""
+    return f"not usable: the best so far, {place.name}, is {reason}" if reason else ""
 
 
 def restore(
     checks: CheckLog, parameters: Parameters, optimizer: torch.optim.Optimizer, *, with_best: bool
 ) -> Loaded | None:
-    """Put the newest checkpoint that fits back, and report it. None: there is none, the run starts anew.
+    """Restore the newest checkpoint that fits, and report it. None: there is none, the run starts anew.
 
     Args:
         checks: of the run, whose seal was checked.
@@ -193,16 +193,16 @@ def restore(
         with_best: as for `newest`.
 
     Raises:
-        RunFolderError, TrainingError: no checkpoint can be gone on from, and the run is not to start anew.
+        RunFolderError, TrainingError: no checkpoint can be used, and the run must not start anew.
     """
     run = checks.run
     path, reasons = newest(run, with_best=with_best)
-    checks.add(guards.partial_checkpoint(path, reasons))
+    checks.add(savedchecks.partial_checkpoint(path, reasons))
     if path is None:
-        checks.watch.say("no whole checkpoint yet: starting from the first step")
+        checks.watch.say("no complete checkpoint yet: starting from the first step")
         return None
     loaded = run.load(path)
-    checks.add(guards.resume_identity(loaded, parameters, len(run.read_steps())))
+    checks.add(savedchecks.resume_identity(loaded, parameters, len(run.read_steps())))
     put(loaded, parameters)
     optim.load_state(optimizer, parameters, loaded.optimizer, loaded.optimizer_scalars)
     same = restore_rng(loaded.rng)
@@ -220,14 +220,14 @@ def put(loaded: Loaded, parameters: Parameters) -> None:
 
 
 def _same_machine(run: RunFolder, parameters: Parameters, *, random: bool) -> Finding:
-    """Does the run go on where it began? Elsewhere it goes on, and its bits are others."""
+    """Is this the machine that the run began on? Elsewhere it goes on too, but its results may differ."""
     now = environment.describe(next(iter(parameters.values())).device)
     changed = environment.changes(run.read("environment"), now) if run.has("environment") else []
-    changed += [] if random else ["the random numbers of a GPU cannot be put back"]
+    changed += [] if random else ["the random numbers of a GPU cannot be restored"]
     if not changed:
         return Finding("resume-machine", "ok", "the same device and versions as at the start")
     text = (
-        f"not the machine that it began on: {'; '.join(changed)}; the losses may differ from those of an unbroken run"
+        f"another machine than at the start: {'; '.join(changed)}; the losses may differ from those of an unbroken run"
     )
     return Finding("resume-machine", "warn", text)
 
@@ -250,7 +250,7 @@ class Best:
 
 
 def back_to_best(checks: CheckLog, parameters: Parameters, best: Best) -> float | None:
-    """Put the weights with the best held-out loss back; that loss, measured again.
+    """Restore the weights with the best held-out loss; that loss, measured again.
 
     Args:
         checks: of the run.
@@ -259,13 +259,13 @@ def back_to_best(checks: CheckLog, parameters: Parameters, best: Best) -> float 
 
     Raises:
         RunFolderError: the checkpoint is damaged, or of another run.
-        TrainingError: its loss is another than it was.
+        TrainingError: its loss differs from the one that was measured before.
     """
     run = checks.run
     path = run.checkpoint(best.step)
     if reason := problem(run, path):
         raise RunFolderError(
-            f"{path}: the best checkpoint, which is to be the result, is {reason}",
+            f"{path}: the best checkpoint, which would be the result, is {reason}",
             fix=f"fitune train --resume --output {shlex.quote(str(run.path))}: goes on from a checkpoint before it, or "
             "from the start, and makes it again",
         )
@@ -277,7 +277,7 @@ def back_to_best(checks: CheckLog, parameters: Parameters, best: Best) -> float 
 
 
 def best_reloaded(best: Best, again: float | None) -> Finding:
-    """The best weights, read back from the disk, have the held-out loss that they were chosen for."""
+    """The best weights, read from the disk, have the held-out loss that they were chosen for."""
     step, loss = best.step, best.loss
     if again == loss:
         return Finding("best-reloaded", "ok", f"step {step}, read back: the same held-out loss, {loss:.6f}")

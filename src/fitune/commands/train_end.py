@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from fitune.checks import guards
+from fitune.checks import guards, savedchecks
 from fitune.commands.active_run import ActiveRun
 from fitune.core.records import Conversation
 from fitune.core.results import Answered, Result
@@ -34,7 +34,7 @@ def finish(active: ActiveRun, held_out_loss: float | None) -> Result:
     run, job = active.folder, active.job
     run.save_adapter(partial(adapters.save, job.tuned.model))
     probe = guards.probe(job.loader.samples)
-    active.checks.add(guards.saved_complete(job.tuned.model, run.adapter, probe, job.layout))
+    active.checks.add(savedchecks.saved_complete(job.tuned.model, run.adapter, probe, job.layout))
     _write_answers(active)
     result = _result(active, held_out_loss)
     handed = handover.of_run(run.adapter, causal_lm(job.tuned.model), job.tuned.tokenizer, job.tuned.template)
