@@ -21,7 +21,7 @@ Layout = Literal["flat", "padded", "documents"]  # how the documents of a batch 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a row stands: the file, and the line that the row starts on (from 1)."""
+    """The place of a row: the file, and the line that the row starts on (from 1)."""
 
     file: str
     line: int
@@ -131,7 +131,7 @@ class Sample:
         return len(self.ids)
 
     def part(self, where: slice) -> Sample:
-        """A part of it, as a sample to try things on."""
+        """A part of it, as a sample for checks."""
         weights = None if self.weights is None else self.weights[where]
         return replace(self, ids=self.ids[where], mask=self.mask[where].copy(), weights=weights)
 
@@ -179,8 +179,8 @@ class StepRecord:
     held_out_loss: float | None = None
     applied: bool = True  # False: loss or gradient was not finite, and no weight changed
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no word for what is not finite: null."""
+    def as_dict(self) -> dict[str, object]:
+        """For JSON; a number that is not finite is null there."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
     @classmethod
@@ -192,7 +192,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a preflight rule found. level: ok, fixed, warn or refuse."""
+    """What a check found. level: ok, fixed (the run was changed so that it passes), warn or refuse."""
 
     rule: str
     level: Literal["ok", "fixed", "warn", "refuse"]
@@ -211,7 +211,7 @@ class Kept:
     bytes: int
     note: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 
@@ -230,7 +230,7 @@ class LengthChoice:
 
 @dataclass
 class DataReport:
-    """What became of the rows between the files and the batches."""
+    """What happened to the rows between the files and the batches."""
 
     rows: int = 0
     kept: int = 0  # rows that are trained
@@ -243,12 +243,12 @@ class DataReport:
     formats: dict[str, int] = field(default_factory=dict)
     bad_reasons: dict[str, int] = field(default_factory=dict)  # why rows were skipped
     bad_first: dict[str, str] = field(default_factory=dict)  # of each reason, where it was met first: file:line:field
-    taken: dict[str, int] = field(default_factory=dict)  # how rows were understood beside their conversation
+    taken: dict[str, int] = field(default_factory=dict)  # how rows were read beside their conversation
     skipped: list[str] = field(default_factory=list)  # the first bad rows that skip_bad left out: file:line:field: what
     unused_columns: dict[str, int] = field(default_factory=dict)
     unfilled_slots: dict[str, int] = field(default_factory=dict)  # {{name}} that `fill` does not know: in how many rows
     files: dict[str, int] = field(default_factory=dict)  # usable rows in each file, before `take` and `weight`
-    notes: list[str] = field(default_factory=list)  # what else a user should know of the sources
+    notes: list[str] = field(default_factory=list)  # what else a user should know about the sources
     tokens: int = 0
     trained_tokens: int = 0
     max_length: int = 0
@@ -259,13 +259,13 @@ class DataReport:
     length_choices: list[LengthChoice] = field(default_factory=list)
 
     def cost(self) -> str:
-        """What it costs that answers of a conversation are samples of their own; nothing where they are not."""
+        """The cost of one sample per answer of a conversation; empty where a conversation is one sample."""
         return f"{self.repeated:,} tokens of prompts repeated ({self.more():.0%} more)" if self.repeated else ""
 
     def more(self) -> float:
         """The repeated tokens as a share of what one pass over each conversation would have."""
         return self.repeated / max(1, self.tokens - self.repeated)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)

@@ -108,8 +108,8 @@ def reply(
     prompts = [tuned.encoder.prompt(messages)]
     count = before.count if before else 0
     row = _generate(tuned, prompts, sampling or Sampling(), on_text=on_text, base=base, virtual_tokens=count)[0]
-    said = row[: next((n for n, i in enumerate(row) if i in tuned.encoder.stop_ids), len(row))]
-    return _text(tuned, row), tuned.template.read_answer(str(tuned.tokenizer.decode(said)))
+    answered = row[: next((n for n, i in enumerate(row) if i in tuned.encoder.stop_ids), len(row))]
+    return _text(tuned, row), tuned.template.read_answer(str(tuned.tokenizer.decode(answered)))
 
 
 @torch.no_grad()
@@ -220,10 +220,10 @@ def read(tuned: Tuned, question: Conversation, text: str) -> Message:
         text: the answer, as `answers` gives it.
     """
     found = tuned.template.read_answer(text)
-    thought, said = (found.thought, found.content) if found.thought else thoughts.split(found.content)
+    thought, content = (found.thought, found.content) if found.thought else thoughts.split(found.content)
     if not any(kind.close in text for kind in thoughts.KINDS):
-        thought, said = _unclosed(tuned, question, said)
-    return Message("assistant", said, thought=thought)
+        thought, content = _unclosed(tuned, question, content)
+    return Message("assistant", content, thought=thought)
 
 
 def _unclosed(tuned: Tuned, question: Conversation, text: str) -> tuple[str, str]:

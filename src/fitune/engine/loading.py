@@ -1,4 +1,4 @@
-"""A run folder, or a model folder, to something that can be talked to.
+"""A run folder, or a model folder, to a model that answers.
 
 In: a path. Out: Tuned, with the run's own template and stop tokens.
 """
@@ -142,7 +142,7 @@ def base_of(run: RunFolder, config: RunConfig, model: str | Path | None = None) 
 
     Raises:
         ModelError: it is not there.
-        RunFolderError: what lies there is another model.
+        RunFolderError: that folder has another model.
     """
     if model is None and not Path(config.model).is_dir():
         raise RunFolderError(
@@ -165,7 +165,7 @@ def base_of(run: RunFolder, config: RunConfig, model: str | Path | None = None) 
                 f"{folder}: {changed if model is None else f'not the base model of the run {run.path}'}",
                 received=_digests(known[name], mine),
                 expected=_digests(mine, known[name]),
-                fix="restore it, or give the folder that the run was trained on, wherever it lies now: --model FOLDER",
+                fix="restore it, or say where the folder that the run was trained on is now: --model FOLDER",
             )
     return config.model if model is None else str(folder.resolve())
 

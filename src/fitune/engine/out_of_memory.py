@@ -1,6 +1,6 @@
 """Work that runs out of memory: noticed, and done again with less at once.
 
-In: a piece of work. Out: its result, or an OutOfMemory that says what the allocator said. An error is turned into a
+In: a piece of work. Out: its result, or an OutOfMemory with the allocator's message. An error is turned into a
 value at once: as an exception it would keep the tensors of its frames alive.
 """
 

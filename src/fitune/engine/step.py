@@ -240,7 +240,7 @@ def training_step(
 
 @dataclass(frozen=True)
 class Made:
-    """The first half of a step. total: the sum of its losses, a float64 scalar that still lies on the model's device:
+    """The first half of a step. total: the sum of its losses, a float64 scalar that is still on the model's device:
     nothing waits for it before the step's end. weight: what it is divided by. tokens, targets: of all rows."""
 
     total: Tensor
