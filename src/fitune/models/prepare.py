@@ -65,4 +65,4 @@ def checkpoint_blocks(model: nn.Module, family: Family, every: bool | int) -> No
     settings = {"use_reentrant": False, "context_fn": partial(recomputed, inner)}
     inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     for number, block in enumerate(family.block_list(inner)):
-        block.gradient_checkpointing = (number + 1) % int(every) == 0  # type: ignore[assignment]
+        block.gradient_checkpointing = (number + 1) % int(every) == 0  # type: ignore[assignment]  # an attribute that torch takes for a tensor or a module

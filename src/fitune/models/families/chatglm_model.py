@@ -165,7 +165,8 @@ class SelfAttention(nn.Module):
             if before is not None:
                 keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
             outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)[:, :, :own])
-        return self.dense(torch.cat(outputs, dim=2).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        out: Tensor = self.dense(torch.cat(outputs, dim=2).transpose(1, 2).flatten(2))
+        return out
 
 
 class MLP(nn.Module):
@@ -182,7 +183,7 @@ class MLP(nn.Module):
         return out
 
 
-class GLMBlock(GradientCheckpointingLayer):  # type: ignore[misc]
+class GLMBlock(GradientCheckpointingLayer):  # type: ignore[misc]  # transformers has no types
     """(B, T, W) to (B, T, W)."""
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
@@ -201,7 +202,7 @@ class GLMBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         return out
 
 
-class ChatGLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class ChatGLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]  # transformers has no types
     """What transformers must know."""
 
     config_class = ChatGLMConfig
@@ -241,7 +242,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """See PreTrainedModel."""
-        self.word_embeddings = value  # type: ignore[assignment]
+        self.word_embeddings = value  # type: ignore[assignment]  # PEFT puts other kinds of layers there
         value.register_forward_hook(self._see)
 
     def positions(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -341,7 +342,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(x), past_key_values=past_key_values)
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers has no types
     """Ids to logits; generates."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
@@ -358,7 +359,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin): 
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """See PreTrainedModel."""
-        self.lm_head = value  # type: ignore[assignment]
+        self.lm_head = value  # type: ignore[assignment]  # PEFT puts other kinds of layers there
 
     def forward(
         self,

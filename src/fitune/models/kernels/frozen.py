@@ -75,7 +75,8 @@ class StoredConv1D(Frozen, Conv1D):  # type: ignore[misc]  # transformers has no
 
     def forward(self, x: Tensor) -> Tensor:
         """See StoredLinear."""
-        return Conv1D.forward(self, x) if self.weight.requires_grad else Frozen.forward(self, x)  # type: ignore[no-any-return]
+        plain: Tensor = Conv1D.forward(self, x) if self.weight.requires_grad else Frozen.forward(self, x)
+        return plain
 
 
 def keep_stored(model: nn.Module, compute: torch.dtype) -> None:
@@ -84,10 +85,10 @@ def keep_stored(model: nn.Module, compute: torch.dtype) -> None:
     for module in model.modules():
         if type(module) in (nn.Linear, Conv1D) and module.weight.dtype != compute:
             module.__class__ = StoredLinear if type(module) is nn.Linear else StoredConv1D
-            module.compute = compute  # type: ignore[assignment]
+            module.compute = compute  # type: ignore[assignment]  # an attribute that torch takes for a tensor or a module
         elif isinstance(module, nn.Embedding):
             if module.weight.dtype != compute and not getattr(module, "casts", False):
-                module.casts = True  # type: ignore[assignment]
+                module.casts = True  # type: ignore[assignment]  # an attribute that torch takes for a tensor or a module
                 module.register_forward_hook(lambda m, inputs, output: output.to(compute))
         elif not isinstance(module, Frozen):
             for parameter in module.parameters(recurse=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError, did_you_mean
 from fitune.models.families import Family
-from fitune.models.interfaces import CausalLM
+from fitune.models.interfaces import CausalLM, Layer
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer, quantized or not."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    rows, columns = module.weight.shape  # type: ignore[misc]
-    return rows, columns  # type: ignore[has-type]
+    rows, columns = cast(Layer, module).weight.shape
+    return rows, columns
 
 
 def linear_names(model: CausalLM) -> list[str]:

@@ -41,12 +41,12 @@ class Other(Method):
     same_at_start = False  # not promised: it is PEFT's to say
 
     def __init__(self, kind: str) -> None:
-        self.name = f"{START}{kind}"  # type: ignore[misc]
+        self.name = f"{START}{kind}"  # type: ignore[misc]  # a class variable of the other methods
         self.kind = kind
 
     def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
-        maker = PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]  # type: ignore[index]
+        maker = PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]  # type: ignore[index]  # its keys are an enum of texts
         given = dict(config.peft)
         wanted = given.get("target_modules", "auto")
         if wanted == "auto" and self.kind in OWN_TARGETS:
@@ -83,7 +83,7 @@ class Other(Method):
         """The settings must be those of PEFT's config, and the type one that plain training steps are enough for."""
         if self.kind in NEEDS_MORE:
             raise ConfigError(f"{self.name} needs more than plain training steps: {NEEDS_MORE[self.kind]}")
-        known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]).parameters  # type: ignore[index]
+        known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]).parameters  # type: ignore[index]  # its keys are an enum of texts
         for name in config.peft:
             if name not in known:
                 raise ConfigError(f"peft.{name}: {self.kind} has no such setting", fix=did_you_mean(name, known))

@@ -169,7 +169,7 @@ def _width(model: CausalLM) -> int:
 
 
 def _device(model: CausalLM) -> torch.device:
-    return next(model.parameters()).device  # type: ignore[no-any-return]
+    return next(model.parameters()).device
 
 
 METHOD = Tail()

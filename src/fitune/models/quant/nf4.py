@@ -77,7 +77,8 @@ def by_kernel(layer: Any, dtype: torch.dtype, shape: torch.Size | None = None) -
     """bitsandbytes' kernel, as it calls it, or on the same weights in another shape; no float32 copy is made."""
     state = copy(layer.weight.quant_state)
     state.dtype, state.shape = dtype, shape or state.shape
-    return bnb.functional.dequantize_4bit(layer.weight.data, state)  # type: ignore[no-any-return]
+    weight: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, state)
+    return weight
 
 
 def by_blocks(layer: Any, dtype: torch.dtype) -> Tensor:
@@ -159,7 +160,8 @@ class Nf4Linear(Frozen, bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbyte
 
     def fused_product(self, x: Tensor) -> Tensor:
         """bitsandbytes' product."""
-        return bnb.matmul_4bit(x, self.weight.t(), quant_state=self.weight.quant_state)  # type: ignore[no-any-return]
+        product: Tensor = bnb.matmul_4bit(x, self.weight.t(), quant_state=self.weight.quant_state)
+        return product
 
 
 def _empty_state(shape: torch.Size, blocks: int, options: QuantOptions) -> QuantState:

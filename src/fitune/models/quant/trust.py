@@ -54,7 +54,8 @@ def check(layers: Iterable[Any], dtype: torch.dtype) -> list[Fault]:
 def plain(layer: Any, dtype: torch.dtype) -> Tensor:
     """The weight of a layer, by a way that was found right; the first, where there are no values to try them on."""
     if layer.weight.device.type == "meta" or hasattr(layer.weight, "meta"):  # the latter: a shadow of a plan
-        return layer.ways()[0][1](layer, dtype)  # type: ignore[no-any-return]
+        first: Way = layer.ways()[0][1]
+        return first(layer, dtype)
     if key(layer, dtype) not in _ways:
         _tried_weight(layer, dtype)
     return _ways[key(layer, dtype)](layer, dtype)

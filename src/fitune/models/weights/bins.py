@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -62,6 +62,10 @@ class _Storage:
     dtype: torch.dtype
     key: str
     count: int
+
+
+Stack = list[object]  # of the pickle: texts, numbers, containers, and the symbols above
+T = TypeVar("T")
 
 
 class _Mark:
@@ -112,13 +116,13 @@ class Bin:
         for info in archive.infolist():
             name = info.filename
             if name in entries:
-                raise self._bad(f"the entry {_told(name)} is there twice")
+                raise self._bad(f"the entry {_brief(name)} is there twice")
             if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-                raise self._bad(f"an entry that leads out of the file: {_told(name)}")
+                raise self._bad(f"an entry that leads out of the file: {_brief(name)}")
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-                raise self._bad(f"the entry {_told(name)} is compressed or encrypted, which torch never does")
+                raise self._bad(f"the entry {_brief(name)} is compressed or encrypted, which torch never does")
             if info.header_offset + info.file_size > size:
-                raise self._bad(f"the entry {_told(name)} is longer than the file")
+                raise self._bad(f"the entry {_brief(name)} is longer than the file")
             entries[name] = info
         return entries
 
@@ -128,10 +132,10 @@ class Bin:
 
     # ---- the pickle ----
 
-    def _walk(self, data: bytes) -> Any:
+    def _walk(self, data: bytes) -> object:
         """What the pickle describes, made of our own symbols."""
-        stack: list[Any] = []
-        memo: dict[int, Any] = {}
+        stack: Stack = []
+        memo: dict[int, object] = {}
         try:
             for opcode, argument, _ in pickletools.genops(data):
                 if opcode.name == "STOP":
@@ -156,88 +160,88 @@ class Bin:
     def _name(self, module: object, name: object) -> _Symbol:
         known = KNOWN.get((str(module), str(name)))
         if known is None:
-            raise self._bad(f"its pickle names {_told(f'{module}.{name}')}, which no state dict needs")
+            raise self._bad(f"its pickle names {_brief(f'{module}.{name}')}, which no state dict needs")
         return _Symbol(known)
 
-    def _op_global(self, stack: list[Any], memo: dict[int, Any], argument: str) -> None:
+    def _op_global(self, stack: Stack, memo: dict[int, object], argument: str) -> None:
         module, _, name = argument.partition(" ")
         stack.append(self._name(module, name))
 
-    def _op_stack_global(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_stack_global(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         name, module = stack.pop(), stack.pop()
         stack.append(self._name(module, name))
 
-    def _op_mark(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_mark(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         stack.append(_Mark())
 
-    def _op_empty_dict(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_empty_dict(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         stack.append({})
 
-    def _op_empty_list(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_empty_list(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         stack.append([])
 
-    def _op_empty_tuple(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_empty_tuple(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         stack.append(())
 
-    def _op_tuple(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_tuple(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         stack.append(tuple(_group(stack)))
 
-    def _op_tuple1(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_tuple1(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         stack[-1:] = [(stack[-1],)]
 
-    def _op_tuple2(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_tuple2(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         stack[-2:] = [(stack[-2], stack[-1])]
 
-    def _op_tuple3(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_tuple3(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         stack[-3:] = [(stack[-3], stack[-2], stack[-1])]
 
-    def _op_append(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_append(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         value = stack.pop()
         self._a(list, stack[-1]).append(value)
 
-    def _op_appends(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_appends(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         values = _group(stack)
         self._a(list, stack[-1]).extend(values)
 
-    def _op_setitem(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_setitem(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         value, key = stack.pop(), stack.pop()
         self._a(dict, stack[-1])[self._key(key)] = value
 
-    def _op_setitems(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_setitems(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         values = _group(stack)
         for key, value in zip(values[::2], values[1::2], strict=True):
             self._a(dict, stack[-1])[self._key(key)] = value
 
-    def _op_binput(self, stack: list[Any], memo: dict[int, Any], argument: int) -> None:
+    def _op_binput(self, stack: Stack, memo: dict[int, object], argument: int) -> None:
         memo[argument] = stack[-1]
 
     _op_long_binput = _op_binput
 
-    def _op_memoize(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_memoize(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         memo[len(memo)] = stack[-1]
 
-    def _op_binget(self, stack: list[Any], memo: dict[int, Any], argument: int) -> None:
+    def _op_binget(self, stack: Stack, memo: dict[int, object], argument: int) -> None:
         stack.append(memo[argument])
 
     _op_long_binget = _op_binget
 
-    def _op_binpersid(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_binpersid(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         kind, storage, key, _, count = self._a(tuple, stack.pop())
         if kind != "storage" or not isinstance(storage, _Symbol) or storage.name not in STORAGES:
-            raise self._bad(f"a persistent id of another kind: {_told(kind)}")
+            raise self._bad(f"a persistent id of another kind: {_brief(kind)}")
         if not isinstance(key, str) or not key.isalnum():
-            raise self._bad(f"a storage called {_told(key)}")
+            raise self._bad(f"a storage called {_brief(key)}")
         stack.append(_Storage(STORAGES[storage.name], key, self._whole(count)))
 
-    def _op_build(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_build(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         state = stack.pop()  # an OrderedDict's own attributes: torch keeps versions of modules there
         if not isinstance(stack[-1], dict) or not isinstance(state, dict) or set(state) - {"_metadata"}:
             raise self._bad("its pickle sets attributes, which no state dict needs")
 
-    def _op_reduce(self, stack: list[Any], memo: dict[int, Any], argument: None) -> None:
+    def _op_reduce(self, stack: Stack, memo: dict[int, object], argument: None) -> None:
         values, what = self._a(tuple, stack.pop()), stack.pop()
         if not isinstance(what, _Symbol):
-            raise self._bad(f"its pickle calls {_told(what)}, which no state dict needs")
+            raise self._bad(f"its pickle calls {_brief(what)}, which no state dict needs")
         if what.name == ORDERED:
             if values not in ((), ([],)):
                 raise self._bad("an OrderedDict made of something")
@@ -249,25 +253,25 @@ class Bin:
         else:
             raise self._bad(f"its pickle calls {what.name}, which is a name only")
 
-    def _key(self, key: Any) -> str | int:
+    def _key(self, key: object) -> str | int:
         """Texts and numbers only: the hash of a tuple of tuples of tuples can take forever."""
         if not isinstance(key, (str, int)):
-            raise self._bad(f"its pickle has {_told(key)} for a key")
+            raise self._bad(f"its pickle has {_brief(key)} for a key")
         return key
 
-    def _a(self, kind: type, value: Any) -> Any:
+    def _a(self, kind: type[T], value: object) -> T:
         if not isinstance(value, kind):
-            raise self._bad(f"its pickle has {_told(value)} where {kind.__name__} is needed")
+            raise self._bad(f"its pickle has {_brief(value)} where {kind.__name__} is needed")
         return value
 
-    def _whole(self, value: Any) -> int:
+    def _whole(self, value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
-            raise self._bad(f"its pickle has {_told(value)} where a size is needed")
+            raise self._bad(f"its pickle has {_brief(value)} where a size is needed")
         return value
 
     # ---- tensors ----
 
-    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any) -> Place:
+    def _tensor(self, storage: object, offset: object, shape: object, stride: object) -> Place:
         storage = self._a(_Storage, storage)
         sizes = tuple(self._whole(n) for n in self._a(tuple, shape))
         steps = tuple(self._whole(n) for n in self._a(tuple, stride))
@@ -279,10 +283,11 @@ class Bin:
             raise self._bad(
                 f"the storage {storage.key} has {entry.file_size:,} bytes, its pickle says {storage.count * each:,}"
             )
-        last = self._whole(offset) + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+        begin = self._whole(offset)
+        last = begin + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
         if 0 not in sizes and last >= storage.count:
             raise self._bad(f"a tensor that goes beyond its storage {storage.key}")
-        return Place(storage.dtype, sizes, steps, self._start(entry) + offset * each)
+        return Place(storage.dtype, sizes, steps, self._start(entry) + begin * each)
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
         """Where an entry's bytes begin: behind its own header, whose length is told there."""
@@ -290,21 +295,21 @@ class Bin:
             stream.seek(entry.header_offset)
             head = stream.read(30)
         if head[:4] != b"PK\x03\x04":
-            raise self._bad(f"the entry {_told(entry.filename)} has no header")
+            raise self._bad(f"the entry {_brief(entry.filename)} has no header")
         name, extra = struct.unpack("<HH", head[26:30])
         start = entry.header_offset + 30 + int(name) + int(extra)
         if start + entry.file_size > self.file.stat().st_size:
-            raise self._bad(f"the entry {_told(entry.filename)} is longer than the file")
+            raise self._bad(f"the entry {_brief(entry.filename)} is longer than the file")
         return start
 
-    def _places(self, made: Any) -> dict[str, Place]:
+    def _places(self, made: object) -> dict[str, Place]:
         found: dict[str, Any] = self._a(dict, made)
         for name in WRAPPERS:
             if isinstance(found.get(name), dict) and not any(isinstance(value, Place) for value in found.values()):
                 found = found[name]
         wrong = [key for key, value in found.items() if not isinstance(key, str) or not isinstance(value, Place)]
         if wrong or not found:
-            raise self._bad(f"not a state dict: {_told(wrong[0]) if wrong else 'empty'}", expected="tensors by name")
+            raise self._bad(f"not a state dict: {_brief(wrong[0]) if wrong else 'empty'}", expected="tensors by name")
         return found
 
     def keys(self) -> list[str]:
@@ -331,16 +336,16 @@ VALUES = {
 NOTHING = {"PROTO", "FRAME"}
 
 
-def _told(value: Any) -> str:
+def _brief(value: object) -> str:
     """A text or a number in short; of anything else its kind, since what it holds may be endless."""
     if isinstance(value, (str, int, float)):
         return repr(value if len(str(value)[:81]) < 80 else f"{str(value)[:77]}...")
     return type(value).__name__.strip("_")
 
 
-def _group(stack: list[Any]) -> list[Any]:
+def _group(stack: Stack) -> list[object]:
     """Everything above the last mark, taken off."""
-    values: list[Any] = []
+    values: list[object] = []
     while not isinstance(stack[-1], _Mark):
         values.append(stack.pop())
     stack.pop()
