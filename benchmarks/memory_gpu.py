@@ -148,7 +148,7 @@ def matrix(*, quick: bool = False) -> list[Case]:
 
 def work_of(case: Case, precision: str) -> plan.Work:
     """Three steps of a configuration: rows of half the length, of the whole, of half again."""
-    shape = configs.shape_of(catalog.find(case.model).config)
+    shape = configs.config_of(catalog.find(case.model).config)
     how = {"precision": precision, "checkpointing": case.checkpointing, **METHODS[case.method]}
     config = build({"model": case.model, "data": ["-"], **how})
     ordinary, largest = (
@@ -440,7 +440,7 @@ def most_tokens(rows: int, cap: float) -> int:
 def tokens_at(cap: int, kind: Case) -> float:
     """About how many tokens a micro-batch has that meets a limit, by what blocks keep of each (memory/closed.py)."""
     entry = catalog.find(kind.model)
-    shape = configs.shape_of(entry.config)
+    shape = configs.config_of(entry.config)
     keys = shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads
     block = 4 * shape.hidden_size + 2 * keys + 3 * shape.intermediate_size
     blocks = 2 if kind.method == "freeze" else shape.num_hidden_layers

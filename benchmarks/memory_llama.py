@@ -26,7 +26,7 @@ from fitune.core.config import build
 from fitune.memory import device, plan, steps, trace
 from fitune.memory.cuda import Cuda
 from fitune.memory.trace import Building, Tracer
-from fitune.models.configs import shape_of
+from fitune.models.configs import config_of
 from fitune.models.kernels.target import Target
 
 # an Ampere GPU or newer; no multiprocessors: a plain script does not ask for deterministic kernels, which take more
@@ -38,7 +38,7 @@ MIB = 2**20
 
 def plain_trace(checkpointing: bool) -> int:
     """Bytes allocated at the peak of a plain loop, two steps, on a GPU."""
-    shape = shape_of(catalog.find("llama-3.2-1b").config)
+    shape = config_of(catalog.find("llama-3.2-1b").config)
     with Building(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules=["q_proj", "v_proj"]))
@@ -74,7 +74,7 @@ def plain_formula(checkpointing: bool) -> int:
     of attention in bf16 and its log-sum-exp in float32 (4 Q + 4 K + 4 heads), and of the MLP gate, act and up (6 M).
     The first block's input needs no gradient, so its first norm keeps nothing.
     """
-    shape = shape_of(catalog.find("llama-3.2-1b").config)
+    shape = config_of(catalog.find("llama-3.2-1b").config)
     width, inner, heads, layers = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads, 16
     queries, keys = heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     norm = 4 * width + 4
@@ -90,7 +90,7 @@ def plain_formula(checkpointing: bool) -> int:
 
 def own(checkpointing: bool) -> plan.Plan:
     """fitune's plan for the same work."""
-    shape = shape_of(catalog.find("llama-3.2-1b").config)
+    shape = config_of(catalog.find("llama-3.2-1b").config)
     how = {"method": "lora", "lora": {"rank": RANK, "targets": ["q_proj", "v_proj"]}, "precision": "bf16"}
     config = build({"model": "llama-3.2-1b", "data": ["-"], "checkpointing": checkpointing, **how})
     batch = steps.made_up(ROWS, LENGTH, shape.vocab_size)
@@ -100,7 +100,7 @@ def own(checkpointing: bool) -> plan.Plan:
 
 def eight_billion() -> dict[str, Any]:
     """Seconds of one plan of an 8B model after all imports, and the most memory that this process had."""
-    shape = shape_of(catalog.find("llama-3.1-8b").config)
+    shape = config_of(catalog.find("llama-3.1-8b").config)
     config = build({"model": "llama-3.1-8b", "data": ["-"], "method": "lora", "precision": "bf16", "quant": "nf4"})
     short, long = (steps.made_up(4, length, shape.vocab_size) for length in (160, 512))
     began = time.perf_counter()

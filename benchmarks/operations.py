@@ -25,7 +25,7 @@ from fitune.core import catalog
 from fitune.core.config import build
 from fitune.memory import plan, steps, trace
 from fitune.memory.cuda import Cuda
-from fitune.models.configs import shape_of
+from fitune.models.configs import config_of
 from fitune.models.kernels import placed
 from fitune.models.kernels.target import AMPERE
 
@@ -57,7 +57,7 @@ def count(name: str, tokens: int, documents: int, quant: str) -> dict[str, Any]:
     """Operations, copies and waits of a step with so many documents of the same length."""
     lora = {"rank": 16, "targets": "all-linear"}
     config = build({"model": name, "data": ["-"], "precision": "bf16", "quant": quant, "lora": lora})
-    shape = shape_of(catalog.find(name).config)
+    shape = config_of(catalog.find(name).config)
     batch = steps.made_up(documents, tokens // documents, shape.vocab_size)
     work = plan.Work(config, shape, [[batch], [batch]])
     model = plan.without_values(work)

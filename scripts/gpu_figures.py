@@ -50,14 +50,14 @@ class Bench:
         from fitune.core import catalog
         from fitune.core.config import build
         from fitune.engine import optim
-        from fitune.models.configs import shape_of
+        from fitune.models.configs import config_of
         from fitune.models.devices import pick_device
         from fitune.models.parts import trainable
 
         self.here, self.device, self.strict = here, pick_device(here.device), True
         name = model_for(self.device)
         self.of = f"{'tiny' if here.dry else name} {quant}"
-        self.shape = shape_of(catalog.find(name).config)
+        self.shape = config_of(catalog.find(name).config)
         if here.dry:
             self.shape.update(TINY)
         lora = {"rank": 16, "targets": "all-linear"}

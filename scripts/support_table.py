@@ -16,7 +16,7 @@ from fitune.core.config import build
 from fitune.core.errors import FituneError
 from fitune.core.options import quant_options
 from fitune.models import families, methods, quant
-from fitune.models.configs import shape_of, without_weights
+from fitune.models.configs import config_of, without_weights
 from fitune.models.methods import Quantized
 
 EVERYWHERE, PLAIN, NOT_YET = "✓", "16/32", "not yet"
@@ -65,7 +65,7 @@ def lines() -> Iterator[str]:
     yield "| | " + " | ".join(methods.TABLE) + " |"
     yield "|---|" + "---|" * len(methods.TABLE)
     for entry in smallest():
-        base = without_weights(shape_of(entry.config))
+        base = without_weights(config_of(entry.config))
         yield f"| {entry.name} | " + " | ".join(cell(method, base) for method in methods.TABLE.values()) + " |"
 
 

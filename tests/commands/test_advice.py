@@ -300,9 +300,9 @@ def test_at_least_two_hundred_combinations_are_looked_at() -> None:
 
 
 def build_shape(layers: int) -> Any:
-    from fitune.models.configs import shape_of
+    from fitune.models.configs import config_of
 
-    return shape_of(
+    return config_of(
         {
             "model_type": "llama", "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816,
             "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 4,

@@ -17,7 +17,7 @@ import fitune
 from fitune.checks import leak, modelchecks
 from fitune.cli import main as cli
 from fitune.commands.merge import merge
-from fitune.commands.methods import overview, shape_of, without_weights
+from fitune.commands.methods import config_of, overview, without_weights
 from fitune.commands.train import resume_config, train
 from fitune.core import catalog
 from fitune.core.config import build
@@ -64,7 +64,7 @@ def test_bloom_1b4_zh_trains_as_many_as_published(method: str, changes: dict, co
 
 
 def test_llama_32_1b_with_lora_on_q_and_v() -> None:
-    base = without_weights(shape_of(catalog.find("llama-3.2-1b").config))
+    base = without_weights(config_of(catalog.find("llama-3.2-1b").config))
     lora = methods.find("lora").count(base, families.of(base), config("lora"))
     total = lora + sum(p.numel() for p in base.parameters())
     assert (lora, total, f"{lora / total:.4%}") == (851_968, 1_236_666_368, "0.0689%")

@@ -15,7 +15,7 @@ from fitune.core.config import build
 from fitune.core.errors import ConfigError, ModelError
 from fitune.core.results import Overview
 from fitune.models import families, methods
-from fitune.models.configs import read_config, shape_of, without_weights
+from fitune.models.configs import config_of, read_config, without_weights
 from fitune.models.locate import locate
 from fitune.models.methods import other
 
@@ -30,7 +30,7 @@ def overview(model: str | None = None) -> list[Overview]:
         model: a name of the catalog; or a folder or hub id, of which only config.json is read; None: Llama-3.2-1B.
     """
     entry = catalog.get(model or EXAMPLE)
-    config = shape_of(entry.config) if entry is not None else read_config(locate(str(model), only=["config.json"]))
+    config = config_of(entry.config) if entry is not None else read_config(locate(str(model), only=["config.json"]))
     base = without_weights(config)
     total = sum(p.numel() for p in base.parameters())
     rows = [_row(method, base, total, {}) for method in methods.TABLE.values()]

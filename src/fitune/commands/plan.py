@@ -39,7 +39,7 @@ from fitune.memory import device as devices
 from fitune.memory import plan as plans
 from fitune.memory import steps, trace
 from fitune.models import adapters, methods, precision
-from fitune.models.configs import read_config, read_config_file, shape_of
+from fitune.models.configs import config_of, read_config, read_config_file
 from fitune.models.devices import pick_device
 from fitune.models.kernels.target import of
 from fitune.models.locate import locate
@@ -202,7 +202,7 @@ def shape_for(model: str) -> tuple[Any, Path | None, str]:
     entry = catalog.get(model)
     path = expand(model)
     if entry is not None and not path.exists():
-        return shape_of(entry.config), None, entry.name
+        return config_of(entry.config), None, entry.name
     if path.is_file():
         return read_config_file(path), None, path.absolute().parent.name if path.name == "config.json" else path.name
     folder = locate(model, only=("config.json",))

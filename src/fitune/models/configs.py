@@ -123,7 +123,7 @@ def read_config_file(path: Path) -> Any:
     _check_quantized(path.parent, values.get("quantization_config"))
     _check_numbers(path, values)
     try:
-        return shape_of(values)
+        return config_of(values)
     except ModelError as error:
         error.what = error.what.replace("config.json:", f"{path}:", 1)
         raise
@@ -159,7 +159,7 @@ def _nearest(kind: str) -> str:
     return f"take a model of a native family: nearest is {near!r}; or a version of this one in transformers' own layout"
 
 
-def shape_of(values: Mapping[str, Any]) -> Any:
+def config_of(values: Mapping[str, Any]) -> Any:
     """The config of a causal LM from the values of a config.json, without what names code; of a model that takes images
     too that of its language model.
 
