@@ -1,23 +1,40 @@
-# make demo       set up .venv, then fine-tune the bundled model and show what changed
-# make test       set up .venv, then lint, types, import floors and all tests (at most 8 minutes on 2 cores)
+# Every target sets up .venv first, if it is not there.
+#
+# make demo       fine-tune the bundled model and show what changed
+# make unit       the tests that start no process and train nothing (under a minute on 2 cores)
+# make test       lint, types and all tests but the whole product (at most 8 minutes on 2 cores)
 # make test-full  the whole product of methods, families and precisions, and results/test-full.json
+# make fmt        sort imports, fix what ruff can, format
+# make lint       ruff, the format, and which folder imports which
+# make types      mypy in strict mode
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 # One thread a process and one process a core: torch's threads fight each other otherwise.
 WORKERS ?= 2
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-full install clean
+.PHONY: demo unit test test-full fmt lint types install clean
 
 demo: install
 	$(BIN)/fitune demo
 
-test: install
+unit: install
+	$(TEST) -m "unit and not full"
+
+test: lint types
+	$(TEST)
+
+fmt: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(TEST)
+
+types: install
+	$(BIN)/mypy
 
 test-full: install
 	mkdir -p build

@@ -6,8 +6,9 @@ import atexit
 import json
 import os
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def _unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that is marked `unit` starts no process and computes no gradient: it fails where it tries to."""
+    if request.node.get_closest_marker("unit"):
+        monkeypatch.setattr(subprocess, "Popen", _refuse("starts a process"))
+        monkeypatch.setattr(torch.autograd, "backward", _refuse("computes a gradient"))
+
+
+def _refuse(deed: str) -> Callable[..., None]:
+    def refuse(*arguments: object, **named: object) -> None:
+        pytest.fail(f"this test is marked unit and {deed}")
+
+    return refuse
 
 
 @pytest.fixture(scope="session", autouse=True)

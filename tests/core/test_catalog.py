@@ -10,6 +10,8 @@ from fitune.core.errors import ModelError
 from fitune.models import families, methods
 from fitune.models.configs import config_of, without_weights
 
+pytestmark = pytest.mark.unit
+
 LISTED = (
     "llama-2-7b", "llama-3.1-8b", "llama-3.2-1b", "qwen2.5-7b", "qwen3-8b", "mistral-7b-v0.3", "gemma-2-9b", "phi-4",
     "glm-4-9b", "chatglm-6b", "chatglm2-6b", "chatglm3-6b", "bloom-7b1", "bloom-1b4-zh", "pythia-1.4b", "opt-6.7b",

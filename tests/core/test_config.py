@@ -7,6 +7,8 @@ import pytest
 from fitune.core.config import build, merge, parse_assignments, read_yaml
 from fitune.core.errors import ConfigError, Problems
 
+pytestmark = pytest.mark.unit
+
 
 def test_defaults_and_nested_values() -> None:
     config = build({"model": "m", "data": ["d"], "lora": {"rank": 4}})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fitune.core.records import Sample
 from fitune.data.batches import Loader, flat, in_order
+
+pytestmark = pytest.mark.unit
 
 
 def sample(ids: list[int], trained_from: int) -> Sample:

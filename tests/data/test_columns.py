@@ -14,6 +14,8 @@ from fitune.data.columns import propose
 from fitune.data.conversations import to_conversation, unused
 from fitune.data.rows import load
 
+pytestmark = pytest.mark.unit
+
 PLAIN = (Message("user", "Sky?"), Message("assistant", "Blue."))
 TALK = {"messages": [{"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Blue."}]}
 

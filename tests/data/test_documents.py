@@ -21,6 +21,8 @@ from fitune.data.encode import Encoder
 from fitune.data.templates import TABLE
 from support import tiny
 
+pytestmark = pytest.mark.unit
+
 BOS, EOS = 1, 2
 
 

@@ -21,6 +21,8 @@ from fitune.data.templates import TABLE, ChatTemplate, choose, from_dict
 from support import tiny
 from support.prepared import ROW, TURNS, prepared
 
+pytestmark = pytest.mark.unit
+
 # ChatGLM's need ids of their own: test_tokenizers.py
 NAMES = ["chat_template", *(name for name in TABLE if not name.startswith("chatglm"))]
 

@@ -15,6 +15,8 @@ from fitune.data.templates.base import as_json
 from fitune.data.templates.jinja import ChatTemplate
 from support import tiny
 
+pytestmark = pytest.mark.unit
+
 
 def test_the_rule_of_thumb_by_hand() -> None:
     # quartiles 10 and 10: nothing but 10 is inside, 10 x 1.5 = 15, rounded up to 16

@@ -29,6 +29,8 @@ from fitune.data.templates.sandbox import Runaway
 from fitune.models.configs import read_config_file
 from support import chat_templates, tiny
 
+pytestmark = pytest.mark.unit
+
 BASE = _compile_jinja_template("").environment
 BIG = "{% set ns = namespace(s='a') %}{% for i in range(20) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"  # a million
 TREE = "{% set ns = namespace(s=('a',), t=('b',)) %}{% for i in range(60) %}{% set ns.s = BOTH %}{% endfor %}"

@@ -18,6 +18,8 @@ from fitune.data import readers
 from fitune.data.readers import files, locate, read, read_rows
 from fitune.data.rows import load
 
+pytestmark = pytest.mark.unit
+
 ROWS = [{"prompt": "加 1 2", "completion": "3"}, {"prompt": 'say "hi",\nplease', "completion": "hi"}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 CSV = 'prompt,completion\n加 1 2,3\n"say ""hi"",\nplease",hi\n'

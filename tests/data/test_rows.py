@@ -19,6 +19,8 @@ from fitune.data.conversations import fill, to_conversation, unused
 from fitune.data.formats import FORMATS, NAMES, check
 from fitune.data.rows import load
 
+pytestmark = pytest.mark.unit
+
 
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")

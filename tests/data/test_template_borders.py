@@ -17,6 +17,8 @@ from fitune.data.templates.jinja import of_tokenizer
 from fitune.models import handover
 from support import chat_templates as kinds
 
+pytestmark = pytest.mark.unit
+
 SYSTEM, USER, ANSWER = Message("system", "Be brief."), Message("user", "Sky?"), Message("assistant", "Blue.")
 HELLO, MORE = Message("assistant", "Hello."), Message("assistant", "Or grey.")
 CALL = Message("assistant", "", tool_calls=(ToolCall("clock", '{"city": "Rome"}'),))

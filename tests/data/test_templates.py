@@ -23,6 +23,8 @@ from fitune.data.templates import TABLE, ChatTemplate, PieceTemplate, Template, 
 from fitune.data.templates.chatglm import TOOL_SYSTEM
 from support import tiny
 
+pytestmark = pytest.mark.unit
+
 SYSTEM, HI, HELLO = Message("system", "Be brief."), Message("user", "hi"), Message("assistant", "hello")
 BYE, SEE_YOU = Message("user", "bye"), Message("assistant", "see you")
 TALK = (HI, HELLO, BYE, SEE_YOU)

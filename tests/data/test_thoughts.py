@@ -13,6 +13,8 @@ from fitune.data.encode import Encoder
 from fitune.data.templates.jinja import of_tokenizer
 from support import chat_templates as kinds
 
+pytestmark = pytest.mark.unit
+
 ASKED, FIVE = Message("user", "2+3?"), Message("assistant", "Five.")
 THOUGHT = replace(FIVE, thought="Two and three.")
 INLINE = replace(FIVE, content="<think>\nTwo and three.\n</think>\n\nFive.")

@@ -13,6 +13,8 @@ from fitune.core.records import Conversation, DataReport, Message, Source, ToolC
 from fitune.data.conversations import to_conversation, unused
 from fitune.data.rows import load
 
+pytestmark = pytest.mark.unit
+
 USER, ANSWER = {"role": "user", "content": "Time?"}, {"role": "assistant", "content": "10:05"}
 SAID = Message("assistant", "10:05")
 TALK = [USER, ANSWER, USER, ANSWER]

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from fitune.memory.allocator import EMPTY_CACHE, Allocator, Event, OutOfBudget, Usage, replay, smallest_budget
 
+pytestmark = pytest.mark.unit
+
 KIB, MIB = 2**10, 2**20
 BOTH = pytest.mark.parametrize("expandable", [False, True])
 

@@ -1,7 +1,13 @@
-"""One contract for every method on every family: see each check's own text."""
+"""One contract for every method on every family, a test for each promise.
+
+The tests of one case share its model (support/contract.py): what holds at the start comes first, then two steps, then
+what holds of the trained model. pytest keeps the tests of a case together; a test that runs alone makes what it needs.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import product
@@ -16,16 +22,12 @@ from transformers import AutoModelForCausalLM
 from fitune.checks import leak, modelchecks
 from fitune.commands.merge import merged
 from fitune.core.errors import ConfigError, RunFolderError
-from fitune.data.batches import flat
-from fitune.engine import optim
-from fitune.engine.step import training_step
 from fitune.models import adapters, attached, families, methods
 from fitune.models import quant as quants
 from fitune.models.configs import without_weights
 from fitune.models.interfaces import causal_lm
 from fitune.models.load import load_model
-from fitune.models.parts import trainable
-from fitune.models.prepare import checkpoint_blocks, ready
+from fitune.models.prepare import checkpoint_blocks
 from support import tiny
 from support.contract import (
     IDS,
@@ -33,6 +35,8 @@ from support.contract import (
     QUICK,
     REFUSED,
     VARIANTS,
+    Case,
+    State,
     apart,
     config_for,
     folder_of,
@@ -57,15 +61,180 @@ NOT_QUANTIZED = {
 
 
 def cases() -> Iterator[Any]:
-    """Every combination; the quick run has one of each kind. Two layers of 16 bits are not tried with int8: the path is
-    nf4's."""
+    """Every combination that the tables above do not refuse; the quick run has one of each kind. Two layers of 16 bits
+    are not tried with int8: the path is nf4's."""
+    for case, quick in combinations():
+        if not refusal(case):
+            yield pytest.param(case, id=str(case), marks=[] if quick else pytest.mark.full)
+
+
+def refused() -> Iterator[Any]:
+    """Those that the tables refuse, and those where the model decides."""
+    for case, quick in combinations():
+        if refusal(case) or (case.quant != "none" and case.variant == "freeze-tensors"):
+            yield pytest.param(case, id=str(case), marks=[] if quick else pytest.mark.full)
+
+
+def combinations() -> Iterator[tuple[Case, bool]]:
+    whole = os.environ.get("FITUNE_TESTS") == "full"  # `make test-full`; else these would only be collected
     for variant, kind in product(VARIANTS, KINDS):
         for precision, quant in (("fp32", "none"), *QUICK):
             plain = (precision, quant) == ("fp32", "none") and (kind not in LATER or variant in FEW)
             quick = plain or kind in QUICK.get((precision, quant), ())
-            name = f"{variant}-{kind}-{precision}" + (f"-{quant}" if quant != "none" else "")
-            marks = [] if quick else pytest.mark.full
-            yield pytest.param(variant, kind, precision, quant, id=name, marks=marks)
+            if quick or whole:
+                yield Case(variant, kind, precision, quant), quick
+
+
+def refusal(case: Case) -> str | None:
+    """Why it is refused, by the tables."""
+    if case.quant != "none":
+        reason = NOT_QUANTIZED.get((case.variant, case.quant), NOT_QUANTIZED.get((case.variant, "any")))
+        if reason is not None:
+            return reason
+    return REFUSED.get((case.variant, case.kind))
+
+
+@pytest.fixture(scope="module")
+def state(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
+    """The model of a case, made once for its tests."""
+    case: Case = request.param
+    reason = quant_problem(case)
+    if reason is not None:  # what the last tensors are differs: in some models norms, which may be trained
+        assert case.variant == "freeze-tensors", reason
+        pytest.skip(f"refused: {reason}")
+    folder = tmp_path_factory.mktemp("contract")
+    yield State(case, folder)
+    shutil.rmtree(folder)
+
+
+every_case = pytest.mark.parametrize("state", list(cases()), indirect=True)
+merged_cases = pytest.mark.parametrize(
+    "state", [case for case in cases() if case.values[0].precision == "fp32"], indirect=True
+)
+
+
+@pytest.mark.parametrize("case", list(refused()))
+def test_what_is_refused_is_refused_with_its_reason(case: Case) -> None:
+    reason = quant_problem(case)
+    if case.variant == "freeze-tensors" and case.quant != "none":
+        assert reason is None or "those have no gradient" in reason
+    elif reason is not None:
+        assert str(refusal(case)) in reason
+    else:
+        with pytest.raises(ConfigError, match=REFUSED[case.variant, case.kind]):
+            State(case).start()
+
+
+@every_case
+def test_counts(state: State) -> None:
+    """What is trained is, by name and size, the closed form, and float32."""
+    found = modelchecks.trainable_set(state.start(), state.expected)
+    assert found.level == "ok", found.text
+
+
+@every_case
+def test_zero_change_at_start(state: State) -> None:
+    """Nothing changes at the start where that is promised."""
+    model = state.start()
+    if state.method.same_at_start:
+        exact = 0.0 if state.case.precision == "fp32" else state.close
+        limit = max(state.close, 1e-5) if "pissa" in state.case.variant else exact
+        assert apart(logits(model), state.before, state.case.precision) <= limit
+
+
+@every_case
+def test_flat_is_separate(state: State) -> None:
+    """A flat batch is the same as separate documents, in the method's own forward."""
+    two = [s for s in samples() if len(s) > 1]
+    layout, finding = leak.packing_leak(state.start(), two, "flat")
+    assert layout == "flat", finding.text
+    documents_are_apart(state.start(), state.case.precision)
+
+
+@every_case
+def test_gradients(state: State) -> None:
+    """A finite gradient reaches every trainable tensor, and the same one with checkpointing."""
+    model = state.start()
+    plain = gradients(model)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in plain.values())
+    checkpoint_blocks(model, state.family, True)
+    for name, gradient in gradients(model).items():
+        size = max(float(plain[name].abs().max()), 1e-6)
+        limit = 1e-6 if state.case.precision == "fp32" else state.close
+        assert (gradient - plain[name]).abs().max() <= limit * size, name
+
+
+@every_case
+def test_two_steps_change_what_is_trained_and_nothing_else(state: State) -> None:
+    """Every trainable tensor has changed, and every frozen one is bit-identical; documents stay apart."""
+    model = state.trained()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, state.tensors[name]) != parameter.requires_grad, name
+    assert (state.after - state.before).abs().max() > 1e-3
+    documents_are_apart(model, state.case.precision)
+
+
+@every_case
+def test_saved_is_loaded(state: State) -> None:
+    """What is saved and loaded again has the same logits, and turned off it is the base; PEFT loads what it knows."""
+    loaded, case = state.loaded(), state.case
+    assert all(path.suffix in (".safetensors", ".json", ".md") for path in state.saved.iterdir())
+    if "pissa" in case.variant:  # saved as a plain LoRA of twice the rank
+        assert apart(logits(loaded), state.after, case.precision) <= max(state.close, 1e-4)
+    else:
+        assert torch.equal(logits(loaded), state.after)
+    with adapters.disabled(loaded):
+        assert torch.equal(logits(loaded), state.before)
+        layout, finding = leak.packing_leak(loaded, [s for s in samples() if len(s) > 1], "flat")
+        assert layout == "flat", finding.text
+    assert apart(logits(loaded), state.after, case.precision) <= max(state.close, 1e-4)
+    if isinstance(loaded, PeftModel):
+        base = make_base(case.kind, case.precision, quant=case.quant)
+        theirs = PeftModel.from_pretrained(base, str(state.saved)).eval()
+        attached.of(theirs).compute = attached.of(loaded).compute
+        assert torch.equal(logits(theirs), logits(loaded))
+
+
+@merged_cases
+def test_merged(state: State, tmp_path: Path) -> None:
+    """It merges into a plain model with the same logits, or says why not."""
+    loaded, variant = state.loaded(), state.case.variant
+    problem = state.method.merge_problem(causal_lm(loaded), state.family, state.config)
+    if problem is not None or variant.startswith(("peft:", "prompt")):
+        if not variant.startswith("peft:"):
+            with pytest.raises(RunFolderError, match=r"cannot be merged: .{10}"):
+                merged(loaded, state.family, state.config)
+        return
+    if state.case.quant != "none":  # with the values that it was tuned on
+        loaded = load_model(folder_of(state.case.kind), quant=state.case.quant, plain=True, adapter=state.saved)
+        assert not any(True for _ in quants.layers(loaded))
+    exact_logits = in_float64(loaded)
+    done = merged(loaded, state.family, state.config)
+    done.save_pretrained(str(tmp_path / "plain"))
+    tiny.make_tokenizer().save_pretrained(str(tmp_path / "plain"))
+    again = AutoModelForCausalLM.from_pretrained(str(tmp_path / "plain"), dtype=torch.float32)
+    # in float64 only what merging rounded is left: each merged weight, once
+    limit = 1e-5 * max(1.0, float(state.after.abs().max()))
+    assert (in_float64(again) - exact_logits).abs().max() <= limit
+
+
+def documents_are_apart(model: Any, precision: str) -> None:
+    """What a change of one document moves in another is nothing, and a flat batch is what separate documents give."""
+    model.eval()
+    with torch.no_grad():
+        seen = leak._leak(model, [s for s in samples() if len(s) > 1], "flat")
+    assert seen.difference <= LEAK[precision]
+    assert seen.moved <= 1e-6
+
+
+def quant_problem(case: Case) -> str | None:
+    """What the method says of quantized weights of this model; none of it needs the weights to be read."""
+    if case.quant == "none":
+        return None
+    config = config_for(case.variant, case.precision, quant=case.quant)
+    shape = without_weights(tiny.make_model(case.kind).config)
+    there = methods.Quantized(quants.planned(shape, config.quant), case.quant, "cpu")
+    return methods.find(config.method).quant_problem(shape, families.of(shape), config, there)
 
 
 def in_float64(model: Any) -> torch.Tensor:
@@ -74,123 +243,7 @@ def in_float64(model: Any) -> torch.Tensor:
         return deepcopy(model).double().eval()(input_ids=IDS).logits[:, -IDS.shape[1] :]
 
 
-def state(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-CLOSE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}  # of logits: two ways to the same
-LEAK = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}  # of the worst of them
-
-
-@pytest.mark.parametrize(("variant", "kind", "precision", "quant"), list(cases()))
-def test_contract(variant: str, kind: str, precision: str, quant: str, tmp_path: Path) -> None:
-    config = config_for(variant, precision, quant=quant)
-    method = methods.find(config.method)
-    method.check(config)
-    if quant != "none":
-        shape = without_weights(tiny.make_model(kind).config)
-        there = methods.Quantized(quants.planned(shape, config.quant), quant, "cpu")
-        reason = method.quant_problem(shape, families.of(shape), config, there)
-        expected_reason = NOT_QUANTIZED.get((variant, quant), NOT_QUANTIZED.get((variant, "any")))
-        if variant == "freeze-tensors":  # what the last tensors are differs: in some models norms, which may be trained
-            expected_reason = reason and "those have no gradient"
-        assert (reason is None) == (expected_reason is None), reason
-        if reason is not None:
-            assert expected_reason in reason
-            return
-    base = make_base(kind, precision, method, quant)
-    family = families.of(base)
-    if (variant, kind) in REFUSED:
-        with pytest.raises(ConfigError, match=REFUSED[variant, kind]):
-            adapters.attach(base, config)
-        return
-    close = CLOSE[precision]
-    exact = 0.0 if precision == "fp32" else close
-    before = logits(base)
-    expected = method.expected(base, family, config)
-    model = adapters.attach(base, config)
-
-    # what is trained is, by name and size, the closed form, and float32
-    found = modelchecks.trainable_set(model, expected)
-    assert found.level == "ok", found.text
-    # nothing changes at the start where that is promised
-    if method.same_at_start:
-        assert apart(logits(model), before, precision) <= (max(close, 1e-5) if "pissa" in variant else exact)
-    # a flat batch is the same as separate documents, in the method's own forward
-    two = [s for s in samples() if len(s) > 1]
-    layout, finding = leak.packing_leak(model, two, "flat")
-    assert layout == "flat", finding.text
-    model.eval()
-    with torch.no_grad():
-        seen = leak._leak(model, two, "flat")
-    assert seen.difference <= LEAK[precision]
-    assert seen.moved <= 1e-6
-
-    # a finite gradient reaches every trainable tensor, and the same one with checkpointing
-    plain = gradients(model)
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in plain.values())
-    checkpoint_blocks(model, family, True)
-    for name, gradient in gradients(model).items():
-        size = max(float(plain[name].abs().max()), 1e-6)
-        assert (gradient - plain[name]).abs().max() <= (1e-6 if precision == "fp32" else close) * size, name
-
-    # after two steps every trainable tensor has changed, and every frozen one is bit-identical
-    start = state(model)
-    optimizer = optim.make(trainable(model), config, lambda name: method.rates(config, name))
-    optim.set_learning_rate(optimizer, 1e-2)
-    model.train()
-    for _ in range(2):
-        training_step(model, [flat(samples(), range(5))], optimizer, 1.0)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, start[name]) != parameter.requires_grad, name
-
-    # what was trained does not let documents see each other either
-    model.eval()
-    with torch.no_grad():
-        seen = leak._leak(model, two, "flat")
-    assert seen.difference <= LEAK[precision]
-    assert seen.moved <= 1e-6
-
-    # what is saved and loaded again has the same logits, and turned off it is the base
-    after = logits(model)
-    assert (after - before).abs().max() > 1e-3
-    adapters.save(model, tmp_path / "saved")
-    assert all(path.suffix in (".safetensors", ".json", ".md") for path in (tmp_path / "saved").iterdir())
-    loaded = ready(make_base(kind, precision, method, quant), precision, tmp_path / "saved")
-    if "pissa" in variant:  # saved as a plain LoRA of twice the rank
-        assert apart(logits(loaded), after, precision) <= max(close, 1e-4)
-    else:
-        assert torch.equal(logits(loaded), after)
-    with adapters.disabled(loaded):
-        assert torch.equal(logits(loaded), before)
-        layout, finding = leak.packing_leak(loaded, two, "flat")
-        assert layout == "flat", finding.text
-    assert apart(logits(loaded), after, precision) <= max(close, 1e-4)
-
-    # PEFT loads what it knows, with the same logits
-    if isinstance(loaded, PeftModel):
-        theirs = PeftModel.from_pretrained(make_base(kind, precision, quant=quant), str(tmp_path / "saved")).eval()
-        attached.of(theirs).compute = attached.of(loaded).compute
-        assert torch.equal(logits(theirs), logits(loaded))
-
-    # it merges into a plain model with the same logits, or says why not
-    if precision != "fp32":
-        return
-    if method.merge_problem(causal_lm(loaded), family, config) is not None or variant.startswith(("peft:", "prompt")):
-        if not variant.startswith("peft:"):
-            with pytest.raises(RunFolderError, match=r"cannot be merged: .{10}"):
-                merged(loaded, family, config)
-        return
-    if quant != "none":  # with the values that it was tuned on
-        loaded = load_model(folder_of(kind), quant=quant, plain=True, adapter=tmp_path / "saved")
-        assert not any(True for _ in quants.layers(loaded))
-    exact_logits = in_float64(loaded)
-    done = merged(loaded, family, config)
-    done.save_pretrained(str(tmp_path / "plain"))
-    tiny.make_tokenizer().save_pretrained(str(tmp_path / "plain"))
-    again = AutoModelForCausalLM.from_pretrained(str(tmp_path / "plain"), dtype=torch.float32)
-    # in float64 only what merging rounded is left: each merged weight, once
-    assert (in_float64(again) - exact_logits).abs().max() <= 1e-5 * max(1.0, float(after.abs().max()))
+LEAK = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}  # of the worst logits: two ways to the same
 
 
 def test_load_model_does_it_all_from_a_folder(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the contract of methods tries: variants, families, quantizers, and what is compared."""
+"""What the contract of methods tries (variants, families, quantizers), the model of a case, and what is compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ import torch
 from fitune.core.config import RunConfig, build
 from fitune.core.records import Sample
 from fitune.data.batches import flat
-from fitune.engine.step import loss_sum
-from fitune.models import methods
+from fitune.engine import optim
+from fitune.engine.step import loss_sum, training_step
+from fitune.models import adapters, families, methods
 from fitune.models.load import load_model
+from fitune.models.parts import trainable
 from fitune.models.precision import DTYPES
 from fitune.models.prepare import ready
 from fitune.models.switches import SDPA, attention, computing
@@ -134,3 +136,72 @@ def apart(got: torch.Tensor, expected: torch.Tensor, precision: str) -> float:
     if precision == "fp32":
         return float((got - expected).abs().max() / expected.abs().max())
     return float((got - expected).norm() / expected.norm())
+
+
+CLOSE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}  # of logits: two ways to the same
+
+
+class Case(NamedTuple):
+    """One method's variant on one kind of model."""
+
+    variant: str
+    kind: str
+    precision: str
+    quant: str
+
+    def __str__(self) -> str:
+        return f"{self.variant}-{self.kind}-{self.precision}" + (f"-{self.quant}" if self.quant != "none" else "")
+
+
+class State:
+    """The model of a case on its way: as the method attaches it, after two steps, saved and loaded.
+
+    Each stage is made when it is first asked for. `start` after `trained` makes the model anew.
+    """
+
+    def __init__(self, case: Case, folder: Path | None = None) -> None:
+        self.case, self.folder, self.close = case, folder, CLOSE[case.precision]
+        self.config = config_for(case.variant, case.precision, quant=case.quant)
+        self.method = methods.find(self.config.method)
+        self.method.check(self.config)
+        self._model: Any = None
+        self._loaded: Any = None
+        self._trained = False
+
+    def start(self) -> Any:
+        """The model with its method, before any step."""
+        if self._model is None or self._trained:
+            base = make_base(self.case.kind, self.case.precision, self.method, self.case.quant)
+            self.family = families.of(base)
+            self.before = logits(base)
+            self.expected = self.method.expected(base, self.family, self.config)
+            self._model, self._trained = adapters.attach(base, self.config), False
+        return self._model
+
+    def trained(self) -> Any:
+        """The same after two steps; `tensors` holds what the parameters were before, `after` the logits."""
+        if not self._trained:
+            model = self.start()
+            self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+            optimizer = optim.make(trainable(model), self.config, lambda name: self.method.rates(self.config, name))
+            optim.set_learning_rate(optimizer, 1e-2)
+            model.train()
+            for _ in range(2):
+                training_step(model, [flat(samples(), range(5))], optimizer, 1.0)
+            self.after = logits(model)
+            self._trained = True
+        return self._model
+
+    @property
+    def saved(self) -> Path:
+        """Where `loaded` saved it."""
+        assert self.folder is not None
+        return self.folder / "saved"
+
+    def loaded(self) -> Any:
+        """What was saved of the trained model, on a new base."""
+        if self._loaded is None:
+            adapters.save(self.trained(), self.saved)
+            base = make_base(self.case.kind, self.case.precision, self.method, self.case.quant)
+            self._loaded = ready(base, self.case.precision, self.saved)
+        return self._loaded

@@ -20,6 +20,8 @@ from fitune.views.plan_page import page
 from fitune.views.stacked import Course, Layer, Limit, Part, Peak, Span, StackedBar, area_chart, stacked_bars
 from support.plan_example import GIB, MIB, PHASES, example, on_cpu
 
+pytestmark = pytest.mark.unit
+
 
 def misses() -> Plan:
     return example(budget=16 * GIB)

@@ -1,0 +1,64 @@
+"""The project's habits hold: what `make unit` promises, what the workflow calls, the files that documents name."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").rglob("*.md")])
+FOLDERS = ("src", "tests", "scripts", "benchmarks", "docs", "results")
+
+
+@pytest.mark.unit
+def test_a_unit_test_cannot_start_a_process_or_compute_a_gradient() -> None:
+    with pytest.raises(pytest.fail.Exception, match="starts a process"):
+        subprocess.run([sys.executable, "--version"], check=False)
+    with pytest.raises(pytest.fail.Exception, match="computes a gradient"):
+        torch.ones(1, requires_grad=True).sum().backward()
+
+
+def test_another_test_may() -> None:
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
+def test_the_workflow_calls_targets_that_are_there() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    called = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    called += [hook["entry"] for repository in hooks["repos"] for hook in repository["hooks"]]
+    assert all(command.startswith("make ") for command in called)
+    assert {command.removeprefix("make ") for command in called} <= targets
+    assert set(re.findall(r"^# make ([a-z-]+)", makefile, re.MULTILINE)) == targets - {"install", "clean"}
+    tried = workflow["jobs"]["test"]["strategy"]["matrix"]
+    assert tried["os"] == ["ubuntu-latest", "macos-latest", "windows-latest"]
+    assert tried["python"] == ["3.11", "3.12", "3.13"]
+
+
+def missing(text: str) -> list[str]:
+    """Files of this repository that a document names, and that are not there."""
+    spans = re.findall(r"`([\w./-]+)`", text)
+    paths = [name for name in spans if name.split("/")[0] in FOLDERS and "/" in name and "." in name]
+    modules = [name for name in spans if name.endswith(".py") and name not in paths]
+    known = {path.as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    return [name for name in paths if not (ROOT / name).exists()] + [
+        name for name in modules if not any(path.endswith(f"/{name}") for path in known)
+    ]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_file_that_a_document_names_is_there(path: Path) -> None:
+    assert missing(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_file_that_is_gone_is_seen() -> None:
+    text = "`src/fitune/gone.py`, `gone.py`, `results/gone.json`, `core/errors.py`, `src/fitune/api.py`, `result.json`"
+    assert missing(text) == ["src/fitune/gone.py", "results/gone.json", "gone.py"]
