@@ -76,7 +76,7 @@ def train(
         verbose: show in the terminal what the command line shows. Default: nothing is printed.
         on_step: is called with the record of each optimizer step. What it raises ends the run; the checkpoints that
             are there stay whole, and `resume` goes on from the newest.
-        watch: is told all that happens; see `fitune.Watcher`.
+        watch: what the run reports to; see `fitune.Watcher`.
         settings: the fields of RunConfig: model, data, method, output, ... `data` and `eval_data` are paths, or rows:
             a list of dicts, a `datasets.Dataset`, a data frame, or anything that yields dicts. Rows are kept in the
             run's folder, so that it can be resumed.
@@ -182,7 +182,7 @@ def plan(
     *,
     data: Data = (),
     gpu: str | None = None,
-    words: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     watch: Watcher | None = None,
     **settings: Any,
 ) -> Plan:
@@ -193,16 +193,16 @@ def plan(
             `train`: a RunConfig, or a YAML file.
         data: as for `train`; none: that of such settings, else every row is as long as max_length.
         gpu: a size (24GB), a GPU (rtx-4090, 4090), this-machine. Default: this machine.
-        words: a tokenizer folder, for a model that is not here.
-        watch: is told how far it is.
+        tokenizer: a tokenizer folder, for a model that is not here.
+        watch: what progress is reported to.
         settings: as for `train`.
 
     Raises:
         FituneError: settings, model, data or device that cannot be.
     """
-    model, there, settings = _question(model, data, words, settings)
+    model, there, settings = _question(model, data, tokenizer, settings)
     make = quietly(import_module("fitune.commands.plan").plan)
-    made: Plan = make(model, data=there, gpu=gpu, words=words, watch=watch, **settings)
+    made: Plan = make(model, data=there, gpu=gpu, words=tokenizer, watch=watch, **settings)
     return made
 
 
@@ -211,14 +211,14 @@ def advise(
     *,
     data: Data = (),
     gpu: str | None = None,
-    words: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     watch: Watcher | None = None,
     **settings: Any,
 ) -> Advised:
     """Which methods and settings fit, ranked, each planned exactly, with the reasons.
 
     Args:
-        model, data, gpu, words, watch: as for `plan`; there must be data.
+        model, data, gpu, tokenizer, watch: as for `plan`; there must be data.
         settings: as for `train`: those that must stay. batch_size and accumulation stay as their product, the rows of
             an optimizer step.
 
@@ -231,16 +231,16 @@ def advise(
     Example:
         >>> fitune.advise("llama-3.1-8b", data=["rows.jsonl"], gpu="24GB").suggestions[0].flags
     """
-    model, there, settings = _question(model, data, words, settings)
+    model, there, settings = _question(model, data, tokenizer, settings)
     if not there:
         raise ConfigError("advise: with which data?", expected="paths or rows", fix='data=["rows.jsonl"]')
     search = quietly(import_module("fitune.commands.advise").advise)
-    found: Advised = search(model, data=there, gpu=gpu, words=words, watch=watch, **settings)
+    found: Advised = search(model, data=there, gpu=gpu, words=tokenizer, watch=watch, **settings)
     return found
 
 
 def _question(
-    model: str | Path | RunConfig, data: Data, words: str | Path | None, settings: Mapping[str, Any]
+    model: str | Path | RunConfig, data: Data, tokenizer: str | Path | None, settings: Mapping[str, Any]
 ) -> tuple[str | Path, list[Any], dict[str, Any]]:
     """The model, the data and the settings of a plan, checked before torch is imported."""
     settings = dict(settings)
@@ -257,7 +257,7 @@ def _question(
         lambda: early.shape(str(model)),
         *early.each(early.data, *_paths(there), *held_out),
         lambda: early.template(str(settings.get("template", "auto"))),
-        *early.each(early.folder, words),
+        *early.each(early.folder, tokenizer),
         *early.each(early.adapter, settings.get("adapter")),
     )
     return str(model), there, settings

@@ -53,7 +53,7 @@ def drawings(text: str) -> list[ET.Element]:
     return [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
 
 
-# ---- words ----
+# ---- the verdict ----
 def test_the_categories_are_those_of_the_trace() -> None:
     assert CATEGORIES == trace.CATEGORIES
 
@@ -229,7 +229,7 @@ def test_page_is_whole_and_needs_nothing(name: str) -> None:
         assert f"{name}:#" in text.replace("--fg:", "--fg:#")
     assert plan.model.rpartition("/")[2] in text
     assert ("Closed forms beside the trace" in text) == (plan.how == "trace")
-    assert ("The largest at the peak" in text) == bool(plan.largest)
+    assert ("The largest tensors at the peak" in text) == bool(plan.largest)
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -58,7 +58,7 @@ def _quant_flags(group: type[BaseModel]) -> dict[str, Any]:
 def _flag_type(kind: Any) -> Any:
     """What is typed for a setting: of sources the paths, and `name=text` for each entry of a mapping.
 
-    Bounds inside a list are left to the settings' own check, which tells what is wrong in fitune's words.
+    Bounds inside a list are left to the settings' own check, which says what is wrong as fitune does.
     """
     if get_origin(kind) is dict or kind in (list[options.AnySource], options.OneOrMore):
         return list[str]

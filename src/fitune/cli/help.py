@@ -124,8 +124,8 @@ def _text(entry: Any, *, whole: bool) -> str:
     """What an option is: all that config.py says of it, or its first sentence; with the default and the choices."""
     text = " ".join(str(entry.description.primary_renderable).split())
     text, _, default = text.partition("[default: ")
-    if said := re.search(r" Default: ([^.]+)\.", text):
-        text, default = text.replace(said[0], ""), said[1]
+    if stated := re.search(r" Default: ([^.]+)\.", text):
+        text, default = text.replace(stated[0], ""), stated[1]
     if not default and entry.default not in (None, "", '""', "False", "None"):
         default = entry.default
     text = text.strip() if whole else re.split(r"(?<!\bal)\. ", text)[0].rstrip(".") + "."

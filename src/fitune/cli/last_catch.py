@@ -25,19 +25,19 @@ PACKAGES = ("fitune", "torch", "transformers", "peft", "tokenizers", "safetensor
 RUN_MARK = "config.yaml"
 
 
-def report(error: Exception, words: Sequence[str]) -> str:
+def report(error: Exception, arguments: Sequence[str]) -> str:
     """The message for an unexpected error; its trace is written to a log.
 
     Args:
         error: what was raised.
-        words: the command line, without the program's name.
+        arguments: the command line, without the program's name.
     """
     lines = [f"fitune failed unexpectedly: {type(error).__name__}: {_short(error)}"]
-    lines.append(f"  doing:    {_doing(error, words)}")
+    lines.append(f"  doing:    {_doing(error, arguments)}")
     if (file := _file(error)) is not None:
         lines.append(f"  file:     {file}")
     trace = "".join(traceback.format_exception(error))
-    log = _write(_text(trace, words), words)
+    log = _write(_text(trace, arguments), arguments)
     lines.append(f"  log:      {log or 'could not be written'}")
     lines.append("  fix:      this is a defect of fitune, not of your input: please report it with that log")
     lines.append(f"            ({DEBUG}=1 shows the trace here)")
@@ -62,8 +62,8 @@ def _frames(error: BaseException | None) -> Iterator[FrameType]:
         error = error.__cause__ or error.__context__
 
 
-def _doing(error: Exception, words: Sequence[str]) -> str:
-    verb = next((word for word in words if not word.startswith("-")), "")
+def _doing(error: Exception, arguments: Sequence[str]) -> str:
+    verb = next((argument for argument in arguments if not argument.startswith("-")), "")
     frame = next(_frames(error), None)
     where = "" if frame is None else f" ({frame.f_globals['__name__']}, {frame.f_code.co_name}, line {frame.f_lineno})"
     return f"fitune {verb}".rstrip() + where
@@ -80,23 +80,25 @@ def _file(error: Exception) -> Path | str | None:
     return None
 
 
-def _text(trace: str, words: Sequence[str]) -> str:
+def _text(trace: str, arguments: Sequence[str]) -> str:
     versions = []
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions.append(f"{name} {metadata.version(name)}")
     return (
         f"{datetime.now().isoformat(timespec='seconds')}\n"
-        f"command: {['fitune', *words]}\n"
+        f"command: {['fitune', *arguments]}\n"
         f"Python {platform.python_version()}, {platform.platform()}\n{', '.join(versions)}\n\n{trace}"
     )
 
 
-def _places(words: Sequence[str]) -> Iterator[Path]:
+def _places(arguments: Sequence[str]) -> Iterator[Path]:
     """Where a log may go: the run folder that was named, the cache, the system's place for temporary files."""
-    for word in words:
+    for argument in arguments:
         with suppress(OSError, ValueError):
-            folder = Path(word.partition("=")[2] if word.startswith("--") and "=" in word else word).expanduser()
+            folder = Path(
+                argument.partition("=")[2] if argument.startswith("--") and "=" in argument else argument
+            ).expanduser()
             if (folder / RUN_MARK).is_file():
                 yield folder
     with suppress(Exception):  # no home
@@ -104,10 +106,10 @@ def _places(words: Sequence[str]) -> Iterator[Path]:
     yield Path(tempfile.gettempdir())
 
 
-def _write(text: str, words: Sequence[str]) -> Path | None:
+def _write(text: str, arguments: Sequence[str]) -> Path | None:
     """The log; None: no place takes it."""
     name = f"error-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
-    for folder in _places(words):
+    for folder in _places(arguments):
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -57,17 +57,17 @@ def main() -> None:
     quiet.for_good()
     screen.guard()
     try:
-        words = sys.argv[1:]
-        verb = words[0] if words else ""
-        app(names.flags(words, verb, own_options(verb)), exit_on_error=False, print_error=False)
+        arguments = sys.argv[1:]
+        verb = arguments[0] if arguments else ""
+        app(names.flags(arguments, verb, own_options(verb)), exit_on_error=False, print_error=False)
     except FituneError as error:
         _fail(str(error), error.exit_code)
     except CycloptsError as error:
         verb = next((word for word in sys.argv[1:2] if word in app), "")
-        _fail(f"{_told(error)}\n  fix:      fitune {verb}{' ' if verb else ''}--help", 2)
+        _fail(f"{_one_line(error)}\n  fix:      fitune {verb}{' ' if verb else ''}--help", 2)
     except KeyboardInterrupt:
         _fail("stopped", 130)
-    except Exception as error:  # none of ours: a defect, told with what it takes to report it
+    except Exception as error:  # none of ours: a defect, reported with what it takes to find it
         _fail(lastcatch.report(error, sys.argv[1:]), 1)
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of a library in Rust: it is no Exception
@@ -78,8 +78,8 @@ def main() -> None:
             sys.stderr.write(f"{text}\n")
 
 
-def _told(error: CycloptsError) -> str:
-    """The error in one line; of pydantic's own words, only what is wrong."""
+def _one_line(error: CycloptsError) -> str:
+    """The error in one line; of pydantic's own text, only what is wrong."""
     text = " ".join(str(error).split()).replace(f"{QUANT}name", "quant").replace(QUANT, "quant.")
     found = re.search(r"nullable\[\w+\] (\S+) (.*?) \[type=\w+, input_value=(.*?), input_type", text)
     name = found[1].replace(".constrained-int", "") if found else ""

@@ -75,8 +75,8 @@ def chat(
     console = screen.Screen()
     tuned = load(run, **asdict(loading))
     sampling = Sampling(how.temperature, how.top_p, how.max_tokens, how.seed)
-    if told := kept_date(tuned.template):
-        screen.Screen(stderr=True).say(told)
+    if notice := kept_date(tuned.template):
+        screen.Screen(stderr=True).say(notice)
     other = Chat(tuned, sampling, system=system, base=True) if compare else None
     if sys.stdin.isatty():
         console.print(HELP)

@@ -84,7 +84,7 @@ def demo(
 
     Args:
         output: the run folder. Default: runs/demo-<number>.
-        watch: is told what happens.
+        watch: what the run reports to.
         resume: go on with the demo in `output`.
 
     Returns:
@@ -144,7 +144,7 @@ def kill_demo(output: str | None, say: Callable[[str], None]) -> KillResult:
 
     Args:
         output: folder for both runs; must be new or empty. Default: a temporary one.
-        say: is told what happens.
+        say: called with each line for the user.
 
     Raises:
         RunFolderError: a run could not be finished.

@@ -4,7 +4,7 @@ In: a model folder. Out: a folder that transformers, PEFT and fitune load, which
 picture of each layer's error. The originals are read one tensor at a time beside the packed ones.
 
 Error of a layer: mean |W' - W| / mean |W|, and max |W' - W| / max |W|. Outlier columns: inputs of the layer that hold a
-value of at least the threshold on a few words of text, which LLM.int8() takes out (arXiv:2208.07339, section 3.2).
+value of at least the threshold on a short text, which LLM.int8() takes out (arXiv:2208.07339, section 3.2).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _errors(layer: Any, weight: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def _outliers(model: Any, folder: Path) -> dict[str, int]:
-    """Of each quantized layer how many columns of its input go over the threshold on a few words."""
+    """Of each quantized layer how many columns of its input go over the threshold on a short text."""
     try:
         ids = tokenizer.encode(tokenizer.load(folder), TEXT, literal=False)
     except FituneError:
@@ -143,8 +143,8 @@ def _write(model: Any, folder: Path, target: Path, layers: list[LayerError], opt
             if file.is_file() and not of_weights and not (place / file.name).exists():
                 shutil.copyfile(file, place / file.name)
         if (folder / TEMPLATE).is_file():  # what a run has made answers as the run did, whichever version merged it
-            words = tokenizer.load(folder)
-            hand_over(place, words, templates.from_dict(tokenizer.read_json(folder / TEMPLATE), words))
+            loaded = tokenizer.load(folder)
+            hand_over(place, loaded, templates.from_dict(tokenizer.read_json(folder / TEMPLATE), loaded))
         table = [asdict(layer) for layer in layers]
         (place / "quantization.json").write_text(as_json(table, indent=1), encoding="utf-8")
         page = render(

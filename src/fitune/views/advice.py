@@ -20,14 +20,14 @@ from fitune.views.plan_page import needed_bars
 
 ROWS = 18  # of the ranking that are shown in a terminal
 CHECKPOINTED = ", checkpointing"
-SUGGESTED = ("planned exactly", "rows x steps", "length", "needs", "to spare", "most rows", "an epoch")
+SUGGESTED = ("planned exactly", "rows x accumulation", "length", "needs", "spare", "most rows", "an epoch")
 OF_BUNDLED = "2M model"  # the column of results of the bundled model: it says nothing of larger ones but an order
-RANKED = ("way", "weights", "rows", "checkpointed", "length", "trains", OF_BUNDLED, "an epoch")
+RANKED = ("method", "weights", "rows", "checkpointed", "length", "trains", OF_BUNDLED, "an epoch")
 SAVED = ("change", "saves", "time", "cost")
-STEPS = "rows of a micro-batch x micro-batches of a step; most rows: the largest micro-batch that fits"
+STEPS = "rows: of a micro-batch; accumulation: micro-batches of an optimizer step; most rows: the largest micro-batch that fits"
 RESULT = (
     "rows: of the largest micro-batch, as it is and with checkpointing; 2M model: a result of the bundled model of 2 "
-    "million parameters, not of yours: the share of 152 held-out questions that it answered rightly after tuning so "
+    "million parameters, not of yours: the share of 152 held-out questions that it answered correctly after tuning with that method "
     "(results/methods.json, results/precision.json); ordered by these where they differ by some 3 %, then by time"
 )
 
@@ -103,7 +103,7 @@ def _end(found: Advised, console: Console) -> None:
 
 
 def _table(title: str, names: Sequence[str], caption: str = "", left: int = 1) -> Table:
-    """left: how many columns hold words; the first is stretched where there is one."""
+    """left: how many columns hold text; the first is stretched where it is one."""
     table = Table(
         title=title, title_justify="left", title_style="bold", caption=caption or None, caption_justify="left",
         box=None, pad_edge=False, collapse_padding=True, padding=(0, 2),
@@ -139,7 +139,7 @@ def ranking_table(found: Advised) -> Table:
 def savers_table(found: Advised) -> Table:
     """See `saved`."""
     table = Table(
-        title="memory savers beside the first, the most for their cost first", title_justify="left", title_style="bold",
+        title="memory savers beside the first method, the most for their cost first", title_justify="left", title_style="bold",
         box=None, pad_edge=False,
     )  # fmt: skip
     table.add_column(SAVED[0], style="cyan", no_wrap=True)

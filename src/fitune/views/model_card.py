@@ -161,11 +161,11 @@ def _data(run: RunFolder, config: RunConfig) -> str:
     table = "\n".join(["| file | rows |", "|---|---:|", *rows])
     if report == DataReport():
         return table
-    told = (
+    counts = (
         f"Trained on {report.kept:,} rows, {report.held_out:,} held out; {report.tokens:,} tokens, "
         f"{report.trained_tokens:,} of them trained. Longest sample {report.max_length:,} tokens."
     )
-    return f"{table}\n\n{told}"
+    return f"{table}\n\n{counts}"
 
 
 def _settings(config: RunConfig) -> str:

@@ -135,7 +135,7 @@ def look_of(name: str) -> Look:
     return LOOKS.get(name) or GREYS[name]
 
 
-# ---- words ----
+# ---- the verdict ----
 def verdict(plan: Plan) -> str:
     """What the plan needs, whether that fits its budget, and what it is at the peak: one sentence without a full stop.
 
@@ -147,10 +147,10 @@ def verdict(plan: Plan) -> str:
 def _needs(plan: Plan) -> str:
     unit = unit_of(plan)
     added = {"fragmentation": _fragmentation(plan), "outside": outside_of(plan)}
-    told = [f"{unit.text(size)} {name}" for name, size in added.items() if unit.text(size).strip("0.")]
+    shown = [f"{unit.text(size)} {name}" for name, size in added.items() if unit.text(size).strip("0.")]
     text = f"needs {unit.named(plan.needed)}"
     allocated = f"at most {unit.text(plan.allocated)} allocated"
-    return f"{text} ({' + '.join([allocated, *told])})" if told else text
+    return f"{text} ({' + '.join([allocated, *shown])})" if shown else text
 
 
 def _fits(plan: Plan) -> str:
@@ -166,8 +166,8 @@ def _where(plan: Plan) -> str:
     place = PLACES.get(peak.phase, f"in the {peak.phase}")
     shares = {name: size / max(peak.bytes, 1) for name, size in stack_of(peak.parts).items()}
     most = sorted(shares, key=lambda name: -shares[name])[:3]
-    told = [f"{name} {percent(shares[name], '.0f')}" for name in most if shares[name] >= 0.1]
-    return f"the peak is {place}" + (f": {', '.join(told)}" if told else "")
+    shown = [f"{name} {percent(shares[name], '.0f')}" for name in most if shares[name] >= 0.1]
+    return f"the peak is {place}" + (f": {', '.join(shown)}" if shown else "")
 
 
 def percent(share: float, form: str) -> str:

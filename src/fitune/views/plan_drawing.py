@@ -80,9 +80,9 @@ def _budget_above(budget: str, share: float, width: int, pens: Pens) -> str:
     if share > 1:
         return f"budget {budget} {pens.sign('→', '>')}".rjust(width)
     at = min(int(share * width), width - 1)
-    words = f"budget {budget}"
-    beside = len(words) + 1 <= at
-    return f"{words} {pens.sign('▼', 'v')}".rjust(at + 1) if beside else " " * at + f"{pens.sign('▼', 'v')} {words}"
+    text = f"budget {budget}"
+    beside = len(text) + 1 <= at
+    return f"{text} {pens.sign('▼', 'v')}".rjust(at + 1) if beside else " " * at + f"{pens.sign('▼', 'v')} {text}"
 
 
 def _legend(parts: Mapping[str, int], unit: Unit, width: int, pens: Pens, lead: str = "") -> Text:
@@ -136,7 +136,7 @@ def _draw_timeline(plan: Plan, width: int, height: int, pens: Pens) -> Text:
     text.append(_names_below([point.phase for point in columns], left + 1, pens))
     there = {name: max(stack[name] for stack in stacks) for name in stacks[0]}
     text.append("\n")
-    return text.append(_legend(there, unit, width, pens, "the most of each, "))
+    return text.append(_legend(there, unit, width, pens, "the most of each category, "))
 
 
 def _columns(timeline: Sequence[Point], count: int) -> list[Point]:
@@ -188,10 +188,10 @@ def _second(pair: tuple[str, int]) -> int:
     return pair[1]
 
 
-def _peak_above(words: str, at: int, width: int, pens: Pens) -> str:
+def _peak_above(text: str, at: int, width: int, pens: Pens) -> str:
     mark = pens.sign("▼", "v")
-    left = f"{words} {mark}"
-    return " " * at + f"{mark} {words}" if at + len(left) <= width else left.rjust(at + 1)
+    left = f"{text} {mark}"
+    return " " * at + f"{mark} {text}" if at + len(left) <= width else left.rjust(at + 1)
 
 
 def _names_below(phases: Sequence[str], left: int, pens: Pens, most: int = 3) -> str:
@@ -199,12 +199,12 @@ def _names_below(phases: Sequence[str], left: int, pens: Pens, most: int = 3) ->
     lines = [""] * most
     at, width = 0, len(phases)
     for name, some in groupby(phases):
-        begin, words = at, pens.sign("└", "'") + name
-        if at + cell_len(words) > width:  # near the end the name stands before its mark
-            words = name + pens.sign("┘", "'")
-            begin = max(at + 1 - cell_len(words), 0)
+        begin, text = at, pens.sign("└", "'") + name
+        if at + cell_len(text) > width:  # near the end the name stands before its mark
+            text = name + pens.sign("┘", "'")
+            begin = max(at + 1 - cell_len(text), 0)
         free = next((n for n, line in enumerate(lines) if not line or cell_len(line) < begin), None)
         if free is not None:
-            lines[free] += " " * (begin - cell_len(lines[free])) + words
+            lines[free] += " " * (begin - cell_len(lines[free])) + text
         at += len(list(some))
     return "\n".join(" " * left + line for line in lines if line)

@@ -55,7 +55,7 @@ def exact_matches(answers: Sequence[Answered], when: str) -> int:
 
 
 def _score(answers: Sequence[Answered]) -> str:
-    """Exact matches in words; nothing where no answer can be expected word for word."""
+    """How many answers match exactly, as text; empty where none does."""
     before, after, count = exact_matches(answers, "before"), exact_matches(answers, "after"), max(1, len(answers))
     text = f"exact match of {len(answers)}: {before / count:.0%} before, {after / count:.0%} after"
     return text if before or after else ""

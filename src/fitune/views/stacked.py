@@ -40,7 +40,7 @@ class StackedBar:
 
 @dataclass(frozen=True)
 class Limit:
-    """A value that should not be passed, and what is said of it, such as "budget 24.0 GiB"."""
+    """A value that should not be passed, and its label, such as "budget 24.0 GiB"."""
 
     text: str
     value: float
@@ -66,7 +66,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Peak:
-    """A point of an area chart that is pointed at, and what is said of it."""
+    """A point of an area chart that is marked, and its label."""
 
     at: float
     value: float
@@ -249,7 +249,7 @@ def _pieces(bar: StackedBar, left: float, y: float, tall: float, scale: float, u
 
 
 def _limit_name(limit: Limit, high: float, left: float, room: float, top: float) -> list[str]:
-    """The words above the line of a limit."""
+    """The label above the line of a limit."""
     if limit.value > high:
         return [f'<text x="{left + room:.1f}" y="{top - 6}" text-anchor="end">{escape(limit.text)} →</text>']
     at, half = left + limit.value / high * room, text_width(limit.text) / 2

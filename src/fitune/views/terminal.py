@@ -73,7 +73,7 @@ class Terminal(Watcher):
             self.console.print(groups_table(parts))
 
     def findings(self, findings: Sequence[Finding]) -> None:
-        """See Watcher. How many checks passed, and each warning; what is refused is said by the error."""
+        """See Watcher. How many checks passed, and each warning; the error says what is refused."""
         if self.verbose:
             self.console.print(findings_table(findings))
         passed = sum(finding.level in ("ok", "fixed") for finding in findings)
@@ -239,7 +239,7 @@ def kept_table(parts: Sequence[Kept]) -> Table:
 
 
 def methods_table(rows: Sequence[Overview], model: str) -> Table:
-    """A line for each method; what else there is to know of some stands below."""
+    """A line for each method; notes on some of them stand below."""
     table = Table(title=f"methods, with figures for {escape(model)}", title_justify="left", box=None, pad_edge=False)
     table.add_column("method", style="cyan", no_wrap=True)
     table.add_column("trains", ratio=1)
