@@ -53,6 +53,7 @@ def __getattr__(name: str) -> Any:
     return found if isinstance(found, type) else quietly(found)
 
 
+Settings = Mapping[str, Any]  # the fields of RunConfig by name; `config.build` checks their values
 Data = Any  # a path, a source, rows, or a list of them: see given.sources
 
 
@@ -127,7 +128,7 @@ class _Reports:
 
 
 @quietly
-def _resume(settings: Mapping[str, Any], report: _Reports) -> Result:
+def _resume(settings: Settings, report: _Reports) -> Result:
     from fitune.commands.train import resume_config
     from fitune.commands.train import train as run
 
@@ -135,7 +136,7 @@ def _resume(settings: Mapping[str, Any], report: _Reports) -> Result:
 
 
 @quietly
-def _begin(settings: Mapping[str, Any], fit: bool, report: _Reports) -> Result:
+def _begin(settings: Settings, fit: bool, report: _Reports) -> Result:
     from fitune.commands.train import train as run
     from fitune.core.config import build
 
@@ -151,7 +152,7 @@ def _begin(settings: Mapping[str, Any], fit: bool, report: _Reports) -> Result:
 ROWS = ("data", "eval_data")
 
 
-def _beside(config: RunConfig | str | Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _beside(config: RunConfig | str | Path | None, settings: Settings) -> dict[str, Any]:
     """Settings by fitune's names; those of a config, where there is one, under them."""
     if config is None:
         return names.ours(settings)
@@ -240,7 +241,7 @@ def advise(
 
 
 def _question(
-    model: str | Path | RunConfig, data: Data, tokenizer: str | Path | None, settings: Mapping[str, Any]
+    model: str | Path | RunConfig, data: Data, tokenizer: str | Path | None, settings: Settings
 ) -> tuple[str | Path, list[Any], dict[str, Any]]:
     """The model, the data and the settings of a plan, checked before torch is imported."""
     settings = dict(settings)
@@ -304,7 +305,7 @@ def inspect(
     return seen
 
 
-def _listed(paths: Any) -> list[Any]:
+def _listed(paths: object) -> list[str]:
     """The paths that stand in a setting of data; rows in memory need no look."""
     several = paths if isinstance(paths, (list, tuple)) else [paths]
     return [str(one) for one in several if isinstance(one, (str, Path))]
@@ -379,7 +380,7 @@ def generate(
     from fitune.engine.generation import Sampling, answer
 
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = [Message(turn["role"], turn["content"]) for turn in turns]  # type: ignore[arg-type]
+    messages = [Message(turn["role"], turn["content"]) for turn in turns]  # type: ignore[arg-type]  # a role that is none is refused by the template
     if system:
         messages = [Message("system", system), *messages]
     return quietly(answer)(tuned, messages, Sampling(temperature, top_p, max_new_tokens, seed), base=base)

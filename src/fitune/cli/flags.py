@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
@@ -20,10 +21,12 @@ from fitune.core.errors import ConfigError
 from fitune.core.files import as_json
 from fitune.views.screen import Screen, check_written
 
+Given = dict[str, Any]  # settings by name, as they were typed: values of any type, which `config.build` checks
+
 
 def optional(model: type[BaseModel], name: str, without: tuple[str, ...] = ()) -> type[BaseModel]:
     """The settings with nothing required and no defaults: what was not typed is not there."""
-    fields: dict[str, Any] = {}
+    fields: Given = {}
     for field, info in model.model_fields.items():
         if field in without:
             continue
@@ -43,9 +46,9 @@ def optional(model: type[BaseModel], name: str, without: tuple[str, ...] = ()) -
 QUANT = "quant__"
 
 
-def _quant_flags(group: type[BaseModel]) -> dict[str, Any]:
+def _quant_flags(group: type[BaseModel]) -> Given:
     """`--quant nf4` beside `--quant.kind` and the like: a group whose first setting has the group's own name."""
-    fields: dict[str, Any] = {}
+    fields: Given = {}
     for field, info in group.model_fields.items():
         kind: Any = Literal["none", "int8", "nf4", "fp4"] if field == "name" else info.annotation
         flag = "--quant" if field == "name" else f"--quant.{field}"
@@ -63,7 +66,7 @@ def _flag_type(kind: Any) -> Any:
     if get_origin(kind) is dict or kind in (list[options.AnySource], options.OneOrMore):
         return list[str]
     item = get_args(kind)[0] if get_origin(kind) is list else None
-    return list[get_args(item)[0]] if get_origin(item) is Annotated else kind  # type: ignore[misc]
+    return list[get_args(item)[0]] if get_origin(item) is Annotated else kind  # type: ignore[misc]  # a type made at run time
 
 
 Flags = optional(settings.RunConfig, "Flags")
@@ -75,7 +78,7 @@ SetOption = Annotated[
 ]
 
 
-def typed(flags: Any, group: type[BaseModel] = settings.RunConfig) -> dict[str, Any]:
+def typed(flags: BaseModel | None, group: type[BaseModel] = settings.RunConfig) -> Given:
     """What was typed."""
     values = flags.model_dump(exclude_none=True) if flags else {}
     quant = {name.removeprefix(QUANT): values.pop(name) for name in list(values) if name.startswith(QUANT)}
@@ -84,7 +87,7 @@ def typed(flags: Any, group: type[BaseModel] = settings.RunConfig) -> dict[str, 
     return _with_mappings(values, group)
 
 
-def _with_mappings(values: dict[str, Any], group: type[BaseModel]) -> dict[str, Any]:
+def _with_mappings(values: Given, group: type[BaseModel]) -> Given:
     """`name=text` as entries of a mapping; numbers and the like are read as in YAML where texts are not wanted."""
     out = dict(values)
     for name, info in group.model_fields.items():
@@ -141,7 +144,7 @@ def console_for(json: bool) -> Screen:
     return Screen(stderr=json)
 
 
-def print_json(value: dict[str, Any]) -> None:
+def print_json(value: Mapping[str, object]) -> None:
     """The one JSON object of `--json`, on standard output.
 
     Raises:

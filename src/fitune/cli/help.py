@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from cyclopts.help import HelpEntry, HelpPanel
 from cyclopts.help.formatters import DefaultFormatter
 from rich.console import Console, ConsoleOptions
 from rich.markup import escape
@@ -67,7 +67,7 @@ def field_of(option: str) -> str:
 class Help:
     """Formats the help of all verbs for cyclopts."""
 
-    def __call__(self, console: Console, options: ConsoleOptions, panel: Any) -> None:
+    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
         """Print a panel: the verbs as cyclopts does, the options of a verb in groups."""
         if panel.format == "command":
             DefaultFormatter()(console, options, panel)
@@ -97,21 +97,21 @@ def _of(field: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.partition(".")[0] == field]
 
 
-def _names(entry: Any) -> list[str]:
+def _names(entry: HelpEntry) -> list[str]:
     """How an option is typed."""
     return [*([entry.positional_label] if entry.positional_label else []), *entry.positive_names]
 
 
-def _left(entry: Any) -> str:
+def _left(entry: HelpEntry) -> str:
     """An option and what it takes."""
     return _names(entry)[0] if entry.positional_label else f"{_names(entry)[0]} {entry.metavar or ''}".strip()
 
 
-def _width(entries: Sequence[Any]) -> int:
+def _width(entries: Sequence[HelpEntry]) -> int:
     return min(max(len(_left(entry)) for entry in entries) + 4, LEFT)
 
 
-def _group(title: str, entries: Sequence[Any], width: int, *, whole: bool) -> Table:
+def _group(title: str, entries: Sequence[HelpEntry], width: int, *, whole: bool) -> Table:
     table = Table(title=f"{title}:", title_justify="left", title_style="bold", box=None, show_header=False, padding=0)
     table.add_column(width=width, style="cyan", overflow="fold")
     table.add_column()
@@ -120,7 +120,7 @@ def _group(title: str, entries: Sequence[Any], width: int, *, whole: bool) -> Ta
     return table
 
 
-def _text(entry: Any, *, whole: bool) -> str:
+def _text(entry: HelpEntry, *, whole: bool) -> str:
     """What an option is: all that config.py says of it, or its first sentence; with the default and the choices."""
     text = " ".join(str(entry.description.primary_renderable).split())
     text, _, default = text.partition("[default: ")

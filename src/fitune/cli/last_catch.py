@@ -96,9 +96,8 @@ def _places(arguments: Sequence[str]) -> Iterator[Path]:
     """Where a log may go: the run folder that was named, the cache, the system's place for temporary files."""
     for argument in arguments:
         with suppress(OSError, ValueError):
-            folder = Path(
-                argument.partition("=")[2] if argument.startswith("--") and "=" in argument else argument
-            ).expanduser()
+            value = argument.partition("=")[2] if argument.startswith("--") and "=" in argument else argument
+            folder = Path(value).expanduser()
             if (folder / RUN_MARK).is_file():
                 yield folder
     with suppress(Exception):  # no home

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 from cyclopts import Parameter
 
 from fitune.checks import early
-from fitune.cli.flags import Json, SetOption, check_page, console_for, optional, print_json, typed
+from fitune.cli.flags import Given, Json, SetOption, check_page, console_for, optional, print_json, typed
 from fitune.core import config as settings
 from fitune.core.errors import ConfigError
 from fitune.core.units import MIB
@@ -60,14 +60,14 @@ class Question:
 
     model: str
     target: Target
-    given: dict[str, Any]
+    given: Given
 
     @property
     def data(self) -> list[str]:
         """The data that was named."""
         return self.target.data or []
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Given:
         """As the Python functions take it."""
         words = str(self.target.tokenizer) if self.target.tokenizer is not None else None
         return {"model": self.model, "data": self.data, "gpu": self.target.gpu, "words": words, **self.given}
@@ -107,7 +107,7 @@ def plan(
         print_json(figures)
 
 
-def _question(model: str | None, target: Target, given: dict[str, Any]) -> Question:
+def _question(model: str | None, target: Target, given: Given) -> Question:
     """The question, checked before torch is imported: unknown settings, wrong values and wrong paths, all at once."""
     if model is None:
         raise ConfigError("plan: of which model?", expected="a name such as llama-3.1-8b, a folder, or a hub id")
@@ -153,7 +153,7 @@ def _planned(question: Question, html: Path | None, console: Screen) -> dict[str
     return figures
 
 
-def _build(given: dict[str, Any], model: str, data: list[str]) -> settings.RunConfig:
+def _build(given: Given, model: str, data: list[str]) -> settings.RunConfig:
     """The settings of a plan; without data it is one of lengths that are given."""
     return (
         settings.build({**given, "model": model, "data": data}) if data else settings.settings_only(given, model=model)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 from cyclopts import Parameter
 
 from fitune.checks import early
-from fitune.cli.flags import Flags, Json, SetOption, Verbose, console_for, print_json, typed
+from fitune.cli.flags import Flags, Given, Json, SetOption, Verbose, console_for, print_json, typed
 from fitune.core import config as settings
 from fitune.core.errors import ConfigError
 from fitune.core.results import Result
@@ -42,7 +42,7 @@ def train(
     flags: Annotated[Optional[Flags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045  # a model made at run time
 ) -> None:
     """Fine-tune a model on your data."""
-    values: dict[str, Any] = settings.read_yaml(config) if config else {}
+    values: Given = settings.read_yaml(config) if config else {}
     values = settings.merge(values, settings.parse_assignments(set_ or []))
     values = settings.merge(values, typed(flags))
     checked = _checked(values, resume=resume, fit=fit, gpu=gpu)
@@ -65,7 +65,7 @@ def train(
         print_json(result.as_dict())
 
 
-def _checked(values: dict[str, Any], *, resume: bool, fit: bool, gpu: str | None) -> settings.RunConfig | None:
+def _checked(values: Given, *, resume: bool, fit: bool, gpu: str | None) -> settings.RunConfig | None:
     """The settings, checked before torch is imported; None for a run that is resumed, which has its own."""
     if resume and "output" not in values:
         raise ConfigError("--resume: which run?", fix="add --output RUN")
@@ -79,7 +79,7 @@ def _checked(values: dict[str, Any], *, resume: bool, fit: bool, gpu: str | None
 
 
 def _fitted(
-    values: dict[str, Any], gpu: str | None, console: screen.Screen, json: bool
+    values: Given, gpu: str | None, console: screen.Screen, json: bool
 ) -> tuple[settings.RunConfig, dict[str, int]] | None:
     """The settings that fit best, and what their plan counts beside the tensors; None: they are for another machine,
     and nothing is run."""

@@ -51,7 +51,7 @@ class DemoResult:
     expected_memory_mib: float
     run: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 
@@ -134,7 +134,7 @@ class KillResult:
         """Weights and losses are the unbroken run's."""
         return self.unbroken_sha256 == self.resumed_sha256 and self.losses_equal
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return {**asdict(self), "equal": self.equal}
 

@@ -53,7 +53,7 @@ def _others() -> Overview:
 OURS = ("LORA", "IA3", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # by names of their own
 
 
-def _row(method: methods.Method, base: Any, total: int, settings: dict[str, Any]) -> Overview:
+def _row(method: methods.Method, base: Any, total: int, settings: dict[str, dict[str, bool]]) -> Overview:
     config = build({"model": "m", "data": ["d"], "method": method.name, **settings})
     family = families.of(base)
     note, trainable = "", None

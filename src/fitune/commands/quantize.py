@@ -10,7 +10,7 @@ value of at least the threshold on a short text, which LLM.int8() takes out (arX
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,8 @@ def _outliers(model: Any, folder: Path) -> dict[str, int]:
     limit = getattr(model.config, "max_position_embeddings", None) or len(ids)
     counts: dict[str, int] = {}
 
-    def look(name: str) -> Any:
-        def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
+    def look(name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             counts[name] = len(outlier_columns(inputs[0].float().flatten(0, -2), THRESHOLD))
 
         return hook

@@ -24,11 +24,15 @@ SUGGESTED = ("planned exactly", "rows x accumulation", "length", "needs", "spare
 OF_BUNDLED = "2M model"  # the column of results of the bundled model: it says nothing of larger ones but an order
 RANKED = ("method", "weights", "rows", "checkpointed", "length", "trains", OF_BUNDLED, "an epoch")
 SAVED = ("change", "saves", "time", "cost")
-STEPS = "rows: of a micro-batch; accumulation: micro-batches of an optimizer step; most rows: the largest micro-batch that fits"
+STEPS = (
+    "rows: of a micro-batch; accumulation: micro-batches of an optimizer step; most rows: the largest micro-batch that "
+    "fits"
+)
 RESULT = (
     "rows: of the largest micro-batch, as it is and with checkpointing; 2M model: a result of the bundled model of 2 "
-    "million parameters, not of yours: the share of 152 held-out questions that it answered correctly after tuning with that method "
-    "(results/methods.json, results/precision.json); ordered by these where they differ by some 3 %, then by time"
+    "million parameters, not of yours: the share of 152 held-out questions that it answered correctly after tuning "
+    "with that method (results/methods.json, results/precision.json); ordered by these where they differ by some 3 %, "
+    "then by time"
 )
 
 
@@ -139,8 +143,8 @@ def ranking_table(found: Advised) -> Table:
 def savers_table(found: Advised) -> Table:
     """See `saved`."""
     table = Table(
-        title="memory savers beside the first method, the most for their cost first", title_justify="left", title_style="bold",
-        box=None, pad_edge=False,
+        title="memory savers beside the first method, the most for their cost first", title_justify="left",
+        title_style="bold", box=None, pad_edge=False,
     )  # fmt: skip
     table.add_column(SAVED[0], style="cyan", no_wrap=True)
     for name in SAVED[1:3]:

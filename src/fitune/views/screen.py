@@ -52,7 +52,7 @@ class Screen(Console):
         """A line as it is, that can be copied whole: no markup, no colours of rich's own, no breaks."""
         self.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    def render_str(self, text: str, **how: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **how: Any) -> Text:  # type: ignore[override]  # rich's own keywords are passed on as they are
         """See rich; what a width is measured of is what will be shown."""
         return super().render_str(visible(text), **how)
 
@@ -142,13 +142,13 @@ def _lenient(raw: io.RawIOBase, *, at_once: bool) -> io.TextIOWrapper:
     return io.TextIOWrapper(buffer, encoding="utf-8", errors="replace", line_buffering=by_line, write_through=at_once)
 
 
-def failed(stream: Any) -> bool:
+def failed(stream: object) -> bool:
     """Does a standard stream take no more?"""
     raw = _raw(stream)
     return raw is not None and raw.failed is not None
 
 
-def _raw(stream: Any) -> Lenient | None:
+def _raw(stream: object) -> Lenient | None:
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     return raw if isinstance(raw, Lenient) else None
 
