@@ -20,7 +20,8 @@ from fitune.commands import advise as advice
 from fitune.commands import exact
 from fitune.commands import plan as planning
 from fitune.commands.exact import Exact
-from fitune.commands.plan import ask, look, work_of
+from fitune.commands.planned_rows import rows_of, work_of
+from fitune.commands.request import to_plan
 from fitune.commands.savers import savers, smaller_batches, what_helps
 from fitune.commands.train import train
 from fitune.core.as_flags import flags as as_flags
@@ -75,8 +76,8 @@ def exact_of(wanted: dict[str, Any]) -> Exact:
     """Exact plans of a job."""
     given = ("model", "data", "gpu")
     settings = {k: v for k, v in wanted.items() if k not in given}
-    asked = ask(wanted["model"], data=wanted["data"], gpu=wanted["gpu"], settings=settings)
-    return Exact(asked, look(asked, None, Silent()), settings)
+    asked = to_plan(wanted["model"], data=wanted["data"], gpu=wanted["gpu"], settings=settings)
+    return Exact(asked, rows_of(asked, None, Silent()), settings)
 
 
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=[] if n < 1 else [pytest.mark.full]) for n in range(30)])

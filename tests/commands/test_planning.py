@@ -19,10 +19,12 @@ import pytest
 import torch
 
 import fitune
-from fitune.commands import plan as planning
+from fitune.commands import planned_rows
 from fitune.commands import train as training
+from fitune.commands.request import to_plan
 from fitune.commands.train import resume_config, train
 from fitune.commands.train_start import Rehearsal
+from fitune.commands.verify import verify
 from fitune.core import processor
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, FituneError, ModelError, Problems, TrainingError
@@ -408,7 +410,7 @@ def test_without_a_tokenizer_lengths_are_estimated_and_that_is_told(
 
 def test_an_estimate_counts_all_that_a_row_says() -> None:
     def tokens(message: Message, **more: Any) -> int:
-        return planning._tokens(Conversation((message,), **more), 128_000)
+        return planned_rows._tokens(Conversation((message,), **more), 128_000)
 
     plain = tokens(Message("user", "word " * 100))
     assert tokens(Message("user", "word " * 100, context="word " * 100)) > 1.5 * plain
@@ -416,8 +418,10 @@ def test_an_estimate_counts_all_that_a_row_says() -> None:
     assert tokens(called) > 1.5 * plain
     tools = ({"type": "function", "function": {"name": "f", "description": "word " * 100}},)
     assert tokens(Message("user", "word " * 100), tools=tools) > 1.5 * plain
-    assert planning._tokens(Conversation((Message("user", "汉字" * 100),)), 32_000) > 300  # in few-token vocabularies
-    assert planning._tokens(Conversation((Message("user", "汉字" * 100),)), 128_000) < 200
+    assert (
+        planned_rows._tokens(Conversation((Message("user", "汉字" * 100),)), 32_000) > 300
+    )  # in few-token vocabularies
+    assert planned_rows._tokens(Conversation((Message("user", "汉字" * 100),)), 128_000) < 200
 
 
 @pytest.mark.shared
@@ -432,9 +436,9 @@ def test_an_estimate_counts_all_that_a_row_says() -> None:
 )
 def test_an_estimate_is_within_a_quarter_of_the_tokens(shared: Path, file: str, changes: dict[str, Any]) -> None:
     settings = {"max_length": 2048, "take": [60], "val_share": 0.0, **changes}
-    asked = planning.ask(SMALL, data=[str(shared / "data" / file)], gpu="24GB", settings=settings)
-    guessed = planning.look(asked, None, Silent())
-    real = planning.look(asked, shared / "tokenizers" / "qwen2", Silent())
+    asked = to_plan(SMALL, data=[str(shared / "data" / file)], gpu="24GB", settings=settings)
+    guessed = planned_rows.rows_of(asked, None, Silent())
+    real = planned_rows.rows_of(asked, shared / "tokenizers" / "qwen2", Silent())
     assert guessed.note
     assert not real.note
     guessed_sum, real_sum = (int(lengths_of(rows.samples).sum()) for rows in (guessed, real))
@@ -529,10 +533,10 @@ def test_a_plan_is_the_same_twice(shape: str) -> None:
 @pytest.mark.parametrize("method", sorted(methods.TABLE))
 def test_a_plan_leaves_the_shape_that_it_is_for(method: str, shape: str) -> None:
     """Many plans are made of one shape; new layers at the tail must not make it grow."""
-    asked = planning.ask(shape, data=(), gpu="24GB", settings={"method": method})
-    before = asked.shape.to_dict()
-    plans.without_values(plans.Work(asked.config, asked.shape, []))
-    assert asked.shape.to_dict() == before
+    asked = to_plan(shape, data=(), gpu="24GB", settings={"method": method})
+    before = asked.model_config.to_dict()
+    plans.without_values(plans.Work(asked.config, asked.model_config, []))
+    assert asked.model_config.to_dict() == before
 
 
 COMPARED: dict[str, plans.Plan] = {}
@@ -699,7 +703,7 @@ def test_the_proof_is_of_figures_that_others_measured(capsys: Any, monkeypatch: 
     assert found["worst_error"] == pytest.approx(float(np.max(np.abs(errors))))
     assert found["mean_error"] < 0.025
     for row in found["table"]:
-        assert row["name"] in err
+        assert row.name in err
     assert found["source"].split(",")[0] in err
     assert "One number was fitted" in err
 
@@ -711,13 +715,13 @@ def test_the_proof_is_of_figures_that_others_measured(capsys: Any, monkeypatch: 
 )
 def test_what_is_verified_agrees(changes: dict[str, Any], model_folder: Path, data_file: Path) -> None:
     values = {"model": str(model_folder), "data": [str(data_file)], "batch_size": 38, "device": "cpu", **changes}
-    found = planning.verify(build(values))
+    found = verify(build(values))
     assert found.allocated > MIB
     assert abs(found.error) <= 0.005, found.error
-    assert found.predicted == max(row["predicted"] for row in found.phases)
+    assert found.predicted == max(row.predicted for row in found.phases)
     for row in [*found.rows, *found.phases]:
-        assert row["predicted"] == pytest.approx(row["measured"], rel=0.005, abs=4096), row
-    assert {row["what"] for row in found.phases} >= {"load", "forward", "loss", "backward", "checkpoint"}
+        assert row.predicted == pytest.approx(row.measured, rel=0.005, abs=4096), row
+    assert {row.what for row in found.phases} >= {"load", "forward", "loss", "backward", "checkpoint"}
 
 
 def test_verify_on_the_command_line(

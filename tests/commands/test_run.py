@@ -223,7 +223,7 @@ def test_a_killed_process_resumes_to_the_same_bits(
 LIMITED = """
 import resource, sys
 from fitune.engine import checkpoint
-from fitune.cli import main
+from fitune.cli.main import main
 save = checkpoint.save_file
 def limited(tensors, path):
     if "step-000006" in str(path) and "optimizer" in str(path):

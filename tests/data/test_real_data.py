@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fitune.commands.prepare import prepare, resolve
+from fitune.commands.prepare import prepare
+from fitune.commands.request import to_train
 from fitune.core.config import build
 from fitune.core.events import Silent
 from fitune.data import tokenizer as tokenizers
@@ -84,7 +85,7 @@ def test_every_file_trains_with_every_tokenizer(shared: Path, tmp_path: Path, fi
     model = make_model(tmp_path / "model", TOKENIZERS[words], shared / "tokenizers" / words)
     settings = {"model": str(model), "data": [str(shared / "data" / file)], "template": template_for(file, words)}
     config = build({**settings, **FILES[file], "batch_size": 4, "max_steps": 3, "output": str(tmp_path / "run")})
-    job = prepare(resolve(config), Silent())
+    job = prepare(to_train(config), Silent())
     found = {finding.rule: finding for finding in job.findings}
     assert found["eos-supervised"].level == "ok"
     assert found["label-border"].level == "ok"
@@ -103,7 +104,7 @@ def test_no_rule_raises_a_false_alarm_on_real_data(shared: Path, tmp_path: Path)
     for number, (file, words) in enumerate(sorted(QUICK)):
         model = make_model(tmp_path / str(number), TOKENIZERS[words], shared / "tokenizers" / words)
         settings = {"model": str(model), "data": [str(shared / "data" / file)], "template": template_for(file, words)}
-        job = prepare(resolve(build({**settings, **FILES[file], "output": str(tmp_path / "run")})), Silent())
+        job = prepare(to_train(build({**settings, **FILES[file], "output": str(tmp_path / "run")})), Silent())
         levels = {f.rule: f.level for f in job.findings}
         right = {"bad-row": "warn"} if file == "alpaca_zh_20k" else {}  # eleven of its answers are empty
         assert {rule: levels[rule] for rule in quiet} == {**dict.fromkeys(quiet, "ok"), **right}, file
@@ -114,7 +115,7 @@ def test_the_rule_of_thumb_alone_would_cut_many_answers(shared: Path, tmp_path: 
     config = build(
         {"model": str(model), "data": [str(shared / "data" / "alpaca_zh_demo.json")], "output": str(tmp_path)}
     )
-    job = prepare(resolve(config), Silent())
+    job = prepare(to_train(config), Silent())
     told = {choice.name: choice for choice in job.report.length_choices}
     assert 0.11 <= told["rule of thumb"].lose_answer <= 0.25
     assert told["auto"].lose_answer <= 0.01

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fitune.commands import prepare as preparing
-from fitune.commands.prepare import prepare, resolve
+from fitune.commands.prepare import prepare
+from fitune.commands.request import to_train
 from fitune.core.config import RunConfig, build
 from fitune.core.errors import ConfigError, DataError, Problems
 from fitune.core.events import Silent
@@ -160,14 +161,14 @@ def test_any_name_is_just_a_path(
 ) -> None:
     tiny.write_rows(tmp_path / name, 4)
     monkeypatch.chdir(tmp_path)
-    config = resolve(build({"model": str(model_folder), "data": [name, {"path": name, "take": 2}]}))
+    config = to_train(build({"model": str(model_folder), "data": [name, {"path": name, "take": 2}]})).config
     assert config.data == [str(tmp_path / name), DataSource(path=str(tmp_path / name), take=2)]
     assert len(load(config.sources()).rows) == 6
 
 
 def job(config: dict[str, Any], model_folder: Path, folder: Path) -> preparing.Job:
     settings = {"model": str(model_folder), "output": str(folder / "out"), "batch_size": 2, **config}
-    return prepare(resolve(build(settings)), Silent())
+    return prepare(to_train(build(settings)), Silent())
 
 
 def test_every_file_that_is_read_is_fingerprinted(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_cheap_mistakes_in_sources_are_told_together(model_folder: Path, data_fi
     values = {"model": str(model_folder), "data": [str(data_file), "no.csv", {"path": "no-org/no-data"}],
               "eval_data": [{"path": str(data_file), "format": "alpacca"}], "map": {"a": "promt"}}  # fmt: skip
     with pytest.raises(Problems) as caught:
-        resolve(build(values))
+        to_train(build(values))
     for part in ("no.csv: no such file", "no-org/no-data: no such file or folder, and the hub does not give it",
                  "unknown format 'alpacca'", "unknown field 'promt'"):  # fmt: skip
         assert part in str(caught.value)
@@ -244,6 +245,6 @@ def test_a_link_is_known_by_its_own_name(model_folder: Path, tmp_path: Path) -> 
         (tmp_path / "a.csv").symlink_to(tmp_path / "0123abc")
     except OSError:
         pytest.skip("no links here")
-    assert resolve(build({"model": str(model_folder), "data": [str(tmp_path / "a.csv")]})).data == [
+    assert to_train(build({"model": str(model_folder), "data": [str(tmp_path / "a.csv")]})).config.data == [
         str(tmp_path / "a.csv")
     ]

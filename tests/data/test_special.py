@@ -11,7 +11,8 @@ from tokenizers import AddedToken
 
 import fitune
 from fitune.checks import textchecks
-from fitune.commands.prepare import prepare, resolve
+from fitune.commands.prepare import prepare
+from fitune.commands.request import to_train
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, Problems
 from fitune.core.events import Silent
@@ -201,7 +202,7 @@ def test_a_run_trains_answer_tokens_and_its_chat_shows_them(tmp_path: Path) -> N
         "val_share": 0,
         "cache": "none",
     }
-    asked = prepare(resolve(build(values)), Silent())
+    asked = prepare(to_train(build(values)), Silent())
     warned = {finding.rule: finding for finding in asked.findings}["answer-tokens"]
     assert (warned.level, f'--answer-tokens "{EMO}"' in str(warned.fix)) == ("warn", True)
     settings = {**values, "answer_tokens": [EMO], "new_tokens": [EMO], "max_steps": 30, "lr": 0.05, "sample_prompts": 0}

@@ -75,10 +75,10 @@ VERBS: dict[str, Callable[[Path, Path], Any]] = {
 
 def resume_from(run: Path, out: Path) -> Any:
     """The settings of a run that goes on from another one's adapter."""
-    from fitune.commands.prepare import resolve
+    from fitune.commands.request import to_train
 
     data, owner = tiny.write_rows(out / "more.jsonl", 4), run if (run / "config.yaml").is_file() else run.parent
-    return resolve(
+    return to_train(
         build({"model": str(RunFolder(owner).read_config().model), "data": [str(data)], "adapter": str(run)})
     )
 

@@ -90,10 +90,15 @@ def test_the_peak_of_a_gpu_is_forgotten_before_the_run(monkeypatch) -> None:
 
 def test_a_run_on_the_second_gpu_is_planned_there(two_gpus, monkeypatch) -> None:
     from fitune.commands import prepare
+    from fitune.commands.request import Request
+    from fitune.core.config import build
 
     places: list[device.Device] = []
-    monkeypatch.setattr(prepare.plans, "plan", lambda work, where, **how: places.append(where))
-    prepare._planned(None, torch.device("cuda:1"), "m")
+    made = SimpleNamespace(fits=True)
+    monkeypatch.setattr(prepare.plans, "plan", lambda work, where, **how: places.append(where) or made)
+    monkeypatch.setattr(prepare, "pick_device", torch.device)
+    config = build({"model": "m", "data": ["d"], "device": "cuda:1"})
+    assert prepare._planned(Request(config, None, None, "m", device.here("cuda:1")), None) is made
     assert [where.name for where in places] == ["GPU 1"]
 
 

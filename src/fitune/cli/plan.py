@@ -184,7 +184,7 @@ def _verified(question: Question, html: Path | None, console: Screen) -> dict[st
     if not question.data:
         raise ConfigError("--verify: with which data?", fix="add --data FILE")
     checked = settings.build({**question.given, "model": question.model, "data": question.data})
-    from fitune.commands.plan import verify
+    from fitune.commands.verify import verify
     from fitune.views.plan import compare_table
     from fitune.views.terminal import Terminal
 

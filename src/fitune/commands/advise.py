@@ -1,6 +1,6 @@
 """What fits, which of it to take, and why: the numbers behind `fitune plan` without a method and `train --fit`.
 
-In: what is asked (a model's shape, data, a device, settings that stay). Out: suggestions, each planned exactly with the
+In: a request (a model's config, data, a device, settings that stay). Out: suggestions, each planned exactly with the
 largest batch that fits; what each memory saver would give here; and advice with its figures. Every figure of memory
 comes from a plan, none from a rule of thumb; the old rules stand beside, to be compared.
 """
@@ -19,8 +19,9 @@ from fitune.commands.exact import (
     parts,
     shorter_lengths,
 )
-from fitune.commands.plan import Asked, ask, look
+from fitune.commands.planned_rows import rows_of
 from fitune.commands.reasons import domain, reasons
+from fitune.commands.request import Request, to_plan
 from fitune.commands.savers import savers
 from fitune.core import catalog
 from fitune.core.as_flags import flags
@@ -44,13 +45,13 @@ def advise(
     """Search, settle and explain.
 
     Args:
-        model, data, gpu, words, watch: as for `planning.plan`.
+        model, data, gpu, words, watch: as for `fitune.plan`.
         shown: how many suggestions are planned exactly.
         with_savers: is each memory saver to be planned beside the best?
         settings: that are to stay; batch_size and accumulation stay as their product.
 
     Raises:
-        FituneError: as `planning.plan`; or nothing fits at all.
+        FituneError: as `fitune.plan`; or nothing fits at all.
     """
     watch = watch or Silent()
     if settings.get("batch_tokens") is not None:
@@ -59,16 +60,16 @@ def advise(
             expected="batch_size, the rows of an optimizer step",
             fix="leave --batch-tokens out; `fitune plan` with --method and `fitune train` without --fit take it",
         )
-    asked = ask(model, data=data, gpu=gpu, settings=settings)
-    if too_small := below_all(asked.where):
+    request = to_plan(model, data=data, gpu=gpu, settings=settings)
+    if too_small := below_all(request.where):
         raise too_small
-    of_domain = domain(asked)  # first: it runs the model, and what the process holds afterwards is beside every plan
-    exactly = Exact(asked, look(asked, words, watch), settings)
+    of_domain = domain(request)  # first: it runs the model, and what the process holds afterwards is beside every plan
+    exactly = Exact(request, rows_of(request, words, watch), settings)
     found = _searched(exactly, settings, watch)
     suggestions: list[Suggestion] = []
     refuted: list[search.Candidate] = []
     # where nothing fits by arithmetic, the nearest ways are planned too: it has a margin
-    for candidate in _best(found.candidates, asked.config) or found.misses[:NEAREST]:
+    for candidate in _best(found.candidates, request.config) or found.misses[:NEAREST]:
         watch.progress("planning exactly", len(suggestions), shown)
         settled = settle(exactly, candidate)
         if settled is not None:
@@ -79,14 +80,14 @@ def advise(
             break
     watch.progress("planning exactly", shown, shown)
     if not suggestions:
-        raise _nothing_fits(asked, found)
+        raise _nothing_fits(request, found)
     best = suggestions[0]
     return Advised(
-        model=asked.name,
+        model=request.name,
         command=_command(model, data, best),
-        where=asked.where.name,
-        here=asked.where.here,
-        budget=asked.where.budget or 0,
+        where=request.where.name,
+        here=request.where.here,
+        budget=request.where.budget or 0,
         combinations=found.combinations,
         suggestions=suggestions,
         candidates=[one for one in found.candidates if one not in refuted],
@@ -105,8 +106,8 @@ def _searched(exactly: Exact, settings: Mapping[str, Any], watch: Watcher) -> se
 
     shorter = [n for n in shorter_lengths(exactly) if "max_length" not in settings]
     stays = {k: v for k, v in settings.items() if k not in ("batch_size", "accumulation", "max_length")}
-    asked, lengths = exactly.asked, [rows.max_length, *shorter]
-    found = search.search(stays, asked.shape, exactly.largest, labelled(rows), asked.where, lengths, tell)
+    request, lengths = exactly.request, [rows.max_length, *shorter]
+    found = search.search(stays, request.model_config, exactly.largest, labelled(rows), request.where, lengths, tell)
     ticker.end()
     return found
 
@@ -127,7 +128,7 @@ def _best(candidates: Sequence[search.Candidate], config: RunConfig) -> list[sea
 def settle(exactly: Exact, candidate: search.Candidate) -> Suggestion | None:
     """A candidate with the largest micro-batch that fits by exact plans, and as many of them for each optimizer step as
     give the rows that were asked for. None: not one row fits after all."""
-    config = exactly.asked.config
+    config = exactly.request.config
     wanted = min(len(exactly.rows.samples), config.batch_size * config.accumulation)
     alone = bool(candidate.settings.get("optimizer_in_backward", config.optimizer_in_backward))  # no accumulation then
     settings = {**candidate.settings, "max_length": min(candidate.max_length, exactly.rows.max_length)}
@@ -179,13 +180,13 @@ def _changed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _nothing_fits(asked: Asked, found: search.Found) -> ConfigError:
+def _nothing_fits(request: Request, found: search.Found) -> ConfigError:
     nearest = found.misses[:NEAREST]
     told = "; ".join(
         f"{one.name} with one row of {one.max_length:,} tokens: {size_text(one.needed)}" for one in nearest
     )
     return ConfigError(
-        f"nothing fits into {size_text(asked.where.budget or 0)} ({asked.where.name}) with these settings",
+        f"nothing fits into {size_text(request.where.budget or 0)} ({request.where.name}) with these settings",
         received=told or "ways that nearly fit, of which no exact plan does",
         fix="a smaller model, a shorter --max-length, or fewer settings that must stay",
     )

@@ -22,7 +22,6 @@ from fitune.core.results import Answered, Evaluation, Scores
 from fitune.data import fitting, rows
 from fitune.data.batches import in_order
 from fitune.data.cache import Cache
-from fitune.data.fitting import NO_LIMIT
 from fitune.data.store import Rows
 from fitune.data.templates.base import kept_date
 from fitune.engine.generation import SIDE_BY_SIDE
@@ -31,6 +30,7 @@ from fitune.engine.step import held_out_loss
 from fitune.models import attached
 from fitune.models.adapters import disabled
 from fitune.models.attached import compute_dtype
+from fitune.models.configs import longest_row
 from fitune.models.interfaces import causal_lm
 from fitune.models.kernels import wide
 from fitune.models.load import Tuned
@@ -114,7 +114,7 @@ def measure(tuned: Tuned, request: Request, watch: Watcher) -> Evaluation:
     if note:
         watch.say(note)
     there = rows.load(request.sources, skip_bad=False).rows
-    limit = getattr(causal_lm(tuned.model).config, "max_position_embeddings", None) or NO_LIMIT
+    limit = longest_row(causal_lm(tuned.model).config)
     encoder = tuned.encoder.with_max_length(limit, split=True)
     cache = Cache()  # keeps its files until the evaluation is over
     held_out = fitting.encode(there, encoder, cache, "", watch)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fitune.commands.plan import Asked, Rows, work_of
+from fitune.commands.planned_rows import Rows, work_of
+from fitune.commands.request import Request
 from fitune.core.config import RunConfig, build, merge
 from fitune.core.errors import ConfigError
 from fitune.core.plan import size_text
@@ -40,21 +41,21 @@ class Exact:
     """Exact plans of one question with other settings, each made once.
 
     Args:
-        asked: the question.
+        request: what is asked for.
         rows: what is known of its data.
         given: the settings that were given, as they were.
         made: the plan of these settings, where it is there already.
     """
 
-    def __init__(self, asked: Asked, rows: Rows, given: Mapping[str, Any], made: plans.Plan | None = None) -> None:
-        self.asked, self.rows, self.given = asked, rows, given
+    def __init__(self, request: Request, rows: Rows, given: Mapping[str, Any], made: plans.Plan | None = None) -> None:
+        self.request, self.rows, self.given = request, rows, given
         self.plans: dict[str, plans.Plan] = {}
         self.counted: dict[str, Counts] = {}
         # once: plans differ by what their settings take, and by that alone
-        self.outside = made.outside if made is not None else plans.outside_of(asked.where, asked.config.precision)
+        self.outside = made.outside if made is not None else plans.outside_of(request.where, request.config.precision)
         self.cut: dict[int, Rows] = {rows.max_length: rows}
-        padded = steps.likely_layout(asked.config.layout, asked.shape) == "padded"
-        self.largest = steps.Largest(rows.samples, asked.config, padded=padded)
+        padded = steps.likely_layout(request.config.layout, request.model_config) == "padded"
+        self.largest = steps.Largest(rows.samples, request.config, padded=padded)
         if made is not None:
             self.plans[self._key(self.with_settings({}).config)] = made
 
@@ -81,11 +82,11 @@ class Exact:
         most = self.rows.max_length
         return most if config.max_length == "auto" else min(config.max_length, most)
 
-    def with_settings(self, settings: Mapping[str, Any]) -> Asked:
+    def with_settings(self, settings: Mapping[str, Any]) -> Request:
         """The same question with other settings."""
-        given = self.asked.config.model_dump(mode="json", exclude_unset=True)
+        given = self.request.config.model_dump(mode="json", exclude_unset=True)
         config = build(merge(given, settings))
-        return replace(self.asked, config=config.model_copy(update={"data": self.asked.config.data}))
+        return replace(self.request, config=config.model_copy(update={"data": self.request.config.data}))
 
     def work(self, settings: Mapping[str, Any]) -> float:
         """Operations of an epoch."""
@@ -98,7 +99,7 @@ class Exact:
         """Weights of the model, by what puts them there: how many rows go through it, and how, is another question."""
         key = config.model_copy(update=NO_WEIGHTS).model_dump_json()
         if key not in self.counted:
-            model = plans.without_values(plans.Work(config, self.asked.shape, []))
+            model = plans.without_values(plans.Work(config, self.request.model_config, []))
             self.counted[key] = counts(model, config)
         return self.counted[key]
 

@@ -240,10 +240,10 @@ def _model_facts(folder: Path, tokenizer: Tokenizer) -> tuple[int, int]:
     """Longest row and embedding rows, from config.json; where there is none, from the tokenizer."""
     if not (folder / "config.json").is_file():
         return NO_LIMIT, len(tokenizer)
-    from fitune.models.configs import read_config  # imports torch, which a tokenizer alone does not need
+    from fitune.models.configs import longest_row, read_config  # imports torch, which a tokenizer alone does not need
 
     config = read_config(folder)
-    return getattr(config, "max_position_embeddings", None) or NO_LIMIT, max(config.vocab_size, len(tokenizer))
+    return longest_row(config), max(config.vocab_size, len(tokenizer))
 
 
 def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:

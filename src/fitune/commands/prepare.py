@@ -1,6 +1,6 @@
-"""From a config to everything that a run needs, checked: data, model, memory.
+"""From a checked request to everything that a run needs, checked: data, plan, model.
 
-In: a RunConfig. Out: a Job. Whatever is wrong is found here, before the first step, and told together.
+In: a Request. Out: a Job. Whatever is wrong is found here, before the first step, and reported together.
 """
 
 from __future__ import annotations
@@ -10,34 +10,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fitune.checks import datachecks, guards, leak, modelchecks, runchecks, stepchecks
+from fitune.checks import guards, leak, modelchecks, runchecks, stepchecks
 from fitune.checks.findings import raise_refused
-from fitune.core.begun import free_folder
+from fitune.commands.planned_rows import ReadRows, make_loader, read, work_of
+from fitune.commands.request import Request
 from fitune.core.config import RunConfig
-from fitune.core.errors import Collector, ConfigError, TrainingError
+from fitune.core.errors import TrainingError
 from fitune.core.events import Watcher
-from fitune.core.files import expand, sha256
-from fitune.core.options import DataSource
+from fitune.core.files import sha256
 from fitune.core.plan import size_text
-from fitune.core.records import Conversation, DataReport, Finding, Kept, Layout, Source
-from fitune.data import formats, pipeline, readers, templates, tokenizer
+from fitune.core.records import Batch, Conversation, DataReport, Finding, Kept, Layout, Source
+from fitune.data import readers
 from fitune.data.batches import Loader
 from fitune.data.cache import folder_digest, key
-from fitune.data.fitting import NO_LIMIT
 from fitune.data.store import Samples
-from fitune.data.tokenizer.new_tokens import add_tokens
 from fitune.engine import integrity, loading, optim
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
-from fitune.memory import steps
-from fitune.models import adapters, families, kernel_faults, methods, precision, quant, weights
-from fitune.models.configs import quantized_as, read_config, without_weights
+from fitune.models import adapters, families, kernel_faults, precision, quant, weights
 from fitune.models.devices import pick_device
 from fitune.models.head import set_loss_rows
 from fitune.models.load import Tuned, load_model
-from fitune.models.locate import locate
 from fitune.models.methods import new_tokens
 from fitune.models.parts import groups, trainable
 from fitune.models.prepare import checkpoint_blocks
@@ -84,195 +77,150 @@ class Job:
         return sum(quant.numel(p) for p in self.tuned.model.parameters())
 
 
-def resolve(config: RunConfig) -> RunConfig:
-    """The config with absolute paths, so that the run folder can be used from anywhere.
-
-    Raises:
-        ConfigError, DataError, ModelError, Problems: the cheap mistakes, all of them at once.
-    """
-    problems = Collector()
-    with problems.gather():
-        methods.find(config.method).check(config)
-        own_settings(config)
-    with problems.gather():
-        optim.check(config)
-    changes: dict[str, Any] = {"data": [], "eval_data": []}
-    for name, given in (("data", config.data), ("eval_data", config.eval_data)):
-        for source in given:
-            with problems.gather():
-                changes[name].append(absolute(source))
-    for source in [*config.sources(), *config.eval_sources()]:
-        with problems.gather():
-            formats.check(source.format or "auto", source.map)
-    with problems.gather():
-        folder = locate(config.model)
-        changes["model"] = str(expand(folder.resolve()))
-        read_config(folder)
-        weights.check(folder)
-        templates.choose(
-            config.template,
-            tokenizer.load(folder),
-            system_role=config.system_role,
-            options=config.template_options,
-        )
-    problems.raise_any()
-    if config.adapter is not None:
-        with problems.gather():
-            place = adapters.locate(config.adapter).resolve()
-            changes["adapter"] = str(place)
-            integrity.check_adapter(place)
-    with problems.gather():
-        shape = read_config(folder)
-        config = precision.resolve(config, pick_device(config.device), shape)
-        quant_settings(config, shape)
-    problems.raise_any()
-    changes["output"] = config.output or free_folder(f"{folder.name}-{config.method}")
-    return config.model_copy(update=changes)
-
-
-def quant_settings(config: RunConfig, model_config: Any) -> None:
-    """Settings of a quantizer without one do nothing; neither do they on a model that is quantized already."""
-    options = config.quant
-    if options.name == "none" and options != quant.PLAIN:
-        raise ConfigError("settings of quant are given, but nothing is quantized", fix="--quant nf4 or int8")
-    there = quantized_as(model_config)
-    if there.name != "none" and options.name not in ("none", there.name):
-        raise ConfigError(
-            f"--quant {options.name}: this model is quantized already, as {there.name}",
-            fix="leave --quant out, or take the original model",
-        )
-    if options.name != "none":
-        quant.find(options.name)
-
-
-def own_settings(config: RunConfig) -> None:
-    """Settings of another method than the run's would do nothing.
-
-    Raises:
-        ConfigError: some were given.
-    """
-    own = methods.find(config.method).options
-    plain = type(config)(model=config.model, data=config.data)
-    for group in sorted({method.options or "" for method in methods.TABLE.values()} | {"peft"}):
-        if group and group != own and getattr(config, group) != getattr(plain, group):
-            whose = next((m.name for m in methods.TABLE.values() if m.options == group), "peft:TYPE")
-            raise ConfigError(
-                f"settings of {group} are given, but the method is {config.method}",
-                fix=f"leave them out, or --method {whose}",
-            )
-
-
-def absolute(source: str | DataSource) -> str | DataSource:
-    """The source with its absolute path, of a data set on the hub that of its snapshot; its first row can be read."""
-    path = readers.locate(source if isinstance(source, str) else source.path)
-    next(readers.read_rows(path), None)
-    # a link's own name is kept: it tells the kind of file, which that of its target may not
-    path = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-    return str(path) if isinstance(source, str) else source.model_copy(update={"path": str(path)})
-
-
-def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None = None) -> Job:
-    """Read and check the data, load the model, put the method on it, check that too.
+def prepare(request: Request, watch: Watcher, outside: Mapping[str, int] | None = None) -> Job:
+    """Read and check the data, plan, load the model, put the method on it, check that too.
 
     Args:
-        config: as `resolve` gave it.
-        watch: is told what is found.
+        request: as `to_train` gave it.
+        watch: what is found is reported to it.
         outside: bytes beside the tensors, as a plan of this run had them before; None: as they are now.
 
     Raises:
         FituneError: whatever refuses the run.
     """
-    folder = Path(config.model)
-    model_config = read_config(folder)
-    words = tokenizer.load(folder)
-    added = add_tokens(words, config.new_tokens, config.answer_tokens) if config.new_tokens else []
-    limit = getattr(model_config, "max_position_embeddings", None) or NO_LIMIT
-    vocabulary = max([model_config.vocab_size, *(token.id + 1 for token in added)])
-    limit -= methods.find(config.method).virtual_tokens(config)
-    data = datachecks.read(config, folder, words, limit=limit, vocabulary=vocabulary, watch=watch)
-    raise_refused(data.findings)
-    config = config.model_copy(update={"max_length": data.report.max_length})
+    folder = Path(request.config.model)
+    rows = read(request, folder, watch, to_train=True)
+    raise_refused(rows.data.findings)
+    request = request.changed(max_length=rows.rows.max_length)
+    work = work_of(request, rows.rows)
+    plan = _planned(request, work, outside)
+    request = request.changed(loss_rows=plan.loss_rows)
+    loaded = _load(request, rows)
+    layout, packing = leak.packing_leak(loaded.model, rows.data.samples, request.config.layout)
+    work = replace(work, config=request.config)
+    if layout != work.layout:
+        work = work_of(request, rows.rows, layout)
+        plan = _planned(request, work, outside)
+    findings = [*_check_model(request, rows, loaded, layout, packing)]
+    loader = make_loader(request.config, rows.data.samples, layout)
+    findings += _check_batches(loader)
+    raise_refused(findings)
+    return _job(request, rows, loaded, _Ready(layout, loader, plan, work, [*rows.data.findings, *findings]))
 
-    device = pick_device(config.device)
-    method = methods.find(config.method)
-    check_quantized(config, method, model_config, device)
-    work = _work(config, model_config, data, added, steps.likely_layout(config.layout, model_config))
-    plan = _planned(work, device, folder.name, outside)
-    _refuse_what_cannot_fit(plan, config)
-    config = config.model_copy(update={"loss_rows": plan.loss_rows})
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The model with its method on it.
+
+    base: without it. family: of the base model. expected: elements of each tensor that the method trains, by its name,
+    where the method says so. before: logits of the base model, where the method must not change them at the start.
+    unchanged: are the weights those of the files?
+    """
+
+    model: Any
+    base: Any
+    family: families.Family
+    expected: dict[str, int] | None
+    before: Any
+    unchanged: Finding
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What is decided once the model is there."""
+
+    layout: Layout
+    loader: Loader
+    plan: plans.Plan
+    work: plans.Work
+    findings: list[Finding]
+
+
+def _load(request: Request, rows: ReadRows) -> _Loaded:
+    """The weights, the method and what it goes on from."""
+    config, method, folder = request.config, request.method, Path(request.config.model)
     base = load_model(
         folder,
         precision=config.precision,
-        device=str(device),
+        device=str(pick_device(config.device)),
         quant=config.quant,
         storage=config.storage_dtype if method.low_precision_base else config.trainable_dtype,
     )
     family = families.of(base)
-    loaded = runchecks.base_loaded(base, folder)
-    if added:
-        new_tokens.add_rows(base, added)
+    unchanged = runchecks.base_loaded(base, folder)
+    if rows.rows.added:
+        new_tokens.add_rows(base, rows.rows.added)
     expected = method.expected(base, family, config)
-    before = guards.start_of(base, data.samples) if method.same_at_start else None
+    before = guards.start_of(base, rows.data.samples) if method.same_at_start else None
     model = adapters.attach(base, config)
-    if expected is not None and added:
+    if expected is not None and rows.rows.added:
         expected |= adapters.row_sizes(model)
     if config.adapter is not None:
         adapters.load_into(model, adapters.locate(config.adapter))
     checkpoint_blocks(model, family, config.checkpointing)
     set_loss_rows(model, config)
-    samples = data.samples
-    layout, apart = leak.packing_leak(model, samples, config.layout)
-    work = replace(work, config=config)
-    if layout != work.layout:
-        work = _work(config, model_config, data, added, layout)
-        plan = _planned(work, device, folder.name, outside)
-        _refuse_what_cannot_fit(plan, config)
+    return _Loaded(model, base, family, expected, before, unchanged)
+
+
+def _check_model(request: Request, rows: ReadRows, loaded: _Loaded, layout: Layout, packing: Finding) -> list[Finding]:
+    """Every check of the loaded model; those that what is not finite would fail too come last.
+
+    Raises:
+        FituneError: a check refuses the run.
+    """
+    config, model, samples = request.config, loaded.model, rows.data.samples
     probe = guards.probe(samples)
+    findings = [*_check_weights(request, loaded, probe, layout), packing]
+    raise_refused(findings)
+    highest = max([int(probe.ids.max()), *(token.id for token in rows.rows.added)])
+    if loaded.before is not None and config.adapter is None:
+        findings.append(guards.same_at_start(model, loaded.before, samples))
+    findings += [guards.embeddings(model, highest), guards.nan_hidden(model, probe, layout)]
+    raise_refused(findings)
+    findings += [guards.grad_reaches(model, probe, layout), guards.accumulation_equality(model, probe, layout)]
+    findings += [runchecks.adapter_scale(model, config), stepchecks.reference_loss(model, samples, layout)]
+    findings += [stepchecks.eval_dropout(model, probe, layout)]
+    return [*findings, _disk_space(config, model), guards.eval_memory(model)]
+
+
+def _check_weights(request: Request, loaded: _Loaded, probe: Batch, layout: Layout) -> list[Finding]:
+    """What is trained, and in which dtypes."""
+    config, model, folder = request.config, loaded.model, Path(request.config.model)
     intact = guards.base_intact(folder)
     dtype = precision.DTYPES[config.trainable_dtype]
-    sets = [modelchecks.trainable_set(model, expected, dtype), guards.quantised_trainable(model)]
-    stored = weights.stored_dtype(folder)
-    dtypes = [precision.speed(config, device, model_config), precision.weights_kept(model, stored)]
-    dtypes.append(guards.fp16_range(model, probe, layout))
-    if quant.name_of(base) != "none":
-        dtypes.append(kernel_faults.finding(quant.faults(base)))
-    model_findings = [
-        modelchecks.family_found(family),
-        *families.towers.finding(base),
-        intact,
-        loaded,
-        *sets,
-        *dtypes,
-        apart,
+    sets = [modelchecks.trainable_set(model, loaded.expected, dtype), guards.quantised_trainable(model)]
+    dtypes = [
+        precision.speed(config, pick_device(config.device), request.model_config),
+        precision.weights_kept(model, weights.stored_dtype(folder)),
+        guards.fp16_range(model, probe, layout),
     ]
-    raise_refused(model_findings)
-    highest = max([int(probe.ids.max()), *(token.id for token in added)])
-    if before is not None and config.adapter is None:
-        model_findings.append(guards.same_at_start(model, before, samples))
-    model_findings += [guards.embeddings(model, highest), guards.nan_hidden(model, probe, layout)]
-    raise_refused(model_findings)  # what is not finite would fail the next ones too
-    model_findings += [guards.grad_reaches(model, probe, layout), guards.accumulation_equality(model, probe, layout)]
-    model_findings += [runchecks.adapter_scale(model, config), stepchecks.reference_loss(model, samples, layout)]
-    model_findings += [stepchecks.eval_dropout(model, probe, layout)]
-    model_findings += [_disk_space(config, model), guards.eval_memory(model)]
-    loader = _loader(config, samples, layout)
+    if quant.name_of(loaded.base) != "none":
+        dtypes.append(kernel_faults.finding(quant.faults(loaded.base)))
+    towers = families.towers.finding(loaded.base)
+    return [modelchecks.family_found(loaded.family), *towers, intact, loaded.unchanged, *sets, *dtypes]
+
+
+def _check_batches(loader: Loader) -> list[Finding]:
     first = next((micro for _, micro in loader.steps(0, 1)), [])
-    model_findings += [stepchecks.each_row_once(loader), stepchecks.batch_labels(first, samples)]
-    raise_refused(model_findings)
-    total = config.max_steps or loader.total_steps(config.epochs)
+    return [stepchecks.each_row_once(loader), stepchecks.batch_labels(first, loader.samples)]
+
+
+def _job(request: Request, rows: ReadRows, loaded: _Loaded, ready: _Ready) -> Job:
+    config, data, folder = request.config, rows.data, Path(request.config.model)
+    total = config.max_steps or ready.loader.total_steps(config.epochs)
     eval_every = config.eval_every or max(1, -(-total // 5))
     return Job(
         config=config,
-        tuned=Tuned(model, words, data.encoder.template, data.encoder, family),
-        loader=loader,
-        layout=layout,
+        tuned=Tuned(loaded.model, rows.tokenizer, data.encoder.template, data.encoder, loaded.family),
+        loader=ready.loader,
+        layout=ready.layout,
         held_out=data.held_out,
         held_out_rows=data.held_out_rows,
         report=data.report,
-        findings=[*data.findings, *model_findings],
-        kept=precision.kept(model, stored),
-        plan=plan,
-        work=work,
+        findings=ready.findings,
+        kept=precision.kept(loaded.model, weights.stored_dtype(folder)),
+        plan=ready.plan,
+        work=ready.work,
         data_sha256=_fingerprint(config),
         inputs=_inputs(config, folder, data.encoder.template.as_dict()),
         total_steps=total,
@@ -282,48 +230,22 @@ def prepare(config: RunConfig, watch: Watcher, outside: Mapping[str, int] | None
     )
 
 
-def _loader(config: RunConfig, samples: Samples, layout: Layout) -> Loader:
-    by_length = layout == "padded"
-    return Loader(samples, config.batch_size, config.accumulation, config.seed, config.batch_tokens, by_length)
+def _planned(request: Request, work: plans.Work, outside: Mapping[str, int] | None = None) -> plans.Plan:
+    """The plan on this machine, as it is now.
 
-
-def _work(config: RunConfig, shape: Any, data: pipeline.Data, added: list[Any], layout: Layout) -> plans.Work:
-    """What the run asks of memory."""
-    loader = _loader(config, data.samples, layout)
-    deciding = steps.deciding(loader, config.max_steps or loader.total_steps(config.epochs))
-    held_out = steps.largest_held_out(data.held_out, config.batch_size)
-    return plans.Work(config, shape, deciding, held_out, layout, added)
-
-
-def _planned(work: plans.Work, device: torch.device, name: str, outside: Mapping[str, int] | None = None) -> plans.Plan:
-    """The plan on this machine."""
-    return plans.plan(work, devices.here(str(device)), name=name, outside=outside)
-
-
-def _refuse_what_cannot_fit(plan: plans.Plan, config: RunConfig) -> None:
-    if plan.fits is False and not config.force:
+    Raises:
+        TrainingError: it does not fit, and the run is not forced.
+    """
+    where = devices.here(str(pick_device(request.config.device)))
+    plan = plans.plan(work, where, name=request.name, outside=outside)
+    if plan.fits is False and not request.config.force:
         raise TrainingError(
             f"the plan says that this does not fit: it misses by {size_text(-(plan.spare or 0))}",
             received=f"{size_text(plan.needed)} needed, {size_text(plan.budget or 0)} there; {plans.made_of(plan)}",
             fix="a smaller --batch-size or --max-length, --checkpointing, --quant nf4, --optimizer adamw-8bit; "
             "or --force, to try it anyway",
         )
-
-
-def check_quantized(config: RunConfig, method: methods.Method, model_config: Any, device: torch.device) -> None:
-    """What cannot be tuned on quantized weights is refused before any are read."""
-    options = quantized_as(model_config)
-    options = options if options.name != "none" else config.quant
-    if options.name == "none":
-        return
-    shape = without_weights(model_config)
-    there = methods.Quantized(quant.planned(shape, options), options.name, device.type)
-    reason = method.quant_problem(shape, families.of(shape), config, there)
-    if reason is not None:
-        raise ConfigError(
-            f"{method.name} does not go with quant {options.name}: {reason}",
-            fix="a method and settings that leave the base's weights alone (plain lora is one), or leave --quant out",
-        )
+    return plan
 
 
 def _inputs(config: RunConfig, folder: Path, template: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from fitune.core.results import LayerError, QuantizedModel
 from fitune.data import templates, tokenizer
 from fitune.models import kernel_faults, weights
 from fitune.models import quant as quants
-from fitune.models.configs import quantized_as, read_config
+from fitune.models.configs import longest_row, quantized_as, read_config
 from fitune.models.families import towers
 from fitune.models.handover import TEMPLATE, hand_over
 from fitune.models.load import load_model
@@ -105,7 +105,7 @@ def _outliers(model: Any, folder: Path) -> dict[str, int]:
         ids = tokenizer.encode(tokenizer.load(folder), TEXT, literal=False)
     except FituneError:
         return {}
-    limit = getattr(model.config, "max_position_embeddings", None) or len(ids)
+    limit = longest_row(model.config)
     counts: dict[str, int] = {}
 
     def look(name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from fitune.commands import evaluate as evaluation
 from fitune.commands.exact import Exact, labelled
-from fitune.commands.plan import Asked
+from fitune.commands.request import Request
 from fitune.core.errors import FituneError
 from fitune.core.plan import size_text
 from fitune.memory.advice import Advice, Suggestion
@@ -31,7 +31,7 @@ def _tokens_against_parameters(exactly: Exact, best: Suggestion) -> Advice:
     about = exactly.rows.report is None  # lengths are estimated
     tokens = int(float(f"{tokens:.1e}")) if about else tokens
     trained = best.plan.trainable
-    total = sum(p.numel() for p in without_weights(exactly.asked.shape).parameters())
+    total = sum(p.numel() for p in without_weights(exactly.request.model_config).parameters())
     text = (
         f"direct tuning of all {total:,} parameters wants at least as many trained tokens; an epoch of this data has "
         f"{'about ' * about}{tokens:,}"
@@ -47,7 +47,7 @@ def _rounded(value: float) -> str:
 
 
 def _against_the_machine(exactly: Exact, best: Suggestion) -> Advice:
-    made, where, batch, times = best.plan, exactly.asked.where, best.micro_batch, best.accumulation
+    made, where, batch, times = best.plan, exactly.request.where, best.micro_batch, best.accumulation
     text = (
         f"{best.name} needs {size_text(made.needed)} of {size_text(made.budget or 0)} with micro-batches of {batch} "
         f"rows of at most {best.max_length:,} tokens{f', {times} for each step' if times > 1 else ''}"
@@ -106,9 +106,9 @@ SMALL = 4 * 2**30  # bytes of weights that are read for one piece of advice
 NEAR, FAR = 1.5, 3.0  # nats a token
 
 
-def domain(asked: Asked) -> Advice | None:
+def domain(request: Request) -> Advice | None:
     """How far the data is from what the base knows: its loss on it, where weights are at hand and not large."""
-    folder = asked.folder
+    folder = request.folder
     if folder is None:
         return Advice(
             "domain",
@@ -121,7 +121,7 @@ def domain(asked: Asked) -> Advice | None:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         if not size or size > SMALL:
             return None
-        config = asked.config
+        config = request.config
         found = evaluation.evaluate(
             str(folder), config.sources(), take=64, answer=False, template=config.template, device=config.device
         )

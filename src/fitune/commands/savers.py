@@ -9,11 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fitune.commands.exact import Exact, below_all, largest_batch, parts, shorter_lengths
 from fitune.commands.plan import Answer
-from fitune.commands.prepare import check_quantized
+from fitune.commands.request import check_quantized
 from fitune.core.as_flags import flags
 from fitune.core.config import RunConfig
 from fitune.core.errors import FituneError
@@ -22,7 +20,6 @@ from fitune.core.plan import size_text
 from fitune.memory import plan as plans
 from fitune.memory import search
 from fitune.memory.advice import Saver
-from fitune.models import methods
 
 HELPS = 6  # savers that a miss tells of
 
@@ -52,9 +49,7 @@ def _saver(exactly: Exact, settings: Mapping[str, Any], change: dict[str, Any], 
 def _planned(exactly: Exact, settings: Mapping[str, Any]) -> plans.Plan | None:
     """The plan of settings; None: they cannot go together."""
     try:
-        other = exactly.with_settings(settings)
-        method = methods.find(other.config.method)
-        check_quantized(other.config, method, other.shape, torch.device(other.where.kind))
+        check_quantized(exactly.with_settings(settings))
         return exactly.plan(settings)
     except FituneError:
         return None
@@ -74,7 +69,7 @@ def _changes(exactly: Exact, config: RunConfig) -> Iterator[tuple[dict[str, Any]
             {"quant": {"name": "nf4"}},
             f"4-bit weights kept {search.KEPT['nf4']:.0%} of the gain of the bundled 2M model",
         )
-    if exactly.asked.where.kind == "cuda" and config.loss_rows == "auto":
+    if exactly.request.where.kind == "cuda" and config.loss_rows == "auto":
         yield {"loss_rows": FEWER_ROWS}, "the output head is read more often"
     if config.batch_size > 1 and not config.optimizer_in_backward:
         yield smaller_batches(config, config.batch_size // 2), SAME
@@ -132,11 +127,11 @@ class Help:
 
 def what_helps(missed: Answer) -> Help:
     """What would make a plan fit that does not: each change with the bytes that it saves, and which of them do it."""
-    asked = missed.asked
-    exactly = Exact(asked, missed.rows, missed.given, missed.plan)
+    request = missed.request
+    exactly = Exact(request, missed.rows, missed.given, missed.plan)
     now = exactly.plan({})
     missing = -(now.spare or 0)
-    never = below_all(asked.where)
+    never = below_all(request.where)
     if never is not None:
         return Help(missing, [], None, " ".join(str(never).split()))
     found = savers(exactly, {})
@@ -146,7 +141,7 @@ def what_helps(missed: Answer) -> Help:
 def _together(exactly: Exact, found: Sequence[Saver], missing: int) -> dict[str, Any] | None:
     """The mildest change that is enough: more and smaller micro-batches, where some rows fit; else the best saver that
     is enough alone; else the best ones one after the other, with micro-batches of one row, until they are."""
-    config = exactly.asked.config
+    config = exactly.request.config
     smaller = config.batch_size > 1 and not config.optimizer_in_backward and config.batch_tokens is None
     if smaller:
         rows, tried = config.batch_size // 2, set[int]()

@@ -12,7 +12,8 @@ from contextlib import ExitStack
 
 from fitune.commands import resuming, train_summary
 from fitune.commands.active_run import ActiveRun, machine_load
-from fitune.commands.prepare import prepare, resolve
+from fitune.commands.prepare import prepare
+from fitune.commands.request import Request, to_train
 from fitune.commands.signals import resumable, stop_on_signal
 from fitune.commands.train_end import finish
 from fitune.commands.train_loop import Training
@@ -54,29 +55,27 @@ def train(
     watch = watch or Silent()
     try:
         with full_disk(), ExitStack() as stack:
-            taken, run = _take_folder(config, stack, watch)
-            return _train(run, taken, resume, watch, outside)
+            request, run = _take_folder(config, stack, watch)
+            return _train(run, request, resume, watch, outside)
     finally:
         watch.stop()
 
 
-def _take_folder(config: RunConfig, stack: ExitStack, watch: Watcher) -> tuple[RunConfig, RunFolder]:
-    """The settings, resolved, and the run's folder, which is this process's own until the stack is left."""
+def _take_folder(config: RunConfig, stack: ExitStack, watch: Watcher) -> tuple[Request, RunFolder]:
+    """The checked request, and the run's folder, which is this process's own until the stack is left."""
     while True:
-        taken = resolve(config)
-        run = RunFolder(str(taken.output))
+        request = to_train(config)
+        run = RunFolder(str(request.config.output))
         try:
             stack.enter_context(locks.held(run.path, watch.say))
         except locks.InUseError:
             if config.output is not None:
                 raise
             continue  # another run took the name that was free
-        return taken, run
+        return request, run
 
 
-def _train(
-    run: RunFolder, config: RunConfig, resume: bool, watch: Watcher, outside: Mapping[str, int] | None
-) -> Result:
+def _train(run: RunFolder, request: Request, resume: bool, watch: Watcher, outside: Mapping[str, int] | None) -> Result:
     """Train, as the one process that works in the folder."""
     again = not resume and begun.check(run.path)  # the same command once more, after it was stopped
     finished = (resume or again) and resuming.is_finished(run, watch)
@@ -86,9 +85,9 @@ def _train(
             f"{run.path}: this run is finished. To train it further: fitune train --adapter {run.path} --output NEW ..."
         )
         return Result(**run.read("result"), history=tuple(run.read_steps()))
-    with determinism.exact(pick_device(config.device)):
+    with determinism.exact(pick_device(request.config.device)):
         since = processor.moment()
-        job = prepare(config, watch, outside)
+        job = prepare(request, watch, outside)
         job.findings += machine_load(job, since)
         train_summary.show(job, watch)
         if again:

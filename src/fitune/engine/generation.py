@@ -18,6 +18,7 @@ from fitune.core.records import SPAN, Conversation, Message
 from fitune.data.encode import Encoder
 from fitune.data.templates import ChatTemplate, thoughts
 from fitune.models.adapters import disabled
+from fitune.models.configs import longest_row
 from fitune.models.interfaces import causal_lm
 from fitune.models.load import Tuned
 from fitune.models.methods import virtual
@@ -176,8 +177,7 @@ def _generate(
         ModelError: a prompt that is longer than the model can hold.
     """
     width = max(len(prompt) for prompt in prompts)
-    limit = getattr(causal_lm(tuned.model).config, "max_position_embeddings", None) or 2**31
-    limit -= virtual_tokens
+    limit = longest_row(causal_lm(tuned.model).config, virtual_tokens)
     if width >= limit:
         raise ModelError(
             "the prompt is longer than the model can hold",

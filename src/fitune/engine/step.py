@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from fitune.core.records import Batch, Layout
 from fitune.data.batches import rounded
 from fitune.engine.optim import InBackward
+from fitune.models.configs import longest_row
 from fitune.models.head import loss_rows, output_head
 from fitune.models.interfaces import causal_lm
 from fitune.models.kernels import placed as placing
@@ -179,8 +180,7 @@ def _separate(model: nn.Module, batch: Batch, before: virtual.Virtual | None, id
 
 def _width(inner: PreTrainedModel, longest: int) -> int:
     """One of few widths of padded rows, where the model holds so many tokens."""
-    most = getattr(inner.config, "max_position_embeddings", None)
-    return rounded(longest) if most is None or rounded(longest) <= most else longest
+    return rounded(longest) if rounded(longest) <= longest_row(inner.config) else longest
 
 
 def _own_positions(inner: PreTrainedModel, ids: Tensor, batch: Batch, before: int) -> list[dict[str, Tensor]]:

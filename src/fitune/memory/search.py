@@ -3,7 +3,7 @@
 In: settings that are given, the model's config, the lengths of the rows, a device. Out: candidates, the best first. The
 memory of a phase is linear in the tokens of a micro-batch and in the number of blocks, so each method is traced
 twice, on models of a few blocks, with two sizes of micro-batches each; the rest is arithmetic in batch, length and
-depth. What is shown to a user is planned exactly afterwards (planning.py).
+depth. What is shown to a user is planned exactly afterwards (commands/exact.py).
 """
 
 from __future__ import annotations

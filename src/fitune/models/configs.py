@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from fitune.core.errors import ModelError, shorten
 from fitune.core.options import QuantOptions
 from fitune.core.untrusted import read_json
+from fitune.data.fitting import NO_LIMIT
 from fitune.models import families, weights
 from fitune.models import quant as quants
 from fitune.models.families import original, towers
@@ -35,6 +36,16 @@ CODE_KEYS = (
     "_experts_implementation",
     "experts_implementation",
 )
+
+
+def longest_row(model_config: Any, virtual_tokens: int = 0) -> int:
+    """The most tokens that a row may have; NO_LIMIT, less the virtual ones, where the model names no limit.
+
+    Args:
+        model_config: the transformers config of the model.
+        virtual_tokens: those that the method puts before every row, which take positions too.
+    """
+    return (getattr(model_config, "max_position_embeddings", None) or NO_LIMIT) - virtual_tokens
 
 
 def read_config(folder: Path) -> Any:
