@@ -58,6 +58,7 @@ from fitune.core.options import QuantOptions
 from fitune.memory import device, plan, steps, trace
 from fitune.models import adapters, configs, determinism, devices, families, load, methods, prepare
 from fitune.models import quant as quants
+from fitune.models.interfaces import CausalLM
 from fitune.models.precision import DTYPES
 from fitune.models.quant.base import sizes
 
@@ -187,7 +188,7 @@ def random_base(shape: Any, precision: str, quant: QuantOptions, storage: str, w
     return prepare.ready(model, precision)
 
 
-def fill(model: nn.Module, quant: QuantOptions, dtype: torch.dtype, where: torch.device) -> None:
+def fill(model: CausalLM, quant: QuantOptions, dtype: torch.dtype, where: torch.device) -> None:
     """Give a model on meta its tensors, in the order of its modules: quantized layers random ones, the rest without
     values. Tensors that modules share stay one."""
     planned = set(quants.planned(model, quant))

@@ -23,7 +23,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,16 @@ def optimizer_of(row: Mapping[str, Any], model: Any) -> torch.optim.Optimizer:
     """The optimizer that a run names; on a GPU torch's AdamW works on all tensors at once."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     name = row.get("optimizer") or "AdamW"
+    made: torch.optim.Optimizer
     if name == "AdamW":
         return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
     if hasattr(torch.optim, name):
-        made: torch.optim.Optimizer = getattr(torch.optim, name)(parameters, lr=1e-4)
+        made = getattr(torch.optim, name)(parameters, lr=1e-4)
         return made
     if name.lower().replace("_", "-") == "lora-fa":
         config = row["peft_config"]
-        return create_lorafa_optimizer(model, r=config["r"], lora_alpha=config["lora_alpha"], lr=1e-4)
+        made = create_lorafa_optimizer(model, r=config["r"], lora_alpha=config["lora_alpha"], lr=1e-4)
+        return made
     import bitsandbytes
 
     return getattr(bitsandbytes.optim, name)(parameters, lr=1e-4)  # type: ignore[no-any-return]
@@ -200,7 +202,11 @@ def predict(row: Mapping[str, Any], shape: Mapping[str, Any], longest: int) -> d
 def summary(rows: Sequence[Mapping[str, Any]], longest: int) -> dict[str, Any]:
     """The figures over all rows; errors are shares of what was measured."""
     errors = [abs(row["error"]) for row in rows if row["predicted_bytes"]]
-    at = {"mean_error": np.mean, "median_error": np.median, "worst_error": np.max}
+    at: dict[str, Callable[[list[float]], Any]] = {
+        "mean_error": np.mean,
+        "median_error": np.median,
+        "worst_error": np.max,
+    }
     figures = {name: float(how(errors)) if errors else None for name, how in at.items()}
     figures["p95_error"] = float(np.quantile(errors, 0.95)) if errors else None
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}

@@ -84,8 +84,8 @@ def plain_formula(checkpointing: bool) -> int:
     trained = RANK * layers * ((width + queries) + (width + keys))
     weights = 2 * catalog.find("llama-3.2-1b").parameters + 12 * trained  # what is trained, and Adam's two states
     if checkpointing:  # inputs of all blocks; at the loss no block is whole
-        return weights + ROWS * LENGTH * (2 * width * layers + rotary + last + loss + numbers)
-    return weights + ROWS * LENGTH * (layers * block - norm + rotary + last + loss + numbers)
+        return int(weights + ROWS * LENGTH * (2 * width * layers + rotary + last + loss + numbers))
+    return int(weights + ROWS * LENGTH * (layers * block - norm + rotary + last + loss + numbers))
 
 
 def own(checkpointing: bool) -> plan.Plan:

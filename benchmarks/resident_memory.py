@@ -47,6 +47,11 @@ def rows(path: Path, count: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def open_files(process: Any) -> int:
+    """How many files, or on Windows handles, a process of psutil has open."""
+    return int(process.num_fds() if hasattr(process, "num_fds") else process.num_handles())
+
+
 def run(kind: str, steps: int, every: int, folder: Path) -> list[dict[str, float]]:
     """The run, in this process: a line for each so many steps."""
     import psutil
@@ -75,7 +80,7 @@ def run(kind: str, steps: int, every: int, folder: Path) -> list[dict[str, float
             line = {
                 "step": record.step,
                 "resident_mib": round(process.memory_info().rss / 2**20, 1),
-                "files": process.num_fds() if hasattr(process, "num_fds") else process.num_handles(),
+                "files": open_files(process),
                 "temporary": len(list(Path(tempfile.gettempdir()).iterdir())),
                 "sizes": len(met),
                 "unrounded": len(given),

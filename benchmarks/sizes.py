@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fitune.core.config import build
-from fitune.data import pipeline as dataset
-from fitune.data import tokenizer
+from fitune.data import pipeline, tokenizer
 from fitune.data.batches import Loader, rounded
 from fitune.data.store import lengths_of
 
@@ -51,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     words = tokenizer.load(args.tokenizer)
     config = build({"model": str(args.tokenizer), "data": [args.data], "skip_bad": True})
-    found = dataset.read(config, args.tokenizer, words, limit=4096, vocabulary=len(words))
+    found = pipeline.read(config, pipeline.Target(args.tokenizer, words, limit=4096, vocabulary=len(words)))
     lengths = lengths_of(found.samples).astype(np.int64)
     print(f"{len(lengths):,} rows, {lengths.sum():,} tokens, {lengths.mean():.0f} a row")
     for size in args.batch_sizes:

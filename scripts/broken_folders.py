@@ -48,7 +48,7 @@ class Damage:
     file: str
     kind: str
     what: str
-    change: Callable[[Path], None]
+    change: Callable[[Path], object]
 
     def do(self, folder: Path) -> Path:
         """Damage the file in a folder (a copy, for nothing can be undone); its path."""
@@ -67,7 +67,7 @@ def copy_of(folder: Path, target: Path) -> Path:
 
 # ---- kinds: each gives the change, and what is said of it; None: it is not for this file ----
 
-Made = tuple[Callable[[Path], None], str] | None
+Made = tuple[Callable[[Path], object], str] | None
 
 
 def _replace(path: Path, make: Callable[[Path], None]) -> None:
@@ -79,8 +79,8 @@ def _absent(path: Path, random_: random.Random) -> Made:
     return Path.unlink, ""
 
 
-def _written(content: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(content) and None
+def _written(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
 
 
 def _empty(path: Path, random_: random.Random) -> Made:

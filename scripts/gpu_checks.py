@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -125,7 +126,7 @@ def machine(here: Here) -> None:
     from fitune.models.devices import pick_device
 
     device = pick_device(here.device)
-    found = around.describe(device)
+    found: dict[str, Any] = around.describe(device)
     total = torch.cuda.mem_get_info(device)[1] >> 20 if device.type == "cuda" else found["memory_mib"]
     here.say("versions", True, **found["device"], total_mib=total, python=found["python"], **found["packages"])
     size = 256 if here.dry else 8192
@@ -157,7 +158,7 @@ def attention_of(device: Any, *, own: bool) -> tuple[list[str], list[float]]:
     with determinism.kernels(device) if own else contextlib.nullcontext():
         with torch.profiler.profile(activities=kinds) as seen:
             run(300)
-        lengths = [round(timed(lambda n=n: run(n), device, times=1, warm=0), 4) for n in (311, 312, 313, 311)]
+        lengths = [round(timed(partial(run, n), device, times=1, warm=0), 4) for n in (311, 312, 313, 311)]
     names = [event.key for event in seen.key_averages()]
     known = ("flash", "fmha", "attention", "cudnn", "mha", "softmax")
     return [n[:60] for n in names if any(word in n.lower() for word in known)][:6], lengths
@@ -225,7 +226,10 @@ def outcomes(out: str, *, collected: bool) -> dict[str, Any]:
 def resume(here: Here) -> None:
     """A run that is killed and goes on, and the same run once more, have the same bits, in new processes. The runs go
     on side by side: what they cost is their start."""
-    cases = (("lora with dropout", ("--lora.dropout", 0.1)), ("nf4", ("--quant", "nf4")))
+    cases: tuple[tuple[str, tuple[str, Any]], ...] = (
+        ("lora with dropout", ("--lora.dropout", 0.1)),
+        ("nf4", ("--quant", "nf4")),
+    )
     cases = cases[: 1 if here.together else None]
     runs = {(name, n): bundled(here, f"{name}-{n}", *flags) for name, flags in cases for n in ("one", "two", "killed")}
     with ThreadPoolExecutor(here.at_once) as pool:

@@ -115,7 +115,7 @@ class Bench:
         if most is None or self.config.quant.name != "none":
             return None
         parameters = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
-        return round(4 * parameters * rate / most / 1e12, 3)
+        return round(float(4 * parameters * rate / most / 1e12), 3)
 
     def profile(self, name: str, most: int = 12) -> None:
         """Say which operations of a step took longest."""
@@ -308,7 +308,7 @@ def pretended(here: Here, *, capped: bool) -> None:
 
     def took(work: plan.Work, card: Any, limit: int | None) -> tuple[dict[str, Any], str | None]:
         made = plan.plan(work, card.device(case.cap), name=case.model)
-        died = None if limit is None or made.reserved <= limit else "out of memory"
+        died = None if limit is None or (made.reserved or 0) <= limit else "out of memory"
         return {"max_allocated": made.allocated, "max_reserved": made.reserved, "outside": 0, "seconds": 0.0}, died
 
     rows: list[dict[str, Any]] = []

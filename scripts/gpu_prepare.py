@@ -143,7 +143,7 @@ def tracked() -> list[Path]:
 
 def mib(files: Any) -> float:
     """Of all of them."""
-    return sum(path.stat().st_size for path in files) / 2**20
+    return float(sum(path.stat().st_size for path in files)) / 2**20
 
 
 # ---- configurations ----

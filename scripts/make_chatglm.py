@@ -61,8 +61,8 @@ def make(version: int, folder: Path, tokenizer: Path | None, seed: int = 0) -> P
     folder.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-    for name in TOKENIZER if tokenizer is not None else ():
-        if (tokenizer / name).is_file():
+    for name in TOKENIZER:
+        if tokenizer is not None and (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and version > 1:  # 2 and 3 share a vocabulary; the name tells which prompts it is for

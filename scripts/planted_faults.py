@@ -30,6 +30,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
@@ -47,8 +48,7 @@ from fitune.data.encode import Encoder
 from fitune.engine import optim, step
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.step_runner import StepRunner
-from fitune.models import adapters, parts, quant
-from fitune.models.methods import lora
+from fitune.models import adapters, load, parts, quant
 from support import tiny
 
 SETTINGS: dict[str, Any] = {
@@ -200,7 +200,7 @@ def _a_row_left_out(seam: Seam) -> None:
 def _loaded(change: Callable[[Any], None]) -> Callable[[Seam], None]:
     """The base model, changed as soon as it is loaded."""
 
-    def load(real: Any) -> Any:
+    def make(real: Any) -> Any:
         def made(*args: Any, **kwargs: Any) -> Any:
             found = real(*args, **kwargs)
             with torch.no_grad():
@@ -209,7 +209,7 @@ def _loaded(change: Callable[[Any], None]) -> Callable[[Seam], None]:
 
         return made
 
-    return lambda seam: seam.everywhere(load.load_model, load)
+    return lambda seam: seam.everywhere(load.load_model, make)
 
 
 def _leaks(found: Any) -> None:
@@ -265,7 +265,7 @@ def _attached(change: Callable[[Any], None]) -> Callable[[Seam], None]:
 
 
 def _layers(found: Any) -> Iterator[Any]:
-    return (module for module in found.modules() if isinstance(module, lora.LoraLayer))
+    return (module for module in found.modules() if isinstance(module, LoraLayer))
 
 
 def _alpha_twice(found: Any) -> None:
@@ -316,7 +316,7 @@ def _gradients(mean_of_means: bool = False, drop: bool = False, clip: bool = Fal
     def make(real: Any) -> Any:
         def made(found: Any, micro: Sequence[Any], layout: Any, scale: float = 1.0, **_: Any) -> Any:
             some = micro[:-1] if drop and len(micro) > 1 else micro
-            weight, total = sum(batch.weight for batch in some), 0.0
+            weight, total = sum(batch.weight for batch in some), torch.zeros((), dtype=torch.float64)
             for batch in some:
                 loss = step.loss_sum(found, batch, layout)
                 (loss * (scale / (batch.weight * len(some) if mean_of_means else weight))).backward()
@@ -324,7 +324,7 @@ def _gradients(mean_of_means: bool = False, drop: bool = False, clip: bool = Fal
                     torch.nn.utils.clip_grad_norm_(parts.trainable(found).values(), 0.05)
                 total = total + loss.detach().double()
             counts = (sum(len(b.ids) for b in some), sum(b.targets for b in some))
-            return step.Made(torch.as_tensor(total), weight, *counts)
+            return step.Made(total, weight, *counts)
 
         return made
 
@@ -360,7 +360,7 @@ def _evaluates_in_training_mode(seam: Seam) -> None:
         def made(found: Any, some: Any, layout: Any = "flat") -> float:
             with torch.no_grad():
                 pairs = [(float(step.loss_sum(found.train(), batch, layout)), batch.weight) for batch in some]
-            return sum(loss for loss, _ in pairs) / sum(weight for _, weight in pairs)
+            return sum(loss for loss, _ in pairs) / float(sum(weight for _, weight in pairs))
 
         return made
 
@@ -591,8 +591,8 @@ def outcome(place: Place, fault: Fault) -> Outcome:
                 merging.merge(values["output"], f"{values['output']}-merged")
             else:
                 train(build(values), watch=heard)
-        except FituneError as error:
-            errors = error.problems if isinstance(error, Problems) else [error]
+        except FituneError as refused:
+            errors = refused.problems if isinstance(refused, Problems) else [refused]
     said = [(f.rule, f.level, f.text, _when(behind, fault)) for behind, f in heard.found if f.level != "ok"]
     for error in errors:
         rule, _, text = str(error.what).partition(": ")

@@ -57,7 +57,7 @@ def cases(bench: Bench, seed: int, counts: dict[str, int], workers: int) -> dict
     """Of each kind what does its n-th case; whatever these are compared with is made first."""
     killed = kills.kinds_of(counts["kill"]) if counts.get("kill") else []
     damaged = sorted({kind for kind, _ in damage.pairs(counts["damage"])}) if counts.get("damage") else []
-    few = MAIN if counts.get("disk") or counts.get("race") else ()
+    few: tuple[str, ...] = MAIN if counts.get("disk") or counts.get("race") else ()
     few = few[: max(counts.get("disk", 0), -(-counts.get("race", 0) // len(races.PAIRS)))]
     bench.prepare(list(dict.fromkeys(["lora", *killed, *damaged, *few])), workers)
     made: dict[str, Case] = {

@@ -95,11 +95,11 @@ class Trouble:
             if name in EVENTS and args and _counts(name, args) and (path := _text(args[0])).startswith(prefix):
                 event(name, path)
 
-        def fsync(handle: int) -> None:
-            path = str(Path(f"/proc/self/fd/{handle}").readlink()) if isinstance(handle, int) else ""
+        def fsync(fd: Any) -> None:
+            path = str(Path(f"/proc/self/fd/{fd}").readlink()) if isinstance(fd, int) else ""
             if path.startswith(prefix):
                 event("fsync", path)
-            real(handle)
+            real(fd)
 
         os.fsync = fsync
         sys.addaudithook(hook)

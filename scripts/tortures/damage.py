@@ -84,7 +84,7 @@ def _value(data: bytes, numbers: random.Random) -> bytes:
         if not keys:
             return b"null"
         key = numbers.choice(keys)
-    new = numbers.choice((None, -1, "x", [], {}, True, 1e30, "gone"))
+    new: Any = numbers.choice((None, -1, "x", [], {}, True, 1e30, "gone"))
     if new == "gone":
         del holder[key]
     else:
