@@ -55,7 +55,7 @@ from fitune.core import catalog
 from fitune.core.config import RunConfig, build
 from fitune.core.files import write_json
 from fitune.core.options import QuantOptions
-from fitune.memory import device, plan, steps, trace
+from fitune.memory import device, plan, steps, storage, trace
 from fitune.models import adapters, configs, determinism, devices, families, load, methods, prepare
 from fitune.models import quant as quants
 from fitune.models.interfaces import CausalLM
@@ -292,7 +292,7 @@ class Updates(trace.Blind):
 
     def own(self, tensor: Tensor, category: str) -> None:
         """See Tracer."""
-        self.states += category == trace.STATES
+        self.states += category == storage.STATES
 
     def check(self) -> None:
         """Raises RuntimeError where nothing was ever updated."""

@@ -75,7 +75,8 @@ def build(row: Mapping[str, Any], shape: Mapping[str, Any]) -> tuple[Any, Tracer
     def make() -> Any:
         return AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=DTYPES[row.get("dtype") or "bfloat16"])
 
-    model, tracer = plan.start(make, lambda base: _with_method(base, row), GPU)
+    started: tuple[Any, Tracer] = plan.start(make, lambda base: _with_method(base, row), GPU)
+    model, tracer = started  # of transformers, with its own ways of switching things on
     if row.get("use_gc"):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from fitune.core import catalog
 from fitune.core.config import build
-from fitune.memory import device, plan, steps, trace
+from fitune.memory import device, plan, steps
+from fitune.memory.counted import shadows
 from fitune.memory.cuda import Cuda
 from fitune.memory.trace import Building, Tracer
 from fitune.models.configs import config_of
@@ -46,7 +47,7 @@ def plain_trace(checkpointing: bool) -> int:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tracer = Tracer(GPU)
-    trace.shadows(model.train(), tracer)
+    shadows(model.train(), tracer)
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.ones(ROWS, LENGTH, dtype=torch.long)
     with tracer, Cuda(GPU):

@@ -24,6 +24,7 @@ import torch
 from fitune.core import catalog
 from fitune.core.config import build
 from fitune.memory import plan, steps, trace
+from fitune.memory.counted import shadows
 from fitune.memory.cuda import Cuda
 from fitune.models.configs import config_of
 from fitune.models.kernels import placed
@@ -62,7 +63,7 @@ def count(name: str, tokens: int, documents: int, quant: str) -> dict[str, Any]:
     work = plan.Work(config, shape, [[batch], [batch]])
     model = plan.without_values(work)
     tracer, copies = Counting(), []
-    trace.shadows(model, tracer)
+    shadows(model, tracer)
     pack = placed.pack
 
     def packed(parts: Any, *, pin: bool) -> torch.Tensor:

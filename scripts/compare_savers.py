@@ -85,6 +85,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     from fitune.engine.step import training_step
     from fitune.memory import plan as plans
     from fitune.memory import steps, trace
+    from fitune.memory.counted import count
+    from fitune.memory.usage import usage
     from fitune.models.configs import read_config
     from fitune.models.parts import trainable
 
@@ -95,9 +97,9 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     shape = read_config(folder / "model")
     micro = [steps.made_up(config.batch_size, length, shape.vocab_size)] * config.accumulation
     work = plans.Work(config, shape, [[steps.made_up(1, length, shape.vocab_size)], micro])
-    said = plans.usage(plans.traced(work), without="start").peak
+    said = usage(plans.traced(work), without="start").peak
     model = ready(folder / "model", config)
-    now = most = trace.count(model, trace.Tracer())
+    now = most = count(model, trace.Tracer())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         plans.go(model, work, trace.Blind())
     for event in profile.profiler.kineto_results.events():

@@ -33,6 +33,7 @@ from fitune.core.records import Sample
 from fitune.data.batches import Loader, rounded
 from fitune.memory import device, flops, plan, search, steps
 from fitune.memory.advice import Suggestion
+from fitune.memory.usage import tops_of_steps
 from fitune.models.kernels.target import AMPERE
 from support import tiny
 from support.gpu_benchmark import gpu
@@ -85,7 +86,7 @@ def test_a_suggestion_fits_and_no_larger_batch_does(seed: int, tmp_path: Path) -
     wanted = job(tmp_path, seed)
     exactly = exact_of(wanted)
     try:
-        found = advice.advise(shown=1, with_savers=False, **wanted)
+        found = advice.advise(only_best=True, **wanted)
     except ConfigError as error:
         told = str(error)
     else:
@@ -125,7 +126,7 @@ def test_a_suggestion_runs_on_a_card_of_that_size(seed: int, tmp_path: Path) -> 
     counts beside the tensors."""
     wanted = {**job(tmp_path, seed), "gpu": "1000MiB"}
     exactly = exact_of(wanted)
-    best = advice.advise(shown=1, with_savers=False, **wanted).suggestions[0]
+    best = advice.advise(only_best=True, **wanted).suggestions[0]
     asked = exactly.with_settings({**best.settings, "batch_size": best.largest_batch})
     work = work_of(asked, exactly.rows)
     loader = Loader(exactly.rows.samples, best.largest_batch, best.accumulation, asked.config.seed)
@@ -257,7 +258,7 @@ def test_a_way_has_the_name_of_what_it_does(given: dict[str, Any], names: list[s
     """Settings that are given decide which of two names is right, and none is looked at under both."""
     where, shape = device.find("8GB"), build_shape(layers=2)
     found = list(search._ways({"quant": {"name": "none"}, "checkpointing": False, **given}, shape, where))
-    assert [name for name, _, _ in found] == names
+    assert [way.name for way in found] == names
 
 
 @pytest.mark.full
@@ -272,7 +273,7 @@ def test_what_an_exact_plan_refutes_is_not_ranked(tmp_path: Path, monkeypatch: p
         return real(exactly, candidate)
 
     monkeypatch.setattr(advice, "settle", settle)
-    found = advice.advise(model, data=data, gpu="8GB", with_savers=False, shown=1, quant="nf4", max_length=64)
+    found = advice.advise(model, data=data, gpu="8GB", only_best=True, quant="nf4", max_length=64)
     assert refused[0] not in [one.name for one in found.candidates]
     assert found.suggestions[0].name != refused[0]
 
@@ -320,7 +321,7 @@ def test_arithmetic_over_small_models_is_near_the_plan_of_the_whole(method: str)
     batch = steps.made_up(4, 500, shape.vocab_size)
     work = plan.Work(config, shape, [[steps.made_up(1, 9, shape.vocab_size)], [batch]])
     tracer = plan.traced(work, AMPERE)
-    exactly = plan.tops_of_steps(tracer)[-1]
+    exactly = tops_of_steps(tracer)[-1]
     for phase, (fixed, slope) in line.phases.items():
         assert fixed + slope * 2000 == pytest.approx(exactly[phase], rel=0.04), phase
     counted = flops.counts(plan.without_values(work), config)
@@ -390,7 +391,7 @@ def test_a_result_of_the_bundled_model_is_headed_as_that(tmp_path: Path) -> None
     from fitune.views import advice as adviceview
 
     model, data = str(shape_file(tmp_path, 3)), str(tiny.write_rows(tmp_path / "rows.jsonl", 24))
-    found = advice.advise(model, data=[data], gpu="8GB", method="lora", shown=1, with_savers=False)
+    found = advice.advise(model, data=[data], gpu="8GB", method="lora", only_best=True)
     values = found.as_dict()
     for one in (*values["suggestions"], *values["candidates"]):
         assert 0.5 < one["result_of_bundled_2m_model"] <= 1
@@ -480,7 +481,7 @@ def test_flags_typed_in_a_shell_are_the_same_settings(values: dict[str, Any]) ->
 @pytest.mark.full
 def test_flags_train(tmp_path: Path) -> None:
     model, data = tiny.save("llama", tmp_path / "model"), tiny.write_rows(tmp_path / "rows.jsonl", 24)
-    found = advice.advise(str(model), data=[str(data)], gpu="4GB", shown=1, method="lora", max_length=64)
+    found = advice.advise(str(model), data=[str(data)], gpu="4GB", method="lora", max_length=64)
     best = found.suggestions[0]
     config = build(
         {**best.settings, "precision": "fp32", "model": str(model), "data": [str(data)],

@@ -16,7 +16,7 @@ from fitune.core.config import RunConfig, build
 from fitune.core.errors import ConfigError
 from fitune.core.events import Watcher
 from fitune.engine.checkpoint import RunFolder
-from fitune.memory import chunks, device, plan, steps, trace
+from fitune.memory import chunks, device, plan, steps, storage, trace
 from fitune.models.head import loss_rows, set_loss_rows
 from fitune.models.kernels import loss as loss_kernel
 from fitune.models.kernels.loss import chunk_rows
@@ -68,7 +68,7 @@ def test_as_many_rows_as_the_plan_leaves_room_for() -> None:
     assert tight.fits
     # the plan counts what the rows take: a log-softmax in 32 bits that becomes its gradient, and one of them in 16
     assert 5.9 <= (roomy.needed - tight.needed) / (512 * LLAMA_3) <= chunks.EACH
-    assert roomy.closed[trace.LOSS] - tight.closed[trace.LOSS] == 6 * 512 * LLAMA_3
+    assert roomy.closed[storage.LOSS] - tight.closed[storage.LOSS] == 6 * 512 * LLAMA_3
     assert plan.plan(work(2048), gpu(80 * GIB), name="m").loss_rows == 512  # four reads are few enough
     assert plan.plan(work(loss_rows=100), gpu(80 * GIB), name="m").loss_rows == 100
     on_cpu = plan.plan(work(), device.Device("cpu", "cpu", 80 * GIB), name="m")

@@ -14,6 +14,7 @@ from fitune.commands import plan as planning
 from fitune.commands.savers import what_helps
 from fitune.core.config import build
 from fitune.memory import depth, plan, steps
+from fitune.memory.usage import usage
 from fitune.models.kernels.target import AMPERE, CPU, Target
 
 BLOCKS = 17
@@ -60,7 +61,7 @@ def test_a_trace_from_shallow_models_is_the_trace(way: str, target: Target, monk
     assert made.course == whole.course
     assert made.blocks == whole.blocks
     assert made.events == whole.events
-    assert plan.usage(made) == plan.usage(whole)
+    assert usage(made) == usage(whole)
 
 
 def test_of_blocks_that_are_not_alike_the_whole_model_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fitune.core.config import build
 from fitune.core.errors import ConfigError
-from fitune.memory import plan, steps, trace
+from fitune.memory import plan, steps
+from fitune.memory.counted import count
 from fitune.memory.trace import Tracer
+from fitune.memory.usage import usage
 from fitune.models import adapters
 from fitune.models.kernels.target import AMPERE, CPU, Target
 from fitune.models.methods import other
@@ -56,18 +58,18 @@ def measured(work: plan.Work) -> dict[str, int]:
     tracer = Tracer(real=True)
     base = ready(LlamaForCausalLM(SHAPE), "fp32")
     with tracer.during("load"):
-        trace.count(base, tracer)
+        count(base, tracer)
     with tracer, tracer.during("start"):
         model = adapters.attach(base, work.config)
     with tracer.during("start"):
-        trace.count(model, tracer)
+        count(model, tracer)
     plan.go(model, work, tracer)
     tracer.close()
-    return {moment.phase: moment.bytes for moment in plan.usage(tracer).phases}
+    return {moment.phase: moment.bytes for moment in usage(tracer).phases}
 
 
 def phases(work: plan.Work, target: Target = CPU) -> dict[str, int]:
-    return {moment.phase: moment.bytes for moment in plan.usage(plan.traced(work, target)).phases}
+    return {moment.phase: moment.bytes for moment in usage(plan.traced(work, target)).phases}
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.full) for k in KINDS])
@@ -88,11 +90,11 @@ def test_what_is_said_of_a_method_of_peft_is_what_it_takes(kind: str) -> None:
 
 def test_a_decomposition_takes_more_than_what_it_leaves() -> None:
     tracer = plan.traced(work_of("OSF"))
-    said = {moment.phase: moment.bytes for moment in plan.usage(tracer).phases}
+    said = {moment.phase: moment.bytes for moment in usage(tracer).phases}
     left = sum(size for at, (_, size) in enumerate(tracer.events) if at < _first_of(tracer, "step"))
     assert said["start"] > left > said["load"]
     # whoever leaves the start out does not see it
-    assert "start" not in {moment.phase for moment in plan.usage(tracer, without="start").phases}
+    assert "start" not in {moment.phase for moment in usage(tracer, without="start").phases}
 
 
 def _first_of(tracer: Tracer, wanted: str) -> int:

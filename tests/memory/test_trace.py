@@ -17,9 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fitune.core.config import RunConfig, build
 from fitune.core.records import Batch, Sample
 from fitune.data.batches import flat
-from fitune.memory import overrides, plan, trace
+from fitune.memory import overrides, plan, storage, trace
+from fitune.memory.counted import count, shadows
 from fitune.memory.cuda import Cuda
+from fitune.memory.shadow import Shadow
 from fitune.memory.trace import Building, Tracer
+from fitune.memory.usage import PHASES, usage
 from fitune.models import adapters, families, methods
 from fitune.models import quant as quants
 from fitune.models.configs import without_weights
@@ -60,7 +63,7 @@ def really(config: RunConfig, kind: str, work: plan.Work, quant: str) -> int:
     base = contract.make_base(kind, config.precision, methods.find(config.method), quant)
     model = adapters.attach(base, config)
     checkpoint_blocks(model, families.of(base), config.checkpointing)
-    there = trace.count(model, Tracer())
+    there = count(model, Tracer())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         plan.go(model, work, trace.Blind())
     now = most = there
@@ -76,7 +79,7 @@ def predicted(work: plan.Work) -> Tracer:
 
 
 def most(tracer: Tracer) -> int:
-    return plan.usage(tracer, without="start").peak.bytes  # what is measured begins with the method on the model
+    return usage(tracer, without="start").peak.bytes  # what is measured begins with the method on the model
 
 
 def refused(variant: str, kind: str, config: RunConfig, quant: str) -> bool:
@@ -143,7 +146,7 @@ def test_a_phase_that_fails_is_in_no_figure() -> None:
         with tracer.during("step"):
             torch.empty(1 << 20, dtype=torch.uint8)
     tracer.close()
-    assert plan.usage(tracer).peak.bytes == 1 << 20
+    assert usage(tracer).peak.bytes == 1 << 20
 
 
 def test_parts_add_up_and_every_phase_is_there() -> None:
@@ -151,17 +154,17 @@ def test_parts_add_up_and_every_phase_is_there() -> None:
         contract.config_for("full"), tiny.make_model("qwen2").config, [[batch(30, 50)], [batch(200, 100)]], batch(60)
     )
     tracer = predicted(work)
-    seen = plan.usage(tracer)
+    seen = usage(tracer)
     # with every weight trained nothing is put on the model
-    assert [moment.phase for moment in seen.phases] == [name for name in plan.PHASES if name != "start"]
+    assert [moment.phase for moment in seen.phases] == [name for name in PHASES if name != "start"]
     for moment in seen.phases:
         assert sum(moment.parts.values()) == moment.bytes
     assert seen.peak == max(seen.phases, key=lambda moment: moment.bytes)
     trained = sum(p.numel() for p in without_weights(work.shape).parameters()) * 4
     update = next(moment for moment in seen.phases if moment.phase == "update").parts
-    assert update[trace.TRAINABLE] == trained
-    assert update[trace.GRADIENTS] == trained
-    assert 2 * trained <= update[trace.STATES] <= 2 * trained + 4096  # and a step's number for each tensor
+    assert update[storage.TRAINABLE] == trained
+    assert update[storage.GRADIENTS] == trained
+    assert 2 * trained <= update[storage.STATES] <= 2 * trained + 4096  # and a step's number for each tensor
     assert seen.timeline[0].at < 0.02
     assert seen.timeline[-1].at <= 1
     assert all(sum(point.parts.values()) <= seen.peak.bytes for point in seen.timeline)
@@ -171,11 +174,11 @@ def test_quantized_weights_and_their_constants_are_those_of_the_loaded_model() -
     for quant in ("int8", "nf4"):
         config = contract.config_for("lora", quant=quant)
         work = plan.Work(config, tiny.make_model("llama").config, [[batch(5)]])
-        parts = plan.usage(predicted(work)).phases[0].parts
+        parts = usage(predicted(work)).phases[0].parts
         tracer = Tracer()
-        there = trace.count(contract.make_base("llama", "fp32", None, quant), tracer)
+        there = count(contract.make_base("llama", "fp32", None, quant), tracer)
         assert sum(parts.values()) == there
-        assert parts[trace.CONSTANTS] > 0
+        assert parts[storage.CONSTANTS] > 0
 
 
 # ---- overrides ----
@@ -198,10 +201,10 @@ def test_the_workspace_of_an_lstm(tokens: int, width: int, inner: int) -> None:
     tracer = Tracer()
     with torch.device("meta"):
         empty = torch.nn.LSTM(width, inner, batch_first=True)
-    trace.shadows(empty, tracer)
+    shadows(empty, tracer)
     before = len(tracer.events)
     with tracer:
-        shadow = trace.Shadow(torch.empty(1, tokens, width, device="meta"), requires_grad=True)
+        shadow = Shadow(torch.empty(1, tokens, width, device="meta"), requires_grad=True)
         kept = empty(shadow)
     tracer.close()
     said = sum(size for _, size in tracer.events[before:])
@@ -215,8 +218,8 @@ def test_statistics_of_a_layer_norm(dtype: torch.dtype) -> None:
     _, mean, _ = torch.native_layer_norm(x, [8], weight, weight, 1e-5)
     tracer = Tracer()
     with tracer:
-        shadow = trace.Shadow(torch.empty(4, 8, dtype=dtype, device="meta"))
-        weights = trace.Shadow(torch.empty(8, dtype=dtype, device="meta"))
+        shadow = Shadow(torch.empty(4, 8, dtype=dtype, device="meta"))
+        weights = Shadow(torch.empty(8, dtype=dtype, device="meta"))
         _, said, _ = torch.native_layer_norm(shadow, [8], weights, weights, 1e-5)
     tracer.close()
     assert said.dtype == mean.dtype
@@ -245,7 +248,7 @@ def _ops(work: Callable[[], Any]) -> set[str]:
 
 def _heads(heads: int, width: int, dtype: torch.dtype) -> Tensor:
     inner = torch.empty(1, heads, 40, width, dtype=dtype, device="meta")
-    return trace.Shadow(inner, requires_grad=True)
+    return Shadow(inner, requires_grad=True)
 
 
 def test_attention_is_what_a_gpu_would_run() -> None:
@@ -266,7 +269,7 @@ def test_attention_is_what_a_gpu_would_run() -> None:
 def test_autocast_on_a_gpu_computes_norms_in_float32() -> None:
     def norm() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return F.layer_norm(trace.Shadow(torch.empty(3, 8, dtype=torch.bfloat16, device="meta")), [8])
+            return F.layer_norm(Shadow(torch.empty(3, 8, dtype=torch.bfloat16, device="meta")), [8])
 
     tracer = Tracer(AMPERE)
     with tracer, Cuda():
@@ -316,7 +319,7 @@ def test_what_an_update_of_bitsandbytes_takes_is_seen(name: str) -> None:
     work = plan.Work(config, shape, [[batch(9)], [batch(9)]])
     said = predicted(work)
     model = adapters.attach(LlamaForCausalLM(shape), config)
-    there = trace.count(model, Tracer())
+    there = count(model, Tracer())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         plan.go(model, work, trace.Blind())
     now = measured = there

@@ -20,6 +20,8 @@ from fitune.core.config import build
 from fitune.core.records import Batch, Sample
 from fitune.data.batches import flat
 from fitune.memory import plan, trace
+from fitune.memory.counted import count
+from fitune.memory.usage import usage
 from fitune.models import quant as quants
 from support import tiny
 from support.gpu_benchmark import PATH, gpu
@@ -41,7 +43,7 @@ def batch(*lengths: int) -> Batch:
 
 def really(model: Any, work: plan.Work) -> int:
     """The most bytes that torch's profiler saw of a model and the work together."""
-    now = most = trace.count(model, trace.Tracer())
+    now = most = count(model, trace.Tracer())
     seen = gpu.Updates()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         plan.go(model, work, seen)
@@ -70,7 +72,7 @@ def test_a_random_model_takes_what_its_plan_says(method: str, kind: str, precisi
     shape = tiny.make_model(kind).config
     ordinary = batch(9, 5)
     work = plan.Work(config, shape, [[ordinary], [batch(*[240] * (24 if checkpointing else 14))], [ordinary]])
-    said = plan.usage(plan.traced(work), without="start").peak.bytes
+    said = usage(plan.traced(work), without="start").peak.bytes
     model = gpu.build_model(config, shape, torch.device("cpu"))
     measured = really(model, work)
     assert measured >= LEAST

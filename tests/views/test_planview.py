@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from fitune.core.plan import Compared, Moment, Plan
-from fitune.memory import trace
+from fitune.memory import storage
 from fitune.views import plan as planview
 from fitune.views.plan import CATEGORIES, compare_table, plan_table, plan_tables, verdict
 from fitune.views.plan_drawing import plan_bar, plan_timeline
@@ -55,7 +55,7 @@ def drawings(text: str) -> list[ET.Element]:
 
 # ---- the verdict ----
 def test_the_categories_are_those_of_the_trace() -> None:
-    assert CATEGORIES == trace.CATEGORIES
+    assert CATEGORIES == storage.CATEGORIES
 
 
 def test_verdicts() -> None:

@@ -40,20 +40,19 @@ NEAREST = 3  # ways that are planned exactly where none fits by arithmetic
 
 def advise(
     model: str, *, data: Sequence[Any], gpu: str | None = None, words: str | None = None,
-    watch: Watcher | None = None, shown: int = SHOWN, with_savers: bool = True, **settings: Any,
+    watch: Watcher | None = None, only_best: bool = False, **settings: Any,
 ) -> Advised:  # fmt: skip
     """Search, settle and explain.
 
     Args:
         model, data, gpu, words, watch: as for `fitune.plan`.
-        shown: how many suggestions are planned exactly.
-        with_savers: is each memory saver to be planned beside the best?
+        only_best: one suggestion is planned exactly, and no memory savers beside it.
         settings: that are to stay; batch_size and accumulation stay as their product.
 
     Raises:
         FituneError: as `fitune.plan`; or nothing fits at all.
     """
-    watch = watch or Silent()
+    watch, shown = watch or Silent(), 1 if only_best else SHOWN
     if settings.get("batch_tokens") is not None:
         raise ConfigError(
             "batch_tokens beside a search for the largest batch",
@@ -91,7 +90,7 @@ def advise(
         combinations=found.combinations,
         suggestions=suggestions,
         candidates=[one for one in found.candidates if one not in refuted],
-        savers=savers(exactly, best.settings, watch=watch) if with_savers else [],
+        savers=savers(exactly, best.settings, watch=watch) if not only_best else [],
         advice=[*reasons(exactly, best), *([of_domain] if of_domain is not None else [])],
         notes=[exactly.rows.note] if exactly.rows.note else [],
     )

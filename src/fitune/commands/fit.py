@@ -43,6 +43,6 @@ def fit(values: Mapping[str, Any], *, gpu: str | None = None, watch: Watcher | N
     """
     checked = build(values)
     given = {name: value for name, value in values.items() if name not in NOT_ASKED}
-    found = advise(checked.model, data=checked.data, gpu=gpu, watch=watch, shown=1, with_savers=False, **given)
+    found = advise(checked.model, data=checked.data, gpu=gpu, watch=watch, only_best=True, **given)
     best = found.suggestions[0]
     return Fitted(build(merge(values, best.settings)), best.plan.outside, found)

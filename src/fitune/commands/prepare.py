@@ -30,6 +30,7 @@ from fitune.memory import plan as plans
 from fitune.models import adapters, families, kernel_faults, precision, quant, weights
 from fitune.models.devices import pick_device
 from fitune.models.head import set_loss_rows
+from fitune.models.interfaces import CausalLM
 from fitune.models.load import Tuned, load_model
 from fitune.models.methods import new_tokens
 from fitune.models.parts import groups, trainable
@@ -117,8 +118,8 @@ class _Loaded:
     unchanged: are the weights those of the files?
     """
 
-    model: Any
-    base: Any
+    model: CausalLM
+    base: CausalLM
     family: families.Family
     expected: dict[str, int] | None
     before: Any
@@ -262,7 +263,7 @@ def _inputs(config: RunConfig, folder: Path, template: dict[str, Any]) -> dict[s
     return found
 
 
-def _disk_space(config: RunConfig, model: Any) -> Finding:
+def _disk_space(config: RunConfig, model: CausalLM) -> Finding:
     count = sum(p.numel() for p in trainable(model).values())
     each = int(count * (4 + optim.find(config.optimizer).state_bytes))
     return guards.disk_space(Path(str(config.output)), each, config.keep_last + 2)  # the best, and one being written

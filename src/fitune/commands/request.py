@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from fitune.core import catalog
 from fitune.core.begun import free_folder
 from fitune.core.config import RunConfig, build
@@ -46,7 +48,7 @@ class Request:
     """
 
     config: RunConfig
-    model_config: Any
+    model_config: PretrainedConfig
     folder: Path | None
     name: str
     where: devices.Device
@@ -177,7 +179,7 @@ def _place(gpu: str | None, device: str) -> devices.Device:
     return devices.here(str(pick_device(device))) if where.here and device != "auto" else where
 
 
-def shape_for(model: str) -> tuple[Any, Path | None, str]:
+def shape_for(model: str) -> tuple[PretrainedConfig, Path | None, str]:
     """The config of a model by whatever names it, its folder where there is one, and a name for people.
 
     Raises:
@@ -200,7 +202,7 @@ def _precision(config: RunConfig, where: devices.Device, shape: Any) -> RunConfi
     return precision.resolve(config, pick_device("cpu") if not where.here else pick_device(config.device), shape)
 
 
-def quant_settings(config: RunConfig, model_config: Any) -> None:
+def quant_settings(config: RunConfig, model_config: PretrainedConfig) -> None:
     """Settings of a quantizer without one do nothing; neither do they on a model that is quantized already."""
     options = config.quant
     if options.name == "none" and options != quant.PLAIN:

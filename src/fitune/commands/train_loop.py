@@ -29,7 +29,7 @@ from fitune.core.records import Batch, StepRecord
 from fitune.engine import integrity, optim
 from fitune.engine.step import LossScale, StepResult
 from fitune.engine.step_runner import StepRunner
-from fitune.memory.trace import STATES
+from fitune.memory.storage import STATES
 from fitune.models import methods
 from fitune.models.attached import compute_dtype
 from fitune.models.parts import trainable

@@ -22,9 +22,10 @@ from fitune.core.records import Finding
 from fitune.data import given
 from fitune.engine import environment, integrity
 from fitune.engine.step_runner import StepRunner
-from fitune.memory import plan as plans
 from fitune.memory.closed import state_bytes
-from fitune.memory.trace import Tracer, count
+from fitune.memory.counted import count
+from fitune.memory.trace import Tracer
+from fitune.memory.usage import usage
 from fitune.models import adapters, determinism, hub, methods
 from fitune.models.interfaces import causal_lm
 from fitune.models.kernels.target import of
@@ -96,7 +97,7 @@ def _rehearse_once(job: Job, runner: StepRunner, lacking: str = "") -> Rehearsal
     with training(model), tracer, inside, _dropping(model, job.config):
         runner.rehearse(job.work.steps[-1], states, tracer)
     tracer.close()
-    return Rehearsal(plans.usage(tracer).peak.parts, runner.parts, lacking)
+    return Rehearsal(usage(tracer).peak.parts, runner.parts, lacking)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from fitune.core.events import Silent, Watcher
 from fitune.core.plan import Compared
 from fitune.memory import plan as plans
 from fitune.memory import trace
+from fitune.memory.counted import count
+from fitune.memory.usage import Usage, usage
 from fitune.models.kernels.target import of
 from fitune.models.parts import trainable
 
@@ -62,7 +64,7 @@ def verify(config: RunConfig, watch: Watcher | None = None) -> Verified:
     job = prepare(to_train(config), watch or Silent())
     work = _three(job)
     target = of(job.tuned.device)
-    seen = plans.usage(plans.traced(work, target), without="start")  # the job has its method already
+    seen = usage(plans.traced(work, target), without="start")  # the job has its method already
     measured, allocated = _really(job, work)
     phases = {moment.phase: moment.bytes for moment in measured.phases}
     parts = dict.fromkeys([*seen.peak.parts, *measured.peak.parts])
@@ -81,12 +83,12 @@ def _three(job: Job) -> plans.Work:
     return replace(job.work, config=without_answers, steps=[first, rest[-1] if rest else first, first])
 
 
-def _really(job: Job, work: plans.Work) -> tuple[plans.Usage, int]:
+def _really(job: Job, work: plans.Work) -> tuple[Usage, int]:
     """What a trace of real tensors sees, and, the work done once more, the most bytes that torch counts itself."""
     model, cuda = job.tuned.model, job.tuned.device.type == "cuda"
     tracer = trace.Tracer(of(job.tuned.device), real=True)
     tracer.at("load")
-    there = trace.count(model, tracer)
+    there = count(model, tracer)
     tracer.at("")
     plans.go(model, work, tracer, on_gpu=cuda)
     tracer.close()
@@ -95,12 +97,12 @@ def _really(job: Job, work: plans.Work) -> tuple[plans.Usage, int]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         plans.go(model, work, trace.Blind(), on_gpu=True)
-        return plans.usage(tracer), torch.cuda.max_memory_allocated()
+        return usage(tracer), torch.cuda.max_memory_allocated()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         plans.go(model, work, trace.Blind())
     now = most = there
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]  # there is a profiler behind a profile
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
-    return plans.usage(tracer), most
+    return usage(tracer), most

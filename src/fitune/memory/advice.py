@@ -51,7 +51,7 @@ class Suggestion:
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        values = named(asdict(replace(self, plan=None)))  # type: ignore[arg-type]
+        values = named(asdict(replace(self, plan=None)))  # type: ignore[arg-type]  # a plan says itself what it is in JSON
         return {**values, "plan": self.plan.as_dict(), "flags": self.flags}
 
 

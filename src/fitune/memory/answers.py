@@ -8,7 +8,8 @@ copy, one block at a time. Before that the prompts go through, of which one bloc
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+
+from transformers import PretrainedConfig
 
 from fitune.core.config import RunConfig
 from fitune.core.records import Batch
@@ -16,7 +17,7 @@ from fitune.engine.generation import SIDE_BY_SIDE
 from fitune.models.precision import DTYPES
 
 
-def bytes_taken(config: RunConfig, shape: Any, held_out: Batch) -> int:
+def bytes_taken(config: RunConfig, shape: PretrainedConfig, held_out: Batch) -> int:
     """The most that they take; 0: nothing is answered.
 
     Args:

@@ -17,11 +17,13 @@ log-softmax in float32, which becomes their gradient, and one of both in the dty
 from __future__ import annotations
 
 import re
-from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
 
 from fitune.core.config import RunConfig
 from fitune.engine import optim
-from fitune.memory import trace
+from fitune.memory import storage
 from fitune.models import families, quant
 from fitune.models.head import loss_rows
 from fitune.models.interfaces import causal_lm
@@ -30,8 +32,8 @@ from fitune.models.parts import trainable
 from fitune.models.precision import DTYPES
 
 
-def closed(model: Any, config: RunConfig, tokens: int, labels: int) -> dict[str, int]:
-    """Bytes by category (trace.CATEGORIES).
+def closed(model: nn.Module, config: RunConfig, tokens: int, labels: int) -> dict[str, int]:
+    """Bytes by category (storage.CATEGORIES).
 
     Args:
         model: with its method, on meta or real.
@@ -46,13 +48,13 @@ def closed(model: Any, config: RunConfig, tokens: int, labels: int) -> dict[str,
     constants = sum(t.numel() * t.element_size() for _, layer in quant.layers(model) for t in quant.constants(layer))
     shape = causal_lm(model).config
     found = {
-        trace.WEIGHTS: sum(frozen.values()),
-        trace.CONSTANTS: constants,
-        trace.TRAINABLE: count * size,
-        trace.GRADIENTS: count * size,
-        trace.STATES: int(count * state_bytes(config)),
-        trace.ACTIVATIONS: tokens * _per_token(model, config, shape),
-        trace.LOSS: _logit_bytes(config) * min(labels, loss_rows(model)) * shape.vocab_size
+        storage.WEIGHTS: sum(frozen.values()),
+        storage.CONSTANTS: constants,
+        storage.TRAINABLE: count * size,
+        storage.GRADIENTS: count * size,
+        storage.STATES: int(count * state_bytes(config)),
+        storage.ACTIVATIONS: tokens * _per_token(model, config, shape),
+        storage.LOSS: _logit_bytes(config) * min(labels, loss_rows(model)) * shape.vocab_size
         + 8 * labels * shape.hidden_size,
     }
     return {name: int(value) for name, value in found.items() if value}
@@ -68,7 +70,7 @@ def state_bytes(config: RunConfig) -> float:
     return kind.state_bytes * (1 if "8bit" in kind.name else DTYPES[config.trainable_dtype].itemsize / 4)
 
 
-def _per_token(model: Any, config: RunConfig, shape: Any) -> float:
+def _per_token(model: nn.Module, config: RunConfig, shape: PretrainedConfig) -> float:
     """Bytes that the backward pass keeps of a token, in all blocks."""
     item = DTYPES[config.precision].itemsize
     family = families.of(causal_lm(model))
@@ -84,7 +86,7 @@ def _per_token(model: Any, config: RunConfig, shape: Any) -> float:
     return float(item * sum(kept))
 
 
-def _block(block: Any, shape: Any) -> float:
+def _block(block: nn.Module, shape: PretrainedConfig) -> float:
     """Numbers that a block keeps of a token."""
     width = shape.hidden_size
     inner = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or 4 * width
@@ -98,7 +100,7 @@ def _block(block: Any, shape: Any) -> float:
     return float(kept + width * (attention + into) + inner * output)
 
 
-def _first_trained(model: Any, blocks: str, count: int) -> int:
+def _first_trained(model: nn.Module, blocks: str, count: int) -> int:
     """The number of the first block in which, or before which, something is trained."""
     numbers = []
     for name in trainable(model):

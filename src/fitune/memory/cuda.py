@@ -6,14 +6,16 @@ torch chooses it there, and autocast's list of functions that compute in float32
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fitune.memory.operation import Args, Kwargs, Operation
 from fitune.memory.sparse import OnPaper
 from fitune.models.kernels.flash import HALF, WIDEST
 from fitune.models.kernels.target import AMPERE, Target, of, planned
@@ -55,12 +57,10 @@ class Cuda(OnPaper):
         super().__exit__(*raised)
         self._entered.pop().__exit__(*raised)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Operation, types: object, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return attention(*args, **kwargs)
+            return attention(Attention(*args, **kwargs))
         if func in FLOAT32 and torch.is_autocast_enabled("cpu"):
             args = [_wide(one) for one in args]
             kwargs = {name: _wide(one) for name, one in kwargs.items()}
@@ -71,37 +71,56 @@ def _wide(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
-def attention(
-    query: Tensor,  # (B, H, L, E)
-    key: Tensor,  # (B, K, S, E)
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attention as torch runs it on a GPU: flash in 16 bits without a mask (capability 8.0), else memory-efficient,
-    which takes no grouped heads, and a mask of numbers whose rows are whole multiples of 16 (sdp_utils.cpp,
-    attention.cpp)."""
+@dataclass(frozen=True)
+class Attention:
+    """The arguments of torch's scaled_dot_product_attention, in its order and by its names.
+
+    query (B, H, L, E), key (B, K, S, E), value (B, K, S, E).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+def attention(given: Attention) -> Tensor:
+    """(B, H, L, E): attention as torch runs it on a GPU: flash in 16 bits without a mask (capability 8.0), else
+    memory-efficient, which takes no grouped heads, and a mask of numbers whose rows are whole multiples of 16
+    (sdp_utils.cpp, attention.cpp)."""
+    tensors = [given.query, given.key, given.value]
     if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = (one.to(dtype) for one in (query, key, value))
-    width = query.shape[-1]
-    if attn_mask is None and query.dtype in HALF and width <= WIDEST and of(query.device).capability >= (8, 0):
-        if rest := -width % 8:
-            query, key, value = (F.pad(one, (0, rest)) for one in (query, key, value))
-        out: Tensor = aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale or width**-0.5
-        )[0]
-        return out[..., :width] if width % 8 else out
-    if enable_gqa:
+        tensors = [one.to(torch.get_autocast_dtype("cpu")) for one in tensors]
+    query = tensors[0]
+    narrow = query.dtype in HALF and query.shape[-1] <= WIDEST
+    if given.attn_mask is None and narrow and of(query.device).capability >= (8, 0):
+        return _flash(tensors, given)
+    return _efficient(tensors, given)
+
+
+def _flash(tensors: Sequence[Tensor], given: Attention) -> Tensor:
+    width = tensors[0].shape[-1]
+    rest = -width % 8
+    query, key, value = (F.pad(one, (0, rest)) for one in tensors) if rest else tensors
+    out: Tensor = aten._scaled_dot_product_flash_attention(
+        query, key, value, given.dropout_p, given.is_causal, False, scale=given.scale or width**-0.5
+    )[0]
+    return out[..., :width] if rest else out
+
+
+def _efficient(tensors: Sequence[Tensor], given: Attention) -> Tensor:
+    query, key, value = tensors
+    if given.enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
-    bias = None if attn_mask is None else _bias(attn_mask, query, key)
+    bias = None if given.attn_mask is None else _bias(given.attn_mask, query, key)
     learns = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
     found: Tensor = aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, learns, dropout_p, is_causal, scale=scale
+        query, key, value, bias, learns, given.dropout_p, given.is_causal, scale=given.scale
     )[0]
     return found
 

@@ -13,18 +13,23 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
-from fitune.memory.trace import TRAINABLE, WEIGHTS, Block, Tracer
+from torch import nn
+from transformers import PretrainedConfig
+
+from fitune.memory.storage import TRAINABLE, WEIGHTS, Block
+from fitune.memory.trace import Tracer
 from fitune.models import families
 from fitune.models.interfaces import causal_lm
 
+Run = Callable[[PretrainedConfig], tuple[list[object], Tracer]]  # traces the model of a config
 KEPT = 3  # periods of like blocks in the first of the shallow models: the first and the last may differ from the others
 LONGEST = 6  # blocks of a period
 WORTH = 0.7  # of the blocks, at most, that the two shallow models may have together
+Base = tuple[str, str, str, str, str]  # phase, region, module without numbers, operation, category
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a module's name
 
 
@@ -37,13 +42,13 @@ class Cut:
     period: int
 
 
-def kinds(model: Any) -> list[Any]:
+def kinds(model: nn.Module) -> list[object]:
     """What decides how each block of a model works: its modules, their settings and the shapes of their parameters."""
     inner = causal_lm(model)
     return [_kind(block) for block in families.of(inner).block_list(inner)]
 
 
-def _kind(block: Any) -> Any:
+def _kind(block: nn.Module) -> object:
     found = []
     for name, module in block.named_modules():
         plain = {
@@ -57,7 +62,7 @@ def _kind(block: Any) -> Any:
     return found
 
 
-def cut(blocks: Sequence[Any], fewest: int = KEPT) -> Cut | None:
+def cut(blocks: Sequence[object], fewest: int = KEPT) -> Cut | None:
     """The cut that leaves the fewest blocks; None: they are not enough alike to be worth it.
 
     Args:
@@ -85,7 +90,7 @@ def _longest_run(same: Sequence[bool]) -> tuple[int, int]:
     return best
 
 
-def shallow(shape: Any, total: int, at: int, out: int) -> Any:
+def shallow(shape: PretrainedConfig, total: int, at: int, out: int) -> PretrainedConfig:
     """The config of a model without `out` of its blocks from number `at` on; lists with an entry for each block too."""
     found = deepcopy(shape)
     for name, value in list(vars(found).items()):
@@ -95,7 +100,7 @@ def shallow(shape: Any, total: int, at: int, out: int) -> Any:
     return found
 
 
-def traced(model: Any, shape: Any, run: Callable[[Any], tuple[list[Any], Tracer]]) -> Tracer | None:
+def traced(model: nn.Module, shape: PretrainedConfig, run: Run) -> Tracer | None:
     """The trace of a deep model.
 
     Args:
@@ -118,7 +123,7 @@ def traced(model: Any, shape: Any, run: Callable[[Any], tuple[list[Any], Tracer]
     return deep if deep is not None and _weighs(deep, model) else None
 
 
-def _weighs(trace: Tracer, model: Any) -> bool:
+def _weighs(trace: Tracer, model: nn.Module) -> bool:
     """Has a trace the weights of the whole model, and no others?"""
     storages: dict[int, tuple[int, bool]] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -149,7 +154,7 @@ class _Mark:
 
 def deepened(low: Tracer, high: Tracer, times: int) -> Tracer | None:
     """The trace of a model that is deeper than `high` by as much as that is deeper than `low`, `times` over."""
-    symbols: dict[Any, int] = {}
+    symbols: dict[object, int] = {}
     sizes = [{(_base(b), b.bytes) for b in one.blocks} for one in (low, high)]
     varying = sizes[0] ^ sizes[1]
     first, second = (_marks(one, symbols, varying) for one in (low, high))
@@ -160,14 +165,14 @@ def deepened(low: Tracer, high: Tracer, times: int) -> Tracer | None:
     return None if marks is None else _trace(marks, high)
 
 
-def _base(block: Block) -> Any:
+def _base(block: Block) -> Base:
     return block.phase, block.region, NUMBER.sub("#", block.module, count=1), block.op, block.category
 
 
-def _marks(trace: Tracer, symbols: dict[Any, int], varying: Any) -> list[_Mark]:
+def _marks(trace: Tracer, symbols: dict[object, int], varying: Set[tuple[Base, int]]) -> list[_Mark]:
     """A trace as marks."""
 
-    def symbol(key: Any) -> int:
+    def symbol(key: object) -> int:
         return symbols.setdefault(key, len(symbols))
 
     marks: list[_Mark] = []

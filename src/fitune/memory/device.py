@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -224,7 +223,7 @@ def peak_taken_mib(device: torch.device) -> float:
 def keep_calibration(name: str, found: Calibration) -> Path:
     """Keep what was measured for a GPU, by its driver's name; the file."""
     path = default_folder() / CALIBRATIONS
-    known: dict[str, Any] = {}
+    known: dict[str, object] = {}
     with suppress(OSError, ValueError):
         known = json.loads(path.read_text(encoding="utf-8"))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from torch import Tensor, nn
 
 from fitune.core.config import RunConfig
 from fitune.models import families, quant
@@ -49,7 +49,7 @@ class Counts:
     total: float
 
 
-def counts(model: Any, config: RunConfig) -> Counts:
+def counts(model: nn.Module, config: RunConfig) -> Counts:
     """Of a model with its method on it."""
     inner = causal_lm(model)
     family = families.of(inner)
@@ -80,12 +80,12 @@ def counts(model: Any, config: RunConfig) -> Counts:
 NEW = re.compile(r"lora_|adapter|prompt_encoder|mlp_tail|vera_|hada_|ia3_")
 
 
-def _new(model: Any) -> dict[str, Any]:
+def _new(model: nn.Module) -> dict[str, Tensor]:
     """Trained parameters that the base does not have."""
     return {name: p for name, p in trainable(model).items() if NEW.search(name)}
 
 
-def _share(model: Any, blocks: str, count: int) -> float:
+def _share(model: nn.Module, blocks: str, count: int) -> float:
     """The share of the blocks through which the backward pass goes."""
     numbers = []
     for name in trainable(model):

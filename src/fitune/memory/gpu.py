@@ -105,7 +105,7 @@ class Card:
     def attention(self) -> dict[str, str | None]:
         """Kernels of attention, forward and backward; of each None, or why it is not there."""
         query = torch.ones(1, 2, 64, 64, dtype=self.half(), device=self.device, requires_grad=True)
-        found = {name: refused(lambda b=backend: _attend(query, b)) for name, backend in BACKENDS.items()}  # type: ignore[misc]
+        found = {name: refused(lambda b=backend: _attend(query, b)) for name, backend in BACKENDS.items()}  # type: ignore[misc]  # a default of a lambda has no type
         why = flash.refusal(of(self.device), 64, self.half())
         return {**found, ONE_CALL: why or refused(lambda: _attend_documents(query))}
 
@@ -113,7 +113,7 @@ class Card:
         """The kernel that torch takes for a causal batch in 16 bits, where nobody chooses."""
         query = torch.ones(1, 2, 64, 64, dtype=self.half(), device=self.device)
         chosen = torch._fused_sdp_choice(query, query, query, None, 0.0, True)
-        return next(name for name, backend in BACKENDS.items() if int(backend) == int(chosen))  # type: ignore[call-overload]
+        return next(name for name, backend in BACKENDS.items() if int(backend) == int(chosen))  # type: ignore[call-overload]  # torch's enum has no types
 
     def bitsandbytes(self) -> tuple[str, bool]:
         """The library of kernels that bitsandbytes loaded, and whether it is for a GPU."""
@@ -134,7 +134,7 @@ class Card:
         """Bytes a second: copied from pinned memory, or read and written on the GPU."""
         pinned = way == "host to device"
         where = {"device": "cpu", "pin_memory": True} if pinned else {"device": self.device}
-        source = torch.zeros(COPIED, dtype=torch.uint8, **where)  # type: ignore[arg-type]
+        source = torch.zeros(COPIED, dtype=torch.uint8, **where)  # type: ignore[arg-type]  # a device by keyword
         target = torch.empty(COPIED, dtype=torch.uint8, device=self.device)
         times = self._each_second(lambda: target.copy_(source, non_blocking=True), seconds)
         return (1 if pinned else 2) * COPIED * times

@@ -6,18 +6,20 @@ profiler, and compares.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
+from fitune.memory.operation import Args, Kwargs, Operation
 from fitune.models.kernels.target import Target
 
 aten = torch.ops.aten
 
 # Numbers read from tensors that hold none: what a healthy run reads. A norm, a loss: 1. A check: passed.
-SUPPOSED: dict[Any, Callable[..., Any]] = {
+SUPPOSED: dict[Operation, Operation] = {
     aten._local_scalar_dense.default: lambda tensor: _one(tensor.dtype),
     aten.equal.default: lambda one, other: True,
     aten.is_nonzero.default: lambda tensor: True,
@@ -40,7 +42,7 @@ def true_of(tensor: Any) -> int | None:
     return None if found is None else int(found)
 
 
-def note_true(func: Any, args: Sequence[Any], out: Any) -> None:
+def note_true(func: OpOverload, args: Args, out: Any) -> None:
     """Remember it for what an operation on meta gave."""
     if not args or not isinstance(out, Tensor):
         return
@@ -57,14 +59,14 @@ def note_true(func: Any, args: Sequence[Any], out: Any) -> None:
 
 
 # While a model is built on meta: operations that meta does not have, since their outputs depend on values.
-BUILDING: dict[Any, Callable[..., Any]] = {
+BUILDING: dict[Operation, Operation] = {
     aten.bincount.default: lambda x, weights=None, minlength=0: x.new_ones(max(1, minlength)),
     aten._to_copy.default: lambda x, **how: aten._to_copy.default(x, **{**how, **_stays(x)}),
     aten.nonzero.default: lambda x: x.new_empty((0, x.ndim), dtype=torch.long),  # what is looked for is what is wrong
 }
 
 
-def _stays(x: Tensor) -> dict[str, Any]:
+def _stays(x: Tensor) -> Kwargs:
     """A tensor on meta has nothing that could be copied elsewhere."""
     return {"device": x.device} if x.device.type == "meta" else {}
 
@@ -100,18 +102,18 @@ def _svd(target: Target, x: Tensor, *rest: Any, **how: Any) -> Any:
 
 
 # Operations that meta does in another way: (target, args, kwargs) -> outputs.
-STANDS_IN: dict[Any, Callable[..., Any]] = {
+STANDS_IN: dict[Operation, Operation] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.mkldnn_rnn_layer.default: _lstm,
     aten._linalg_svd.default: _svd,
 }
 
 
-def _update(plain: int) -> Callable[[Target, Sequence[Any], Mapping[str, Any], Any], Sequence[int]]:
+def _update(plain: int) -> Callable[[Target, Args, Kwargs, Any], Sequence[int]]:
     """On a CPU bitsandbytes' optimizers are torch operations on so many float32 copies: the gradient, halves of the
     update, states of 8 bits (bitsandbytes/backends/cpu/ops.py, _optimizer_update_*_cpu); on CUDA one kernel does it."""
 
-    def inside(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[int]:
+    def inside(target: Target, args: Args, kwargs: Kwargs, out: Any) -> Sequence[int]:
         gradient: Tensor = args[1]
         low = 0 if gradient.dtype == torch.float32 else 1  # the weight is copied too
         return [] if target.kind != "cpu" else [4 * gradient.numel()] * (plain + low)
@@ -119,7 +121,7 @@ def _update(plain: int) -> Callable[[Target, Sequence[Any], Mapping[str, Any], A
     return inside
 
 
-def _flash_backward(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> list[int]:
+def _flash_backward(target: Target, args: Args, kwargs: Kwargs, outputs: Any) -> list[int]:
     """FlashAttention 2's backward pass: its gradients; a float32 sum for those of the queries and for each query's
     row, the former once for every group of multiprocessors that adds to it, since it is deterministic; and those of
     keys and values with as many heads as queries. Documents of a flat batch stand 128 rows apart
@@ -149,7 +151,7 @@ def _multiple(number: int, of: int) -> int:
 
 # Bytes that a kernel takes while it runs, its outputs among them where they are there at the same time:
 # (target, args, kwargs, outputs) -> sizes.
-INSIDE: dict[str, Callable[[Target, Sequence[Any], Mapping[str, Any], Any], Sequence[int]]] = {
+INSIDE: dict[str, Callable[[Target, Args, Kwargs, Any], Sequence[int]]] = {
     "aten::_flash_attention_backward": _flash_backward,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
     "bitsandbytes::optimizer_update_8bit_blockwise": _update(5),

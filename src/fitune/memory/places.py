@@ -10,7 +10,7 @@ for, and what code makes without naming a device lies in main memory, until it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fitune.memory.trace import Shadow, Tracer
+from fitune.memory.operation import Args, Kwargs, Operation
+from fitune.memory.shadow import Shadow
+from fitune.memory.trace import Tracer
 
 HOST = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -38,9 +40,7 @@ class Starting(TorchFunctionMode):
         super().__init__()
         self.tracer, self.apart = tracer, apart
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Operation, types: object, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         of = getattr(func, "__self__", None)
@@ -60,7 +60,7 @@ class Starting(TorchFunctionMode):
     def _lies(self, tensor: Tensor) -> torch.device:
         return GPU if self.tracer.counts(tensor) else HOST
 
-    def _move(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _move(self, func: Operation, args: Args, kwargs: dict[str, Any]) -> Any:
         """To another device it is a copy there; else torch decides whether it is one."""
         tensor, *rest = args
         here = self._lies(tensor)
@@ -77,7 +77,7 @@ class Starting(TorchFunctionMode):
             out = tensor.to(dtype or tensor.dtype, copy=bool(kwargs.get("copy")))
             return out.clone() if here.type != there.type and out is tensor else out
 
-    def _made(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _made(self, func: Operation, args: Args, kwargs: dict[str, Any]) -> Any:
         """What is made of tensors lies where they do; without any, on the device that is named."""
         named = kwargs.get("device")
         tensors = list(_tensors([*args, *kwargs.values()]))
@@ -98,7 +98,7 @@ class Starting(TorchFunctionMode):
         return np.random.default_rng(0).standard_normal(tuple(tensor.shape)).astype(np.float32)
 
     @contextmanager
-    def _making(self, *, host: bool) -> Any:
+    def _making(self, *, host: bool) -> Iterator[None]:
         before, self.tracer.host = self.tracer.host, host
         try:
             yield
@@ -106,7 +106,7 @@ class Starting(TorchFunctionMode):
             self.tracer.host = before
 
 
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+def _tensors(values: Iterable[object]) -> Iterable[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -114,7 +114,7 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
             yield from _tensors(value)
 
 
-def _replace(func: Any, tensor: Tensor, value: Tensor) -> None:
+def _replace(func: Operation, tensor: Tensor, value: Tensor) -> None:
     """`tensor.data = value`: a shadow's storage is that of what it stands for."""
     func(tensor, value)
     if isinstance(tensor, Shadow):

@@ -7,41 +7,42 @@ run's own code goes over shadows (trace.py); no weight is read.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from fitune.core import processor
 from fitune.core.config import RunConfig
-from fitune.core.plan import Holding, Moment, Point
+from fitune.core.plan import Holding, Moment
 from fitune.core.plan import Plan as Plan
 from fitune.core.records import Batch, Layout
 from fitune.core.units import MIB
 from fitune.data.batches import rounded
+from fitune.data.tokenizer.new_tokens import NewToken
 from fitune.engine import optim
 from fitune.engine.step import LossScale, apply_gradients, held_out_loss, make_gradients
-from fitune.memory import allocator, answers, chunks, depth, device, heap, trace
+from fitune.memory import allocator, answers, chunks, depth, device, heap
 from fitune.memory.closed import closed
+from fitune.memory.counted import shadows
 from fitune.memory.cuda import Cuda
 from fitune.memory.measure import resident_mib
 from fitune.memory.places import Starting, put_host_apart
+from fitune.memory.shadow import Shadow
 from fitune.memory.sparse import OnPaper
-from fitune.memory.trace import Blind, Block, Building, Tracer
+from fitune.memory.storage import STATES
+from fitune.memory.trace import Blind, Building, Tracer
+from fitune.memory.usage import Usage, usage
 from fitune.models import adapters, families, methods, precision, quant
 from fitune.models.head import loss_rows, set_loss_rows
-from fitune.models.interfaces import causal_lm
+from fitune.models.interfaces import CausalLM, causal_lm
 from fitune.models.kernels.target import CPU, Target
 from fitune.models.load import outline
 from fitune.models.methods import new_tokens
 from fitune.models.parts import trainable
 from fitune.models.prepare import checkpoint_blocks
-
-POINTS = 160  # of a timeline
-PHASES = ("load", "start", "forward", "loss", "backward", "update", "evaluation", "answers", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ class Work:
     """
 
     config: RunConfig
-    shape: Any
+    shape: PretrainedConfig
     steps: Sequence[Sequence[Batch]]
     held_out: Batch | None = None
     layout: Layout = "flat"
-    added: Sequence[Any] = field(default_factory=list)
-    deep: Any = None
+    added: Sequence[NewToken] = field(default_factory=list)
+    deep: PretrainedConfig | None = None
 
     @property
     def largest(self) -> Batch:
@@ -77,7 +78,7 @@ def without_words(config: RunConfig) -> RunConfig:
 # ---- tracing ----
 
 
-def without_values(work: Work) -> Any:
+def without_values(work: Work) -> CausalLM:
     """The model of a run with its method on it, on meta."""
     state = torch.get_rng_state()
     with Building(), torch.device("meta"):
@@ -86,28 +87,28 @@ def without_values(work: Work) -> Any:
     return model
 
 
-def _base(work: Work) -> Any:
+def _base(work: Work) -> CausalLM:
     """The model of a run before its method is put on it."""
     config = work.config
     method = methods.find(config.method)
     storage = config.storage_dtype if method.low_precision_base else config.trainable_dtype
-    base = outline(work.shape, precision=config.precision, quant=config.quant, storage=storage)
+    base: CausalLM = outline(work.shape, precision=config.precision, quant=config.quant, storage=storage)
     if work.added:
         new_tokens.add_rows(base, work.added)
     return base
 
 
-def _with_method(base: Any, work: Work) -> Any:
+def _with_method(base: CausalLM, work: Work) -> CausalLM:
     family = families.of(base)
-    model = adapters.attach(base, work.config)
+    model: CausalLM = adapters.attach(base, work.config)
     checkpoint_blocks(model, family, work.config.checkpointing)
     set_loss_rows(model, work.config)
     return model
 
 
 def start(
-    make: Callable[[], Any], attach: Callable[[Any], Any], target: Target = CPU, *, apart: bool = True
-) -> tuple[Any, Tracer]:
+    make: Callable[[], CausalLM], attach: Callable[[CausalLM], CausalLM], target: Target = CPU, *, apart: bool = True
+) -> tuple[CausalLM, Tracer]:
     """A model of shadows with its method, and the tracer that saw them made: the phases "load" and "start".
 
     Args:
@@ -120,7 +121,7 @@ def start(
         base = make()
     tracer = Tracer(target)
     with tracer.during("load"):
-        trace.shadows(base, tracer)
+        shadows(base, tracer)
     try:
         with tracer, Starting(tracer, apart=apart and target.kind == "cuda"), tracer.during("start"):
             model = attach(base)
@@ -131,11 +132,11 @@ def start(
         return start(make, attach, target, apart=False)
     put_host_apart(model, tracer)
     with tracer.during("start"):
-        trace.shadows(model, tracer)  # what the method made without a tracer; the others get their categories
+        shadows(model, tracer)  # what the method made without a tracer; the others get their categories
     return model, tracer
 
 
-def started(work: Work, target: Target = CPU) -> tuple[Any, Tracer]:
+def started(work: Work, target: Target = CPU) -> tuple[CausalLM, Tracer]:
     """The model of a run with its method on it, of shadows, and the tracer that saw it being made.
 
     Args:
@@ -148,7 +149,7 @@ def started(work: Work, target: Target = CPU) -> tuple[Any, Tracer]:
     return made
 
 
-def over(model: Any, tracer: Tracer, work: Work, target: Target = CPU) -> Tracer:
+def over(model: CausalLM, tracer: Tracer, work: Work, target: Target = CPU) -> Tracer:
     """The tracer, after the steps, an evaluation and a checkpoint.
 
     Args:
@@ -170,7 +171,7 @@ def traced(work: Work, target: Target = CPU) -> Tracer:
     return over(*started(work, target), work, target)
 
 
-def deep(model: Any, work: Work, target: Target = CPU) -> Tracer:
+def deep(model: CausalLM, work: Work, target: Target = CPU) -> Tracer:
     """The same; of a deep model, whose blocks are alike, from shallow ones.
 
     Args:
@@ -178,7 +179,7 @@ def deep(model: Any, work: Work, target: Target = CPU) -> Tracer:
         work, target: as for `traced`.
     """
 
-    def run(shape: Any) -> tuple[list[Any], Tracer]:
+    def run(shape: PretrainedConfig) -> tuple[list[object], Tracer]:
         few = replace(work, shape=shape, deep=work.shape)
         made, tracer = started(few, target)
         kinds = depth.kinds(made)
@@ -187,7 +188,7 @@ def deep(model: Any, work: Work, target: Target = CPU) -> Tracer:
     return depth.traced(model, work.shape, run) or traced(work, target)
 
 
-def go(model: Any, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False) -> None:
+def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False) -> None:
     """The steps, the evaluation and the checkpoint of a piece of work, on shadows or for real."""
     config = work.config
     model.train()
@@ -203,128 +204,17 @@ def go(model: Any, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False) 
             for states in optimizer.state.values():
                 for value in states.values():
                     if isinstance(value, torch.Tensor):
-                        tracer.own(value, trace.STATES)
+                        tracer.own(value, STATES)
         if work.held_out is not None:
             with tracer.during("evaluation"):
                 held_out_loss(model, [work.held_out], work.layout)
             taken = answers.bytes_taken(config, work.deep or work.shape, work.held_out)
-            if taken and isinstance(next(iter(parameters.values())), trace.Shadow):  # a closed form: values decide it
+            if taken and isinstance(next(iter(parameters.values())), Shadow):  # a closed form: values decide it
                 with tracer.during("answers"):
                     tracer.brief(taken, "generate")
         if not on_gpu:  # from there the copies go to main memory
             with tracer.during("checkpoint"):
                 optim.state_tensors(optimizer, parameters)
-
-
-# ---- what a trace says ----
-
-
-@dataclass(frozen=True)
-class Usage:
-    """The most of each phase, the peak, what it is made of, and the timeline."""
-
-    phases: list[Moment]
-    peak: Moment
-    largest: list[Holding]
-    timeline: list[Point]
-
-
-def usage(tracer: Tracer, *, without: str = "") -> Usage:
-    """See Usage. without: a phase behind "load" that does not count; what it leaves counts as loaded."""
-    spans = _spans(tracer)
-    totals, tops = _totals(tracer, spans)
-    if tops.pop(without, None) is not None:
-        ends = [*(at for at, _ in spans[1:]), len(totals)]
-        tops["load"] = max(end for (_, phase), end in zip(spans, ends, strict=True) if phase == without) - 1
-    highest = max(tops, key=lambda phase: totals[tops[phase]])
-    step = max(1, len(totals) // POINTS)
-    points = sorted({max(range(at, min(at + step, len(totals))), key=totals.__getitem__)
-                     for at in range(0, len(totals), step)} | set(tops.values()))  # fmt: skip
-    parts = _parts_at(tracer, points)
-    phases = [Moment(phase, totals[at], parts[at]) for phase, at in tops.items()]
-    timeline = [Point(at / max(1, len(totals) - 1), _phase_at(spans, at), parts[at]) for at in points]
-    return Usage(phases, next(m for m in phases if m.phase == highest), _largest(tracer, tops[highest]), timeline)
-
-
-def _spans(tracer: Tracer) -> list[tuple[int, str]]:
-    """(first event, phase) of each stretch of the course, in the words of PHASES."""
-    found: list[tuple[int, str]] = [(0, "load")]
-    for at, phase, region in tracer.course:
-        name = (region or "forward") if phase == "step" else phase
-        if name and name != found[-1][1]:
-            found.append((at, name))
-    return found
-
-
-def _phase_at(spans: Sequence[tuple[int, str]], event: int) -> str:
-    return next(phase for at, phase in reversed(spans) if at <= event)
-
-
-def _totals(tracer: Tracer, spans: Sequence[tuple[int, str]]) -> tuple[list[int], dict[str, int]]:
-    """Bytes after each event, and of each phase the event with the most."""
-    totals: list[int] = []
-    now = 0
-    for _, size in tracer.events:
-        now += size
-        totals.append(now)
-    tops: dict[str, int] = {}
-    ends = [at for at, _ in spans[1:]] + [len(totals)]
-    for (start, phase), end in zip(spans, ends, strict=True):
-        if end > start:
-            top = max(range(start, end), key=totals.__getitem__)
-            if phase not in tops or totals[top] > totals[tops[phase]]:
-                tops[phase] = top
-    return totals, {phase: tops[phase] for phase in PHASES if phase in tops}
-
-
-def tops_of_steps(tracer: Tracer) -> list[dict[str, int]]:
-    """Of each step the most bytes by phase: forward, loss, backward, update."""
-    found: list[dict[str, int]] = []
-    now, course, phase = 0, iter([*tracer.course, (len(tracer.events) + 1, "", "")]), ""
-    at, *names = next(course)
-    for number, (_, size) in enumerate(tracer.events):
-        while number >= at:
-            if names[0] == "step" and not names[1]:
-                found.append({})
-            phase = {"step": names[1] or "forward", "update": "update"}.get(names[0], "")
-            at, *names = next(course)
-        now += size
-        if phase and found:
-            found[-1][phase] = max(now, found[-1].get(phase, 0))
-    return found
-
-
-def _parts_at(tracer: Tracer, events: Sequence[int]) -> dict[int, dict[str, int]]:
-    """Bytes by category after each of some events."""
-    now: Counter[str] = Counter()
-    found: dict[int, dict[str, int]] = {}
-    wanted = iter([*events, -1])
-    target = next(wanted)
-    for number, (key, size) in enumerate(tracer.events):
-        now[tracer.blocks[key].kind] += size
-        if number == target:
-            found[number] = {name: now[name] for name in trace.CATEGORIES if now[name]}
-            target = next(wanted)
-    return found
-
-
-def _largest(tracer: Tracer, event: int, most: int = 12) -> list[Holding]:
-    """What is there at an event: storages of the same kind together, the largest first."""
-    sizes: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for block in tracer.blocks:
-        if block.born <= event and (block.freed is None or block.freed > event):
-            name = _name(block)
-            sizes[name] += block.bytes
-            counts[name] += 1
-    return [Holding(name, counts[name], size) for name, size in sizes.most_common(most)]
-
-
-def _name(block: Block) -> str:
-    if block.kind in (trace.WEIGHTS, trace.CONSTANTS, trace.TRAINABLE, trace.GRADIENTS, trace.STATES):
-        return block.kind
-    where = block.module.rpartition(".")[2]
-    return f"{block.kind}: {where + ' ' if where else ''}{block.op.rpartition('::')[2]}"
 
 
 # ---- the plan ----

@@ -16,14 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from fitune.core.config import RunConfig, merge, settings_only
 from fitune.core.errors import ConfigError, FituneError
 from fitune.core.units import MIB
 from fitune.memory import chunks, device, flops, plan, steps
 from fitune.memory.flops import Counts
+from fitune.memory.usage import tops_of_steps
 from fitune.models import families, methods, precision, quant
 from fitune.models.configs import without_weights
+from fitune.models.interfaces import CausalLM
 from fitune.models.kernels.target import Target
 
 TOKENS = (1024, 4096)  # of the two micro-batches, four rows each: so many that activations outweigh single weights
@@ -91,6 +94,31 @@ class Found:
 
 
 @dataclass(frozen=True)
+class _Way:
+    """A way of tuning: its name, settings and result on the bundled model."""
+
+    name: str
+    settings: dict[str, Any]
+    quality: float
+
+    @property
+    def config(self) -> RunConfig:
+        """Its settings, checked; a prompt in words needs no tokenizer here."""
+        return plan.without_words(settings_only(self.settings))
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What every way is asked: the rows, the share of their tokens that carries a label, the device, and the bytes that
+    lie beside any model there."""
+
+    rows: steps.Largest
+    labelled: float
+    where: device.Device
+    outside: int
+
+
+@dataclass(frozen=True)
 class _Line:
     """Bytes of each phase: fixed, and for each token; weights are counted by the plan's own tracer."""
 
@@ -99,7 +127,7 @@ class _Line:
 
 
 def search(
-    given: Mapping[str, Any], shape: Any, rows: steps.Largest, labelled: float, where: device.Device,
+    given: Mapping[str, Any], shape: PretrainedConfig, rows: steps.Largest, labelled: float, where: device.Device,
     max_lengths: Sequence[int], tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:  # fmt: skip
     """See the module's text.
@@ -125,14 +153,14 @@ def search(
     ways = list(_ways(given, shape, where))
     if not ways:
         raise _no_way(given, shape, where)
-    for number, (name, settings, quality) in enumerate(ways):
+    question = _Question(rows, labelled, where, outside)
+    for number, way in enumerate(ways):
         tell(number, len(ways))
-        config = plan.without_words(settings_only(settings))
-        line = _line(config, shape, where.target)
+        line = _line(way.config, shape, where.target)
         if line is None:
             continue
         for longest in max_lengths:
-            one, tried = _candidate(name, settings, config, line, quality, rows, labelled, where, longest, outside)
+            one, tried = _candidate(question, way, line, longest)
             combinations += tried
             (found if one.batch_size else misses).append(one)
     tell(len(ways), len(ways))
@@ -145,7 +173,7 @@ def _rank(one: Candidate) -> tuple[float, float, float]:
     return -round(one.quality / BAND), -one.max_length, one.seconds or one.flops_per_token
 
 
-def _ways(given: Mapping[str, Any], shape: Any, where: device.Device) -> Iterator[tuple[str, dict[str, Any], float]]:
+def _ways(given: Mapping[str, Any], shape: PretrainedConfig, where: device.Device) -> Iterator[_Way]:
     """Every method that agrees with what was given, plain and with each saver; none under two names."""
     empty = without_weights(shape)
     family = families.of(empty)
@@ -176,7 +204,7 @@ def _ways(given: Mapping[str, Any], shape: Any, where: device.Device) -> Iterato
                     continue
                 seen.add(key)
                 label = name if quantizer == "none" else f"{name} on {quantizer}"
-                yield label + checkpointing * ", checkpointing", whole, quality * KEPT[quantizer]
+                yield _Way(label + checkpointing * ", checkpointing", whole, quality * KEPT[quantizer])
 
 
 def _agree(wanted: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
@@ -196,7 +224,7 @@ def _agree(wanted: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
     return True
 
 
-def _no_way(given: Mapping[str, Any], shape: Any, where: device.Device) -> FituneError:
+def _no_way(given: Mapping[str, Any], shape: PretrainedConfig, where: device.Device) -> FituneError:
     """Why no way agrees with what was given."""
     try:
         config = settings_only(given)
@@ -213,7 +241,7 @@ def _no_way(given: Mapping[str, Any], shape: Any, where: device.Device) -> Fitun
     )
 
 
-def _possible(settings: Mapping[str, Any], empty: Any, family: families.Family, where: device.Device) -> bool:
+def _possible(settings: Mapping[str, Any], empty: CausalLM, family: families.Family, where: device.Device) -> bool:
     """Can the method be put on this model, quantized so?"""
     try:
         config = settings_only(settings)
@@ -228,7 +256,7 @@ def _possible(settings: Mapping[str, Any], empty: Any, family: families.Family, 
     return expected is None or bool(expected)
 
 
-def _line(config: RunConfig, shape: Any, target: Target) -> _Line | None:
+def _line(config: RunConfig, shape: PretrainedConfig, target: Target) -> _Line | None:
     """Two traces of small models, and what they say of the whole one. None: this way cannot be traced."""
     depth = shape.num_hidden_layers
     # blocks of the small models: those that the method names, and one or two of the others
@@ -254,7 +282,7 @@ def _line(config: RunConfig, shape: Any, target: Target) -> _Line | None:
     return _Line(phases, Counts(**{**values, "share": min(1.0, grown(*through) / depth)}))
 
 
-def _small(config: RunConfig, shape: Any, depth: int, target: Target) -> _Line:
+def _small(config: RunConfig, shape: PretrainedConfig, depth: int, target: Target) -> _Line:
     """A model of that many blocks: bytes of each phase as a line in tokens."""
     small = deepcopy(shape)
     small.num_hidden_layers = depth
@@ -267,36 +295,34 @@ def _small(config: RunConfig, shape: Any, depth: int, target: Target) -> _Line:
     work = plan.Work(config, small, [[warm], *([batch] for batch in batches)], None, layout)
     model = plan.without_values(work)
     counted = flops.counts(model, config)
-    tops = plan.tops_of_steps(plan.traced(work, target))[1:]
+    tops = tops_of_steps(plan.traced(work, target))[1:]
     slopes = {phase: (tops[1][phase] - tops[0][phase]) / (TOKENS[1] - TOKENS[0]) for phase in tops[0]}
     return _Line({p: (tops[0][p] - slopes[p] * TOKENS[0], slopes[p]) for p in slopes}, counted)
 
 
-def _candidate(
-    name: str, settings: dict[str, Any], config: RunConfig, line: _Line, quality: float, rows: steps.Largest,
-    labelled: float, where: device.Device, longest: int, outside: int,
-) -> tuple[Candidate, int]:  # fmt: skip
-    """And how many sizes of batches were looked at."""
+def _candidate(question: _Question, way: _Way, line: _Line, longest: int) -> tuple[Candidate, int]:
+    """A way with rows of at most that length; and how many sizes of batches were looked at."""
+    rows, where, config = question.rows, question.where, way.config
     cut = np.minimum(rows.lengths, longest)
     tried: set[int] = set()
 
     def needed(batch: int) -> int:
         tried.add(batch)
         most = max(fixed + slope * rows(batch, longest) for fixed, slope in line.phases.values())
-        return (int(most * MARGIN) + SEGMENT if where.kind == "cuda" else int(most)) + outside
+        return (int(most * MARGIN) + SEGMENT if where.kind == "cuda" else int(most)) + question.outside
 
     batch = _largest(needed, where.budget or 0, min(MOST, len(cut)))
-    work = flops.per_token(line.counts, cut, labelled, checkpointing=config.checkpointing) * float(cut.sum())
+    work = flops.per_token(line.counts, cut, question.labelled, checkpointing=config.checkpointing) * float(cut.sum())
     rate = rate_of(where, config.precision)
     time = flops.seconds(work, rate, quantized=config.quant.name != "none", cpu=where.kind == "cpu")
     tokens = flops.saturating_tokens(rate, where.bandwidth, 2.0)
     found = Candidate(
-        name=name,
-        settings={**settings, "max_length": longest},
+        name=way.name,
+        settings={**way.settings, "max_length": longest},
         batch_size=batch,
         max_length=longest,
         needed=needed(max(1, batch)),
-        quality=quality,
+        quality=way.quality,
         trainable=int(line.counts.trainable),
         flops_per_token=work / max(1.0, float(cut.sum())),
         seconds=time,

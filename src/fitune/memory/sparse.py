@@ -8,7 +8,7 @@ of the dense one).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-from fitune.memory.trace import Shadow
+from fitune.memory.operation import Args, Kwargs, Operation
+from fitune.memory.shadow import Shadow
 
 ADDS = {"__add__", "__radd__", "__iadd__", "add", "add_"}
 
@@ -50,7 +51,7 @@ class Sparse:
         self.indices, self.values, self.shape = indices.long(), values, torch.Size(size)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Operation, types: object, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in ADDS and isinstance(args[0], Tensor):
             return args[1].added_to(args[0], in_place=name in ("__iadd__", "add_"))
@@ -98,9 +99,7 @@ def sparse(indices: Tensor, values: Tensor, size: Sequence[int], **how: Any) -> 
 class OnPaper(TorchFunctionMode):
     """Inside, sparse matrices of shadows are such objects, in a backward pass as well."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Operation, types: object, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.sparse_coo_tensor:
             return sparse(*args, **kwargs)

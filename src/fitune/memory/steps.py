@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PretrainedConfig
 
 from fitune.core.config import RunConfig
 from fitune.core.records import Batch, Layout, Sample
@@ -109,9 +110,9 @@ def made_up(rows: int, length: int, vocabulary: int, labels: int | None = None) 
     return flat([Sample(ids, mask)], [0] * rows)
 
 
-def likely_layout(wanted: str, shape: Any) -> Layout:
+def likely_layout(wanted: str, shape: PretrainedConfig) -> Layout:
     """The layout that a run will have, before the model is there to be probed: flat, but for recurrent layers."""
     if wanted != "auto":
-        return wanted  # type: ignore[return-value]
+        return cast(Layout, wanted)  # a setting of these names
     kinds = getattr(shape, "layer_types", None) or ()
     return "padded" if any(kind in RECURRENT for kind in kinds) else "flat"
