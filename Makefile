@@ -1,7 +1,7 @@
 # Every target sets up .venv first, if it is not there.
 #
 # make demo       fine-tune the bundled model and show what changed
-# make unit       the tests that start no process and train nothing (under a minute on 2 cores)
+# make unit       the tests that need no process and no training
 # make test       lint, types and all tests but the whole product (at most 8 minutes on 2 cores)
 # make test-full  the whole product of methods, families and precisions, and results/test-full.json
 # make fmt        sort imports, fix what ruff can, format
