@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -14,6 +17,17 @@ from fitune.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def script(name: str) -> ModuleType:
+    """A script of `scripts/`, loaded as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def commands(text: str) -> list[str]:
@@ -79,30 +93,32 @@ def test_the_loop_stays_small() -> None:
     ("page", "results"), [("methods", "methods.json"), ("memory", "savers.json"), ("precision", "precision.json")]
 )
 def test_tables_in_the_documents_are_those_of_the_results(page: str, results: str) -> None:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("results_table", ROOT / "scripts" / "results_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("results_table")
     for language in ("", ".zh-CN"):
         text = (ROOT / "docs" / f"{page}{language}.md").read_text(encoding="utf-8")
         assert "\n".join(module.lines(ROOT / "results" / {"memory": "savers.json"}.get(page, f"{page}.json"))) in text
 
 
 def test_the_table_of_models_and_methods_is_what_the_methods_say() -> None:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("support_table", ROOT / "scripts" / "support_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("support_table")
     table = "\n".join(module.lines())
     for name in ("README.md", "README.zh-CN.md"):
         assert table in (ROOT / name).read_text(encoding="utf-8")
     assert module.NOT_YET in table  # a shape that a method refuses is found
+
+
+def test_the_table_of_checks_is_what_the_code_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("checks_table")
+    for page in module.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert module.replaced(text) == text, f"{page.name}: python scripts/checks_table.py --write"
+    names = {rule.name for rule in module.rules()}
+    assert {"packing-leak", "run-seal", "machine-load", "adapter-scale", "merge-drift"} <= names
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src" / "fitune").rglob("*.py"))
+    assert set(re.findall(r'\bFinding\(\s*"([a-z0-9-]+)"', source)) <= names
+    monkeypatch.delitem(module.MOMENTS, "commands.merge")
+    with pytest.raises(LookupError, match="no function of MOMENTS runs"):
+        module.rules()
 
 
 def test_the_install_lines_are_those_of_the_constraints() -> None:

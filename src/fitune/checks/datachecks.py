@@ -44,7 +44,7 @@ def rows(p: Prepared) -> Finding:
 
 
 def bad_row(p: Prepared) -> Finding:
-    """Rows that cannot be used refuse the run, or are counted and listed where the user wants them skipped."""
+    """Rows that cannot be used stop the run; with --skip-bad they are left out, counted and listed."""
     r = p.report
     slots = ", ".join(f"{{{{{name}}}}} in {count:,} rows" for name, count in r.unfilled_slots.items())
     if r.skipped_bad:
@@ -95,7 +95,7 @@ def _weights(sample: Sample) -> NDArray[np.float32]:
 
 
 def stale_cache(p: Prepared) -> Finding:
-    """What a cache kept is what would be made now: its keys stand for content and code, this looks at the rows."""
+    """Cached rows and tokens are what would be made now; where they are not, the data is read again."""
     if p.cached is None:
         return Finding("stale-cache", "ok", "the data was read and encoded anew")
     kept, cached = p.cached.samples, p.cached
@@ -157,7 +157,7 @@ DATA_RULES: tuple[Rule, ...] = (
 
 
 def held_out_apart(trained: Samples, held_out: Samples) -> Finding:
-    """Held-out rows that are trained too measure memory, not what was learned.
+    """Few held-out rows are trained too: their loss would measure memory, not what was learned.
 
     Args:
         trained: samples that are trained.

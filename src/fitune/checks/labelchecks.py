@@ -22,7 +22,7 @@ NAMED = 3  # rows that a finding names
 
 
 def truncation(p: Prepared) -> Finding:
-    """Rows that lose answer tokens make a model that stops in mid-sentence; one that answers half a question guesses.
+    """Few rows are cut: cut answers teach the model to stop in mid-sentence, cut questions to guess.
 
     Refused above `max_lost` where a longer max_length, within what the model can hold, would keep them; where no length
     would, only the user can decide between this model and this data: it is said, and the run goes on.
@@ -82,7 +82,7 @@ def _source(p: Prepared, samples: NDArray[np.int64]) -> Source | None:
 
 
 def stop_token_trained(p: Prepared) -> Finding:
-    """A stop token that no row trains is one the model never learns to say."""
+    """Every stop token is trained in some row: the model never learns to produce one that is not."""
     tokenizer, encoder = p.encoder.tokenizer, p.encoder
     names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in encoder.stop_ids)
     if len(p.samples) and not p.facts.trains_stop.any():
@@ -110,7 +110,7 @@ def label_border(p: Prepared) -> Finding:
 
 
 def answers_whole(p: Prepared) -> Finding:
-    """The labels of a row that nothing cut say its whole answers: a model trained on parts of them stops too early."""
+    """Where nothing was cut, the labels hold each whole answer: a model trained on parts of them stops too early."""
     tried = 0
     for row, sample, turns in _trained(p):
         if text := labels.missing(p.encoder, row, sample, turns):
@@ -131,7 +131,7 @@ def _trained(p: Prepared) -> Iterator[tuple[Conversation, Sample, list[int]]]:
 
 
 def double_bos(p: Prepared) -> Finding:
-    """Two BOS tokens at the start of a row."""
+    """No row starts with two BOS tokens."""
     bos = p.encoder.tokenizer.bos_token_id
     doubled = np.flatnonzero((p.facts.first == p.facts.second) & (p.facts.first == (-2 if bos is None else bos)))
     if len(doubled):
@@ -141,7 +141,7 @@ def double_bos(p: Prepared) -> Finding:
 
 
 def padding_side(p: Prepared) -> Finding:
-    """Rows hold no padding, at neither end: later padding is known by its position, so pad = EOS is safe."""
+    """Rows have no padding at either end: padding added later is known by its position, so pad = EOS is safe."""
     pad = p.encoder.tokenizer.pad_token_id
     if pad is None or pad in p.encoder.stop_ids:
         return Finding("padding-side", "ok", "no padding in the rows; the pad token is never looked at")
@@ -152,7 +152,7 @@ def padding_side(p: Prepared) -> Finding:
 
 
 def bpe_boundary(p: Prepared) -> Finding:
-    """How many borders between prompt and answer a tokenizer would merge over, were they encoded together."""
+    """Counts the borders of prompt and answer that the tokenizer would merge over if it encoded both together."""
     merged = tried = 0
     for conversation, _ in _pairs(p):
         segments = p.encoder.template.render(conversation.messages, conversation.tools)
@@ -196,7 +196,7 @@ def template_parity(p: Prepared) -> Finding:
 
 
 def chat_template(p: Prepared) -> Finding:
-    """What the tokenizer's own template does that its texts do not show: a date that it writes, texts that move."""
+    """Reports what the tokenizer's own template does unseen: a date that it writes, texts that it moves."""
     template = p.encoder.template
     date_note = kept_date(template)
     moved = isinstance(template, ChatTemplate) and template.moves_system

@@ -17,7 +17,7 @@ from fitune.models.parts import trainable
 
 
 def family_found(family: Family) -> Finding:
-    """Which names fitune goes by; those of a model that is not in the table are reported."""
+    """Which family's names for parts of the model are used; for a family that is not in the table, the names found."""
     if not family.found:
         return Finding("family", "ok", f"{family.model_type}: {family.describe()}")
     return Finding("family", "warn", f"{family.model_type} is not in the table; by its names: {family.describe()}")

@@ -207,7 +207,7 @@ def restore(
     optim.load_state(optimizer, parameters, loaded.optimizer, loaded.optimizer_scalars)
     same = restore_rng(loaded.rng)
     checks.add(stepchecks.resume_exact(loaded, parameters, optimizer))
-    checks.add(_same_machine(run, parameters, random=same))
+    checks.add(resume_machine(run, parameters, random=same))
     checks.watch.say(f"going on from {path.name}")
     return loaded
 
@@ -219,7 +219,7 @@ def put(loaded: Loaded, parameters: Parameters) -> None:
         parameter.copy_(loaded.trainable[name])
 
 
-def _same_machine(run: RunFolder, parameters: Parameters, *, random: bool) -> Finding:
+def resume_machine(run: RunFolder, parameters: Parameters, *, random: bool) -> Finding:
     """Is this the machine that the run began on? Elsewhere it goes on too, but its results may differ."""
     now = environment.describe(next(iter(parameters.values())).device)
     changed = environment.changes(run.read("environment"), now) if run.has("environment") else []

@@ -58,7 +58,7 @@ class Rehearsal:
         }  # fmt: skip
 
     def finding(self, device: object) -> Finding | None:
-        """A warning where the same run again may differ; None where it will not."""
+        """Warns where an operation has no deterministic algorithm, so that the same run again may differ; else None."""
         if self.deterministic:
             return None
         text = f"{self.lacking} has no deterministic algorithm on {device}: the same run again, or resumed, may differ"

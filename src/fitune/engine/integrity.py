@@ -228,7 +228,7 @@ def check(run: RunFolder, names: Sequence[str] = MODEL, *, missing: Sequence[str
     """
     seal = read(run)
     if seal is None:
-        return _unsealed(run)
+        return run_seal(run)
     run.identity = seal.identity
     wrong = {
         name: how
@@ -255,9 +255,12 @@ def check_adapter(folder: Path) -> None:
         check(RunFolder(folder.resolve().parent), ("adapter",))
 
 
-def _unsealed(run: RunFolder) -> Finding:
-    """The warning of a run that was made before there were seals. Where a checkpoint says that it had one, the seal was
-    lost, and that is an error."""
+def run_seal(run: RunFolder) -> Finding:
+    """Warns that a run was made before runs were sealed, so that nothing of it can be checked.
+
+    Raises:
+        RunFolderError: a checkpoint says that the run was sealed: its seal was lost.
+    """
     if carried(run) is not None:
         raise RunFolderError(
             f"{run.path}: no {SEAL}, so nothing of this run can be checked",

@@ -155,7 +155,7 @@ def peak_learning_rate(config: RunConfig) -> float:
 
 
 def in_float16(name: str, epsilon: float, lr: float, *, force: bool = False) -> Finding:
-    """The rule fp16-master: does the epsilon suit weights that are trained in float16?
+    """The epsilon suits weights that are trained in float16: it is not zero there, and the learning rate allows it.
 
     Args:
         name: of the optimizer.

@@ -67,7 +67,7 @@ def _what(fault: Fault) -> tuple[str, str, str, str]:
 
 
 def finding(faults: Sequence[Fault]) -> Finding:
-    """What the kernels make of the model's own packed layers is what those stand for."""
+    """The kernels give for the model's packed layers the values that their packed numbers stand for."""
     if not faults:
         return Finding("quant-kernels", "ok", "what is computed with packed weights is what they stand for")
     return Finding("quant-kernels", "warn", f"on this machine {describe(faults)}", OTHERS)

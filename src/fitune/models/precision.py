@@ -189,7 +189,7 @@ def _rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def speed(config: RunConfig, device: torch.device, shape: Any = None) -> Finding:
-    """A precision that this machine computes much more slowly than float32 is told; so is why one would be chosen."""
+    """Warns of a precision that this machine computes much more slowly than float32; else reports why it was chosen."""
     chosen, why = choose(device, shape)
     if chosen == config.precision:
         return Finding("precision", "ok", f"{chosen}: {why}")
@@ -270,7 +270,7 @@ def _part(module: nn.Module, name: str, parameter: torch.Tensor, head: nn.Module
 
 
 def weights_kept(model: CausalLM, stored: torch.dtype | None) -> Finding:
-    """Every cast, and what stayed in 16 or 32 bits beside quantized weights, with bytes."""
+    """Reports every cast, and what stayed in 16 or 32 bits beside quantized weights, with bytes."""
     parts = kept(model, stored)
     text = "; ".join(f"{k.part} {k.dtype} {size(k.bytes)}{f' ({k.note})' if k.note else ''}" for k in parts)
     experts = [k for k in parts if k.part == "fused experts" and k.note.startswith("not quantized")]

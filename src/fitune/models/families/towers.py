@@ -114,7 +114,11 @@ def tensors(found: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
 
 
 def finding(model: CausalLM) -> list[Finding]:
-    """What is loaded of a model that takes images too, in a list; empty where the model is all that there is."""
+    """Of a model that takes images too, the language model alone is loaded and tuned.
+
+    Returns:
+        The finding in a list; empty for a model of text alone.
+    """
     if attached.of(model).tower is None:
         return []
     text = "this model takes images too: its language model alone is loaded and tuned, all other parts stay as they are"
