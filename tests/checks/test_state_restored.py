@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fitune.checks import guards, leak, runchecks, stepchecks
+from fitune.checks import guards, leak, runchecks, savedchecks, stepchecks
 from fitune.core.records import Batch
 from fitune.data.batches import flat
 from fitune.engine.non_finite import first_non_finite
@@ -54,7 +54,7 @@ LOOKS: dict[str, Callable[[Any, Path], object]] = {
     "accumulation-equality": lambda model, _: guards.accumulation_equality(model, BATCH, "flat"),
     "saved-complete": lambda model, place: (
         adapters.save(model, place),
-        guards.saved_complete(model, place, BATCH, "flat"),
+        savedchecks.saved_complete(model, place, BATCH, "flat"),
     ),
     "packing-leak": lambda model, _: leak.packing_leak(model, samples()),
     "adapter-scale": lambda model, _: runchecks.adapter_scale(model, config_for("lora")),
