@@ -62,3 +62,26 @@ def test_every_file_that_a_document_names_is_there(path: Path) -> None:
 def test_a_file_that_is_gone_is_seen() -> None:
     text = "`src/fitune/gone.py`, `gone.py`, `results/gone.json`, `core/errors.py`, `src/fitune/api.py`, `result.json`"
     assert missing(text) == ["src/fitune/gone.py", "results/gone.json", "gone.py"]
+
+
+def unknown(text: str) -> list[str]:
+    """Names such as `batches.flat` that a document gives, and that no module of that name has."""
+    modules: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "src" / "fitune").rglob("*.py")):
+        modules.setdefault(path.stem, []).append(path.read_text(encoding="utf-8"))
+    found = []
+    for module, names in re.findall(r"`([a-z_]+)\.([A-Za-z_.]+)`", text):
+        if module not in modules or names in ("py", "json", "jsonl", "html", "yaml"):
+            continue
+        defined = [re.compile(rf"^\s*(?:def |class )?{name}\b", re.MULTILINE) for name in names.split(".")]
+        if not any(all(name.search(source) for name in defined) for source in modules[module]):
+            found.append(f"{module}.{names}")
+    return found
+
+
+def test_every_function_that_the_architecture_names_is_there() -> None:
+    assert unknown((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")) == []
+    assert unknown("`batches.flat`, `batches.gone`, `step_runner.StepRunner.leap`, `optim.TABLE`, `config.json`") == [
+        "batches.gone",
+        "step_runner.StepRunner.leap",
+    ]

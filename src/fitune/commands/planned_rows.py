@@ -34,7 +34,7 @@ from fitune.memory import steps
 
 ASSUMED_LENGTH = 1024  # of a row, where neither data nor max_length say anything
 ESTIMATED = 20_000  # rows whose lengths are estimated; more are alike
-# Characters for a token, measured with five tokenizers on Chinese and English instructions (docs/en/memory.md)
+# Characters for a token, measured with five tokenizers on Chinese and English instructions
 WIDE, NARROW, LATIN = 1.4, 0.5, 4.2
 BIG_VOCABULARY = 60_000  # from here on Chinese words are tokens of their own
 EXTRA = 12  # tokens of a template for each message
