@@ -48,7 +48,7 @@ class _Reader:
         return self.encoder.text(ids)
 
 
-class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers has no types
+class _Streamer(TextStreamer):
     """Hands each finished piece of text to a function; waits for the rest of a character that is not whole."""
 
     def __init__(self, encoder: Encoder, on_text: Callable[[str], None]) -> None:

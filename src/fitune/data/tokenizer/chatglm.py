@@ -82,7 +82,7 @@ def _family(folder: Path, settings: dict[str, Any], config: dict[str, Any]) -> s
     return "chatglm3" if "<|assistant|>" in str(settings) else "chatglm2"
 
 
-class _SentencePieceTokenizer(PreTrainedTokenizer):  # type: ignore[misc]  # transformers has no types
+class _SentencePieceTokenizer(PreTrainedTokenizer):
     """What the two vocabularies share: pieces by id, special ids that no text yields, the file kept on saving."""
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012  # transformers' own form

@@ -41,7 +41,7 @@ LAYERS = 28  # those of the published model: its code reckons with them whatever
 Prefix = Sequence[tuple[Tensor, Tensor]]
 
 
-class ChatGLMConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers has no types
+class ChatGLMConfig(PreTrainedConfig):
     """The settings of config.json, by their published names."""
 
     model_type = "chatglm"
@@ -183,7 +183,7 @@ class MLP(nn.Module):
         return out
 
 
-class GLMBlock(GradientCheckpointingLayer):  # type: ignore[misc]  # transformers has no types
+class GLMBlock(GradientCheckpointingLayer):
     """(B, T, W) to (B, T, W)."""
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
@@ -202,7 +202,7 @@ class GLMBlock(GradientCheckpointingLayer):  # type: ignore[misc]  # transformer
         return out
 
 
-class ChatGLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]  # transformers has no types
+class ChatGLMPreTrainedModel(PreTrainedModel):
     """What transformers must know."""
 
     config_class = ChatGLMConfig
@@ -342,7 +342,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(x), past_key_values=past_key_values)
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers has no types
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     """Ids to logits; generates."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012

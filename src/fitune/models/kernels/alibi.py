@@ -24,7 +24,7 @@ from fitune.models.attached import FlatState
 from fitune.models.kernels.apart import apart
 
 
-class AlibiAttention(BloomAttention):  # type: ignore[misc]  # transformers has no types
+class AlibiAttention(BloomAttention):
     """See the module's text."""
 
     state: FlatState

@@ -35,6 +35,7 @@ class Frozen(nn.Module):
     """What the layers here share. `compute` is the dtype of the product."""
 
     compute: torch.dtype
+    source_cls: type[nn.Module]  # of a quantized layer: the class that it was made from
     weight: Any
     bias: Any
 
@@ -65,7 +66,7 @@ class StoredLinear(Frozen, nn.Linear):  # type: ignore[misc]  # both say what a 
         return nn.Linear.forward(self, x) if self.weight.requires_grad else Frozen.forward(self, x)
 
 
-class StoredConv1D(Frozen, Conv1D):  # type: ignore[misc]  # transformers has no types
+class StoredConv1D(Frozen, Conv1D):
     """The same for GPT-2's layer, whose weight is (in, out)."""
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:

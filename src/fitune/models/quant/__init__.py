@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -97,12 +97,12 @@ def planned(model: CausalLM, options: QuantOptions) -> list[str]:
     return [name for name in linear if name not in skipped]
 
 
-def is_quantized(module: object) -> bool:
+def is_quantized(module: object) -> TypeGuard[Frozen]:
     """Is this a linear layer in few bits?"""
     return hasattr(module, "source_cls") and isinstance(module, Frozen)
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def layers(model: nn.Module) -> Iterator[tuple[str, Frozen]]:
     """Every quantized layer by name."""
     yield from ((name, module) for name, module in model.named_modules() if is_quantized(module))
 
@@ -124,7 +124,7 @@ def adopt(model: CausalLM, name: str, compute: torch.dtype) -> None:
             _replace(model, head, plain_layer(layer, compute))
 
 
-def _unpacked(layer: Any) -> nn.Module:
+def _unpacked(layer: nn.Linear) -> nn.Module:
     """The plain layer that a quantized one really is, with the same tensors."""
     with torch.device("meta"):
         made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
@@ -153,7 +153,7 @@ def name_of(model: CausalLM) -> str:
     return attached.of(model).quantizer
 
 
-def constants(layer: Any) -> list[Tensor]:
+def constants(layer: Frozen) -> list[Tensor]:
     """The scales of a quantized layer."""
     name = next(name for name in NAMES if find_spec("bitsandbytes") and isinstance(layer, find(name).base))
     return find(name).constants(layer)
@@ -165,7 +165,7 @@ def numel(parameter: Tensor) -> int:
     return parameter.numel() if state is None else int(state.shape.numel())
 
 
-def plain_layer(layer: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+def plain_layer(layer: Frozen, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The plain linear layer that a quantized one stands for, of the class it was made from."""
     weight, bias = layer.plain_weight(dtype), layer.bias
     with torch.device("meta"):

@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fitune.core.options import QuantOptions
+from fitune.models.kernels.frozen import Frozen
 
 
 def sizes(layer: Any) -> tuple[int, int]:
@@ -24,9 +26,9 @@ class Quantizer:
     """
 
     name: ClassVar[str]
-    base: ClassVar[type[nn.Module]]  # bitsandbytes' class of such a layer
+    base: ClassVar[type[nn.Linear]]  # bitsandbytes' class of such a layer
 
-    def settings(self, options: QuantOptions, compute: torch.dtype, skip: list[str]) -> Any:
+    def settings(self, options: QuantOptions, compute: torch.dtype, skip: list[str]) -> QuantizationConfigMixin:
         """What transformers' loader is told: a BitsAndBytesConfig.
 
         Args:
@@ -40,7 +42,7 @@ class Quantizer:
         """Give a layer of bitsandbytes the one path."""
         raise NotImplementedError
 
-    def make(self, weight: Tensor, options: QuantOptions, device: torch.device) -> Any:
+    def make(self, weight: Tensor, options: QuantOptions, device: torch.device) -> Frozen:
         """A quantized layer from a plain weight (out, in), which computes in float32."""
         raise NotImplementedError
 
@@ -48,7 +50,7 @@ class Quantizer:
         """The quantized layer that a linear one on meta would become, without values; not yet adopted."""
         raise NotImplementedError
 
-    def constants(self, layer: Any) -> list[Tensor]:
+    def constants(self, layer: Frozen) -> list[Tensor]:
         """The scales of a layer."""
         raise NotImplementedError
 

@@ -21,7 +21,7 @@ from fitune.models.quant.absmax import HIGHEST
 from fitune.models.quant.base import Quantizer, sizes
 
 
-class Int8Linear(Frozen, bnb.nn.Linear8bitLt):  # type: ignore[misc]  # bitsandbytes has no types
+class Int8Linear(Frozen, bnb.nn.Linear8bitLt):
     """See the module's text."""
 
     state: Any
@@ -54,9 +54,9 @@ class Int8(Quantizer):
         """See Quantizer."""
         layer.__class__, layer.compute = Int8Linear, compute
 
-    def make(self, weight: Tensor, options: QuantOptions, device: torch.device) -> Any:
+    def make(self, weight: Tensor, options: QuantOptions, device: torch.device) -> Frozen:
         """See Quantizer."""
-        layer = bnb.nn.Linear8bitLt(
+        layer: Frozen = bnb.nn.Linear8bitLt(
             weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=options.threshold
         )
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False)

@@ -73,7 +73,7 @@ def single_scales(numbers: Tensor, code: Tensor, outer: Tensor, mean: Tensor, bl
 PIECE = 2**16  # weights that the exact way looks up at once
 
 
-def by_kernel(layer: Any, dtype: torch.dtype, shape: torch.Size | None = None) -> Tensor:
+def by_kernel(layer: Frozen, dtype: torch.dtype, shape: torch.Size | None = None) -> Tensor:
     """bitsandbytes' kernel, as it calls it, or on the same weights in another shape; no float32 copy is made."""
     state = copy(layer.weight.quant_state)
     state.dtype, state.shape = dtype, shape or state.shape
@@ -81,7 +81,7 @@ def by_kernel(layer: Any, dtype: torch.dtype, shape: torch.Size | None = None) -
     return weight
 
 
-def by_blocks(layer: Any, dtype: torch.dtype) -> Tensor:
+def by_blocks(layer: Frozen, dtype: torch.dtype) -> Tensor:
     """The same kernel on rows of one block each: where a block's scale stands depends on no row's length then."""
     state = layer.weight.quant_state
     blocks, rest = divmod(state.shape.numel(), state.blocksize)
@@ -90,7 +90,7 @@ def by_blocks(layer: Any, dtype: torch.dtype) -> Tensor:
     return by_kernel(layer, dtype, torch.Size((blocks, state.blocksize))).view(state.shape)
 
 
-def exact(layer: Any, dtype: torch.dtype) -> Tensor:
+def exact(layer: Frozen, dtype: torch.dtype) -> Tensor:
     """What the numbers and scales stand for, looked up by torch alone; some eight times slower than a kernel."""
     state = layer.weight.quant_state
     made = torch.empty(state.shape.numel(), dtype=dtype, device=layer.weight.device)
@@ -99,7 +99,7 @@ def exact(layer: Any, dtype: torch.dtype) -> Tensor:
     return made.view(state.shape)
 
 
-def _looked_up(layer: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _looked_up(layer: Frozen) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(where it begins, weights, the scale of each) a piece at a time, in float32."""
     state, packed = layer.weight.quant_state, layer.weight.data.reshape(-1).view(torch.uint8)
     count, block = state.shape.numel(), state.blocksize
@@ -117,7 +117,7 @@ def _looked_up(layer: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield start, values * each, each
 
 
-class Nf4Linear(Frozen, bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbytes has no types
+class Nf4Linear(trust.Checked, bnb.nn.Linear4bit):
     """See the module's text."""
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
@@ -203,9 +203,9 @@ class Nf4(Quantizer):
         layer.compute_dtype, layer.compute_type_is_set = compute, True
         layer.support_avx512bf16_for_cpu = False
 
-    def make(self, weight: Tensor, options: QuantOptions, device: torch.device) -> Any:
+    def make(self, weight: Tensor, options: QuantOptions, device: torch.device) -> Frozen:
         """See Quantizer."""
-        layer = bnb.nn.Linear4bit(
+        layer: Frozen = bnb.nn.Linear4bit(
             weight.shape[1],
             weight.shape[0],
             bias=False,
@@ -237,7 +237,7 @@ class Nf4(Quantizer):
         made.weight = bnb.nn.Params4bit(packed, quant_state=state, bnb_quantized=True, module=made, **kind)
         return made
 
-    def constants(self, layer: Any) -> list[Tensor]:
+    def constants(self, layer: Frozen) -> list[Tensor]:
         """See Quantizer."""
         state = layer.weight.quant_state
         return [state.absmax, *([state.state2.absmax] if state.nested else [])]

@@ -11,38 +11,61 @@ Shapes: x (N, in), weight (out, in).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fitune.models.kernel_faults import Fault, Kind
+from fitune.models.kernels.frozen import Frozen
 
 FUSED = {"cuda"}  # devices on which bitsandbytes' own product is used, not only its packed weights
 ROWS = (1, 16)  # of a product that is tried: one row has a kernel of its own
 
 Key = tuple[Kind, str, torch.dtype]  # of layers, their device, and what they compute in
-Way = Callable[[Any, torch.dtype], Tensor]  # a packed layer and a dtype to its weight
+Way = Callable[[Frozen, torch.dtype], Tensor]  # a packed layer and a dtype to its weight
+
+
+class Checked(Frozen):
+    """A packed layer whose kernels are tried before they are used."""
+
+    def kind(self) -> Kind:
+        """Shape and settings."""
+        raise NotImplementedError
+
+    def ways(self) -> list[tuple[str, Way]]:
+        """To its plain weight, the last one exact by construction."""
+        raise NotImplementedError
+
+    def watched(self) -> list[tuple[str, Way]]:
+        """Kernels that are not used here, but by transformers and PEFT."""
+        raise NotImplementedError
+
+    def weight_error(self, way: Way, dtype: torch.dtype) -> float | None:
+        """How far off a way is, relative to the exact weight's norm; None: no more than rounding explains."""
+        raise NotImplementedError
+
+    def fused_product(self, x: Tensor) -> Tensor:
+        """(N, in) to (N, out) by the kernel that takes packed weights."""
+        raise NotImplementedError
 
 
 _ways: dict[Key, Way] = {}
 _fused: dict[Key, bool] = {}
 
 
-def key(layer: Any, dtype: torch.dtype) -> Key:
+def key(layer: Checked, dtype: torch.dtype) -> Key:
     """What layers have in common for which a kernel is right or wrong together."""
     return layer.kind(), str(layer.weight.device), dtype
 
 
-def check(layers: Iterable[Any], dtype: torch.dtype) -> list[Fault]:
+def check(layers: Iterable[Frozen], dtype: torch.dtype) -> list[Fault]:
     """Try what computes with these layers, one of each kind, whatever was found before.
 
     Args:
         layers: packed, with values. Those that have no kernels of bitsandbytes (int8) are passed by.
         dtype: what they compute in.
     """
-    tried = [layer for layer in layers if hasattr(layer, "ways") and layer.weight.device.type != "meta"]
+    tried = [layer for layer in layers if isinstance(layer, Checked) and layer.weight.device.type != "meta"]
     kinds = {key(layer, dtype): layer for layer in tried}
     fresh = {key_[:2] for key_ in kinds}
     for known in (_ways, _fused):
@@ -51,17 +74,16 @@ def check(layers: Iterable[Any], dtype: torch.dtype) -> list[Fault]:
     return [fault for layer in kinds.values() for fault in _tried(layer, dtype)]
 
 
-def plain(layer: Any, dtype: torch.dtype) -> Tensor:
+def plain(layer: Checked, dtype: torch.dtype) -> Tensor:
     """The weight of a layer, by a way that was found right; the first, where there are no values to try them on."""
     if layer.weight.device.type == "meta" or hasattr(layer.weight, "meta"):  # the latter: a shadow of a plan
-        first: Way = layer.ways()[0][1]
-        return first(layer, dtype)
+        return layer.ways()[0][1](layer, dtype)
     if key(layer, dtype) not in _ways:
         _tried_weight(layer, dtype)
     return _ways[key(layer, dtype)](layer, dtype)
 
 
-def fused(layer: Any, x: Tensor) -> bool:
+def fused(layer: Checked, x: Tensor) -> bool:
     """Is bitsandbytes' product of x and this layer used?"""
     if x.device.type not in FUSED:
         return False
@@ -71,12 +93,12 @@ def fused(layer: Any, x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _tried(layer: Any, dtype: torch.dtype) -> list[Fault]:
+def _tried(layer: Checked, dtype: torch.dtype) -> list[Fault]:
     faults = _tried_weight(layer, dtype)
     return [*faults, *(_tried_product(layer, dtype) if layer.weight.device.type in FUSED else [])]
 
 
-def _tried_weight(layer: Any, dtype: torch.dtype) -> list[Fault]:
+def _tried_weight(layer: Checked, dtype: torch.dtype) -> list[Fault]:
     """The first way that gives the exact weight is kept; the last one is exact by construction."""
     errors = {}
     *ways, (last, exact) = layer.ways()
@@ -91,12 +113,12 @@ def _tried_weight(layer: Any, dtype: torch.dtype) -> list[Fault]:
     return [_fault(layer, dtype, name, error, last) for name, error in {**others, **errors}.items()]
 
 
-def _fault(layer: Any, dtype: torch.dtype, kernel: str, error: float, instead: str) -> Fault:
+def _fault(layer: Checked, dtype: torch.dtype, kernel: str, error: float, instead: str) -> Fault:
     name = str(dtype).removeprefix("torch.")
     return Fault(layer.kind(), name, layer.weight.device.type, kernel, error, instead)
 
 
-def _tried_product(layer: Any, dtype: torch.dtype) -> list[Fault]:
+def _tried_product(layer: Checked, dtype: torch.dtype) -> list[Fault]:
     """Against the exact product in float64: not much further off than the reference in this dtype is."""
     weight = plain(layer, torch.float32)
     rounded = weight.to(dtype)
