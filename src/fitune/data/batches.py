@@ -113,7 +113,7 @@ class Loader:
         # Sorted within windows of many batches: near lengths meet, and no two epochs are alike.
         window = self.batch_size * WINDOW
         longest_first = np.lexsort((-lengths_of(self.samples)[rows], np.arange(len(rows)) // window))
-        return rows[longest_first]  # type: ignore[no-any-return]  # numpy gives Any
+        return rows[longest_first]
 
     def epoch_steps(self, epoch: int) -> list[list[NDArray[np.int64]]]:
         """The epoch's optimizer steps, each a list of micro-batches, each an array of rows."""

@@ -119,7 +119,7 @@ class Rows(Sequence[Conversation]):
 
     def column(self, name: str) -> NDArray[Any]:
         """file, line, format, source (numbers) or slots (bool), of each row."""
-        return self._columns[name][self.numbers]  # type: ignore[no-any-return]  # numpy gives Any
+        return self._columns[name][self.numbers]
 
     def formats(self) -> dict[str, int]:
         """Rows by format."""

@@ -54,7 +54,7 @@ FUSED = (100.0, 10_000.0)  # divides by the second moment before it is rounded; 
 
 
 def _adamw(groups: Groups, *, eps: float, **how: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=eps, **how)  # type: ignore[arg-type]  # bools only
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=eps, **how)
 
 
 def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:

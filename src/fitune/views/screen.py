@@ -52,7 +52,7 @@ class Screen(Console):
         """A line as it is, that can be copied whole: no markup, no colours of rich's own, no breaks."""
         self.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    def render_str(self, text: str, **how: Any) -> Text:  # type: ignore[override]  # rich's own keywords are passed on as they are
+    def render_str(self, text: str, **how: Any) -> Text:
         """See rich; what a width is measured of is what will be shown."""
         return super().render_str(visible(text), **how)
 

@@ -53,7 +53,7 @@ class Frozen(nn.Module):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
-class StoredLinear(Frozen, nn.Linear):  # type: ignore[misc]  # both say what a weight is
+class StoredLinear(Frozen, nn.Linear):
     """A plain linear layer whose weight is kept in another dtype than it is computed in, as long as it is frozen."""
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:

@@ -53,7 +53,7 @@ class Lora(Method):
             LoraConfig(
                 task_type="CAUSAL_LM",
                 r=options.rank,
-                lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides by it; a float is as good
+                lora_alpha=options.alpha,
                 lora_dropout=options.dropout,
                 target_modules=short(names, model),
                 rank_pattern=dict(options.ranks),
@@ -210,7 +210,7 @@ def pissa_as_lora(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str,
     made = dict(state)
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            a0, b0 = (tensor.to("cpu") for tensor in layer.pissa_start)  # type: ignore[union-attr]  # set by _start_pissa
+            a0, b0 = (tensor.to("cpu") for tensor in layer.pissa_start)
             a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
             made[a] = torch.cat([state[a].cpu(), a0]).contiguous()
             made[b] = torch.cat([state[b].cpu(), -b0], dim=1).contiguous()

@@ -46,7 +46,7 @@ class Other(Method):
 
     def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
-        maker = PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]  # type: ignore[index]  # its keys are an enum of texts
+        maker = PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]
         given = dict(config.peft)
         wanted = given.get("target_modules", "auto")
         if wanted == "auto" and self.kind in OWN_TARGETS:
@@ -83,7 +83,7 @@ class Other(Method):
         """The settings must be those of PEFT's config, and the type one that plain training steps are enough for."""
         if self.kind in NEEDS_MORE:
             raise ConfigError(f"{self.name} needs more than plain training steps: {NEEDS_MORE[self.kind]}")
-        known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]).parameters  # type: ignore[index]  # its keys are an enum of texts
+        known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]).parameters
         for name in config.peft:
             if name not in known:
                 raise ConfigError(f"peft.{name}: {self.kind} has no such setting", fix=did_you_mean(name, known))
