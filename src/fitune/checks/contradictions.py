@@ -53,7 +53,7 @@ def _architecture(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"config.json: model_type is {kind}, architectures names {name}, a class of {whose}"
 
 
-def _code(config: Mapping[str, Any]) -> Iterator[str]:
+def _code(config: Mapping[str, object]) -> Iterator[str]:
     """Code is never run, but its name says whose it is."""
     from transformers import CONFIG_MAPPING
 
@@ -64,7 +64,7 @@ def _code(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"config.json: model_type is {kind}, auto_map names {named}, code of {found[1]}"
 
 
-def _chatglm(folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+def _chatglm(folder: Path, config: Mapping[str, object], settings: Mapping[str, object]) -> Iterator[str]:
     """The three ChatGLMs, which share a model_type and a tokenizer_class."""
     from transformers import CONFIG_MAPPING
 

@@ -56,7 +56,7 @@ def checked(values: Mapping[str, Any], *, output: bool = True) -> RunConfig:
     return found
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: object) -> list[str]:
     several = value if isinstance(value, (list, tuple)) else [value]
     return [str(one) for one in several if isinstance(one, (str, Path))]
 
@@ -67,7 +67,7 @@ def _each(problems: Collector, check: Callable[[Any], None], values: Iterable[An
             check(value)
 
 
-def together(*checks: Callable[[], Any]) -> None:
+def together(*checks: Callable[[], object]) -> None:
     """Several checks, and all that they find at once.
 
     Raises:

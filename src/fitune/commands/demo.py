@@ -30,9 +30,9 @@ from fitune.engine.checkpoint import RunFolder
 from fitune.views import report, run_records
 
 KILLS = 3
-COMMON: dict[str, Any] = {"epochs": 6.0, "batch_size": 8, "sample_prompts": 0, "seed": 42}  # whatever the method
+COMMON: dict[str, object] = {"epochs": 6.0, "batch_size": 8, "sample_prompts": 0, "seed": 42}  # whatever the method
 ALL = 10_000  # held-out prompts that are answered: every one
-SETTINGS: dict[str, Any] = {
+SETTINGS: dict[str, object] = {
     "method": "lora",
     "lora": {"rank": 16, "alpha": 32.0, "targets": "all-linear"},
     "lr": 2e-3,

@@ -97,7 +97,7 @@ def duplicates(whole: ArrayLike, prompts: ArrayLike, source: Callable[[int], obj
     }
 
 
-def _digest(value: Any) -> int:
+def _digest(value: object) -> int:
     digest = hashlib.blake2b(json.dumps(value, ensure_ascii=False).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -153,7 +153,7 @@ class Inspection:
     tokenizers: list[TokenizerView]
     samples: list[SampleView]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 

@@ -6,7 +6,6 @@ In: a config. Out: bytes predicted and measured, by category and by phase. Nothi
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 
@@ -40,7 +39,7 @@ class Verified:
         """As a share of what was allocated."""
         return self.predicted / max(1, self.allocated) - 1
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return {
             "rows": [asdict(row) for row in self.rows],

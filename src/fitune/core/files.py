@@ -113,7 +113,7 @@ def json_text(value: object) -> str:
     return as_json(value, indent=1) + "\n"
 
 
-def as_json(value: Any, **how: Any) -> str:
+def as_json(value: object, **how: Any) -> str:
     """JSON that every reader takes: it has no word for what is not finite, so that is null."""
     return in_unicode(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, **how))
 
@@ -171,7 +171,7 @@ def matches(path: Path, entry: Mapping[str, object]) -> bool:
     return bool(tree(path) == entry["sha256_tree"] if "sha256_tree" in entry else sha256(path) == entry["sha256"])
 
 
-def with_own_sum(values: Mapping[str, object]) -> dict[str, Any]:
+def with_own_sum(values: Mapping[str, object]) -> dict[str, object]:
     """A JSON object with a sum of itself, which tells damage to it from damage to what it speaks of."""
     return {**values, "sum": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
 

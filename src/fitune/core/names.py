@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 from fitune.core.errors import Collector, ConfigError
 
+T = TypeVar("T")
 
-def _each(table: Mapping[object, str]) -> dict[str, Any]:
+
+def _each(table: Mapping[T, str]) -> dict[str, T]:
     """A table by each of the names in its texts."""
     return {name: value for value, names in table.items() for name in names.split()}
 
@@ -61,10 +63,10 @@ NF4, INT8, PLAIN = ({"quant": {"name": name}} for name in ("nf4", "int8", "none"
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 DTYPES |= {f"torch.{name}": ours for name, ours in DTYPES.items()}
 DTYPE = {name: {"precision": ours} for name, ours in {**DTYPES, "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}.items()}
-BITS, COSINE = {"4": NF4, "8": INT8, "none": PLAIN}, {"cosine": dict[str, Any]()}
-NOT_SO: dict[str, dict[str, Any]] = {"false": {}}
+BITS, COSINE = {"4": NF4, "8": INT8, "none": PLAIN}, {"cosine": dict[str, object]()}
+NOT_SO: dict[str, dict[str, object]] = {"false": {}}
 # names of others whose values are settings of ours; any other value is refused with the text in INSTEAD
-MEANS: dict[str, dict[str, dict[str, Any]]] = {
+MEANS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "bf16": {"true": BF16, "auto": {"precision": "auto"}},
     "fp16": {"true": FP16},
     **dict.fromkeys(("torch_dtype", "dtype", "infer_dtype", "model_dtype"), DTYPE),
@@ -83,7 +85,7 @@ MEANS: dict[str, dict[str, dict[str, Any]]] = {
     "init_lora_weights": {"true": {"lora": {"init": "default"}}, "pissa": {"lora": {"init": "pissa"}}},
 }
 # values that others write for our names: the value here, or the settings that it stands for
-VALUES: dict[str, dict[str, Any]] = {
+VALUES: Mapping[str, Mapping[str, object]] = {
     "method": {
         "qlora": {"method": "lora", **NF4},
         "dora": {"method": "lora", "lora": {"dora": True}},
@@ -200,7 +202,7 @@ ONE_OF = (("bf16", "fp16"), ("load_in_4bit", "load_in_8bit"))  # of which one is
 def ours(values: Mapping[str, object]) -> dict[str, Any]:
     """Settings by our names, `-` and `_` alike. What cannot be taken stays under its own name: see `problem`."""
     there = {_plain(name): value for name, value in values.items()}
-    out: dict[str, Any] = {}
+    out: dict[str, object] = {}
     for given, value in sorted(values.items(), key=lambda item: _of_others(_plain(item[0]))):
         name = _plain(given)
         if value is False and any(name in pair and there.get(other) is True for pair in ONE_OF for other in pair):
@@ -223,26 +225,29 @@ def _plain(name: object) -> str:
     return str(name).strip().replace("-", "_")
 
 
-def _twice(out: Mapping[str, Any], taken: Mapping[str, Any], given: Mapping[str, Any], name: str) -> bool:
+def _twice(out: Mapping[str, object], taken: Mapping[str, object], given: Mapping[str, object], name: str) -> bool:
     """Is this setting given by another name too?"""
     for mine, value in taken.items():
-        if isinstance(value, Mapping) and isinstance(out.get(mine), Mapping):
-            if _twice(out[mine], value, {}, ""):
+        there = out.get(mine)
+        if isinstance(value, Mapping) and isinstance(there, Mapping):
+            if _twice(there, value, {}, ""):
                 return True
         elif mine in out or (mine in given and mine != name and not isinstance(value, Mapping)):
             return True
     return False
 
 
-def _joined(out: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def _joined(out: Mapping[str, object], more: Mapping[str, object]) -> dict[str, object]:
     joined = dict(out)
     for name, value in more.items():
-        both = isinstance(value, Mapping) and isinstance(joined.get(name), Mapping)
-        joined[name] = _joined(joined[name], value) if both else value
+        before = joined.get(name)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            value = _joined(before, value)
+        joined[name] = value
     return joined
 
 
-def _ours(name: str, value: object) -> dict[str, Any] | None:
+def _ours(name: str, value: object) -> Mapping[str, Any] | None:
     """One setting of whoever's name as ours; None: it cannot be taken."""
     if name in MEANS:
         return MEANS[name].get(str(value).lower())
@@ -261,15 +266,14 @@ def _ours(name: str, value: object) -> dict[str, Any] | None:
     return _nested(mine, value)
 
 
-def _nested(name: str, value: Any) -> dict[str, Any]:
-    for part in reversed(name.split(".")):
-        value = {part: value}
-    return dict(value)
+def _nested(name: str, value: object) -> dict[str, object]:
+    head, dot, rest = name.partition(".")
+    return {head: _nested(rest, value) if dot else value}
 
 
-def _group(group: str, values: Mapping[str, object]) -> dict[str, Any]:
+def _group(group: str, values: Mapping[str, object]) -> dict[str, object]:
     """Names inside a group of settings: `lora: {r: 16}`."""
-    out: dict[str, Any] = {}
+    out: dict[str, object] = {}
     for given, value in values.items():
         name = _plain(given)
         mine = next((SAME[n] for n in (name, f"{group}_{name}") if SAME.get(n, "").startswith(f"{group}.")), None)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from fitune.core.errors import DataError, shorten
 from fitune.core.letters import COMMON_HAN
@@ -22,7 +22,7 @@ from fitune.core.records import Source
 from fitune.core.units import MIB
 from fitune.core.untrusted import check_file
 
-Item = tuple[Any, Source] | DataError
+Item = tuple[object, Source] | DataError
 Notice = Callable[[str], None]  # receives how a file was understood
 
 BOMS = (  # UTF-32's begins with UTF-16's, so it is asked first

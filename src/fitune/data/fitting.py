@@ -112,7 +112,7 @@ def fit(
     return of_rows(fitted, numbers)
 
 
-def _refuse_long(whole: Samples, too_long: NDArray[Any], limit: int | None) -> None:
+def _refuse_long(whole: Samples, too_long: NDArray[np.int32], limit: int | None) -> None:
     problems = Collector()
     for row in too_long[:MOST_PROBLEMS]:
         where = whole.rows.source(int(row))

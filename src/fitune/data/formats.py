@@ -136,7 +136,7 @@ def _completion(row: Row, field: str, prompt: str = "") -> list[Message]:
     return ending_in_answer(turns_of(value, field), field) if isinstance(value, list) else [_answer(row, field)]
 
 
-def tools_of(row: Row, fmt: Format) -> tuple[Mapping[str, Any], ...]:
+def tools_of(row: Row, fmt: Format) -> tuple[Mapping[str, object], ...]:
     """Function descriptions, each in OpenAI's frame `{type: function, function: {name, description, parameters}}`.
 
     They stand in a column, or in the system's turn (ChatGLM3).
@@ -154,7 +154,7 @@ def tools_of(row: Row, fmt: Format) -> tuple[Mapping[str, Any], ...]:
     return found[places[0]] if places else ()
 
 
-def _of_turn(turn: Turn, where: str) -> tuple[Mapping[str, Any], ...]:
+def _of_turn(turn: Turn, where: str) -> tuple[Mapping[str, object], ...]:
     if speaker(turn) != "system":
         raise FieldError(
             f"{where}.tools", "tools in a turn", received=speaker(turn), expected="a column tools, or the system's turn"

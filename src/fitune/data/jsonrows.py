@@ -111,7 +111,7 @@ def _of_table(values: dict[str, Any]) -> list[dict[str, Any]] | None:
     return None
 
 
-def _members(text: str) -> tuple[dict[str, Any], dict[str, int]]:
+def _members(text: str) -> tuple[dict[str, object], dict[str, int]]:
     """The values of the one object that a text is, and where each begins.
 
     Raises:

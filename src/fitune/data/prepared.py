@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +73,7 @@ class Facts:
         return cls(*(np.concatenate([part[n] for part in parts] or [np.zeros(0, np.int64)]) for n in range(6)))
 
     @staticmethod
-    def _block(block: Block, stop_ids: Sequence[int]) -> tuple[NDArray[Any], ...]:
+    def _block(block: Block, stop_ids: Sequence[int]) -> tuple[NDArray[np.generic], ...]:
         ids, starts, ends = block.ids, block.starts, block.ends
         trained = np.flatnonzero(block.mask)
         last_trained = ids[trained[np.searchsorted(trained, ends) - 1]]

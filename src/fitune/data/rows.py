@@ -122,7 +122,7 @@ def _counting(rows: Iterable[object], on_row: Callable[[int], None]) -> Iterator
         on_row(number)
 
 
-def _all(sources: Sequence[DataSource], state: _State, meta: dict[str, Any]) -> Iterator[tuple[int, Conversation]]:
+def _all(sources: Sequence[DataSource], state: _State, meta: dict[str, object]) -> Iterator[tuple[int, Conversation]]:
     """Every good row of every source; what is wrong is reported when all have been read."""
     for number, source in enumerate(sources):
         with state.problems.gather():

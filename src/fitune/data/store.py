@@ -282,7 +282,7 @@ class Samples(Sequence[Sample]):
         """Without the samples of some rows."""
         return self.view(~np.isin(self.column("row"), gone))
 
-    def joined(self, other: Samples, of: NDArray[Any]) -> Samples:
+    def joined(self, other: Samples, of: NDArray[np.generic]) -> Samples:
         """With samples from elsewhere, all in the order of the rows; row n of `other` is row of[n] here."""
         theirs = {
             **other._columns,

@@ -65,7 +65,7 @@ def _read() -> dict[str, Any]:
         return {}
 
 
-def _keep(name: str, known: dict[str, Any]) -> None:
+def _keep(name: str, known: dict[str, object]) -> None:
     """Write it down; of two processes at once the later one's list stays, and the other sum is made again some day."""
     kept = {path: one for path, one in _read().items() if Path(path).is_file()} | {name: known}
     with suppress(OSError, RunFolderError):

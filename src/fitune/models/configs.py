@@ -96,7 +96,7 @@ def check_generation(path: Path) -> None:
         raise ModelError(f"{path}: wrong values", received=received, expected="numbers, ids and switches as published")
 
 
-def _fits(name: str, value: Any) -> bool:
+def _fits(name: str, value: object) -> bool:
     whole = type(value) is int and -1 <= value < MOST_OF_OTHERS
     if value is None:
         return True
@@ -142,7 +142,7 @@ def read_config_file(path: Path) -> Any:
         raise ModelError(f"{path}: wrong values", received=" ".join(str(error).split())[:300]) from error
 
 
-def read_values(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> dict[str, object]:
     """The values of a config.json.
 
     Raises:
@@ -170,7 +170,7 @@ def _nearest(kind: str) -> str:
     return f"take a model of a native family: nearest is {near!r}; or a version of this one in transformers' own layout"
 
 
-def config_of(values: Mapping[str, Any]) -> Any:
+def config_of(values: Mapping[str, object]) -> Any:
     """The config of a causal LM from the values of a config.json, without what names code; of a model that takes images
     too that of its language model.
 
@@ -201,7 +201,7 @@ OTHER_SIZES = re.compile(r"(^|_)(num|n)_|_(size|dim|heads?|experts?|rank|width)$
 MOST_OF_OTHERS = 10**10  # no size of a model, whatever it counts, has so many
 
 
-def _check_sizes(config: Any) -> None:
+def _check_sizes(config: object) -> None:
     """transformers takes any number, and fails later in its own way, or never ends."""
     found = {name: getattr(config, name, None) for name in SIZES}
     wrong = [
@@ -217,11 +217,11 @@ def _check_sizes(config: Any) -> None:
         raise ModelError("config.json: heads that no group divides", received=told, expected="a multiple")
 
 
-def _check_numbers(path: Path, values: Mapping[str, Any]) -> None:
+def _check_numbers(path: Path, values: Mapping[str, object]) -> None:
     """Raises ModelError for numbers that are no size, at any depth; what is -1 says `none` in some families."""
     wrong: list[str] = []
 
-    def look(value: Any, name: str) -> None:
+    def look(value: object, name: str) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
                 look(inner, f"{name}.{key}" if name else key)
@@ -239,7 +239,7 @@ def _check_numbers(path: Path, values: Mapping[str, Any]) -> None:
         raise ModelError(f"{path}: numbers that no model has", received=received, fix="copy the file again")
 
 
-def _check_quantized(folder: Path, found: Any) -> None:
+def _check_quantized(folder: Path, found: object) -> None:
     """A folder may hold a model quantized by bitsandbytes; what others pack cannot be read."""
     if found is not None and (not isinstance(found, dict) or found.get("quant_method") != "bitsandbytes"):
         kind = found.get("quant_method") if isinstance(found, dict) else found
@@ -253,7 +253,7 @@ def _check_quantized(folder: Path, found: Any) -> None:
 STORAGES: dict[str, Literal["fp32", "bf16", "fp16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def quantized_as(config: Any) -> QuantOptions:
+def quantized_as(config: object) -> QuantOptions:
     """How the weights of a folder are quantized already, by its config."""
     found = getattr(config, "quantization_config", None)
     if found is None:

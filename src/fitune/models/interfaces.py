@@ -53,7 +53,7 @@ class CausalLM(nn.Module):
 
     config: Config
     base_model: Decoder
-    generation_config: Any
+    generation_config: object
     supports_gradient_checkpointing: bool
     get_input_embeddings: Callable[[], nn.Embedding]
     get_output_embeddings: Callable[[], nn.Linear]
@@ -61,7 +61,7 @@ class CausalLM(nn.Module):
     set_attn_implementation: Callable[[str], None]
     gradient_checkpointing_enable: Callable[..., None]
     generate: Callable[..., Tensor]
-    _weight_conversions: list[Any] | None
+    _weight_conversions: list[object] | None
     save_pretrained: Callable[..., None]
 
 

@@ -127,7 +127,7 @@ def outline(config: Config, *, precision: str, quant: QuantOptions = quants.PLAI
     return ready(model, precision)
 
 
-def _read_strict(path: Path, config: Config, settings: Mapping[str, Any]) -> CausalLM:
+def _read_strict(path: Path, config: Config, settings: Mapping[str, object]) -> CausalLM:
     """transformers' model with every tensor of its files.
 
     Raises:
@@ -155,7 +155,7 @@ def _read(path: Path, config: Config, settings: Mapping[str, Any]) -> tuple[Caus
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         there = weights.tensors(path)
         state = dict(there if tower is None else towers.tensors(there))
-        unpacked: tuple[CausalLM, dict[str, Any]] = kind.from_pretrained(None, state_dict=state, **settings)
+        unpacked: tuple[CausalLM, dict[str, object]] = kind.from_pretrained(None, state_dict=state, **settings)
         return unpacked
     loaded: tuple[CausalLM, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
         str(path), trust_remote_code=False, use_safetensors=True, local_files_only=True, **settings

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ class Widths:
     inner: int
 
 
-def widths(shape: Any) -> Widths | None:
+def widths(shape: object) -> Widths | None:
     """Those of a transformers config; None: it does not say."""
     shape = getattr(shape, "text_config", None) or shape
     width = getattr(shape, "hidden_size", None)

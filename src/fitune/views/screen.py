@@ -119,7 +119,7 @@ def guard() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on a Windows console, or with LANG=C
         if number and stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
-            buffer: Any = stream.buffer
+            buffer: object = stream.buffer
             raw = getattr(buffer, "raw", buffer)  # of one that is not buffered the buffer is the file itself
             if isinstance(raw, io.RawIOBase):
                 setattr(sys, name, _lenient(raw, at_once=name == "stderr" or raw is buffer))

@@ -79,7 +79,7 @@ def _text_behind(tokenizer: Any, before: list[int], ids: list[int]) -> str:
     return whole[len(front) :] if whole.startswith(front) else text(ids)
 
 
-def vocabulary_kind(tokenizer: Any) -> str:
+def vocabulary_kind(tokenizer: object) -> str:
     """BPE, byte-level BPE, SentencePiece unigram, ... from what the tokenizer is made of."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

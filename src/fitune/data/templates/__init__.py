@@ -89,7 +89,7 @@ def choose(
     return TABLE[name]
 
 
-def _check_options(options: Mapping[str, Any], template: ChatTemplate) -> None:
+def _check_options(options: Mapping[str, object], template: ChatTemplate) -> None:
     """Refuse options that the template never reads: they would change nothing.
 
     Raises:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from fitune.core.errors import ConfigError, DataError
 from fitune.core.records import Message, Segment, ToolCall
 from fitune.data.templates import thoughts
 
-Tools = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, object]]
 
 
 class Template(Protocol):
@@ -63,7 +63,7 @@ class Template(Protocol):
         """What a model wrote, without the frame that the template puts around an answer."""
         ...
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For the run folder; `from_dict` reads it back."""
         ...
 
@@ -87,7 +87,7 @@ def read_answer(text: str) -> Message:
     return Message("assistant", answer, thought=thought) if thought or answer != text else Message("assistant", text)
 
 
-def arguments(call: ToolCall) -> dict[str, Any]:
+def arguments(call: ToolCall) -> dict[str, object]:
     """The arguments of a tool call.
 
     Raises:
@@ -112,7 +112,7 @@ def as_json(values: object, indent: int | None = None) -> str:
     return json.dumps(values, ensure_ascii=False, indent=indent)
 
 
-def function_of(tool: Mapping[str, object]) -> Mapping[str, Any]:
+def function_of(tool: Mapping[str, object]) -> Mapping[str, object]:
     """The bare description of a function, with or without OpenAI's `{"type": "function"}` around it."""
     inner = tool.get("function")
     return inner if isinstance(inner, Mapping) else tool

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from fitune.core.records import SPAN, Message, Segment, ToolCall
 from fitune.data.templates.base import Tools, arguments, as_json, function_of, joined, refuse_tools
@@ -114,7 +113,7 @@ class RoundTemplate:
         """See Template."""
         return text
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """See Template."""
         return {"kind": "rounds", **asdict(self)}
 
@@ -192,7 +191,7 @@ class RoleTemplate:
         """See Template."""
         return text.removeprefix("\n").removeprefix(" ")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """See Template."""
         return {"kind": "roles", **asdict(self)}
 

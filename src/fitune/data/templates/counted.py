@@ -28,7 +28,7 @@ class _Code(CodeGenerator):
         else:
             self.write("environment.shown(")
 
-    def _around(self, name: str, visit: Callable[..., Any], node: object, frame: Frame) -> None:
+    def _around(self, name: str, visit: Callable[..., object], node: object, frame: Frame) -> None:
         self.write(f"environment.{name}(")
         visit(node, frame)
         self.write(")")

@@ -117,7 +117,7 @@ class ChatTemplate:
         """See Template."""
         return text
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """See Template."""
         values: dict[str, Any] = {"kind": "chat_template", "jinja": self.jinja, "stop": self.stop}
         more = {"date": self.date, "options": self.options, "system_role": self.system_role}

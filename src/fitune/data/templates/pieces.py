@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from fitune.core.records import Message, Segment, ToolCall
 from fitune.data.templates.base import Tools, arguments, as_json, joined, no_place_for_tools, read_answer
@@ -166,7 +165,7 @@ class PieceTemplate:
         before, _, after = self.assistant.partition("{content}")
         return text.removeprefix(before).removesuffix(after)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """See Template."""
         return {"kind": "pieces", **asdict(self)}
 

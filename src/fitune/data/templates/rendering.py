@@ -404,7 +404,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _call(call: ToolCall, manner: Manner, made: Callable[[Any], Any] = lambda value: value) -> dict[str, Any]:
+def _call(call: ToolCall, manner: Manner, made: Callable[[object], object] = lambda value: value) -> dict[str, object]:
     given = made(call.arguments if manner.as_text else arguments(call))
     own = {"id": made(call.id)} if call.id else {}
     return {**own, "type": "function", "function": {"name": made(call.name), "arguments": given}}

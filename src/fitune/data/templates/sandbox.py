@@ -269,7 +269,7 @@ class Counting:
 
     # ---- filters and tests ----
 
-    def around(self, name: str, function: Callable[..., Any], *, test: bool = False) -> Callable[..., Any]:
+    def around(self, name: str, function: Callable[..., object], *, test: bool = False) -> Callable[..., object]:
         """A filter or test that counts, and looks at its arguments before it does anything."""
         skipped = 1 if getattr(function, "jinja_pass_arg", None) is not None else 0
         guard = GUARDS.get(name)
@@ -314,7 +314,7 @@ def _check_widths(text: str) -> None:
 # ---- what single filters could be made to do; each returns its (possibly listed) value ----
 
 
-def _of_join(env: Counting, value: object, d: object = "", *rest: object, **more: object) -> tuple[Any]:
+def _of_join(env: Counting, value: object, d: object = "", *rest: object, **more: object) -> tuple[object]:
     listed = value if isinstance(value, str) else env._listed(value)
     env.refuse_above(env._weight(listed, {}, 0) + env.weigh(d) * len(listed))
     return (listed,)
@@ -322,7 +322,7 @@ def _of_join(env: Counting, value: object, d: object = "", *rest: object, **more
 
 def _of_replace(
     env: Counting, value: object, old: object = "", new: object = "", *rest: object, **more: object
-) -> tuple[Any]:
+) -> tuple[object]:
     env._check_replace(str(value), str(old), str(more.get("new", new)))
     return (value,)
 
@@ -334,18 +334,18 @@ def _of_indent(env: Counting, value: Any, width: Any = 4, *rest: Any, **more: An
     return (value,)
 
 
-def _of_wordwrap(env: Counting, value: object, *rest: object, **more: object) -> tuple[Any]:
+def _of_wordwrap(env: Counting, value: object, *rest: object, **more: object) -> tuple[object]:
     wrap = more.get("wrapstring") or (rest[2] if len(rest) > 2 else "\n")
     env.refuse_above(len(str(value)) * max(1, len(str(wrap or ""))))
     return (value,)
 
 
-def _of_format(env: Counting, value: object, *rest: object, **more: object) -> tuple[Any]:
+def _of_format(env: Counting, value: object, *rest: object, **more: object) -> tuple[object]:
     env._check_percent(str(value), more or rest)
     return (value,)
 
 
-def _of_tojson(env: Counting, value: Any, *rest: Any, **more: Any) -> tuple[Any]:
+def _of_tojson(env: Counting, value: object, *rest: Any, **more: Any) -> tuple[object]:
     indent, separators = (*rest[1:3], None, None)[:2]
     for one in (more.get("indent", indent), *(more.get("separators", separators) or ())):
         if (isinstance(one, int) and one > SMALL) or (isinstance(one, str) and len(one) > SMALL):
@@ -353,13 +353,13 @@ def _of_tojson(env: Counting, value: Any, *rest: Any, **more: Any) -> tuple[Any]
     return (value,)
 
 
-def _of_sum(env: Counting, value: object, attribute: object = None, start: object = 0, **more: object) -> tuple[Any]:
+def _of_sum(env: Counting, value: object, attribute: object = None, start: object = 0, **more: object) -> tuple[object]:
     if not isinstance(more.get("start", start), (int, float)):
         raise Runaway("a sum of lists")
     return (env._listed(value),)
 
 
-GUARDS: dict[str, Callable[..., tuple[Any]]] = {
+GUARDS: dict[str, Callable[..., tuple[object]]] = {
     "join": _of_join, "replace": _of_replace, "indent": _of_indent, "wordwrap": _of_wordwrap, "format": _of_format,
     "tojson": _of_tojson, "sum": _of_sum,
 }  # fmt: skip

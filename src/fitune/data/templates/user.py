@@ -82,7 +82,7 @@ def _read(path: Path) -> dict[Any, Any]:
     return values
 
 
-def _check(path: Path, key: Any, value: Any) -> None:
+def _check(path: Path, key: object, value: object) -> None:
     """One key and its piece."""
     where = f"template {path}: {key}"
     if key not in KEYS:

@@ -68,7 +68,7 @@ def sentencepiece_file(folder: Path) -> Path | None:
     return next(iter(sorted(folder.glob("*.model"))), None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """A JSON object of the folder, empty where there is no such file.
 
     Raises:
@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _is_chatglm(folder: Path, settings: dict[str, Any]) -> bool:
+def _is_chatglm(folder: Path, settings: dict[str, object]) -> bool:
     """ChatGLM 1, 2 or 3: by the class that the folder names; where it names none, by the file or the model's type."""
     if (folder / "tokenizer.json").is_file() or sentencepiece_file(folder) is None:
         return False
@@ -159,7 +159,7 @@ def _named_class(settings: Mapping[str, object], *, complete: bool) -> Any:
     return found if fast else None
 
 
-def _unreadable(folder: Path, settings: dict[str, Any], error: Exception) -> ModelError:
+def _unreadable(folder: Path, settings: dict[str, object], error: Exception) -> ModelError:
     if "auto_map" in settings:
         return ModelError(
             f"{folder}: this tokenizer is Python code of the model's own, which fitune never runs",

@@ -71,7 +71,7 @@ def named(settings: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
     return {f"{file} names {names[file]}": f"chatglm{hit[1]}" for file, hit in found.items() if hit}
 
 
-def _family(folder: Path, settings: dict[str, Any], config: dict[str, Any]) -> str:
+def _family(folder: Path, settings: dict[str, object], config: dict[str, object]) -> str:
     """chatglm2 or chatglm3: whatever in the folder names it; unnamed, the older one."""
     if settings.get("family") in FAMILIES:
         return str(settings["family"])

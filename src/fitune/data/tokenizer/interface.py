@@ -28,9 +28,9 @@ class Tokenizer(Protocol):
     pad_token_id: int | None
     unk_token_id: int | None
     chat_template: str | dict[str, str] | None
-    special_tokens_map: Mapping[str, Any]
+    special_tokens_map: Mapping[str, object]
     all_special_tokens: Sequence[str]
-    init_kwargs: dict[str, Any]  # as tokenizer_config.json has them
+    init_kwargs: dict[str, object]  # as tokenizer_config.json has them
 
     @property
     def added_tokens_decoder(self) -> Mapping[int, AddedToken]:
@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
         """The text of ids."""
         ...
 
-    def convert_ids_to_tokens(self, ids: Any) -> Any:
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
         """Names of ids."""
         ...
 
@@ -67,7 +67,7 @@ class Tokenizer(Protocol):
         """Give the vocabulary more tokens."""
         ...
 
-    def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, object]], **settings: Any) -> Any:
         """A conversation in the tokenizer's own template."""
         ...
 

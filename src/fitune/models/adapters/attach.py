@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def _cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def _options(method: methods.Method, config: RunConfig) -> dict[str, Any]:
+def _options(method: methods.Method, config: RunConfig) -> dict[str, object]:
     return {method.options: getattr(config, method.options).model_dump(mode="json")} if method.options else {}
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
@@ -26,7 +25,7 @@ from fitune.models.methods import lora, new_tokens
 from fitune.models.weights import safe
 
 # tensors, settings, the place of the language model -> new names by old ones, new settings
-Renaming = Callable[[dict[str, Tensor], dict[str, Any], Tower], tuple[dict[str, str], dict[str, Any]]]
+Renaming = Callable[[dict[str, Tensor], dict[str, object], Tower], tuple[dict[str, str], dict[str, object]]]
 
 
 @torch.no_grad()  # an LSTM takes another way with gradients, and its bits are to be those of inference

@@ -32,7 +32,7 @@ BUFFER = "rotary_pos_emb.inv_freq"  # computed, not learned
 NEEDED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "padded_vocab_size")
 
 
-def is_first(values: Mapping[str, Any]) -> bool:
+def is_first(values: Mapping[str, object]) -> bool:
     """Is it version 1?"""
     return "inner_hidden_size" in values or bool(values.get("position_encoding_2d"))
 

@@ -55,7 +55,7 @@ class Handover:
     pieces: bool = False
     date: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 
@@ -167,7 +167,7 @@ def read_answer_tokens(folder: Path) -> list[str]:
     return [str(name) for name in read_json(file, kind=list)] if file.is_file() else []
 
 
-def write_stops(folder: Path, trained: Sequence[int], first: int, of_base: Any = None) -> list[int]:
+def write_stops(folder: Path, trained: Sequence[int], first: int, of_base: object = None) -> list[int]:
     """Put ids that end an answer into generation_config.json, before those of the base; all of them.
 
     The file is changed in place: published ones hold settings that transformers refuses to save again.

@@ -37,7 +37,7 @@ class Proof:
         return not self.differing and len(self.same) >= LEAST
 
 
-def best(encoder: Encoder, plain: Any) -> tuple[Jinja | None, Proof, str]:
+def best(encoder: Encoder, plain: object) -> tuple[Jinja | None, Proof, str]:
     """The Jinja text to write, or None; its proof, or that of the best attempt; why there is none."""
     template = encoder.template
     if isinstance(template, ChatTemplate):
@@ -78,7 +78,7 @@ def _to_leave_out(proof: Proof) -> list[str]:
     )
 
 
-def prove(jinja: Jinja, plain: Any, encoder: Encoder, without: Sequence[str] = ()) -> Proof:
+def prove(jinja: Jinja, plain: object, encoder: Encoder, without: Sequence[str] = ()) -> Proof:
     """Compare ids, conversation by conversation; those that the run's template has no place for are left out.
 
     Args:
@@ -131,7 +131,7 @@ def _rendered(
         return None
 
 
-def as_message(message: Message, *, context: bool) -> dict[str, Any]:
+def as_message(message: Message, *, context: bool) -> dict[str, object]:
     """A message as transformers takes it. context: in a place of its own, which templates of fitune's have."""
     values: dict[str, Any] = {"role": message.role, "content": message.content if context else joined(message)}
     if context and message.context:
@@ -177,7 +177,7 @@ def _written(encoder: Encoder, conversation: Conversation) -> tuple[Conversation
     return conversation, None
 
 
-def write_pieces(folder: Path, encoder: Encoder, plain: Any) -> bool:
+def write_pieces(folder: Path, encoder: Encoder, plain: object) -> bool:
     """The prompt with a mark between its pieces, where encoding these apart gives the ids of training."""
     if not isinstance(encoder.template, PieceTemplate):
         return False

@@ -12,7 +12,6 @@ k = prefix tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +44,9 @@ class Documents:
     order: Tensor | None = None
 
 
-def laid_before(bounds: NDArray[Any], count: int) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+def laid_before(
+    bounds: NDArray[np.integer], count: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
     """So many rows laid before every document of a batch with these bounds.
 
     Returns:

@@ -74,7 +74,7 @@ class LeanJoinedMLP(nn.Module):
         return out
 
 
-def _instructions(kind: type[nn.Module]) -> tuple[Any, ...]:
+def _instructions(kind: type[nn.Module]) -> tuple[object, ...]:
     code = getattr(kind.forward, "__code__", None)
     return () if code is None else (code.co_code, code.co_names, code.co_consts[1:])
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +67,7 @@ def place(batch: Batch, device: torch.device, *, laid: int = 0, prefix: int = 0,
         fill: bring its rows to one of few sizes; label rows are, in any case.
     """
     bounds, positions = batch.bounds, batch.positions + prefix if prefix else batch.positions
-    parts: dict[str, NDArray[Any]] = {"ids": batch.ids, "label_rows": batch.label_rows}
+    parts: dict[str, NDArray[np.generic]] = {"ids": batch.ids, "label_rows": batch.label_rows}
     if laid:
         bounds, parts["order"], positions = laid_before(batch.bounds, laid)
         parts["keep"] = np.flatnonzero(positions >= laid)
@@ -91,7 +90,7 @@ def place(batch: Batch, device: torch.device, *, laid: int = 0, prefix: int = 0,
     return Placed(documents=documents, filler=filler, **there)
 
 
-def _labels(batch: Batch, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+def _labels(batch: Batch, rows: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
     """Label rows, labels and weights; behind them the first one again, with weight 0, up to one of few sizes."""
     count = len(rows)
     more = rounded(count) - count
@@ -104,14 +103,14 @@ def _labels(batch: Batch, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
     return found
 
 
-def send(parts: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+def send(parts: Mapping[str, NDArray[np.generic]], device: torch.device) -> dict[str, Tensor]:
     """Arrays on a device, by name: on a CPU as they are, on a GPU as views of one buffer."""
     if device.type == "cpu":
         return {name: torch.from_numpy(array) for name, array in parts.items()}
     return views(pack(parts, pin=device.type == "cuda").to(device, non_blocking=True), parts)
 
 
-def pack(parts: Mapping[str, NDArray[Any]], *, pin: bool) -> Tensor:
+def pack(parts: Mapping[str, NDArray[np.generic]], *, pin: bool) -> Tensor:
     """The bytes of all arrays, one behind the other.
 
     Args:
@@ -125,7 +124,7 @@ def pack(parts: Mapping[str, NDArray[Any]], *, pin: bool) -> Tensor:
     return buffer
 
 
-def views(buffer: Tensor, parts: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+def views(buffer: Tensor, parts: Mapping[str, NDArray[np.generic]]) -> dict[str, Tensor]:
     """The arrays as tensors in the buffer that `pack` made of them."""
     found, start = {}, 0
     for name, array in parts.items():
@@ -134,5 +133,5 @@ def views(buffer: Tensor, parts: Mapping[str, NDArray[Any]]) -> dict[str, Tensor
     return found
 
 
-def _room(array: NDArray[Any]) -> int:
+def _room(array: NDArray[np.generic]) -> int:
     return -(-array.nbytes // ALIGNED) * ALIGNED

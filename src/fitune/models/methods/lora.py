@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -159,12 +159,12 @@ def _saved(model: CausalLM, config: RunConfig) -> list[str]:
     return short(_saved_paths(model, config), model) if config.lora.save else []
 
 
-def _layers(model: nn.Module) -> list[Any]:
+def _layers(model: nn.Module) -> list[LoraLayer]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 @torch.no_grad()
-def _start_pissa(layer: Any) -> None:
+def _start_pissa(layer: LoraLayer) -> None:
     """A and B from the largest singular vectors of the layer's weight; what they give is taken off the output."""
     base, a, b = layer.get_base_layer(), layer.lora_A["default"].weight, layer.lora_B["default"].weight
     rank, scale = a.shape[0], layer.scaling["default"]
@@ -179,7 +179,7 @@ def _start_pissa(layer: Any) -> None:
     a.copy_(root[:, None] * right[:rank])
     layer.pissa_start = a.detach().clone(), b.detach().clone()
 
-    def take_off(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def take_off(module: LoraLayer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if module.disable_adapters:
             return output
         a0, b0 = module.pissa_start

@@ -38,7 +38,7 @@ class Quantizer:
         """
         raise NotImplementedError
 
-    def adopt(self, layer: Any, compute: torch.dtype) -> None:
+    def adopt(self, layer: nn.Module, compute: torch.dtype) -> None:
         """Give a layer of bitsandbytes the one path."""
         raise NotImplementedError
 

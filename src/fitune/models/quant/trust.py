@@ -11,6 +11,7 @@ Shapes: x (N, in), weight (out, in).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F

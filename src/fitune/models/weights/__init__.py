@@ -168,7 +168,7 @@ def dtypes(file: Path) -> Iterator[tuple[torch.dtype, int]]:
 
 def _header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
-        header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header: dict[str, object] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     return header
 
 
