@@ -218,11 +218,12 @@ def random_layer(layer: Any, quant: QuantOptions, dtype: torch.dtype, where: tor
     """A quantized layer in the shape of a plain one on meta, made by the project's own quantizer."""
     inputs, outputs = sizes(layer)
     with patch.object(nn.Linear, "reset_parameters"):  # values that nobody will see
-        made = quants.find(quant.name).make(random_weight(outputs, inputs), quant, where)
+        made: Any = quants.find(quant.name).make(random_weight(outputs, inputs), quant, where)
     made.bias = None if layer.bias is None else nn.Parameter(torch.zeros_like(layer.bias, dtype=dtype, device=where))
     made.source_cls = type(layer)
     made._is_hf_initialized = True  # transformers is to leave it alone
-    return made  # type: ignore[no-any-return]
+    layer_: nn.Module = made
+    return layer_
 
 
 @cache
@@ -265,7 +266,7 @@ def measure(work: plan.Work, card: Card, limit: int | None) -> tuple[dict[str, A
     """
     touched = has_context()
     before = None if touched else driver_says(card.uuid)  # what is there already may be this process'
-    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.init()
     if limit is not None:
         whole = max(0, limit) + 512  # torch cuts a fraction of all bytes off to a whole number of them
         torch.cuda.set_per_process_memory_fraction(min(1.0, whole / card.total))

@@ -100,7 +100,7 @@ def _really(job: Job, work: plans.Work) -> tuple[Usage, int]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         plans.go(model, work, trace.Blind())
     now = most = there
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]  # there is a profiler behind a profile
+    for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)

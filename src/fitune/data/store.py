@@ -342,10 +342,10 @@ class Samples(Sequence[Sample]):
 
     def _sample(self, at: int, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> Sample:
         facts = {name: int(self._columns[name][at]) for name in FACTS}
-        facts["ends_whole"] = bool(facts["ends_whole"])
+        whole = bool(facts.pop("ends_whole"))
         weights = self._weights(at) if self._columns["weighted"][at] else None
         source = self.rows.source(int(self._columns["row"][at]))
-        return Sample(ids, mask, source=source, weights=weights, **facts)  # type: ignore[arg-type]  # one flag
+        return Sample(ids, mask, source=source, weights=weights, ends_whole=whole, **facts)
 
     def _weights(self, at: int) -> NDArray[np.float32]:
         path = self._shards[self._columns["shard"][at]]

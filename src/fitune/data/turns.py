@@ -394,8 +394,8 @@ def weight_of(value: object, name: str, where: str) -> float:
     if isinstance(value, str) and name not in MASKS:  # a number as text, as in cells of CSV
         with suppress(ValueError):
             value = float(value)
-    number = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-    if not number or name in MASKS:  # a mask of 1 may mean either
+    number = value if isinstance(value, (int, float)) and math.isfinite(value) and value >= 0 else None
+    if number is None or name in MASKS:  # a mask of 1 may mean either
         expected = "true or false" if name in MASKS else "true, false, or a number from 0 (context only) on"
         raise FieldError(where, "no weight of the loss", received=shorten(value), expected=expected)
-    return float(value)  # type: ignore[arg-type]  # `number` has checked it
+    return float(number)

@@ -134,7 +134,7 @@ class Card:
         """Bytes a second: copied from pinned memory, or read and written on the GPU."""
         pinned = way == "host to device"
         where = {"device": "cpu", "pin_memory": True} if pinned else {"device": self.device}
-        source = torch.zeros(COPIED, dtype=torch.uint8, **where)  # type: ignore[arg-type]  # a device by keyword
+        source = torch.zeros(COPIED, dtype=torch.uint8, **where)
         target = torch.empty(COPIED, dtype=torch.uint8, device=self.device)
         times = self._each_second(lambda: target.copy_(source, non_blocking=True), seconds)
         return (1 if pinned else 2) * COPIED * times

@@ -29,7 +29,7 @@ class Shadow(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor, requires_grad: bool = False) -> Shadow:
-        made: Shadow = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # torch's types leave it out
+        made: Shadow = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
             strides=inner.stride(),

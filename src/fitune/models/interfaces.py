@@ -46,6 +46,7 @@ class Layer(nn.Module):
     new_rows_on: bool
     new_scale: float
     rows_before: int
+    casts: bool  # an embedding that gives another dtype than it keeps
 
 
 class CausalLM(nn.Module):

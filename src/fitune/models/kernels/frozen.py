@@ -9,12 +9,14 @@ Shapes: x (..., in), weight (out, in).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+from fitune.models.interfaces import Layer
 
 
 class _Product(torch.autograd.Function):
@@ -86,10 +88,10 @@ def keep_stored(model: nn.Module, compute: torch.dtype) -> None:
     for module in model.modules():
         if type(module) in (nn.Linear, Conv1D) and module.weight.dtype != compute:
             module.__class__ = StoredLinear if type(module) is nn.Linear else StoredConv1D
-            module.compute = compute  # type: ignore[assignment]  # an attribute that torch takes for a tensor or a module
+            cast(Frozen, module).compute = compute
         elif isinstance(module, nn.Embedding):
             if module.weight.dtype != compute and not getattr(module, "casts", False):
-                module.casts = True  # type: ignore[assignment]  # an attribute that torch takes for a tensor or a module
+                cast(Layer, module).casts = True
                 module.register_forward_hook(lambda m, inputs, output: output.to(compute))
         elif not isinstance(module, Frozen):
             for parameter in module.parameters(recurse=False):

@@ -32,7 +32,7 @@ class Method:
     trainable, in float32. `expected` is the closed form that the result is checked against before the first step.
     """
 
-    name: ClassVar[str]
+    name: str
     trains: ClassVar[str]  # in one line, for `fitune methods`
     families: ClassVar[str] = "all"
     options: ClassVar[str | None] = None  # the group of settings that is its own

@@ -41,7 +41,7 @@ class Other(Method):
     same_at_start = False  # not promised: it is PEFT's to say
 
     def __init__(self, kind: str) -> None:
-        self.name = f"{START}{kind}"  # type: ignore[misc]  # a class variable of the other methods
+        self.name = f"{START}{kind}"
         self.kind = kind
 
     def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
