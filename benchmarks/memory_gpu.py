@@ -222,8 +222,8 @@ def random_layer(layer: Any, quant: QuantOptions, dtype: torch.dtype, where: tor
     made.bias = None if layer.bias is None else nn.Parameter(torch.zeros_like(layer.bias, dtype=dtype, device=where))
     made.source_cls = type(layer)
     made._is_hf_initialized = True  # transformers is to leave it alone
-    layer_: nn.Module = made
-    return layer_
+    quantized: nn.Module = made
+    return quantized
 
 
 @cache
