@@ -48,8 +48,29 @@ def test_what_generation_takes_is_what_is_said(prompt: int, tokens: int, blocks:
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
-    said = answers.bytes_taken(config(3, tokens, precision), shape(blocks), steps.made_up(2, prompt, 1000))
+    said = answers.bytes_taken(
+        config(3, tokens, precision), shape(blocks), steps.made_up(2, prompt, 1000), on_gpu=False
+    )
     assert said == pytest.approx(most, rel=0.12)
+
+
+@pytest.mark.parametrize(("widens", "measured"), [(False, 3_319_248), (True, 3_938_704)])
+def test_a_cpu_without_bf16_instructions_makes_a_float32_copy(monkeypatch, widens: bool, measured: int) -> None:
+    """As the test above measures on a CPU with AVX512-BF16, and there with ONEDNN_MAX_CPU_ISA=AVX512_CORE."""
+    monkeypatch.setattr(answers, "widens", lambda: widens)
+    batch = steps.made_up(2, 300, 1000)
+    assert answers.bytes_taken(config(3, 4, "bf16"), shape(2), batch, on_gpu=False) == pytest.approx(measured, rel=0.03)
+    on_gpu = answers.bytes_taken(config(3, 4, "bf16"), shape(2), batch, on_gpu=True)
+    assert on_gpu > 3_319_248  # whatever this CPU does
+
+
+@pytest.mark.parametrize(
+    ("avx512", "bf16", "widens"), [(False, False, False), (True, False, True), (True, True, False)]
+)
+def test_only_avx512_without_bf16_makes_a_float32_copy(monkeypatch, avx512: bool, bf16: bool, widens: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    assert answers.widens() is widens
 
 
 def test_answers_are_in_the_plan_beside_the_states() -> None:
@@ -62,7 +83,7 @@ def test_answers_are_in_the_plan_beside_the_states() -> None:
     few, many, none = made(1), made(16), made(0)
     phases = {moment.phase: moment for moment in many.phases}
     assert many.peak.phase == "answers"
-    taken = answers.bytes_taken(config(16, 400), shape(8), batch)
+    taken = answers.bytes_taken(config(16, 400), shape(8), batch, on_gpu=True)
     assert phases["answers"].parts["optimizer states"] == phases["update"].parts["optimizer states"]
     assert (
         phases["answers"].bytes - sum(size for name, size in phases["answers"].parts.items() if name != "temporaries")

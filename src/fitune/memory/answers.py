@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from transformers import PretrainedConfig
 
 from fitune.core.config import RunConfig
@@ -17,13 +18,20 @@ from fitune.engine.generation import SIDE_BY_SIDE
 from fitune.models.precision import DTYPES
 
 
-def bytes_taken(config: RunConfig, shape: PretrainedConfig, held_out: Batch) -> int:
+def widens() -> bool:
+    """Does oneDNN make bf16 products in a float32 copy of the result on this CPU? It takes them with AVX512, and gives
+    bf16 without a copy only with AVX512-BF16; with less than AVX512 torch makes them itself, without a copy."""
+    return torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
+
+
+def bytes_taken(config: RunConfig, shape: PretrainedConfig, held_out: Batch, *, on_gpu: bool) -> int:
     """The most that they take; 0: nothing is answered.
 
     Args:
         config: resolved.
         shape: the model's transformers config.
         held_out: rows whose longest stands for the longest prompt.
+        on_gpu: a GPU answers, not this machine's CPU.
     """
     rows = min(config.sample_prompts, SIDE_BY_SIDE)
     prompt = max((int(end - start) for start, end in pairwise(held_out.bounds)), default=0)
@@ -33,7 +41,10 @@ def bytes_taken(config: RunConfig, shape: PretrainedConfig, held_out: Batch) -> 
     each = 2 * groups * (getattr(shape, "head_dim", None) or width // heads) * item  # of a token in a block
     inner = getattr(shape, "intermediate_size", None) or getattr(shape, "ffn_dim", None) or 4 * width
     blocks, whole = shape.num_hidden_layers, prompt + config.sample_tokens - 1  # the last one goes nowhere
-    norms = 0 if item == 4 else 8 * width  # which compute in float32
-    first = prompt * (blocks * each + (4 * width + 3 * inner) * item + norms)
+    norms = 8 * width if on_gpu and item < 4 else 0  # which compute in float32: on a GPU an allowance, not measured
+    copy = 4 * inner if not on_gpu and config.precision == "bf16" and widens() else 0
+    # gate, up and their product; or, of an up projection that has a float32 copy, the copy where the product comes
+    mlp = 2 * inner * item + max(inner * item, copy)
+    first = prompt * (blocks * each + 4 * width * item + mlp + norms)
     last = whole * (blocks + 1) * each
     return int(rows * (max(first, last) + shape.vocab_size * (item + 4)))

@@ -208,7 +208,7 @@ def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = Fa
         if work.held_out is not None:
             with tracer.during("evaluation"):
                 held_out_loss(model, [work.held_out], work.layout)
-            taken = answers.bytes_taken(config, work.deep or work.shape, work.held_out)
+            taken = answers.bytes_taken(config, work.deep or work.shape, work.held_out, on_gpu=on_gpu)
             if taken and isinstance(next(iter(parameters.values())), Shadow):  # a closed form: values decide it
                 with tracer.during("answers"):
                     tracer.brief(taken, "generate")
