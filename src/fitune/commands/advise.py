@@ -39,7 +39,7 @@ NEAREST = 3  # ways that are planned exactly where none fits by arithmetic
 
 
 def advise(
-    model: str, *, data: Sequence[Any], gpu: str | None = None, words: str | None = None,
+    model: str, *, data: Sequence[object], gpu: str | None = None, words: str | None = None,
     watch: Watcher | None = None, only_best: bool = False, **settings: Any,
 ) -> Advised:  # fmt: skip
     """Search, settle and explain.
@@ -96,7 +96,7 @@ def advise(
     )
 
 
-def _searched(exactly: Exact, settings: Mapping[str, Any], watch: Watcher) -> search.Found:
+def _searched(exactly: Exact, settings: Mapping[str, object], watch: Watcher) -> search.Found:
     rows, ticker = exactly.rows, Ticker(watch, "methods", None)
 
     def tell(done: int, total: int) -> None:
@@ -159,14 +159,14 @@ def settle(exactly: Exact, candidate: search.Candidate) -> Suggestion | None:
     )
 
 
-def _default(name: str, value: Any) -> bool:
+def _default(name: str, value: object) -> bool:
     """Is a setting as it is where nobody says anything?"""
     return name not in ("method", "batch_size") and bool(
         value == RunConfig.model_fields[name].default or value == {"name": "none"}
     )
 
 
-def _changed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _changed(settings: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:
     """What is not as it was given, group by group."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
@@ -191,7 +191,7 @@ def _nothing_fits(request: Request, found: search.Found) -> ConfigError:
     )
 
 
-def _command(model: str, data: Sequence[Any], best: Suggestion) -> str:
+def _command(model: str, data: Sequence[object], best: Suggestion) -> str:
     """What to type; a model of the catalog by its id on the hub, one that is named by its config.json by its folder."""
     entry, path = catalog.get(model), expand(model)
     if entry is not None and not path.exists():

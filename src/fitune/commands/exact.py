@@ -47,7 +47,9 @@ class Exact:
         made: the plan of these settings, where it is there already.
     """
 
-    def __init__(self, request: Request, rows: Rows, given: Mapping[str, Any], made: plans.Plan | None = None) -> None:
+    def __init__(
+        self, request: Request, rows: Rows, given: Mapping[str, object], made: plans.Plan | None = None
+    ) -> None:
         self.request, self.rows, self.given = request, rows, given
         self.plans: dict[str, plans.Plan] = {}
         self.counted: dict[str, Counts] = {}
@@ -82,13 +84,13 @@ class Exact:
         most = self.rows.max_length
         return most if config.max_length == "auto" else min(config.max_length, most)
 
-    def with_settings(self, settings: Mapping[str, Any]) -> Request:
+    def with_settings(self, settings: Mapping[str, object]) -> Request:
         """The same question with other settings."""
         given = self.request.config.model_dump(mode="json", exclude_unset=True)
         config = build(merge(given, settings))
         return replace(self.request, config=config.model_copy(update={"data": self.request.config.data}))
 
-    def work(self, settings: Mapping[str, Any]) -> float:
+    def work(self, settings: Mapping[str, object]) -> float:
         """Operations of an epoch."""
         config = self.with_settings(settings).config
         lengths = np.minimum(self.largest.lengths, self.longest(config))
@@ -103,7 +105,7 @@ class Exact:
             self.counted[key] = counts(model, config)
         return self.counted[key]
 
-    def time(self, settings: Mapping[str, Any]) -> float:
+    def time(self, settings: Mapping[str, object]) -> float:
         """Of an epoch, in units that are the same for all settings on this device."""
         other, work = self.with_settings(settings), self.work(settings)
         quantized, cpu = other.config.quant.name != "none", other.where.kind == "cpu"

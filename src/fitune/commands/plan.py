@@ -57,7 +57,7 @@ class Answer:
 def answer(
     model: str | Path,
     *,
-    data: str | Path | Sequence[str | Path | Mapping[str, Any]] = (),
+    data: str | Path | Sequence[str | Path | Mapping[str, object]] = (),
     gpu: str | None = None,
     words: str | Path | None = None,
     watch: Watcher | None = None,
@@ -76,6 +76,6 @@ def answer(
     return Answer(request, known, made, settings)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """A path as text, anything else as it is."""
     return str(value) if isinstance(value, Path) else value

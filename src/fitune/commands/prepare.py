@@ -53,7 +53,7 @@ class Job:
     plan: plans.Plan
     work: plans.Work  # what the plan went over
     data_sha256: dict[str, str]
-    inputs: dict[str, Any]  # of weights, tokenizer, template and adapter: what a resumed run must find again
+    inputs: dict[str, object]  # of weights, tokenizer, template and adapter: what a resumed run must find again
     total_steps: int
     eval_every: int
     save_every: int

@@ -73,7 +73,7 @@ class Request:
         return replace(self, config=self.config.model_copy(update=changes))
 
 
-def to_plan(model: str, *, data: Sequence[Any], gpu: str | None, settings: Mapping[str, Any]) -> Request:
+def to_plan(model: str, *, data: Sequence[object], gpu: str | None, settings: Mapping[str, object]) -> Request:
     """The request for a plan: of a model that may not be here, for a device that may not be either.
 
     Args:
@@ -195,7 +195,7 @@ def shape_for(model: str) -> tuple[PretrainedConfig, Path | None, str]:
     return read_config(folder), folder if path.is_dir() else None, folder.absolute().name if path.is_dir() else model
 
 
-def _precision(config: RunConfig, where: devices.Device, shape: Any) -> RunConfig:
+def _precision(config: RunConfig, where: devices.Device, shape: object) -> RunConfig:
     """auto for a device that may not be here: bf16 where that is computed, else fp16 on a GPU."""
     if config.precision == "auto" and where.kind == "cuda":
         config = config.model_copy(update={"precision": "bf16" if where.bf16 else "fp16"})

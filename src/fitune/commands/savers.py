@@ -24,7 +24,7 @@ from fitune.memory.advice import Saver
 HELPS = 6  # savers that a miss tells of
 
 
-def savers(exactly: Exact, settings: Mapping[str, Any], *, watch: Watcher | None = None) -> list[Saver]:
+def savers(exactly: Exact, settings: Mapping[str, object], *, watch: Watcher | None = None) -> list[Saver]:
     """What each memory saver would give beside settings, the best for its cost first; each is planned exactly."""
     watch, found = watch or Silent(), []
     changes = list(_changes(exactly, exactly.with_settings(settings).config))
@@ -37,7 +37,7 @@ def savers(exactly: Exact, settings: Mapping[str, Any], *, watch: Watcher | None
     return sorted(found, key=lambda one: -one.worth)
 
 
-def _saver(exactly: Exact, settings: Mapping[str, Any], change: dict[str, Any], cost: str) -> Saver | None:
+def _saver(exactly: Exact, settings: Mapping[str, object], change: dict[str, object], cost: str) -> Saver | None:
     made = _planned(exactly, {**settings, **change})
     if made is None:
         return None
@@ -46,7 +46,7 @@ def _saver(exactly: Exact, settings: Mapping[str, Any], change: dict[str, Any], 
     return Saver(flags(change), change, exactly.plan(settings).needed - made.needed, round(time, 3), cut, cost, made)
 
 
-def _planned(exactly: Exact, settings: Mapping[str, Any]) -> plans.Plan | None:
+def _planned(exactly: Exact, settings: Mapping[str, object]) -> plans.Plan | None:
     """The plan of settings; None: they cannot go together."""
     try:
         check_quantized(exactly.with_settings(settings))
@@ -59,7 +59,7 @@ SAME = "the objective stays the same"
 FEWER_ROWS = 64  # label rows whose logits are there at once; a GPU has 512 or more by default
 
 
-def _changes(exactly: Exact, config: RunConfig) -> Iterator[tuple[dict[str, Any], str]]:
+def _changes(exactly: Exact, config: RunConfig) -> Iterator[tuple[dict[str, object], str]]:
     if not config.checkpointing:
         yield {"checkpointing": True}, "blocks are computed again in the backward pass"
     if config.quant.name == "none":
@@ -84,7 +84,7 @@ def _changes(exactly: Exact, config: RunConfig) -> Iterator[tuple[dict[str, Any]
         yield {"method": "freeze"}, "trains the last two blocks alone"
 
 
-def smaller_batches(config: RunConfig, rows: int) -> dict[str, Any]:
+def smaller_batches(config: RunConfig, rows: int) -> dict[str, object]:
     """Micro-batches of at most so many rows, and as many of them as keep the rows of a step."""
     wanted = config.accumulation * config.batch_size
     batch = parts(wanted, rows)[0]
@@ -138,7 +138,7 @@ def what_helps(missed: Answer) -> Help:
     return Help(missing, found, _together(exactly, found, missing))
 
 
-def _together(exactly: Exact, found: Sequence[Saver], missing: int) -> dict[str, Any] | None:
+def _together(exactly: Exact, found: Sequence[Saver], missing: int) -> dict[str, object] | None:
     """The mildest change that is enough: more and smaller micro-batches, where some rows fit; else the best saver that
     is enough alone; else the best ones one after the other, with micro-batches of one row, until they are."""
     config = exactly.request.config
@@ -157,7 +157,7 @@ def _together(exactly: Exact, found: Sequence[Saver], missing: int) -> dict[str,
     alone = next((one for one in found if one.saves >= missing), None)
     if alone is not None:
         return _enough(exactly, alone.settings)
-    taken: dict[tuple[str, ...], dict[str, Any]] = {}  # by what they set: of two lengths the shorter one in the end
+    taken: dict[tuple[str, ...], dict[str, object]] = {}  # by what they set: of two lengths the shorter one in the end
     if smaller:
         taken["batch_size", "accumulation"] = smaller_batches(config, 1)
     for one in found:
@@ -171,7 +171,7 @@ def _together(exactly: Exact, found: Sequence[Saver], missing: int) -> dict[str,
     return None
 
 
-def _enough(exactly: Exact, changes: dict[str, Any]) -> dict[str, Any] | None:
+def _enough(exactly: Exact, changes: dict[str, object]) -> dict[str, object] | None:
     made = _planned(exactly, changes)
     if made is None or not made.fits:
         return None

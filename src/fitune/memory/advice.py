@@ -33,7 +33,7 @@ class Suggestion:
 
     name: str
     settings: dict[str, Any]
-    changed: dict[str, Any]
+    changed: dict[str, object]
     micro_batch: int
     accumulation: int
     plan: Plan

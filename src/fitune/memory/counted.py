@@ -50,7 +50,7 @@ def count(model: nn.Module, tracer: Tracer) -> int:
     return sum(size for _, size in tracer.events[before:])
 
 
-def _count_constants(value: Any, tracer: Tracer) -> None:
+def _count_constants(value: object, tracer: Tracer) -> None:
     if isinstance(value, Tensor) and value.numel():
         tracer.own(value, tracer.category(value) or CONSTANTS)
     elif type(value).__name__ == "QuantState":
@@ -81,7 +81,7 @@ class Shadows:
         self.made[id(tensor)] = made, tensor
         return made
 
-    def constants(self, value: Any) -> Any:
+    def constants(self, value: object) -> Any:
         """Scales and codes beside a quantized weight: tensors, or an object of bitsandbytes that holds some."""
         if isinstance(value, Tensor):
             return self.of(value, CONSTANTS)

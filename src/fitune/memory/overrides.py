@@ -109,7 +109,7 @@ STANDS_IN: dict[Operation, Operation] = {
 }
 
 
-def _update(plain: int) -> Callable[[Target, Args, Kwargs, Any], Sequence[int]]:
+def _update(plain: int) -> Callable[[Target, Args, Kwargs, object], Sequence[int]]:
     """On a CPU bitsandbytes' optimizers are torch operations on so many float32 copies: the gradient, halves of the
     update, states of 8 bits (bitsandbytes/backends/cpu/ops.py, _optimizer_update_*_cpu); on CUDA one kernel does it."""
 
@@ -151,7 +151,7 @@ def _multiple(number: int, of: int) -> int:
 
 # Bytes that a kernel takes while it runs, its outputs among them where they are there at the same time:
 # (target, args, kwargs, outputs) -> sizes.
-INSIDE: dict[str, Callable[[Target, Args, Kwargs, Any], Sequence[int]]] = {
+INSIDE: dict[str, Callable[[Target, Args, Kwargs, object], Sequence[int]]] = {
     "aten::_flash_attention_backward": _flash_backward,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
     "bitsandbytes::optimizer_update_8bit_blockwise": _update(5),

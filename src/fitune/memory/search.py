@@ -36,7 +36,7 @@ MOST = 4096  # rows of a micro-batch
 # Share of the questions of a held-out test that were answered right after tuning (results/methods.json: exact match of
 # 152 prompts), in bands, so that a point or two decides nothing; of quantized weights the share of the gain that is
 # kept (results/precision.json).
-WAYS: dict[str, tuple[dict[str, Any], float]] = {
+WAYS: dict[str, tuple[dict[str, object], float]] = {
     "full": ({"method": "full"}, 0.987),
     "full, 8-bit states": ({"method": "full", "optimizer": "adamw-8bit"}, 0.987),
     "full, in the backward pass": (
@@ -224,7 +224,7 @@ def _agree(wanted: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
     return True
 
 
-def _no_way(given: Mapping[str, Any], shape: PretrainedConfig, where: device.Device) -> FituneError:
+def _no_way(given: Mapping[str, object], shape: PretrainedConfig, where: device.Device) -> FituneError:
     """Why no way agrees with what was given."""
     try:
         config = settings_only(given)
@@ -241,7 +241,7 @@ def _no_way(given: Mapping[str, Any], shape: PretrainedConfig, where: device.Dev
     )
 
 
-def _possible(settings: Mapping[str, Any], empty: CausalLM, family: families.Family, where: device.Device) -> bool:
+def _possible(settings: Mapping[str, object], empty: CausalLM, family: families.Family, where: device.Device) -> bool:
     """Can the method be put on this model, quantized so?"""
     try:
         config = settings_only(settings)

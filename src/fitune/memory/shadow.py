@@ -47,7 +47,7 @@ class Shadow(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch says so for tensors that take no functions
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> Any:
         """Another shadow, of memory of its own."""
         if id(self) not in memo:
             made = self.detach().clone()

@@ -109,7 +109,7 @@ class Tracer(_Mode):
         self.host = False  # what is made now lies in main memory beside a GPU, and is not counted
         self.lost: set[int] = set()  # storages of real tensors that a shadow was written into
         self._results: dict[Any, Any] = {}  # of operations that were asked before
-        self._live: dict[int, tuple[int, Any]] = {}  # of a storage: its block, and what tells of its end
+        self._live: dict[int, tuple[int, object]] = {}  # of a storage: its block, and what tells of its end
         self._open = True
 
     # ---- where we are ----
