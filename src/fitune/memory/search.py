@@ -95,7 +95,7 @@ class Found:
 
 @dataclass(frozen=True)
 class _Way:
-    """A way of tuning: its name, settings and result on the bundled model."""
+    """A method with settings, by name, and its result on the bundled model."""
 
     name: str
     settings: dict[str, Any]
