@@ -85,3 +85,22 @@ def test_every_function_that_the_architecture_names_is_there() -> None:
         "batches.gone",
         "step_runner.StepRunner.leap",
     ]
+
+
+def unexplained(text: str) -> list[str]:
+    """Lines that silence the type checker without a code in brackets and, behind it, the reason."""
+    explained = re.compile(r"# type: ignore\[[a-z, -]+\]  # (noqa: [A-Z0-9, ]+  # )?(?!noqa)[^\s#]")
+    return [line.strip() for line in text.splitlines() if "# type: ignore" in line and not explained.search(line)]
+
+
+@pytest.mark.unit
+def test_whoever_silences_the_type_checker_says_why() -> None:
+    there = {str(path): unexplained(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py")}
+    assert {name: lines for name, lines in there.items() if lines} == {}
+
+
+@pytest.mark.unit
+def test_a_silenced_type_checker_without_a_reason_is_seen() -> None:
+    told = "a = b  # type: ignore[misc]  # b has no types"
+    untold = ["a = b  # type: ignore[misc]", "a = b  # type: ignore", "a = b  # type: ignore[misc]  # noqa: E501"]
+    assert unexplained("\n".join([told, *untold])) == untold
