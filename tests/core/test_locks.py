@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fitune.commands import train as training
 from fitune.core import files, locks
-from fitune.core.config import build
+from fitune.core.config import RunConfig, build
 from fitune.core.errors import RunFolderError
 from fitune.core.events import Silent
 from fitune.data import sums
@@ -30,12 +31,15 @@ def test_a_folder_with_nothing_begun_in_it_is_gone_again(tmp_path: Path) -> None
 def test_two_runs_without_an_output_get_a_folder_each(tmp_path: Path, monkeypatch) -> None:
     config = build({"model": "m", "data": ["d"]})
     names = iter(["first", "second"])  # what is free when they look: the first is taken in between
-    monkeypatch.setattr(
-        training, "resolve", lambda c: c.model_copy(update={"output": c.output or str(tmp_path / next(names))})
-    )
+
+    def checked(wanted: RunConfig) -> SimpleNamespace:
+        output = wanted.output or str(tmp_path / next(names))
+        return SimpleNamespace(config=wanted.model_copy(update={"output": output}))
+
+    monkeypatch.setattr(training, "to_train", checked)
     with locks.held(tmp_path / "first", print), contextlib.ExitStack() as stack:
         taken, run = training._take_folder(config, stack, Silent())
-        assert run.path == Path(str(taken.output)) == tmp_path / "second"
+        assert run.path == Path(str(taken.config.output)) == tmp_path / "second"
         assert locks.holder(run.path)
         with pytest.raises(locks.InUseError):
             training._take_folder(config.model_copy(update={"output": str(tmp_path / "first")}), stack, Silent())
