@@ -25,7 +25,10 @@ RULED_OUT = {  # a pattern, and what is said in its place
     r"\bwhat is well\b": "passed checks",
     r"\btokenizers to put beside\b": "tokenizers to compare",
     r"\bway of tuning\b|\bways of tuning\b": "method",
-    r"底座|原模型|底模": "基座模型",
+    r"底座|原模型|底模|基座(?!模型)": "基座模型",
+    r"不是有限值": "出现 NaN/Inf 时",
+    r"扁平批次": "平铺批次",
+    r"训练文件夹": "训练目录",
     r"不用检查点|有无检查点|重计算检查点": "激活检查点",
 }
 IN_HELP = {  # further words that no help text has
@@ -90,6 +93,8 @@ def test_every_option_says_what_it_sets(verb: str) -> None:
 def test_a_planted_word_is_found() -> None:
     assert broken("a", "a user can mend it") == ["a: 'mend' in 'a user can mend it': say fix"]
     assert broken("a", "与原模型并排")
+    assert broken("a", "基座的损失")
+    assert not broken("a", "基座模型的损失")
     assert not broken("a", "recommended, 激活检查点, 检查点 of a run")
     assert broken("train --x", "Words to put beside.", IN_HELP)
     assert broken("train --x", "How.", IN_HELP)
