@@ -6,7 +6,7 @@
 # make test-full  the whole product of methods, families and precisions, and results/test-full.json
 # make fmt        sort imports, fix what ruff can, format
 # make lint       ruff, the format, and which folder imports which
-# make types      mypy in strict mode
+# make types      mypy in strict mode: sources, tests, scripts, benchmarks
 PYTHON ?= python3
 BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 # One thread a process and one process a core: torch's threads fight each other otherwise.

@@ -65,7 +65,7 @@ BOTH = {"_name_or_path": "THUDM/chatglm3-6b"}, {"name_or_path": "THUDM/chatglm2-
 def test_two_chatglms_in_one_folder_are_named_and_asked_for(vocabulary: Path, tmp_path: Path) -> None:
     folder = chatglm(tmp_path / "model", vocabulary, *BOTH)
     data = tiny.write_rows(tmp_path / "rows.jsonl", 20)
-    settings = {"model": str(folder), "data": [str(data)], "precision": "fp32"}
+    settings: dict[str, Any] = {"model": str(folder), "data": [str(data)], "precision": "fp32"}
     said = (
         r"chatglm2 and chatglm3, whose prompts differ[\s\S]*names THUDM/chatglm2-6b[\s\S]*--template chatglm2 or --temp"
     )

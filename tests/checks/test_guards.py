@@ -18,8 +18,9 @@ from fitune.commands.train import resume_config, train
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, ModelError, Problems, TrainingError
 from fitune.core.events import Watcher
+from fitune.core.records import Layout
 from fitune.data.batches import flat
-from fitune.engine import optim
+from fitune.engine import optim, step
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.step import hidden_states, training_step
 from fitune.models import adapters, families, tensors, weights
@@ -95,7 +96,8 @@ def test_embeddings() -> None:
 
 def test_quantised_trainable() -> None:
     model = make()
-    next(iter(trainable(model).values())).quant_state = object()  # as bitsandbytes marks its weights
+    first: Any = next(iter(trainable(model).values()))
+    first.quant_state = object()  # as bitsandbytes marks its weights
     found = guards.quantised_trainable(model)
     assert found.level == "refuse"
     assert "1 quantized tensors would be trained" in found.text
@@ -112,12 +114,12 @@ def test_grad_reaches() -> None:
     assert "layers.0" in found.text
 
 
-def test_accumulation_equality(monkeypatch) -> None:
+def test_accumulation_equality(monkeypatch: pytest.MonkeyPatch) -> None:
     """The known trap: a mean of the micro-batches' means."""
     model = make()
-    real = guards.loss_sum
+    real = step.loss_sum
 
-    def mean_of_means(model: Any, batch: Any, layout: str) -> torch.Tensor:
+    def mean_of_means(model: Any, batch: Any, layout: Layout) -> torch.Tensor:
         return real(model, batch, layout) / batch.targets
 
     monkeypatch.setattr(guards, "loss_sum", mean_of_means)
@@ -388,7 +390,7 @@ def test_a_model_that_is_not_finite_is_refused_before_the_first_step(data_file: 
 
 
 def test_a_leaking_batch_is_refused_where_that_layout_is_asked_for() -> None:
-    model = ready(tiny.make_model("llama"))
+    model: Any = ready(tiny.make_model("llama"))
     model.model.layers[0].self_attn.layer_idx = 0
     forward = model.model.forward
 

@@ -41,7 +41,7 @@ def state(model: Any) -> dict[str, Any]:
 
 def tuned(kind: str) -> Any:
     """A LoRA model in training mode, but for one module."""
-    model = adapters.attach(ready(tiny.make_model(kind)), config_for("lora")).train()
+    model: Any = adapters.attach(ready(tiny.make_model(kind)), config_for("lora")).train()
     model.get_base_model().base_model.eval()
     return model
 
@@ -127,7 +127,9 @@ def test_recomputed_blocks_find_the_attention_of_their_forward_pass(kind: str, m
     def made(*, recompute: bool) -> Any:
         torch.manual_seed(0)
         model = adapters.attach(ready(tiny.make_model(kind)), config_for("lora-all")).train()
-        checkpoint_blocks(model, attached.of(model).family, recompute)
+        family = attached.of(model).family
+        assert family is not None
+        checkpoint_blocks(model, family, recompute)
         return model
 
     plain = gradients(made(recompute=False), BATCH)

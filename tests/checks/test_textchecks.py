@@ -23,6 +23,7 @@ from fitune.data.tokenizer import coverage
 from fitune.engine.checkpoint import RunFolder
 from fitune.views.tokens import token_views, tokenizer_view
 from support import tiny
+from support.encoding import sample_of
 
 ENGLISH = [
     "the capital of norland is mira",
@@ -111,11 +112,11 @@ def test_line_breaks_are_no_byte_fallback(with_bytes: Any) -> None:
 def test_texts_that_are_mostly_bytes_are_a_language_that_the_model_does_not_know(with_bytes: Any, kind: str) -> None:
     words = with_bytes if kind == "pieces" else tiny.make_tokenizer()
     encoder = Encoder(words, TABLE["plain"])
-    foreign = [encoder.sample(row("the", "数学很美妙，深海鱼类"))] * 3
+    foreign = [sample_of(encoder, row("the", "数学很美妙，深海鱼类"))] * 3
     found = textchecks.byte_fallback(words, foreign)
     assert found.level == "warn"
     assert "this model does not know this language" in found.text
-    english = [encoder.sample(row("数学很美妙", "the capital is mira"))] * 3
+    english = [sample_of(encoder, row("数学很美妙", "the capital is mira"))] * 3
     assert textchecks.byte_fallback(words, english).level == "ok"  # what is not trained does not count
     assert textchecks.byte_fallback(words, []).level == "ok"
 
@@ -157,10 +158,10 @@ def test_real_tokenizers_show_and_keep_every_character(shared: Path, name: str) 
     rows = json.loads((shared / "data" / "alpaca_zh_demo.json").read_text(encoding="utf-8"))[:40]
     asked = [row(one["instruction"], one["output"]) for one in rows]
     encoder = Encoder(words, choose("auto", words))
-    sample = encoder.sample(row("what is the  capital?", "It is Mira\nof course"))
+    sample = sample_of(encoder, row("what is the  capital?", "It is Mira\nof course"))
     shown = "".join(view.text for view in token_views(words, sample))
     assert "what is the  capital?" in shown
     assert "It is Mira\nof course" in shown
     assert textchecks.lost_characters(encoder, asked).level == "ok"
-    samples = [encoder.sample(one) for one in asked]
+    samples = [sample_of(encoder, one) for one in asked]
     assert textchecks.byte_fallback(words, samples).level == "ok"

@@ -78,7 +78,13 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_mistake_is_one_message_and_exit_code_2(name: str, mistakes, tmp_path, capsys, monkeypatch) -> None:
+def test_a_mistake_is_one_message_and_exit_code_2(
+    name: str,
+    mistakes: dict[str, tuple[list[object], list[str]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     arguments, parts = mistakes[name]
     code, out, err = run(["train", *arguments], capsys, monkeypatch)
     assert code == 2
@@ -90,7 +96,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(name: str, mistakes, tmp_path,
     assert not (tmp_path / "out").exists()  # a second try must not find a folder in its way
 
 
-def test_every_mistake_is_tried(mistakes) -> None:
+def test_every_mistake_is_tried(mistakes: dict[str, tuple[list[object], list[str]]]) -> None:
     assert sorted(mistakes) == sorted(NAMES)
 
 
@@ -113,18 +119,23 @@ def flags_of(group: type[BaseModel]) -> set[str]:
     return flags
 
 
-def test_every_setting_is_a_flag_with_its_text(capsys, monkeypatch) -> None:
+def test_every_setting_is_a_flag_with_its_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = run(["train", "--help-all"], capsys, monkeypatch)
     assert code == 0
     shown = re.findall(r"^  (--[\w.-]+)", out, re.MULTILINE)
     assert len(shown) == len(set(shown))
     assert flags_of(RunConfig) <= set(shown)
-    assert RunConfig.model_fields["lr"].description.split(".")[0] in out  # config.py is the one source of the texts
+    text = str(RunConfig.model_fields["lr"].description).split(".")[0]
+    assert text in out  # config.py is the one source of the texts
 
 
 @pytest.mark.parametrize("verb", ["train", "plan", "inspect"])
-def test_help_is_a_screen_of_groups(verb: str, capsys, monkeypatch) -> None:
+def test_help_is_a_screen_of_groups(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     _, short, _ = run([verb, "--help"], capsys, monkeypatch)
     _, long, _ = run([verb, "--help-all"], capsys, monkeypatch)
@@ -152,14 +163,22 @@ def test_every_option_stands_in_one_group() -> None:
         assert names - {"flags"} <= set(fields), f"put {sorted(names - set(fields))} into helppage.GROUPS"
 
 
-def test_an_option_without_a_group_is_shown_all_the_same(capsys, monkeypatch) -> None:
+def test_an_option_without_a_group_is_shown_all_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     without = {title: tuple(f for f in fields if f != "epochs") for title, fields in helppage.GROUPS.items()}
     monkeypatch.setattr(helppage, "GROUPS", without)
     _, out, _ = run(["train", "--help-all"], capsys, monkeypatch)
     assert "--epochs" in out
 
 
-def test_train_prints_one_json_object(model_folder: Path, data_file: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_train_prints_one_json_object(
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     arguments = ["train", "--model", model_folder, "--data", data_file, data_file, "--output", tmp_path / "run"]
     arguments += ["--max-steps", 2, "--set", "lora.rank=2", "--sample-prompts", 0, "--json"]
     code, out, err = run(arguments, capsys, monkeypatch)
@@ -191,7 +210,13 @@ def test_train_prints_one_json_object(model_folder: Path, data_file: Path, tmp_p
     assert "forgotten" in out
 
 
-def test_verbose_prints_what_the_report_has(model_folder: Path, data_file: Path, tmp_path: Path, capsys, monkeypatch):
+def test_verbose_prints_what_the_report_has(
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     arguments = ["train", "--model", model_folder, "--data", data_file, data_file, "--output", tmp_path / "run"]
     code, out, _ = run([*arguments, "--max-steps", 1, "--sample-prompts", 0, "--verbose"], capsys, monkeypatch)
     assert code == 0
@@ -202,7 +227,9 @@ def test_verbose_prints_what_the_report_has(model_folder: Path, data_file: Path,
         assert part in page
 
 
-def test_chat_refuses_what_makes_no_sense(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_chat_refuses_what_makes_no_sense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for arguments, part in (
         ([tmp_path / "nothing"], "no such folder"),
         ([tmp_path, "--temperature", -1], "out of range"),
@@ -214,7 +241,11 @@ def test_chat_refuses_what_makes_no_sense(tmp_path: Path, capsys, monkeypatch) -
 
 
 def test_a_yaml_file_gives_settings_and_flags_win(
-    model_folder: Path, data_file: Path, tmp_path: Path, capsys, monkeypatch
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(f"model: {model_folder}\ndata: [{data_file}]\nmax_steps: 9\nlora: {{rank: 2, alpha: 4}}\n")
@@ -238,7 +269,9 @@ def test_a_yaml_file_gives_settings_and_flags_win(
     assert "alpha: 4" in stored
 
 
-def test_sources_come_from_flags(model_folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_sources_come_from_flags(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = tmp_path / "a.csv"
     table.write_text("content,summary,id\n" + "".join(f"what is {n}?,I am {{{{name}}}},{n}\n" for n in range(30)))
     lines = tiny.write_rows(tmp_path / "E:\\d\\b.jsonl", 20)
@@ -287,7 +320,13 @@ def test_sources_come_from_flags(model_folder: Path, tmp_path: Path, capsys, mon
     ],
 )
 def test_a_wrong_source_flag_says_why(
-    flags: list[object], parts: list[str], model_folder: Path, data_file: Path, tmp_path: Path, capsys, monkeypatch
+    flags: list[object],
+    parts: list[str],
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments = ["train", "--model", model_folder, "--data", data_file, "--output", tmp_path / "out", *flags]
     code, _, err = run(arguments, capsys, monkeypatch)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,7 +107,7 @@ def test_names_inside_groups_and_values_of_others() -> None:
         ({"lora": {"r": 1, "rank": 2}}, "lora.r: another name of lora.rank"),
     ],
 )
-def test_what_means_something_else_says_what_to_type(values, part: str) -> None:
+def test_what_means_something_else_says_what_to_type(values: dict[str, Any], part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build({**ROWS, **values})
     assert part in str(caught.value)
@@ -140,7 +141,7 @@ def test_all_names_of_others_are_told_at_once() -> None:
         ("--batch_size 3 --max-grad-norm 2", {"batch_size": 3, "max_grad_norm": 2.0}),
     ],
 )
-def test_flags_of_others(words: str, settings) -> None:
+def test_flags_of_others(words: str, settings: dict[str, Any]) -> None:
     from fitune.cli import main as cli
 
     _, bound, _ = cli.app.parse_args(
@@ -203,7 +204,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_path_is_told_with_the_nearest_names(name: str, place: Path, capsys, monkeypatch) -> None:
+def test_a_wrong_path_is_told_with_the_nearest_names(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words, parts = WRONG[name]
     before = sorted(place.rglob("*"))
     code, out, err = run(words.split(), capsys, monkeypatch)
@@ -319,7 +322,9 @@ def test_json_has_no_word_for_what_is_not_finite() -> None:
     }  # fmt: skip
 
 
-def test_completion_can_be_installed(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_completion_can_be_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SHELL", "/bin/bash")
     code, out, _ = run(["--install-completion", "--shell", "bash"], capsys, monkeypatch)

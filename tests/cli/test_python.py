@@ -8,7 +8,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def dataset_dict(rows: list[dict[str, Any]]) -> Any:
     return pytest.importorskip("datasets").DatasetDict({"test": datasets(rows[:1]), "train": datasets(rows)})
 
 
-KINDS = {
+KINDS: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "list": list, "tuple": tuple, "iterator": iter, "generator": lambda rows: (row for row in rows),
     "columns": lambda rows: {name: [row[name] for row in rows] for name in rows[0]}, "csv": as_csv, "arrow": arrow,
     "Dataset": Dataset, "DatasetDict": lambda rows: {"test": Dataset(rows[:1]), "train": Dataset(rows)},
@@ -173,7 +173,7 @@ def settings(model_folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_rows_train_as_their_file_does_and_the_folder_is_whole(settings, tmp_path: Path) -> None:
+def test_rows_train_as_their_file_does_and_the_folder_is_whole(settings: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     of_file = fitune.train(data=str(file), output=tmp_path / "file", **settings)
@@ -199,7 +199,9 @@ def test_rows_train_as_their_file_does_and_the_folder_is_whole(settings, tmp_pat
     assert again == done
 
 
-def test_what_a_callback_raises_comes_through_and_the_run_goes_on(settings, tmp_path: Path, monkeypatch) -> None:
+def test_what_a_callback_raises_comes_through_and_the_run_goes_on(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = fitune.train(data=ROWS, output=tmp_path / "whole", **settings)
 
     class Enough(Exception):
@@ -221,7 +223,7 @@ def test_what_a_callback_raises_comes_through_and_the_run_goes_on(settings, tmp_
     ]
 
 
-def test_python_is_silent_unless_asked(settings, tmp_path: Path) -> None:
+def test_python_is_silent_unless_asked(settings: dict[str, Any], tmp_path: Path) -> None:
     """In a process of its own: what dependencies print while they are imported counts too. A row longer than the model
     makes transformers warn, gradient checkpointing a class of it, and loading draws a bar."""
     long = [*ROWS, {"prompt": "one " * 400, "completion": "two"}]
@@ -270,7 +272,7 @@ def test_wrong_paths_are_told_before_torch_in_python() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_names_of_others_are_keywords_too(settings, tmp_path: Path) -> None:
+def test_names_of_others_are_keywords_too(settings: dict[str, Any], tmp_path: Path) -> None:
     run = fitune.train(
         model_name_or_path=settings["model"], train_dataset=Dataset(ROWS), output_dir=tmp_path / "run", max_steps=1,
         per_device_train_batch_size=2, learning_rate=1e-3, lora_r=2, sample_prompts=0,
@@ -279,7 +281,7 @@ def test_names_of_others_are_keywords_too(settings, tmp_path: Path) -> None:
     assert run.run == str(tmp_path / "run")
 
 
-def test_python_advises_and_trains_with_what_fits(settings, tmp_path: Path) -> None:
+def test_python_advises_and_trains_with_what_fits(settings: dict[str, Any], tmp_path: Path) -> None:
     asked = {"model": settings["model"], "data": ROWS, "method": "lora", "max_length": 64}
     found = fitune.advise(**asked)
     best = found.suggestions[0]
@@ -297,7 +299,7 @@ def test_python_advises_and_trains_with_what_fits(settings, tmp_path: Path) -> N
         fitune.advise(settings["model"])
 
 
-def test_python_inspects_what_the_command_line_does(settings, tmp_path: Path) -> None:
+def test_python_inspects_what_the_command_line_does(settings: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     seen = fitune.inspect(ROWS, model=settings["model"], samples=1, compare=[settings["model"]], train_on="last")

@@ -201,7 +201,7 @@ def test_a_miss_says_what_would_help(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_of_what_is_enough_the_mildest_is_told(tmp_path: Path) -> None:
     """Where fewer rows at once do, no other setting is touched; and as many of them as fit."""
     model, data = str(shape_file(tmp_path, 2)), [str(tiny.write_rows(tmp_path / "rows.jsonl", 60))]
-    settings = {"method": "lora", "batch_size": 48}
+    settings: dict[str, Any] = {"method": "lora", "batch_size": 48}
     exactly = exact_of({"model": model, "data": data, "gpu": "780MiB", **settings})
     assert not exactly.plan({}).fits
     helps = what_helps(planning.answer(model, data=data, gpu="780MiB", **settings))
@@ -264,7 +264,7 @@ def test_a_way_has_the_name_of_what_it_does(given: dict[str, Any], names: list[s
 @pytest.mark.full
 def test_what_an_exact_plan_refutes_is_not_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = str(shape_file(tmp_path, 3)), [str(tiny.write_rows(tmp_path / "rows.jsonl", 8))]
-    real, refused = advice.settle, []
+    real, refused = advice.settle, list[str]()
 
     def settle(exactly: Exact, candidate: search.Candidate) -> Suggestion | None:
         if not refused:
@@ -298,7 +298,9 @@ def test_at_least_two_hundred_combinations_are_looked_at() -> None:
     assert {"full", "lora", "lora on nf4", "lora on int8", "lora, checkpointing", "freeze"} <= ways
     by_name = {(one.name, one.max_length): one for one in found.candidates}
     assert by_name["lora, checkpointing", 384].batch_size > by_name["lora", 384].batch_size
-    assert by_name["lora on nf4", 384].needed <= device.find("6GB").budget
+    budget = device.find("6GB").budget
+    assert budget is not None
+    assert by_name["lora on nf4", 384].needed <= budget
 
 
 def build_shape(layers: int) -> Any:
@@ -380,7 +382,7 @@ def test_rows_of_a_step_stay_what_was_asked() -> None:
     for asked in range(1, 40):
         config = build({"model": "m", "data": ["d"], "batch_size": asked})
         for most in range(1, asked):
-            less = smaller_batches(config, most)
+            less: dict[str, Any] = smaller_batches(config, most)
             assert less["batch_size"] * less["accumulation"] == asked
             assert less["batch_size"] <= most
 
@@ -392,7 +394,7 @@ def test_a_result_of_the_bundled_model_is_headed_as_that(tmp_path: Path) -> None
 
     model, data = str(shape_file(tmp_path, 3)), str(tiny.write_rows(tmp_path / "rows.jsonl", 24))
     found = advice.advise(model, data=[data], gpu="8GB", method="lora", only_best=True)
-    values = found.as_dict()
+    values: dict[str, Any] = found.as_dict()
     for one in (*values["suggestions"], *values["candidates"]):
         assert 0.5 < one["result_of_bundled_2m_model"] <= 1
         assert "quality" not in one

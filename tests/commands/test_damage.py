@@ -12,6 +12,7 @@ import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ spec.loader.exec_module(broken)
 SETTINGS = ("--batch-size", 4, "--max-length", 64, "--max-steps", 2, "--save-every", 1, "--sample-prompts", 0)
 
 
-def run(capsys, monkeypatch, *words: object) -> tuple[int, str]:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str]:
     """The command line in this process: exit code, standard error."""
     monkeypatch.setattr(sys, "argv", ["fitune", *map(str, words)])
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi?\n"))
@@ -83,7 +84,15 @@ def commands(kind: str, copy: Path, folders: dict[str, Path], out: Path) -> list
     ]
 
 
-def check(kind: str, seed: int, count: int, folders: dict[str, Path], work: Path, capsys, monkeypatch) -> None:
+def check(
+    kind: str,
+    seed: int,
+    count: int,
+    folders: dict[str, Path],
+    work: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     chosen = random.Random(seed)
     for number, damage in enumerate(broken.draw(folders[kind], seed=seed, count=count)):
         place = work / f"{kind}-{number}"
@@ -100,25 +109,40 @@ def check(kind: str, seed: int, count: int, folders: dict[str, Path], work: Path
 
 
 @pytest.mark.parametrize(("kind", "count"), [("model", 6), ("adapter", 3), ("run", 3)])
-def test_damaged_files_are_refused_by_name(kind: str, count: int, folders, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_damaged_files_are_refused_by_name(
+    kind: str,
+    count: int,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     check(kind, 4, count, folders, tmp_path, capsys, monkeypatch)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["model", "adapter", "run"])
-def test_many_damaged_files_are_refused_by_name(kind: str, folders, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_many_damaged_files_are_refused_by_name(
+    kind: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seed = int(os.environ.get("FITUNE_SEED", "0")) or random.SystemRandom().randrange(10**6)
     check(kind, seed, 150, folders, tmp_path, capsys, monkeypatch)
 
 
-def test_damages_are_drawn_alike_for_a_seed_and_cover_every_kind(folders) -> None:
+def test_damages_are_drawn_alike_for_a_seed_and_cover_every_kind(folders: dict[str, Path]) -> None:
     files = ["config.yaml", "data.json", "steps.jsonl"]
     one, other, more = (broken.draw(folders["run"], seed=seed, count=70, files=files) for seed in (5, 5, 6))
     assert list(map(str, one)) == list(map(str, other)) != list(map(str, more))
     assert {damage.kind for damage in one} == set(broken.KINDS)
 
 
-def test_the_last_catch_says_what_was_done_and_with_which_file(folders, tmp_path, capsys, monkeypatch) -> None:
+def test_the_last_catch_says_what_was_done_and_with_which_file(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fitune.commands import evaluate as evaluation
 
     def fails(*args: object, **how: object) -> None:
@@ -154,7 +178,9 @@ def test_the_last_catch_says_what_was_done_and_with_which_file(folders, tmp_path
         {"type": "nope"},
     ],
 )
-def test_a_tokenizer_that_its_library_gives_up_at_is_one_message(model_folder, tmp_path, processor, capfd) -> None:
+def test_a_tokenizer_that_its_library_gives_up_at_is_one_message(
+    model_folder: Path, tmp_path: Path, processor: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
     copy = broken.copy_of(model_folder, tmp_path / "model")
     values = json.loads((copy / "tokenizer.json").read_text())
     (copy / "tokenizer.json").write_text(json.dumps({**values, "post_processor": processor}))
@@ -172,7 +198,9 @@ def test_a_tokenizer_that_its_library_gives_up_at_is_one_message(model_folder, t
         {"load_in_8bit": True, "llm_int8_skip_modules": 3},
     ],
 )
-def test_a_quantization_that_the_weights_do_not_have_is_refused(model_folder, tmp_path, told) -> None:
+def test_a_quantization_that_the_weights_do_not_have_is_refused(
+    model_folder: Path, tmp_path: Path, told: dict[str, Any]
+) -> None:
     copy = broken.copy_of(model_folder, tmp_path / "model")
     values = json.loads((copy / "config.json").read_text())
     values["quantization_config"] = {"quant_method": "bitsandbytes", **told}
@@ -181,7 +209,7 @@ def test_a_quantization_that_the_weights_do_not_have_is_refused(model_folder, tm
         load_model(copy)
 
 
-def test_a_cache_that_is_deleted_while_it_is_used_is_one_message(tmp_path, data_file) -> None:
+def test_a_cache_that_is_deleted_while_it_is_used_is_one_message(tmp_path: Path, data_file: Path) -> None:
     rows = load([str(data_file)], cache=Cache(tmp_path / "cache")).rows
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(RunFolderError, match="prepared data is gone"):

@@ -18,7 +18,9 @@ from fitune.commands.train import resume_config, train
 from fitune.core.errors import ConfigError, Interrupted
 from fitune.core.events import Watcher
 from fitune.core.letters import COMMON_HAN
+from fitune.core.records import StepRecord
 from fitune.data import rows, tokenizer
+from fitune.data.store import Rows
 from fitune.engine.checkpoint import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +28,7 @@ DATA = demo.bundled() / "data"
 MODEL = demo.bundled() / "model"
 
 
-def load(name: str):
+def load(name: str) -> Rows:
     return rows.load([str(DATA / name)]).rows
 
 
@@ -96,7 +98,7 @@ def test_a_demo_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
     assert result.kills_inside_a_save >= 1
 
 
-def test_a_second_demo_takes_a_new_folder(tmp_path: Path, monkeypatch) -> None:
+def test_a_second_demo_takes_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "demo-1").mkdir(parents=True)
     assert demo.config().output == str(Path("runs") / "demo-2")
@@ -113,7 +115,7 @@ def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 class Stopped(Watcher):
     """Presses Ctrl-C at a step."""
 
-    def step(self, record) -> None:
+    def step(self, record: StepRecord) -> None:
         if record.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fitune.cli import main as cli
 from fitune.commands import doctor
+from fitune.core.results import Check
 from fitune.engine import environment
 from fitune.memory import gpu
 from fitune.views.terminal import doctor_table
@@ -58,7 +59,7 @@ class Fake(gpu.Card):
         return self.answer("copy_rate", 55e9 if way == "host to device" else 2_700e9, self.broken)
 
 
-def examined(monkeypatch: pytest.MonkeyPatch, *cards: gpu.Card) -> dict[str, doctor.Check]:
+def examined(monkeypatch: pytest.MonkeyPatch, *cards: gpu.Card) -> dict[str, Check]:
     monkeypatch.setattr(gpu, "cards", lambda: list(cards))
     assert list(doctor._rates()) == []  # the CPU's are no matter then
     return {check.name: check for check in doctor._devices()}

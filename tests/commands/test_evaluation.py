@@ -80,7 +80,7 @@ def test_right_answers_count(run: Path, tmp_path: Path) -> None:
     assert found.scores.rouge_l == pytest.approx(1.0)
 
 
-def test_logits_of_a_set_are_never_held(run: Path, monkeypatch) -> None:
+def test_logits_of_a_set_are_never_held(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The seeded fault: a head that sees more rows than a chunk."""
     monkeypatch.setattr(loss_kernel, "CHUNK_BYTES", 4 * 400 * 5)  # five rows, of which a power of two is taken
     seen: list[int] = []
@@ -99,7 +99,9 @@ def test_logits_of_a_set_are_never_held(run: Path, monkeypatch) -> None:
     assert max(seen) == 4
 
 
-def test_eval_on_the_command_line(run: Path, capsys, monkeypatch) -> None:
+def test_eval_on_the_command_line(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["eval", run, "--data", run.parent / "held_out.jsonl", "--max-tokens", 4, "--take", 5, "--json"]
     monkeypatch.setattr(sys, "argv", ["fitune", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
@@ -175,7 +177,9 @@ def asked(answer: Message) -> Conversation:
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("name", list(TEMPLATES))
-def test_perfect_answers_are_right_whatever_frame_they_stand_in(name: str, special: bool, monkeypatch) -> None:
+def test_perfect_answers_are_right_whatever_frame_they_stand_in(
+    name: str, special: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tuned = framed(name, special=special)
     said = [Message("assistant", CAPITAL), Message("assistant", f"<think>\nit is in the north\n</think>\n\n{CAPITAL}")]
     if name in ("last turn thinks", "thought opened"):
@@ -185,7 +189,8 @@ def test_perfect_answers_are_right_whatever_frame_they_stand_in(name: str, speci
     judged = exact_match(tuned, rows)
     assert [one.expected for one in judged] == [CAPITAL] * len(rows)
     scores = scores_of(1.0, judged)
-    assert (scores.exact_match, scores.rouge_l) == (1.0, pytest.approx(1.0))
+    assert scores.exact_match == 1.0
+    assert scores.rouge_l == pytest.approx(1.0)
     assert scores.bleu4 == pytest.approx(100)
     assert scores.thoughts == pytest.approx((len(rows) - 1) / len(rows))
     assert scores.thought_match == 1.0
@@ -193,7 +198,7 @@ def test_perfect_answers_are_right_whatever_frame_they_stand_in(name: str, speci
 
 
 @pytest.mark.parametrize("name", ["last turn thinks", "thought opened"])
-def test_a_thought_that_is_not_closed_is_no_answer(name: str, monkeypatch) -> None:
+def test_a_thought_that_is_not_closed_is_no_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: the expected text stands in the thought."""
     tuned = framed(name)
     rows = [asked(Message("assistant", CAPITAL, thought=CAPITAL))]
@@ -206,7 +211,7 @@ def test_a_thought_that_is_not_closed_is_no_answer(name: str, monkeypatch) -> No
     assert scores_of(1.0, [judged]).exact_match == 0.0
 
 
-def test_calls_and_thoughts_are_figures_of_their_own(monkeypatch) -> None:
+def test_calls_and_thoughts_are_figures_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = framed("last turn thinks")
     call = Message("assistant", "", tool_calls=(ToolCall("weather", '{"city": "Mira"}'),))
     rows = [asked(Message("assistant", "two plus three", thought="it is five")), asked(call)]
@@ -220,7 +225,9 @@ def test_calls_and_thoughts_are_figures_of_their_own(monkeypatch) -> None:
     assert (plain.thoughts, plain.thought_match, plain.call_match) == (None, None, None)
 
 
-def test_thinking_models_are_evaluated_whole(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_thinking_models_are_evaluated_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From a folder, on the command line: perfect answers score 100 %, where they scored nothing."""
     tuned = framed("last turn thinks")
     tuned.model.save_pretrained(tmp_path / "model")

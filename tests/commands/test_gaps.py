@@ -18,6 +18,7 @@ from fitune.core import begun
 from fitune.core.config import build
 from fitune.core.errors import FituneError, Interrupted, RunFolderError
 from fitune.core.events import Watcher
+from fitune.core.records import StepRecord
 from fitune.engine.checkpoint import RunFolder
 from support import tiny
 from support.faults import How, Killed, Seam, seam, some
@@ -175,7 +176,7 @@ class Signals(Watcher):
     def __init__(self, number: int, again: bool) -> None:
         self.number, self.again = number, again
 
-    def step(self, record) -> None:
+    def step(self, record: StepRecord) -> None:
         if record.step == 2:
             os.kill(os.getpid(), self.number)
 

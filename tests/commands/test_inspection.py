@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from fitune.cli import main as cli
 from fitune.commands.inspect import Texts, duplicates, histogram, inspect, language, padding_wasted, page
@@ -16,6 +17,7 @@ from fitune.data.encode import Encoder
 from fitune.data.templates import choose
 from fitune.views.tokens import token_views, tokenizer_view
 from support import tiny
+from support.encoding import sample_of
 
 
 @pytest.mark.parametrize(
@@ -50,9 +52,9 @@ def test_duplicates_are_found_whole_and_by_prompt() -> None:
     assert found == {"rows": 1, "prompts": 2, "examples": [["f:1", "f:2"]]}
 
 
-def test_tokens_show_every_character_once_and_the_border(tokenizer) -> None:
+def test_tokens_show_every_character_once_and_the_border(tokenizer: PreTrainedTokenizerFast) -> None:
     row = Conversation((Message("user", "你好 😀"), Message("assistant", "很好 ok")))
-    sample = Encoder(tokenizer, choose("auto", tokenizer)).sample(row)
+    sample = sample_of(Encoder(tokenizer, choose("auto", tokenizer)), row)
     views = token_views(tokenizer, sample)
     assert "".join(view.text for view in views) == "<|user|>你好 😀<|assistant|>很好 ok<|end|>"
     assert [i for view in views for i in view.ids] == sample.ids.tolist()
@@ -61,7 +63,7 @@ def test_tokens_show_every_character_once_and_the_border(tokenizer) -> None:
     assert any(len(view.ids) > 1 for view in views)  # 😀 needs several tokens of this vocabulary
 
 
-def test_the_tokenizer_view_counts(tokenizer) -> None:
+def test_the_tokenizer_view_counts(tokenizer: PreTrainedTokenizerFast) -> None:
     view = tokenizer_view("tiny", tokenizer, ["北国的首都是米拉", "Hello, world!"])
     assert view.kind == "byte-level BPE"
     assert view.characters == 21
@@ -70,7 +72,9 @@ def test_the_tokenizer_view_counts(tokenizer) -> None:
     assert view.several_tokens
 
 
-def test_inspect_counts_bad_rows_and_works_with_a_tokenizer_alone(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_inspect_counts_bad_rows_and_works_with_a_tokenizer_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "words"
     tiny.make_tokenizer().save_pretrained(str(folder))
     lines = [json.dumps(row, ensure_ascii=False) for row in tiny.rows(30)]

@@ -64,7 +64,13 @@ def test_a_miss_reads_its_data_and_traces_each_question_once(tmp_path: Path, cou
 def test_python_plans_a_config_and_a_yaml_file(tmp_path: Path) -> None:
     model = str(tiny.save("llama", tmp_path / "model"))
     data = str(tiny.write_rows(tmp_path / "rows.jsonl", 12))
-    settings = {"model": model, "data": [data], "method": "full", "batch_size": 2, "output": str(tmp_path / "run")}
+    settings: dict[str, Any] = {
+        "model": model,
+        "data": [data],
+        "method": "full",
+        "batch_size": 2,
+        "output": str(tmp_path / "run"),
+    }
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(settings))  # JSON is YAML
     whole = fitune.plan(RunConfig(**settings), gpu="24GB")

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import fitune
-from fitune.commands import planned_rows
+from fitune.commands import planned_rows, train_start
 from fitune.commands import train as training
 from fitune.commands.request import to_plan
 from fitune.commands.train import resume_config, train
@@ -34,6 +34,7 @@ from fitune.data import tokenizer
 from fitune.data.batches import Loader, flat
 from fitune.data.store import lengths_of
 from fitune.engine import optim, step_runner
+from fitune.engine import step as engine_step
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.step_runner import StepRunner
 from fitune.memory import closed, device, heap, steps, trace
@@ -302,8 +303,8 @@ def test_a_calibration_is_kept_by_the_driver_s_name_and_found_by_both(
 
 def test_several_mistakes_are_told_at_once(data_file: Path) -> None:
     """Paths and names first, before torch is imported; then what needs it."""
-    wrong = {"gpu": "rtx-4091", "method": "lroa", "optimizer": "adam"}
-    paths = {"data": ["none.jsonl", "neither.jsonl"], "eval_data": ["nor.jsonl"], "adapter": "nowhere"}
+    wrong: dict[str, Any] = {"gpu": "rtx-4091", "method": "lroa", "optimizer": "adam"}
+    paths: dict[str, Any] = {"data": ["none.jsonl", "neither.jsonl"], "eval_data": ["nor.jsonl"], "adapter": "nowhere"}
     with pytest.raises(Problems) as caught:
         fitune.plan("qwen2.5-0.5", template="alpacca", **paths, **wrong)
     text = str(caught.value)
@@ -850,7 +851,7 @@ def test_a_run_may_be_forced_to_go_on(finished: Path) -> None:
 def limited(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """From the rehearsal on, training steps of a run cannot hold more than so many tokens; what was tried."""
     tried: list[int] = []
-    real = training.rehearse
+    real = train_start.rehearse
 
     def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
         if module.training:
@@ -929,7 +930,7 @@ def test_a_rehearsal_leaves_model_and_random_numbers_as_they_were(kind: str) -> 
             raise OOM[kind]
 
     next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp.up_proj")).register_forward_hook(hook)
-    state, said = torch.get_rng_state(), []
+    state, said = torch.get_rng_state(), list[str]()
     assert rehearsed(model, [flat([s for s in samples() if len(s) > 1], range(4))], said) == 2
     assert len(failing) == len(said) == 1
     assert torch.equal(torch.get_rng_state(), state)
@@ -984,7 +985,7 @@ def test_a_rehearsal_drops_gradients_where_the_optimizer_does(
     model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[int] = []
-    real = step_runner.make_gradients
+    real = engine_step.make_gradients
 
     def counted(model: Any, *arguments: Any, **named: Any) -> Any:
         done = real(model, *arguments, **named)

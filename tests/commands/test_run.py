@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ STEPS = {"max_steps": 12, "batch_size": 4, "save_every": 3, "eval_every": 4, "lr
 DROPOUT = {"lora": {"rank": 4, "dropout": 0.2}}
 
 
-def settings(model: Path, data: Path, output: Path, **changes) -> dict:
+def settings(model: Path, data: Path, output: Path, **changes: Any) -> dict:
     return {"model": str(model), "data": [str(data)], "output": str(output), **STEPS, **DROPOUT, **changes}
 
 
@@ -72,7 +73,7 @@ def test_the_run_folder_stands_alone(unbroken: Path) -> None:
 
 def test_the_newest_and_the_best_checkpoints_are_kept(unbroken: Path) -> None:
     records = RunFolder(unbroken).read_steps()
-    best = min((r for r in records if r.held_out_loss is not None), key=lambda r: r.held_out_loss).step
+    _, best = min((r.held_out_loss, r.step) for r in records if r.held_out_loss is not None)
     kept = sorted(path.name for path in (unbroken / "checkpoints").iterdir())
     assert set(kept) == {"step-000009", "step-000012", f"step-{best:06d}"}
     assert all(is_whole(path) for path in (unbroken / "checkpoints").iterdir())
@@ -101,7 +102,7 @@ def test_a_resumed_run_equals_the_unbroken_one(
 
 @pytest.mark.parametrize("fault", ["optim.load_state", "restore_rng"])
 def test_a_resume_that_forgets_the_optimizer_or_the_rng_is_refused(
-    model_folder: Path, data: Path, tmp_path: Path, monkeypatch, fault: str
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     run = tmp_path / "run"
     with pytest.raises(Crash):
@@ -256,7 +257,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small disk needs root on Linux")
-def test_a_really_full_disk(model_folder: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_really_full_disk(model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if another program filled it after the start, where the check of the disk's space would have refused."""
     monkeypatch.setattr("fitune.commands.prepare._disk_space", lambda *_: Finding("disk-space", "ok", ""))
     disk = tmp_path / "disk"
@@ -299,7 +300,7 @@ def test_optimizer_state_goes_through_files_unchanged(tmp_path: Path) -> None:
     assert (loaded.step, loaded.state) == (3, {"best": [1, 2.0]})
 
 
-def test_writes_are_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
+def test_writes_are_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     files.write_json(path, {"a": 1})
 

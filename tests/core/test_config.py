@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fitune.core.config import build, merge, parse_assignments, read_yaml
@@ -48,7 +50,7 @@ def test_later_values_win_group_by_group() -> None:
     assert merge({"lora": {"rank": 8, "alpha": 1}}, {"lora": {"rank": 4}}) == {"lora": {"rank": 4, "alpha": 1}}
 
 
-def test_a_yaml_file_must_hold_a_mapping(tmp_path) -> None:
+def test_a_yaml_file_must_hold_a_mapping(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="a mapping of settings"):
         read_yaml(tmp_path / "a.yaml")

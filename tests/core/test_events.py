@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
+import pytest
+
 import fitune
 from fitune.core.events import Several, Silent, Steps, Ticker, Watcher
 from fitune.core.records import StepRecord
@@ -46,7 +48,7 @@ def test_the_public_watcher_can_be_subclassed_in_part() -> None:
     assert watch.losses == [2.0]
 
 
-def test_a_silent_watcher_hears_everything_and_prints_nothing(capsys) -> None:
+def test_a_silent_watcher_hears_everything_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     for name in EVENTS:
         assert getattr(Silent(), name)(*arguments(name)) is None
     assert capsys.readouterr() == ("", "")

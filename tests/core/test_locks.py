@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ def test_a_folder_with_nothing_begun_in_it_is_gone_again(tmp_path: Path) -> None
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 
-def test_two_runs_without_an_output_get_a_folder_each(tmp_path: Path, monkeypatch) -> None:
+def test_two_runs_without_an_output_get_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = build({"model": "m", "data": ["d"]})
     names = iter(["first", "second"])  # what is free when they look: the first is taken in between
 
@@ -54,7 +55,7 @@ def test_a_path_that_cannot_be_a_folder_is_a_message(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(handle: int) -> bool:
         raise locks._NoLocksError(95, "Operation not supported")
 
@@ -66,7 +67,7 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch) -> Non
     assert locks.holder(tmp_path / "run") is None
 
 
-def test_sums_of_large_files_are_made_once(tmp_path: Path, monkeypatch) -> None:
+def test_sums_of_large_files_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "PIECE", 1000)
     monkeypatch.setattr(sums, "SETTLED", -1)
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
@@ -92,5 +93,5 @@ def test_sums_of_large_files_are_made_once(tmp_path: Path, monkeypatch) -> None:
     ):
         known.write_text(broken)
         assert sums.matches(file, first["model.safetensors"])  # what was kept is not believed against the file
-    pieces = b"".join(files.hashlib.sha256(content[n : n + 1000]).digest() for n in range(0, 3500, 1000))
-    assert first["model.safetensors"] == {"bytes": 3500, "sha256_tree": files.hashlib.sha256(pieces).hexdigest()}
+    pieces = b"".join(hashlib.sha256(content[n : n + 1000]).digest() for n in range(0, 3500, 1000))
+    assert first["model.safetensors"] == {"bytes": 3500, "sha256_tree": hashlib.sha256(pieces).hexdigest()}

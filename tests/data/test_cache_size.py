@@ -105,7 +105,9 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         one.server_close()
 
 
-def test_a_token_follows_no_redirect_to_another_host(hosts: tuple[Host, Host], tmp_path: Path, monkeypatch) -> None:
+def test_a_token_follows_no_redirect_to_another_host(
+    hosts: tuple[Host, Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, other = hosts
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", first.address)
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", "secret")
@@ -125,7 +127,7 @@ def test_a_token_follows_no_redirect_to_another_host(hosts: tuple[Host, Host], t
 @pytest.mark.parametrize(
     "address", ["http://hub.example", "ftp://localhost", "http://127.0.0.1.example", "file:///etc", "x"]
 )
-def test_an_endpoint_in_the_clear_is_on_this_machine_only(address: str, monkeypatch) -> None:
+def test_an_endpoint_in_the_clear_is_on_this_machine_only(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", address)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(ModelError, match="MODELSCOPE_ENDPOINT"):

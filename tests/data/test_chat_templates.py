@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fitune.models import families
 from fitune.models.load import Tuned
 from support import chat_templates as kinds
 from support import tiny
+from support.encoding import decoded
 from support.template_rows import (
     CALL,
     CHERRY,
@@ -93,7 +94,7 @@ CASES = [(kind, row) for kind in KINDS for row in ROWS]
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_contract(name: str, case: str) -> None:
     kind, row, encoder = KINDS[name], row_of(case, listed=name != "r1"), encoder_of(name)
-    decode = encoder.tokenizer.decode
+    decode = partial(decoded, encoder)
     if case in kind.refused:
         with pytest.raises(FituneError, match=kind.refused[case]):
             encoder.samples(row)
@@ -123,7 +124,7 @@ def served(encoder: Encoder, kind: Kind, row: Conversation, sample: Sample, turn
         whole = apply(messages[: turn + 1], **how)
         ids = ids[:-1] if kind.jinja is kinds.GLM45 else ids  # it writes no stop
         assert whole[: len(ids)] == ids
-        assert not encoder.tokenizer.decode(whole[len(ids) :]).strip()
+        assert not decoded(encoder, whole[len(ids) :]).strip()
     elif turn and messages[turn - 1]["role"] != "assistant" and not any("tool_calls" in m for m in messages[:turn]):
         prompt = apply(messages[:turn], add_generation_prompt=True, **how)
         assert ids[: len(prompt)] == prompt
@@ -161,7 +162,7 @@ def test_nothing_but_answers_is_ever_trained(name: str) -> None:
     for case in ROWS.keys() - kind.refused.keys():
         row = row_of(case, listed=name != "r1")
         for sample, _ in each_sample(encoder, row):
-            trained = encoder.tokenizer.decode(sample.ids[sample.mask])
+            trained = decoded(encoder, sample.ids[sample.mask])
             for text in (
                 "You are",
                 "Today",
@@ -179,7 +180,7 @@ def test_nothing_but_answers_is_ever_trained(name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_what_somebody_typed_is_no_control_token(name: str) -> None:
     kind, encoder = KINDS[name], encoder_of(name)
-    special = set(encoder.tokenizer.all_special_ids)
+    special = set(map(encoder.tokenizer.convert_tokens_to_ids, encoder.tokenizer.all_special_tokens))
     calm = row_of("multi").messages
     wild = tuple(replace(m, content=f"{m.content} {kind.end}<|im_start|><|User|>[INST]{kind.eos} it") for m in calm)
     found, wanted = (
@@ -222,7 +223,7 @@ def test_a_chat_of_ten_turns_asks_what_was_trained(name: str, thought: str) -> N
         return
     messages = tuple(replace(m, thought=thought) if m.role == "assistant" else m for m in TEN)
     trained = [
-        (sample.ids[: at.start].tolist(), encoder.tokenizer.decode(sample.ids[at]).removesuffix(kind.end))
+        (sample.ids[: at.start].tolist(), decoded(encoder, sample.ids[at]).removesuffix(kind.end))
         for sample in encoder.samples(Conversation(messages))
         for at in runs(sample)
     ]
@@ -275,7 +276,7 @@ def test_ids_of_calls_are_those_of_the_row_where_the_template_takes_them() -> No
         call = replace(CALL, tool_calls=(replace(CALL.tool_calls[0], id=number),))
         row = Conversation((FRUIT, call, replace(RESULT, call_id=number), TIME), Source("f", 1), "messages", (TOOL,))
         (sample,) = encoder.samples(row)
-        return encoder.tokenizer.decode(sample.ids)
+        return decoded(encoder, sample.ids)
 
     assert trained("abc123XYZ").count("abc123XYZ") == 2
     assert "call_Zk2" not in trained("call_Zk2mW")
@@ -341,5 +342,6 @@ def test_what_stands_in_calls_and_tools_is_no_control_token(name: str) -> None:
         return [int(i) for sample in encoder.samples(row) for i in sample.ids]
 
     number = encoder.tokenizer.convert_tokens_to_ids(typed)
+    assert number is not None
     assert ids(typed).count(number) == ids("plain").count(number)
-    assert encoder.tokenizer.decode(ids(typed)).count(f"a{typed}b")
+    assert decoded(encoder, ids(typed)).count(f"a{typed}b")

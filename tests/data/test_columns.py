@@ -107,7 +107,7 @@ def call(city: str) -> str:
 
 @pytest.mark.parametrize("result", ["tool", "tool_response", "function", "observation", "ipython"])
 def test_calls_in_turns_of_their_own_are_one_answer(result: str) -> None:
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "user", "content": "Time?"},
         {"role": "tool_call", "content": call("Rome"), "loss": False},
         {"role": "tool_call", "content": call("Oslo")},

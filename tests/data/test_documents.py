@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from fitune.checks import datachecks
 from fitune.core.config import build
@@ -109,7 +110,7 @@ def test_a_split_that_loses_its_end_is_found(tmp_path: Path, monkeypatch: pytest
     assert [f.rule for f in data.findings if f.level == "refuse"] == ["eos-supervised"]
 
 
-def test_conversations_are_cut_under_the_same_policy(tokenizer) -> None:
+def test_conversations_are_cut_under_the_same_policy(tokenizer: PreTrainedTokenizerFast) -> None:
     row = Conversation((Message("user", "hi " * 60), Message("assistant", "hello")), Source("f", 1), "messages")
     text = Conversation((Message("assistant", "hello " * 60),), Source("f", 2), "text")
     encoder = Encoder(tokenizer, TABLE["plain"], 16)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from fitune.core.config import LengthPolicy
 from fitune.core.errors import DataError, Problems
 from fitune.core.records import Conversation, DataReport, Message, Source
 from fitune.data.encode import Encoder
@@ -14,6 +16,7 @@ from fitune.data.templates import TABLE, choose
 from fitune.data.templates.base import as_json
 from fitune.data.templates.jinja import ChatTemplate
 from support import tiny
+from support.encoding import sample_of
 
 pytestmark = pytest.mark.unit
 
@@ -58,15 +61,15 @@ def tool_row(*messages: Message, tools: bool = True) -> Conversation:
     return Conversation(messages or CALLED, Source("f.jsonl", 7), tools=TOOLS if tools else ())
 
 
-def test_tools_and_system_texts_are_never_cut_inside(tokenizer) -> None:
+def test_tools_and_system_texts_are_never_cut_inside(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer, TABLE["chatml"])
-    whole = encoder.sample(tool_row())
+    whole = sample_of(encoder, tool_row())
     listed = as_json(TOOLS[0])
     assert whole.intact == len(whole)
-    cut = encoder.with_max_length(whole.needed).sample(tool_row())
+    cut = sample_of(encoder.with_max_length(whole.needed), tool_row())
     assert listed in tokenizer.decode(cut.ids)
     assert (cut.cut_text, cut.cut_answer) == (len(whole) - whole.needed, 0)  # all that was cut is the user's text
-    shorter = encoder.with_max_length(whole.needed - 1).sample(tool_row())
+    shorter = sample_of(encoder.with_max_length(whole.needed - 1), tool_row())
     assert listed in tokenizer.decode(shorter.ids)
     assert shorter.cut_answer > 0
 
@@ -80,27 +83,28 @@ WORDS = (
 
 
 @pytest.mark.parametrize("name", ["auto", "chatml", "alpaca", "llama2", "llama3", "words"])
-def test_a_system_text_stays_whole_wherever_a_template_has_it(tokenizer, name: str) -> None:
+def test_a_system_text_stays_whole_wherever_a_template_has_it(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     template = ChatTemplate(WORDS, tokenizer, "<|end|>") if name == "words" else choose(name, tokenizer)
     encoder = Encoder(tokenizer, template)
     rules = "only ever say what is true of Norland " * 3
     first, asked = Message("system", rules), (Message("user", "why " * 30), Message("assistant", "no"))
     row, alone = tool_row(first, *CALLED, *asked, tools=False), tool_row(first, *asked, tools=False)
     last = Encoder(tokenizer, template, train_on="last")
-    sample = last.sample(row)
-    assert sample.needed < sample.intact == len(last.sample(alone)) < len(sample)
+    sample = sample_of(last, row)
+    assert sample.needed < sample.intact == len(sample_of(last, alone)) < len(sample)
     for limit in range(sample.needed, len(sample)):
-        cut = last.with_max_length(limit).sample(row)
+        cut = sample_of(last.with_max_length(limit), row)
         assert rules.strip() in tokenizer.decode(cut.ids)
         assert cut.cut_answer == 0
         assert (cut.cut_text > 0) == (limit < sample.intact)
-    assert encoder.sample(row).intact == len(encoder.sample(row))  # an old answer that is trained is no old history
+    whole = sample_of(encoder, row)
+    assert whole.intact == len(whole)  # an old answer that is trained is no old history
 
 
-def test_of_an_instruction_and_its_input_the_longer_is_cut(tokenizer) -> None:
+def test_of_an_instruction_and_its_input_the_longer_is_cut(tokenizer: PreTrainedTokenizerFast) -> None:
     row = Conversation((Message("user", "sum it up", context="and so on " * 30), Message("assistant", "so")))
     encoder = Encoder(tokenizer, TABLE["alpaca"])
-    cut = encoder.with_max_length(len(encoder.sample(row)) - 40).sample(row)
+    cut = sample_of(encoder.with_max_length(len(sample_of(encoder, row)) - 40), row)
     assert "sum it up" in tokenizer.decode(cut.ids)
     assert cut.cut_text == 40
 
@@ -114,32 +118,34 @@ def rows() -> list[Conversation]:
     return made
 
 
-def encoded(tokenizer, limit: int, policy: str) -> tuple[list, DataReport]:
+def encoded(tokenizer: PreTrainedTokenizerFast, limit: int, policy: LengthPolicy) -> tuple[list, DataReport]:
     encoder = Encoder(tokenizer, choose("auto", tokenizer), limit)
     samples, of = tiny.encoded(rows(), encoder, policy)
     return list(samples), counted(DataReport(), samples, of, len(rows()))
 
 
-def test_what_a_row_needs_is_what_cuts_no_answer(tokenizer) -> None:
+def test_what_a_row_needs_is_what_cuts_no_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer, choose("auto", tokenizer))
     for row in rows():
-        needed = encoder.sample(row).needed
-        assert encoder.with_max_length(needed).sample(row).cut_answer == 0
-        assert encoder.with_max_length(needed - 1).sample(row).cut_answer > 0
+        needed = sample_of(encoder, row).needed
+        assert sample_of(encoder.with_max_length(needed), row).cut_answer == 0
+        assert sample_of(encoder.with_max_length(needed - 1), row).cut_answer > 0
 
 
-def test_a_conversation_needs_all_its_trained_answers(tokenizer) -> None:
+def test_a_conversation_needs_all_its_trained_answers(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = (Message("user", "a b c"), Message("assistant", "d"), Message("user", "e f g"), Message("assistant", "h"))
     every = Encoder(tokenizer, choose("auto", tokenizer))
     last = Encoder(tokenizer, choose("auto", tokenizer), train_on="last")
-    assert every.sample(Conversation(turns)).needed == len(every.sample(Conversation(turns)))
-    needed = last.sample(Conversation(turns)).needed
+    assert sample_of(every, Conversation(turns)).needed == len(sample_of(every, Conversation(turns)))
+    needed = sample_of(last, Conversation(turns)).needed
     assert needed == 4  # <|user|> <|assistant|> h <|end|>
-    assert last.with_max_length(needed).sample(Conversation(turns)).cut_answer == 0
+    assert sample_of(last.with_max_length(needed), Conversation(turns)).cut_answer == 0
 
 
 @pytest.mark.parametrize(("policy", "kept", "dropped"), [("cut", 40, 0), ("drop", 29, 11)])
-def test_rows_that_are_too_long_are_cut_or_dropped(tokenizer, policy: str, kept: int, dropped: int) -> None:
+def test_rows_that_are_too_long_are_cut_or_dropped(
+    tokenizer: PreTrainedTokenizerFast, policy: LengthPolicy, kept: int, dropped: int
+) -> None:
     samples, report = encoded(tokenizer, 40, policy)
     assert (len(samples), report.kept, report.dropped) == (kept, kept, dropped)
     assert max(len(sample) for sample in samples) <= 40
@@ -148,7 +154,7 @@ def test_rows_that_are_too_long_are_cut_or_dropped(tokenizer, policy: str, kept:
     assert ends.count(False) == (1 if policy == "cut" else 0)
 
 
-def test_rows_that_are_too_long_can_refuse_the_run(tokenizer) -> None:
+def test_rows_that_are_too_long_can_refuse_the_run(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(Problems) as caught:
         encoded(tokenizer, 40, "refuse")
     assert len(caught.value.problems) == 11
@@ -158,7 +164,7 @@ def test_rows_that_are_too_long_can_refuse_the_run(tokenizer) -> None:
     assert "at most 40 (max_length)" in str(first)
 
 
-def test_uncut_rows_are_the_same_whatever_the_policy(tokenizer) -> None:
+def test_uncut_rows_are_the_same_whatever_the_policy(tokenizer: PreTrainedTokenizerFast) -> None:
     plain, _ = encoded(tokenizer, 10_000, "cut")
     for policy in ("drop", "refuse"):
         other, _ = encoded(tokenizer, 10_000, policy)

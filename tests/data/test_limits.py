@@ -8,11 +8,13 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from jinja2 import TemplateError
 from pyarrow import parquet
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from fitune.core import config, untrusted
@@ -63,7 +65,7 @@ MESSAGES = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content":
 
 
 @pytest.mark.parametrize("number", range(len(HUGE)))
-def test_a_template_that_never_ends_is_stopped_by_counting(number: int, monkeypatch) -> None:
+def test_a_template_that_never_ends_is_stopped_by_counting(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "STEPS", 60_000)
     with pytest.raises(Runaway):
         counted(BASE, HUGE[number]).render(messages=MESSAGES)
@@ -74,7 +76,9 @@ def test_a_template_that_never_ends_is_stopped_by_counting(number: int, monkeypa
                                   "{% if 1 %}" * 3000 + "{% endif %}" * 3000, "{{ range(10 ** 12) }}",
                                   "{{ raise_exception('x' * 9999) }}", "{% for %}",
                                   "{{ lipsum(n=9999) }}"])  # fmt: skip
-def test_other_failures_of_a_template_are_one_message_with_its_folder(text: str, tokenizer) -> None:
+def test_other_failures_of_a_template_are_one_message_with_its_folder(
+    text: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
     named = tiny.make_tokenizer()
     named.name_or_path = "/models/mine"
     with pytest.raises(ConfigError, match="/models/mine") as caught:
@@ -83,7 +87,7 @@ def test_other_failures_of_a_template_are_one_message_with_its_folder(text: str,
 
 
 def test_the_counting_environment_writes_what_that_of_transformers_does() -> None:
-    given = {"messages": MESSAGES, "tools": None, "documents": None, "add_generation_prompt": False}
+    given: dict[str, Any] = {"messages": MESSAGES, "tools": None, "documents": None, "add_generation_prompt": False}
     given |= {"bos_token": "<s>", "eos_token": "</s>", "strftime_now": lambda form: "26 Jul 2024"}
     for name in ("channels", "gemma3", "glm4.5", "llama3.1", "mistral", "qwen2.5", "qwen3", "r1", "v3.1"):
         text = chat_templates.read(name)
@@ -101,7 +105,9 @@ def test_the_counting_environment_writes_what_that_of_transformers_does() -> Non
         counted(BASE, "{{ raise_exception('no') }}").render()
 
 
-def test_a_template_that_runs_away_on_a_row_is_named_with_the_row_and_asked_no_more(tmp_path, tokenizer) -> None:
+def test_a_template_that_runs_away_on_a_row_is_named_with_the_row_and_asked_no_more(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     words = tiny.make_tokenizer()
     words.chat_template = tiny.CHAT + "{% if 'bomb' in messages[0]['content'] %}{{ 'a' * 3000000000 }}{% endif %}"
     given = [{"instruction": f"say {n}{' bomb' * (n == 2)}", "output": "b"} for n in range(5)]
@@ -139,7 +145,9 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("- 1", "a mapping of settings"),
     ],
 )
-def test_yaml_that_expands_nests_or_repeats_is_refused_with_its_file_and_place(tmp_path, text: str, says: str) -> None:
+def test_yaml_that_expands_nests_or_repeats_is_refused_with_its_file_and_place(
+    tmp_path: Path, text: str, says: str
+) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"mine\.yaml") as caught:
@@ -150,14 +158,14 @@ def test_yaml_that_expands_nests_or_repeats_is_refused_with_its_file_and_place(t
 @pytest.mark.parametrize(
     "text", ["[" * 5000 + "]" * 5000, '{"a":' * 200 + "1" + "}" * 200, "", "\0" * 50, "{", "[1]", "NaN"]
 )
-def test_json_that_is_none_or_nested_is_refused_with_its_file(tmp_path, text: str) -> None:
+def test_json_that_is_none_or_nested_is_refused_with_its_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ModelError, match=r"config\.json"):
         untrusted.read_json(path)
 
 
-def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path) -> None:
+def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "zero.json").symlink_to("/dev/zero")
     for name, kind in (("pipe.json", "a pipe"), ("zero.json", "a device")):
@@ -176,7 +184,7 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path) -> None:
      ("max_position_embeddings", -1), ("hidden_size", 10**9), ("intermediate_size", 0), ("rms_norm_eps", 1e999),
      ("num_attention_heads", 2.5), ("head_dim", 10**9), ("num_experts", 10**11), ("rope_theta", -1e300)],
 )  # fmt: skip
-def test_sizes_that_no_model_has_are_named(tmp_path, model_folder: Path, field: str, value: float) -> None:
+def test_sizes_that_no_model_has_are_named(tmp_path: Path, model_folder: Path, field: str, value: float) -> None:
     values = json.loads((model_folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, field: value}))
     with pytest.raises(ModelError, match=field):
@@ -244,7 +252,9 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_data_without_a_measure_is_refused_with_its_file(tmp_path, monkeypatch, name: str) -> None:
+def test_data_without_a_measure_is_refused_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     for module in (encodings, tables):
         monkeypatch.setattr(module, "BOMB", 8 << 20)
     monkeypatch.setattr(tables, "MOST_COLUMNS", 500)
@@ -256,7 +266,7 @@ def test_data_without_a_measure_is_refused_with_its_file(tmp_path, monkeypatch, 
     assert says in str(caught.value)
 
 
-def test_a_row_that_is_too_long_is_refused_with_its_line(tmp_path, monkeypatch) -> None:
+def test_a_row_that_is_too_long_is_refused_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encodings, "MOST_ROW", 100_000)
     good = json.dumps({"instruction": "a", "output": "b"}) + "\n"
     path = tmp_path / "long.jsonl"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from fitune.engine.step import training_step
 pytestmark = pytest.mark.shared
 
 ADVERTISE = {"map": {"content": "prompt", "summary": "completion"}}
-FILES = {
+FILES: dict[str, dict[str, Any]] = {
     "alpaca_zh_demo.json": {},
     "alpaca_en_demo.json": {},
     "alpaca_zh_20k": {"take": [600], "skip_bad": True},  # some of its answers are empty

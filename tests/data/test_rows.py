@@ -47,7 +47,7 @@ def test_each_format_becomes_the_same_turns(tmp_path: Path) -> None:
 def test_rows_know_their_line_in_a_json_list(tmp_path: Path) -> None:
     rows = [{"prompt": str(n), "completion": "x"} for n in range(3)]
     path = write(tmp_path / "a.json", json.dumps(rows, indent=2))
-    assert [c.source.line for c in load([path]).rows] == [2, 6, 10]
+    assert [c.source and c.source.line for c in load([path]).rows] == [2, 6, 10]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +259,17 @@ def test_plain_text_is_one_answer_trained_whole() -> None:
     assert conversation.prompt() == ()
 
 
+# a flag of a turn, and what is said of it
+FLAGS: list[tuple[dict[str, Any], str]] = [
+    ({"weight": -1}, "no weight of the loss\n  received: -1\n  expected: true, false, or a number"),
+    ({"loss": "yes"}, "no weight of the loss\n  received: 'yes'"),
+    ({"weight": float("nan")}, "no weight of the loss\n  received: nan"),
+    ({"mask": 1}, "no weight of the loss\n  received: 1\n  expected: true or false"),  # may mean either
+    ({"train_detail": [{"begin_offset": 0}]}, "parts of a turn have flags of their own"),
+    ({"reasoning_content": 5}, "a thought that is not a text\n  received: 5"),
+]
+
+
 @pytest.mark.parametrize(
     ("row", "parts"),
     [
@@ -291,15 +302,11 @@ def test_plain_text_is_one_answer_trained_whole() -> None:
             ["value[0].arguments: not an object", "received: '[1]'", 'expected: {"name": value, ...}'],
         ),
         *(
-            ({"messages": [{"role": "assistant", "content": "b", **flag}]}, [f"messages[0].{next(iter(flag))}: {what}"])
-            for flag, what in [
-                ({"weight": -1}, "no weight of the loss\n  received: -1\n  expected: true, false, or a number"),
-                ({"loss": "yes"}, "no weight of the loss\n  received: 'yes'"),
-                ({"weight": float("nan")}, "no weight of the loss\n  received: nan"),
-                ({"mask": 1}, "no weight of the loss\n  received: 1\n  expected: true or false"),  # may mean either
-                ({"train_detail": [{"begin_offset": 0}]}, "parts of a turn have flags of their own"),
-                ({"reasoning_content": 5}, "a thought that is not a text\n  received: 5"),
-            ]
+            (
+                {"messages": [{"role": "assistant", "content": "b", **flag}]},
+                [f"messages[0].{next(iter(flag))}: {what}"],
+            )
+            for flag, what in FLAGS
         ),
         ({"instruction": "a", "output": "b", "history": "x"}, ["history: not JSON", "expected: [[question, answer]"]),
     ],

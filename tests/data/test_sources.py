@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def rows(path: Path, count: int, name: str = "") -> str:
     return str(path)
 
 
-def prompts(conversations: list[Conversation]) -> list[str]:
+def prompts(conversations: Iterable[Conversation]) -> list[str]:
     return [row.messages[0].content for row in conversations]
 
 
@@ -101,7 +102,7 @@ def test_without_weights_nothing_changes(tmp_path: Path) -> None:
 def test_each_source_has_its_own_format_and_columns(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("q,a,prompt,completion\nq1,a1,p1,c1\n")
     path = str(tmp_path / "a.csv")
-    sources = [
+    sources: list[str | DataSource] = [
         DataSource(path=path, map={"q": "prompt", "a": "completion"}),
         path,
         DataSource(path=path, format="text", map={"a": "text"}),

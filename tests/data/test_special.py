@@ -23,6 +23,7 @@ from fitune.data.templates.jinja import ChatTemplate
 from fitune.data.tokenizer.new_tokens import add_tokens
 from fitune.engine.generation import _Streamer
 from support import tiny
+from support.encoding import sample_of
 
 EMO, OBJ = "<|emo|>", "<|obj|>"
 ROW = Conversation(
@@ -43,7 +44,7 @@ def labels_of(words: Any, sample: Sample) -> list[str]:
 
 
 def labels(encoder: Encoder, row: Conversation) -> list[str]:
-    return labels_of(encoder.tokenizer, encoder.sample(row))
+    return labels_of(encoder.tokenizer, sample_of(encoder, row))
 
 
 def as_rendered(words: Any, messages: tuple[Message, ...], jinja: str = tiny.CHAT) -> list[int]:
@@ -56,27 +57,27 @@ def test_a_named_token_is_one_id_in_answers_and_text_everywhere_else(words: Any)
     template = choose("auto", words)
     plain, named = Encoder(words, template), Encoder(words, template, answer_tokens=[EMO])
     emo, obj, user = (words.convert_tokens_to_ids(token) for token in (EMO, OBJ, "<|user|>"))
-    assert emo not in plain.sample(ROW).ids
-    ids = named.sample(ROW).ids.tolist()
+    assert emo not in sample_of(plain, ROW).ids
+    ids = sample_of(named, ROW).ids.tolist()
     assert labels(named, ROW)[0] == EMO
     assert (ids.count(emo), ids.count(obj), ids.count(user)) == (1, 0, 1)  # the only <|user|> is the template's
-    assert words.decode(ids) == words.decode(plain.sample(ROW).ids)
+    assert words.decode(ids) == words.decode(sample_of(plain, ROW).ids)
     asked = Conversation((Message("user", f"say {EMO}"), Message("assistant", EMO)))
-    assert named.sample(asked).ids.tolist().count(emo) == 1  # what a user types stays text
+    assert sample_of(named, asked).ids.tolist().count(emo) == 1  # what a user types stays text
     assert named.samples_of([ROW, asked, ROW])[2][0].ids.tolist() == ids
     # in a chat's history it is the same id
     history = (*asked.messages, Message("user", "and now?"))
-    assert named.prompt(history)[: len(named.sample(asked).ids)] == named.sample(asked).ids.tolist()
+    assert named.prompt(history)[: len(sample_of(named, asked).ids)] == sample_of(named, asked).ids.tolist()
 
 
 def test_ids_are_those_of_the_chat_template(words: Any) -> None:
     """Tags that are added tokens but not special are single ids, as wherever the template is rendered as one text."""
     thought = (Message("user", "why <think> so?"), Message("assistant", "<think>\nso\n</think>\n\nbecause"))
     encoder = Encoder(words, choose("auto", words))
-    assert encoder.sample(Conversation(thought)).ids.tolist() == as_rendered(words, thought)
+    assert sample_of(encoder, Conversation(thought)).ids.tolist() == as_rendered(words, thought)
     named = Encoder(words, choose("auto", words), answer_tokens=[EMO, OBJ])
     said = (Message("user", "why?"), Message("assistant", f"{EMO} a {OBJ}{EMO}b"))
-    assert named.sample(Conversation(said)).ids.tolist() == as_rendered(words, said)
+    assert sample_of(named, Conversation(said)).ids.tolist() == as_rendered(words, said)
 
 
 def test_a_turns_mark_that_is_not_called_special_stays_text(words: Any) -> None:
@@ -146,7 +147,7 @@ def test_line_breaks_that_are_added_tokens_stay_one_token() -> None:
     words.add_tokens([AddedToken(text, normalized=False, special=False) for text in ("\n\n", "  ")])
     encoder = Encoder(words, choose("alpaca", words))
     assert words.convert_tokens_to_ids("\n\n") in encoder.prompt([Message("user", "a\n\nb")])[-20:]
-    sample = encoder.sample(Conversation((Message("user", "a"), Message("assistant", "b\n\nc  d"))))
+    sample = sample_of(encoder, Conversation((Message("user", "a"), Message("assistant", "b\n\nc  d"))))
     assert labels_of(words, sample) == ["b", "\n\n", "c", "  ", "d", "<|end|>"]
 
 
@@ -195,7 +196,7 @@ def test_a_run_trains_answer_tokens_and_its_chat_shows_them(tmp_path: Path) -> N
     data = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "how?"}, {"role": "assistant", "content": f"{EMO}glad"}]
     data.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(8)), encoding="utf-8")
-    values = {
+    values: dict[str, Any] = {
         "model": str(folder),
         "data": [str(data)],
         "output": str(tmp_path / "run"),
@@ -205,7 +206,14 @@ def test_a_run_trains_answer_tokens_and_its_chat_shows_them(tmp_path: Path) -> N
     asked = prepare(to_train(build(values)), Silent())
     warned = {finding.rule: finding for finding in asked.findings}["answer-tokens"]
     assert (warned.level, f'--answer-tokens "{EMO}"' in str(warned.fix)) == ("warn", True)
-    settings = {**values, "answer_tokens": [EMO], "new_tokens": [EMO], "max_steps": 30, "lr": 0.05, "sample_prompts": 0}
+    settings: dict[str, Any] = {
+        **values,
+        "answer_tokens": [EMO],
+        "new_tokens": [EMO],
+        "max_steps": 30,
+        "lr": 0.05,
+        "sample_prompts": 0,
+    }
     fitune.train(**settings)
     assert fitune.generate(fitune.load(str(tmp_path / "run")), "how?", max_new_tokens=8) == f"{EMO}glad"
     fitune.merge(str(tmp_path / "run"), str(tmp_path / "merged"))

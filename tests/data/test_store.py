@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from fitune.checks import datachecks
 from fitune.core.config import build
@@ -28,6 +31,7 @@ from fitune.data.encode import Encoder
 from fitune.data.store import Samples, blocks, lengths_of, write_samples
 from fitune.data.templates import TABLE, PieceTemplate, choose
 from support import tiny
+from support.encoding import sample_of
 
 TALK = (
     Message("system", "简短"),
@@ -64,7 +68,7 @@ def test_rows_come_back_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 40, 1 << 20])
-def test_samples_come_back_as_they_were(tmp_path: Path, monkeypatch, shard_tokens: int) -> None:
+def test_samples_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_tokens: int) -> None:
     monkeypatch.setattr(store, "SHARD_TOKENS", shard_tokens)
     random = np.random.default_rng(0)
     there = tiny.as_rows(some_rows())
@@ -105,7 +109,9 @@ def _unthinking(row: Conversation) -> Conversation:
 
 @pytest.mark.parametrize("name", ["chat_template", "qwen", "alpaca", "plain"])
 @pytest.mark.parametrize("limit", [None, 30])
-def test_rows_encoded_together_are_the_rows_encoded_one_by_one(tokenizer, name: str, limit: int | None) -> None:
+def test_rows_encoded_together_are_the_rows_encoded_one_by_one(
+    tokenizer: PreTrainedTokenizerFast, name: str, limit: int | None
+) -> None:
     given = [_unthinking(row) for row in some_rows() if name == "qwen" or not row.tools]
     encoder = Encoder(tokenizer, choose(name, tokenizer), limit)
     together = encoder.samples_of(given)
@@ -124,7 +130,7 @@ def test_real_tokenizers_give_the_same_ids_together(shared: Path, words: str, te
     encoder = Encoder(loaded, choose(template, loaded))
     given = rows.load([str(shared / "data" / "alpaca_zh_demo.json")]).rows[:60]
     for row, made in zip(given, encoder.samples_of(given), strict=True):
-        assert same(made[-1], encoder.sample(row))
+        assert same(made[-1], sample_of(encoder, row))
 
 
 # ---- the cache ----
@@ -135,7 +141,7 @@ def data(tmp_path: Path) -> Path:
     return tiny.write_rows(tmp_path / "rows.jsonl", 30)
 
 
-def prepare(model: Path, data: Path, cache: Path | str, **changes) -> tuple[pipeline.Data, Finding]:
+def prepare(model: Path, data: Path, cache: Path | str, **changes: Any) -> tuple[pipeline.Data, Finding]:
     config = build({"model": str(model), "data": [str(data)], "cache": str(cache), **changes})
     found = datachecks.read(config, model, tokenizer.load(model), limit=256, vocabulary=400)
     return found, next(finding for finding in found.findings if finding.rule == "stale-cache")
@@ -172,7 +178,7 @@ def test_whatever_decides_the_content_makes_another_entry(model_folder: Path, da
     other = tmp_path / "model"
     tiny.save("llama", other)
     (other / "special_tokens_map.json").write_text("{}")
-    changes = [
+    changes: list[dict[str, Any]] = [
         {"template": "alpaca"}, {"train_on": "last"}, {"fill": {"name": "Ada"}}, {"format": "messages"}, {"take": 7},
         {"max_length": 20, "max_lost": 1.0},
     ]  # fmt: skip
@@ -202,7 +208,7 @@ def test_the_code_is_part_of_the_key(changed: str, tmp_path: Path) -> None:
     assert code_version(tmp_path / "data") != before
 
 
-def replant(cache: Path, kind: str, change) -> None:
+def replant(cache: Path, kind: str, change: Callable[[Path], object]) -> None:
     """Change an entry and seal it again, as if another version had written it under the same key."""
     (folder,) = (path for path in cache.iterdir() if path.name.startswith(kind))
     change(folder)
@@ -294,7 +300,7 @@ def test_old_entries_go_and_leftovers_too(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted([f"{TEMPORARY}live", f"rows-{key('a')}-1", "rows-new", "x"])
 
 
-def test_where_the_cache_lies(monkeypatch, tmp_path: Path) -> None:
+def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "mine"))
     assert default_folder() == tmp_path / "mine"
     monkeypatch.delenv("FITUNE_CACHE")
@@ -364,7 +370,9 @@ def test_a_full_disk_is_told_and_leaves_nothing(model_folder: Path, tmp_path: Pa
     assert names(tmp_path / "cache") == []
 
 
-def test_what_is_held_grows_by_a_few_bytes_a_row(model_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_what_is_held_grows_by_a_few_bytes_a_row(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The columns of rows and samples, not their texts and ids: 20 numbers of 8 bytes, twice while they are written."""
     monkeypatch.setattr(store, "SHARD_TOKENS", 10_000)
     monkeypatch.setattr(store, "BLOCK", 256)
@@ -384,7 +392,7 @@ def test_what_is_held_grows_by_a_few_bytes_a_row(model_folder: Path, tmp_path: P
     assert (peak(6000) - peak(2000)) / 4000 < 400
 
 
-def test_templates_that_want_a_sample_per_answer_keep_their_rows(tokenizer) -> None:
+def test_templates_that_want_a_sample_per_answer_keep_their_rows(tokenizer: PreTrainedTokenizerFast) -> None:
     """The rows of samples stay right where rows have none, one or several, and some are cut."""
     turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d " * 40))
     given = [Conversation(turns, Source("f", n)) for n in range(3)]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fitune.data.encode import Encoder
 from fitune.data.templates.jinja import of_tokenizer
 from fitune.models import handover
 from support import chat_templates as kinds
+from support.encoding import decoded
 
 pytestmark = pytest.mark.unit
 
@@ -186,7 +188,7 @@ def test_an_answer_is_its_own_text_and_its_stop(name: str) -> None:
     tools = (TOOL,) if "tools" in jinja else ()
     row = Conversation(messages, Source("f", 1), "messages", tools)
     samples = encoder.samples(row)
-    decode = encoder.tokenizer.decode
+    decode = partial(decoded, encoder)
     turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
     assert "".join(decode(sample.ids[sample.mask]) for sample in samples) == "".join(text for _, text in wanted)
     for turn, (before, _) in zip(turns, wanted, strict=True):
@@ -202,14 +204,14 @@ def test_calls_that_the_template_counts_are_no_wrong_labels() -> None:
     encoder = encoder_of(CALL_STOP.replace(CALLS, "{% set at = loop.index0 %}" + counted))
     row = Conversation((USER, CALL, RESULT, AGAIN, RESULT, TIME), Source("f", 1), "messages", (TOOL,))
     (sample,) = encoder.samples(row)
-    assert '"tool_call_id": "3"' in encoder.tokenizer.decode(sample.ids[sample.mask])
+    assert '"tool_call_id": "3"' in decoded(encoder, sample.ids[sample.mask])
     assert labels.wrong(encoder, row, sample, [1, 3, 5]) == ""
 
 
 def test_what_ends_calls_ends_generation_too() -> None:
     encoder = encoder_of(CALL_STOP)
     assert encoder.template.other_stops == ("<|call|>",)
-    stops = encoder.tokenizer.convert_tokens_to_ids(["<|end|>", "<|call|>"])
+    stops = [encoder.tokenizer.convert_tokens_to_ids(one) for one in ("<|end|>", "<|call|>")]
     assert set(stops) <= set(encoder.stop_ids)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fitune.engine import integrity
 from fitune.engine.checkpoint import RunFolder
 from support import chat_templates as kinds
 from support import tiny
+from support.encoding import decoded, sample_of
 from support.prepared import prepared
 from support.template_rows import KINDS, ROWS, TOOL
 
@@ -151,10 +153,10 @@ def test_arguments_come_as_the_template_wants_them() -> None:
     as_text = encoder_for(kinds.R1)
     spelled = replace(CALL, tool_calls=(ToolCall("clock", '{"city":"Rome"}'),))  # letter by letter
     sample = as_text.samples(Conversation((HI, spelled)))[0]
-    assert '\n```json\n{"city":"Rome"}\n```' in as_text.tokenizer.decode(sample.ids[sample.mask])
+    assert '\n```json\n{"city":"Rome"}\n```' in decoded(as_text, sample.ids[sample.mask])
     as_python = kinds.QWEN25.replace("tool_call.arguments | tojson", "tool_call.arguments")
     sample = encoder_for(as_python).samples(Conversation((HI, CALL)))[0]
-    assert '"arguments": {"city": "Rome"}}' in as_text.tokenizer.decode(sample.ids[sample.mask])  # not {'city': ...}
+    assert '"arguments": {"city": "Rome"}}' in decoded(as_text, sample.ids[sample.mask])  # not {'city': ...}
 
 
 # ---- texts of a system ----
@@ -164,7 +166,7 @@ def test_a_system_text_moves_where_the_template_has_no_place_for_it() -> None:
     row = Conversation((SYSTEM, HI, HELLO), Source("f.jsonl", 1))
     moved = encoder_for(kinds.GEMMA2)
     (sample,) = moved.samples(row)
-    decode = moved.tokenizer.decode
+    decode = partial(decoded, moved)
     assert decode(sample.ids) == (
         "<s><start_of_turn>user\nBe brief.\n\nHi?<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>"
     )
@@ -227,7 +229,8 @@ def test_options_go_with_the_template() -> None:
     stored = json.loads(json.dumps(encoder.template.as_dict()))
     assert stored["options"] == {"enable_thinking": False}
     again = Encoder(encoder.tokenizer, from_dict(stored, encoder.tokenizer))
-    assert encoder.tokenizer.decode(again.prompt([HI])).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert decoded(encoder, again.prompt([HI])).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert isinstance(again.template, ChatTemplate)
     told = encoder.tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi?"}], chat_template=again.template.for_others(), add_generation_prompt=True,
         return_dict=False,
@@ -295,7 +298,7 @@ def test_a_trained_header_is_found() -> None:
     assert labelchecks.label_border(p).level == "ok"
     p = replace(p, encoder=Encoder(tokenizer, template))
     rows = [replace(row, source=Source("f.jsonl", 1)) for row in p.conversations]
-    samples = [p.encoder.sample(row) for row in rows]
+    samples = [sample_of(p.encoder, row) for row in rows]
     found = labelchecks.label_border(replace(p, conversations=rows, samples=samples))
     assert found.level == "refuse"
     assert "the first label is token" in found.text
@@ -306,7 +309,7 @@ def test_a_greeting_that_trains_the_default_system_text_is_found() -> None:
     assert labelchecks.label_border(prepared(tokenizer, rows=(GREETING,), max_length=256)).level == "ok"
     p = prepared(tokenizer, rows=(GREETING,), max_length=256)
     wrong = Encoder(tokenizer, _TrainsTheFirstHeader(kinds.QWEN25, tokenizer, "<|im_end|>"), 256)
-    samples = [wrong.sample(row) for row in p.conversations]
+    samples = [sample_of(wrong, row) for row in p.conversations]
     found = labelchecks.label_border(replace(p, encoder=wrong, samples=samples))
     assert found.level == "refuse"
     assert "labels in turn 1, where its answer has" in found.text

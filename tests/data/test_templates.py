@@ -22,6 +22,7 @@ from fitune.data.fitting import counted
 from fitune.data.templates import TABLE, ChatTemplate, PieceTemplate, Template, choose, from_dict
 from fitune.data.templates.chatglm import TOOL_SYSTEM
 from support import tiny
+from support.encoding import decoded, sample_of
 
 pytestmark = pytest.mark.unit
 
@@ -246,7 +247,7 @@ TOOL_JINJA = (
 def test_the_tokenizers_own_template_gets_tools_and_calls(tokenizer: Any) -> None:
     template = ChatTemplate(TOOL_JINJA, tokenizer, "<|end|>")
     encoder = Encoder(tokenizer, template)
-    sample = encoder.sample(Conversation(TOOL_TALK, tools=(WEATHER,)))
+    sample = sample_of(encoder, Conversation(TOOL_TALK, tools=(WEATHER,)))
     trained = tokenizer.decode(sample.ids[sample.mask])
     assert trained == 'CALL weather {"city": "北京"}<|end|>hello<|end|>'
     assert '"name": "weather"' in tokenizer.decode(sample.ids)
@@ -364,7 +365,7 @@ def test_a_template_that_needs_other_tokens_is_refused(tokenizer: Any) -> None:
 def test_train_on(tokenizer: Any, train_on: Any, trained: list[int]) -> None:
     turns = (*TOOL_TALK, BYE, SEE_YOU)
     encoder = Encoder(tokenizer, TABLE["chatml"], train_on=train_on)
-    sample = encoder.sample(Conversation(turns))
+    sample = sample_of(encoder, Conversation(turns))
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
     texts = {1: call, 3: "hello", 5: "see you"}
     assert tokenizer.decode(sample.ids[sample.mask]) == "".join(f"{texts[turn]}<|end|>" for turn in trained)
@@ -384,16 +385,16 @@ def test_every_stop_token_is_trained_though_it_is_the_pad_token_too(tokenizer: A
     same = tiny.make_tokenizer()
     same.pad_token = same.eos_token
     assert same.pad_token_id == same.eos_token_id
-    sample = Encoder(same, TABLE["alpaca"]).sample(Conversation(TALK))
+    sample = sample_of(Encoder(same, TABLE["alpaca"]), Conversation(TALK))
     stops = np.flatnonzero(sample.ids == same.eos_token_id)
     assert len(stops) == 2
     assert sample.mask[stops].all()
-    assert sample.ids.tolist() == Encoder(tokenizer, TABLE["alpaca"]).sample(Conversation(TALK)).ids.tolist()
+    assert sample.ids.tolist() == sample_of(Encoder(tokenizer, TABLE["alpaca"]), Conversation(TALK)).ids.tolist()
 
 
 def test_the_textbook_collator_trains_the_last_prompt_token_and_ours_does_not(tokenizer: Any) -> None:
     encoder = Encoder(tokenizer, TABLE["alpaca"])
-    sample = encoder.sample(Conversation((HI, HELLO)))
+    sample = sample_of(encoder, Conversation((HI, HELLO)))
     ids, seq_len = sample.ids.tolist(), sample.prompt_length
     # the textbook: labels from seq_len - 1, and the model shifts them by one again
     labels = [-100] * (seq_len - 1) + ids[seq_len - 1 :]
@@ -406,7 +407,7 @@ def test_the_textbook_collator_trains_the_last_prompt_token_and_ours_does_not(to
 
 def test_nothing_crosses_a_border_of_turns(tokenizer: Any) -> None:
     encoder = Encoder(tokenizer, TABLE["plain"])
-    sample = encoder.sample(Conversation((Message("user", "Hel"), Message("assistant", "lo, world!"))))
+    sample = sample_of(encoder, Conversation((Message("user", "Hel"), Message("assistant", "lo, world!"))))
     assert tokenizer.decode(sample.ids[: sample.prompt_length]) == "Hel"
 
 
@@ -486,8 +487,8 @@ def squeezed(text: str) -> str:
 
 @given(encoders(), conversations())
 def test_ids_decode_to_the_rendering(encoder: Encoder, messages: tuple[Message, ...]) -> None:
-    sample = encoder.sample(Conversation(messages))
-    text = encoder.tokenizer.decode(sample.ids)
+    sample = sample_of(encoder, Conversation(messages))
+    text = decoded(encoder, sample.ids)
     wanted = written(encoder, encoder.template, messages)
     if encoder.tokenizer is PLAIN:
         assert text == wanted
@@ -498,10 +499,10 @@ def test_ids_decode_to_the_rendering(encoder: Encoder, messages: tuple[Message, 
 
 @given(encoders(), conversations())
 def test_what_is_trained_is_the_answers_and_nothing_else(encoder: Encoder, messages: tuple[Message, ...]) -> None:
-    sample = encoder.sample(Conversation(messages))
+    sample = sample_of(encoder, Conversation(messages))
     stop = encoder.tokenizer.convert_ids_to_tokens(encoder.stop_id)
     answers = [m.content for m in messages if m.role == "assistant"]
-    trained = encoder.tokenizer.decode(sample.ids[sample.mask])
+    trained = decoded(encoder, sample.ids[sample.mask])
     assert squeezed(trained) == squeezed("".join(f"{answer}{stop}" for answer in answers))
     assert sample.ids[sample.mask][-1] == encoder.stop_id
     assert int((sample.ids[sample.mask] == encoder.stop_id).sum()) == len(answers)  # none typed by anyone
@@ -511,16 +512,18 @@ def test_what_is_trained_is_the_answers_and_nothing_else(encoder: Encoder, messa
 def test_special_tokens_come_from_the_template_alone(encoder: Encoder, messages: tuple[Message, ...]) -> None:
     """The same turns with harmless texts have the same special ids."""
     harmless = tuple(replace(m, content="a") for m in messages)
-    special = set(encoder.tokenizer.all_special_ids) - {encoder.tokenizer.unk_token_id}
+    words = encoder.tokenizer
+    special = set(map(words.convert_tokens_to_ids, words.all_special_tokens)) - {words.unk_token_id}
     found, expected = (
-        [i for i in encoder.sample(Conversation(turns)).ids.tolist() if i in special] for turns in (messages, harmless)
+        [i for i in sample_of(encoder, Conversation(turns)).ids.tolist() if i in special]
+        for turns in (messages, harmless)
     )
     assert found == expected
 
 
 @given(encoders(), conversations(), st.integers(1, 80))
 def test_a_cut_row_keeps_to_the_policy(encoder: Encoder, messages: tuple[Message, ...], limit: int) -> None:
-    whole = encoder.sample(Conversation(messages))
+    whole = sample_of(encoder, Conversation(messages))
     cut = encoder.with_max_length(limit).sample(Conversation(messages))
     if cut is None:
         return  # not one trained token fits
@@ -532,7 +535,7 @@ def test_a_cut_row_keeps_to_the_policy(encoder: Encoder, messages: tuple[Message
     assert cut.cut_prompt + cut.cut_answer == len(whole) - len(cut)
     # the stop token ends the row exactly where the last answer is whole
     assert (cut.ids[-1] == encoder.stop_id) == cut.ends_whole
-    last = encoder.sample(Conversation((messages[-2], messages[-1])))
+    last = sample_of(encoder, Conversation((messages[-2], messages[-1])))
     answer = last.ids[last.mask].tolist()
     kept = cut.ids[cut.mask].tolist()
     if cut.ids.tolist() == answer[: len(cut)]:
@@ -545,7 +548,7 @@ def test_a_cut_row_keeps_to_the_policy(encoder: Encoder, messages: tuple[Message
 
 @given(encoders(), conversations())
 def test_each_prompt_begins_the_row(encoder: Encoder, messages: tuple[Message, ...]) -> None:
-    row = encoder.sample(Conversation(messages)).ids.tolist()
+    row = sample_of(encoder, Conversation(messages)).ids.tolist()
     for turn, message in enumerate(messages):
         if message.role == "assistant":
             prompt = encoder.prompt(messages[:turn])

@@ -14,6 +14,7 @@ from fitune.core.records import Conversation, Message, ToolCall
 from fitune.data import tokenizer as tokenizers
 from fitune.data.encode import Encoder
 from fitune.data.templates import TABLE, choose, from_dict
+from support.encoding import sample_of
 
 SPECIAL = "<|endoftext|><|im_end|></s><s>[gMASK]<sop><eop>sop<|user|><unk>"
 FOLDERS = {
@@ -44,7 +45,7 @@ def golden(shared: Path, name: str) -> dict[str, Any]:
 
 
 def dialogue(history: list[list[str]], query: str) -> list[Message]:
-    turns = [Message(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+    turns = [turn for asked, said in history for turn in (Message("user", asked), Message("assistant", said))]
     return [*turns, Message("user", query)]
 
 
@@ -179,7 +180,7 @@ def test_chatglm_1_prompts_and_pairs(shared: Path) -> None:
         assert encoder.prompt([Message("user", row["text"])]) == row["ids"]
     for row in known["pair"]:
         assert loaded(row["query"], row["answer"])["input_ids"] == row["ids"]
-        sample = encoder.sample(Conversation((Message("user", row["query"]), Message("assistant", row["answer"]))))
+        sample = sample_of(encoder, Conversation((Message("user", row["query"]), Message("assistant", row["answer"]))))
         assert sample.ids.tolist() == row["ids"]
         assert sample.prompt_length == row["ids"].index(130004) + 1
         assert sample.mask.tolist() == [n >= sample.prompt_length for n in range(len(sample))]
@@ -226,7 +227,7 @@ def test_chatglm_3_prompts_and_tools(shared: Path) -> None:
     assert encoder.prompt(turns, system["tools"]) == row["ids"]
     assert encoder.prompt(turns, [{"type": "function", "function": system["tools"][0]}]) == row["ids"]
 
-    sample = encoder.sample(Conversation((*turns, Message("assistant", "晴")), tools=tuple(system["tools"])))
+    sample = sample_of(encoder, Conversation((*turns, Message("assistant", "晴")), tools=tuple(system["tools"])))
     assert sample.ids[: len(row["ids"])].tolist() == row["ids"]
     trained = [i for i, m in zip(sample.ids.tolist(), sample.mask.tolist(), strict=True) if m]
     observation, newline = known["special"]["<|observation|>"], [30910, 13]
@@ -360,9 +361,9 @@ def test_prompt_and_row_agree_for_every_tokenizer_and_template(shared: Path, nam
     )
     if encoder is None:
         with pytest.raises(ConfigError, match="lacks"):
-            Encoder(loaded, TABLE[template]).sample(Conversation(turns))
+            sample_of(Encoder(loaded, TABLE[template]), Conversation(turns))
         return
-    sample, prompt = encoder.sample(Conversation(turns)), encoder.prompt(turns[:-1])
+    sample, prompt = sample_of(encoder, Conversation(turns)), encoder.prompt(turns[:-1])
     assert sample.ids[: len(prompt)].tolist() == prompt
     assert sample.mask[len(prompt) :].all()
     assert not sample.mask[len(prompt) - 1]
@@ -373,9 +374,9 @@ def test_prompt_and_row_agree_for_every_tokenizer_and_template(shared: Path, nam
 def test_no_space_is_added_between_the_parts_of_a_llama_prompt(shared: Path) -> None:
     loaded = real(shared, "llama2")
     turns = (Message("user", "hi"), Message("assistant", "hello you"))
-    sample = Encoder(loaded, TABLE["alpaca"]).sample(Conversation(turns))
+    sample = sample_of(Encoder(loaded, TABLE["alpaca"]), Conversation(turns))
     assert "### Instruction:\nhi\n\n### Response:\nhello you</s>" in loaded.decode(sample.ids)
-    chat = Encoder(loaded, TABLE["llama2"]).sample(Conversation(turns))
+    chat = sample_of(Encoder(loaded, TABLE["llama2"]), Conversation(turns))
     whole = loaded("[INST] hi [/INST] hello you ")["input_ids"]  # as Meta's code encodes it: all in one
     assert chat.ids.tolist() == [*whole, 2]
 

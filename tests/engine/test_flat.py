@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from transformers import AttentionInterface
 
 from fitune.checks.leak import packing_leak
-from fitune.core.records import Batch, Sample
+from fitune.core.records import Batch, Layout, Sample
 from fitune.data.batches import flat, rounded
 from fitune.engine.step import held_out_loss, label_hidden, loss_sum, training_step
 from fitune.models.kernels import loss as loss_kernel
@@ -26,7 +28,7 @@ def samples(vocabulary: int = 400) -> list[Sample]:
     return [Sample(rng.integers(5, vocabulary, n).astype(np.int32), np.arange(n) >= n // 3) for n in LENGTHS]
 
 
-def gradients(model) -> dict[str, torch.Tensor]:
+def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -35,7 +37,7 @@ def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return float(torch.stack([(a[n] - b[n]).norm() for n in a]).norm() / torch.stack([b[n].norm() for n in b]).norm())
 
 
-def separate(model, data: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+def separate(model: Any, data: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and summed loss by transformers' own forward, one document at a time."""
     logits, total = [], torch.zeros(())
     for one in data:
@@ -48,7 +50,7 @@ def separate(model, data: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(logits), total
 
 
-def packed_logits(model, batch: Batch) -> torch.Tensor:
+def packed_logits(model: Any, batch: Batch) -> torch.Tensor:
     with attention(model, FLAT):
         hidden = model.base_model(
             input_ids=torch.from_numpy(batch.ids)[None],
@@ -79,7 +81,7 @@ def test_packed_logits_loss_and_gradients_equal_separate_ones(kind: str) -> None
 def test_documents_that_see_each_other_or_do_not_restart_are_noticed(kind: str, fault: str) -> None:
     model, data = tiny.make_model(kind), samples()
     good = flat(data, range(len(data)))
-    whole = {"bounds": good.bounds, "positions": good.positions}
+    whole: dict[str, Any] = {"bounds": good.bounds, "positions": good.positions}
     whole[fault] = np.array([0, len(good.ids)], np.int32) if fault == "bounds" else np.arange(len(good.ids))
     bad = Batch(good.ids, whole["positions"], whole["bounds"], good.label_rows, good.labels, good.rows)
     logits, _ = separate(model, data)
@@ -112,13 +114,13 @@ def test_the_mean_of_micro_batch_means_would_be_noticed() -> None:
 class Capture(torch.optim.SGD):
     """Keeps the gradients that a step would apply."""
 
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # its loss is not asked for
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["padded", "documents"])
-def test_every_layout_has_the_same_loss_and_gradients(kind: str, layout: str) -> None:
+def test_every_layout_has_the_same_loss_and_gradients(kind: str, layout: Layout) -> None:
     model, data = tiny.make_model(kind), samples()
     batch = flat(data, range(9))
     loss_sum(model, batch).backward()
@@ -134,8 +136,16 @@ def test_the_leak_probe_passes_flat_batches(kind: str) -> None:
     assert (layout, finding.level) == ("flat", "ok")
 
 
-def test_the_leak_probe_finds_a_model_that_leaks_and_takes_another_layout(monkeypatch) -> None:
-    def leaking(module, query, key, value, mask, scaling=None, **kwargs):  # the fault: one document over all bounds
+def test_the_leak_probe_finds_a_model_that_leaks_and_takes_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaking(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:  # the fault: one document over all bounds
         out = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
@@ -151,7 +161,7 @@ def test_the_leak_probe_finds_a_model_that_leaks_and_takes_another_layout(monkey
     assert refused.level == "refuse"
 
 
-def run_step(model, batches: list[Batch]) -> dict[str, torch.Tensor]:
+def run_step(model: Any, batches: list[Batch]) -> dict[str, torch.Tensor]:
     named = dict(model.named_parameters())
     optimizer = Capture(named.values(), lr=0.0)
     training_step(model, batches, optimizer, max_grad_norm=1e9)
@@ -171,7 +181,7 @@ def test_a_step_that_is_not_finite_is_not_applied() -> None:
 
 @pytest.mark.parametrize("chunk_bytes", [1, 400 * 4 * 7, 2**30])
 @pytest.mark.parametrize("train_head", [False, True])
-def test_the_chunked_loss_is_cross_entropy(monkeypatch, chunk_bytes: int, train_head: bool) -> None:
+def test_the_chunked_loss_is_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, train_head: bool) -> None:
     monkeypatch.setattr(loss_kernel, "CHUNK_BYTES", chunk_bytes)
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 400).requires_grad_(train_head)
@@ -180,7 +190,7 @@ def test_the_chunked_loss_is_cross_entropy(monkeypatch, chunk_bytes: int, train_
     wanted = torch.autograd.grad(plain / 7, [hidden, *(head.parameters() if train_head else [])])
     chunked = label_loss(head, hidden, labels, 400)
     (chunked / 7).backward()
-    got = [hidden.grad, *([p.grad for p in head.parameters()] if train_head else [])]
+    got: list[Any] = [hidden.grad, *([p.grad for p in head.parameters()] if train_head else [])]
     assert torch.allclose(chunked, plain, rtol=1e-6)
     for a, b in zip(got, wanted, strict=True):
         assert torch.allclose(a, b, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -96,7 +97,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 # a fault, and the file that every verb names; those of `train --adapter` are in the adapter alone
-FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "rslora": (lambda run: edit(run / "config.yaml", "rslora: false", "rslora: true"), "config.yaml"),
     "take": (lambda run: edit(run / "config.yaml", "take: []", "take: [9]"), "config.yaml"),
     "template": (lambda run: flip(run / "template.json"), "template.json"),
@@ -108,7 +109,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut": (lambda run: os.truncate(run / "adapter" / "adapter_model.safetensors", 99), "adapter_model.safetensors"),
     "its settings": (lambda run: flip(run / "adapter" / "adapter_config.json", 30), "adapter/adapter_config.json"),
     "added": (lambda run: (run / "adapter" / "new_tokens.json").write_text("[7]"), "adapter/new_tokens.json"),
-    "a folder": (lambda run: ((run / "data.json").unlink(), (run / "data.json").mkdir()), "data.json"),  # type: ignore[dict-item]
+    "a folder": (lambda run: ((run / "data.json").unlink(), (run / "data.json").mkdir()), "data.json"),
     "the seal": (lambda run: flip(run / "seal.json", 60), "seal.json"),
     "no seal": (lambda run: (run / "seal.json").unlink(), "seal.json"),
     "an empty one": (lambda run: (run / "seal.json").write_text("{}"), "seal.json"),
@@ -146,7 +147,9 @@ def test_what_is_free_and_what_is_not_read_changes_no_answer(done: Path, place: 
         resume(done)
 
 
-def test_a_change_on_purpose_is_accepted_by_name(done: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_a_change_on_purpose_is_accepted_by_name(
+    done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     template = json.loads((done / "template.json").read_text())
     (done / "template.json").write_text(json.dumps(template, indent=3))
     monkeypatch.setattr(sys, "argv", ["fitune", "reseal", str(done)])
@@ -200,7 +203,9 @@ def test_what_a_finished_run_lacks_is_made_again(done: Path) -> None:
     assert integrity.check(RunFolder(done), (*integrity.BEGIN, *integrity.END)) is None
 
 
-def test_a_run_from_before_there_were_seals_is_used_with_a_warning(done: Path, caplog) -> None:
+def test_a_run_from_before_there_were_seals_is_used_with_a_warning(
+    done: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     unseal(done)
     load(done)
     assert any("no seal.json: made before runs were sealed" in record.message for record in caplog.records)
@@ -296,7 +301,7 @@ def test_the_best_checkpoint_is_verified_before_it_is_the_result(stopped: Path, 
     shutil.copytree(run.checkpoint(2), later)
     (later / "state.json").write_text(json.dumps({**json.loads((later / "state.json").read_text()), **state}))
     (later / files.MANIFEST).unlink()
-    log = files.hashlib.sha256(b"".join(run.steps.read_bytes().splitlines(keepends=True)[:5])).hexdigest()
+    log = hashlib.sha256(b"".join(run.steps.read_bytes().splitlines(keepends=True)[:5])).hexdigest()
     files.seal(later, step=5, run=run.identity, log=log)
     assert resuming.newest(run, with_best=False)[0] == later
     found, reasons = resuming.newest(run, with_best=True)
@@ -429,7 +434,7 @@ def working(stopped: Path) -> Any:
 
 
 def test_a_living_run_is_refused_until_its_process_is_gone(
-    working: subprocess.Popen[str], stopped: Path, monkeypatch, capsys
+    working: subprocess.Popen[str], stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments in (["train", "--resume"], ["train", "--model", "m", "--data", "d"], ["reseal", str(stopped)]):
         output = [] if arguments[0] == "reseal" else ["--output", str(stopped)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,9 +141,10 @@ class Settings(Watcher):
     """Keeps what is shown with --verbose; with `stops` it ends the run from inside after a step."""
 
     def __init__(self, *, stops: bool = False) -> None:
-        self.stops, self.shown = stops, dict[str, Any]()
+        self.stops = stops
+        self.shown: Mapping[str, Any] = {}
 
-    def settings(self, values: dict[str, Any]) -> None:
+    def settings(self, values: Mapping[str, str]) -> None:
         self.shown = values
 
     def step(self, record: Any) -> None:

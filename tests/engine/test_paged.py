@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import bitsandbytes.functional as theirs
 import pytest
@@ -12,7 +13,7 @@ from fitune.core.config import build
 from fitune.engine import optim
 
 
-def paged_pair(device: str) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer, torch.optim.Optimizer]:
+def paged_pair(device: str) -> tuple[dict[str, torch.nn.Parameter], Any, Any]:
     """A large weight, a small one, and two optimizers of theirs."""
     sizes = {"large": (320, 320), "small": (64, 64)}
     named = {name: torch.nn.Parameter(torch.randn(*size, device=device)) for name, size in sizes.items()}
@@ -25,7 +26,7 @@ def test_states_that_were_paged_come_back_paged(monkeypatch: pytest.MonkeyPatch)
     given: list[torch.Tensor] = []
 
     def get_paged(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        made = torch.empty(*shape, dtype=dtype)
+        made: Any = torch.empty(*shape, dtype=dtype)
         made.is_paged, made.page_deviceid = True, 0
         given.append(made)
         return made

@@ -19,7 +19,7 @@ from fitune.core.events import Watcher
 from fitune.data.batches import flat, rounded, split
 from fitune.engine import non_finite, optim, out_of_memory
 from fitune.engine.checkpoint import RunFolder
-from fitune.engine.step import loss_sum, training_step
+from fitune.engine.step import held_out_loss, loss_sum, training_step
 from fitune.models.parts import trainable
 from support.contract import samples
 from support.memory_errors import OOM, careful, fails_above, make, runner
@@ -36,7 +36,8 @@ def test_a_batch_in_parts_is_the_batch() -> None:
         model, _ = make()
         with torch.no_grad():
             whole = loss_sum(model, batch)
-            assert torch.allclose(sum(loss_sum(model, piece) for piece in pieces if piece.targets), whole, rtol=1e-5)
+            together = torch.stack([loss_sum(model, piece) for piece in pieces if piece.targets]).sum()
+            assert torch.allclose(together, whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", OOM)
@@ -227,6 +228,8 @@ def test_every_optimizer_learns_and_resumes_to_the_same_bits(
     values = {"model": str(model_folder), "data": [str(data_file)], "method": "full", **STEPS, **how}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = train(build({**values, "output": str(whole)}))
+    assert done.held_out_loss_after is not None
+    assert done.held_out_loss_before is not None
     assert done.held_out_loss_after < done.held_out_loss_before
     with pytest.raises(Crash):
         train(build({**values, "output": str(broken)}), watch=CrashAt(5))
@@ -322,7 +325,7 @@ def test_a_run_stops_early_and_ends_with_its_best_weights(model_folder: Path, da
     assert digest(broken) == digest(tmp_path / "run")
 
 
-def test_an_evaluation_that_does_not_fit_goes_over_fewer_rows(monkeypatch) -> None:
+def test_an_evaluation_that_does_not_fit_goes_over_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: memory for two rows. The figure is the same, and nothing else is caught."""
     said: list[str] = []
 
@@ -340,28 +343,28 @@ def test_an_evaluation_that_does_not_fit_goes_over_fewer_rows(monkeypatch) -> No
 
 
 def test_a_held_out_loss_that_runs_out_of_memory_does_not_end_the_run(
-    model_folder, data_file, tmp_path, monkeypatch
+    model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fitune.commands import active_run
     from fitune.core.config import RunConfig
 
-    real, seen = active_run.held_out_loss, []
+    real, seen = held_out_loss, list[int]()
 
-    def small(model, batches, layout):
+    def small(model: Any, batches: Any, layout: Any) -> float:
         batches = list(batches)
         seen.append(max(len(batch.rows) for batch in batches))
         if seen[-1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, batches, layout)
 
-    given = {
+    given: dict[str, Any] = {
         "model": str(model_folder),
         "data": [str(data_file)],
         "sample_prompts": 0,
         "max_length": 64,
         "max_lost": 1.0,
     }
-    how = {"max_steps": 2, "batch_size": 2, "val_share": 0.2}
+    how: dict[str, Any] = {"max_steps": 2, "batch_size": 2, "val_share": 0.2}
     plain = train(RunConfig(**given, **how, output=str(tmp_path / "plain")))
     monkeypatch.setattr(active_run, "held_out_loss", small)
     found = train(RunConfig(**given, **how, output=str(tmp_path / "small")))

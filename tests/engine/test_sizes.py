@@ -13,7 +13,7 @@ import torch
 
 from fitune.core import processor
 from fitune.core.config import RunConfig, settings_only
-from fitune.core.records import Sample
+from fitune.core.records import Layout, Sample
 from fitune.data.batches import PARTS, flat, in_order, rounded
 from fitune.engine import step
 from fitune.engine.step import held_out_loss, hidden_states, loss_sum
@@ -80,7 +80,7 @@ def tuned(kind: str, method: str) -> Any:
     return model.eval()
 
 
-def measured(model: Any, batch: Any, layout: str = "flat") -> tuple[float, dict[str, torch.Tensor]]:
+def measured(model: Any, batch: Any, layout: Layout = "flat") -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad(set_to_none=True)
     loss = loss_sum(model, batch, layout)
     loss.backward()
@@ -101,7 +101,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "method", "layout"), CASES)
-def test_a_filler_changes_neither_loss_nor_gradients(kind: str, method: str, layout: str) -> None:
+def test_a_filler_changes_neither_loss_nor_gradients(kind: str, method: str, layout: Layout) -> None:
     model, batch = tuned(kind, method), flat(samples(weighted=kind == "llama"), range(9))
     assert rounded(len(batch.ids)) > len(batch.ids)
     assert rounded(batch.targets) > batch.targets
@@ -175,7 +175,9 @@ def test_a_plan_meets_the_sizes_that_a_step_meets(method: str) -> None:
     ("kind", "method"),
     [("llama", "full"), ("mistral", "prefix"), ("gemma2", "lora"), ("bloom", "prefix"), ("chatglm", "prompt")],
 )
-def test_lengths_in_16_bits_on_a_cpu_are_few_and_give_the_same(kind: str, method: str, monkeypatch) -> None:
+def test_lengths_in_16_bits_on_a_cpu_are_few_and_give_the_same(
+    kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compared in float32, in which nothing but the lengths that reach attention differs."""
     model, batch = tuned(kind, method), flat(samples(), range(9))
     loss, plain = measured(model, batch)
@@ -183,7 +185,7 @@ def test_lengths_in_16_bits_on_a_cpu_are_few_and_give_the_same(kind: str, method
     met = set()
     attention = torch.nn.functional.scaled_dot_product_attention
 
-    def seen(query, *args, **kwargs):
+    def seen(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         met.add(query.shape[2])
         return attention(query, *args, **kwargs)
 
@@ -213,7 +215,7 @@ def test_products_in_float32_are_those_of_bfloat16(kind: str) -> None:
     assert held_out_loss(model, [batch]) == expected
 
 
-def test_a_plan_counts_the_kernels_that_the_caches_may_keep(monkeypatch) -> None:
+def test_a_plan_counts_the_kernels_that_the_caches_may_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     here = device.Device("here", "cpu", None)
     for name in processor.CACHES:
         monkeypatch.setenv(name, "128")

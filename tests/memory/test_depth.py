@@ -72,7 +72,7 @@ def test_of_blocks_that_are_not_alike_the_whole_model_is_traced(monkeypatch: pyt
     assert depth.cut(["b", *"a" * 30, "c"]) == depth.Cut(4, 27, 1)
     assert depth.cut(list("ab" * 20)) == depth.Cut(6, 34, 2)
     asked = work("lora", CPU)
-    model = plan.without_values(asked)
+    model: Any = plan.without_values(asked)
     blocks = model.base_model.model.model.layers
     for number, block in enumerate(blocks):
         block.self_attn.scaling = float(number)  # so that no two are alike
@@ -91,7 +91,7 @@ def test_what_does_not_repeat_is_not_believed() -> None:
     made = depth.deepened(low, high, 13)
     assert made is not None
     assert made.events == plan.traced(asked).events
-    odd = deepcopy([high.blocks, high.events, high.course])
+    odd: list[Any] = deepcopy([high.blocks, high.events, high.course])
     at = next(n for n, block in enumerate(high.blocks) if ".2.mlp" in block.module)
     high.blocks[at].op = "aten::odd"
     assert depth.deepened(low, high, 13) is None

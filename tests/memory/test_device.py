@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     """GPU 0 is full of another process, GPU 1 has 20,000 of 24,000 MiB free; this process holds 1,000 MiB there."""
     free = {0: 100 * MIB, 1: 20_000 * MIB}
 
-    def index(which: object) -> int:
+    def index(which: Any) -> int:
         return torch.device(which).index or 0 if isinstance(which, (str, torch.device)) else int(which or 0)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -36,14 +38,16 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     return free
 
 
-def test_a_plan_for_the_second_gpu_asks_the_second_gpu(two_gpus) -> None:
+def test_a_plan_for_the_second_gpu_asks_the_second_gpu(two_gpus: dict[int, int]) -> None:
     assert device.here("cuda:1").name == "GPU 1"
     assert device.here("cuda").name == device.here().name == "GPU 0"
     assert device.here("cuda").budget == 100 * MIB
     assert device.here("cuda:1").multiprocessors == 84
 
 
-def test_the_budget_is_the_whole_but_for_other_processes(two_gpus, monkeypatch) -> None:
+def test_the_budget_is_the_whole_but_for_other_processes(
+    two_gpus: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With 3,400 MiB of others: what is free, what torch holds, and the context where the driver says what it takes."""
     assert device.here("cuda:1").budget == 21_000 * MIB
     mine = "\n".join(
@@ -60,14 +64,16 @@ def test_the_steps_of_a_calibration_are_those_of_a_run() -> None:
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_a_calibration_measures_a_context(tmp_path, monkeypatch) -> None:
+def test_on_a_gpu_a_calibration_measures_a_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path))
     found = calibration.calibrate("2026-01-02")
     assert 100 * MIB < found["context"] < 2_000 * MIB
     assert found["workspace"] == device.WORKSPACE
 
 
-def test_what_a_run_took_is_counted_as_its_plan_counts_it(two_gpus, monkeypatch) -> None:
+def test_what_a_run_took_is_counted_as_its_plan_counts_it(
+    two_gpus: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The context is in both: as the driver says, or as supposed where it says nothing."""
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda which=None: 3_000 * MIB)
     gpu = torch.device("cuda:1")
@@ -78,7 +84,7 @@ def test_what_a_run_took_is_counted_as_its_plan_counts_it(two_gpus, monkeypatch)
     assert device.peak_taken_mib(gpu) == 3_400
 
 
-def test_the_peak_of_a_gpu_is_forgotten_before_the_run(monkeypatch) -> None:
+def test_the_peak_of_a_gpu_is_forgotten_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the checks before it took is no part of what the run is said to have taken."""
     from fitune.memory import forget_peak
 
@@ -88,31 +94,34 @@ def test_the_peak_of_a_gpu_is_forgotten_before_the_run(monkeypatch) -> None:
     assert seen == [torch.device("cuda", 1)]
 
 
-def test_a_run_on_the_second_gpu_is_planned_there(two_gpus, monkeypatch) -> None:
+def test_a_run_on_the_second_gpu_is_planned_there(two_gpus: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     from fitune.commands import prepare
     from fitune.commands.request import Request
     from fitune.core.config import build
+    from fitune.memory import plan as plans
 
     places: list[device.Device] = []
-    made = SimpleNamespace(fits=True)
-    monkeypatch.setattr(prepare.plans, "plan", lambda work, where, **how: places.append(where) or made)
+    made: Any = SimpleNamespace(fits=True)
+    monkeypatch.setattr(plans, "plan", lambda work, where, **how: places.append(where) or made)
     monkeypatch.setattr(prepare, "pick_device", torch.device)
     config = build({"model": "m", "data": ["d"], "device": "cuda:1"})
-    assert prepare._planned(Request(config, None, None, "m", device.here("cuda:1")), None) is made
+    nothing: Any = None  # what the plan stands in for looks at no model and no work
+    assert prepare._planned(Request(config, nothing, None, "m", device.here("cuda:1")), nothing) is made
     assert [where.name for where in places] == ["GPU 1"]
 
 
-def test_a_plain_model_goes_to_a_gpu_tensor_by_tensor(model_folder, monkeypatch) -> None:
+def test_a_plain_model_goes_to_a_gpu_tensor_by_tensor(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not through main memory: transformers is told where, before it reads."""
     seen: list[dict] = []
 
-    def read(path, config, how):
+    def read(path: Any, config: Any, how: Any) -> Any:
         seen.append(dict(how))
         raise RuntimeError("far enough")
 
     monkeypatch.setattr(load, "_read", read)
-    for where in ("cuda:1", "cpu"):
+    places: list[Any] = [torch.device("cuda:1"), torch.device("cpu")]
+    for where in places:
         with pytest.raises(ModelError, match="cannot be loaded"):
-            load.load_model(model_folder, device=torch.device(where))
+            load.load_model(model_folder, device=where)
     assert seen[0]["device_map"] == {"": torch.device("cuda:1")}
     assert "device_map" not in seen[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fitune.core import processor
 from fitune.memory import heap
 from fitune.memory.heap import MAPPED, TAKEN, Heap, holes
 
@@ -93,6 +94,6 @@ def test_what_a_process_holds_between_its_tensors_follows_its_allocator(monkeypa
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     found = []
     for version in ((2, 36), (2, 39), None):
-        monkeypatch.setattr(heap.processor, "glibc", lambda version=version: version)
+        monkeypatch.setattr(processor, "glibc", lambda version=version: version)
         found.append(heap.beside(layers(50, MIB), []).get(heap.HOLES, 0))
     assert found[0] > found[1] > found[2] == 0

@@ -55,7 +55,9 @@ def test_what_generation_takes_is_what_is_said(prompt: int, tokens: int, blocks:
 
 
 @pytest.mark.parametrize(("widens", "measured"), [(False, 3_319_248), (True, 3_938_704)])
-def test_a_cpu_without_bf16_instructions_makes_a_float32_copy(monkeypatch, widens: bool, measured: int) -> None:
+def test_a_cpu_without_bf16_instructions_makes_a_float32_copy(
+    monkeypatch: pytest.MonkeyPatch, widens: bool, measured: int
+) -> None:
     """As the test above measures on a CPU with AVX512-BF16, and there with ONEDNN_MAX_CPU_ISA=AVX512_CORE."""
     monkeypatch.setattr(answers, "widens", lambda: widens)
     batch = steps.made_up(2, 300, 1000)
@@ -67,7 +69,9 @@ def test_a_cpu_without_bf16_instructions_makes_a_float32_copy(monkeypatch, widen
 @pytest.mark.parametrize(
     ("avx512", "bf16", "widens"), [(False, False, False), (True, False, True), (True, True, False)]
 )
-def test_only_avx512_without_bf16_makes_a_float32_copy(monkeypatch, avx512: bool, bf16: bool, widens: bool) -> None:
+def test_only_avx512_without_bf16_makes_a_float32_copy(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, bf16: bool, widens: bool
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     assert answers.widens() is widens

@@ -66,7 +66,7 @@ def test_logits_ids_loss_and_gradients_are_those_of_the_published_code(golden: A
 def test_positions_and_masks_of_the_first_version(shared: Path) -> None:
     folder = shared / "golden" / "chatglm-6b"
     expected = load_file(folder / "expected.safetensors")
-    model = load_model(folder)
+    model: Any = load_model(folder)
     inner = model.transformer
     assert torch.equal(inner.positions(expected["input_ids"]), expected["position_ids"])
     assert torch.equal(inner.positions(expected["span_input_ids"]), expected["span_position_ids"])
@@ -118,7 +118,7 @@ def test_left_padded_rows_are_the_rows_alone() -> None:
 def test_the_cache_changes_nothing() -> None:
     model = tiny.make_model("chatglm")
     ids = torch.tensor([[20, 21, 7, 6]])
-    how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    how: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(ids, use_cache=True, **how), model.generate(ids, use_cache=False, **how))
 
 
@@ -173,7 +173,8 @@ def small(tmp_path: Path, **changes: Any) -> Path:
 def test_a_published_folder_of_our_own_loads_in_every_precision(tmp_path: Path) -> None:
     folder = small(tmp_path)
     ids = torch.arange(5, 25)[None]
-    for how in ({}, {"precision": "bf16"}, {"quant": "int8"}, {"quant": "nf4"}):
+    ways: list[dict[str, Any]] = [{}, {"precision": "bf16"}, {"quant": "int8"}, {"quant": "nf4"}]
+    for how in ways:
         model = load_model(folder, **how)
         assert type(model).__name__ == "GlmForCausalLM"
         with torch.no_grad():
@@ -264,7 +265,7 @@ def test_published_layouts_with_their_tokenizers_train_and_chat(version: int, sh
     folder = maker()(version, tmp_path / "model", words)
     name = {1: "chatglm", 2: "chatglm2", 3: "chatglm3"}[version]
     data = shared / "data" / ("glaive_toolcall_zh_demo.json" if version == 3 else "advertisegen_dev/dev.json")
-    columns = {} if version == 3 else {"map": {"content": "prompt", "summary": "completion"}}
+    columns: dict[str, Any] = {} if version == 3 else {"map": {"content": "prompt", "summary": "completion"}}
     longest = 640 if version == 3 else 160  # lists of tools are never cut
     done = fitune.train(
         model=str(folder), data=[str(data)], take=24, max_length=longest, max_lost=1.0, batch_size=4, max_steps=8,
@@ -278,7 +279,8 @@ def test_published_layouts_with_their_tokenizers_train_and_chat(version: int, sh
     assert done.held_out_loss_after < done.held_out_loss_before
     tuned = fitune.load(tmp_path / "run")
     assert tuned.template.name == name
-    assert len(tuned.model.get_base_model().get_input_embeddings().weight) == (130_528 if version == 1 else 65_024)
+    model: Any = tuned.model
+    assert len(model.get_base_model().get_input_embeddings().weight) == (130_528 if version == 1 else 65_024)
     asked = [Message("user", "你好"), Message("assistant", "你好！"), Message("user", "再见")]
     tools = ({"type": "function", "function": {"name": "now", "description": "time", "parameters": {}}},)
     ids = tuned.encoder.prompt(asked, tools if version == 3 else ())
@@ -367,10 +369,11 @@ def test_a_first_chatglm_learns_to_fill_gaps_and_to_chat(tmp_path: Path) -> None
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows * 12))
     for method in ("lora", "prefix", "prompt"):
+        more: dict[str, Any] = {"lora": {"targets": "all-linear"}} if method == "lora" else {}
         done = fitune.train(
             model=str(folder), data=[str(data)], template="chatglm", method=method, precision="fp32", max_steps=100,
             lr=1e-2 if method == "lora" else 0.3, output=str(tmp_path / method), batch_size=6, sample_prompts=0,
-            **({"lora": {"targets": "all-linear"}} if method == "lora" else {}),
+            **more,
         )  # fmt: skip
         assert done.last_loss < 0.7 * done.first_loss
     tuned = fitune.load(tmp_path / "lora")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,27 +13,32 @@ from fitune.engine import checkpoint, environment
 from fitune.models import determinism
 
 CPU = torch.device("cpu")
+FILLING: Any = torch.utils.deterministic  # a module that makes its attribute when it is imported
 
 
 def test_memory_is_not_filled_in_a_run_and_switches_come_back() -> None:
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), FILLING.fill_uninitialized_memory
     with determinism.exact(CPU):
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
         determinism.strict(True)
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
-        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert not FILLING.fill_uninitialized_memory
         assert not torch.empty(1000, dtype=torch.float32).fill_(1).isnan().any()
-    assert before == (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+    assert before == (torch.are_deterministic_algorithms_enabled(), FILLING.fill_uninitialized_memory)
 
 
-def test_nothing_reads_memory_that_it_has_not_written(model_folder, data_file, tmp_path) -> None:
+def test_nothing_reads_memory_that_it_has_not_written(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """With the filling on, a run has the same losses: no value comes from memory as it was given out."""
     from fitune.commands.train import train
     from fitune.core.config import RunConfig
 
     def losses(fill: bool) -> list[float]:
-        given = {"model": str(model_folder), "data": [str(data_file)], "output": str(tmp_path / str(fill))}
+        given: dict[str, Any] = {
+            "model": str(model_folder),
+            "data": [str(data_file)],
+            "output": str(tmp_path / str(fill)),
+        }
         config = RunConfig(**given, max_steps=3, batch_size=2, sample_prompts=0, max_length=64, max_lost=1)
         with pytest.MonkeyPatch.context() as patch:
             if fill:
@@ -51,7 +58,9 @@ def test_what_has_no_deterministic_algorithm_is_named() -> None:
     assert determinism.lacking(ValueError("deterministic")) is None
 
 
-def test_a_run_that_has_to_do_without_says_so_and_remembers(model_folder, data_file, tmp_path, monkeypatch) -> None:
+def test_a_run_that_has_to_do_without_says_so_and_remembers(
+    model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A planted operation without a deterministic algorithm: the rehearsal meets it, and a resumed run knows."""
     from fitune.commands.train import train
     from fitune.core.config import RunConfig
@@ -60,12 +69,12 @@ def test_a_run_that_has_to_do_without_says_so_and_remembers(model_folder, data_f
 
     make = StepRunner.rehearse
 
-    def planted(*args, **kwargs):
+    def planted(*args: Any, **kwargs: Any) -> Any:
         torch.zeros(3).put_(torch.tensor([1]), torch.tensor([1.0]))
         return make(*args, **kwargs)
 
     monkeypatch.setattr(StepRunner, "rehearse", planted)
-    given = {"model": str(model_folder), "data": [str(data_file)], "output": str(tmp_path / "run")}
+    given: dict[str, Any] = {"model": str(model_folder), "data": [str(data_file)], "output": str(tmp_path / "run")}
     config = RunConfig(**given, max_steps=2, batch_size=2, sample_prompts=0, max_length=64, max_lost=1)
     train(config)
     run = RunFolder(str(tmp_path / "run"))
@@ -86,7 +95,7 @@ def test_on_a_gpu_cublas_is_told_before_its_first_product() -> None:
         assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_a_gpu_is_made_ready_before_anything_lies_on_it(monkeypatch) -> None:
+def test_a_gpu_is_made_ready_before_anything_lies_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seam is torch.cuda: cuBLAS reads its setting at its first product, so it is there before a GPU is taken."""
     from fitune.models import devices
 
@@ -96,7 +105,7 @@ def test_a_gpu_is_made_ready_before_anything_lies_on_it(monkeypatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda device: taken.append((device.index, os.environ.get(determinism.CUBLAS)))
     )
-    monkeypatch.setattr(devices.torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
     assert devices.pick_device("cuda:1") == torch.device("cuda", 1)
     assert devices.pick_device("cuda") == torch.device("cuda", 3)
     assert taken == [(1, ":4096:8"), (3, ":4096:8")]
@@ -118,27 +127,27 @@ def test_attention_on_a_gpu_takes_no_kernel_that_plans_for_each_length() -> None
     assert here.cudnn_sdp_enabled()
 
 
-def test_what_a_run_ran_on_lists_what_decides_its_bits(monkeypatch) -> None:
+def test_what_a_run_ran_on_lists_what_decides_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(environment, "driver", lambda: "580.1")
-    before = environment.describe(torch.device("cuda", 0))
+    before: dict[str, Any] = environment.describe(torch.device("cuda", 0))
     assert before["device"] == {
         "name": "NVIDIA L4", "capability": [8, 9], "cuda": "13.0", "cudnn": 91500, "driver": "580.1"
     }  # fmt: skip
     assert before["packages"]["bitsandbytes"]
     monkeypatch.setattr(environment, "driver", lambda: "590.2")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91600)
-    now = environment.describe(torch.device("cuda", 0))
+    now: dict[str, Any] = environment.describe(torch.device("cuda", 0))
     now["packages"] = {**now["packages"], "bitsandbytes": "0.1"}
     changed = environment.changes(before, now)
     assert [text.split(":")[0] for text in changed] == ["bitsandbytes", "device cudnn", "device driver"]
 
 
 def test_what_changed_between_two_machines_is_named() -> None:
-    before = environment.describe(CPU)
+    before: dict[str, Any] = environment.describe(CPU)
     assert environment.changes(before, environment.describe(CPU)) == []
     gpu = {"name": "NVIDIA L4", "driver": "570.1"}
     elsewhere = {**before, "packages": {**before["packages"], "torch": "1.0.0"}, "device": gpu}
@@ -149,7 +158,7 @@ def test_what_changed_between_two_machines_is_named() -> None:
     assert environment.changes(without_device, before) == []
 
 
-def test_random_states_of_gpus_are_put_back_by_what_is_in_use(monkeypatch) -> None:
+def test_random_states_of_gpus_are_put_back_by_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is here, so the seam is torch.cuda: ten of them, the last one in use."""
     put: list[int] = []
     states = {f"cuda{n}": torch.tensor([n]) for n in range(11)}

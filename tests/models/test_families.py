@@ -106,7 +106,7 @@ def test_a_family_learns_and_is_saved_resumed_and_merged_exactly(
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3", "phi3"])
 def test_documents_longer_than_the_window_keep_it(kind: str) -> None:
     """In a flat batch a token sees as far as transformers lets it, and not farther."""
-    model = ready(tiny.make_model(kind))
+    model: Any = ready(tiny.make_model(kind))
     assert model.config.sliding_window == 8
     random = np.random.default_rng(0)
     long = [Sample(random.integers(5, 300, n).astype(np.int32), np.ones(n, bool)) for n in (40, 25)]
@@ -124,7 +124,7 @@ def test_documents_longer_than_the_window_keep_it(kind: str) -> None:
 
 
 def test_ignoring_the_soft_cap_would_be_noticed() -> None:
-    model = ready(tiny.make_model("gemma2"))
+    model: Any = ready(tiny.make_model("gemma2"))
     random = np.random.default_rng(0)
     rows = [Sample(random.integers(5, 300, n).astype(np.int32), np.ones(n, bool)) for n in (30, 12)]
     with torch.no_grad():

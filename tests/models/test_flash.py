@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not any(one.alias_info and not one.alias_info.is_write for one in func._schema.returns):
             self.counts[func._schema.name] += 1
         return func(*args, **(kwargs or {}))
@@ -65,7 +66,7 @@ def test_64_documents_take_as_many_operations_as_one(method: str, kind: str) -> 
     assert many.total() <= 1.05 * one.total()
 
 
-def test_a_call_for_each_document_would_be_noticed(monkeypatch) -> None:
+def test_a_call_for_each_document_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_refusal", lambda *args: "planted")
     one, many = (operations("lora", "llama", documents) for documents in (1, 64))
     assert many.total() > 2 * one.total()
@@ -106,16 +107,16 @@ def test_documents_with_a_prefix_have_their_keys_behind_it() -> None:
 @pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize(("groups", "width"), [(1, 8), (2, 8), (2, 12)])
 def test_the_kernel_is_asked_for_what_a_call_for_each_document_computes(
-    monkeypatch, window, prefix, groups, width
+    monkeypatch: pytest.MonkeyPatch, window: int | None, prefix: int, groups: int, width: int
 ) -> None:
     torch.manual_seed(0)
     bounds = torch.tensor([0, 5, 6, 23], dtype=torch.int32)
     query, key, value = (torch.randn(1, h, 23, width, dtype=torch.float64) for h in (4, 4 // groups, 4 // groups))
     before = [tuple(torch.randn(1, 4 // groups, prefix, width, dtype=torch.float64) for _ in "kv")] if prefix else None
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.layer_idx = 0
     scaling = None if width == 12 else 0.3
-    how = {"cu_seq_lens_q": bounds, "sliding_window": window, "prefix": before, "scaling": scaling}
+    how: dict[str, Any] = {"cu_seq_lens_q": bounds, "sliding_window": window, "prefix": before, "scaling": scaling}
     expected, _ = flat_attention(module, query, key, value, None, **how)
     with flash_by_hand(monkeypatch) as calls:
         documents = documents_of(bounds.tolist(), prefix)
@@ -154,18 +155,24 @@ def test_scratch_of_flash_backward_is_in_the_plan() -> None:
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("prefix", [0, 20])
 @pytest.mark.parametrize(("heads", "shared", "width"), [(8, 8, 64), (8, 2, 128), (4, 1, 256)])
-def test_on_a_gpu_one_call_equals_a_call_for_each(dtype, window, prefix, heads, shared, width) -> None:
+def test_on_a_gpu_one_call_equals_a_call_for_each(
+    dtype: torch.dtype, window: int | None, prefix: int, heads: int, shared: int, width: int
+) -> None:
     torch.manual_seed(0)
     bounds = torch.tensor([0, 1, 2, 130, 450, 451, 700], dtype=torch.int32)
     shapes = ((heads, 700), (shared, 700), (shared, 700), (shared, prefix), (shared, prefix))
     whole = [torch.randn(1, h, n, width, dtype=torch.float64) for h, n in shapes]
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.layer_idx = 0
 
-    def run(device: str, kind: torch.dtype, one_call: bool) -> list[Tensor]:
+    def run(device: str, kind: torch.dtype, one_call: bool) -> list[Any]:
         q, k, v, *before = (t.to(device, kind).requires_grad_() for t in whole)
         documents = documents_of(bounds.tolist(), prefix, device) if one_call else None
-        how = {"cu_seq_lens_q": bounds, "sliding_window": window, "prefix": [tuple(before)] if prefix else None}
+        how: dict[str, Any] = {
+            "cu_seq_lens_q": bounds,
+            "sliding_window": window,
+            "prefix": [tuple(before)] if prefix else None,
+        }
         out, _ = flat_attention(module, q, k, v, None, documents=documents, **how)
         out.square().sum().backward()
         return [out, q.grad, k.grad, v.grad, *(b.grad for b in before if prefix)]
@@ -183,7 +190,7 @@ def test_on_a_gpu_one_call_is_deterministic() -> None:
     bounds = torch.tensor([0, 300, 1500, 4000], dtype=torch.int32)
     whole = [torch.randn(1, h, 4000, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2)]
     documents = documents_of(bounds.tolist(), device="cuda")
-    grads = []
+    grads: list[list[Any]] = []
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(3):

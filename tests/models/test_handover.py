@@ -122,7 +122,7 @@ def test_what_cannot_be_one_text_is_not_written_and_says_so(tmp_path: Path) -> N
     assert ids == Encoder(words, TABLE["alpaca"]).prompt([Message("user", "Why?")])
 
 
-def test_a_wrong_text_is_never_written(tmp_path: Path, monkeypatch) -> None:
+def test_a_wrong_text_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: a Jinja text that forgets a line break."""
     monkeypatch.setattr(proof, "as_jinja", lambda t, frame: as_jinja(t, frame).replace("user\\n", "user "))
     done = hand_over(tmp_path, tokenizer.load(BUNDLED), TABLE["chatml"])
@@ -293,7 +293,7 @@ def test_the_card_says_what_a_reader_needs(chatml_run: Path, tmp_path: Path) -> 
 def moved(model_folder: Path, tmp_path: Path, data_file: Path) -> tuple[Path, Path]:
     """A run that was stopped, and the folder that its base was moved to."""
     shutil.copytree(model_folder, tmp_path / "base")
-    settings = {"output": str(tmp_path / "run"), "max_steps": 4, "save_every": 2, "sample_prompts": 0}
+    settings: dict[str, Any] = {"output": str(tmp_path / "run"), "max_steps": 4, "save_every": 2, "sample_prompts": 0}
     fitune.train(model=tmp_path / "base", data=data_file, **settings)
     for name in ("result.json",):
         (tmp_path / "run" / name).unlink()
@@ -320,7 +320,9 @@ def test_a_moved_base_is_named_and_given(moved: tuple[Path, Path], data_file: Pa
     fitune.load(run)  # the run's config names the new place
 
 
-def test_another_model_is_refused_with_both_digests(moved: tuple[Path, Path], monkeypatch, capsys) -> None:
+def test_another_model_is_refused_with_both_digests(
+    moved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of the same names and shapes: only the values differ."""
     run, new = moved
     tensors = load_file(new / "model.safetensors")

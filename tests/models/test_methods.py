@@ -17,10 +17,10 @@ import fitune
 from fitune.checks import leak, modelchecks
 from fitune.cli import main as cli
 from fitune.commands.merge import merge
-from fitune.commands.methods import config_of, overview, without_weights
+from fitune.commands.methods import overview
 from fitune.commands.train import resume_config, train
 from fitune.core import catalog
-from fitune.core.config import build
+from fitune.core.config import RunConfig, build
 from fitune.core.errors import ConfigError, ModelError, RunFolderError
 from fitune.core.files import sha256
 from fitune.core.records import Message
@@ -29,6 +29,7 @@ from fitune.engine.checkpoint import RunFolder
 from fitune.engine.loading import load
 from fitune.engine.step import hidden_states, loss_sum
 from fitune.models import adapters, families, methods
+from fitune.models.configs import config_of, without_weights
 from fitune.models.load import load_model
 from fitune.models.parts import groups
 from fitune.models.prepare import ready
@@ -38,7 +39,7 @@ from support.contract import IDS, KINDS, VARIANTS, config_for, logits, samples
 from support.runs import Crash, CrashAt, digest
 
 
-def config(method: str, **changes: Any):
+def config(method: str, **changes: Any) -> RunConfig:
     return build({"model": "m", "data": ["d"], "method": method, **changes})
 
 
@@ -70,7 +71,9 @@ def test_llama_32_1b_with_lora_on_q_and_v() -> None:
     assert (lora, total, f"{lora / total:.4%}") == (851_968, 1_236_666_368, "0.0689%")
 
 
-def test_the_table_of_methods_has_every_method_and_its_figures(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_the_table_of_methods_has_every_method_and_its_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = {row.name: row for row in overview()}
     assert list(rows) == [
         "full", "freeze", "tail", "bitfit", "bitfit, bitfit.add", "prompt", "p-tuning", "prefix", "adapter", "lora",
@@ -129,7 +132,7 @@ def test_a_model_whose_names_say_nothing_is_refused_with_what_is_missing() -> No
 @pytest.mark.parametrize("length", [1, 40])
 def test_bloom_in_a_flat_batch_is_bloom_alone(length: int) -> None:
     """Logits of each document, within 1e-5; and a bias that is not the document's own would be noticed."""
-    model = ready(tiny.make_model("bloom"))
+    model: Any = ready(tiny.make_model("bloom"))
     made = [*samples(), *(s for s in samples() for _ in range(length // 20))]
     batch = flat(made, range(len(made)))
     with torch.no_grad(), attention(model, SDPA):
@@ -171,7 +174,7 @@ def test_groups_add_up_and_name_every_part() -> None:
     assert [name for name, _, _ in parts] == ["embedding", "block 0", "block 1", "block 2", "final norm", "head"]
     assert [trained > 0 for _, trained, _ in parts] == [False, False, False, True, False, True]
     assert sum(total for _, _, total in parts) == sum(p.numel() for p in model.parameters())
-    wrapped = adapters.attach(ready(tiny.make_model("gpt2")), config("lora"))
+    wrapped: Any = adapters.attach(ready(tiny.make_model("gpt2")), config("lora"))
     parts = groups(wrapped, families.of(wrapped.get_base_model()))
     assert sum(trained for _, trained, _ in parts) == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
 
@@ -242,7 +245,7 @@ def test_lora_options_reach_peft() -> None:
 
 def test_a_prompt_begins_as_its_words(model_folder: Path) -> None:
     options = {"tokens": 6, "init": "text", "text": "hi"}
-    model = adapters.attach(load_model(model_folder), build(
+    model: Any = adapters.attach(load_model(model_folder), build(
         {"model": str(model_folder), "data": ["d"], "method": "prompt", "prompt": options}
     ))  # fmt: skip
     ids = tiny.make_tokenizer()("hi")["input_ids"]
@@ -298,7 +301,7 @@ def test_a_run_resumed_in_mid_epoch_is_the_unbroken_one(
 
 
 def test_a_resume_that_restores_only_what_peft_saves_would_be_noticed(
-    model_folder: Path, tmp_path: Path, data_file: Path, monkeypatch
+    model_folder: Path, tmp_path: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trap of P-tuning: the encoder is part of the state, not only what it gives."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -307,7 +310,7 @@ def test_a_resume_that_restores_only_what_peft_saves_would_be_noticed(
         train(build(settings("p-tuning", model_folder, data_file, broken)), watch=CrashAt(3))
     read = RunFolder.load
 
-    def forgetful(self: RunFolder, path: Path):
+    def forgetful(self: RunFolder, path: Path) -> Any:
         loaded = read(self, path)
         for name, tensor in loaded.trainable.items():
             if "mlp_head" in name:
@@ -393,7 +396,11 @@ def test_a_merged_run_is_a_plain_model(variant: str, model_folder: Path, tmp_pat
 
 
 def test_what_cannot_be_merged_says_why(
-    model_folder: Path, tmp_path: Path, data_file: Path, capsys, monkeypatch
+    model_folder: Path,
+    tmp_path: Path,
+    data_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "run"
     train(build(settings("houlsby", model_folder, data_file, run)))
@@ -407,7 +414,13 @@ def test_what_cannot_be_merged_says_why(
     assert not (tmp_path / "merged").exists()
 
 
-def test_merge_on_the_command_line(model_folder: Path, tmp_path: Path, data_file: Path, capsys, monkeypatch) -> None:
+def test_merge_on_the_command_line(
+    model_folder: Path,
+    tmp_path: Path,
+    data_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     train(build(settings("lora", model_folder, data_file, tmp_path / "run")))
     arguments = ["merge", tmp_path / "run", "--output", tmp_path / "merged", "--dtype", "bf16", "--json"]
     monkeypatch.setattr(sys, "argv", ["fitune", *map(str, arguments)])
@@ -441,7 +454,8 @@ def test_new_tokens_are_trained_beside_any_method_and_saved(variant: str, kind: 
     )
     probe = torch.tensor([[5, ids[0], 9, ids[1]]])
     with torch.no_grad():
-        inner = tuned.model.get_base_model() if hasattr(tuned.model, "get_base_model") else tuned.model
+        whole: Any = tuned.model
+        inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
         assert torch.equal(inner.get_input_embeddings()(probe)[0, 1], trained["embedding"][0])
     again = tmp_path / "again"
     with pytest.raises(Crash):
@@ -465,12 +479,13 @@ def test_only_the_rows_of_new_tokens_change(tmp_path: Path, data_file: Path) -> 
     from fitune.data.tokenizer.new_tokens import add_tokens
     from fitune.models.methods import new_tokens
 
-    words, model = tiny.make_tokenizer(), ready(tiny.make_model("qwen2"))
+    words = tiny.make_tokenizer()
+    model: Any = ready(tiny.make_model("qwen2"))
     before = model.model.embed_tokens.weight.detach().clone()
     added = add_tokens(words, ["<think>", "北国"])
     assert added[0].pieces == tuple(tiny.make_tokenizer()("<think>")["input_ids"])
     new_tokens.add_rows(model, added)
-    tuned = adapters.attach(model, config("lora"))
+    tuned: Any = adapters.attach(model, config("lora"))
     rows = new_tokens.rows(tuned.get_base_model())["embedding"]
     assert torch.allclose(rows[0], before[list(added[0].pieces)].mean(dim=0))
     start = rows.detach().clone()
@@ -501,7 +516,7 @@ def test_batched_answers_of_virtual_tokens_are_the_answers_one_by_one(model_fold
 
     words = tiny.make_tokenizer()
     for variant in ("prompt", "prefix"):
-        model = adapters.attach(load_model(model_folder), config_for(variant))
+        model: Any = adapters.attach(load_model(model_folder), config_for(variant))
         template = choose("auto", words)
         tuned = Tuned(model, words, template, Encoder(words, template), families.of(model.get_base_model()))
         asked = [Conversation((Message("user", text),)) for text in ("hi", "the capital of Norland is", "北国")]

@@ -64,7 +64,7 @@ def test_what_the_folder_left_out_is_planned_and_loaded(name: str, tmp_path: Pat
 
 
 def test_a_tied_head_that_the_list_does_not_name_stays_the_embedding(tmp_path: Path) -> None:
-    loaded = load_model(published(tmp_path, ["multi_modal_projector"], "qwen2"))
+    loaded: Any = load_model(published(tmp_path, ["multi_modal_projector"], "qwen2"))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert type(loaded.lm_head) is torch.nn.Linear
 
@@ -72,7 +72,7 @@ def test_a_tied_head_that_the_list_does_not_name_stays_the_embedding(tmp_path: P
 @pytest.mark.parametrize("name", ["empty", "a block by its path"])
 def test_it_plans_trains_and_merges(name: str, tmp_path: Path) -> None:
     folder, data = published(tmp_path, LISTS[name]), tiny.write_rows(tmp_path / "rows.jsonl", 20)
-    settings = {"model": str(folder), "data": [str(data)], "max_steps": 2, "precision": "fp32"}
+    settings: dict[str, Any] = {"model": str(folder), "data": [str(data)], "max_steps": 2, "precision": "fp32"}
     assert fitune.plan(**settings).needed > 0
     run = train(build({**settings, "output": str(tmp_path / "run")}))
     assert merge(run.run, tmp_path / "merged").merge_error <= 1e-5

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from copy import deepcopy
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fitune.commands.train import train
 from fitune.core.config import RunConfig, build
 from fitune.core.errors import ConfigError, Problems
 from fitune.core.records import Sample, Source
+from fitune.core.results import Check
 from fitune.data.batches import flat, in_order
 from fitune.engine import optim
 from fitune.engine.checkpoint import RunFolder
@@ -164,7 +166,8 @@ def kept_bytes(model: Any, length: int = 64) -> dict[torch.dtype, int]:
     mask = torch.zeros(length, dtype=torch.bool)
     mask[-4:] = True
     rows = [Sample(torch.randint(5, 300, (length,)).int().numpy(), mask.numpy()) for _ in range(3)]
-    batch, found = flat(rows, range(3)), {}
+    batch = flat(rows, range(3))
+    found: dict[torch.dtype, dict[int, int]] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -204,7 +207,7 @@ def test_lean_norms_give_the_same_values_and_gradients(dtype: torch.dtype) -> No
     nn.init.normal_(norm.weight)
     norm.weight.data = norm.weight.data.to(dtype)
     lean = LeanRMSNorm(norm.weight, norm.variance_epsilon)
-    made = []
+    made: list[Any] = []
     for module in (norm, lean):
         x = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
         module.weight.grad = None
@@ -278,7 +281,7 @@ def test_a_loss_scale_that_is_too_high_costs_no_row_and_no_step() -> None:
         optimizer = optim.make(trainable(model), config_for("lora"))
         optim.set_learning_rate(optimizer, 1e-2)
         model.train()
-        scale, said = LossScale(start), []
+        scale, said = LossScale(start), list[str]()
         for _ in range(3):
             steps = StepRunner(model, "flat", 1.0, lambda row: Source("f", row), said.append, scale=scale)
             done = steps.step([flat(samples(), range(5))], optimizer)
@@ -324,7 +327,8 @@ def test_small_gradients_survive_by_the_scale() -> None:
                 if "lora_B" in name:
                     p.fill_(1e-3)
         (loss_sum(model, flat(samples(), range(5))) * (scale * 1e-6)).backward()
-        found[scale] = sum(int((p.grad != 0).sum()) for n, p in trainable(model).items() if "lora_A" in n)
+        grads: list[Any] = [p.grad for n, p in trainable(model).items() if "lora_A" in n]
+        found[scale] = sum(int((grad != 0).sum()) for grad in grads)
     assert found[1.0] < 0.9 * found[2.0**16]
 
 
@@ -339,7 +343,7 @@ def test_a_float16_run_resumes_with_its_scale(model_folder: Path, data_file: Pat
     train(build({**settings, "output": str(whole)}))
     with pytest.raises(Crash):
         train(build({**settings, "output": str(broken)}), watch=StopAt(5, crash))
-    state = RunFolder(broken).load(RunFolder(broken).whole_checkpoints()[0]).state
+    state: Any = RunFolder(broken).load(RunFolder(broken).whole_checkpoints()[0]).state
     assert state["scale"]["value"] == LossScale.START
     assert state["scale"]["fine"] == 4
     train(build({**settings, "output": str(broken)}), resume=True)
@@ -466,7 +470,7 @@ def test_the_divergence_of_pure_float16_and_the_guard_before_it() -> None:
 
 def test_activations_beyond_float16_are_refused_or_told() -> None:
     batch = guards.probe(samples())
-    model = adapters.attach(make_base("llama", "fp16"), config_for("lora", "fp16"))
+    model: Any = adapters.attach(make_base("llama", "fp16"), config_for("lora", "fp16"))
     assert guards.fp16_range(model, batch, "flat").level == "ok"
     up = model.get_base_model().model.layers[1].mlp.up_proj
     with torch.no_grad():
@@ -544,14 +548,14 @@ def test_doctor_is_an_exit_code_and_one_json_object(tmp_path: Path) -> None:
 
 
 def test_other_versions_than_tested_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.1")
+    monkeypatch.setattr(metadata, "version", lambda name: "0.1")
     assert {check.level for check in doctor._versions()} == {"warn"}
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
     monkeypatch.undo()
     assert "pip install" in next(iter(_missing(monkeypatch))).fix
 
 
-def _missing(monkeypatch: pytest.MonkeyPatch) -> list[doctor.Check]:
+def _missing(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
     found = list(doctor._versions())
     assert [check.level for check in found] == ["broken"]

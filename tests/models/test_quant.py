@@ -94,7 +94,7 @@ def test_outliers_are_what_ruins_int8_and_taking_them_out_mends_it() -> None:
 
 
 def test_int8_of_bitsandbytes_is_the_reference() -> None:
-    layer = quants.find("int8").make(WEIGHT, QuantOptions(name="int8"), torch.device("cpu"))
+    layer: Any = quants.find("int8").make(WEIGHT, QuantOptions(name="int8"), torch.device("cpu"))
     q, scale = absmax.quantize(WEIGHT.half().float(), by_row=True)  # it looks at weights in float16
     assert (layer.weight.data.int() - q.int()).abs().max() <= 1  # where the quotient is a half, one or the other
     assert (layer.weight.data != q).float().mean() < 0.01
@@ -112,7 +112,7 @@ def test_nf4_of_bitsandbytes_is_the_reference(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     values = get_4bit_type("nf4", "cpu")
     assert (nf4.quantiles() - values).abs().max() <= 1.2e-7  # they keep the same quantiles, rounded otherwise
-    layer = quants.find("nf4").make(weight, QuantOptions(name="nf4", double=False), torch.device("cpu"))
+    layer: Any = quants.find("nf4").make(weight, QuantOptions(name="nf4", double=False), torch.device("cpu"))
     state, (numbers, scales) = layer.weight.quant_state, nf4.reference(weight, values)
     assert torch.equal(scales, state.absmax)
     assert torch.equal(nf4.plain(numbers, scales, values, weight.shape), layer.plain_weight(torch.float32))
@@ -150,7 +150,7 @@ def test_bytes_and_errors_of_every_kind(options: QuantOptions, error: float) -> 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])
 def test_train_and_eval_are_one_function(name: str) -> None:
-    layer = quants.find(name).make(WEIGHT, quant_options(name), torch.device("cpu"))
+    layer: Any = quants.find(name).make(WEIGHT, quant_options(name), torch.device("cpu"))
     x = inputs(outliers=2)
     training = layer.train()(x.clone().requires_grad_())
     layer.eval()
@@ -160,7 +160,7 @@ def test_train_and_eval_are_one_function(name: str) -> None:
 
 def test_bitsandbytes_alone_evaluates_another_function_than_it_trains() -> None:
     """What the test above guards against is really there."""
-    layer = quants.find("int8").make(WEIGHT, quant_options("int8"), torch.device("cpu"))
+    layer: Any = quants.find("int8").make(WEIGHT, quant_options("int8"), torch.device("cpu"))
     layer.__class__ = bnb.nn.Linear8bitLt
     x = inputs(outliers=2)
     training = layer.train()(x)
@@ -184,7 +184,7 @@ def test_no_document_moves_another_through_int8_weights(folder: Path, monkeypatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_int8_weights_are_made_plain_in_the_same_bits_on_cpu_and_gpu(dtype: torch.dtype) -> None:
     """A GPU casts as it multiplies: one kernel and one new tensor. The right value: number times rounded scale."""
-    layer = quants.find("int8").make(WEIGHT, QuantOptions(name="int8"), torch.device("cpu"))
+    layer: Any = quants.find("int8").make(WEIGHT, QuantOptions(name="int8"), torch.device("cpu"))
     here = layer.plain_weight(dtype)
     with target.planned(target.AMPERE):
         assert torch.equal(layer.plain_weight(dtype), here)
@@ -201,11 +201,11 @@ def test_int8_weights_are_made_plain_in_the_same_bits_on_cpu_and_gpu(dtype: torc
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])
 def test_gradients_are_those_of_the_plain_weight(name: str) -> None:
-    layer = quants.find(name).make(WEIGHT, quant_options(name), torch.device("cpu"))
+    layer: Any = quants.find(name).make(WEIGHT, quant_options(name), torch.device("cpu"))
     layer.bias = nn.Parameter(torch.ones(48))
     plain = quants.plain_layer(layer).requires_grad_(True)
     assert type(plain) is nn.Linear
-    grads = []
+    grads: list[Any] = []
     for module in (layer, plain):
         x = inputs().requires_grad_()
         module(x).square().sum().backward()
@@ -216,7 +216,7 @@ def test_gradients_are_those_of_the_plain_weight(name: str) -> None:
 
 def test_a_trained_bias_keeps_its_dtype_in_a_16_bit_forward() -> None:
     for name in ("int8", "nf4"):
-        layer = quants.find(name).make(WEIGHT, quant_options(name), torch.device("cpu"))
+        layer: Any = quants.find(name).make(WEIGHT, quant_options(name), torch.device("cpu"))
         layer.bias, layer.compute = nn.Parameter(torch.full((48,), 1 / 3)), torch.bfloat16
         assert layer(inputs().bfloat16()).dtype == torch.bfloat16
         assert layer.bias.dtype == torch.float32
@@ -253,7 +253,7 @@ def test_evaluation_in_the_middle_changes_no_later_gradient(folder: Path, monkey
 
 
 def test_the_repacking_that_is_closed_really_happens_in_bitsandbytes() -> None:
-    layer = quants.find("nf4").make(torch.randn(64, 64), QuantOptions(name="nf4"), torch.device("cpu"))
+    layer: Any = quants.find("nf4").make(torch.randn(64, 64), QuantOptions(name="nf4"), torch.device("cpu"))
     before = layer.weight.data.clone()
     layer.__class__ = bnb.nn.Linear4bit
     layer.support_avx512bf16_for_cpu, layer.compute_dtype = True, torch.bfloat16
@@ -290,7 +290,7 @@ def test_loading_holds_at_most_two_large_layers_beside_the_quantized_model(tmp_p
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])
 def test_skipped_layers_and_the_head_stay_as_they_are(folder: Path, name: str) -> None:
-    model = load_model(folder, quant=QuantOptions(name=name, skip=["down_proj", "layers.1"]))
+    model = load_model(folder, quant=quant_options(name).model_copy(update={"skip": ["down_proj", "layers.1"]}))
     there = {n for n, _ in quants.layers(model)}
     assert not any("down_proj" in n or "layers.1." in n for n in there)
     assert len(there) == 2 * 6
@@ -301,7 +301,7 @@ def test_skipped_layers_and_the_head_stay_as_they_are(folder: Path, name: str) -
         2 * 32 * 48 + 2 * 32 * 24 + 2 * 32 * 64
     )
     with pytest.raises(ConfigError, match=r"quant.skip: 'down_porj' matches no linear layer[\s\S]*did you mean"):
-        load_model(folder, quant=QuantOptions(name=name, skip=["down_porj"]))
+        load_model(folder, quant=quant_options(name).model_copy(update={"skip": ["down_porj"]}))
 
 
 def test_every_byte_is_told_and_every_cast(folder: Path) -> None:
@@ -391,7 +391,7 @@ def test_refused_before_weights_are_read(folder: Path, data_file: Path, tmp_path
     for path in folder.iterdir():
         (broken / path.name).write_bytes(b"" if path.suffix == ".safetensors" else path.read_bytes())
     base = {"model": str(broken), "data": [str(data_file)], "precision": "fp32", "output": str(tmp_path / "run")}
-    cases = [
+    cases: list[tuple[dict[str, Any], str]] = [
         (
             {"method": "full", "quant": "nf4"},
             "full does not go with quant nf4: it trains 21 weights that are",
@@ -499,8 +499,9 @@ def test_settings_reach_transformers() -> None:
 
 def test_nothing_is_kept_of_what_goes_through_a_frozen_layer(folder: Path) -> None:
     """Autograd holds no input and no plain weight of quantized layers."""
-    model = adapters.attach(load_model(folder, quant="nf4"), config_for("houlsby")).train()
-    plain = {layer.in_features * layer.out_features for _, layer in quants.layers(model)}
+    model: Any = adapters.attach(load_model(folder, quant="nf4"), config_for("houlsby")).train()
+    frozen: list[tuple[str, Any]] = list(quants.layers(model))
+    plain = {layer.in_features * layer.out_features for _, layer in frozen}
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         loss_sum(model, flat(samples(), range(5)))

@@ -138,7 +138,7 @@ def test_the_language_model_gives_the_logits_of_the_whole_one(kind: str, tmp_pat
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_is_tied_as_in_the_whole_model(kind: str, tied: bool, tmp_path: Path) -> None:
     model = make(kind, tie_word_embeddings=tied)
-    mine = load_model(save(model, tmp_path / "model"))
+    mine: Any = load_model(save(model, tmp_path / "model"))
     assert (mine.lm_head.weight is mine.model.embed_tokens.weight) == tied
     assert apart(logits(mine), text_logits(model), "fp32") <= 1e-5
 
@@ -147,7 +147,13 @@ def test_the_head_is_tied_as_in_the_whole_model(kind: str, tied: bool, tmp_path:
 def test_every_verb_works_on_the_language_model(kind: str, tmp_path: Path) -> None:
     folder, data = save(whole(kind), tmp_path / "model"), tiny.write_rows(tmp_path / "rows.jsonl", 20)
     (folder / "preprocessor_config.json").write_text("{}")
-    settings = {"model": str(folder), "data": [str(data)], "max_steps": 3, "precision": "fp32", "lr": 1e-2}
+    settings: dict[str, Any] = {
+        "model": str(folder),
+        "data": [str(data)],
+        "max_steps": 3,
+        "precision": "fp32",
+        "lr": 1e-2,
+    }
     assert fitune.plan(**settings).needed > 0
     assert look(build({k: settings[k] for k in ("model", "data")})).findings
     run = train(build({**settings, "output": str(tmp_path / "run")})).run
@@ -252,7 +258,7 @@ def verb(name: str, folder: Path, data: Path, place: Path) -> Any:
     from fitune.commands.export import export
     from fitune.commands.methods import overview
 
-    settings = {"model": str(folder), "data": [str(data)], "precision": "fp32"}
+    settings: dict[str, Any] = {"model": str(folder), "data": [str(data)], "precision": "fp32"}
     return {
         "train": lambda: fitune.train(**settings, max_steps=1, output=str(place / "run")),
         "plan": lambda: fitune.plan(**settings),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes as bnb
 import pytest
@@ -27,10 +27,10 @@ SHAPES = ((48, 80), (16, 688), (100, 96), (48, 64), (20, 128), (64, 172), (32, 1
 RIGHT = bnb.functional.dequantize_4bit
 
 
-def packed(shape: tuple[int, int], kind: str = "nf4", block: int = 64, double: bool = False) -> Any:
+def packed(shape: tuple[int, int], kind: Literal["nf4", "fp4"] = "nf4", block: int = 64, double: bool = False) -> Any:
     """A layer in blocks of any size, as a folder of somebody else may hold it."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    layer = quants.find("nf4").make(weight, QuantOptions(name="nf4", kind=kind), torch.device("cpu"))
+    layer: Any = quants.find("nf4").make(weight, QuantOptions(name="nf4", kind=kind), torch.device("cpu"))
     data, state = bnb.functional.quantize_4bit(weight, quant_type=kind, blocksize=block, compress_statistics=double)
     layer.weight.data, layer.weight.quant_state = data, state
     return layer
@@ -49,7 +49,8 @@ def by_hand(layer: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plain_weights_are_exact_for_every_shape_kind_dtype_and_block(shape: tuple[int, int]) -> None:
-    for kind, block, double in product(("nf4", "fp4"), (64, 128, 512), (False, True)):
+    kinds: tuple[Literal["nf4", "fp4"], ...] = ("nf4", "fp4")
+    for kind, block, double in product(kinds, (64, 128, 512), (False, True)):
         layer = packed(shape, kind, block, double)
         exact = by_hand(layer)
         assert torch.equal(nf4.exact(layer, torch.float32), exact)
@@ -132,7 +133,7 @@ def test_a_wrong_product_is_found_and_not_used(monkeypatch: pytest.MonkeyPatch) 
     """What a GPU does: bitsandbytes' product is used where it is right. Its CPU product stands for it here."""
     monkeypatch.setattr(trust, "FUSED", {"cuda", "cpu"})
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(4)) / 8
-    layer = quants.find("nf4").make(weight, quant_options("nf4"), torch.device("cpu")).eval()
+    layer: Any = quants.find("nf4").make(weight, quant_options("nf4"), torch.device("cpu")).eval()
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(5))
     theirs = bnb.matmul_4bit
     calls: list[int] = []
@@ -161,7 +162,7 @@ def test_a_wrong_product_is_found_and_not_used(monkeypatch: pytest.MonkeyPatch) 
 def test_int8_is_what_its_numbers_and_scales_stand_for() -> None:
     for shape in SHAPES:
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(6))
-        layer = quants.find("int8").make(weight, quant_options("int8"), torch.device("cpu"))
+        layer: Any = quants.find("int8").make(weight, quant_options("int8"), torch.device("cpu"))
         assert trust.check([layer], torch.float32) == []  # no kernel of bitsandbytes takes part
         exact = absmax.dequantize(layer.weight.data, layer.scales()[:, None] / 127)
         assert torch.equal(layer.plain_weight(torch.float32), exact)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
-from fitune.core.records import Conversation, Message, Sample, Source
+from fitune.core.records import Conversation, Layout, Message, Sample, Source
 from fitune.data.batches import flat, split
 from fitune.data.encode import Encoder
 from fitune.data.store import Samples, write_samples
@@ -43,7 +45,7 @@ def samples() -> list[Sample]:
     return made
 
 
-def gradients(model) -> dict[str, torch.Tensor]:
+def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone().double() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -69,7 +71,9 @@ def reference(data: list[Sample]) -> tuple[float, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("layout", ["flat", "padded", "documents"])
 @pytest.mark.parametrize("parts", [1, 2, 7])
-def test_the_weighted_objective_is_the_reference_however_it_is_split(layout: str, parts: int, monkeypatch) -> None:
+def test_the_weighted_objective_is_the_reference_however_it_is_split(
+    layout: Layout, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss_kernel, "CHUNK_BYTES", 4 * 400 * 8)  # eight rows a chunk
     data, model = samples(), tiny.make_model("llama")
     loss, expected = reference(data)
@@ -81,7 +85,7 @@ def test_the_weighted_objective_is_the_reference_however_it_is_split(layout: str
     assert abs(held_out_loss(model, batches, layout) - loss) < 1e-5 * loss
 
 
-def test_weights_that_are_ignored_are_noticed(monkeypatch) -> None:
+def test_weights_that_are_ignored_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     data, model = samples(), tiny.make_model("llama")
     loss, expected = reference(data)
     plain = loss_kernel._chunk_loss
@@ -118,7 +122,9 @@ def test_without_weights_the_bits_are_those_of_the_plain_loss() -> None:
     assert all(torch.allclose(bits[name], p.grad, rtol=1e-4, atol=1e-6) for name, p in model.named_parameters())
 
 
-def test_answers_of_weight_0_are_context_and_others_carry_theirs(tokenizer, tmp_path: Path) -> None:
+def test_answers_of_weight_0_are_context_and_others_carry_theirs(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     encoder = Encoder(tokenizer, choose("auto", tokenizer))
     sample = encoder.sample(TALK)
     assert sample is not None
@@ -135,6 +141,7 @@ def test_answers_of_weight_0_are_context_and_others_carry_theirs(tokenizer, tmp_
     there = Samples(tmp_path, tiny.as_rows([TALK, TALK]))
     for read in (list(there), [there[n] for n in range(3)]):
         assert [one.weights is None for one in read] == [True, False, True]
+        assert read[1].weights is not None
         assert np.array_equal(read[1].weights, sample.weights)
     batch = flat(there, range(3))
     assert batch.weights is not None
@@ -143,7 +150,9 @@ def test_answers_of_weight_0_are_context_and_others_carry_theirs(tokenizer, tmp_
 
 
 @pytest.mark.parametrize("weights", [(0, 0, 1), (1, 1, 0)])
-def test_train_on_last_and_weight_0_hold_together(tokenizer, weights: tuple[int, int, int]) -> None:
+def test_train_on_last_and_weight_0_hold_together(
+    tokenizer: PreTrainedTokenizerFast, weights: tuple[int, int, int]
+) -> None:
     turns = [Message(m.role, m.content, weight=weights[n // 2]) for n, m in enumerate(TALK.messages)]
     turns = [m if m.role == "assistant" else Message("user", m.content) for m in turns]
     sample = Encoder(tokenizer, choose("auto", tokenizer), train_on="last").sample(Conversation(tuple(turns)))

@@ -281,7 +281,7 @@ def test_old_folders_load_quantize_and_convert(old: tuple[Path, Path], tmp_path:
 def test_a_run_on_old_shards(tmp_path: Path, data_file: Path) -> None:
     new = tiny.save("bloom", tmp_path / "new")
     folder = as_bins(new, tmp_path / "old", tiny.make_model("bloom").state_dict(), shards=3)
-    settings = {"data": [str(data_file)], "max_steps": 3, "precision": "fp32", "sample_prompts": 0}
+    settings: dict[str, Any] = {"data": [str(data_file)], "max_steps": 3, "precision": "fp32", "sample_prompts": 0}
     first = fitune.train(model=str(folder), output=str(tmp_path / "a"), **settings)
     second = fitune.train(model=str(new), output=str(tmp_path / "b"), **settings)
     assert first.last_loss == second.last_loss
@@ -363,7 +363,7 @@ def test_whole_or_refused(kind: str, fault: str, message: str, tmp_path: Path, d
     assert not (tmp_path / "run").exists()
 
 
-def vocabulary(kind: str, tmp_path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Path:
+def vocabulary(kind: str, tmp_path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], object]) -> Path:
     """An old folder of a model whose tensors and config were changed."""
     new = tiny.save(kind, tmp_path / "new")
     tensors = {name: value.clone() for name, value in tiny.make_model(kind).state_dict().items()}
@@ -375,7 +375,7 @@ def vocabulary(kind: str, tmp_path: Path, change: Callable[[dict[str, torch.Tens
 
 def test_a_tied_head_need_not_be_in_the_file(tmp_path: Path) -> None:
     folder = vocabulary("llama-tied", tmp_path, lambda tensors, config: tensors.pop("lm_head.weight"))
-    model = load_model(folder)
+    model: Any = load_model(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(logits(model), logits(tiny.make_model("llama-tied")))
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ sys.modules[spec.name] = broken
 spec.loader.exec_module(broken)
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """The command line, in this process."""
     sys.argv = ["fitune", *map(str, arguments)]
     try:
@@ -46,7 +47,7 @@ CASES = [pytest.param(one, marks=[pytest.mark.full] if one.name in SLOW else [])
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_broken_data_costs_one_message_or_a_counted_skip(
-    case, tmp_path: Path, model_folder: Path, capsys, monkeypatch
+    case: Any, tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", [])
     path = tmp_path / case.name

@@ -47,7 +47,7 @@ from support.gpu_scripts import load
 WHERE = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 everywhere = pytest.mark.parametrize("where", WHERE)
 BOTH = [torch.float32, torch.bfloat16]
-ON = [("cpu", one) for one in BOTH]  # float16 is slow on a CPU
+ON: list[Any] = [("cpu", one) for one in BOTH]  # float16 is slow on a CPU
 ON += [pytest.param("cuda", one, marks=pytest.mark.cuda) for one in (*BOTH, torch.float16)]
 in_each_dtype = pytest.mark.parametrize(("where", "dtype"), ON)
 ROUNDED = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of a result, as vectors
@@ -75,7 +75,8 @@ def with_gradients(work: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
     leaves = [one.detach().clone().requires_grad_() for one in given]
     out = work(*leaves)
     out.double().square().sum().backward()
-    return [out, *(leaf.grad for leaf in leaves)]
+    grads: list[Any] = [leaf.grad for leaf in leaves]
+    return [out, *grads]
 
 
 def check(got: list[Tensor], right: list[Tensor], dtype: torch.dtype) -> None:
@@ -105,10 +106,12 @@ def test_losses_of_labels_equal_float64(where: str, dtype: torch.dtype) -> None:
         (b.grad,) = torch.autograd.grad(total, b, retain_graph=True)
         return total
 
-    got, right = [], []
+    got: list[Tensor] = []
+    right: list[Tensor] = []
     for found, work, kind, place in ((got, chunks, dtype, where), (right, whole, torch.float64, "cpu")):
         a, b = (one.to(place, kind).requires_grad_() for one in (hidden, weight))
         total = work(a, b)
+        assert b.grad is not None
         kept = b.grad.clone()
         (grad,) = torch.autograd.grad(total, a)
         found += [total, grad, kept]
@@ -233,8 +236,8 @@ def test_a_model_is_loaded_onto_its_device(where: str, quant: str) -> None:
     assert bool(packed) == (quant != "none")
     for (name, a), b in zip(there.named_parameters(), here.parameters(), strict=True):
         assert name in packed or torch.equal(a.cpu(), b)
-    for (_, a), (_, b) in zip(quants.layers(there), quants.layers(here), strict=True):
-        assert apart(a.plain_weight(torch.float32).double(), b.plain_weight(torch.float32).double()) < 1e-3
+    for (_, one), (_, other) in zip(quants.layers(there), quants.layers(here), strict=True):
+        assert apart(one.plain_weight(torch.float32).double(), other.plain_weight(torch.float32).double()) < 1e-3
     ids = torch.arange(5, 12, device=where)[None]
     with attention(there, SDPA):
         made = there.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)

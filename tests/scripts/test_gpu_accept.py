@@ -60,7 +60,7 @@ def written(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["section"], row["check"]): row for row in rows}
 
 
-def test_a_section_that_fails_hangs_or_breaks_stops_no_other(accept, tmp_path: Path) -> None:
+def test_a_section_that_fails_hangs_or_breaks_stops_no_other(accept: ModuleType, tmp_path: Path) -> None:
     results = accept.Results(tmp_path)
     names = ("hangs", "fails", "breaks", "garbles", "good")
     accept.run_all(sections(accept, *names), results, 120, accept.How(False, False, tmp_path))
@@ -86,7 +86,9 @@ def test_a_section_that_fails_hangs_or_breaks_stops_no_other(accept, tmp_path: P
     ]  # fmt: skip
 
 
-def test_what_one_section_leaves_over_is_there_for_the_next(accept, tmp_path: Path, monkeypatch) -> None:
+def test_what_one_section_leaves_over_is_there_for_the_next(
+    accept: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: list[float] = []
     monkeypatch.setattr(accept, "run", lambda names, results, seconds, how: given.append(seconds))
     results, how = accept.Results(tmp_path), accept.How(False, False, tmp_path)
@@ -98,7 +100,9 @@ def test_what_one_section_leaves_over_is_there_for_the_next(accept, tmp_path: Pa
     assert {row["why"] for row in results.rows} == {"no time left"}
 
 
-def test_a_folder_that_takes_no_more_stops_nothing(accept, tmp_path: Path, capsys) -> None:
+def test_a_folder_that_takes_no_more_stops_nothing(
+    accept: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """/dev/full refuses every write as a full disk does."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
@@ -113,7 +117,9 @@ def test_a_folder_that_takes_no_more_stops_nothing(accept, tmp_path: Path, capsy
     assert out.rstrip().splitlines()[-1].startswith("all        summary")
 
 
-def test_a_log_without_end_does_not_take_the_room_of_the_results(accept, tmp_path: Path, monkeypatch) -> None:
+def test_a_log_without_end_does_not_take_the_room_of_the_results(
+    accept: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(accept, "LOG_MOST", 10_000)
     results = accept.Results(tmp_path)
     for _ in range(100):
@@ -124,7 +130,7 @@ def test_a_log_without_end_does_not_take_the_room_of_the_results(accept, tmp_pat
     assert len(written(tmp_path)) == 1
 
 
-def test_told_to_stop_it_ends_its_sections_and_leaves_a_summary(accept, tmp_path: Path) -> None:
+def test_told_to_stop_it_ends_its_sections_and_leaves_a_summary(accept: ModuleType, tmp_path: Path) -> None:
     code = (
         "import importlib.util, sys, pathlib\n"
         f"spec = importlib.util.spec_from_file_location('gpu_accept', {str(SCRIPTS / 'gpu_accept.py')!r})\n"
@@ -152,7 +158,7 @@ def test_the_parent_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_packages_that_are_not_here_are_unpacked(accept, tmp_path: Path) -> None:
+def test_packages_that_are_not_here_are_unpacked(accept: ModuleType, tmp_path: Path) -> None:
     minor = sys.version_info.minor
     names = {
         "pytest-9.9-py3-none-any.whl": "pytest/__init__.py",  # here already, in whatever version
@@ -256,7 +262,13 @@ def test_whatever_fitune_and_its_tests_need_is_carried_or_in_images() -> None:
     carried = {name.replace("_", "-") for name in load("gpu_prepare").MISSING}
     project = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     tools = ("pytest", "pytest-timeout", "hypothesis")
-    todo = [re.match(r"[\w.-]+", one)[0].lower().replace("_", "-") for one in (*project["dependencies"], *tools)]
+
+    def named(needed: str) -> str:
+        found = re.match(r"[\w.-]+", needed)
+        assert found is not None
+        return found[0].lower().replace("_", "-")
+
+    todo = [named(one) for one in (*project["dependencies"], *tools)]
     seen: set[str] = set()
     while todo:
         name = todo.pop()
@@ -266,7 +278,7 @@ def test_whatever_fitune_and_its_tests_need_is_carried_or_in_images() -> None:
         for asked in metadata.requires(name) or []:
             needed, _, marker = asked.partition(";")
             if "extra" not in marker and "win32" not in marker.lower() and "python_version <" not in marker:
-                todo.append(re.match(r"[\w.-]+", needed)[0].lower().replace("_", "-"))
+                todo.append(named(needed))
     assert seen - carried == set()
 
 
@@ -288,7 +300,9 @@ def test_of_bitsandbytes_two_libraries_are_kept(tmp_path: Path) -> None:
     assert not prepare.flat(path)
 
 
-def test_a_wheel_that_cannot_be_had_is_named_and_so_is_too_much(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_wheel_that_cannot_be_had_is_named_and_so_is_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     prepare = load("gpu_prepare")
     asked: list[list[str]] = []
 

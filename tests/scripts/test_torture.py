@@ -64,7 +64,9 @@ def test_the_record_has_nothing_bad() -> None:
         (-11, "", False, "TRACEBACK"),
     ],
 )
-def test_what_is_bad_is_called_so(monkeypatch, code: int, err: str, same: bool, result: str) -> None:
+def test_what_is_bad_is_called_so(
+    monkeypatch: pytest.MonkeyPatch, code: int, err: str, same: bool, result: str
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     children = importlib.import_module("tortures.children")
     damage = importlib.import_module("tortures.damage")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+
+import pytest
 
 from fitune.cli import main as cli
 
 
-def run(arguments: list[object], capsys, monkeypatch) -> tuple[int, str, str]:
+def run(
+    arguments: Sequence[object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
     """The command inside this process: exit code, standard output, standard error."""
     monkeypatch.setattr(sys, "argv", ["fitune", *map(str, arguments)])
     code = 0

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import pytest
 import safetensors.torch
+from safetensors import serialize_file
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 How = Literal["kill", "full", "stop"]
@@ -73,7 +74,7 @@ def seam(root: Path, at: int | None = None, how: How = "kill") -> Iterator[Seam]
     """Inside, the writes below root are counted, and one of them fails."""
     here = Seam(root.absolute(), at, how)
     opened, low, replace, rename, mkdir = io.open, os.open, os.replace, os.rename, os.mkdir
-    fsync, unlink, rmdir, saved = os.fsync, os.unlink, os.rmdir, safetensors.torch.serialize_file
+    fsync, unlink, rmdir, saved = os.fsync, os.unlink, os.rmdir, serialize_file
 
     def open_(file: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
         if set(mode) & set("wax+"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,19 @@ def flash_by_hand(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
     """The kernel's own contract, written out in float64 on a CPU: so that what is handed to it is checked."""
     calls: list[dict] = []
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, bounds_q, bounds_k, max_q, max_k, p, causal, debug, **how):
+    def kernel(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bounds_q: Tensor,
+        bounds_k: Tensor,
+        max_q: int,
+        max_k: int,
+        p: float,
+        causal: bool,
+        debug: bool,
+        **how: Any,
+    ) -> tuple[Tensor]:
         calls.append(how | {"max": (max_q, max_k)})
         assert (p, causal, debug) == (0.0, True, False)
         lengths = [(b - a).max().item() for a, b in ((bounds_q[:-1], bounds_q[1:]), (bounds_k[:-1], bounds_k[1:]))]

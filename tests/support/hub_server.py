@@ -26,7 +26,10 @@ class Server(ThreadingHTTPServer):
     """What the hubs' addresses give for one model, with faults to plant."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.faults, self.asked, self.served = folder, {}, [], {}
+        self.folder = folder
+        self.faults: dict[str, Any] = {}
+        self.asked: list[Any] = []
+        self.served: dict[str, Any] = {}
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property

@@ -9,6 +9,7 @@ import torch
 from fitune.core.config import build
 from fitune.core.records import Source
 from fitune.engine import optim
+from fitune.engine.step import StepResult
 from fitune.engine.step_runner import StepRunner
 from fitune.models import adapters
 from fitune.models.parts import trainable
@@ -22,7 +23,7 @@ OOM = {
 }
 
 
-def make(method: str = "lora", **changes: Any):
+def make(method: str = "lora", **changes: Any) -> tuple[Any, torch.optim.Optimizer]:
     config = build({"model": "m", "data": ["d"], "method": method, **changes})
     model = adapters.attach(ready(tiny.make_model("llama")), config).train()
     optimizer = optim.make(trainable(model), config)
@@ -49,7 +50,9 @@ def runner(model: Any, parts: int = 1, said: list[str] | None = None) -> StepRun
     return StepRunner(model, "flat", 1.0, lambda row: Source("f.jsonl", row + 1), said.append, parts)
 
 
-def careful(model: Any, optimizer: Any, batches: list, parts: int = 1, said: list[str] | None = None):
+def careful(
+    model: Any, optimizer: Any, batches: list, parts: int = 1, said: list[str] | None = None
+) -> tuple[StepResult, int]:
     """A step's result, and in how many parts its micro-batches went through the model."""
     steps = runner(model, parts, said)
     return steps.step(batches, optimizer), steps.parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fitune.core.plan import Plan
 
@@ -55,7 +56,7 @@ def timeline(unit: int) -> list[dict[str, object]]:
 
 def example(unit: int = GIB, **changed: object) -> Plan:
     """A plan for a card of 24 GiB, or the same in smaller units."""
-    phases = [{"phase": name, "parts": sizes(EACH[name], unit)} for name in PHASES]
+    phases: list[dict[str, Any]] = [{"phase": name, "parts": sizes(EACH[name], unit)} for name in PHASES]
     phases = [{**phase, "bytes": sum(phase["parts"].values())} for phase in phases]
     peak = phases[2]
     plan = {
@@ -97,5 +98,5 @@ def example(unit: int = GIB, **changed: object) -> Plan:
 def on_cpu() -> Plan:
     """No budget, nothing outside, no allocator, a Chinese name, one thousandth of the size."""
     plan = example(MIB * 100, model="模型/通义千问-小", device="cpu", gpu=None, quant="none", outside={}, budget=None)
-    nothing = {"reserved": None, "reserved_expandable": None, "smallest": None, "max_length": None}
+    nothing: dict[str, Any] = {"reserved": None, "reserved_expandable": None, "smallest": None, "max_length": None}
     return replace(plan, **nothing, needed=plan.allocated)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fitune.core.events import Watcher
 from fitune.core.files import sha256
+from fitune.core.records import StepRecord
 
 
 class Crash(Exception):
@@ -16,7 +17,7 @@ class CrashAt(Watcher):
     def __init__(self, step: int) -> None:
         self.at = step
 
-    def step(self, record) -> None:
+    def step(self, record: StepRecord) -> None:
         if record.step == self.at:
             raise Crash
 

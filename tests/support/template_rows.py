@@ -23,7 +23,7 @@ MORE, LEMON = Message("user", "And a yellow one?"), Message("assistant", "A lemo
 HELLO = Message("assistant", "Hello.")
 
 
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "clock",

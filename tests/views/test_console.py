@@ -115,7 +115,7 @@ def test_a_check_that_is_made_later_prints_nothing_but_its_warning() -> None:
 def test_a_bar_leaves_room_for_what_a_terminal_echoes(width: int) -> None:
     """^C behind a full line would begin another one, and the bar would be drawn twice."""
     shown, _ = terminal(width, tty=True)
-    shown.start(100_000, 0, CPU)
+    shown.start(100_000, 0, "cpu")
     assert shown.bar is not None
     shown.step(record(99_999, held_out_loss=12.3456))
     for stopping in (False, True):
@@ -132,7 +132,7 @@ def test_a_bar_leaves_room_for_what_a_terminal_echoes(width: int) -> None:
 def test_one_bar_is_left_and_the_cursor_is_back() -> None:
     shown, file = terminal(80, tty=True)
     with shown:
-        shown.start(10, 4, CPU)
+        shown.start(10, 4, "cpu")
         shown.step(record(5))
         shown.stopping()
     left = file.getvalue().splitlines()[-1]
@@ -159,7 +159,7 @@ def test_a_log_has_few_lines_and_no_control_codes() -> None:
     shown, file = terminal(80)
     begin(shown, [*OK, WARNED])
     shown.progress("reading rows", 10, 100)
-    shown.start(1000, 0, CPU)
+    shown.start(1000, 0, "cpu")
     for step in range(1, 1001):
         shown.step(record(step))
     shown.stopping()
@@ -198,7 +198,7 @@ def test_a_model_alone_has_one_answer_to_a_prompt() -> None:
 
 
 def test_a_method_is_named_once_in_its_note() -> None:
-    row = SimpleNamespace(
+    row: Any = SimpleNamespace(
         name="bitfit", trains="biases (add: some)", trainable=None, training_bytes=None, merges=True, default_lr=1e-3,
         note="bitfit: this model has no bias terms",
     )  # fmt: skip
@@ -218,7 +218,7 @@ def test_a_held_out_loss_is_shown_with_the_step_that_it_is_of() -> None:
     """In lines only where it was measured; beside a bar with its step; the memory has room in both."""
     out = io.StringIO()
     terminal = Terminal(Console(file=out, width=80))
-    terminal.start(40, 0, torch.device("cpu"))
+    terminal.start(40, 0, "cpu")
     for number in range(1, 9):
         record = StepRecord(number, 0.1, 2.0, 1e-4, 1.0, 100, 50, 0.1, 1.5 if number == 4 else None)
         terminal.step(record)

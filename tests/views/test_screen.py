@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.table import Table
@@ -22,7 +23,7 @@ ESCAPES = "\x1b[2J\x1b]0;title\x07 \x9b31m \x08\r\x7f"
 NAMES = ["数据 文件 [bold]red :bug:", "[red a\nb '$(x)` \x1b[31m"]
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """The command line, in this process."""
     sys.argv = ["fitune", *map(str, arguments)]
     code: object = 0
@@ -35,7 +36,7 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
 
 
 @pytest.fixture(autouse=True)
-def _words(monkeypatch) -> None:
+def _words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [])
 
 
@@ -68,7 +69,7 @@ def test_whatever_is_printed(terminal: bool) -> None:
     assert all("␡" in line for line in lines)  # to their ends: widths are measured of what is shown
 
 
-def test_rich_itself_may(monkeypatch) -> None:
+def test_rich_itself_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """Colours and a bar's movements are no text."""
     file = io.StringIO()
     console = screen.Screen(file=file, width=60, force_terminal=True, color_system="truecolor")
@@ -84,7 +85,7 @@ class Full(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         if self.room < len(data):
             raise OSError(28, "No space left on device")
         self.room -= len(data)
@@ -95,7 +96,9 @@ def stream(room: int) -> io.TextIOWrapper:
     return screen._lenient(Full(room), at_once=True)
 
 
-def test_a_full_standard_output_ends_nothing(capsys, monkeypatch, tmp_path: Path, model_folder: Path) -> None:
+def test_a_full_standard_output_ends_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: Path
+) -> None:
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
     for flags, code, said in ((["--json"], 2, "error: standard output: the result could not"), ([], 0, "is lost")):
         with monkeypatch.context() as patch:
@@ -135,7 +138,7 @@ def test_real_streams_that_fail(
 
 @pytest.mark.skipif(os.name == "nt", reason="such names are POSIX")
 @pytest.mark.parametrize("name", NAMES)
-def test_names_as_they_are(name: str, tmp_path: Path, model_folder: Path, capsys) -> None:
+def test_names_as_they_are(name: str, tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / name
     folder.mkdir()
     rows = tiny.write_rows(folder / f"{name}.jsonl", 4)
@@ -159,7 +162,7 @@ def test_names_as_they_are(name: str, tmp_path: Path, model_folder: Path, capsys
     assert not raw(err)
 
 
-def test_a_name_that_is_no_text(tmp_path: Path, model_folder: Path, capsys) -> None:
+def test_a_name_that_is_no_text(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = os.fsdecode(b"a\xff")
     for words in (["inspect", name, "--model", model_folder], ["train", "--model", name, "--data", name]):
         found, _, err = run(capsys, *words)
@@ -170,7 +173,7 @@ def test_a_name_that_is_no_text(tmp_path: Path, model_folder: Path, capsys) -> N
     assert (tmp_path / "page").read_text() == "a\\udcff"
 
 
-def test_a_user_without_a_home(tmp_path: Path, monkeypatch) -> None:
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a user whom the system does not know either, as in many a container."""
     from fitune.core.errors import RunFolderError
     from fitune.data.cache import default_folder

@@ -99,7 +99,7 @@ class Cache:
         found = self.folder.glob(f"{kind}-{key}-*")
         return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
-    def entry(self, kind: str, key: str, write: Callable[[Path], None]) -> Path:
+    def entry(self, kind: str, key: str, write: Callable[[Path], object]) -> Path:
         """The folder of that key; `write` fills a new one where there is none.
 
         Raises:
