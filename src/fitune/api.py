@@ -203,7 +203,7 @@ def plan(
     """
     model, there, settings = _question(model, data, tokenizer, settings)
     make = quietly(import_module("fitune.commands.plan").plan)
-    made: Plan = make(model, data=there, gpu=gpu, words=tokenizer, watch=watch, **settings)
+    made: Plan = make(model, data=there, gpu=gpu, tokenizer=tokenizer, watch=watch, **settings)
     return made
 
 
@@ -236,7 +236,7 @@ def advise(
     if not there:
         raise ConfigError("advise: with which data?", expected="paths or rows", fix='data=["rows.jsonl"]')
     search = quietly(import_module("fitune.commands.advise").advise)
-    found: Advised = search(model, data=there, gpu=gpu, words=tokenizer, watch=watch, **settings)
+    found: Advised = search(model, data=there, gpu=gpu, tokenizer=tokenizer, watch=watch, **settings)
     return found
 
 

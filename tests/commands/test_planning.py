@@ -333,7 +333,7 @@ def test_several_mistakes_are_told_at_once(data_file: Path) -> None:
         ({"optimizer_in_backward": True}, "it is for full"),
         ({"precision": "fp32", "trainable_dtype": "bf16"}, "trainable_dtype bf16 with precision fp32"),
         ({"sede": 3}, "unknown setting 'sede'"),
-        ({"words": "/no/such/folder"}, "/no/such/folder: no such folder"),
+        ({"tokenizer": "/no/such/folder"}, "/no/such/folder: no such folder"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str, shape: str) -> None:
@@ -403,7 +403,7 @@ def test_without_a_tokenizer_lengths_are_estimated_and_that_is_told(
 ) -> None:
     made = planned(bare, data=[data_file], max_length="auto")
     assert "no tokenizer at hand (--tokenizer FOLDER): lengths of 40 rows are estimated" in made.notes[0]
-    known = planned(bare, data=[data_file], max_length="auto", words=model_folder)
+    known = planned(bare, data=[data_file], max_length="auto", tokenizer=model_folder)
     assert known.notes == []
     assert known.tokens == planned(model_folder, data=[data_file], max_length="auto").tokens
     assert known.tokens != made.tokens

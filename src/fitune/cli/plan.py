@@ -69,8 +69,8 @@ class Question:
 
     def arguments(self) -> Given:
         """As the Python functions take it."""
-        words = str(self.target.tokenizer) if self.target.tokenizer is not None else None
-        return {"model": self.model, "data": self.data, "gpu": self.target.gpu, "words": words, **self.given}
+        tokenizer = str(self.target.tokenizer) if self.target.tokenizer is not None else None
+        return {"model": self.model, "data": self.data, "gpu": self.target.gpu, "tokenizer": tokenizer, **self.given}
 
 
 def plan(

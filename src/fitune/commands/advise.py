@@ -39,13 +39,13 @@ NEAREST = 3  # ways that are planned exactly where none fits by arithmetic
 
 
 def advise(
-    model: str, *, data: Sequence[object], gpu: str | None = None, words: str | None = None,
+    model: str, *, data: Sequence[object], gpu: str | None = None, tokenizer: str | None = None,
     watch: Watcher | None = None, only_best: bool = False, **settings: Any,
 ) -> Advised:  # fmt: skip
     """Search, settle and explain.
 
     Args:
-        model, data, gpu, words, watch: as for `fitune.plan`.
+        model, data, gpu, tokenizer, watch: as for `fitune.plan`.
         only_best: one suggestion is planned exactly, and no memory savers beside it.
         settings: that are to stay; batch_size and accumulation stay as their product.
 
@@ -63,7 +63,7 @@ def advise(
     if too_small := below_all(request.where):
         raise too_small
     of_domain = domain(request)  # first: it runs the model, and what the process holds afterwards is beside every plan
-    exactly = Exact(request, rows_of(request, words, watch), settings)
+    exactly = Exact(request, rows_of(request, tokenizer, watch), settings)
     found = _searched(exactly, settings, watch)
     suggestions: list[Suggestion] = []
     refuted: list[search.Candidate] = []

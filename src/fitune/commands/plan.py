@@ -24,7 +24,7 @@ def plan(
     *,
     data: str | Path | Sequence[str | Path | Mapping[str, Any]] = (),
     gpu: str | None = None,
-    words: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     watch: Watcher | None = None,
     **settings: Any,
 ) -> plans.Plan:
@@ -34,14 +34,14 @@ def plan(
         model: a name of the catalog, a config.json, a model folder, or a hub id.
         data: files, folders or ids, as for `train`; none: every row is as long as max_length.
         gpu: a size (24GB), a GPU (rtx-4090), this-machine. Default: this machine.
-        words: a tokenizer folder, for a model that is not here.
+        tokenizer: a tokenizer folder, for a model that is not here.
         watch: progress is reported to it.
         settings: as for `train`.
 
     Raises:
         FituneError: settings, model, data or device that cannot be.
     """
-    return answer(model, data=data, gpu=gpu, words=words, watch=watch, **settings).plan
+    return answer(model, data=data, gpu=gpu, tokenizer=tokenizer, watch=watch, **settings).plan
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def answer(
     *,
     data: str | Path | Sequence[str | Path | Mapping[str, object]] = (),
     gpu: str | None = None,
-    words: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     watch: Watcher | None = None,
     **settings: Any,
 ) -> Answer:
@@ -67,7 +67,7 @@ def answer(
     sources = [data] if isinstance(data, (str, Path)) else list(data)
     settings = {name: _plain(value) for name, value in settings.items()}
     request = to_plan(str(model), data=[_plain(source) for source in sources], gpu=gpu, settings=settings)
-    known = rows_of(request, words, watch or Silent())
+    known = rows_of(request, tokenizer, watch or Silent())
     made = plans.plan(work_of(request, known), request.where, name=request.name)
     notes = [known.note] if known.note else []
     if request.where.kind == "cuda" and not request.where.bf16 and made.precision == "bf16":

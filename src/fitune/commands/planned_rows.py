@@ -102,12 +102,12 @@ def read(request: Request, folder: Path, watch: Watcher, *, to_train: bool) -> R
     return ReadRows(found, data, loaded)
 
 
-def rows_of(request: Request, words: str | Path | None, watch: Watcher) -> Rows:
+def rows_of(request: Request, tokenizer_folder: str | Path | None, watch: Watcher) -> Rows:
     """The rows for a plan: with lengths by the tokenizer, by their characters, or as long as max_length without data.
 
     Args:
         request: as it was checked.
-        words: a tokenizer folder, for a model that is not here; None: the model's own, where it has one.
+        tokenizer_folder: a tokenizer folder, for a model that is not here; None: the model's own, where it has one.
         watch: progress is reported to it.
 
     Raises:
@@ -115,8 +115,8 @@ def rows_of(request: Request, words: str | Path | None, watch: Watcher) -> Rows:
     """
     config, limit = request.config, request.longest_row
     _check_length(config, limit)
-    folder = expand(words) if words is not None else request.folder
-    if words is None and (not request.has_data or folder is None or not _has_tokenizer(folder)):
+    folder = expand(tokenizer_folder) if tokenizer_folder is not None else request.folder
+    if tokenizer_folder is None and (not request.has_data or folder is None or not _has_tokenizer(folder)):
         return _without_tokenizer(request)
     assert folder is not None
     if not request.has_data:
