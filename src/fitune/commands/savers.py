@@ -67,7 +67,7 @@ def _changes(exactly: Exact, config: RunConfig) -> Iterator[tuple[dict[str, obje
     if config.quant.name in ("none", "int8"):
         yield (
             {"quant": {"name": "nf4"}},
-            f"4-bit weights kept {search.KEPT['nf4']:.0%} of the gain of the bundled 2M model",
+            f"4-bit weights kept {search.measured()['gain_kept']['nf4']:.0%} of the gain of the bundled 2M model",
         )
     if exactly.request.where.kind == "cuda" and config.loss_rows == "auto":
         yield {"loss_rows": FEWER_ROWS}, "the output head is read more often"

@@ -28,7 +28,7 @@ class Suggestion:
     micro_batch, accumulation: rows, and how many of them for each optimizer step: together as many rows as were asked
     for; they are in the settings. plan: of exactly these settings. largest_batch: the most rows of a micro-batch that
     fit with the same settings; needed_at_largest: bytes with it. quality: share of the questions of a test that the
-    bundled model of 2 million parameters answered rightly after tuning so (search.WAYS).
+    bundled model of 2 million parameters answered rightly after tuning so (search.measured).
     """
 
     name: str

@@ -12,6 +12,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -33,12 +35,10 @@ TOKENS = (1024, 4096)  # of the two micro-batches, four rows each: so many that 
 MARGIN, SEGMENT = 1.03, 20 * MIB  # fragmentation, until a candidate is planned exactly: a share, and a segment
 MOST = 4096  # rows of a micro-batch
 
-# Share of the questions of a held-out test that were answered right after tuning (results/methods.json: exact match of
-# 152 prompts), in bands, so that a point or two decides nothing; of quantized weights the share of the gain that is
-# kept (results/precision.json).
-WAYS: dict[str, tuple[dict[str, object], float]] = {
-    "full": ({"method": "full"}, 0.987),
-    "full, 8-bit states": ({"method": "full", "optimizer": "adamw-8bit"}, 0.987),
+# A way by its settings, and the name under which results/methods.json has what it reached.
+WAYS: dict[str, tuple[dict[str, object], str]] = {
+    "full": ({"method": "full"}, "full"),
+    "full, 8-bit states": ({"method": "full", "optimizer": "adamw-8bit"}, "full"),
     "full, in the backward pass": (
         {
             "method": "full",
@@ -47,30 +47,37 @@ WAYS: dict[str, tuple[dict[str, object], float]] = {
             "max_grad_norm": 0.0,
             "accumulation": 1,
         },
-        0.98,
+        "full",
     ),
-    "lora, all linear layers": ({"method": "lora", "lora": {"targets": "all-linear"}}, 0.987),
-    "lora": ({"method": "lora"}, 0.921),
-    "adapter": ({"method": "adapter"}, 0.928),
-    "freeze": ({"method": "freeze"}, 0.928),
-    "tail": ({"method": "tail"}, 0.941),
-    "prefix": ({"method": "prefix"}, 0.908),
-    "p-tuning": ({"method": "p-tuning"}, 0.789),
-    "prompt": ({"method": "prompt"}, 0.717),
-    "bitfit": ({"method": "bitfit"}, 0.553),
-    "ia3": ({"method": "ia3"}, 0.526),
+    "lora, all linear layers": ({"method": "lora", "lora": {"targets": "all-linear"}}, "lora, all-linear"),
+    **{
+        name: ({"method": name}, name)
+        for name in ("lora", "adapter", "freeze", "tail", "prefix", "p-tuning", "prompt", "bitfit", "ia3")
+    },
 }
-KEPT = {"none": 1.0, "int8": 1.0, "nf4": 0.96}
 BAND = 0.03
 LITTLE = 0.8  # a result below which a way is not looked at with every saver
 UNKNOWN = 0.0  # the result of a way that was not measured
 METHODS = {settings["method"] for settings, _ in WAYS.values()}
 
 
+@cache
+def measured() -> Mapping[str, Mapping[str, float]]:
+    """What was measured on the bundled model, as scripts/pack_results.py packed it.
+
+    `accuracy`: share of the questions of a held-out test that were answered right after tuning, by the names of
+    results/methods.json. `gain_kept`: share of the gain that quantized weights kept, by quantizer.
+    """
+    values: Mapping[str, Mapping[str, float]] = json.loads(
+        files("fitune").joinpath("measured.json").read_text(encoding="utf-8")
+    )
+    return values
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A way that fits, or nearly. settings: as for RunConfig, beside what was given. batch_size: the largest that fits
-    (0: not one row does); needed: bytes with it, by arithmetic. quality: of WAYS and KEPT. seconds: of an epoch."""
+    (0: not one row does); needed: bytes with it, by arithmetic. quality: of `measured`. seconds: of an epoch."""
 
     name: str
     settings: dict[str, Any]
@@ -179,13 +186,15 @@ def _ways(given: Mapping[str, Any], shape: PretrainedConfig, where: device.Devic
     family = families.of(empty)
     computing = "bf16" if where.bf16 and where.kind == "cuda" else "fp16" if where.kind == "cuda" else "fp32"
     wanted_method = given.get("method")
-    own: dict[str, tuple[dict[str, Any], float]] = {}
+    own: dict[str, tuple[dict[str, object], str]] = {}
     if wanted_method is not None and wanted_method not in METHODS:
-        own[wanted_method] = {"method": wanted_method}, UNKNOWN
+        own[wanted_method] = {"method": wanted_method}, ""  # nobody measured it
     # who gives settings of a method means that method
     meant = {method.name for method in methods.TABLE.values() if method.options and method.options in given}
     seen: set[str] = set()
-    for name, (settings, quality) in {**WAYS, **own}.items():
+    accuracy, kept = measured()["accuracy"], measured()["gain_kept"]
+    for name, (settings, result) in {**WAYS, **own}.items():
+        quality = accuracy.get(result, UNKNOWN)
         if wanted_method is None and meant and settings["method"] not in meant:
             continue
         # of ways that reach little, one in full and one in few bits are enough
@@ -204,7 +213,7 @@ def _ways(given: Mapping[str, Any], shape: PretrainedConfig, where: device.Devic
                     continue
                 seen.add(key)
                 label = name if quantizer == "none" else f"{name} on {quantizer}"
-                yield _Way(label + checkpointing * ", checkpointing", whole, quality * KEPT[quantizer])
+                yield _Way(label + checkpointing * ", checkpointing", whole, quality * kept[quantizer])
 
 
 def _agree(wanted: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
