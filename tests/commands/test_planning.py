@@ -630,7 +630,7 @@ def test_what_cannot_be_traced_is_planned_by_closed_forms_and_told(
     def broken(*_: object) -> None:
         raise RuntimeError("an [/operation] that nobody knows")
 
-    monkeypatch.setattr(trace, "shadows", broken)
+    monkeypatch.setattr(plans, "shadows", broken)
     made = planned(shape)
     assert made.how == "closed form"
     assert "an [/operation] that nobody knows" in made.why
@@ -704,7 +704,7 @@ def test_the_proof_is_of_figures_that_others_measured(capsys: Any, monkeypatch: 
     assert found["worst_error"] == pytest.approx(float(np.max(np.abs(errors))))
     assert found["mean_error"] < 0.025
     for row in found["table"]:
-        assert row.name in err
+        assert row["name"] in err
     assert found["source"].split(",")[0] in err
     assert "One number was fitted" in err
 

@@ -331,7 +331,7 @@ import socket, sys
 def refuse(*args, **kwargs):
     raise AssertionError(f"the network was asked: {args}")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from fitune.cli import main
+from fitune.cli.main import main
 sys.argv = ["fitune", *sys.argv[1:]]
 main()
 """
