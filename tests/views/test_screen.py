@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fitune.cli import main as cli
+from fitune.core.errors import FituneError
 from fitune.core.files import as_json, expand, write_atomic
 from fitune.views import screen
 from support import tiny
@@ -188,3 +190,16 @@ def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert expand("~/data") == Path("~/data")
     with pytest.raises(RunFolderError, match="no home folder for a cache"):
         default_folder()
+
+
+def test_an_output_that_somebody_put_there_may_fail_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python callers replace sys.stdout; one that cannot be flushed is reported, not a traceback."""
+
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert screen.lost() == "standard output: File too large; what was printed after that is lost"
+    with pytest.raises(FituneError, match="could not be written"):
+        screen.check_written()

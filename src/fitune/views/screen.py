@@ -155,7 +155,11 @@ def _raw(stream: object) -> Lenient | None:
 
 def _untold() -> str:
     """What keeps standard output from taking more, once; nothing where its reader left."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:  # a stream that somebody put there: it may fail, unlike those of `guard`
+        number = error.errno if isinstance(error, OSError) else errno.EBADF
+        return "" if number in GONE else os.strerror(number or 0)
     raw = _raw(sys.stdout)
     if raw is None or raw.failed is None or raw.failed.errno in GONE or raw.told:
         return ""
