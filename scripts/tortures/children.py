@@ -154,7 +154,7 @@ def _command(words: list[str], trouble: Trouble | None) -> int:
     from fitune.cli import main as cli
 
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
-    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]  # as in a process of its own
+    vars(sys).update(__stdout__=sys.stdout, __stderr__=sys.stderr)  # as in a process of its own
     sys.argv, code = ["fitune", *words], 0
     resource.setrlimit(resource.RLIMIT_CPU, (MOST_WORK, MOST_WORK))
     try:
