@@ -104,3 +104,18 @@ def test_a_silenced_type_checker_without_a_reason_is_seen() -> None:
     told = "a = b  # type: ignore[misc]  # b has no types"
     untold = ["a = b  # type: ignore[misc]", "a = b  # type: ignore", "a = b  # type: ignore[misc]  # noqa: E501"]
     assert unexplained("\n".join([told, *untold])) == untold
+
+
+CITED = re.compile(r"(?<![\w/.-])(?:tests|scripts|benchmarks|docs|results|src)/[\w./-]+\.(?:py|md|json|sh|txt)\b")
+
+
+def uncited(text: str) -> list[str]:
+    """Files of this repository that a source text cites, and that are not there."""
+    return sorted({name for name in CITED.findall(text) if not (ROOT / name).exists()})
+
+
+@pytest.mark.parametrize("folder", ["src", "scripts", "benchmarks"])
+def test_every_file_that_the_code_cites_is_there(folder: str) -> None:
+    found = {path.name: uncited(path.read_text(encoding="utf-8")) for path in (ROOT / folder).rglob("*.py")}
+    assert {name: names for name, names in found.items() if names} == {}
+    assert uncited("see tests/test_moved.py and (docs/gone.md).") == ["docs/gone.md", "tests/test_moved.py"]

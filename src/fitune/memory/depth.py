@@ -5,8 +5,8 @@ where the two shallow traces do not say it for sure. Two models are traced, of w
 one more period, where kinds of blocks alternate). Its trace must be the first one's with stretches inserted that repeat
 what stands right before them: the added block on its way forward, backward, in the update. Such stretches are repeated
 until the model is as deep as it is. What counts with depth (numbers of modules, a list of all norms) goes on as it does
-from the first to the second. Nothing is estimated: a trace made so is that of the whole model (tests/test_depth.py
-compares them), and where anything does not fit the whole model is traced.
+from the first to the second. Nothing is estimated: a trace made so is that of the whole model, as
+tests/memory/test_depth.py compares them, and where anything does not fit the whole model is traced.
 """
 
 from __future__ import annotations
