@@ -61,10 +61,10 @@ class Section:
 
 # What shows most stands first, for a machine that is taken away early.
 SECTIONS = (
-    Section("machine", 30),
-    Section("kernels", 90),
-    Section("resume", 60),
-    Section("throughput", 115),
+    Section("machine", 60),
+    Section("kernels", 80),
+    Section("resume", 55),
+    Section("throughput", 100),
     Section("runs", 55),
     Section("memory", 75),
     Section("capped", 55),
@@ -73,9 +73,10 @@ SECTIONS = (
 
 @dataclass
 class Results:
-    """The checks so far, in memory and on the disk as long as that takes them."""
+    """The checks so far, in memory and on the disk as long as that takes them; at: seconds since the beginning."""
 
     out: Path
+    began: float = field(default_factory=time.monotonic)
     rows: list[Row] = field(default_factory=list)
     full: str = ""
     logged: int = 0
@@ -84,6 +85,7 @@ class Results:
     def add(self, section: str, check: str, passed: bool, **figures: Any) -> None:
         """One more check: when this returns, it is on the disk."""
         row = {"section": section, "check": check, "passed": passed, **figures}
+        row["at"] = round(time.monotonic() - self.began, 1)
         with self._lock:
             self.rows.append(row)
             print(line(row), flush=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -32,10 +33,12 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [str(ROOT / name) for name in ("src", "scripts", "benchmarks")]  # a bare machine cannot install the package
 sys.path[:0] = SOURCES
 
+import gpu_report  # noqa: E402
 from gpu_accept import MARK  # noqa: E402
 
 PATIENCE = 90.0  # seconds for one command
 STEPS, KILLED_AT = 12, 4  # of a run that is killed
+WORKERS = 6  # of pytest on one GPU: a test takes little of it, and its process seconds to start
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def _inside(words: Sequence[str], seconds: float) -> tuple[int, str, str]:
 
 def environment() -> dict[str, str]:
     """Of a process that finds the package here."""
-    path = os.pathsep.join([*SOURCES[:1], *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([*SOURCES[:2], *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path}
 
 
@@ -137,10 +140,28 @@ def machine(here: Here) -> None:
         kernels, lengths = attention_of(device, own=own)
         passed = bool(kernels) and not (own and any("cudnn" in kernel.lower() for kernel in kernels))
         here.say(f"attention: {name}", passed, seconds_of_new_lengths=lengths, kernels=kernels)
+    here.say("seconds of a start", True, **starts(here))
     checks = fitune(here, "doctor", good=(0, 1))["checks"]
     wrong = [f"{one['name']}: {one['text']}"[:160] for one in checks if one["level"] != "ok"]
     broken = any(one["level"] == "broken" for one in checks)  # a CUDA build of torch where no GPU is, in a dry run
     here.say("doctor", here.dry or not broken, checks=len(checks), not_ok=wrong)
+
+
+def starts(here: Here) -> dict[str, float]:
+    """Seconds of a new process that imports torch, one that uses the device, one that imports what training needs, and
+    one of fitune that only says its version."""
+    parts = {
+        "torch": ["-c", "import torch"],
+        "device": ["-c", f"import torch; a = torch.ones(64, 64, device={here.device!r}); (a @ a).sum().item()"],
+        "training": ["-c", "import fitune.commands.train"],
+        "version": ["-m", "fitune", "--version"],
+    }
+    found: dict[str, float] = {}
+    for name, words in parts.items():
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *words], capture_output=True, env=environment(), timeout=PATIENCE, check=True)
+        found[name] = round(time.perf_counter() - began, 2)
+    return found
 
 
 def attention_of(device: Any, *, own: bool) -> tuple[list[str], list[float]]:
@@ -194,12 +215,14 @@ def kernels(here: Here) -> None:
     if here.together:
         files = [file for file in files if file.endswith("test_gpu.py")]
     chosen = ["-m", "cuda and not full", "-k", "not new_processes"]
-    how = ["--collect-only", "-q"] if here.dry else ["-v", "--timeout", "60"]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *chosen, *how, *files]
+    side_by_side = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
+    real = ["-q", "--no-header", "--no-summary", "--timeout", "60", *side_by_side]
+    how = ["--collect-only", "-q"] if here.dry else real
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "gpu_report", *chosen, *how, *files]
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(),
                               timeout=max(1.0, here.seconds - 5))  # fmt: skip
-        out, ended = done.stdout, f"exit code {done.returncode}"
+        out, ended = done.stdout + done.stderr, f"exit code {done.returncode}"
     except subprocess.TimeoutExpired as late:
         out, ended = (late.stdout or b"").decode("utf-8", "replace"), "not done in time"
     print(out, flush=True)
@@ -209,14 +232,16 @@ def kernels(here: Here) -> None:
 
 
 def outcomes(out: str, *, collected: bool) -> dict[str, Any]:
-    """Of pytest's output: how many tests ran and were skipped, and the names of those that failed."""
+    """Of pytest's output with the plugin gpu_report: how many tests ran and were skipped, the names of those that
+    failed, and the seconds of the three that took longest."""
     if collected:
         return {"ran": len(re.findall(r"^\S+::\S+", out, re.MULTILINE)), "skipped": 0, "failed": []}
-    found = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", out, re.MULTILINE)
-    failed = [name.removeprefix("tests/") for name, said in found if said in ("FAILED", "ERROR")]
-    failed += re.findall(r"^ERROR (\S+)", out, re.MULTILINE)  # a file that cannot be read
-    skipped = sum(said == "SKIPPED" for _, said in found)
-    return {"ran": len(found) - skipped, "skipped": skipped, "failed": failed[:20]}
+    found = [json.loads(text) for text in re.findall(rf"^{gpu_report.MARK}(.+)$", out, re.MULTILINE)]
+    failed = [row["test"].removeprefix("tests/") for row in found if row["outcome"] == "failed"]
+    skipped = sum(row["outcome"] == "skipped" for row in found)
+    slowest = sorted(found, key=lambda row: -row["seconds"])[:3]
+    longest = {row["test"].split("/")[-1]: row["seconds"] for row in slowest}
+    return {"ran": len(found) - skipped, "skipped": skipped, "failed": failed[:20], "longest": longest}
 
 
 # ---- resume ----

@@ -146,6 +146,23 @@ def test_what_a_run_ran_on_lists_what_decides_its_bits(monkeypatch: pytest.Monke
     assert [text.split(":")[0] for text in changed] == ["bitsandbytes", "device cudnn", "device driver"]
 
 
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\n", "580.159.04"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  570.86.15  Build\nGCC\n", "570.86.15"),
+        ("something else\n", None),
+    ],
+)
+def test_the_drivers_version_is_read_from_both_kinds_of_kernel_module(
+    text: str, version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(environment, "DRIVER_FILE", tmp_path / "version")
+    assert environment.driver() == version
+
+
 def test_what_changed_between_two_machines_is_named() -> None:
     before: dict[str, Any] = environment.describe(CPU)
     assert environment.changes(before, environment.describe(CPU)) == []

@@ -166,7 +166,7 @@ def test_on_a_gpu_one_call_equals_a_call_for_each(
     module.layer_idx = 0
 
     def run(device: str, kind: torch.dtype, one_call: bool) -> list[Any]:
-        q, k, v, *before = (t.to(device, kind).requires_grad_() for t in whole)
+        q, k, v, *before = (t.detach().to(device, kind).requires_grad_() for t in whole)
         documents = documents_of(bounds.tolist(), prefix, device) if one_call else None
         how: dict[str, Any] = {
             "cu_seq_lens_q": bounds,

@@ -214,17 +214,25 @@ def test_configurations_are_those_of_a_card_that_is_not_larger() -> None:
         assert figures.chosen_for(sizes, int(gib * 2**30)) == size
 
 
-def test_what_pytest_printed_is_counted() -> None:
+def test_what_pytest_reports_is_counted_also_where_it_is_stopped(tmp_path: Path) -> None:
+    """With the plugin, in a real process: a test that passes, one that fails, one that is skipped, and a file that
+    cannot be read; then all but the last of what was printed."""
     checks = load("gpu_checks")
-    out = (
-        "tests/test_a.py::test_one[cuda-x y] PASSED   [ 10%]\n"
-        "tests/test_a.py::test_two FAILED             [ 20%]\n"
-        "tests/test_b.py::test_three SKIPPED (no CUDA GPU here) [ 30%]\n"
-        "tests/test_b.py::test_four "
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\ndef test_one(): pass\ndef test_two(): assert 'planted' == ''\n"
+        "@pytest.mark.skip\ndef test_three(): pass\n"
     )
-    assert checks.outcomes(out, collected=False) == {"ran": 2, "skipped": 1, "failed": ["test_a.py::test_two"]}
-    broken = "ERROR tests/test_c.py - ModuleNotFoundError\n"
-    assert checks.outcomes(broken, collected=False)["failed"] == ["tests/test_c.py"]
+    (tmp_path / "test_b.py").write_text("import nowhere_to_be_found\n")
+    how = ["-p", "gpu_report", "-p", "no:cacheprovider", "-q", "--no-summary", "--continue-on-collection-errors"]
+    command = [sys.executable, "-m", "pytest", *how, "-c", os.devnull, "test_a.py", "test_b.py"]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=checks.environment()).stdout
+    assert "assert 'planted' == ''" in out
+    found = checks.outcomes(out, collected=False)
+    assert (found["ran"], found["skipped"]) == (3, 1)
+    assert sorted(found["failed"]) == ["test_a.py::test_two", "test_b.py"]
+    assert set(found["longest"]) <= {"test_a.py::test_one", "test_a.py::test_two", "test_a.py::test_three", "test_b.py"}
+    stopped = out[: out.index("test_two")] + "\nOUTCOME"
+    assert checks.outcomes(stopped, collected=False)["failed"] == ["test_b.py"]
     assert checks.outcomes("tests/test_a.py::test_one\n\n1/2 tests collected\n", collected=True)["ran"] == 1
 
 

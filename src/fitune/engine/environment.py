@@ -62,13 +62,16 @@ def _device(device: torch.device) -> dict[str, object]:
     }
 
 
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
 def driver() -> str | None:
     """The version of NVIDIA's driver, from the file where Linux has it; None: not known."""
     try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        text = DRIVER_FILE.read_text(encoding="utf-8")
     except OSError:
         return None
-    found = re.search(r"Kernel Module[^0-9]*([0-9]+(?:\.[0-9]+)+)", text)
+    found = re.search(r"Kernel Module\b.*?\s([0-9]+(?:\.[0-9]+)+)\b", text)  # the open one names its machine before
     return found[1] if found else None
 
 

@@ -284,8 +284,8 @@ class Tracer(_Mode):
         key = (func, kind(args), kind(kwargs)) if makes_new(func) else None
         known = self._results.get(key) if key is not None else None
         if known:
-            made = [like if spec is None else torch.empty_strided(*spec[:2], dtype=spec[2], device=META)
-                    for like, spec in known[1]]  # fmt: skip
+            made = [like if new is None else torch.empty_strided(*new[:2], dtype=new[2], device=META)
+                    for like, new in known[1]]  # fmt: skip
             return made[0] if known[0] is None else known[0](made)
         if func is aten.nonzero.default and (true := overrides.true_of(args[0])) is not None:
             return args[0].new_empty((true, args[0].ndim), dtype=torch.long)
