@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,87 @@ def test_every_file_that_the_code_cites_is_there(folder: str) -> None:
     found = {path.name: uncited(path.read_text(encoding="utf-8")) for path in (ROOT / folder).rglob("*.py")}
     assert {name: names for name, names in found.items() if names} == {}
     assert uncited("see tests/test_moved.py and (docs/gone.md).") == ["docs/gone.md", "tests/test_moved.py"]
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp)
+OTHER_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def stored(nodes: Iterable[ast.AST]) -> set[str]:
+    """Names that the nodes, or what stands in them, bind by assignment."""
+    return {one.id for node in nodes for one in ast.walk(node) if isinstance(one, ast.Name) and is_stored(one)}
+
+
+def is_stored(name: ast.Name) -> bool:
+    return isinstance(name.ctx, ast.Store)
+
+
+def scope(node: ast.AST, bound: frozenset[str] = frozenset()) -> Iterator[tuple[ast.AST, frozenset[str]]]:
+    """The nodes of a scope, each with the names that comprehensions and lambdas around it bind.
+
+    Functions and classes inside it are scopes of their own. The first iterable of a comprehension is read outside it.
+    """
+    for child in ast.iter_child_nodes(node):
+        inside = bound
+        if isinstance(node, (*COMPREHENSIONS, ast.GeneratorExp)):
+            inside = bound | stored(part.target for part in node.generators)
+            if child is node.generators[0]:
+                first = node.generators[0].iter
+                yield from [(first, bound), *scope(first, bound)]
+                child = ast.comprehension(child.target, ast.Constant(None), child.ifs, 0)
+        elif isinstance(node, ast.Lambda):
+            inside = bound | {one.arg for one in ast.walk(node.args) if isinstance(one, ast.arg)}
+        yield child, inside
+        if not isinstance(child, OTHER_SCOPES):
+            yield from scope(child, inside)
+
+
+def shadowing(source: str) -> list[str]:
+    """`function: name` where a comprehension binds the name of a module-level function, class, import or constant that
+    the same function reads outside the comprehension: CPython 3.12 puts both into one scope, and such a function can
+    end in an UnboundLocalError."""
+    tree = ast.parse(source)
+    top = [node for part in tree.body if not isinstance(part, OTHER_SCOPES) for node, bound in scope(part) if not bound]
+    top += tree.body
+    module = {node.name for node in tree.body if isinstance(node, OTHER_SCOPES)}
+    module |= {(alias.asname or alias.name).split(".")[0] for node in top for alias in getattr(node, "names", [])
+               if isinstance(alias, ast.alias)}  # fmt: skip
+    module |= {node.id for node in top if isinstance(node, ast.Name) and is_stored(node)}
+    found = []
+    for function in [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]:
+        parts = [part for node in ast.walk(function) if isinstance(node, COMPREHENSIONS) for part in node.generators]
+        if not stored(part.target for part in parts) & module:
+            continue
+        there = list(scope(function))
+        own = {node.name for node, _ in there if isinstance(node, OTHER_SCOPES)}
+        own |= {node.id for node, bound in there if isinstance(node, ast.Name) and is_stored(node) and not bound}
+        own |= {one.arg for one in ast.walk(function.args) if isinstance(one, ast.arg)}
+        reads = {node.id for node, bound in there if isinstance(node, ast.Name) and not is_stored(node)
+                 and node.id not in bound}  # fmt: skip
+        binds = stored(part.target for node, _ in there if isinstance(node, COMPREHENSIONS) for part in node.generators)
+        found += [f"{function.name}: {name}" for name in sorted(binds & reads & module - own)]
+    return found
+
+
+@pytest.mark.parametrize("folder", ["src", "scripts", "benchmarks", "tests"])
+def test_no_comprehension_hides_a_name_that_its_function_reads(folder: str) -> None:
+    found = {path.name: shadowing(path.read_text(encoding="utf-8")) for path in (ROOT / folder).rglob("*.py")}
+    assert {name: faults for name, faults in found.items() if faults} == {}
+
+
+@pytest.mark.unit
+def test_a_comprehension_that_hides_a_name_is_seen() -> None:
+    top = "import json as spec\n"
+    function = "def f(known, outs):\n    a = [spec for spec in known]\n    "
+    assert shadowing(top + function + "return [spec(one) for one in outs]") == ["f: spec"]
+    assert shadowing(top + function + "return {spec: 1}, a") == ["f: spec"]
+    assert shadowing(top + function + "return (lambda one: spec)") == ["f: spec"]
+    assert shadowing(top + function + "return (lambda spec: spec)(spec)") == ["f: spec"]
+    assert shadowing(top + "def f(a):\n    return [spec for spec in spec(a)]") == ["f: spec"]
+    assert shadowing(top + "class A:\n    def f(self, a):\n        return {spec for spec in a} or spec") == ["f: spec"]
+    assert shadowing("spec = 1\n" + function + "return spec") == ["f: spec"]
+    assert shadowing(top + function + "return {spec for spec in outs}") == []
+    assert shadowing(top + function + "return (lambda spec: spec)") == []
+    assert shadowing(top + function + "return (spec(one) for spec, one in a)") == []
+    assert shadowing(top + function + "spec = 1\n    return spec") == []  # the function's own name all through
+    assert shadowing("a = [spec for spec in ()]\n" + function + "return spec") == []
