@@ -275,7 +275,7 @@ def measure(work: plan.Work, card: Card, limit: int | None) -> tuple[dict[str, A
     try:
         with determinism.exact(where):
             determinism.strict(True)
-            plan.go(build_model(work.config, work.shape, where), work, seen, on_gpu=True)
+            plan.go(build_model(work.config, work.model_config, where), work, seen, on_gpu=True)
         torch.cuda.synchronize()
         seen.check()
     except RuntimeError as error:

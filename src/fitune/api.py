@@ -255,7 +255,7 @@ def _question(
     there = given.sources(data, "data", cache) if _is_given(data) else []
     held_out = _listed(settings.get("eval_data"))
     early.together(
-        lambda: early.shape(str(model)),
+        lambda: early.model_or_config(str(model)),
         *early.each(early.data, *_paths(there), *held_out),
         lambda: early.template(str(settings.get("template", "auto"))),
         *early.each(early.folder, tokenizer),

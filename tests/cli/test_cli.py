@@ -201,10 +201,12 @@ def test_train_prints_one_json_object(
     assert all(len(line) <= 80 for line in lines[:last])
 
     monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("你好\n"))
-    code, out, _ = run(["chat", tmp_path / "run", "--max-tokens", 5], capsys, monkeypatch)
+    code, out, _ = run(["chat", tmp_path / "run", "--max-new-tokens", 5], capsys, monkeypatch)
     assert code == 0
     monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("hello\n/reset\nhello\n"))
-    code, out, _ = run(["chat", tmp_path / "run", "--max-tokens", 5, "--compare", "--system", "s"], capsys, monkeypatch)
+    code, out, _ = run(
+        ["chat", tmp_path / "run", "--max-new-tokens", 5, "--compare", "--system", "s"], capsys, monkeypatch
+    )
     assert code == 0
     assert out.count("base") == 2
     assert "forgotten" in out

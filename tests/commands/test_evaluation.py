@@ -102,7 +102,7 @@ def test_logits_of_a_set_are_never_held(run: Path, monkeypatch: pytest.MonkeyPat
 def test_eval_on_the_command_line(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["eval", run, "--data", run.parent / "held_out.jsonl", "--max-tokens", 4, "--take", 5, "--json"]
+    arguments = ["eval", run, "--data", run.parent / "held_out.jsonl", "--max-new-tokens", 4, "--take", 5, "--json"]
     monkeypatch.setattr(sys, "argv", ["fitune", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         cli.main()

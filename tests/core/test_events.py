@@ -66,7 +66,7 @@ def test_several_watchers_each_hear_every_event_in_order() -> None:
 def test_steps_are_passed_on_alone() -> None:
     seen: list[StepRecord] = []
     watch = Several([Steps(seen.append)])
-    watch.say("a line")
+    watch.message("a line")
     watch.step(RECORD)
     assert seen == [RECORD]
 

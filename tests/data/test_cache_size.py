@@ -31,7 +31,7 @@ def test_what_was_not_used_for_the_longest_time_goes_and_is_named(tmp_path: Path
         fill(Cache(tmp_path), name, 1 << 20, age)
     said: list[str] = []
     Cache(tmp_path).entry("rows", key("a"), lambda folder: None)  # used again: now b is the oldest
-    fill(Cache(tmp_path, most=5 << 19, say=said.append), "d", 1 << 20, 0)
+    fill(Cache(tmp_path, most=5 << 19, report=said.append), "d", 1 << 20, 0)
     left = {name for name in "abcd" if list(tmp_path.glob(f"rows-{key(name)}-*"))}
     assert left == {"a", "d"}
     assert len(said) == 1

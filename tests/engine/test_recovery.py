@@ -92,7 +92,7 @@ from fitune.core.events import Watcher
 from fitune.commands.train import train
 class Limit(Watcher):
     said = []
-    def say(self, text): self.said.append(text)
+    def message(self, text): self.said.append(text)
     def plan(self, plan):
         pages = int(open("/proc/self/statm").read().split()[0])
         limit = pages * resource.getpagesize() + int(sys.argv[2]) * 2**20

@@ -78,7 +78,7 @@ def test_of_blocks_that_are_not_alike_the_whole_model_is_traced(monkeypatch: pyt
         block.self_attn.scaling = float(number)  # so that no two are alike
     seen: list[int] = []
     real = plan.traced
-    monkeypatch.setattr(plan, "traced", lambda *how: seen.append(how[0].shape.num_hidden_layers) or real(*how))
+    monkeypatch.setattr(plan, "traced", lambda *how: seen.append(how[0].model_config.num_hidden_layers) or real(*how))
     plan.deep(model, asked)
     assert seen == [BLOCKS]
 
@@ -87,7 +87,7 @@ def test_what_does_not_repeat_is_not_believed() -> None:
     """Planted: one block of the deeper shallow model does something else, or frees in another order."""
     asked = work("lora", CPU)
     shapes = (depth.shallow(SHAPE, BLOCKS, 3, out) for out in (14, 13))
-    low, high = (plan.traced(replace(asked, shape=shape, deep=SHAPE), CPU) for shape in shapes)
+    low, high = (plan.traced(replace(asked, model_config=shape, deep=SHAPE), CPU) for shape in shapes)
     made = depth.deepened(low, high, 13)
     assert made is not None
     assert made.events == plan.traced(asked).events
@@ -107,7 +107,7 @@ def test_a_miss_traces_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     started, without = plan.started, plan.without_values
 
     def start(asked: plan.Work, *how: Any) -> Any:
-        traced[asked.shape.num_hidden_layers] += 1
+        traced[asked.model_config.num_hidden_layers] += 1
         return started(asked, *how)
 
     def build_(asked: plan.Work) -> Any:

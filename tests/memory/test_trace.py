@@ -160,7 +160,7 @@ def test_parts_add_up_and_every_phase_is_there() -> None:
     for moment in seen.phases:
         assert sum(moment.parts.values()) == moment.bytes
     assert seen.peak == max(seen.phases, key=lambda moment: moment.bytes)
-    trained = sum(p.numel() for p in without_weights(work.shape).parameters()) * 4
+    trained = sum(p.numel() for p in without_weights(work.model_config).parameters()) * 4
     update = next(moment for moment in seen.phases if moment.phase == "update").parts
     assert update[storage.TRAINABLE] == trained
     assert update[storage.GRADIENTS] == trained

@@ -24,6 +24,10 @@ RULED_OUT = {  # a pattern, and what is said in its place
     r"\bsaid aloud\b": "printed, or reported",
     r"\bwhat is well\b": "passed checks",
     r"\btokenizers to put beside\b": "tokenizers to compare",
+    r"\b(tells?|told|untold)\b": "report, print, show or give",
+    r"\bin words\b|\b(own|maker's) words\b": "as text",
+    r"\bold rules\b": "rules of thumb",
+    r"max_tokens|max-tokens": "max_new_tokens, --max-new-tokens",
     r"\bway of tuning\b|\bways of tuning\b": "method",
     r"底座|原模型|底模|基座(?!模型)": "基座模型",
     r"不是有限值": "出现 NaN/Inf 时",
@@ -33,13 +37,23 @@ RULED_OUT = {  # a pattern, and what is said in its place
 }
 IN_HELP = {  # further words that no help text has
     r"\bwords?\b": "token, tokenizer, or text",
-    r"\b(tell|tells|told)\b": "print, show or say",
     r"\bthings?\b": "what it is",
     r"(?<!learning )\brate\b": "learning rate",
     r"^(How|Which|What)\.": "a sentence that says what the option sets",
 }
+IN_NAMES = {  # what no variable, function or parameter of the package is called
+    r"^_?(un)?told$|^_?tell$": "what it holds: reason, lengths, header",
+    r"^_?words$": "what it holds: arguments, embedding, text",
+    r"^_?say$": "message, report or write_line",
+    r"^without_words$": "without_prompt_text",
+}
 ALLOWED = {  # (file's or verb's name, the pattern): a word that is right there
     ("help", r"\bwords?\b"),
+    ("conversations", r"\b(tells?|told|untold)\b"),  # "Tell me a joke, please."
+    ("names", r"max_tokens|max-tokens"),  # what others call it
+    ("as_jinja", r"^_?say$"),  # a template writes what somebody says
+    ("chat", r"^_?say$"),  # chat.say("hello") is what the user says
+    ("readers", r"^_?words$"),  # words of file names
 }
 
 
@@ -48,6 +62,19 @@ def strings(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
+
+
+def names(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, name) of what a module binds: variables, functions, parameters, attributes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
 
 
 def broken(name: str, text: str, rules: dict[str, str] = RULED_OUT) -> list[str]:
@@ -76,6 +103,26 @@ def test_messages_and_docstrings_keep_to_the_glossary() -> None:
     assert not faults, "\n".join(faults)
 
 
+def test_names_keep_to_the_glossary() -> None:
+    faults = [
+        fault
+        for path in SOURCES
+        for line, name in names(path)
+        for fault in broken(f"{path.name}:{line}", name, IN_NAMES)
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_a_planted_name_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("told = 1\ndef f(words):\n    self.say = lambda tell: words\n", encoding="utf-8")
+    assert {name for _, name in names(tmp_path / "a.py") if broken("a", name, IN_NAMES)} == {
+        "told",
+        "words",
+        "say",
+        "tell",
+    }
+
+
 @pytest.mark.parametrize("path", [*DOCUMENTS, *PAGES], ids=lambda path: path.name)
 def test_documents_and_pages_keep_to_the_glossary(path: Path) -> None:
     faults = broken(path.name, path.read_text(encoding="utf-8"))
@@ -93,6 +140,9 @@ def test_every_option_says_what_it_sets(verb: str) -> None:
 def test_a_planted_word_is_found() -> None:
     assert broken("a", "a user can mend it") == ["a: 'mend' in 'a user can mend it': say fix"]
     assert broken("a", "与原模型并排")
+    assert broken("a", "the old rules say")
+    assert broken("a", "as PyTorch tells it")
+    assert broken("a", "bytes in words")
     assert broken("a", "基座的损失")
     assert not broken("a", "基座模型的损失")
     assert not broken("a", "recommended, 激活检查点, 检查点 of a run")

@@ -63,7 +63,7 @@ def test_whatever_is_printed(terminal: bool) -> None:
     table.add_row(ESCAPES)
     for one in (table, Text.assemble((ESCAPES, "bold"), ESCAPES), ESCAPES):
         console.print(one, soft_wrap=True)
-    console.say(f"[bold]not bold[/] :bug: {ESCAPES}")
+    console.write_line(f"[bold]not bold[/] :bug: {ESCAPES}")
     assert not raw(file.getvalue())
     assert "[bold]not bold[/] :bug: ␛[2J" in file.getvalue()
     lines = [line for line in file.getvalue().splitlines() if "31m" in line]

@@ -99,8 +99,8 @@ def model(name: str) -> None:
         _named(name)
 
 
-def shape(name: str) -> None:
-    """The same for what needs no weights: a config.json will do."""
+def model_or_config(name: str) -> None:
+    """Raises ModelError where a model is not there of which a config.json is enough."""
     if not expand(name).is_file() and catalog.get(name) is None:
         model(name)
 

@@ -61,7 +61,7 @@ def inspect(
     show(seen, console, ids=shown.ids)
     if html is not None:
         write_atomic(html, page(seen))
-        console.say(f"page {html}")
+        console.write_line(f"page {html}")
     if json:
         print_json(seen.as_dict())
 
@@ -78,7 +78,7 @@ def methods(
 ) -> None:
     """The tuning methods: what each trains, how many parameters that is, whether it merges into the base model."""
     if model is not None:
-        early.shape(model)
+        early.model_or_config(model)
     from fitune.commands.methods import EXAMPLE, overview
     from fitune.views.terminal import methods_table
 

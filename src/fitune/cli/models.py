@@ -61,14 +61,14 @@ def merge(
     console = console_for(json)
     done = run_merge(run, output, dtype=dtype, force=force, onto=onto, requantize=requantize, model=model)
     if done.drift is not None:
-        console.say(f"drift {done.drift.text()}", style="yellow")
-    console.say(
+        console.write_line(f"drift {done.drift.text()}", style="yellow")
+    console.write_line(
         f"{done.folder}: {done.dtype}; relative error of the logits {done.merge_error:.1e} by merging, "
         f"{done.rounding_error:.1e} as written"
     )
     for line in done.handed.lines() if done.handed is not None else ():
-        console.say(line)
-    console.say(f"talk to it   fitune chat {shlex.quote(done.folder)}")
+        console.write_line(line)
+    console.write_line(f"talk to it   fitune chat {shlex.quote(done.folder)}")
     if json:
         print_json(done.as_dict())
 
@@ -104,7 +104,9 @@ def download(
     entry = catalog.get(model)
     with transfer_bar(console) as on_bytes:
         done = fetch(entry.id if entry is not None else model, on_bytes=on_bytes)
-    console.say(f"{done.id} at {done.revision}: {done.files} files, {done.bytes / MIB:,.1f} MiB, in {done.folder}")
+    console.write_line(
+        f"{done.id} at {done.revision}: {done.files} files, {done.bytes / MIB:,.1f} MiB, in {done.folder}"
+    )
     if json:
         print_json(done.as_dict())
 
@@ -121,7 +123,7 @@ def convert(
 
     done = run_convert(model, output)
     text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
-    console_for(json).say(text)
+    console_for(json).write_line(text)
     if json:
         print_json(done.as_dict())
 
@@ -139,7 +141,7 @@ def export(
 
     done = run_export(model, output, to=to)
     text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
-    console_for(json).say(text)
+    console_for(json).write_line(text)
     if json:
         print_json(done.as_dict())
 
@@ -161,7 +163,7 @@ def quantize(
     chosen = options.quant_options(quant).model_copy(update={"double": double})
     done = run_quantize(model, output, quant=chosen)
     console.print(quantized_table(done))
-    console.say(
+    console.write_line(
         f"{done.folder}: {done.bytes_before / MIB:,.1f} MiB of weights before, {done.bytes_after / MIB:,.1f} now; "
         f"picture {Path(done.folder) / 'quantization.html'}"
     )

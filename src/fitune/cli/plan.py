@@ -114,7 +114,7 @@ def _question(model: str | None, target: Target, given: Given) -> Question:
     data = target.data or []
     early.together(
         lambda: _build(given, model, data),
-        lambda: early.shape(model),
+        lambda: early.model_or_config(model),
         *early.each(early.data, *data),
         lambda: early.template(str(given.get("template", "auto"))),
         *early.each(early.folder, target.tokenizer),
@@ -149,7 +149,7 @@ def _planned(question: Question, html: Path | None, console: Screen) -> dict[str
         figures["helps"] = help_.as_dict()
     if html is not None:
         write_atomic(html, page(made))
-        console.say(f"page {html}")
+        console.write_line(f"page {html}")
     return figures
 
 
@@ -172,7 +172,7 @@ def _advised(question: Question, html: Path | None, console: Screen) -> dict[str
     show(found, console)
     if html is not None:
         write_atomic(html, page(found))
-        console.say(f"page {html}")
+        console.write_line(f"page {html}")
     return found.as_dict()
 
 
@@ -206,7 +206,7 @@ def _calibration(console: Screen) -> dict[str, object]:
     from fitune.memory.calibration import calibrate
 
     found = calibrate(date.today().isoformat())
-    console.say(
+    console.write_line(
         f"{found['gpu']}: context {found['context'] / MIB:,.0f} MiB, "
         f"a workspace {found['workspace'] / MIB:,.1f} MiB; kept in {found['file']}"
     )

@@ -112,7 +112,7 @@ def _print_result(result: Result, console: screen.Screen) -> None:
         f"{result.peak_memory_mib:,.0f} MiB ({result.expected_memory_mib:,.0f} expected)",
         highlight=False,
     )
-    console.say(f"run folder {result.run} (open report.html; fitune chat {shlex.quote(result.run)})")
+    console.write_line(f"run folder {result.run} (open report.html; fitune chat {shlex.quote(result.run)})")
 
 
 def demo(
@@ -131,7 +131,7 @@ def demo(
 
     console = console_for(json)
     if kill:
-        killed = demos.kill_demo(output, say=console.say)
+        killed = demos.kill_demo(output, report=console.write_line)
         verdict = "[green]equal, bit for bit[/]" if killed.equal else "[red]NOT equal[/]"
         console.print(f"{killed.kills} kills, {killed.kills_inside_a_save} inside a save: weights and losses {verdict}")
         if json:
@@ -154,7 +154,7 @@ def demo(
 
 def _next_steps(console: screen.Screen, run: str, model: str) -> None:
     named = shlex.quote(run)
-    console.say(f"\nrun folder   {run}   (open {Path(run) / 'report.html'})")
-    console.say(f"talk to it   fitune chat {named} --compare")
-    console.say(f"your data    fitune train --model {shlex.quote(model)} --data my.jsonl --output runs/mine")
-    console.say("what fits    fitune plan llama-3.1-8b --gpu 24GB --data my.jsonl")
+    console.write_line(f"\nrun folder   {run}   (open {Path(run) / 'report.html'})")
+    console.write_line(f"talk to it   fitune chat {named} --compare")
+    console.write_line(f"your data    fitune train --model {shlex.quote(model)} --data my.jsonl --output runs/mine")
+    console.write_line("what fits    fitune plan llama-3.1-8b --gpu 24GB --data my.jsonl")

@@ -46,7 +46,7 @@ class Drawing:
     top_p: Annotated[
         float, Parameter(help="Draw only from the most probable tokens that together have this probability.")
     ] = 1.0
-    max_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 256
+    max_new_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 256
     seed: Annotated[int | None, Parameter(help="Seed of the random draws; the same seed, the same answers.")] = None
 
 
@@ -60,11 +60,11 @@ def chat(
 ) -> None:
     """Talk to a run; works in a pipe too: echo 你好 | fitune chat RUN."""
     how, loading = drawing or Drawing(), loading or Loading()
-    if how.temperature < 0 or not 0 < how.top_p <= 1 or how.max_tokens < 1:
+    if how.temperature < 0 or not 0 < how.top_p <= 1 or how.max_new_tokens < 1:
         raise ConfigError(
             "chat: a setting is out of range",
-            received=f"temperature {how.temperature}, top-p {how.top_p}, max tokens {how.max_tokens}",
-            expected="temperature >= 0, 0 < top-p <= 1, max tokens >= 1",
+            received=f"temperature {how.temperature}, top-p {how.top_p}, max new tokens {how.max_new_tokens}",
+            expected="temperature >= 0, 0 < top-p <= 1, max new tokens >= 1",
         )
     early.together(*loading.check(run))
     from fitune.commands.chat import HELP, Chat, talk
@@ -74,9 +74,9 @@ def chat(
 
     console = screen.Screen()
     tuned = load(run, **asdict(loading))
-    sampling = Sampling(how.temperature, how.top_p, how.max_tokens, how.seed)
+    sampling = Sampling(how.temperature, how.top_p, how.max_new_tokens, how.seed)
     if notice := kept_date(tuned.template):
-        screen.Screen(stderr=True).say(notice)
+        screen.Screen(stderr=True).write_line(notice)
     other = Chat(tuned, sampling, system=system, base=True) if compare else None
     if sys.stdin.isatty():
         console.print(HELP)
@@ -105,7 +105,7 @@ class Answers:
     """What eval generates and shows."""
 
     loss_only: Annotated[bool, Parameter(negative="", help="Measure only the loss; generate no answers.")] = False
-    max_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 256
+    max_new_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 256
     samples: Annotated[int, Parameter(help="Rows to show, with the base model's and the tuned model's answers.")] = 5
 
 
@@ -138,7 +138,7 @@ def evaluate(
             data,
             take=take,
             answer=not answers.loss_only,
-            max_new_tokens=answers.max_tokens,
+            max_new_tokens=answers.max_new_tokens,
             samples=answers.samples,
             columns=columns,
             watch=watch,

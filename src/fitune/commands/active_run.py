@@ -51,7 +51,7 @@ class ActiveRun:
             lambda rows: held_out_loss(job.tuned.model, in_order(job.held_out, rows), job.layout),
             job.config.batch_size,
             "held-out rows",
-            self.watch.say,
+            self.watch.message,
         )
 
     def sample_rows(self) -> list[Conversation]:
@@ -67,7 +67,7 @@ class ActiveRun:
             some = (asked[start : start + rows] for start in range(0, len(asked), rows))
             return [text for questions in some for text in answers(self.job.tuned, questions, sampling)]
 
-        return in_fewer(answered, SIDE_BY_SIDE, "prompts answered", self.watch.say)
+        return in_fewer(answered, SIDE_BY_SIDE, "prompts answered", self.watch.message)
 
     def check_machine_load(self, since: processor.Moment) -> None:
         """Keep whether the processor was free while the run went on. It is reported only once: not again where it was

@@ -2,7 +2,7 @@
 
 In: a request (a model's config, data, a device, settings that stay). Out: suggestions, each planned exactly with the
 largest batch that fits; what each memory saver would give here; and advice with its figures. Every figure of memory
-comes from a plan, none from a rule of thumb; the old rules stand beside, to be compared.
+comes from a plan, none from a rule of thumb; common rules of thumb stand beside, to be compared.
 """
 
 from __future__ import annotations
@@ -99,14 +99,16 @@ def advise(
 def _searched(exactly: Exact, settings: Mapping[str, object], watch: Watcher) -> search.Found:
     rows, ticker = exactly.rows, Ticker(watch, "methods", None)
 
-    def tell(done: int, total: int) -> None:
+    def progress(done: int, total: int) -> None:
         ticker.total = total
         ticker(done)
 
     shorter = [n for n in shorter_lengths(exactly) if "max_length" not in settings]
     stays = {k: v for k, v in settings.items() if k not in ("batch_size", "accumulation", "max_length")}
     request, lengths = exactly.request, [rows.max_length, *shorter]
-    found = search.search(stays, request.model_config, exactly.largest, labelled(rows), request.where, lengths, tell)
+    found = search.search(
+        stays, request.model_config, exactly.largest, labelled(rows), request.where, lengths, progress
+    )
     ticker.end()
     return found
 
@@ -132,7 +134,7 @@ def settle(exactly: Exact, candidate: search.Candidate) -> Suggestion | None:
     alone = bool(candidate.settings.get("optimizer_in_backward", config.optimizer_in_backward))  # no accumulation then
     settings = {**candidate.settings, "max_length": min(candidate.max_length, exactly.rows.max_length)}
     for batch in parts(wanted, config.batch_size, every=alone):
-        # what arithmetic says is some 4 % off; and which rows meet is chance
+        # the arithmetic is some 4 % off; and which rows meet is chance
         if batch > 2 * candidate.batch_size + 1:
             continue
         settings |= {"batch_size": batch, "accumulation": 1 if alone else wanted // batch}
@@ -160,7 +162,7 @@ def settle(exactly: Exact, candidate: search.Candidate) -> Suggestion | None:
 
 
 def _default(name: str, value: object) -> bool:
-    """Is a setting as it is where nobody says anything?"""
+    """Has a setting its default value?"""
     return name not in ("method", "batch_size") and bool(
         value == RunConfig.model_fields[name].default or value == {"name": "none"}
     )
@@ -181,12 +183,12 @@ def _changed(settings: Mapping[str, object], given: Mapping[str, object]) -> dic
 
 def _nothing_fits(request: Request, found: search.Found) -> ConfigError:
     nearest = found.misses[:NEAREST]
-    told = "; ".join(
+    needed = "; ".join(
         f"{one.name} with one row of {one.max_length:,} tokens: {size_text(one.needed)}" for one in nearest
     )
     return ConfigError(
         f"nothing fits into {size_text(request.where.budget or 0)} ({request.where.name}) with these settings",
-        received=told or "ways that nearly fit, of which no exact plan does",
+        received=needed or "ways that nearly fit, of which no exact plan does",
         fix="a smaller model, a shorter --max-length, or fewer settings that must stay",
     )
 

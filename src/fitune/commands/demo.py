@@ -139,22 +139,22 @@ class KillResult:
         return {**asdict(self), "equal": self.equal}
 
 
-def kill_demo(output: str | None, say: Callable[[str], None]) -> KillResult:
+def kill_demo(output: str | None, report: Callable[[str], None]) -> KillResult:
     """Train once unbroken and once with the process killed three times, once inside a save; compare the results.
 
     Args:
         output: folder for both runs; must be new or empty. Default: a temporary one.
-        say: called with each line for the user.
+        report: called with each line for the user.
 
     Raises:
         RunFolderError: a run could not be finished.
     """
     root = expand(output) if output else Path(tempfile.mkdtemp(prefix="fitune-kill-"))
     changes = {"max_steps": 60, "save_every": 4, "eval_every": 30, "sample_prompts": 0}
-    say("an unbroken run ...")
+    report("an unbroken run ...")
     unbroken = RunFolder(root / "unbroken")
     _wait(_start(config(str(unbroken.path), **changes), resume=False), unbroken)
-    say(f"  final adapter {_digest(unbroken)[:16]}…")
+    report(f"  final adapter {_digest(unbroken)[:16]}…")
     broken = RunFolder(root / "killed")
     inside = kills = 0
     while kills < KILLS or inside == 0:
@@ -164,10 +164,10 @@ def kill_demo(output: str | None, say: Callable[[str], None]) -> KillResult:
             raise RunFolderError(f"{broken.path}: the run ended before it could be killed")
         kills, inside = kills + 1, inside + in_save
         where = "inside a save" if in_save else "between saves"
-        say(f"  killed {where} after step {len(broken.read_steps())}")
-    say("resumed for the last time ...")
+        report(f"  killed {where} after step {len(broken.read_steps())}")
+    report("resumed for the last time ...")
     _wait(_start(config(str(broken.path), **changes), resume=True), broken)
-    say(f"  final adapter {_digest(broken)[:16]}…")
+    report(f"  final adapter {_digest(broken)[:16]}…")
     return KillResult(
         kills, inside, _digest(unbroken), _digest(broken), _losses(unbroken) == _losses(broken), str(root)
     )

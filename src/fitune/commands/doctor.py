@@ -44,7 +44,7 @@ def doctor() -> list[Check]:
     for check in (_python, _versions, _devices, _memory, _load, _bf16, _bitsandbytes, _rates, _disk):
         try:
             found += check()
-        except Exception as error:  # whatever is wrong with a machine is what this verb is to tell
+        except Exception as error:  # whatever is wrong with a machine is what this verb is to report
             name = check.__name__.removeprefix("_")
             found.append(Check(name, "broken", f"{type(error).__name__}: {_reason(error)}"))
     return found

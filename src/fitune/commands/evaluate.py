@@ -112,7 +112,7 @@ def measure(tuned: Tuned, request: Request, watch: Watcher) -> Evaluation:
     """
     note = kept_date(tuned.template)
     if note:
-        watch.say(note)
+        watch.message(note)
     there = rows.load(request.sources, skip_bad=False).rows
     limit = longest_row(causal_lm(tuned.model).config)
     encoder = tuned.encoder.with_max_length(limit, split=True)

@@ -191,10 +191,10 @@ def below_all(where: devices.Device) -> ConfigError | None:
     beside = plans.outside_of(where)
     if where.budget is None or where.budget > sum(beside.values()):
         return None
-    told = ", ".join(f"{name} {size_text(taken)}" for name, taken in beside.items())
+    taken_beside = ", ".join(f"{name} {size_text(taken)}" for name, taken in beside.items())
     default = where.kind == "cuda" and devices.calibration(where.name).measured is None
     return ConfigError(
         f"{size_text(where.budget)} ({where.name}) is less than what lies beside any model",
-        received=told + (", a default on the safe side" if default else ""),
+        received=taken_beside + (", a default on the safe side" if default else ""),
         fix="a larger --gpu" + ("; where the GPU is, `fitune plan --calibrate` measures it" if default else ""),
     )

@@ -1,6 +1,6 @@
 """The methods side by side: what each trains, what that takes, whether it merges, where it works.
 
-In: the shape of a model (its config alone). Out: a row per method. No weights are needed: the model is built without
+In: the config of a model. Out: a row per method. No weights are needed: the model is built without
 storage.
 """
 

@@ -219,7 +219,7 @@ def work_of(request: Request, known: Rows, layout: Layout | None = None) -> plan
 
 
 def _with_tokenizer(config: RunConfig, tokenizer_folder: Path | None) -> RunConfig:
-    """A prompt in words begins as their tokens; without a tokenizer as others, of which there are as many."""
+    """A prompt given as text begins as its tokens; without a tokenizer as others, of which there are as many."""
     if tokenizer_folder is not None and config.method == "prompt" and config.prompt.init == "text":
         return config.model_copy(update={"model": str(tokenizer_folder)})
-    return plans.without_words(config)
+    return plans.without_prompt_text(config)

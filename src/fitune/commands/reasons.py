@@ -1,4 +1,4 @@
-"""Why a way is suggested: data, machine, old rules, lengths and domain, each with the figures that it says it with.
+"""Why a way is suggested: data, machine, rules of thumb, lengths and domain, each with its figures.
 
 In: exact plans (exact.py) and what is suggested. Out: pieces of advice.
 """
@@ -22,7 +22,7 @@ from fitune.models.precision import DTYPES
 def reasons(exactly: Exact, best: Suggestion) -> Iterator[Advice]:
     yield _tokens_against_parameters(exactly, best)
     yield _against_the_machine(exactly, best)
-    yield _old_rules(exactly, best)
+    yield _rules_of_thumb(exactly, best)
     yield _longest_row(exactly, best)
 
 
@@ -72,31 +72,32 @@ def _duration(time: float) -> str:
     return f"{time:,.0f} seconds" if time >= 2 else "a second or two"
 
 
-def _old_rules(exactly: Exact, best: Suggestion) -> Advice:
+def _rules_of_thumb(exactly: Exact, best: Suggestion) -> Advice:
     total, trained, rows = best.plan.total, best.plan.trainable, best.micro_batch
     by_batch, by_bytes = 6 * rows * total, 16 * total
     config = exactly.with_settings(best.settings).config
     each = 2 * DTYPES[config.trainable_dtype].itemsize + state_bytes(config)  # itself, its gradient, its states
     text = (
-        f"the old rules say {size_text(by_batch)} (6 x batch x parameters, with {rows} rows) and "
-        f"{size_text(by_bytes)} (4 + 8 + 4 bytes a parameter); the plan says {size_text(best.plan.needed)}: "
+        f"common rules of thumb give {size_text(by_batch)} (6 x batch x parameters, with {rows} rows) and "
+        f"{size_text(by_bytes)} (4 + 8 + 4 bytes a parameter); the plan gives {size_text(best.plan.needed)}: "
         f"{_rounded(each)} bytes go to each of the {trained:,} trained parameters alone, and activations depend on "
         "tokens, not on rows"
     )
     figures = {"six_times": by_batch, "sixteen_bytes": by_bytes, "plan": best.plan.needed}
-    return Advice("old rules", text, figures)
+    return Advice("rules of thumb", text, figures)
 
 
 def _longest_row(exactly: Exact, best: Suggestion) -> Advice:
-    told, rows = exactly.rows.lengths, exactly.rows
+    lengths, rows = exactly.rows.lengths, exactly.rows
     chosen = {choice.name: choice for choice in rows.choices}
     cut = chosen["chosen"].cut if best.max_length == rows.max_length else exactly.share_cut(best.max_length)
     text = (
-        f"rows have {told['mean']:,.0f} tokens on average, 95 % at most {told['p95']:,}, the longest {told['max']:,}; "
+        f"rows have {lengths['mean']:,.0f} tokens on average, 95 % at most {lengths['p95']:,}, "
+        f"the longest {lengths['max']:,}; "
         f"max_length {best.max_length:,} cuts {cut:.1%} of them (auto: {chosen['auto'].max_length:,})"
     )
     return Advice(
-        "length", text, {**told, "max_length": best.max_length, "cut": cut, "auto": chosen["auto"].max_length}
+        "length", text, {**lengths, "max_length": best.max_length, "cut": cut, "auto": chosen["auto"].max_length}
     )
 
 

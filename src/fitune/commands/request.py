@@ -195,11 +195,11 @@ def shape_for(model: str) -> tuple[PretrainedConfig, Path | None, str]:
     return read_config(folder), folder if path.is_dir() else None, folder.absolute().name if path.is_dir() else model
 
 
-def _precision(config: RunConfig, where: devices.Device, shape: object) -> RunConfig:
+def _precision(config: RunConfig, where: devices.Device, model_config: object) -> RunConfig:
     """auto for a device that may not be here: bf16 where that is computed, else fp16 on a GPU."""
     if config.precision == "auto" and where.kind == "cuda":
         config = config.model_copy(update={"precision": "bf16" if where.bf16 else "fp16"})
-    return precision.resolve(config, pick_device("cpu") if not where.here else pick_device(config.device), shape)
+    return precision.resolve(config, pick_device("cpu") if not where.here else pick_device(config.device), model_config)
 
 
 def quant_settings(config: RunConfig, model_config: PretrainedConfig) -> None:
@@ -238,7 +238,7 @@ def absolute(source: str | DataSource) -> str | DataSource:
     """The source with its absolute path, of a data set on the hub that of its snapshot; its first row can be read."""
     path = readers.locate(source if isinstance(source, str) else source.path)
     next(readers.read_rows(path), None)
-    # a link's own name is kept: it tells the kind of file, which that of its target may not
+    # a link's own name is kept: it shows the kind of file, which that of its target may not
     path = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
     return str(path) if isinstance(source, str) else source.model_copy(update={"path": str(path)})
 

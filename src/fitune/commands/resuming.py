@@ -199,7 +199,7 @@ def restore(
     path, reasons = newest(run, with_best=with_best)
     checks.add(savedchecks.partial_checkpoint(path, reasons))
     if path is None:
-        checks.watch.say("no complete checkpoint yet: starting from the first step")
+        checks.watch.message("no complete checkpoint yet: starting from the first step")
         return None
     loaded = run.load(path)
     checks.add(savedchecks.resume_identity(loaded, parameters, len(run.read_steps())))
@@ -208,7 +208,7 @@ def restore(
     same = restore_rng(loaded.rng)
     checks.add(stepchecks.resume_exact(loaded, parameters, optimizer))
     checks.add(resume_machine(run, parameters, random=same))
-    checks.watch.say(f"going on from {path.name}")
+    checks.watch.message(f"going on from {path.name}")
     return loaded
 
 
@@ -272,7 +272,7 @@ def back_to_best(checks: CheckLog, parameters: Parameters, best: Best) -> float 
     put(run.load(path), parameters)
     again = best.measure()
     checks.add(best_reloaded(best, again))
-    checks.watch.say(f"the result is step {best.step}, with the best held-out loss, {best.loss:.4f}")
+    checks.watch.message(f"the result is step {best.step}, with the best held-out loss, {best.loss:.4f}")
     return again
 
 

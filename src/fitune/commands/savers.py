@@ -21,7 +21,7 @@ from fitune.memory import plan as plans
 from fitune.memory import search
 from fitune.memory.advice import Saver
 
-HELPS = 6  # savers that a miss tells of
+HELPS = 6  # savers that are named where a plan does not fit
 
 
 def savers(exactly: Exact, settings: Mapping[str, object], *, watch: Watcher | None = None) -> list[Saver]:
@@ -104,16 +104,16 @@ class Help:
     @property
     def text(self) -> str:
         """For people."""
-        told = f"misses by {size_text(self.missing)}"
+        text = f"misses by {size_text(self.missing)}"
         if self.never:
-            return f"{told}: {self.never}"
+            return f"{text}: {self.never}"
         each = ", ".join(f"`{one.flag}` saves {size_text(one.saves)} ({one.cost})" for one in self.savers[:HELPS])
-        told += f": {each or 'no saver helps here'}"
+        text += f": {each or 'no saver helps here'}"
         if self.together is not None:
-            return f"{told}; with `{self.together['flags']}` it needs {size_text(self.together['needed'])} and fits"
+            return f"{text}; with `{self.together['flags']}` it needs {size_text(self.together['needed'])} and fits"
         if not self.savers:
-            return told
-        return f"{told}; all together are not enough: without --method, fitune plan looks through every way"
+            return text
+        return f"{text}; all together are not enough: without --method, fitune plan looks through every way"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

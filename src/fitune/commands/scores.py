@@ -104,8 +104,8 @@ def bleu4(got: Sequence[str], expected: Sequence[str]) -> float:
     import sacrebleu
 
     chinese = sum(len(re.findall(f"[{HAN}]", text)) for text in expected)
-    words = sum(len(UNITS.findall(text)) for text in expected)
-    kind = "zh" if chinese * 2 > words else "13a"
+    units = sum(len(UNITS.findall(text)) for text in expected)
+    kind = "zh" if chinese * 2 > units else "13a"
     return float(sacrebleu.corpus_bleu(list(got), [list(expected)], tokenize=kind).score)
 
 

@@ -67,7 +67,7 @@ def _take_folder(config: RunConfig, stack: ExitStack, watch: Watcher) -> tuple[R
         request = to_train(config)
         run = RunFolder(str(request.config.output))
         try:
-            stack.enter_context(locks.held(run.path, watch.say))
+            stack.enter_context(locks.held(run.path, watch.message))
         except locks.InUseError:
             if config.output is not None:
                 raise
@@ -81,7 +81,7 @@ def _train(run: RunFolder, request: Request, resume: bool, watch: Watcher, outsi
     finished = (resume or again) and resuming.is_finished(run, watch)
     if resume and finished:
         resuming.pages_again(run)
-        watch.say(
+        watch.message(
             f"{run.path}: this run is finished. To train it further: fitune train --adapter {run.path} --output NEW ..."
         )
         return Result(**run.read("result"), history=tuple(run.read_steps()))
@@ -92,7 +92,7 @@ def _train(run: RunFolder, request: Request, resume: bool, watch: Watcher, outsi
         train_summary.show(job, watch)
         if again:
             resuming.check_same_settings(run, job.config)
-            watch.say(f"{run.path}: this run was begun and not finished: going on with it")
+            watch.message(f"{run.path}: this run was begun and not finished: going on with it")
         if resume or again:
             resuming.check_same_inputs(run, job.data_sha256, job.inputs)
         return _go(ActiveRun(run, job, watch), resume=resume, again=again)
@@ -121,9 +121,9 @@ def _go(active: ActiveRun, *, resume: bool, again: bool) -> Result:
 
 
 def _runner(active: ActiveRun) -> StepRunner:
-    job = active.job
+    job, report = active.job, active.watch.message
     scale = LossScale(LossScale.START if precision.scaled(job.config) else 1.0)
-    return StepRunner(job.tuned.model, job.layout, job.config.max_grad_norm, job.source, active.watch.say, scale=scale)
+    return StepRunner(job.tuned.model, job.layout, job.config.max_grad_norm, job.source, report, scale=scale)
 
 
 def _rehearsed(active: ActiveRun, runner: StepRunner, *, known: bool) -> Rehearsal | None:

@@ -41,7 +41,7 @@ def finish(active: ActiveRun, held_out_loss: float | None) -> Result:
     run.write("result", result.as_dict())
     model_card.write(run.adapter, run.path.name, run, job.config, handed)
     for line in handed.warnings():
-        active.watch.say(line)
+        active.watch.message(line)
     report.write(run)
     integrity.end(run)
     return result

@@ -157,7 +157,7 @@ class Training:
             if self.stopped.is_set() or (due and not progress.bad):
                 self._save()
             if early:
-                active.watch.say(f"stopped early: no better held-out loss in {progress.worse} evaluations")
+                active.watch.message(f"stopped early: no better held-out loss in {progress.worse} evaluations")
                 break
             if self.stopped.is_set() and not last:
                 raise interrupted(run, f"stopped after step {progress.step} of {self.total}, saved")

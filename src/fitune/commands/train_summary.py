@@ -25,7 +25,7 @@ def show(job: Job, watch: Watcher) -> None:
     watch.plan(job.plan)
     watch.findings(job.findings)
     for line in job.report.notes:
-        watch.say(f"{'note':{NAME}}{line}")
+        watch.message(f"{'note':{NAME}}{line}")
     watch.summary({RUN_FOLDER: str(job.config.output)})
 
 

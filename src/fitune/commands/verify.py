@@ -55,7 +55,7 @@ def verify(config: RunConfig, watch: Watcher | None = None) -> Verified:
 
     Args:
         config: as for `train`; nothing is written.
-        watch: is told what is found.
+        watch: receives what is found.
 
     Raises:
         FituneError: as `train` does.

@@ -13,18 +13,18 @@ from typing import Any
 
 def flags(settings: Mapping[str, Any]) -> str:
     """Settings as one types them in a shell."""
-    words: list[str] = []
+    arguments: list[str] = []
     for name, value in _leaves(settings):
         flag = f"--{name.replace('_', '-')}"
         if name == "quant.name":
-            words += ["--quant", value]
+            arguments += ["--quant", value]
         elif value is True:
-            words.append(flag)
+            arguments.append(flag)
         elif isinstance(value, (str, int, float)) and value is not False:
-            words += [flag, str(value)]
+            arguments += [flag, str(value)]
         else:  # lists and mappings have forms of their own as flags; here all go the same way
-            words += ["--set", f"{name}={json.dumps(value, ensure_ascii=False)}"]
-    return " ".join(shlex.quote(str(word)) for word in words)
+            arguments += ["--set", f"{name}={json.dumps(value, ensure_ascii=False)}"]
+    return " ".join(shlex.quote(str(one)) for one in arguments)
 
 
 GROUPS = ("map", "fill", "peft", "ranks")  # mappings whose keys are no settings

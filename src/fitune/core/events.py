@@ -30,7 +30,7 @@ class Watcher(Protocol):
 
     # Each method returns explicitly: a type checker takes a method of a protocol without a body for an abstract one.
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """A line for the user."""
         return
 

@@ -172,7 +172,7 @@ def matches(path: Path, entry: Mapping[str, object]) -> bool:
 
 
 def with_own_sum(values: Mapping[str, object]) -> dict[str, object]:
-    """A JSON object with a sum of itself, which tells damage to it from damage to what it speaks of."""
+    """A JSON object with a sum of itself, which separates damage to it from damage to what it describes."""
     return {**values, "sum": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
 
 
@@ -191,7 +191,7 @@ def seal(folder: Path, **facts: object) -> None:
 
     Args:
         folder: without folders in it.
-        facts: what else the manifest is to say, JSON.
+        facts: what else the manifest is to hold, JSON.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:

@@ -1,4 +1,4 @@
-"""Ranges of Unicode that tell scripts apart, as they stand inside the brackets of a regular expression.
+"""Ranges of Unicode of each script, as they stand inside the brackets of a regular expression.
 
 In: nothing. Out: texts such as HAN; `re.compile(f"[{HAN}]")` matches one Chinese character. They stand here once.
 """

@@ -62,12 +62,12 @@ else:
 
 
 @contextmanager
-def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def held(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
     """Inside, no other process of fitune works in the folder, which is made where it is not there.
 
     Args:
         folder: of a run.
-        say: receives a warning where the file system has no locks; then there is none.
+        report: receives a warning where the file system has no locks; then there is none.
 
     Raises:
         InUseError: another process has it; the message says which.
@@ -76,7 +76,7 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     try:
         with disk(folder, "choose another --output"):
             folder.mkdir(parents=True, exist_ok=True)
-            handle = _acquire(folder, say)
+            handle = _acquire(folder, report)
         try:
             yield
         finally:
@@ -88,7 +88,7 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
                 place.rmdir()
 
 
-def _acquire(folder: Path, say: Callable[[str], None]) -> int | None:
+def _acquire(folder: Path, report: Callable[[str], None]) -> int | None:
     path = folder / LOCK
     for _ in range(TRIES):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -98,7 +98,7 @@ def _acquire(folder: Path, say: Callable[[str], None]) -> int | None:
                 return handle
         except _NoLocksError:
             os.close(handle)
-            say(f"{folder}: this file system has no locks: see to it that no other process works in this folder")
+            report(f"{folder}: this file system has no locks: see to it that no other process works in this folder")
             return None
         except BaseException:
             os.close(handle)

@@ -192,7 +192,7 @@ INSTEAD: dict[str, str] = _each(
         "preprocessing_num_workers dataloader_num_workers dataset_num_proc remove_unused_columns use_unsloth strict",
     }
 )
-OF_ANSWERS = {"max_new_tokens": "max_tokens"}  # of the verbs that answer
+OF_ANSWERS = {"max_tokens": "max_new_tokens"}  # of the verbs that answer
 ANSWER = ("chat", "eval")
 LISTS = ("data", "eval_data", "lora.targets", "lora.save")  # others write several as one text with commas
 GROUPS = ("lora", "quant", "freeze", "tail", "bitfit", "prompt", "p_tuning", "prefix", "bottleneck", "ia3")

@@ -30,7 +30,7 @@ def parse(kind: type[T], value: object, where: str) -> T:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         wrong = error.errors(include_url=False)
-        told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in wrong[:4])
+        reason = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in wrong[:4])
         raise RunFolderError(
-            f"{where}: not as fitune writes it", received=told[:300], expected=kind.__name__, fix=FIX
+            f"{where}: not as fitune writes it", received=reason[:300], expected=kind.__name__, fix=FIX
         ) from None

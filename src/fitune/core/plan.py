@@ -119,5 +119,5 @@ class Plan:
 
 
 def size_text(count: int) -> str:
-    """Bytes in words: GiB from 10 GiB on, as in a plan's own words."""
+    """Bytes as text: GiB from 10 GiB on, as a plan writes them."""
     return f"{count / 2**30:,.1f} GiB" if count >= 10 * 2**30 else f"{count / 2**20:,.0f} MiB"

@@ -78,8 +78,8 @@ def start_anew() -> None:
     settings = heap_settings(os.environ, glibc()) if sys.platform == "linux" else {}
     if settings and sys.executable:
         with suppress(OSError):  # it runs all the same
-            words = [sys.executable, *sys.orig_argv[1:]]
-            os.execve(sys.executable, words, {**os.environ, **settings})  # noqa: S606  # our own words, no shell
+            arguments = [sys.executable, *sys.orig_argv[1:]]
+            os.execve(sys.executable, arguments, {**os.environ, **settings})  # noqa: S606  # our own arguments, no shell
 
 
 def kernel_bytes() -> int:

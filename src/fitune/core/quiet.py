@@ -1,4 +1,4 @@
-"""Silence of dependencies: what they say while fitune works is of no use to whoever called it.
+"""Silence of dependencies: what they print while fitune works is of no use to whoever called it.
 
 In: nothing. Out: for the command line once and for all, for Python a context that puts everything back.
 """
@@ -37,7 +37,7 @@ def without_panics() -> Iterator[None]:
     """Inside, what a library in Rust gives up at is an error like others, and writes nothing to standard error.
 
     Raises:
-        RuntimeError: with the library's own words.
+        RuntimeError: with the library's own message.
     """
     try:
         kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -58,13 +58,13 @@ class Cache:
     Args:
         folder: where; None: a temporary folder that goes with this object.
         most: bytes that it may hold; above, what was not used for the longest time goes.
-        say: receives what was removed.
+        report: receives what was removed.
     """
 
     def __init__(
-        self, folder: Path | None = None, *, most: int | None = None, say: Callable[[str], None] = lambda text: None
+        self, folder: Path | None = None, *, most: int | None = None, report: Callable[[str], None] = lambda text: None
     ) -> None:
-        self._most, self._say = most, say
+        self._most, self._report = most, report
         self._handles: dict[Path, int | None] = {}
         weakref.finalize(self, _close, self._handles)
         with disk(Path(tempfile.gettempdir()), "free some space, or name another place: TMPDIR"):
@@ -120,7 +120,7 @@ class Cache:
         self._used.add(path)
         self._holds(path)
         if self._most is not None:
-            eviction.shrink(self.folder, self._most, self._say)
+            eviction.shrink(self.folder, self._most, self._report)
         return path
 
     def _publish(self, temporary: Path, kind: str, key: str) -> Path:

@@ -32,7 +32,7 @@ FIELDS = frozenset({IGNORE, *THOUGHTS, *FLAGS, *WEIGHTS, *LABELS})  # what a col
 MOST = 10.0  # a weight above it is more likely that of a parcel
 OTHERWISE = "if the column means something else: --map {}=ignore"
 
-# Parts of names that tell a question from an answer, in the order in which they are looked for
+# Parts of names that mark a question or an answer, in the order in which they are looked for
 ASKED = ("question", "query", "prompt", "instruct", "input", "request", "problem", "ask", "user", "human", "source",
          "问", "题", "指令", "输入", "提示", "content", "article", "document", "sentence", "title")  # fmt: skip
 SAID = ("answer", "response", "completion", "output", "reply", "target", "solution", "summary", "highlight", "headline",

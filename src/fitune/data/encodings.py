@@ -1,7 +1,7 @@
 """Files as text: which encoding a file is in, and its lines.
 
 In: a file, packed with gzip or not. Out: its lines. UTF-8 is the rule; UTF-16 and UTF-32 are known by their mark
-(UTF-16 without one by its zero bytes), GB18030 (GBK is a part of it) by what its bytes would say. A file that is
+(UTF-16 without one by its zero bytes), GB18030 (GBK is a part of it) by what its bytes would decode to. A file that is
 read so gets a notice.
 """
 
@@ -32,7 +32,7 @@ BOMS = (  # UTF-32's begins with UTF-16's, so it is asked first
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 GZIP = b"\x1f\x8b"
-SAMPLE = 1 << 22  # bytes that are looked at to tell GB18030 from other encodings
+SAMPLE = 1 << 22  # bytes that are looked at to know GB18030 from other encodings
 BLOCK = MIB
 MOST_ROW = 64 << 20  # characters of a row
 MOST_LINE = 1 << 30  # characters of a line that holds a whole list

@@ -95,13 +95,13 @@ def entries(folder: Path) -> list[Entry]:
     return sorted(found, key=lambda entry: (entry.used, entry.path))
 
 
-def shrink(folder: Path, most: int, say: Callable[[str], None] = lambda text: None) -> tuple[int, int]:
+def shrink(folder: Path, most: int, report: Callable[[str], None] = lambda text: None) -> tuple[int, int]:
     """Remove what was not used for the longest time until the rest fits.
 
     Args:
         folder: the cache.
         most: bytes that may stay.
-        say: receives what was removed, and why.
+        report: receives what was removed, and why.
 
     Returns:
         How many entries and bytes were removed.
@@ -116,7 +116,7 @@ def shrink(folder: Path, most: int, say: Callable[[str], None] = lambda text: No
                 remove(entry.path)
                 gone, freed = gone + 1, freed + entry.bytes
     if gone:
-        say(
+        report(
             f"cache {folder}: {gone} of {len(kept)} entries removed, {size_text(freed)}, the longest unused first: "
             f"it may hold {size_text(most)} (--cache-size)"
         )

@@ -2,7 +2,7 @@
 
 In: a list of dicts, a `datasets.Dataset` or DatasetDict, a data frame, an Arrow table, columns, or anything that yields
 dicts. Out: the path of a JSON lines file in the cache, named by its content; a run copies it into its own folder, so
-that resuming needs nothing else. None of these libraries is imported: what an object can do tells what it is.
+that resuming needs nothing else. None of these libraries is imported: what an object can do decides what it is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """JSON to rows: a list of them, one a line, or a list inside an object.
 
-In: a file. Out: its rows, each with the line that it starts on. What the file begins with tells how it is read, not its
-name. Lines are read as a stream, a list is held whole.
+In: a file. Out: its rows, each with the line that it starts on. How it begins decides how it is read, not its name.
+Lines are read as a stream, a list is held whole.
 """
 
 from __future__ import annotations

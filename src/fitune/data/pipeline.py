@@ -135,11 +135,11 @@ def _cache(config: RunConfig, watch: Watcher) -> Cache:
         return Cache()
     most = size_bytes(config.cache_size)
     if config.cache != "auto":
-        return Cache(Path(config.cache), most=most, say=watch.say)
+        return Cache(Path(config.cache), most=most, report=watch.message)
     try:
-        return Cache(default_folder(), most=most, say=watch.say)
+        return Cache(default_folder(), most=most, report=watch.message)
     except RunFolderError as error:
-        watch.say(f"prepared data is not kept for the next run: {error.what}")
+        watch.message(f"prepared data is not kept for the next run: {error.what}")
         return Cache()
 
 

@@ -41,7 +41,7 @@ def locate(name: str) -> Path:
         DataError: it looks like a hub id, but the hub does not give it.
     """
     path = expand(name)
-    with _told(path):
+    with _with_the_name(path):
         if path.exists() or not HUB_ID.fullmatch(name) or _suffix(path) in READERS:
             return path
     from huggingface_hub import snapshot_download
@@ -65,7 +65,7 @@ def files(path: Path) -> list[Path]:
     Raises:
         DataError: there is nothing to read.
     """
-    with _told(path):
+    with _with_the_name(path):
         if not path.exists():
             raise DataError("no such file", file=path, fix=names_near(path))
         if path.is_file():
@@ -114,7 +114,7 @@ def _is_snapshot(folder: Path) -> bool:
 
 
 def _train_split(folder: Path, found: list[Path]) -> list[Path]:
-    """Data sets on the hub hold their test rows beside: where names tell the splits, the others are left out."""
+    """Data sets on the hub hold their test rows beside: where names show the splits, the others are left out."""
     names = {path: path.relative_to(folder).as_posix().lower() for path in found}
     if not any(TRAIN.search(name) for name in names.values()):
         return found
@@ -166,7 +166,7 @@ def read(path: Path, notice: Notice = lambda text: None) -> Iterator[Item]:
     Raises:
         DataError: the file cannot be read, or not beyond some place.
     """
-    with _told(path):
+    with _with_the_name(path):
         head = head_of(path)
         if not head:
             raise DataError("the file is empty", file=path, expected="rows to train on")
@@ -191,7 +191,7 @@ def read_rows(path: Path) -> Iterator[Item]:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _with_the_name(path: Path) -> Iterator[None]:
     """What goes wrong inside is reported with the file's name."""
     try:
         yield

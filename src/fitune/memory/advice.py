@@ -58,8 +58,8 @@ class Suggestion:
 @dataclass(frozen=True)
 class Saver:
     """What one change to the settings would give: bytes by exact plans; time: of an epoch, times as much, by counted
-    operations and the share of its rate that a device reaches; cut: share of the rows that would lose tokens. cost: in
-    words."""
+    operations and the share of its rate that a device reaches; cut: share of the rows that would lose tokens. cost: as
+    text."""
 
     flag: str
     settings: dict[str, Any]
@@ -82,7 +82,7 @@ class Saver:
 
 @dataclass(frozen=True)
 class Advice:
-    """One piece of advice: what it is about, what it says, and the figures that it says it with."""
+    """One piece of advice: what it is about, its text, and the figures in that text."""
 
     about: str
     text: str

@@ -1,7 +1,7 @@
 """PyTorch's caching allocator for CUDA, replayed on paper: what a run's allocations reserve, and where they fail.
 
 In: a list of events (a block takes bytes, a block is freed, the cache is emptied), a budget in bytes, and whether
-segments can expand. Out: the peaks that `torch.cuda.max_memory_allocated` and `max_memory_reserved` would tell, how
+segments can expand. Out: the peaks that `torch.cuda.max_memory_allocated` and `max_memory_reserved` would report, how
 often the cache had to be given back, or `OutOfBudget`; and the smallest budget with which the events complete.
 
 The source is PyTorch, c10/cuda/CUDACachingAllocator.cpp (2.11 to 2.13) with its default settings: one stream, no
@@ -265,7 +265,7 @@ class Allocator:
     """One GPU's allocator.
 
     Attributes:
-        allocated: bytes in live blocks now. As PyTorch tells it, whole blocks count: a rest that is too small to be
+        allocated: bytes in live blocks now. As PyTorch reports it, whole blocks count: a rest that is too small to be
             split off a large block (1 MiB or less, unless segments expand) is part of it.
         peak_allocated: the most that `allocated` was.
         peak_reserved: the most that `reserved` was.

@@ -1,6 +1,6 @@
 """What the sample answers of a run take beside the weights: they are generated with the optimizer's states still there.
 
-In: the shape of a model, how many prompts are answered side by side. Out: bytes, by a closed form: transformers
+In: the config of a model, how many prompts are answered side by side. Out: bytes, by a closed form: transformers
 generates, and what it does depends on values. Keys and values of every token stay until the end; a block's grow by a
 copy, one block at a time. Before that the prompts go through, of which one block's work is there at once.
 """
@@ -24,27 +24,27 @@ def widens() -> bool:
     return torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
 
 
-def bytes_taken(config: RunConfig, shape: PretrainedConfig, held_out: Batch, *, on_gpu: bool) -> int:
+def bytes_taken(config: RunConfig, model_config: PretrainedConfig, held_out: Batch, *, on_gpu: bool) -> int:
     """The most that they take; 0: nothing is answered.
 
     Args:
         config: resolved.
-        shape: the model's transformers config.
+        model_config: the model's transformers config.
         held_out: rows whose longest stands for the longest prompt.
         on_gpu: a GPU answers, not this machine's CPU.
     """
     rows = min(config.sample_prompts, SIDE_BY_SIDE)
     prompt = max((int(end - start) for start, end in pairwise(held_out.bounds)), default=0)
-    item, width = DTYPES[config.precision].itemsize, shape.hidden_size
-    heads = shape.num_attention_heads
-    groups = getattr(shape, "num_key_value_heads", None) or heads
-    each = 2 * groups * (getattr(shape, "head_dim", None) or width // heads) * item  # of a token in a block
-    inner = getattr(shape, "intermediate_size", None) or getattr(shape, "ffn_dim", None) or 4 * width
-    blocks, whole = shape.num_hidden_layers, prompt + config.sample_tokens - 1  # the last one goes nowhere
+    item, width = DTYPES[config.precision].itemsize, model_config.hidden_size
+    heads = model_config.num_attention_heads
+    groups = getattr(model_config, "num_key_value_heads", None) or heads
+    each = 2 * groups * (getattr(model_config, "head_dim", None) or width // heads) * item  # of a token in a block
+    inner = getattr(model_config, "intermediate_size", None) or getattr(model_config, "ffn_dim", None) or 4 * width
+    blocks, whole = model_config.num_hidden_layers, prompt + config.sample_tokens - 1  # the last one goes nowhere
     norms = 8 * width if on_gpu and item < 4 else 0  # which compute in float32: on a GPU an allowance, not measured
     copy = 4 * inner if not on_gpu and config.precision == "bf16" and widens() else 0
     # gate, up and their product; or, of an up projection that has a float32 copy, the copy where the product comes
     mlp = 2 * inner * item + max(inner * item, copy)
     first = prompt * (blocks * each + 4 * width * item + mlp + norms)
     last = whole * (blocks + 1) * each
-    return int(rows * (max(first, last) + shape.vocab_size * (item + 4)))
+    return int(rows * (max(first, last) + model_config.vocab_size * (item + 4)))

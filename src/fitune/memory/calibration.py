@@ -65,7 +65,7 @@ def small_steps(device: torch.device) -> None:
     """LoRA steps of a random model of a few blocks, an evaluation and an update, so that what they load is loaded."""
     precision = "bf16" if device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     config = build({"model": "none", "data": ["none"], "precision": precision, "lora": {"targets": "all-linear"}})
-    shape = LlamaConfig(
+    model_config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -74,9 +74,9 @@ def small_steps(device: torch.device) -> None:
         num_key_value_heads=2,
     )
     with torch.device(device):
-        base = LlamaForCausalLM(shape)
+        base = LlamaForCausalLM(model_config)
     model = adapters.attach(ready(base, precision), config)
     batch = steps.made_up(4, TOKENS, VOCABULARY)
     with exact(device):
-        work = plan.Work(config, shape, [[batch], [batch]], batch)
+        work = plan.Work(config, model_config, [[batch], [batch]], batch)
         plan.go(model, work, Blind(), on_gpu=device.type == "cuda")

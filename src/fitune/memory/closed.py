@@ -46,16 +46,16 @@ def closed(model: nn.Module, config: RunConfig, tokens: int, labels: int) -> dic
     count = sum(p.numel() for p in trained.values())
     frozen = {id(p): p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad}
     constants = sum(t.numel() * t.element_size() for _, layer in quant.layers(model) for t in quant.constants(layer))
-    shape = causal_lm(model).config
+    model_config = causal_lm(model).config
     found = {
         storage.WEIGHTS: sum(frozen.values()),
         storage.CONSTANTS: constants,
         storage.TRAINABLE: count * size,
         storage.GRADIENTS: count * size,
         storage.STATES: int(count * state_bytes(config)),
-        storage.ACTIVATIONS: tokens * _per_token(model, config, shape),
-        storage.LOSS: _logit_bytes(config) * min(labels, loss_rows(model)) * shape.vocab_size
-        + 8 * labels * shape.hidden_size,
+        storage.ACTIVATIONS: tokens * _per_token(model, config, model_config),
+        storage.LOSS: _logit_bytes(config) * min(labels, loss_rows(model)) * model_config.vocab_size
+        + 8 * labels * model_config.hidden_size,
     }
     return {name: int(value) for name, value in found.items() if value}
 
@@ -70,13 +70,13 @@ def state_bytes(config: RunConfig) -> float:
     return kind.state_bytes * (1 if "8bit" in kind.name else DTYPES[config.trainable_dtype].itemsize / 4)
 
 
-def _per_token(model: nn.Module, config: RunConfig, shape: PretrainedConfig) -> float:
+def _per_token(model: nn.Module, config: RunConfig, model_config: PretrainedConfig) -> float:
     """Bytes that the backward pass keeps of a token, in all blocks."""
     item = DTYPES[config.precision].itemsize
     family = families.of(causal_lm(model))
     blocks = list(family.block_list(causal_lm(model)))
-    width = shape.hidden_size
-    whole = [_block(block, shape) for block in blocks]
+    width = model_config.hidden_size
+    whole = [_block(block, model_config) for block in blocks]
     first = _first_trained(model, family.blocks, len(blocks))
     kept = whole[first:]
     if config.checkpointing:
@@ -86,13 +86,13 @@ def _per_token(model: nn.Module, config: RunConfig, shape: PretrainedConfig) -> 
     return float(item * sum(kept))
 
 
-def _block(block: nn.Module, shape: PretrainedConfig) -> float:
+def _block(block: nn.Module, model_config: PretrainedConfig) -> float:
     """Numbers that a block keeps of a token."""
-    width = shape.hidden_size
-    inner = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or 4 * width
-    heads = shape.num_attention_heads
-    queries = heads * (getattr(shape, "head_dim", None) or width // heads)
-    kept = 2 * width + 2 * queries + 2 * key_width(shape) + 2 * inner + 2 * heads
+    width = model_config.hidden_size
+    inner = getattr(model_config, "intermediate_size", None) or getattr(model_config, "n_inner", None) or 4 * width
+    heads = model_config.num_attention_heads
+    queries = heads * (getattr(model_config, "head_dim", None) or width // heads)
+    kept = 2 * width + 2 * queries + 2 * key_width(model_config) + 2 * inner + 2 * heads
     trained = [name for name, p in block.named_parameters() if p.requires_grad]
     attention = any(re.search(r"q_proj|k_proj|v_proj|query|c_attn|qkv", name) for name in trained)
     output = any(re.search(r"down_proj|fc2|dense_4h|c_proj", name) for name in trained)

@@ -90,9 +90,9 @@ def _longest_run(same: Sequence[bool]) -> tuple[int, int]:
     return best
 
 
-def shallow(shape: PretrainedConfig, total: int, at: int, out: int) -> PretrainedConfig:
+def shallow(model_config: PretrainedConfig, total: int, at: int, out: int) -> PretrainedConfig:
     """The config of a model without `out` of its blocks from number `at` on; lists with an entry for each block too."""
-    found = deepcopy(shape)
+    found = deepcopy(model_config)
     for name, value in list(vars(found).items()):
         if isinstance(value, (list, tuple)) and len(value) == total:
             setattr(found, name, type(value)([*value[:at], *value[at + out :]]))
@@ -100,21 +100,21 @@ def shallow(shape: PretrainedConfig, total: int, at: int, out: int) -> Pretraine
     return found
 
 
-def traced(model: nn.Module, shape: PretrainedConfig, run: Run) -> Tracer | None:
+def traced(model: nn.Module, model_config: PretrainedConfig, run: Run) -> Tracer | None:
     """The trace of a deep model.
 
     Args:
         model: all of it, on meta, with its method.
-        shape: its transformers config.
+        model_config: its transformers config.
         run: traces the model of a config; the kinds of its blocks, and the trace.
     """
     blocks = kinds(model)
     found = cut(blocks)
-    if found is None or shape.num_hidden_layers != len(blocks):
+    if found is None or model_config.num_hidden_layers != len(blocks):
         return None
     traces: list[Tracer] = []
     for out in (found.out, found.out - found.period):
-        left, trace = run(shallow(shape, len(blocks), found.at, out))
+        left, trace = run(shallow(model_config, len(blocks), found.at, out))
         if left != blocks[: found.at] + blocks[found.at + out :]:
             return None
         traces.append(trace)

@@ -38,7 +38,7 @@ MULTIPROCESSORS = 144  # of a GPU that nobody named: on the safe side of all but
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU of the catalog. memory_mib: as its driver tells; tflops: of 16-bit matrix products with float32 sums,
+    """A GPU of the catalog. memory_mib: as its driver reports; tflops: of 16-bit matrix products with float32 sums,
     dense, gigabytes_per_second: of its memory, and multiprocessors, all as NVIDIA's data sheets give them; bf16: can it
     compute that?
     """
@@ -137,7 +137,7 @@ def named(text: str) -> Gpu:
 
 
 def _bare(name: str) -> str:
-    """Letters and digits alone, without the maker's words."""
+    """Letters and digits alone, without the name of the maker."""
     text = re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
     return re.sub(r"(\d)g$", r"\1gb", text)
 
@@ -178,12 +178,12 @@ def _gpu_here(index: int) -> Device:
 
 def by_driver(name: str) -> Gpu | None:
     """The GPU of the catalog that a driver calls so: NVIDIA A100-SXM4-80GB is an A100 80 GB, and no A10."""
-    there = _words(name)
-    near = [gpu for gpu in gpus().values() if _words(gpu.device) <= there]
-    return max(near, key=lambda gpu: len(_words(gpu.device)), default=None)
+    there = _name_parts(name)
+    near = [gpu for gpu in gpus().values() if _name_parts(gpu.device) <= there]
+    return max(near, key=lambda gpu: len(_name_parts(gpu.device)), default=None)
 
 
-def _words(name: str) -> set[str]:
+def _name_parts(name: str) -> set[str]:
     return set(re.sub(r"(\d) gb\b", r"\1gb", name.lower().replace("-", " ")).split())
 
 
@@ -211,7 +211,7 @@ def of_this_process(index: int) -> int | None:
 
 def peak_taken_mib(device: torch.device) -> float:
     """The most that a run took, counted as a plan counts it: on a GPU what torch reserved and the CUDA context beside
-    it, as the driver tells, or as a plan supposes where it does not; on a CPU the process."""
+    it, as the driver reports, or as a plan supposes where it does not; on a CPU the process."""
     if device.type != "cuda":
         return peak_mib(device)
     mine = of_this_process(device.index or 0)

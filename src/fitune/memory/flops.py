@@ -60,17 +60,17 @@ def counts(model: nn.Module, config: RunConfig) -> Counts:
         if is_linear(module) and module is not head and family.blocks in name and not NEW.search(name)
     }
     new = _new(model)
-    shape = inner.config
-    each = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    heads = shape.num_attention_heads * each
+    model_config = inner.config
+    each = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+    heads = model_config.num_attention_heads * each
     trained = trainable(model)
     return Counts(
         body=float(sum(linear.values())),
-        head=float(shape.vocab_size * shape.hidden_size),
+        head=float(model_config.vocab_size * model_config.hidden_size),
         attention=float(heads * len(list(family.block_list(inner)))),
         share=_share(model, family.blocks, len(list(family.block_list(inner)))),
         trained_base=float(sum(linear[id(p)] for p in trained.values() if id(p) in linear)),
-        trained_head=float(shape.vocab_size * shape.hidden_size if head.weight.requires_grad else 0),
+        trained_head=float(model_config.vocab_size * model_config.hidden_size if head.weight.requires_grad else 0),
         new=float(sum(p.numel() for p in new.values() if p.ndim == 2)),
         trainable=float(sum(p.numel() for p in trained.values())),
         total=float(sum(quant.numel(p) for p in model.parameters())),

@@ -86,9 +86,9 @@ class Card:
 
     def holders(self) -> list[Holder]:
         """Processes that hold memory of it, those that the driver lists: not those of another container."""
-        told = torch.cuda.list_gpu_processes(self.device)
-        if "pid" in told or "process" in told:
-            pairs = re.findall(r"process\s+(\d+)\s+uses\s+([0-9.]+) MB", told)
+        listed = torch.cuda.list_gpu_processes(self.device)
+        if "pid" in listed or "process" in listed:
+            pairs = re.findall(r"process\s+(\d+)\s+uses\s+([0-9.]+) MB", listed)
             return [_holder(int(pid), round(float(size) * MIB)) for pid, size in pairs]
         asked = nvidia_smi("--query-compute-apps=pid,used_memory", f"--id={self.uuid()}")
         lines = [line.split(",") for line in asked.splitlines() if "," in line]
@@ -159,12 +159,12 @@ def cards() -> list[Card]:
 
 def refused(run: Callable[[], object]) -> str | None:
     """Why something cannot run, with what torch warned of; None: it ran."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             run()
         except Exception as error:
-            reasons = [str(one.message) for one in told] or [f"{type(error).__name__}: {error}"]
+            reasons = [str(one.message) for one in warned] or [f"{type(error).__name__}: {error}"]
             return " ".join(reasons[-1].split()).split(" (Triggered internally")[0][:160]
     return None
 

@@ -1,4 +1,4 @@
-"""What the shapes of tensors do not tell: numbers that decide, kernels that meta does not have, memory inside kernels.
+"""What the shapes of tensors do not decide: values, kernels that meta does not have, memory inside kernels.
 
 Each entry says where it comes from. `tests/memory/test_trace.py` runs the operations of INSIDE for real, under torch's
 profiler, and compares.
@@ -26,7 +26,7 @@ SUPPOSED: dict[Operation, Operation] = {
 }
 
 
-# How many elements of a mask are true, where its history tells it without a value: none is infinite or not a number,
+# How many elements of a mask are true, where its history shows it without a value: none is infinite or not a number,
 # and a mask that was zeros has as many as were scattered into it. A shape that such a mask decides follows from it.
 TRUE = "fitune_true"
 KEEP_TRUE = {

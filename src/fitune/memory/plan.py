@@ -49,13 +49,13 @@ from fitune.models.prepare import checkpoint_blocks
 class Work:
     """What a run asks of memory.
 
-    config: resolved. shape: the model's transformers config. steps: micro-batches of optimizer steps, in order; the
-    largest that will come is among them. held_out: the largest batch of an evaluation. added: new tokens. deep: where
-    the shape has fewer blocks than the model that is asked for, the shape of that one.
+    config: resolved. model_config: the model's transformers config. steps: micro-batches of optimizer steps, in order;
+    the largest that will come is among them. held_out: the largest batch of an evaluation. added: new tokens. deep:
+    where model_config has fewer blocks than the model that is asked for, the transformers config of that one.
     """
 
     config: RunConfig
-    shape: PretrainedConfig
+    model_config: PretrainedConfig
     steps: Sequence[Sequence[Batch]]
     held_out: Batch | None = None
     layout: Layout = "flat"
@@ -68,8 +68,8 @@ class Work:
         return max((batch for step in self.steps for batch in step), key=lambda batch: len(batch.ids))
 
 
-def without_words(config: RunConfig) -> RunConfig:
-    """A prompt in words needs a tokenizer; one that begins otherwise has as many tokens and takes as much."""
+def without_prompt_text(config: RunConfig) -> RunConfig:
+    """A prompt given as text needs a tokenizer; one that begins otherwise has as many tokens and takes as much."""
     if config.method != "prompt" or config.prompt.init != "text":
         return config
     return config.model_copy(update={"prompt": config.prompt.model_copy(update={"init": "vocab"})})
@@ -92,7 +92,7 @@ def _base(work: Work) -> CausalLM:
     config = work.config
     method = methods.find(config.method)
     storage = config.storage_dtype if method.low_precision_base else config.trainable_dtype
-    base: CausalLM = outline(work.shape, precision=config.precision, quant=config.quant, storage=storage)
+    base: CausalLM = outline(work.model_config, precision=config.precision, quant=config.quant, storage=storage)
     if work.added:
         new_tokens.add_rows(base, work.added)
     return base
@@ -179,13 +179,13 @@ def deep(model: CausalLM, work: Work, target: Target = CPU) -> Tracer:
         work, target: as for `traced`.
     """
 
-    def run(shape: PretrainedConfig) -> tuple[list[object], Tracer]:
-        few = replace(work, shape=shape, deep=work.shape)
+    def run(model_config: PretrainedConfig) -> tuple[list[object], Tracer]:
+        few = replace(work, model_config=model_config, deep=work.model_config)
         made, tracer = started(few, target)
         kinds = depth.kinds(made)
         return kinds, over(made, tracer, few, target)
 
-    return depth.traced(model, work.shape, run) or traced(work, target)
+    return depth.traced(model, work.model_config, run) or traced(work, target)
 
 
 def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False) -> None:
@@ -208,7 +208,7 @@ def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = Fa
         if work.held_out is not None:
             with tracer.during("evaluation"):
                 held_out_loss(model, [work.held_out], work.layout)
-            taken = answers.bytes_taken(config, work.deep or work.shape, work.held_out, on_gpu=on_gpu)
+            taken = answers.bytes_taken(config, work.deep or work.model_config, work.held_out, on_gpu=on_gpu)
             if taken and isinstance(next(iter(parameters.values())), Shadow):  # a closed form: values decide it
                 with tracer.during("answers"):
                     tracer.brief(taken, "generate")
@@ -229,7 +229,7 @@ def plan(work: Work, where: device.Device, *, name: str, outside: Mapping[str, i
         name: of the model, for people.
         outside: bytes beside the tensors, where they are known better than by the calibration.
     """
-    vocabulary = int(work.shape.vocab_size) + len(work.added)
+    vocabulary = int(work.model_config.vocab_size) + len(work.added)
     fewest = chunks.least(work.config, vocabulary, where.target)
     made = _plan(_with_loss_rows(work, fewest), where, name, outside)
     more = chunks.most(work.config, vocabulary, where.target, work.largest.targets) - fewest
@@ -252,9 +252,9 @@ def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int
     try:
         tracer = deep(model, work, where.target)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         seen, figures, between = _by_forms(forms), {}, {}
-        how, why = "closed form", f"this model cannot be traced ({told})"
+        how, why = "closed form", f"this model cannot be traced ({reason})"
     else:
         seen, how, why = usage(tracer), "trace", ""
         figures = _allocator(tracer, where) if where.kind == "cuda" else {}
@@ -299,7 +299,7 @@ def _by_forms(forms: Mapping[str, int]) -> Usage:
     return Usage([peak], peak, [Holding(name, 1, size) for name, size in forms.items()], [])
 
 
-FAR = 0.35  # share by which closed forms and trace may differ before it is told
+FAR = 0.35  # share by which closed forms and trace may differ before it is reported
 SCRATCH = 64 * MIB  # and bytes: what kernels take for themselves is in no closed form
 
 
@@ -348,10 +348,10 @@ def with_workspaces(tracer: Tracer, size: int) -> list[allocator.Event]:
 
 
 def made_of(made: Plan, most: int = 3) -> str:
-    """Where the peak is, and what it is made of, in words."""
+    """Where the peak is, and what it is made of, as text."""
     parts = sorted(made.peak.parts.items(), key=lambda item: -item[1])[:most]
-    told = ", ".join(f"{name} {count / max(1, made.peak.bytes):.0%}" for name, count in parts)
-    return f"the peak is in the {made.peak.phase}: {told}"
+    shares = ", ".join(f"{name} {count / max(1, made.peak.bytes):.0%}" for name, count in parts)
+    return f"the peak is in the {made.peak.phase}: {shares}"
 
 
 def with_budget(made: Plan, budget: int | None) -> Plan:

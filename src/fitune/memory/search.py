@@ -110,8 +110,8 @@ class _Way:
 
     @property
     def config(self) -> RunConfig:
-        """Its settings, checked; a prompt in words needs no tokenizer here."""
-        return plan.without_words(settings_only(self.settings))
+        """Its settings, checked; a prompt given as text needs no tokenizer here."""
+        return plan.without_prompt_text(settings_only(self.settings))
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Line:
 
 def search(
     given: Mapping[str, Any], shape: PretrainedConfig, rows: steps.Largest, labelled: float, where: device.Device,
-    max_lengths: Sequence[int], tell: Callable[[int, int], None] = lambda done, total: None,
+    max_lengths: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:  # fmt: skip
     """See the module's text.
 
@@ -146,7 +146,7 @@ def search(
         labelled: share of the tokens that carry a label.
         where: it is to fit; its budget is known.
         max_lengths: that may be chosen, the longest first.
-        tell: is called with the number of ways that are behind, and of all.
+        progress: is called with the number of ways that are behind, and of all.
 
     Raises:
         FituneError: no way agrees with what is given; the method's own reason, where it has one.
@@ -162,7 +162,7 @@ def search(
         raise _no_way(given, shape, where)
     question = _Question(rows, labelled, where, outside)
     for number, way in enumerate(ways):
-        tell(number, len(ways))
+        progress(number, len(ways))
         line = _line(way.config, shape, where.target)
         if line is None:
             continue
@@ -170,7 +170,7 @@ def search(
             one, tried = _candidate(question, way, line, longest)
             combinations += tried
             (found if one.batch_size else misses).append(one)
-    tell(len(ways), len(ways))
+    progress(len(ways), len(ways))
     return Found(sorted(found, key=_rank), combinations, sorted(misses, key=lambda one: one.needed))
 
 
@@ -242,10 +242,10 @@ def _no_way(given: Mapping[str, object], shape: PretrainedConfig, where: device.
         methods.find(config.method).expected(empty, family, config)
     except FituneError as error:
         return error
-    told = ", ".join(sorted(given)) or "nothing"
+    fixed = ", ".join(sorted(given)) or "nothing"
     return ConfigError(
         "no method agrees with all that is given",
-        received=f"settings that must stay: {told}",
+        received=f"settings that must stay: {fixed}",
         fix="give fewer of them, or name the --method and plan that one run with `fitune plan`",
     )
 

@@ -110,9 +110,9 @@ def made_up(rows: int, length: int, vocabulary: int, labels: int | None = None) 
     return flat([Sample(ids, mask)], [0] * rows)
 
 
-def likely_layout(wanted: str, shape: PretrainedConfig) -> Layout:
+def likely_layout(wanted: str, model_config: PretrainedConfig) -> Layout:
     """The layout that a run will have, before the model is there to be probed: flat, but for recurrent layers."""
     if wanted != "auto":
         return cast(Layout, wanted)  # a setting of these names
-    kinds = getattr(shape, "layer_types", None) or ()
+    kinds = getattr(model_config, "layer_types", None) or ()
     return "padded" if any(kind in RECURRENT for kind in kinds) else "flat"

@@ -6,7 +6,7 @@ choose as they do there, but they hold nothing; every operation runs on the meta
 tensors that code looks into (positions, bounds, masks of padding) are real, so that it decides rightly. On real tensors
 the same tracer measures.
 
-What no shape tells (memory inside a kernel, numbers that decide) stands in `overrides.py`.
+What no shape decides (memory inside a kernel, the values of a mask) stands in `overrides.py`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Building(_Mode):
 
 
 ON_HOST = -1  # in a block's place: it is not on the device that is planned for
-FAILED = "failed"  # a phase that no plan and no figure tells of
+FAILED = "failed"  # a phase that no plan and no figure covers
 
 
 class Tracer(_Mode):
@@ -109,7 +109,7 @@ class Tracer(_Mode):
         self.host = False  # what is made now lies in main memory beside a GPU, and is not counted
         self.lost: set[int] = set()  # storages of real tensors that a shadow was written into
         self._results: dict[Any, Any] = {}  # of operations that were asked before
-        self._live: dict[int, tuple[int, object]] = {}  # of a storage: its block, and what tells of its end
+        self._live: dict[int, tuple[int, object]] = {}  # of a storage: its block, and what reports its end
         self._open = True
 
     # ---- where we are ----

@@ -1,4 +1,4 @@
-"""What a trace says: the most of each phase, the peak and what it is made of, and the timeline.
+"""What a trace shows: the most of each phase, the peak and what it is made of, and the timeline.
 
 In: a tracer that saw a run. Out: Usage, in bytes.
 """
@@ -53,7 +53,7 @@ def usage(tracer: Tracer, *, without: str = "") -> Usage:
 
 
 def _spans(tracer: Tracer) -> list[tuple[int, str]]:
-    """(first event, phase) of each stretch of the course, in the words of PHASES."""
+    """(first event, phase) of each stretch of the course, by the names of PHASES."""
     found: list[tuple[int, str]] = [(0, "load")]
     for at, phase, region in tracer.course:
         name = (region or "forward") if phase == "step" else phase

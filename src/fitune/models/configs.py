@@ -65,7 +65,7 @@ def read_config(folder: Path) -> Any:
 
 
 def _check_packed(folder: Path) -> None:
-    """Raises ModelError where config.json tells of packed weights, and the files hold plain ones."""
+    """Raises ModelError where config.json describes packed weights, and the files hold plain ones."""
     there = [file for file in weights.files(folder) if file.is_file() and file.suffix == ".safetensors"]
     if there and not weights.broken(folder):
         names = [name for file in there for name in weights.names(file)]
@@ -213,8 +213,8 @@ def _check_sizes(config: object) -> None:
         raise ModelError("config.json: sizes that no model has", received=", ".join(wrong), fix="copy the file again")
     heads, groups = found["num_attention_heads"], found["num_key_value_heads"]
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
-        told = f"num_attention_heads {heads}, num_key_value_heads {groups}"
-        raise ModelError("config.json: heads that no group divides", received=told, expected="a multiple")
+        sizes = f"num_attention_heads {heads}, num_key_value_heads {groups}"
+        raise ModelError("config.json: heads that no group divides", received=sizes, expected="a multiple")
 
 
 def _check_numbers(path: Path, values: Mapping[str, object]) -> None:
@@ -280,7 +280,7 @@ def _packed(values: Mapping[str, Any]) -> QuantOptions:
 
 
 def without_weights(config: Any) -> Any:
-    """A causal LM of that shape that takes no memory. It has a config of its own: a method may change it.
+    """A causal LM of that config that takes no memory. It has a config of its own: a method may change it.
 
     Raises:
         ModelError: it is no causal LM.
@@ -293,9 +293,9 @@ def without_weights(config: Any) -> Any:
             f"model_type {config.model_type!r} is no causal language model", received=str(error)[:200]
         ) from error
     except Exception as error:  # each model fails in its own way at values that its config let through
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         fix = "the config.json of a published model"
-        raise ModelError("no model can be built from this config.json", received=told, fix=fix) from error
+        raise ModelError("no model can be built from this config.json", received=reason, fix=fix) from error
 
 
 def is_original(folder: Path) -> bool:

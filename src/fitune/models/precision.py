@@ -52,19 +52,19 @@ def describe(config: RunConfig) -> str:
     return f"{config.precision}, frozen weights {storage}{kind}, trained {config.trainable_dtype}"
 
 
-def resolve(config: RunConfig, device: torch.device, shape: Any = None) -> RunConfig:
+def resolve(config: RunConfig, device: torch.device, model_config: Any = None) -> RunConfig:
     """The config with a precision in place of auto.
 
     Args:
         config: the settings.
         device: where it computes.
-        shape: the model's transformers config; None: it is not known.
+        model_config: the model's transformers config; None: it is not known.
 
     Raises:
         ConfigError: the settings do not go together.
     """
     if config.precision == "auto":
-        config = config.model_copy(update={"precision": choose(device, shape)[0]})
+        config = config.model_copy(update={"precision": choose(device, model_config)[0]})
     if config.trainable_dtype != "fp32" and config.trainable_dtype != config.precision:
         raise ConfigError(
             f"trainable_dtype {config.trainable_dtype} with precision {config.precision}",
@@ -84,12 +84,12 @@ def resolve(config: RunConfig, device: torch.device, shape: Any = None) -> RunCo
 EMULATED = "is not computed by this GPU, only imitated, which is many times slower than fp16"
 
 
-def choose(device: torch.device, shape: Any = None) -> tuple[str, str]:
+def choose(device: torch.device, model_config: Any = None) -> tuple[str, str]:
     """The precision for a device, and why.
 
     Args:
         device: where it computes.
-        shape: the transformers config of the model; None: any, by matrix products alone.
+        model_config: the transformers config of the model; None: any, by matrix products alone.
     """
     if device.type == "cuda":
         name, major = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)[0]
@@ -99,16 +99,18 @@ def choose(device: torch.device, shape: Any = None) -> tuple[str, str]:
     if device.type != "cpu":
         return "fp32", f"nothing is known about 16 bits on {device.type}"
     measured = rates(device)
-    told = "a matrix product runs at {fp32:,.1f} GFLOP/s in fp32 on this CPU, {bf16:,.1f} in bf16".format(**measured)
-    size = trial.widths(shape)
+    products = "a matrix product runs at {fp32:,.1f} GFLOP/s in fp32 on this CPU, {bf16:,.1f} in bf16".format(
+        **measured
+    )
+    size = trial.widths(model_config)
     if measured["bf16"] < FASTER * measured["fp32"]:
-        return "fp32", told
+        return "fp32", products
     if size is None or size.width >= WIDE:
-        return "bf16", told
+        return "bf16", products
     step = step_rates(device, size)
     text = "a step {width} wide runs at {fp32:,.0f} tokens/s in fp32 on this CPU, {bf16:,.0f} in bf16"
     chosen = "bf16" if step["bf16"] >= STEP_FASTER * step["fp32"] else "fp32"
-    return chosen, f"{text.format(width=size.width, **step)}; {told}"
+    return chosen, f"{text.format(width=size.width, **step)}; {products}"
 
 
 def rates(device: torch.device) -> dict[str, float]:
@@ -188,9 +190,9 @@ def _rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * rows * inner * inner / best / 1e9
 
 
-def speed(config: RunConfig, device: torch.device, shape: Any = None) -> Finding:
+def speed(config: RunConfig, device: torch.device, model_config: Any = None) -> Finding:
     """Warns of a precision that this machine computes much more slowly than float32; else reports why it was chosen."""
-    chosen, why = choose(device, shape)
+    chosen, why = choose(device, model_config)
     if chosen == config.precision:
         return Finding("precision", "ok", f"{chosen}: {why}")
     if chosen == "fp16" and config.precision == "bf16":
@@ -281,5 +283,5 @@ def weights_kept(model: CausalLM, stored: torch.dtype | None) -> Finding:
 
 
 def size(count: int) -> str:
-    """Bytes in words."""
+    """Bytes as text."""
     return f"{count / MIB:,.1f} MiB" if count >= MIB else f"{count / 1024:,.1f} KiB"

@@ -1,6 +1,6 @@
 """A trial step: two blocks as wide as a model's, with LoRA, forward and backward, timed in a precision.
 
-In: a model's transformers config. Out: tokens a second. A matrix product alone does not tell what a small model gains
+In: a model's transformers config. Out: tokens a second. A matrix product alone does not show what a small model gains
 from 16 bits on a CPU: casts, norms and attention gain nothing, and every number of tokens that comes for the first time
 compiles kernels. So each pass has another number of tokens, as the batches of a run do.
 """
@@ -28,14 +28,14 @@ class Widths:
     inner: int
 
 
-def widths(shape: object) -> Widths | None:
-    """Those of a transformers config; None: it does not say."""
-    shape = getattr(shape, "text_config", None) or shape
-    width = getattr(shape, "hidden_size", None)
+def widths(model_config: object) -> Widths | None:
+    """Widths of a model by its transformers config; None: the config does not give them."""
+    inner_config = getattr(model_config, "text_config", None) or model_config
+    width = getattr(inner_config, "hidden_size", None)
     if not isinstance(width, int):
         return None
     names = ("intermediate_size", "n_inner", "ffn_dim", "inner_hidden_size", "ffn_hidden_size")
-    inner = next((value for name in names if isinstance(value := getattr(shape, name, None), int)), 4 * width)
+    inner = next((value for name in names if isinstance(value := getattr(inner_config, name, None), int)), 4 * width)
     return Widths(width, inner)
 
 

@@ -48,7 +48,7 @@ class Screen(Console):
     def __init__(self, **how: Any) -> None:
         super().__init__(**{"emoji": False, **how})
 
-    def say(self, text: str, style: str | None = None) -> None:
+    def write_line(self, text: str, style: str | None = None) -> None:
         """A line as it is, that can be copied whole: no markup, no colours of rich's own, no breaks."""
         self.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -79,7 +79,7 @@ class Lenient(io.RawIOBase):
     def __init__(self, raw: io.RawIOBase) -> None:
         self.raw = raw
         self.failed: OSError | None = None
-        self.told = False  # does the user know
+        self.reported = False  # does the user know
 
     def write(self, data: Any) -> int:
         """See io.RawIOBase; never raises."""
@@ -153,7 +153,7 @@ def _raw(stream: object) -> Lenient | None:
     return raw if isinstance(raw, Lenient) else None
 
 
-def _untold() -> str:
+def _unreported() -> str:
     """What keeps standard output from taking more, once; nothing where its reader left."""
     try:
         sys.stdout.flush()
@@ -161,23 +161,23 @@ def _untold() -> str:
         number = error.errno if isinstance(error, OSError) else errno.EBADF
         return "" if number in GONE else os.strerror(number or 0)
     raw = _raw(sys.stdout)
-    if raw is None or raw.failed is None or raw.failed.errno in GONE or raw.told:
+    if raw is None or raw.failed is None or raw.failed.errno in GONE or raw.reported:
         return ""
-    raw.told = True
+    raw.reported = True
     return os.strerror(raw.failed.errno or 0)
 
 
 def check_written() -> None:
     """Raises FituneError where a result for a program could not be written; a reader that left wants none."""
-    if told := _untold():
+    if reason := _unreported():
         raise FituneError(
             "standard output: the result could not be written; the work itself is done",
-            received=told,
+            received=reason,
             fix="free some space, or send it elsewhere",
         )
 
 
 def lost() -> str:
-    """What to say at the end of a standard output that failed and whose reader did not leave."""
-    told = _untold()
-    return f"standard output: {told}; what was printed after that is lost" if told else ""
+    """What to report at the end of a standard output that failed and whose reader did not leave."""
+    reason = _unreported()
+    return f"standard output: {reason}; what was printed after that is lost" if reason else ""

@@ -1,7 +1,7 @@
 """What a person sees in the terminal while a run goes on.
 
-In: what a run tells its Watcher. Out: tables and a progress bar. Results for programs go to standard output as JSON;
-everything here goes to standard error when that is wanted.
+In: what a run reports to its Watcher. Out: tables and a progress bar. Results for programs go to standard output as
+JSON; everything here goes to standard error when that is wanted.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Terminal(Watcher):
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """See Watcher."""
         self.console.print(escape(text), highlight=False)
 
@@ -107,7 +107,7 @@ class Terminal(Watcher):
         self.summary({"memory": text})
         if self.verbose:
             parts = {name: count / MIB for name, count in {**plan.peak.parts, **plan.outside}.items()}
-            self.say(" + ".join(f"{name} {mib:,.0f}" for name, mib in parts.items() if mib >= 0.5))
+            self.message(" + ".join(f"{name} {mib:,.0f}" for name, mib in parts.items() if mib >= 0.5))
             for note in plan.notes:
                 self.console.print(f"[yellow]{escape(note)}[/]", highlight=False)
 
@@ -157,7 +157,7 @@ class Terminal(Watcher):
         if self.bar is not None:
             self.bar.update(self.task, completed=record.step, description=text)
         elif record.step == 1 or record.step == self.total or record.step % max(1, self.total // 10) == 0:
-            self.say(f"step {record.step}/{self.total}  {text}")
+            self.message(f"step {record.step}/{self.total}  {text}")
 
     def _figures(self, record: StepRecord) -> str:
         """What a step reached: as many figures as there is room for beside a bar, the first ones first."""
@@ -180,7 +180,7 @@ class Terminal(Watcher):
         return self.console.width - ECHO - self._bar_width() - len(f"{self.total}/{self.total}   0:00:00")
 
     def stopping(self) -> None:
-        """See Watcher. Nothing is printed from inside a signal handler: the bar says it when it is drawn next."""
+        """See Watcher. Nothing is printed from inside a signal handler: the bar shows it when it is drawn next."""
         if self.bar is not None:
             text, again = "stopping after this step", " (again: at once)"
             fits = len(text + again) <= self._room()

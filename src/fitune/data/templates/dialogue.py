@@ -260,7 +260,7 @@ class Dialogue:
         return rest.lstrip() if prompt[shared:] else rest
 
     def _alone(self, turn: int) -> str:
-        """An answer as it stands behind a question, where it cannot be told from the rest in its own place."""
+        """An answer as it stands behind a question, where it cannot be separated from the rest in its own place."""
         alone = Dialogue((USER, self.messages[turn]), self.tools, self.renderer, self.ends)
         prompt, whole = alone.prompt(1), alone.whole(1)
         at = len(prompt) if whole.startswith(prompt) else start(whole, 1)
@@ -268,8 +268,8 @@ class Dialogue:
             at = found[1]
         if at is None:
             raise ModelError(
-                "the chat template writes a conversation otherwise once it is answered, and the answer cannot be told "
-                "from the rest",
+                "the chat template writes a conversation otherwise once it is answered, and the answer cannot be "
+                "separated from the rest",
                 received=shorten(unmarked(whole)),
                 fix="choose a template by name: --template chatml",
             )

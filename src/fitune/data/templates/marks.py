@@ -2,7 +2,7 @@
 
 In: a text of a message. Out: the same text between marks that no text contains (Unicode's noncharacters), with the
 special tokens that somebody typed into it broken by another mark. The template carries the marks along, so its own
-special tokens and those of its users can be told apart, and a rendering is split into segments without a search.
+special tokens and those of its users differ, and a rendering is split into segments without a search.
 
 Between two special tokens the template's words and a user's are encoded as one text, as `tokenize=True` of
 transformers does; so the ids are those of a server that renders the same conversation.

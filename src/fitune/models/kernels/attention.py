@@ -84,7 +84,7 @@ def _refusal(query: Tensor, dropout: float, softcap: float | None, sinks: Tensor
 
 
 def chosen(model: CausalLM, dtype: torch.dtype) -> str:
-    """How a model's flat batches go through attention, in words, and why.
+    """How a model's flat batches go through attention, as text, and why.
 
     Args:
         model: transformers'.

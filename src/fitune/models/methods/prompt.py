@@ -34,8 +34,8 @@ class Prompt(Method):
 
     def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
-        options, words = config.prompt, model.get_input_embeddings()
-        start = _start(words, config)
+        options, embedding = config.prompt, model.get_input_embeddings()
+        start = _start(embedding, config)
         wrapped: Peft = get_peft_model(
             model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.tokens)
         )
@@ -83,14 +83,14 @@ def in_float32(wrapped: Peft) -> Peft:
     return wrapped
 
 
-def _start(words: torch.nn.Embedding, config: RunConfig) -> torch.Tensor:
-    """(tokens, W), float32."""
+def _start(embedding: torch.nn.Embedding, config: RunConfig) -> torch.Tensor:
+    """The first values of the virtual tokens: (tokens, W), float32."""
     options = config.prompt
     if options.init == "random":
-        spread = float(words.weight.float().std())
-        return torch.randn(options.tokens, words.weight.shape[1]) * spread
+        spread = float(embedding.weight.float().std())
+        return torch.randn(options.tokens, embedding.weight.shape[1]) * spread
     if options.init == "vocab":
-        ids = torch.randint(0, words.weight.shape[0], (options.tokens,))
+        ids = torch.randint(0, embedding.weight.shape[0], (options.tokens,))
     else:
         loaded = tokenizer.load(Path(config.model))
         found = tokenizer.encode(loaded, options.text, literal=False)
@@ -102,7 +102,7 @@ def _start(words: torch.nn.Embedding, config: RunConfig) -> torch.Tensor:
                 fix=f"--prompt.tokens {len(found)}",
             )
         ids = torch.tensor((found * -(-options.tokens // len(found)))[: options.tokens])
-    return words.weight[ids.to(words.weight.device)].detach().float()
+    return embedding.weight[ids.to(embedding.weight.device)].detach().float()
 
 
 METHOD = Prompt()

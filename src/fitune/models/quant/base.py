@@ -29,7 +29,7 @@ class Quantizer:
     base: ClassVar[type[nn.Linear]]  # bitsandbytes' class of such a layer
 
     def settings(self, options: QuantOptions, compute: torch.dtype, skip: list[str]) -> QuantizationConfigMixin:
-        """What transformers' loader is told: a BitsAndBytesConfig.
+        """What transformers' loader is given: a BitsAndBytesConfig.
 
         Args:
             options: the run's.

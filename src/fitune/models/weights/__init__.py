@@ -196,10 +196,10 @@ def facts(folder: Path) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for file in files(folder):
         if file.suffix != ".safetensors":
-            told = repr([(name, place.shape, place.start) for name, place in bins.Bin(file).places.items()]).encode()
+            header = repr([(name, place.shape, place.start) for name, place in bins.Bin(file).places.items()]).encode()
         else:
             with file.open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
-                told = stream.read(size) if size < 1 << 30 else b""
-        found[file.name] = [file.stat().st_size, hashlib.sha256(told).hexdigest()]
+                header = stream.read(size) if size < 1 << 30 else b""
+        found[file.name] = [file.stat().st_size, hashlib.sha256(header).hexdigest()]
     return found

@@ -153,8 +153,8 @@ class Bin:
         except ModelError:
             raise
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, UnicodeError, OverflowError) as error:
-            told = " ".join(str(error).split())[:120]
-            raise self._bad(f"its pickle makes no sense ({type(error).__name__}: {told})") from None
+            reason = " ".join(str(error).split())[:120]
+            raise self._bad(f"its pickle makes no sense ({type(error).__name__}: {reason})") from None
         return made
 
     def _name(self, module: object, name: object) -> _Symbol:
@@ -290,7 +290,7 @@ class Bin:
         return Place(storage.dtype, sizes, steps, self._start(entry) + begin * each)
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
-        """Where an entry's bytes begin: behind its own header, whose length is told there."""
+        """Where an entry's bytes begin: behind its own header, which gives its own length."""
         with self.file.open("rb") as stream:
             stream.seek(entry.header_offset)
             head = stream.read(30)
