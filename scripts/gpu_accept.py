@@ -137,8 +137,9 @@ class How:
         return [sys.executable, str(CHECKS), *names, *given, *flags]
 
     def environment(self) -> dict[str, str]:
-        """Of these processes."""
-        ahead = [str(self.packages)] if self.packages else []
+        """Of these processes. The tree stands before the packages: among them is a wheel of fitune, which may be of
+        another commit."""
+        ahead = [str(ROOT / "src"), *([str(self.packages)] if self.packages else [])]
         path = os.pathsep.join([*ahead, *filter(None, [os.environ.get("PYTHONPATH")])])
         return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -79,26 +79,27 @@ def section(run: Callable[[Here], None]) -> Callable[[Here], None]:
 # ---- commands ----
 
 
-def fitune(here: Here, *args: object, good: Sequence[int] = (0,)) -> Any:
+def fitune(here: Here, *args: object, good: Sequence[int] = (0,), beside: int = 1) -> Any:
     """A command of fitune with --json, to its result; RuntimeError with its last words where its exit code is not a
-    good one."""
+    good one. beside: how many processes run at the same time."""
     words = [*map(str, args), "--json"]
-    code, out, errors = (_inside if here.together else _outside)(words, PATIENCE * (5 if here.dry else 1))
+    seconds = PATIENCE * (5 if here.dry else 1)
+    code, out, errors = _inside(words) if here.together else _outside(words, seconds, beside)
     if code not in good:
         raise RuntimeError(f"fitune {' '.join(words)}: exit code {code}: {errors[-800:]}")
     begins = min(at for at in (out.find("{"), out.find("["), len(out)) if at >= 0)
     return json.loads(out[begins:])
 
 
-def _outside(words: Sequence[str], seconds: float) -> tuple[int, str, str]:
+def _outside(words: Sequence[str], seconds: float, beside: int) -> tuple[int, str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "fitune", *words], capture_output=True, text=True, encoding="utf-8", errors="replace",
-        timeout=seconds, env=environment(),
+        timeout=seconds, env=environment(beside),
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
 
-def _inside(words: Sequence[str], seconds: float) -> tuple[int, str, str]:
+def _inside(words: Sequence[str]) -> tuple[int, str, str]:
     from fitune.cli.main import main as typed
 
     out, errors, code = io.StringIO(), io.StringIO(), 0
@@ -111,10 +112,12 @@ def _inside(words: Sequence[str], seconds: float) -> tuple[int, str, str]:
     return code, out.getvalue(), errors.getvalue()
 
 
-def environment() -> dict[str, str]:
-    """Of a process that finds the package here."""
+def environment(beside: int = 1) -> dict[str, str]:
+    """Of a process that finds the package here, and has its share of the cores where others run beside it: torch takes
+    a thread for each core otherwise, and so many threads wait for each other."""
     path = os.pathsep.join([*SOURCES[:2], *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // beside))} if beside > 1 else {}
+    return {**os.environ, **threads, "PYTHONPATH": path}
 
 
 # ---- machine ----
@@ -220,7 +223,7 @@ def kernels(here: Here) -> None:
     how = ["--collect-only", "-q"] if here.dry else real
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "gpu_report", *chosen, *how, *files]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(),
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(WORKERS),
                               timeout=max(1.0, here.seconds - 5))  # fmt: skip
         out, ended = done.stdout + done.stderr, f"exit code {done.returncode}"
     except subprocess.TimeoutExpired as late:
@@ -260,7 +263,7 @@ def resume(here: Here) -> None:
     with ThreadPoolExecutor(here.at_once) as pool:
         begun = {key: pool.submit(_begin, here, key[1], run) for key, run in runs.items()}
     with ThreadPoolExecutor(here.at_once) as pool:
-        again = {name: pool.submit(fitune, here, *_resumed(runs[name, "killed"])) for name, _ in cases}
+        again = {name: pool.submit(fitune, here, *_resumed(runs[name, "killed"]), beside=2) for name, _ in cases}
     for name, _ in cases:
         failed = [str(one.exception())[:300] for one in (*(begun[name, n] for n in ("one", "two", "killed")),
                                                          again[name]) if one.exception()]  # fmt: skip
@@ -299,12 +302,12 @@ def _resumed(run: Run) -> tuple[object, ...]:
 def _begin(here: Here, kind: str, run: Run) -> int:
     """A whole run, or one that is killed; the steps that it had done."""
     if kind != "killed":
-        fitune(here, *run.args)
+        fitune(here, *run.args, beside=here.at_once)
         return STEPS
-    return _kill(run)
+    return _kill(run, here.at_once)
 
 
-def _kill(run: Run) -> int:
+def _kill(run: Run, beside: int) -> int:
     """Begin a run, and kill its process when some steps are written, by a signal that it cannot catch; how many.
 
     Raises:
@@ -313,7 +316,7 @@ def _kill(run: Run) -> int:
     written = run.folder / "steps.jsonl"
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen([sys.executable, "-m", "fitune", *map(str, run.args)], stdout=subprocess.DEVNULL,
-                                 stderr=errors, env=environment())  # fmt: skip
+                                 stderr=errors, env=environment(beside))  # fmt: skip
         while child.poll() is None and _lines(written) < KILLED_AT:
             time.sleep(0.002)
         ended = child.poll()
