@@ -19,6 +19,7 @@ from fitune.models.interfaces import CausalLM, causal_lm
 from fitune.models.kernels.frozen import keep_stored
 from fitune.models.kernels.gated import lean_mlps
 from fitune.models.kernels.norm import replace_norms
+from fitune.models.kernels.rotary import turn_in_one
 from fitune.models.precision import DTYPES
 from fitune.models.switches import recomputed
 
@@ -35,6 +36,7 @@ def ready(model: CausalLM, precision: str = "fp32", adapter: str | Path | None =
     else:
         replace_norms(model, compute)
     lean_mlps(model)
+    turn_in_one(model)
     if model.config.model_type in families.TABLE:
         families.TABLE[model.config.model_type].make_flat(model)
     for parameter in model.parameters():

@@ -27,6 +27,7 @@ from fitune.models.adapters.files import (
 )
 from fitune.models.adapters.save import for_language_model
 from fitune.models.interfaces import CausalLM, causal_lm, peft_of
+from fitune.models.kernels import low_rank
 from fitune.models.methods import new_tokens
 from fitune.models.weights import safe
 
@@ -75,6 +76,7 @@ def _put_peft(model: CausalLM, folder: Path) -> CausalLM:
             f"{folder}: does not fit this base model", received=" ".join(str(error).split())[:400]
         ) from error
     _same_names(folder, set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)))
+    low_rank.fuse(wrapped)
     return wrapped
 
 

@@ -1,7 +1,8 @@
 """A gated MLP (Shazeer 2020, arXiv:2002.05202) that keeps its gate and its other half, and not the activated gate.
 
 act(gate) x up needs both factors in the backward pass, and act needs its input: autograd keeps three tensors of the
-MLP's inner width. Here two are kept, and act(gate) is computed again. Values and gradients are the same, bit for bit.
+MLP's inner width. Here two are kept, and act(gate) is computed again. Values and gradients are the same, bit for bit;
+on a GPU one kernel does it (`kernels/fused.py`).
 
 Only a module whose forward is, instruction for instruction, that of Llama or of Phi-3 (gate and up in one layer) is
 made lean: which classes those are follows from transformers' own code. Its activation must be SiLU or tanh-GELU, whose
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+from fitune.models.kernels import fused
 
 Act = Callable[[Tensor], Tensor]
 Slope = Callable[[Tensor, Tensor], Tensor]  # (gradient of what comes out, what went in)
@@ -42,7 +45,10 @@ class _Gated(torch.autograd.Function):
 
 
 def _product(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
-    out: Tensor = _Gated.apply(gate, up, act, SLOPES[type(act).__name__])
+    slope = SLOPES[type(act).__name__]
+    if gate.dtype == up.dtype and fused.used(gate):
+        return fused.swiglu(gate, up, fused.SILU if slope is SILU else fused.GELU)
+    out: Tensor = _Gated.apply(gate, up, act, slope)
     return out
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fitune.models.kernels import fused
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
@@ -44,7 +46,9 @@ class LeanRMSNorm(nn.Module):
         self.weight, self.variance_epsilon = weight, eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """See the module's text."""
+        """See the module's text; on a GPU one kernel does it, which rounds once, where this rounds twice."""
+        if fused.used(hidden_states):
+            return fused.rms_norm(hidden_states, self.weight, self.variance_epsilon)
         out: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
         return out
 

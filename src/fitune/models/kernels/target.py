@@ -35,6 +35,11 @@ def of(device: torch.device) -> Target:
     return _planned.get() or _real(device)
 
 
+def is_planned() -> bool:
+    """Is it a plan that asks?"""
+    return _planned.get() is not None
+
+
 @cache
 def _real(device: torch.device) -> Target:
     if device.type != "cuda":
