@@ -26,6 +26,7 @@ EVERY_SECOND = "lora, every second block"  # two blocks repeat, so that shallow 
 DEEPER = LlamaConfig(**{**SHAPE.to_dict(), "num_hidden_layers": 24})
 WAYS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"targets": "all-linear", "dropout": 0.1}},
+    "lora, without dropout": {"lora": {"targets": "all-linear"}},
     "lora, checkpointing": {"method": "lora", "checkpointing": True},
     EVERY_SECOND: {"method": "lora", "checkpointing": 2},
     "lora on nf4": {"method": "lora", "quant": {"name": "nf4"}},

@@ -114,5 +114,5 @@ def computing(model: nn.Module) -> Iterator[None]:
     """Inside, layers compute in the model's precision, whatever their weights are kept in."""
     dtype, device = compute_dtype(model), next(model.parameters()).device
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    with determinism.kernels(device), autocast:
+    with determinism.kernels(device), autocast, of(model).copies():
         yield

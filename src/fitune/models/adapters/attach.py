@@ -33,7 +33,7 @@ def attach(model: CausalLM, config: RunConfig) -> CausalLM:
     new_tokens.train_rows(causal_lm(model))
     _cast_trained(model, DTYPES[config.trainable_dtype])
     _no_copies(model)
-    low_rank.fuse(model)
+    attached.of(model).copies = low_rank.fuse(model).whole
     return model
 
 

@@ -76,7 +76,7 @@ def _put_peft(model: CausalLM, folder: Path) -> CausalLM:
             f"{folder}: does not fit this base model", received=" ".join(str(error).split())[:400]
         ) from error
     _same_names(folder, set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)))
-    low_rank.fuse(wrapped)
+    attached.of(wrapped).copies = low_rank.fuse(wrapped).whole
     return wrapped
 
 

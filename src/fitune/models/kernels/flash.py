@@ -113,10 +113,11 @@ def attend(
         window: a token sees this many tokens, itself included.
     """
     dtype, width = computed_in(query), query.shape[-1]
-    flat = [one[0].transpose(0, 1).to(dtype) for one in (query, key, value)]  # (T, heads, E)
+    # not one[0], whose backward pass writes zeros and copies
+    flat = [one.squeeze(0).transpose(0, 1).to(dtype) for one in (query, key, value)]  # (T, heads, E)
     if prefix is not None:
         assert documents.order is not None
-        ahead = [one[0].transpose(0, 1).to(dtype) for one in prefix]
+        ahead = [one.squeeze(0).transpose(0, 1).to(dtype) for one in prefix]
         flat[1:] = [
             torch.cat([first, rest]).index_select(0, documents.order)
             for first, rest in zip(ahead, flat[1:], strict=True)

@@ -179,7 +179,10 @@ def _on_gpu(name: str) -> Any:
     def call(*args: Any) -> Any:
         from fitune.models.kernels import rows
 
-        return getattr(rows, name)(*args)
+        if args[0].device.index == torch.cuda.current_device():
+            return getattr(rows, name)(*args)
+        with torch.cuda.device(args[0].device):  # Triton launches on the current one
+            return getattr(rows, name)(*args)
 
     return call
 

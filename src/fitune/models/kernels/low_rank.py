@@ -13,6 +13,9 @@ Shapes: x (..., in), W (out, in), A (rank, in), B (out, rank), y (..., out), T =
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,14 +25,15 @@ from torch import Tensor, nn
 from fitune.models.kernels import fused, target
 from fitune.models.kernels.frozen import Frozen
 
+ALIGNED = 64  # elements: where the copy of a weight begins
 HALF = (torch.bfloat16, torch.float16)
 
 
 class _Adapted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, base: nn.Module) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        low_a, low_b = a.to(x.dtype), b.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, layer: Any) -> Tensor:
+        rows, base = x.reshape(-1, x.shape[-1]), layer.get_base_layer()
+        low_a, low_b = layer.fitune_copies.of(a, x.dtype), layer.fitune_copies.of(b, x.dtype)
         low = _scaled(rows, low_a.t(), scale)
         out: Tensor = base(rows)
         out.addmm_(low, low_b.t())
@@ -68,21 +72,6 @@ def _weight(base: Any, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-class Fused(LoraLayer):
-    """What the layers here have in common; each is of PEFT's class of its kind too."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """See the module's text."""
-        name = None if args or kwargs else _alone(self)
-        if name is None or not _suits(self, x, name):
-            plain: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of PEFT's class, which stands behind this one
-            return plain
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        out: Tensor = _Adapted.apply(x.to(dtype), a, b, self.scaling[name], self.get_base_layer())
-        return out
-
-
 def _alone(layer: LoraLayer) -> str | None:
     """The one adapter that is at work on a layer, if it is plain LoRA."""
     if layer.disable_adapters or layer.merged:
@@ -94,32 +83,94 @@ def _alone(layer: LoraLayer) -> str | None:
     return names[0] if isinstance(dropout, nn.Identity) or not layer.training else None
 
 
-def _suits(layer: LoraLayer, x: Tensor, name: str) -> bool:
-    """Is the base frozen, and does everything compute in one dtype of 16 bits?"""
-    base: Any = layer.get_base_layer()
+def _suits(base: Any, x: Tensor, dtype: torch.dtype) -> bool:
+    """Is a base frozen, and does it compute in this dtype of 16 bits, on a device that work is to be fused on?"""
+    if dtype not in HALF or not fused.wanted(target.of(x.device)):
+        return False
     if type(base) is not nn.Linear and not isinstance(base, Frozen):
         return False
     if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
         return False
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if dtype not in HALF or not fused.wanted(target.of(x.device)):
-        return False
-    return base.compute == dtype if isinstance(base, Frozen) else base.weight.dtype == dtype
+    computed: torch.dtype = base.compute if isinstance(base, Frozen) else base.weight.dtype
+    return computed == dtype
 
 
-_FUSED: dict[type, type] = {}  # PEFT's class, and the same with the forward of this module before its own
+def _class(kind: type) -> type:
+    """PEFT's class of a layer, with the forward of this module before its own."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See the module's text."""
+        name = None if args or kwargs else _alone(self)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if name is None or not _suits(self.get_base_layer(), x, dtype):
+            plain: Tensor = kind.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]  # a layer of PEFT
+            return plain
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        out: Tensor = _Adapted.apply(x.to(dtype), a, b, self.scaling[name], self)
+        return out
+
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "forward": forward})
 
 
-def fuse(model: nn.Module) -> int:
-    """Give the LoRA layers of a model this forward, one instance at a time; how many there were."""
-    made = 0
+class Copies:
+    """A and B of all layers of a model in the dtype that is computed in: made in one go, when a layer first asks for
+    its own inside of `whole`, where no weight changes; outside, each is made when it is asked for.
+
+    layers: those that ask here.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Any] = []
+        self._made: dict[int, Tensor] = {}  # by the id of a parameter
+        self._open = 0
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """See the class."""
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._made = {}  # what the backward pass needs it holds itself
+
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """A weight's copy; of one that is in this dtype, itself."""
+        if not self._open or weight.dtype == dtype:
+            return weight.detach().to(dtype)
+        if id(weight) not in self._made:
+            self._make(weight, dtype)
+        return self._made[id(weight)]
+
+    def _make(self, asked: Tensor, dtype: torch.dtype) -> None:
+        weights = {id(asked): asked}
+        for layer in self.layers:
+            if (name := _alone(layer)) is not None:
+                weights |= {id(one): one for one in (layer.lora_A[name].weight, layer.lora_B[name].weight)}
+        kind = asked.device, asked.dtype
+        weights = {number: one.detach() for number, one in weights.items() if (one.device, one.dtype) == kind}
+        alike = list(weights.values())
+        starts = [0, *accumulate(-(-one.numel() // ALIGNED) * ALIGNED for one in alike)]
+        store = torch.empty(starts[-1], dtype=dtype, device=asked.device)
+        copies = [store[start : start + one.numel()].view(one.shape) for start, one in zip(starts, alike, strict=False)]
+        torch._foreach_copy_(copies, alike)
+        self._made = dict(zip(weights, copies, strict=True))
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def fuse(model: nn.Module) -> Copies:
+    """Give the LoRA layers of a model this forward, one instance at a time; what they share."""
+    copies = Copies()
     for module in model.modules():
-        base = module.get_base_layer() if isinstance(module, LoraLayer) else None
-        if isinstance(base, nn.Linear) and not isinstance(module, Fused):
-            kind = type(module)
-            if kind not in _FUSED:
-                _FUSED[kind] = type(kind.__name__, (Fused, kind), {"__module__": kind.__module__})
-            module.__class__ = _FUSED[kind]
-            made += 1
-    return made
+        kind = type(module)
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
+            if kind not in _CLASSES.values():
+                if kind not in _CLASSES:
+                    _CLASSES[kind] = _class(kind)
+                module.__class__ = _CLASSES[kind]
+            module.fitune_copies = copies
+            copies.layers.append(module)
+    return copies

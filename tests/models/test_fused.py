@@ -1,0 +1,346 @@
+"""Norm, rotary positions and gated activation in one kernel each: values and gradients beside float64, the same bits
+whatever stands beside a row, and how many launches a step takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fitune.memory import plan
+from fitune.memory.steps import made_up
+from fitune.models.kernels import fused, target
+from fitune.models.kernels.gated import lean_mlps
+from fitune.models.kernels.rotary import turn_in_one
+from fitune.models.prepare import ready
+from support import contract, tiny
+
+HOPPER = target.Target("cuda", (9, 0), 132)
+HALF = [torch.bfloat16, torch.float16]
+ACTS = [fused.SILU, fused.GELU]
+triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def norm64(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def gated64(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    if act == fused.SILU:
+        return torch.nn.functional.silu(gate) * up
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def rope64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
+
+
+def close(found: Any, right: Any, dtype: torch.dtype, of: Tensor | None = None) -> None:
+    """Args: of: what is summed up to it, where that may be larger than the sum."""
+    eps, size = torch.finfo(dtype).eps, float((right if of is None else of).detach().abs().max())
+    times = 16 if dtype == torch.float32 else 4  # what is computed in float32 is rounded once more to 16 bits
+    torch.testing.assert_close(found.double().cpu(), right, rtol=2 * eps, atol=times * eps * (size + 1))
+
+
+def pair(values: Tensor, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """What is computed with, and the same numbers in float64."""
+    low = values.to(dtype)
+    return low.to(device, copy=True).requires_grad_(), low.double().requires_grad_()
+
+
+def check_norm(
+    rows: int, width: int, dtype: torch.dtype, device: str = "cpu", trained: torch.dtype | None = None
+) -> None:
+    (x, x64), (w, w64) = (
+        pair(torch.randn(2, rows, width), dtype, device),
+        pair(torch.randn(width), trained or dtype, device),
+    )
+    grad, grad64 = pair(torch.randn(2, rows, width), dtype, device)
+    out, right = fused.rms_norm(x, w, 1e-5), norm64(x64, w64, 1e-5)
+    out.backward(grad)
+    right.backward(grad64)
+    assert out.dtype == dtype
+    close(out, right, dtype)
+    close(x.grad, x64.grad, dtype, grad64 * w64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + 1e-5))
+    close(w.grad, w64.grad, dtype)
+
+
+def check_gated(rows: int, width: int, act: str, joined: bool, dtype: torch.dtype, device: str = "cpu") -> None:
+    (both, both64), (grad, grad64) = (pair(3 * torch.randn(1, rows, n * width), dtype, device) for n in (2, 1))
+    gate, up = both.chunk(2, -1) if joined else (half.clone() for half in both.chunk(2, -1))
+    out, right = fused.swiglu(gate, up, act), gated64(both64[..., :width], both64[..., width:], act)
+    out.backward(grad)
+    right.backward(grad64)
+    close(out, right, dtype)
+    close(both.grad, both64.grad, dtype)
+
+
+def check_rope(size: tuple[int, int, int, int, int], shared: bool, dtype: torch.dtype, device: str = "cpu") -> None:
+    batch, heads, groups, tokens, width = size
+    (q, q64), (k, k64) = (pair(torch.randn(batch, tokens, h, width), dtype, device) for h in (heads, groups))
+    angles = [pair(torch.randn(1 if shared else batch, tokens, width), dtype, device) for _ in "cs"]
+    (cos, cos64), (sin, sin64) = [(a.detach(), b.detach()) for a, b in angles]
+    outs = fused.rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    right = [rope64(one.transpose(1, 2), cos64, sin64) for one in (q64, k64)]
+    for one, other in zip(outs, right, strict=True):
+        grad, grad64 = pair(torch.randn(one.shape), dtype, device)
+        one.backward(grad, retain_graph=True)
+        other.backward(grad64)
+        close(one, other, dtype)
+        assert one.transpose(1, 2).is_contiguous()
+    close(q.grad, q64.grad, dtype)
+    close(k.grad, k64.grad, dtype)
+
+
+dtypes = st.sampled_from([torch.float32, *HALF])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 70), dtypes, st.sampled_from([None, torch.float32]))
+def test_norm_beside_float64(rows: int, width: int, dtype: torch.dtype, trained: torch.dtype | None) -> None:
+    check_norm(rows, width, dtype, trained=trained)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 70), st.sampled_from(ACTS), st.booleans(), dtypes)
+def test_gated_beside_float64(rows: int, width: int, act: str, joined: bool, dtype: torch.dtype) -> None:
+    check_gated(rows, width, act, joined, dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.tuples(*(st.integers(1, 5) for _ in range(4)), st.integers(1, 9).map(lambda n: 2 * n)), st.booleans(), dtypes)
+def test_rope_beside_float64(size: tuple[int, int, int, int, int], shared: bool, dtype: torch.dtype) -> None:
+    check_rope(size, shared, dtype)
+
+
+def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[tuple[Any, tuple[Any, ...]]]:
+    torch.manual_seed(0)
+    x, grad, weight = (torch.randn(size, device=device).to(dtype) for size in ((3, 5, 96), (3, 5, 96), (96,)))
+    q, k = (torch.randn(2, 5, heads, 8, device=device).to(dtype).transpose(1, 2) for heads in (4, 2))
+    cos, sin = (torch.randn(1, 5, 8, device=device).to(dtype) for _ in "cs")
+    scale = fused.ops.rms_norm(x, weight, 1e-6)[1]
+    joined = torch.randn(3, 5, 192, device=device).to(dtype).chunk(2, -1)
+    return [
+        (fused.ops.rms_norm.default, (x, weight, 1e-6)),
+        (fused.ops.rms_norm_backward.default, (grad, x, weight, scale)),
+        *((fused.ops.swiglu.default, (*joined, act)) for act in ACTS),
+        (fused.ops.swiglu_backward.default, (grad, *joined, fused.SILU)),
+        *((fused.ops.rope.default, (q, k, cos, sin, back)) for back in (False, True)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operations_keep_torchs_contract(dtype: torch.dtype) -> None:
+    for op, args in samples(dtype=dtype):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_sizes_that_are_wrong_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lib = torch.library.Library("fitune_planted", "FRAGMENT")
+    lib.define("wrong(Tensor x) -> Tensor")
+    lib.impl("wrong", lambda x: x.clone(), "CPU")
+    torch.library.register_fake("fitune_planted::wrong", lambda x: x.new_empty(1), lib=lib)
+    with pytest.raises(Exception, match="Shapes"):
+        torch.library.opcheck(torch.ops.fitune_planted.wrong.default, (torch.randn(3),), test_utils="test_faketensor")
+
+
+# ---- where they are used ----
+
+
+def operations(kind: str, device: target.Target, **config: Any) -> Counter[str]:
+    made = tiny.make_model(kind)
+    work = plan.Work(contract.config_for("lora-all", "bf16", **config), made.config, [[made_up(4, 32, 64)]])
+    return Counter(block.op for block in plan.traced(work, device).blocks)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_plan_for_a_gpu_has_them_and_one_for_a_cpu_has_not(kind: str) -> None:
+    on_gpu, on_cpu = operations(kind, HOPPER), operations(kind, target.CPU)
+    for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope"):
+        assert on_gpu[f"fitune::{name}"] > 0, name
+        assert on_cpu[f"fitune::{name}"] == 0, name
+    with fused.eager():
+        assert not any(name.startswith("fitune::") for name in operations(kind, HOPPER))
+
+
+def test_why_they_are_not_used() -> None:
+    with target.planned(HOPPER):
+        assert fused.refusal(HOPPER) is None
+        assert "7.0" in str(fused.refusal(target.Target("cuda", (7, 0), 80)))
+        with fused.eager():
+            assert fused.refusal(HOPPER) == "turned off"
+    assert "CUDA" in str(fused.refusal(target.CPU))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "glm", "gpt2", "bloom"])
+def test_a_model_on_a_cpu_computes_the_same_bits(kind: str) -> None:
+    model = tiny.make_model(kind)
+    ids = torch.arange(12)[None] % model.config.vocab_size
+    before = model(ids).logits
+    turn_in_one(model)
+    lean_mlps(model)
+    assert torch.equal(before, model(ids).logits)
+    assert turn_in_one(model) == 0
+
+
+def test_only_llamas_rotary_positions_are_replaced() -> None:
+    for kind in ("llama", "qwen3", "mistral"):
+        model = tiny.make_model(kind)
+        assert turn_in_one(model) == model.config.num_hidden_layers
+    for kind in ("gpt2", "glm", "phi3"):  # none; in pairs; of a part of each head
+        assert turn_in_one(tiny.make_model(kind)) == 0
+
+
+def test_a_step_with_them_takes_fewer_operations_and_no_more_memory() -> None:
+    def most() -> tuple[int, int]:
+        work = plan.Work(
+            contract.config_for("lora-all", "bf16"), tiny.make_model("llama").config, [[made_up(4, 256, 64)]]
+        )
+        tracer = plan.traced(work, HOPPER)
+        alive, highest = 0, 0
+        for _, size in tracer.events:
+            alive += size
+            highest = max(highest, alive)
+        return highest, len(tracer.blocks)
+
+    with fused.eager():
+        plain = most()
+    assert most()[0] <= 1.001 * plain[0]  # copies of LoRA's weights are aligned
+    assert most()[1] < 0.7 * plain[1]
+
+
+# ---- Triton ----
+
+INTERPRETED = """
+import test_fused, torch
+from fitune.models.kernels import fused, rows
+for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope"):
+    fused._LIBRARY.impl(name, getattr(rows, name), "CPU", allow_override=True)
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.float16):  # the interpreter truncates bfloat16
+    for rows_, width in ((1, 1), (5, 96), (3, 1000), (2, 2048), (7, 4100)):
+        test_fused.check_norm(rows_, width, dtype)
+        for act in test_fused.ACTS:
+            test_fused.check_gated(rows_, width, act, width == 96, dtype)
+    for size in ((1, 4, 2, 5, 16), (2, 3, 1, 3, 10), (1, 32, 8, 3, 128)):
+        for shared in (False, True):
+            test_fused.check_rope(size, shared, dtype)
+print("as they should be")
+"""
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fitune.models.kernels import rows
+CASES = {
+    "norm_kernel": {"ROWS": 1, "BLOCK": 4096}, "norm_backward_kernel": {"ROWS": 1, "BLOCK": 4096},
+    "swiglu_kernel": {"GELU": False, "BLOCK": 1024}, "swiglu_backward_kernel": {"GELU": True, "BLOCK": 1024},
+    "rope_kernel": {"BACK": True, "Q": 32, "K": 8, "HALF": 64},
+}
+TENSORS = "x weight out grad gate up gate_grad up_grad q k cos sin q_out k_out".split()
+for cc, kinds in {75: ("fp16", "bf16"), 80: ("bf16",), 89: ("bf16",), 90: ("bf16", "fp32"), 100: ("bf16",)}.items():
+    for kind in kinds:
+        for name, constants in CASES.items():
+            kernel = getattr(rows, name)
+            types = {"scale": "*fp32", "eps": "fp32"} | {n: f"*{kind}" for n in TENSORS}
+            types |= dict.fromkeys(constants, "constexpr")
+            signature = {n: types.get(n, "i32") for n in kernel.arg_names}
+            values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+            made = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", cc, 32))
+            assert made.asm["cubin"], (name, cc, kind)
+print("compiled")
+"""
+
+
+def run(code: str, **variables: str) -> str:
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), *sys.path])
+    env = {**os.environ, "PYTHONPATH": path, **variables}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@triton
+def test_triton_kernels_interpreted_beside_float64() -> None:
+    assert "as they should be" in run(INTERPRETED, TRITON_INTERPRET="1")
+
+
+@triton
+def test_triton_kernels_compile_for_every_generation() -> None:
+    assert "compiled" in run(COMPILED)
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_on_a_gpu_beside_float64(dtype: torch.dtype) -> None:
+    assert fused.refusal(target.of(torch.device("cuda", 0))) is None
+    torch.manual_seed(0)
+    for rows, width in ((1, 1), (5, 96), (301, 128), (3, 1000), (70, 4096), (2, 16384)):
+        check_norm(rows, width, dtype, "cuda", torch.float32)
+        for act in ACTS:
+            check_gated(rows, width, act, width == 128, dtype, "cuda")
+    for size in ((1, 32, 8, 77, 128), (2, 3, 1, 5, 10), (1, 7, 7, 300, 64)):
+        for shared in (False, True):
+            check_rope(size, shared, dtype, "cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", HALF)
+def test_on_a_gpu_the_bits_of_a_token_do_not_depend_on_others(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, grad, w = (torch.randn(n, 4096, device="cuda").to(dtype) for n in (777, 777, 1))
+    q = torch.randn(1, 777, 8, 128, device="cuda").to(dtype).transpose(1, 2)
+    angles = torch.randn(2, 1, 777, 128, device="cuda").to(dtype)
+
+    def all_of(first: int, last: int) -> list[Tensor]:
+        a, g = x[first:last].contiguous(), grad[first:last].contiguous()
+        out, scale = fused.ops.rms_norm(a, w[0], 1e-5)
+        turned = fused.ops.rope(q[:, :, first:last], q[:, :2, first:last], *angles[:, :, first:last], False)
+        gated = fused.ops.swiglu_backward(g, a, out, fused.SILU)
+        return [
+            out, fused.ops.rms_norm_backward(g, a, w[0], scale), fused.ops.swiglu(a, g, fused.SILU), *gated,
+            *(one.transpose(1, 2)[0] for one in turned),
+        ]  # fmt: skip
+
+    whole, again = all_of(0, 777), all_of(0, 777)
+    assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True))
+    for first, last in ((0, 1), (3, 20), (100, 356), (776, 777)):
+        for one, part in zip(whole, all_of(first, last), strict=True):
+            assert torch.equal(one[first:last], part)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_sizes_are_those_of_the_plan() -> None:
+    for op, args in samples("cuda", torch.bfloat16):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_on_a_gpu_a_model_computes_as_without_them(kind: str) -> None:
+    model = ready(tiny.make_model(kind).to("cuda", torch.bfloat16), "bf16")
+    exact = tiny.make_model(kind).double()
+    ids = torch.arange(48)[None] % model.config.vocab_size
+    right = exact(ids).logits
+    with torch.no_grad(), fused.eager():
+        plain = model(ids.cuda()).logits
+    with torch.no_grad():
+        found = model(ids.cuda()).logits
+    errors = [float((one.double().cpu() - right).norm() / right.norm()) for one in (plain, found)]
+    assert errors[1] <= 1.2 * errors[0] + 1e-4
