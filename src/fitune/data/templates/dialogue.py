@@ -6,15 +6,16 @@ template's own: with its header, and with the system text that it brings along.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
 from fitune.core.errors import ConfigError, DataError, ModelError, shorten
-from fitune.core.records import Message, Segment
+from fitune.core.records import Message, Segment, ToolCall
 from fitune.data.templates import thoughts
-from fitune.data.templates.base import Tools, joined, no_place_for_tools
+from fitune.data.templates.base import Tools, arguments, as_json, joined, no_place_for_tools
 from fitune.data.templates.marks import CLOSE, moved, start, turns, unmarked
 from fitune.data.templates.rendering import ANSWER, ASKED, CALL, RESULT, SAID, USER, VALUE, Marking, Renderer
 
@@ -219,8 +220,9 @@ class Dialogue:
     def _behind(self, turn: int) -> str:
         """An answer as text, behind its prompt."""
         prompt, whole, message = self.prompt(turn), self.whole(turn), self.messages[turn]
-        thought = message.thought or thoughts.split(message.content)[0]
-        answer = message.content if message.thought else thoughts.answer_of(message.content)
+        thought, answer = message.thought, message.content
+        if not thought:
+            thought, answer = thoughts.told(answer, opened=thoughts.opened(prompt) is not None)
         if thought and thoughts.closed(prompt):
             raise DataError(
                 "the template closes the thought before the answer begins, and the row has one",
@@ -241,7 +243,7 @@ class Dialogue:
             )
         mark = self.renderer.marks.wrapped(thought, turn)
         text = thoughts.behind(prompt, text, mark, answer, self.renderer.thought_style)
-        self._check_answer(text, turn)
+        self._check_answer(text, turn, thought, answer)
         return text
 
     def _other_header(self, prompt: str, whole: str, turn: int) -> str:
@@ -257,7 +259,11 @@ class Dialogue:
             return self._alone(turn) if at is None else whole[at:]
         if turns(prompt[shared:]) or turns(rest) - {turn}:  # the difference reaches into the prompt's texts
             return self._alone(turn)
-        return rest.lstrip() if prompt[shared:] else rest
+        if not prompt[shared:]:
+            return rest
+        rest = rest.lstrip()
+        found = self._headed(rest, 0)  # a header that the prompt has not: R1's calls behind results
+        return rest[found[1] :] if found and found[0] == 0 else rest
 
     def _alone(self, turn: int) -> str:
         """An answer as it stands behind a question, where it cannot be separated from the rest in its own place."""
@@ -305,15 +311,44 @@ class Dialogue:
             ):
                 raise _left_out(f"turn {turn + 1}, of the role {message.role}", joined(message))
 
-    def _check_answer(self, text: str, turn: int) -> None:
-        """Refuse an answer that the template leaves out, or a call of it."""
-        message, plain = self.messages[turn], unmarked(text)
-        for call in message.tool_calls:
-            if call.name not in plain:
-                raise _left_out(f"a call in turn {turn + 1}", call.name)
-        said = thoughts.split(message.content)[1].strip()
-        if self.marked != "broken" and said and not message.tool_calls and turn not in turns(text):
-            raise _left_out(f"the answer in turn {turn + 1}", said)
+    def _check_answer(self, text: str, turn: int, thought: str, answer: str) -> None:
+        """Refuse an answer of which the template leaves something out, or a call of it."""
+        plain, calls = unmarked(text), self.messages[turn].tool_calls
+        for call in calls:
+            if plain.count(call.name) < sum(call.name == one.name for one in calls) or not _holds(plain, call):
+                raise _left_out(f"a call in turn {turn + 1}", f"{call.name} {call.arguments}")
+        if self.marked == "broken" or not answer.strip():
+            return
+        rest = thoughts.peeled(plain, thought)[1]
+        found = thoughts.squeezed(answer) in thoughts.squeezed(rest)
+        if not found and calls:
+            raise _left_out(f"the text beside a call in turn {turn + 1}", answer)
+        kind = thoughts.tags_in(answer)
+        if kind is not None and answer.strip() not in rest:
+            raise DataError(
+                f"the chat template takes {kind.close!r} in the answer in turn {turn + 1} for the end of a thought",
+                received=shorten(answer),
+                expected=f"a thought between {kind.open!r} and {kind.close!r}, and an answer without these tags",
+                fix="write the thought into reasoning_content, or leave such rows out with --skip-bad",
+            )
+        if not found:
+            raise _left_out(f"the answer in turn {turn + 1}", answer)
+
+
+def _holds(text: str, call: ToolCall) -> bool:
+    """Do the texts and numbers of a call's arguments stand in a rendering, as they are or as JSON?"""
+    left: list[object] = [arguments(call)]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            written = {str(value), as_json(value).strip('"'), json.dumps(value).strip('"')}
+            if not any(one in text for one in written):
+                return False
+    return True
 
 
 def _left_out(what: str, text: str) -> DataError:

@@ -76,6 +76,26 @@ def split(text: str) -> tuple[str, str]:
     return before.rpartition(kind.open)[2].strip(), after.strip()
 
 
+def told(content: str, *, opened: bool) -> tuple[str, str]:
+    """(thought, answer) of an answer that somebody wrote.
+
+    A closing tag ends a thought where the text begins with the opening one, where the prompt has opened the thought, or
+    where it stands at the end or the beginning of a line; in the middle of one it is a text about tags.
+
+    Args:
+        content: of the answer.
+        opened: has the prompt opened a thought.
+    """
+    kind = tags_in(content)
+    if kind is None:
+        return "", content
+    before, _, after = content.partition(kind.close)
+    alone = kind.open not in before and (before[-1:] in ("", "\n") or after[:1] in ("", "\n"))
+    if not (opened or alone or before.lstrip().startswith(kind.open)):
+        return "", content
+    return split(content)[0], answer_of(content)
+
+
 def usual(kind: Tags) -> Style:
     """How most templates with these tags write a thought."""
     return Style(kind, "", "", "") if kind.bare else Style(kind)

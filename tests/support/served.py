@@ -1,0 +1,190 @@
+"""Trained = served: what is trained of a row against what transformers renders of the same messages.
+
+In: a kind of template, a row. Out: a Cell: how the ids agree, or by which message the row is refused, or where they
+differ. Nothing here asks fitune how it renders: prompts and answers are those of `apply_chat_template`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from fitune.core.errors import FituneError
+from fitune.core.records import Sample, Source
+from fitune.data.conversations import to_conversation
+from fitune.data.encode import Encoder
+from fitune.data.templates.jinja import of_tokenizer
+from support import chat_templates as kinds
+from support.encoding import decoded
+from support.served_kinds import KINDS, Kind
+from support.served_rows import Row, Turn, sent
+
+Interval = tuple[int, int]
+
+
+class DifferenceError(Exception):
+    """What is trained is not what is served."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the table.
+
+    how: "same" (one sample, the ids of the rendering), "moved" (so, with the system text in the first question), "each"
+    (one sample for each answer, because the template writes the history otherwise), "behind" (each behind the prompt as
+    it is served, which is no beginning of the rendering with the answer), "refused", or "differs". why: the message of
+    a refusal, or the first difference.
+    """
+
+    how: str
+    why: str = ""
+
+
+@lru_cache
+def encoder_of(name: str, date: str) -> Encoder:
+    """The encoder of a kind, on a day."""
+    kind = KINDS[name]
+    tokenizer = kinds.make_tokenizer(kind.jinja, kind.eos)
+    return Encoder(tokenizer, of_tokenizer(tokenizer, options=kind.options, date=date))
+
+
+@dataclass(frozen=True)
+class Server:
+    """A kind's template as a server applies it."""
+
+    kind: Kind
+    tokenizer: Any
+    tools: Sequence[Turn] = ()
+
+    def text(self, messages: Sequence[Turn], *, asks: bool) -> str:
+        """What it renders."""
+        turns = [sent(turn, arguments_as_text=self.kind.text_arguments) for turn in messages]
+        if self.kind.moves and turns[0]["role"] == "system":
+            rules = turns.pop(0)["content"]
+            turns[0]["content"] = f"{rules}\n\n{turns[0]['content']}"
+        how: dict[str, Any] = {"tools": list(self.tools) or None, "add_generation_prompt": asks, **self.kind.options}
+        if not self.kind.none_content:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **how))
+        for turn in turns:
+            turn["content"] = turn["content"] or None
+        named = {**self.tokenizer.special_tokens_map, "chat_template": self.kind.jinja}
+        return str(render_jinja_template(conversations=[turns], **named, **how)[0][0])
+
+    def encoded(self, text: str) -> list[int]:
+        """The ids of a rendering."""
+        return [int(one) for one in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def asked(self, history: Sequence[Turn]) -> list[int]:
+        """The prompt of an answer. One that nobody asks for (it comes first, or follows another) stands behind what is
+        before any answer there, and the header of prompts."""
+        if history and history[-1]["role"] != "assistant":
+            return self.encoded(self.text(history, asks=True))
+        question: list[Turn] = [{"role": "user", "content": "?"}]
+        header = self.text(question, asks=True).removeprefix(self.text(question, asks=False))
+        before = self.text([*history, {"role": "assistant", "content": "SAID"}], asks=False).rpartition("SAID")[0]
+        tag = re.match(r"<[^<>]*>", header)
+        return self.encoded(before[: before.rindex(tag[0])] + header if tag else before.rstrip())
+
+    def answered(self, messages: Sequence[Turn], stop: int | None) -> list[int]:
+        """History and answer, up to the token that ends it."""
+        last = dict(messages[-1])
+        if self.kind.drops and (thought := last.pop("reasoning_content", "")):  # as the model wrote it
+            last["content"] = f"<think>\n{thought}\n</think>\n\n{last['content'] or ''}"
+        found = self.encoded(self.text([*messages[:-1], last], asks=False))
+        if self.kind.ends_in_nothing:
+            return [*found, stop] if stop is not None else found
+        assert stop is not None
+        return found[: len(found) - found[::-1].index(stop)]
+
+
+def judged(name: str, row: Row) -> Cell:
+    """The cell of a kind of template and a row."""
+    kind, encoder = KINDS[name], encoder_of(name, datetime.now().date().isoformat())
+    if not kind.lists_tools:
+        row = {key: value for key, value in row.items() if key != "tools"}
+    messages: list[Turn] = row["messages"]
+    try:
+        conversation = to_conversation(row, Source("rows.jsonl", 7), name="messages")
+        samples = encoder.samples(conversation)
+    except FituneError as error:
+        return Cell("refused", str(error))
+    trained = [turn for turn, one in enumerate(messages) if one["role"] == "assistant" and one.get("weight", 1) != 0]
+    split = encoder.one_answer_per_sample(conversation)
+    groups = [[turn] for turn in trained] if split else [trained]
+    server = Server(kind, encoder.tokenizer, row.get("tools", ()))
+    hows = set()
+    try:
+        if len(samples) != len(groups):
+            raise DifferenceError(f"{len(samples)} samples for {len(groups)}")
+        for sample, turns in zip(samples, groups, strict=True):
+            hows |= compare(sample, messages, turns, server, encoder)
+    except DifferenceError as error:
+        return Cell("differs", str(error))
+    moved = kind.moves and messages[0]["role"] == "system"
+    return Cell("behind" if "behind" in hows else "each" if split else "moved" if moved else "same")
+
+
+def compare(
+    sample: Sample, messages: Sequence[Turn], turns: Sequence[int], server: Server, encoder: Encoder
+) -> set[str]:
+    """How each answer of a sample agrees.
+
+    Raises:
+        DifferenceError: it does not, or something else is trained.
+    """
+    ids, hows = sample.ids.tolist(), set()
+    wanted: set[int] = set()
+    for turn in turns:
+        after = messages[turn + 1]["role"] if len(turns) > 1 and turn + 1 < len(messages) else ""
+        how, (start, end) = placed(ids, sample, messages[: turn + 1], after, server, encoder)
+        hows.add(how)
+        wanted |= set(range(start, end))
+    found = {at for at, one in enumerate(sample.mask.tolist()) if one}
+    if found != wanted:
+        raise DifferenceError(
+            f"trained: {decoded(encoder, [ids[at] for at in sorted(found ^ wanted)])!r} too much or not"
+        )
+    return hows
+
+
+def placed(
+    ids: list[int], sample: Sample, messages: Sequence[Turn], after: str, server: Server, encoder: Encoder
+) -> tuple[str, Interval]:
+    """How an answer agrees, and where it stands in a sample. after: the role of the turn behind it there, if any."""
+    kind = server.kind
+    name = (messages[-1].get("tool_calls") and kind.call_end) or kind.end
+    if kind.ends_in_nothing and after:
+        name = {"user": "<|user|>", "tool": "<|observation|>"}.get(after, "")
+    stop = encoder.tokenizer.convert_tokens_to_ids(name) if name else None
+    try:
+        prompt, whole = server.asked(messages[:-1]), server.answered(messages, stop)
+    except Exception as error:  # whatever a template raises
+        raise DifferenceError(f"the server refuses it: {error}") from None
+    thought = messages[-1].get("reasoning_content", "")
+    if whole[: len(prompt)] == prompt and thought in decoded(encoder, whole[len(prompt) :]):
+        _same(ids, whole, encoder)
+        return "same", (len(prompt), len(whole))
+    _same(ids, prompt, encoder)
+    end = next((at for at in range(len(prompt), len(ids)) if not sample.mask[at]), len(ids))
+    found, text = decoded(encoder, ids[len(prompt) : end]), kind.answer(messages[-1], decoded(encoder, prompt))
+    if found != text:
+        raise DifferenceError(f"behind the prompt: {found!r}, not {text!r}")
+    return "behind", (len(prompt), end)
+
+
+def _same(ids: list[int], served: list[int], encoder: Encoder) -> None:
+    at = next((n for n, (one, other) in enumerate(zip(ids, served, strict=False)) if one != other), None)
+    if at is not None:
+        mine, others = (
+            decoded(encoder, ids[max(0, at - 8) : at + 12]),
+            decoded(encoder, served[max(0, at - 8) : at + 12]),
+        )
+        raise DifferenceError(f"id {at}: trained {mine!r}, served {others!r}")
+    if len(ids) < len(served):
+        raise DifferenceError(f"served too: {decoded(encoder, served[len(ids) :])!r}")
