@@ -130,6 +130,7 @@ def machine(here: Here) -> None:
 
     from fitune.engine import environment as around
     from fitune.models.devices import pick_device
+    from fitune.models.kernels import fused, target
 
     device = pick_device(here.device)
     found: dict[str, Any] = around.describe(device)
@@ -143,6 +144,8 @@ def machine(here: Here) -> None:
         kernels, lengths = attention_of(device, own=own)
         passed = bool(kernels) and not (own and any("cudnn" in kernel.lower() for kernel in kernels))
         here.say(f"attention: {name}", passed, seconds_of_new_lengths=lengths, kernels=kernels)
+    refused = fused.refusal(target.of(device))
+    here.say("fused kernels", here.dry or refused is None, **({"why": refused} if refused else {}))
     here.say("seconds of a start", True, **starts(here))
     checks = fitune(here, "doctor", good=(0, 1))["checks"]
     wrong = [f"{one['name']}: {one['text']}"[:160] for one in checks if one["level"] != "ok"]
@@ -239,7 +242,7 @@ def outcomes(out: str, *, collected: bool) -> dict[str, Any]:
     failed, and the seconds of the three that took longest."""
     if collected:
         return {"ran": len(re.findall(r"^\S+::\S+", out, re.MULTILINE)), "skipped": 0, "failed": []}
-    found = [json.loads(text) for text in re.findall(rf"^{gpu_report.MARK}(.+)$", out, re.MULTILINE)]
+    found = [json.loads(text) for text in re.findall(rf"^{gpu_report.MARK}({{.+}})$", out, re.MULTILINE)]
     failed = [row["test"].removeprefix("tests/") for row in found if row["outcome"] == "failed"]
     skipped = sum(row["outcome"] == "skipped" for row in found)
     slowest = sorted(found, key=lambda row: -row["seconds"])[:3]

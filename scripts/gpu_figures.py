@@ -30,11 +30,15 @@ TRUE, RUN_TRUE = 0.025, 0.10  # how far tensors may be off a plan, and what a wh
 
 @section
 def throughput(here: Here) -> None:
-    """Tokens a second of LoRA on all linear layers of a random model, rank 16, bf16: many documents, one, a longer
-    batch, and on nf4; the operations that took longest."""
+    """Tokens a second of LoRA on all linear layers of a random model, rank 16, bf16: many documents without fitune's
+    kernels and with them, one document, a longer batch, and on nf4; the operations that took longest."""
+    from fitune.models.kernels import fused
+
     shapes = [("34 documents, 4,096 tokens", 34, 4096), ("1 document, 4,096 tokens", 1, 4096), ("68, 8,192", 68, 8192)]
     for quant in ("none", "nf4"):
         bench = Bench(here, quant)
+        with fused.eager():
+            bench.measure(f"{bench.of}: {shapes[0][0]}, torch's kernels", *shapes[0][1:])
         for name, documents, tokens in shapes if quant == "none" else shapes[:1]:
             bench.measure(f"{bench.of}: {name}", documents, tokens)
         bench.profile(f"{bench.of}: longest operations")

@@ -94,7 +94,7 @@ def test_what_one_section_leaves_over_is_there_for_the_next(
     results, how = accept.Results(tmp_path), accept.How(False, False, tmp_path)
     accept.run_all(accept.SECTIONS, results, 480.0, how)
     assert sum(one.seconds for one in accept.SECTIONS) == 480
-    assert given[0] == pytest.approx(30, abs=0.5)
+    assert given[0] == pytest.approx(accept.SECTIONS[0].seconds, abs=0.5)
     assert given[-1] == pytest.approx(480, abs=0.5)  # nothing took any time
     accept.run_all(accept.SECTIONS, results, 0.4, how)
     assert {row["why"] for row in results.rows} == {"no time left"}
@@ -179,7 +179,8 @@ def test_packages_that_are_not_here_are_unpacked(accept: ModuleType, tmp_path: P
     assert there == {"not_here", "numpy.py", "other_one.py"}
     assert results.rows[-1]["passed"]
     assert "pytest" not in results.rows[-1]["unpacked"]
-    assert accept.How(False, False, tmp_path, into).environment()["PYTHONPATH"].startswith(str(into))
+    path = accept.How(False, False, tmp_path, into).environment()["PYTHONPATH"].split(os.pathsep)
+    assert path[:2] == [str(accept.ROOT / "src"), str(into)]  # a wheel of fitune among them may be of another commit
     (tmp_path / f"third-1.0-cp3{minor + 1}-cp3{minor + 1}-manylinux1_x86_64.whl").write_bytes(
         (tmp_path / "other_one-1.0-cp39-abi3-manylinux1_x86_64.whl").read_bytes()
     )
