@@ -41,4 +41,4 @@ def main(*, write: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(write="--write" in sys.argv))
+    sys.exit(main(write="--write" in sys.argv) or 0)

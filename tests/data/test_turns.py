@@ -239,7 +239,6 @@ def test_a_thought_that_is_hidden_is_refused_by_name() -> None:
     ("turns", "fix"),
     [
         ([USER, ANSWER, USER], "end it with an answer, or leave such rows out with --skip-bad"),
-        ([USER, {"role": "system", "content": "s"}, ANSWER], "join them in one, at the beginning, or leave such rows"),
         ([{**USER, "content": "\ud83d"}, ANSWER], "write the whole character, or leave such rows out with --skip-bad"),
     ],
 )

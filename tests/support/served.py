@@ -65,9 +65,10 @@ class Server:
     def text(self, messages: Sequence[Turn], *, asks: bool) -> str:
         """What it renders."""
         turns = [sent(turn, arguments_as_text=self.kind.text_arguments) for turn in messages]
-        if self.kind.moves and turns[0]["role"] == "system":
-            rules = turns.pop(0)["content"]
-            turns[0]["content"] = f"{rules}\n\n{turns[0]['content']}"
+        if self.kind.moves:
+            for at in [n for n, turn in enumerate(turns) if turn["role"] == "system"][::-1]:
+                rules = turns.pop(at)["content"]
+                turns[at]["content"] = f"{rules}\n\n{turns[at]['content']}"
         how: dict[str, Any] = {"tools": list(self.tools) or None, "add_generation_prompt": asks, **self.kind.options}
         if not self.kind.none_content:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **how))
@@ -126,7 +127,7 @@ def judged(name: str, row: Row) -> Cell:
             hows |= compare(sample, messages, turns, server, encoder)
     except DifferenceError as error:
         return Cell("differs", str(error))
-    moved = kind.moves and messages[0]["role"] == "system"
+    moved = kind.moves and any(turn["role"] == "system" for turn in messages)
     return Cell("behind" if "behind" in hows else "each" if split else "moved" if moved else "same")
 
 

@@ -64,7 +64,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row of data, whatever its format was. At most the first message is a system message.
+    """One row of data, whatever its format was. A system message may stand between turns, too.
 
     tools: function descriptions in OpenAI's frame, {type: "function", function: {name, description, parameters}}.
     """

@@ -3,9 +3,10 @@
 In: a Conversation, a Template, a tokenizer. Out: Sample(ids, mask). Each segment is encoded apart, in training and in
 chat alike, so a token never spans the border between prompt and answer. The stop token is an id, added after cutting.
 
-Cutting, where a row is longer than max_length: oldest exchanges first, then the user's text, and only then the answer,
-which then keeps no stop token (a cut answer must not teach to stop in mid-sentence). What a system or a tool says, the
-descriptions of tools and calls of tools are never cut inside: half a JSON object teaches nothing.
+Cutting, where a row is longer than max_length: oldest exchanges first (each with a system's text right before it), then
+the user's text, and only then the answer, which then keeps no stop token (a cut answer must not teach to stop in
+mid-sentence). What a system or a tool says, the descriptions of tools and calls of tools are never cut inside: half a
+JSON object teaches nothing.
 """
 
 from __future__ import annotations
@@ -353,7 +354,8 @@ class Encoder:
         last = max((turn for turn, message in enumerate(messages) if message.role == "user"), default=0)
         if any(turn < last for turn in draft.choose(messages)):
             return length_of(pieces), length_of(pieces)
-        left = [*(m for m in messages[:last] if m.role == "system"), *messages[last:]]
+        system, turns = _apart(messages)
+        left = [*system, *turns[_with_system(turns, max(0, last - len(system))) :]]
         if len(left) < len(messages):
             pieces = self._pieces(self._groups(left, draft.conversation.tools, draft.choose(left)), known)
         return sum(map(self._least, pieces)), length_of(pieces)
@@ -374,14 +376,13 @@ class Encoder:
     ) -> tuple[list[Piece], int]:
         """A row cut to `limit` tokens: oldest exchanges, then the user's text, then the answer's end; and how many
         tokens of user's texts that stay were cut."""
-        messages = conversation.messages
-        system = [m for m in messages if m.role == "system"]
-        turns = [m for m in messages if m.role != "system"]
+        system, turns = _apart(conversation.messages)
         while length_of(pieces) > limit:
-            starts = [n for n, m in enumerate(turns) if m.role == "user" and n > 0]
-            if not starts:
+            starts = [_with_system(turns, n) for n, message in enumerate(turns) if message.role == "user"]
+            first = next(filter(None, starts), None)
+            if first is None:
                 break
-            turns = turns[starts[0] :]
+            turns = turns[first:]
             left = [*system, *turns]
             pieces = self._pieces(self._groups(left, conversation.tools, choose(left)), {})
         kept = length_of(pieces)
@@ -413,6 +414,19 @@ class Encoder:
                 group = Group(tuple(parts), group.trained)
                 ids = self._ids(group, {})
         return Piece(ids, group)
+
+
+def _apart(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    """The system's text that a row begins with, which stays whatever is cut, and the turns behind it."""
+    first = messages[0].role == "system" if messages else False
+    return list(messages[:first]), list(messages[first:])
+
+
+def _with_system(turns: Sequence[Message], turn: int) -> int:
+    """Where an exchange begins: with the system's texts right before its question."""
+    while turn and turns[turn - 1].role == "system":
+        turn -= 1
+    return turn
 
 
 def _in_row(error: FituneError, row: Conversation) -> DataError:

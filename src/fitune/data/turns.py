@@ -83,9 +83,6 @@ def turns_of(value: object, where: str) -> list[Message]:
             continue
         for message in _turn(turn, place):
             message, thought = replace(message, thought=_lines(thought, message.thought)), ""
-            if message.role == "system" and messages:
-                what = "a system message after the first turn"
-                raise FieldError(f"{place}.role", what, received="system", expected="one at most", fix=ONE_SYSTEM)
             if messages and _goes_on(messages[-1], message, turn):
                 messages[-1] = _joined(messages[-1], message, place)
             else:

@@ -22,6 +22,7 @@ KINDS = {
     "context": "a context",
     "turns": "earlier answers",
     "system": "a system text",
+    "later": "a system text between turns",
 }
 JOINED = (
     "{%- macro joined(m) -%}"
@@ -102,6 +103,7 @@ def as_jinja(template: PieceTemplate, frame: Frame) -> str:
         *again,
         *_user(t, frame),
         "{%- set ns.users = ns.users + 1 %}",
+        *_later_system(t, frame),
         "{%- elif m.role == 'tool' %}",
         *_result(t, frame),
         "{%- elif m.role == 'assistant' %}",
@@ -124,6 +126,7 @@ def _guards(t: PieceTemplate, frame: Frame) -> list[str]:
         "context": "m.context",
         "turns": "m.role == 'assistant'",
         "system": "m.role == 'system'",
+        "later": "m.role == 'system' and not loop.first",
     }
     why = "as one text, its tokens would not be those of the training"
     lines = [
@@ -161,6 +164,15 @@ def _system(t: PieceTemplate, frame: Frame) -> list[str]:
         listed = frame.fill(t.tools, {"tools": "ns.tools"}, f"('\\n\\n' if {text} else '')")
         lines.append(f"{{%- if tools %}}{listed}{{%- endif %}}")
     return [*lines, f"{frame.say(tail)}{{%- endif %}}"]
+
+
+def _later_system(t: PieceTemplate, frame: Frame) -> list[str]:
+    """A system text between turns."""
+    if not t.later_system:
+        said = _no_place(t, "a system text after the first turn")
+    else:
+        said = frame.fill(t.system, {"content": "joined(m)"})
+    return ["{%- elif m.role == 'system' and not loop.first %}", said]
 
 
 def _user(t: PieceTemplate, frame: Frame) -> list[str]:

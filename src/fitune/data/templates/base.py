@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from fitune.core.errors import ConfigError, DataError
+from fitune.core.errors import ConfigError, DataError, shorten
 from fitune.core.records import Message, Segment, ToolCall
 from fitune.data.templates import thoughts
 
@@ -116,6 +116,22 @@ def function_of(tool: Mapping[str, object]) -> Mapping[str, object]:
     """The bare description of a function, with or without OpenAI's `{"type": "function"}` around it."""
     inner = tool.get("function")
     return inner if isinstance(inner, Mapping) else tool
+
+
+def refuse_later_system(name: str, messages: Sequence[Message]) -> None:
+    """Refuse a system text behind the first turn, for a template with no place for it there.
+
+    Raises:
+        DataError: there is one.
+    """
+    for turn, message in enumerate(messages[1:], 1):
+        if message.role == "system":
+            raise DataError(
+                f"template {name!r} has no place for a system text after the first turn",
+                received=f"turn {turn + 1}: {shorten(joined(message))}",
+                expected="one at the beginning, or a template that takes more: chatml, qwen, llama3, chatglm3",
+                fix="join them in one, at the beginning, or leave such rows out with --skip-bad",
+            )
 
 
 def no_place_for_tools(name: str, what: str = "tools") -> ConfigError:

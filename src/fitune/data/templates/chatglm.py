@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from fitune.core.records import SPAN, Message, Segment, ToolCall
-from fitune.data.templates.base import Tools, arguments, as_json, function_of, joined, refuse_tools
+from fitune.data.templates.base import Tools, arguments, as_json, function_of, joined, refuse_later_system, refuse_tools
 
 # what ChatGLM3's own examples say above a list of tools
 TOOL_SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
@@ -62,6 +62,7 @@ class RoundTemplate:
 
     def _segments(self, prompt: Sequence[Message], answer: Message | None, tools: Tools) -> list[Segment]:
         refuse_tools(self.name, [*prompt, answer] if answer else prompt, tools)
+        refuse_later_system(self.name, prompt)
         last = len(prompt)
         gaps = self.gaps(prompt)
         if gaps and (answer is None or len(joined(answer).split(SPAN)) == gaps):
@@ -155,7 +156,7 @@ class RoleTemplate:
         return Message("assistant", self.answer_text(text))
 
     def _segments(self, messages: Sequence[Message], tools: Tools) -> list[Segment]:
-        if tools and not any(m.role == "system" for m in messages):
+        if tools and not (messages and messages[0].role == "system"):
             messages = [Message("system", TOOL_SYSTEM), *messages]
             return [replace(s, turn=max(-1, s.turn - 1)) for s in self._segments(messages, tools)]
         segments = [Segment(token="[gMASK]"), Segment(token="sop")]  # noqa: S106  # no password
@@ -168,7 +169,7 @@ class RoleTemplate:
                 segments.append(Segment(token=_role(message), turn=turn))
             segments.append(Segment("\n", turn=turn))
             text = Segment(joined(message), literal=False, turn=turn, role=message.role)
-            listed = tools if message.role == "system" else ()
+            listed = tools if message.role == "system" and not turn else ()
             segments += _as_one_text([text, *_tools(listed, turn)])
         return segments
 

@@ -190,9 +190,9 @@ class Dialogue:
             text, stop, _ = self._ended(self.whole(answer)[len(self.prompt(answer)) :], answer)
             rest = self.prompt(after)[len(self._kept(answer)) :]
             answered = self._answer(text, answer, stop)
-            if stop is None and self.ends.appended:  # the token of the turn that follows, unless that is an answer too
+            if stop is None and self.ends.appended:  # the token of the turn that follows, where a server stops at it
                 stop = self.renderer.marks.first_special(rest)
-                stop = None if after == answer + 1 and stop != self.ends.stop else stop
+                stop = stop if stop in (self.ends.stop, self.ends.call_stop) else None
                 rest = rest.lstrip().removeprefix(stop) if stop else rest
                 answered = self._answer(text, answer, stop) if stop else answered[:-1]
             segments += answered

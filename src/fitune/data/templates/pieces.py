@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from fitune.core.records import Message, Segment, ToolCall
-from fitune.data.templates.base import Tools, arguments, as_json, joined, no_place_for_tools, read_answer
+from fitune.data.templates.base import (
+    Tools,
+    arguments,
+    as_json,
+    joined,
+    no_place_for_tools,
+    read_answer,
+    refuse_later_system,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class PieceTemplate:
         opening: stands before every answer and ends a prompt.
         assistant: the answer, all of it trained; slot `{content}`.
         system: slot `{content}`.
+        later_system: a system text between turns is written so, too; False: it is refused.
         default_system: the system's text where the data has none.
         user_with_context: a turn that brings a context (alpaca's input), slots `{content}`, `{context}`. Without it
             the context stands on a new line below the content.
@@ -44,6 +53,7 @@ class PieceTemplate:
     opening: str = ""
     assistant: str = "{content}"
     system: str = "{content}\n\n"
+    later_system: bool = False
     default_system: str | None = None
     user_with_context: str | None = None
     user_with_system: str | None = None
@@ -85,7 +95,9 @@ class PieceTemplate:
 
     def _segments(self, messages: Sequence[Message], tools: Tools) -> list[Segment]:
         segments = [Segment(role="bos")]
-        system = next((m for m in messages if m.role == "system"), None)
+        system = messages[0] if messages and messages[0].role == "system" else None
+        if not self.later_system:
+            refuse_later_system(self.name, messages)
         if self.user_with_system is None or tools:
             segments += self._system(system, tools)
         users = 0
@@ -95,6 +107,8 @@ class PieceTemplate:
                 segments += [Segment(role="bos")] if users and self.bos_each_turn else []
                 segments += self._user(message, turn, users, system)
                 users += 1
+            elif message.role == "system" and turn:
+                segments += fill(self.system, {"content": joined(message)}, turn=turn, role="system")
             elif message.role == "tool":
                 segments += self._result(message, turn, messages[turn - 1] if turn else None, after)
             elif message.role == "assistant":
@@ -205,6 +219,7 @@ _ALPACA_ZH_CONTEXT = "以下是一个描述任务的指令，并配有一个提�
 _CHATML = PieceTemplate(
     "chatml",
     system="<|im_start|>system\n{content}<|im_end|>\n",
+    later_system=True,
     user="<|im_start|>user\n{content}<|im_end|>\n",
     opening="<|im_start|>assistant\n",
     tools=(
@@ -254,6 +269,7 @@ ROWS: tuple[PieceTemplate, ...] = (
     PieceTemplate(
         "llama3",
         system="<|start_header_id|>system<|end_header_id|>\n\n{content}<|eot_id|>",
+        later_system=True,
         user="<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>",
         opening="<|start_header_id|>assistant<|end_header_id|>\n\n",
         stop="<|eot_id|>",

@@ -34,6 +34,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "tool_call": ("NAME", "ARGUMENTS"),
     "tool": ("CONTENT",),
 }
+FLAGS = ("bos_each_turn", "later_system")
 KEYS = [field.name for field in fields(PieceTemplate)]
 
 
@@ -89,7 +90,7 @@ def _check(path: Path, key: object, value: object) -> None:
         raise ConfigError(
             f"{where}: unknown key", received=key, expected=", ".join(KEYS), fix=did_you_mean(str(key), KEYS)
         )
-    kind, said = (bool, "true or false") if key == "bos_each_turn" else (str, "text")
+    kind, said = (bool, "true or false") if key in FLAGS else (str, "text")
     if not isinstance(value, kind):
         raise ConfigError(f"{where}: not {said}", received=shorten(value), expected=said, fix="put text in quotes")
     allowed = [slot.lower() for slot in SLOTS.get(key, ())]

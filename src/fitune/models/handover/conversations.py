@@ -49,6 +49,9 @@ CONVERSATIONS: Sequence[tuple[str, frozenset[str], Conversation]] = (
     ("Chinese turns", frozenset({"turns"}), talk("你好", "你好！有什么可以帮你？", "请写一首诗。", "好的。")),
     ("a system text", frozenset({"system"}), talk("Who are you?", system="You are a terse assistant.")),
     ("a Chinese system text", frozenset({"system"}), talk("介绍一下你自己", system="你是一个有用的助手。")),
+    ("a system text between turns", frozenset({"later"}), Conversation(
+        (*talk("Hi", "Hello!").messages, Message("system", "Be brief."), Message("user", "Bye"))
+    )),
     ("a system text and turns", frozenset({"system", "turns"}), talk("Hi", "Hello!", "Bye", system="Be brief.")),
     ("tools", frozenset({"tools"}), Conversation((_ASKED,), tools=(TOOL,))),
     ("a tool's result", frozenset({"tools", "turns"}), Conversation(
