@@ -359,6 +359,7 @@ def test_train_fit_takes_the_suggestion_and_runs(tmp_path: Path, capsys: pytest.
     model, data = tiny.save("llama", tmp_path / "model"), tiny.write_rows(tmp_path / "rows.jsonl", 24)
     run = tmp_path / "run"
     common = ["--model", str(model), "--data", str(data), "--method", "lora", "--max-length", "64", "--max-steps", "2"]
+    common += ["--quant", "none"]  # fewer ways to look through
     with pytest.raises(SystemExit) as done:
         cli.app(["train", *common, "--fit", "--output", str(run), "--json"])
     assert done.value.code in (0, None)
@@ -393,7 +394,9 @@ def test_a_result_of_the_bundled_model_is_headed_as_that(tmp_path: Path) -> None
     from fitune.views import advice as adviceview
 
     model, data = str(shape_file(tmp_path, 3)), str(tiny.write_rows(tmp_path / "rows.jsonl", 24))
-    found = advice.advise(model, data=[data], gpu="8GB", method="lora", only_best=True)
+    found = advice.advise(
+        model, data=[data], gpu="8GB", method="lora", only_best=True, quant="none", checkpointing=True
+    )
     values: dict[str, Any] = found.as_dict()
     for one in (*values["suggestions"], *values["candidates"]):
         assert 0.5 < one["result_of_bundled_2m_model"] <= 1
@@ -410,6 +413,7 @@ def test_fit_for_another_gpu_is_planned_and_not_run(tmp_path: Path, capsys: pyte
     model, data = tiny.save("llama", tmp_path / "model"), tiny.write_rows(tmp_path / "rows.jsonl", 24)
     run = tmp_path / "run"
     common = ["--model", str(model), "--data", str(data), "--method", "lora", "--max-length", "64"]
+    common += ["--quant", "none", "--checkpointing"]  # fewer ways to look through
     with pytest.raises(SystemExit) as done:
         cli.app(["train", *common, "--fit", "--gpu", "8GB", "--output", str(run), "--json"])
     assert done.value.code in (0, None)

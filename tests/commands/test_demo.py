@@ -89,6 +89,7 @@ def test_the_demo_teaches_what_the_base_cannot_do(tmp_path: Path) -> None:
     assert f"{result['tuned_accuracy']:.0%} after" in page
 
 
+@pytest.mark.full  # five processes that train; test_killed and test_gaps break runs off anywhere, in this one
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 def test_a_demo_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
     said: list[str] = []

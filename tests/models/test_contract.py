@@ -46,8 +46,15 @@ from support.contract import (
     samples,
 )
 
-LATER = (*tiny.MORE, "olmo2")  # of these the quick run tries a few methods only
-FEW = ("full", "freeze", "lora", "lora-all", "prefix", "tail", "houlsby", "prompt")
+# The quick run tries every variant on one model of each build (rotary, Conv1D, ALiBi, two streams) and in one of each
+# precision and quantizer (WHOLE); elsewhere FEW, one for each part of a model that a method goes on.
+WHOLE = {
+    ("fp32", "none"): ("llama", "gpt2", "bloom", "chatglm"),
+    ("bf16", "none"): ("llama",),
+    ("fp32", "int8"): ("gpt2",),
+    ("fp32", "nf4"): ("llama",),
+}
+FEW = ("freeze", "lora-all", "prefix", "tail", "houlsby", "prompt")
 # On quantized weights: why not. None of these needs the weights to be read.
 NOT_QUANTIZED = {
     ("full", "any"): "weights that are quantized, and those have no gradient",
@@ -79,8 +86,8 @@ def combinations() -> Iterator[tuple[Case, bool]]:
     whole = os.environ.get("FITUNE_TESTS") == "full"  # `make test-full`; else these would only be collected
     for variant, kind in product(VARIANTS, KINDS):
         for precision, quant in (("fp32", "none"), *QUICK):
-            plain = (precision, quant) == ("fp32", "none") and (kind not in LATER or variant in FEW)
-            quick = plain or kind in QUICK.get((precision, quant), ())
+            few = variant in FEW and kind in QUICK.get((precision, quant), KINDS)
+            quick = few or kind in WHOLE.get((precision, quant), ())
             if quick or whole:
                 yield Case(variant, kind, precision, quant), quick
 

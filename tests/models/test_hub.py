@@ -121,6 +121,7 @@ def test_names_of_hubs() -> None:
         locate("llama-3.2-1bb")
 
 
+@pytest.mark.full  # test_planning has the same of `fitune plan`
 def test_methods_of_a_hubs_model_fetch_its_config_alone(server: Server, tmp_path: Path) -> None:
     env = {
         **os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
