@@ -68,6 +68,33 @@ class Template(Protocol):
         ...
 
 
+class Rendered:
+    """What templates share that write a whole conversation at once: `prompt` and `_segments` are theirs."""
+
+    @property
+    def other_stops(self) -> tuple[str, ...]:
+        """See Template."""
+        return ()
+
+    def one_answer_per_sample(self, messages: Sequence[Message], tools: Tools = ()) -> bool:
+        """See Template."""
+        return False
+
+    def render(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
+        """See Template."""
+        if not messages or messages[-1].role != "assistant":
+            return self.prompt(messages, tools)
+        return self._segments(messages, tools)
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
+        """See Template."""
+        raise NotImplementedError
+
+    def _segments(self, messages: Sequence[Message], tools: Tools) -> list[Segment]:
+        """The conversation as it is trained; its last message may be an answer or not."""
+        raise NotImplementedError
+
+
 def kept_date(template: Template) -> str:
     """What a user should know of the date that a template writes; nothing where it writes none."""
     date = getattr(template, "date", None)

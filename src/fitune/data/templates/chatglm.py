@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from fitune.core.records import SPAN, Message, Segment, ToolCall
-from fitune.data.templates.base import Tools, arguments, as_json, function_of, joined, refuse_later_system, refuse_tools
+from fitune.data.templates.base import (
+    Rendered,
+    Tools,
+    arguments,
+    as_json,
+    function_of,
+    joined,
+    refuse_later_system,
+    refuse_tools,
+)
 
 # what ChatGLM3's own examples say above a list of tools
 TOOL_SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
@@ -120,7 +129,7 @@ class RoundTemplate:
 
 
 @dataclass(frozen=True)
-class RoleTemplate:
+class RoleTemplate(Rendered):
     """ChatGLM3: a role is one id, then a line with what it is about (the name of a tool), then the text.
 
     The model itself writes that line after <|assistant|>, so it is trained. The next role's id ends an answer.
@@ -133,16 +142,6 @@ class RoleTemplate:
     def other_stops(self) -> tuple[str, ...]:
         """See Template."""
         return ("<|user|>", "<|observation|>")
-
-    def one_answer_per_sample(self, messages: Sequence[Message], tools: Tools = ()) -> bool:
-        """See Template."""
-        return False
-
-    def render(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
-        """See Template."""
-        if not messages or messages[-1].role != "assistant":
-            return self.prompt(messages, tools)
-        return self._segments(messages, tools)
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
         """See Template."""

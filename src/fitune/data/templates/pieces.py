@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 from fitune.core.records import Message, Segment, ToolCall
 from fitune.data.templates.base import (
+    Rendered,
     Tools,
     arguments,
     as_json,
@@ -23,7 +24,7 @@ from fitune.data.templates.base import (
 
 
 @dataclass(frozen=True)
-class PieceTemplate:
+class PieceTemplate(Rendered):
     """A template made of pieces.
 
     A prompt is [system] [user] ... opening; an answer is `assistant` and the stop token.
@@ -66,21 +67,6 @@ class PieceTemplate:
     tool_end: str = ""
     stop: str | None = None
     after_stop: str = ""
-
-    @property
-    def other_stops(self) -> tuple[str, ...]:
-        """See Template."""
-        return ()
-
-    def one_answer_per_sample(self, messages: Sequence[Message], tools: Tools = ()) -> bool:
-        """See Template."""
-        return False
-
-    def render(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
-        """See Template."""
-        if not messages or messages[-1].role != "assistant":
-            return self.prompt(messages, tools)
-        return self._segments(messages, tools)
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
         """See Template."""

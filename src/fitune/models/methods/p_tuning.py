@@ -11,11 +11,10 @@ from peft import PromptEncoderConfig, get_peft_model
 from fitune.core.config import RunConfig
 from fitune.models.families import Family
 from fitune.models.interfaces import CausalLM, Peft
-from fitune.models.methods.base import Method
-from fitune.models.methods.prompt import ENCODER, VIRTUAL, in_float32
+from fitune.models.methods.virtual import ENCODER, VirtualTokens, in_float32
 
 
-class PTuning(Method):
+class PTuning(VirtualTokens):
     """See the module's text."""
 
     name = "p-tuning"
@@ -23,8 +22,6 @@ class PTuning(Method):
     options = "p_tuning"
     default_lr = 1e-3
     why_lr = "an encoder learns at the rates of small networks (Liu et al. 2021 search 5e-5 to 1e-3)"
-    cannot_merge = VIRTUAL
-    same_at_start = False
 
     def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
@@ -39,10 +36,6 @@ class PTuning(Method):
             ),
         )
         return in_float32(wrapped)
-
-    def virtual_tokens(self, config: RunConfig) -> int:
-        """See Method.virtual_tokens."""
-        return config.p_tuning.tokens
 
     def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """The vectors; of the MLP three layers, of the LSTM two bidirectional ones and two layers behind."""

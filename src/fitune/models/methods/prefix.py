@@ -12,13 +12,12 @@ from peft import PrefixTuningConfig, get_peft_model
 from fitune.core.config import RunConfig
 from fitune.models.families import Family
 from fitune.models.interfaces import CausalLM, Config, Peft
-from fitune.models.methods.base import Method
-from fitune.models.methods.prompt import ENCODER, VIRTUAL, in_float32
+from fitune.models.methods.virtual import ENCODER, VirtualTokens, in_float32
 
 START = 0.1  # spread at the start: at PEFT's 1.0 the values drown what the attention says
 
 
-class Prefix(Method):
+class Prefix(VirtualTokens):
     """See the module's text."""
 
     name = "prefix"
@@ -26,8 +25,6 @@ class Prefix(Method):
     options = "prefix"
     default_lr = 1e-2
     why_lr = "P-Tuning v2 (Liu et al. 2022, appendix) uses 5e-3 to 2e-2 for prefixes without projection"
-    cannot_merge = VIRTUAL
-    same_at_start = False
 
     def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
@@ -45,10 +42,6 @@ class Prefix(Method):
             with torch.no_grad():
                 wrapped.prompt_encoder["default"].embedding.weight.mul_(START)
         return in_float32(wrapped)
-
-    def virtual_tokens(self, config: RunConfig) -> int:
-        """See Method.virtual_tokens."""
-        return config.prefix.tokens
 
     def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """tokens x layers x 2 x key heads x head width; projected: tokens x that width, and the MLP's two layers."""

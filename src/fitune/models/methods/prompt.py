@@ -16,12 +16,10 @@ from fitune.core.errors import ConfigError
 from fitune.data import tokenizer
 from fitune.models.families import Family
 from fitune.models.interfaces import CausalLM, Peft
-from fitune.models.methods.base import Method
-
-VIRTUAL = "it adds tokens, and no weight of the base changes"
+from fitune.models.methods.virtual import ENCODER, VirtualTokens
 
 
-class Prompt(Method):
+class Prompt(VirtualTokens):
     """See the module's text."""
 
     name = "prompt"
@@ -29,8 +27,6 @@ class Prompt(Method):
     options = "prompt"
     default_lr = 3e-2
     why_lr = "a handful of vectors must travel far (Lester et al. 2021: 0.3 with Adafactor; Adam needs less)"
-    cannot_merge = VIRTUAL
-    same_at_start = False
 
     def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
@@ -42,10 +38,6 @@ class Prompt(Method):
         with torch.no_grad():
             wrapped.prompt_encoder["default"].embedding.weight.copy_(start)
         return wrapped
-
-    def virtual_tokens(self, config: RunConfig) -> int:
-        """See Method.virtual_tokens."""
-        return config.prompt.tokens
 
     def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """tokens x width."""
@@ -59,28 +51,6 @@ class Prompt(Method):
                 received=f"init {config.prompt.init}, text {config.prompt.text!r}",
                 fix="--prompt.init text --prompt.text '...'",
             )
-
-
-ENCODER = "prompt_encoder.default"
-
-
-def in_float32(wrapped: Peft) -> Peft:
-    """The model whose encoder of virtual tokens computes in float32 whatever the rest does: what PEFT saves is computed
-    so, and not every processor has an LSTM in bf16."""
-    encoder = wrapped.prompt_encoder["default"]
-    before: list[tuple[str, bool]] = []
-
-    def enter(*_: object) -> None:
-        kind = next(encoder.parameters()).device.type
-        before.append((kind, torch.is_autocast_enabled(kind)))
-        torch.set_autocast_enabled(kind, False)
-
-    def leave(*_: object) -> None:
-        torch.set_autocast_enabled(*before.pop())
-
-    encoder.register_forward_pre_hook(enter)
-    encoder.register_forward_hook(leave, always_call=True)
-    return wrapped
 
 
 def _start(embedding: torch.nn.Embedding, config: RunConfig) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Virtual tokens of prompt-, P- and prefix-tuning, for flat batches: every document gets its own.
+"""Virtual tokens: what prompt-, P- and prefix-tuning share, and how each document of a flat batch gets its own.
 
 In: a model as PEFT wraps it. Out: what stands before each document, made once for a whole batch. PEFT's own forward
 puts them before each row of a padded batch; in a flat batch it would put them before the first document alone.
@@ -10,11 +10,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from peft import PeftType
 from torch import Tensor, nn
 
+from fitune.core.config import RunConfig
 from fitune.models import attached
 from fitune.models.interfaces import Peft, peft_of
+from fitune.models.methods.base import Method
+
+ENCODER = "prompt_encoder.default"
+
+
+class VirtualTokens(Method):
+    """A method that puts trained tokens before the input; `options` has their number."""
+
+    cannot_merge = "it adds tokens, and no weight of the base changes"
+    same_at_start = False
+
+    def virtual_tokens(self, config: RunConfig) -> int:
+        """See Method.virtual_tokens."""
+        return int(getattr(config, str(self.options)).tokens)
+
+
+def in_float32(wrapped: Peft) -> Peft:
+    """The model whose encoder of virtual tokens computes in float32 whatever the rest does: what PEFT saves is computed
+    so, and not every processor has an LSTM in bf16."""
+    encoder = wrapped.prompt_encoder["default"]
+    before: list[tuple[str, bool]] = []
+
+    def enter(*_: object) -> None:
+        kind = next(encoder.parameters()).device.type
+        before.append((kind, torch.is_autocast_enabled(kind)))
+        torch.set_autocast_enabled(kind, False)
+
+    def leave(*_: object) -> None:
+        torch.set_autocast_enabled(*before.pop())
+
+    encoder.register_forward_pre_hook(enter)
+    encoder.register_forward_hook(leave, always_call=True)
+    return wrapped
 
 
 @dataclass(frozen=True)
