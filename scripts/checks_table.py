@@ -5,12 +5,14 @@
 
 In: the source code. Out: a line of Markdown for each rule. A rule is a function that makes a `Finding`; its name and
 its levels are those that it gives there, its description is the first paragraph of its docstring, and when it looks
-follows from the function that runs it. Only MOMENTS is written by hand, and a rule that none of them runs is an error.
+follows from the function that runs it. Only MOMENTS is written by hand, and a rule that none of them runs is an error;
+and the descriptions in Chinese, `checks_zh.json`, by the English ones: whoever changes one translates it there.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "fitune"
 PAGES = (ROOT / "docs" / "checks.md", ROOT / "docs" / "checks.zh-CN.md")
+CHINESE = Path(__file__).with_name("checks_zh.json")
 BEGIN, END = "<!-- scripts/checks_table.py -->", "<!-- end -->"
 LEVELS = ("refuse", "warn", "fixed")
 # who runs a rule (module, or module:function; or the rule itself), and when that is; the more exact one counts
@@ -182,23 +185,36 @@ def _moments(function: Function, everything: list[Function], seen: frozenset[str
     return found
 
 
-def lines() -> Iterator[str]:
-    """The table."""
-    yield "| check | when | can | what |"
+def lines(translated: dict[str, str] | None = None) -> Iterator[str]:
+    """The table; its descriptions in another language where `translated` has them by the English ones.
+
+    Raises:
+        LookupError: a description has no translation, or a translation no description.
+    """
+    found = rules()
+    if translated is not None and (wrong := {rule.text for rule in found} ^ set(translated)):
+        raise LookupError(f"{CHINESE.name}: translate exactly what the code has:\n" + "\n".join(sorted(wrong)))
+    yield (
+        "| check | when | can | what |"
+        if translated is None
+        else "| 检查（check） | 何时（when） | 能做（can） | 说明 |"
+    )
     yield "|---|---|---|---|"
-    for rule in rules():
-        yield f"| `{rule.name}` | {', '.join(rule.moments)} | {', '.join(rule.levels) or 'report'} | {rule.text} |"
+    for rule in found:
+        text = rule.text if translated is None else translated[rule.text]
+        yield f"| `{rule.name}` | {', '.join(rule.moments)} | {', '.join(rule.levels) or 'report'} | {text} |"
 
 
-def replaced(text: str) -> str:
+def replaced(page: Path) -> str:
     """A page with the table as it is now."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + "\n" + "\n".join(lines()) + "\n" + END + rest.split(END)[1]
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    translated = json.loads(CHINESE.read_text(encoding="utf-8")) if ".zh-CN" in page.name else None
+    return before + BEGIN + "\n" + "\n".join(lines(translated)) + "\n" + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
     if "--write" in sys.argv:
         for page in PAGES:
-            page.write_text(replaced(page.read_text(encoding="utf-8")), encoding="utf-8")
+            page.write_text(replaced(page), encoding="utf-8")
     else:
         print("\n".join(lines()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -111,7 +112,13 @@ def test_the_table_of_checks_is_what_the_code_says(monkeypatch: pytest.MonkeyPat
     module = script("checks_table")
     for page in module.PAGES:
         text = page.read_text(encoding="utf-8")
-        assert module.replaced(text) == text, f"{page.name}: python scripts/checks_table.py --write"
+        assert module.replaced(page) == text, f"{page.name}: python scripts/checks_table.py --write"
+    table = module.PAGES[1].read_text(encoding="utf-8").partition(module.BEGIN)[2].partition(module.END)[0]
+    assert not [line for line in table.splitlines()[3:] if not re.search("[\u4e00-\u9fff]", line.split("|")[4])]
+    some = json.loads(module.CHINESE.read_text(encoding="utf-8"))
+    some["A check that is gone."] = some.pop("No row starts with two BOS tokens.")
+    with pytest.raises(LookupError, match=r"A check that is gone\.\nNo row starts with two BOS tokens\."):
+        list(module.lines(some))
     names = {rule.name for rule in module.rules()}
     assert {"packing-leak", "run-seal", "machine-load", "adapter-scale", "merge-drift"} <= names
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src" / "fitune").rglob("*.py"))
