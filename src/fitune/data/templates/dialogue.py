@@ -222,7 +222,7 @@ class Dialogue:
         prompt, whole, message = self.prompt(turn), self.whole(turn), self.messages[turn]
         thought, answer = message.thought, message.content
         if not thought:
-            thought, answer = thoughts.told(answer, opened=thoughts.opened(prompt) is not None)
+            thought, answer = thoughts.written_apart(answer, opened=thoughts.opened(prompt) is not None)
         if thought and thoughts.closed(prompt):
             raise DataError(
                 "the template closes the thought before the answer begins, and the row has one",

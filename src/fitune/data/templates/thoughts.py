@@ -76,7 +76,7 @@ def split(text: str) -> tuple[str, str]:
     return before.rpartition(kind.open)[2].strip(), after.strip()
 
 
-def told(content: str, *, opened: bool) -> tuple[str, str]:
+def written_apart(content: str, *, opened: bool) -> tuple[str, str]:
     """(thought, answer) of an answer that somebody wrote.
 
     A closing tag ends a thought where the text begins with the opening one, where the prompt has opened the thought, or
