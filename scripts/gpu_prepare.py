@@ -32,7 +32,7 @@ MISSING = (
     "docstring-parser", "et-xmlfile", "hypothesis", "iniconfig", "jinja2", "joblib", "lxml", "markdown-it-py",
     "mdurl", "nltk", "openpyxl", "peft", "platformdirs", "pluggy", "portalocker", "protobuf", "psutil", "pydantic",
     "pydantic-core", "pygments", "pytest", "pytest-timeout", "rich", "rich-rst", "rouge-score", "sacrebleu",
-    "sentencepiece", "six", "sortedcontainers", "tabulate", "typing-inspection",
+    "sentencepiece", "six", "sortedcontainers", "starlette", "tabulate", "typing-inspection", "uvicorn",
 )  # fmt: skip
 PLATFORMS = [f"manylinux_{n}_x86_64" for n in ("2_17", "2_24", "2_27", "2_28", "2_34")]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]

@@ -377,7 +377,8 @@ def generate(
         >>> fitune.generate("runs/first", "What is the capital?")
     """
     tuned = load(tuned, model=model) if isinstance(tuned, (str, Path)) else tuned
-    from fitune.engine.generation import Sampling, answer
+    from fitune.engine.drawing import Sampling
+    from fitune.engine.generation import answer
 
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [Message(turn["role"], turn["content"]) for turn in turns]  # type: ignore[arg-type]  # a role that is none is refused by the template

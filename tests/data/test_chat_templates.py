@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fitune.commands.chat import Chat
 from fitune.core.errors import FituneError
@@ -201,23 +200,21 @@ def test_a_text_beside_the_templates_own_is_encoded_as_it_is_served() -> None:
 # ---- a conversation that goes on ----
 
 
-def tuned_of(name: str, say: Any) -> Tuned:
+def tuned_of(monkeypatch: pytest.MonkeyPatch, name: str, say: Any) -> Tuned:
     """A model that says what `say` gives for the ids of a prompt."""
     encoder = encoder_of(name)
     model = tiny.make_model("llama")
-    model.config.max_position_embeddings = 4096
 
-    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        said = encoder.tokenizer(say(input_ids[0].tolist()), add_special_tokens=False)["input_ids"]
-        return torch.cat([input_ids, torch.tensor([[*said, encoder.stop_id]])], dim=1)
+    def generate(tuned: Tuned, prompts: list[list[int]], *_: object, **__: object) -> list[list[int]]:
+        return [encoder.tokenizer(say(ids), add_special_tokens=False)["input_ids"] for ids in prompts]
 
-    model.generate = generate
+    monkeypatch.setattr("fitune.engine.generation._generate", generate)
     return Tuned(model, encoder.tokenizer, encoder.template, encoder, families.of(model))
 
 
 @pytest.mark.parametrize("thought", ["", "Let me see."])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_chat_of_ten_turns_asks_what_was_trained(name: str, thought: str) -> None:
+def test_a_chat_of_ten_turns_asks_what_was_trained(name: str, thought: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, encoder = KINDS[name], encoder_of(name)
     if thought and "thought" in kind.refused:
         return
@@ -233,7 +230,7 @@ def test_a_chat_of_ten_turns_asks_what_was_trained(name: str, thought: str) -> N
         asked.append(prompt)
         return trained[len(asked) - 1][1]
 
-    chat = Chat(tuned_of(name, say))
+    chat = Chat(tuned_of(monkeypatch, name, say))
     for message in messages[::2]:
         chat.say(message.content)
     assert asked == [prompt for prompt, _ in trained]

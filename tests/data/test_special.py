@@ -21,7 +21,7 @@ from fitune.data.encode import Encoder
 from fitune.data.templates import choose
 from fitune.data.templates.jinja import ChatTemplate
 from fitune.data.tokenizer.new_tokens import add_tokens
-from fitune.engine.generation import _Streamer
+from fitune.engine.speech import Speech
 from support import tiny
 from support.encoding import sample_of
 
@@ -163,19 +163,9 @@ def test_answer_tokens_are_shown_in_answers_and_no_other_special_token(words: An
     ids = words(f"<pad>{EMO}glad{OBJ} the<|end|>", add_special_tokens=False)["input_ids"]
     assert named.text(ids) == f"{EMO}glad the"
     assert plain.text(ids) == "glad the"
-    shown: list[str] = []
-    streamer = _Streamer(named, shown.append)
-    streamer.put(plain_tensor([1]))
-    for one in ids:
-        streamer.put(plain_tensor([one]))
-    streamer.end()
-    assert "".join(shown) == f"{EMO}glad the"
-
-
-def plain_tensor(ids: list[int]) -> Any:
-    import torch
-
-    return torch.tensor(ids)
+    speech = Speech(named)
+    shown = [speech.add(one) for one in ids]
+    assert "".join(shown) + speech.end() == f"{EMO}glad the"
 
 
 def test_new_tokens_that_exist_lead_to_answer_tokens(words: Any) -> None:

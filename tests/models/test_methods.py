@@ -511,7 +511,8 @@ def test_batched_answers_of_virtual_tokens_are_the_answers_one_by_one(model_fold
     from fitune.core.records import Conversation
     from fitune.data.encode import Encoder
     from fitune.data.templates import choose
-    from fitune.engine.generation import Sampling, answers
+    from fitune.engine.drawing import Sampling
+    from fitune.engine.generation import answers
     from fitune.models.load import Tuned
 
     words = tiny.make_tokenizer()

@@ -1,4 +1,4 @@
-"""Verbs that use a model, as they are typed: chat, eval.
+"""Verbs that use a model, as they are typed: chat, serve, eval.
 
 In: what was typed. Out: answers, or a table of scores and one JSON object. No torch before it is needed.
 """
@@ -69,7 +69,7 @@ def chat(
     early.together(*loading.check(run))
     from fitune.commands.chat import HELP, Chat, talk
     from fitune.data.templates.base import kept_date
-    from fitune.engine.generation import Sampling
+    from fitune.engine.drawing import Sampling
     from fitune.engine.loading import load
 
     console = screen.Screen()
@@ -81,6 +81,66 @@ def chat(
     if sys.stdin.isatty():
         console.print(HELP)
     talk(_lines(), Chat(tuned, sampling, system=system), other, console)
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where the server listens, and to whom."""
+
+    host: Annotated[str, Parameter(help="Address to listen at; beyond this machine only with --api-key.")] = "127.0.0.1"
+    port: Annotated[int, Parameter(help="Port; 0 takes a free one.")] = 8000
+    api_key: Annotated[
+        str | None,
+        Parameter(env_var="FITUNE_API_KEY", help="Key that clients must bring; or set FITUNE_API_KEY. [default: none]"),
+    ] = None
+    allow_host: Annotated[
+        list[str] | None,
+        Parameter(negative="", consume_multiple=True, help="Further names by which clients may call the server."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the server takes."""
+
+    max_running: Annotated[int, Parameter(help="Requests that are answered at once.")] = 64
+    max_waiting: Annotated[int, Parameter(help="Requests that may wait; more are refused with status 429.")] = 256
+    max_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 4096
+    max_body: Annotated[int, Parameter(help="Most bytes of a request.")] = 1 << 20
+    cache_tokens: Annotated[
+        int | None,
+        Parameter(help="Tokens of prompts and answers, for each model, that have their place at once. [default: all]"),
+    ] = None
+
+
+def serve(
+    runs: Annotated[list[str], Parameter(help="Run folders or model folders; each is a model by its folder's name.")],
+    *,
+    listening: Annotated[Optional[Listening], Parameter(name="*")] = None,  # noqa: UP045
+    bounds: Annotated[Optional[Bounds], Parameter(name="*")] = None,  # noqa: UP045
+    loading: Annotated[Optional[Loading], Parameter(name="*")] = None,  # noqa: UP045
+) -> None:
+    """Serve runs to clients of OpenAI's API on this machine: /v1/chat/completions, /v1/completions, /v1/models."""
+    where, bounds, loading = listening or Listening(), bounds or Bounds(), loading or Loading()
+    least = min(bounds.max_running, bounds.max_tokens, bounds.max_body, bounds.cache_tokens or 1)
+    if not 0 <= where.port < 65536 or least < 1 or bounds.max_waiting < 0 or where.api_key == "":
+        raise ConfigError(
+            "serve: a setting is out of range",
+            received=f"port {where.port}, {', '.join(f'{name} {value}' for name, value in asdict(bounds).items())}"
+            f"{', an empty API key' if where.api_key == '' else ''}",
+            expected="port 0 to 65535, limits >= 1, max-waiting >= 0, a key that is not empty",
+        )
+    early.together(*(check for run in runs for check in loading.check(run)))
+    from fitune.commands.serve import Limits, Place
+    from fitune.commands.serve import serve as run_server
+
+    run_server(
+        runs,
+        place=Place(where.host, where.port, where.api_key, where.allow_host or ()),
+        limits=Limits(*asdict(bounds).values()),
+        loading=asdict(loading),
+        say=screen.Screen(stderr=True).say,
+    )
 
 
 def _lines() -> Iterator[str]:

@@ -18,7 +18,8 @@ from fitune.core.records import Conversation, Finding
 from fitune.data.batches import in_order
 from fitune.engine import environment
 from fitune.engine.checkpoint import RunFolder
-from fitune.engine.generation import SIDE_BY_SIDE, Sampling, answers
+from fitune.engine.drawing import Sampling
+from fitune.engine.generation import SIDE_BY_SIDE, answers
 from fitune.engine.out_of_memory import in_fewer
 from fitune.engine.step import held_out_loss
 

@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fitune.core.records import Message
-from fitune.engine.generation import Sampling, reply
+from fitune.engine.drawing import Sampling
+from fitune.engine.generation import reply
 from fitune.models.load import Tuned
 
 HELP = "/reset forgets the conversation, /exit ends it (so does Ctrl-D)"

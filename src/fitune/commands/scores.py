@@ -16,7 +16,8 @@ import numpy as np
 from fitune.core.letters import HAN
 from fitune.core.records import Conversation
 from fitune.core.results import Scores
-from fitune.engine.generation import SIDE_BY_SIDE, Sampling, answers, expected, read
+from fitune.engine.drawing import Sampling
+from fitune.engine.generation import SIDE_BY_SIDE, answers, expected, read
 from fitune.models.load import Tuned
 
 UNITS = re.compile(rf"[{HAN}]|[^\W_{HAN}]+")  # a Chinese character, or a word of anything else

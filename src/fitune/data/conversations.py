@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +23,13 @@ from fitune.data.formats import (
     UNKNOWN,
     Format,
     by_known_names,
+    described,
     find,
     tools_of,
     understood,
     what_they_are,
 )
-from fitune.data.turns import LEAVE_OUT, ONE_SYSTEM, thought_of, unused_keys
+from fitune.data.turns import LEAVE_OUT, ONE_SYSTEM, thought_of, turns_of, unused_keys
 
 SLOT = re.compile(r"\{\{(\w+)\}\}")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can write it, UTF-8 cannot
@@ -82,6 +83,36 @@ def to_conversation(
         raise DataError("nested too deeply", file=source.file, line=source.line) from None
 
 
+def asked_of(turns: Sequence[Mapping[str, Any]], tools: Sequence[object] = ()) -> Conversation:
+    """Messages that are to be answered, as OpenAI's API has them, as a conversation.
+
+    Args:
+        turns: {role, content, ...}; the last one need not be an answer.
+        tools: function descriptions.
+
+    Raises:
+        FieldError: a turn or a tool is wrong.
+    """
+    try:
+        messages, known = turns_of(list(turns), "messages"), described(list(tools), "tools")
+    except RecursionError:
+        raise FieldError("messages", "nested too deeply") from None
+    _refuse_half([*_texts(messages), json.dumps(known, ensure_ascii=False, default=str)])
+    return Conversation(tuple(messages), tools=known)
+
+
+def _refuse_half(texts: Iterable[str]) -> None:
+    for text in texts:
+        if half := SURROGATE.search(text):
+            raise FieldError(
+                "",
+                "half a character (a lone surrogate)",
+                received=shorten(half[0]),
+                expected="text",
+                fix=f"write the whole character, or {LEAVE_OUT}",
+            )
+
+
 def _convert(row: Row, source: Source, name: str, columns: Mapping[str, str]) -> Conversation:
     row, mapped = by_known_names(row, columns)
     fmt = find(row, name, mapped)
@@ -94,15 +125,7 @@ def _convert(row: Row, source: Source, name: str, columns: Mapping[str, str]) ->
     if system:
         messages = [Message("system", system), *messages]
     tools = tools_of(row, fmt) if "tools" in fmt.uses else ()
-    for text in (*_texts(messages), json.dumps(tools, ensure_ascii=False, default=str) if tools else ""):
-        if half := SURROGATE.search(text):
-            raise FieldError(
-                "",
-                "half a character (a lone surrogate)",
-                received=shorten(half[0]),
-                expected="text",
-                fix=f"write the whole character, or {LEAVE_OUT}",
-            )
+    _refuse_half([*_texts(messages), json.dumps(tools, ensure_ascii=False, default=str) if tools else ""])
     return Conversation(tuple(messages), source=source, format=fmt.name, tools=tools)
 
 

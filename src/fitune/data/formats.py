@@ -141,7 +141,7 @@ def tools_of(row: Row, fmt: Format) -> tuple[Mapping[str, object], ...]:
 
     They stand in a column, or in the system's turn (ChatGLM3).
     """
-    found = {name: _described(row.get(name), name) for name in TOOLS}
+    found = {name: described(row.get(name), name) for name in TOOLS}
     for name in fmt.uses - {*TOOLS, *SYSTEMS}:
         value = row.get(name)
         turns = listed(value, name, "turns") if name in fmt.keys & set(TURNS) else value
@@ -159,10 +159,10 @@ def _of_turn(turn: Turn, where: str) -> tuple[Mapping[str, object], ...]:
         raise FieldError(
             f"{where}.tools", "tools in a turn", received=speaker(turn), expected="a column tools, or the system's turn"
         )
-    return _described(turn["tools"], f"{where}.tools")
+    return described(turn["tools"], f"{where}.tools")
 
 
-def _described(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
+def described(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
     """The function descriptions of one place."""
     tools = []
     for n, tool in enumerate(listed(value, where, "a list of function descriptions")):

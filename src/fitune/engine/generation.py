@@ -1,63 +1,27 @@
 """Prompts to answers, with the template and the stop tokens of training.
 
-In: messages. Out: the text of the answer, streamed if wanted. transformers generates; the prompt comes from the same
-encoder that made the training rows.
+In: messages. Out: the text of the answer, streamed if wanted. The prompt comes from the same encoder that made the
+training rows; `batching.py` answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import torch
-from transformers import GenerationConfig, TextStreamer
 
-from fitune.core.errors import ModelError
 from fitune.core.records import SPAN, Conversation, Message
-from fitune.data.encode import Encoder
 from fitune.data.templates import ChatTemplate, thoughts
+from fitune.engine.batching import Batcher, Request, Room
+from fitune.engine.drawing import Sampling, Token
+from fitune.engine.speech import Speech
 from fitune.models.adapters import disabled
-from fitune.models.configs import longest_row
-from fitune.models.interfaces import causal_lm
 from fitune.models.load import Tuned
-from fitune.models.methods import virtual
-from fitune.models.switches import SDPA, attention, computing, evaluating
 
 SIDE_BY_SIDE = 16  # prompts that are answered together
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn. temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """The part of a tokenizer that a streamer needs, with the encoder's own way to read ids."""
-
-    encoder: Encoder
-
-    def decode(self, ids: list[int], **_: object) -> str:
-        """Text of ids."""
-        return self.encoder.text(ids)
-
-
-class _Streamer(TextStreamer):
-    """Hands each finished piece of text to a function; waits for the rest of a character that is not whole."""
-
-    def __init__(self, encoder: Encoder, on_text: Callable[[str], None]) -> None:
-        super().__init__(_Reader(encoder), skip_prompt=True)
-        self.on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.on_text(text)
 
 
 def base_model(tuned: Tuned, *, base: bool) -> AbstractContextManager[object]:
@@ -105,10 +69,7 @@ def reply(
     if not isinstance(tuned.template, ChatTemplate):
         text = answer(tuned, messages, sampling, on_text=on_text, base=base)
         return text, Message("assistant", text)
-    before = virtual.of(tuned.model) if not base else None
-    prompts = [tuned.encoder.prompt(messages)]
-    count = before.count if before else 0
-    row = _generate(tuned, prompts, sampling or Sampling(), on_text=on_text, base=base, virtual_tokens=count)[0]
+    row = _generate(tuned, [tuned.encoder.prompt(messages)], sampling or Sampling(), on_text=on_text, base=base)[0]
     answered = row[: next((n for n, i in enumerate(row) if i in tuned.encoder.stop_ids), len(row))]
     return _text(tuned, row), tuned.template.read_answer(str(tuned.tokenizer.decode(answered)))
 
@@ -122,7 +83,7 @@ def answers(
     on_text: Callable[[str], None] | None = None,
     base: bool = False,
 ) -> list[str]:
-    """The answers to several conversations, padded on the left and generated side by side.
+    """The answers to several conversations, generated side by side; each is what it would be alone.
 
     Raises:
         ModelError: a prompt that is longer than the model can hold.
@@ -135,12 +96,8 @@ def answers(
             _fill_in(tuned, one, n, sampling, base=base) if n > 1 else answers(tuned, [one], sampling, base=base)[0]
             for one, n in each
         ]
-    before = virtual.of(tuned.model) if not base else None
-    if before is not None and len(questions) > 1:
-        # side by side, padding would stand between the virtual tokens and the prompt, as it never does in training
-        return [answers(tuned, [one], sampling, on_text=on_text)[0] for one in questions]
     prompts = [tuned.encoder.prompt(question.messages, question.tools) for question in questions]
-    made = _generate(tuned, prompts, sampling, on_text=on_text, base=base, virtual_tokens=before.count if before else 0)
+    made = _generate(tuned, prompts, sampling, on_text=on_text, base=base)
     return [_text(tuned, row) for row in made]
 
 
@@ -155,7 +112,7 @@ def _fill_in(tuned: Tuned, question: Conversation, count: int, sampling: Samplin
     ids, found = tuned.encoder.prompt(question.messages, question.tools), []
     start = ids[-1]  # <sop>
     for _ in range(count):
-        row = _generate(tuned, [ids], sampling, on_text=None, base=base, virtual_tokens=0)[0]
+        row = _generate(tuned, [ids], sampling, base=base)[0]
         end = next((n for n, i in enumerate(row) if i in tuned.encoder.stop_ids), len(row))
         found.append(_text(tuned, row))
         ids = [*ids, *row[:end], tuned.encoder.stop_id, start]
@@ -167,48 +124,30 @@ def _generate(
     prompts: Sequence[list[int]],
     sampling: Sampling,
     *,
-    on_text: Callable[[str], None] | None,
-    base: bool,
-    virtual_tokens: int,
+    on_text: Callable[[str], None] | None = None,
+    base: bool = False,
 ) -> list[list[int]]:
-    """The new ids behind each prompt.
+    """The new ids behind each prompt, stop tokens left out; `on_text` hears the first one's.
 
     Raises:
         ModelError: a prompt that is longer than the model can hold.
     """
-    width = max(len(prompt) for prompt in prompts)
-    limit = longest_row(causal_lm(tuned.model).config, virtual_tokens)
-    if width >= limit:
-        raise ModelError(
-            "the prompt is longer than the model can hold",
-            received=f"{width} tokens",
-            expected=f"fewer than {limit}",
-            fix="shorten it; in a chat, /reset starts a new conversation",
-        )
-    stops = tuned.encoder.stop_ids
-    # The mask says what is padding, never the id, so any id will do.
-    ids = torch.tensor([[stops[0]] * (width - len(p)) + p for p in prompts], device=tuned.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=tuned.device)
-    generation = GenerationConfig(
-        do_sample=sampling.temperature > 0,
-        temperature=sampling.temperature or None,
-        top_p=sampling.top_p if sampling.temperature > 0 else None,
-        top_k=0 if sampling.temperature > 0 else None,
-        max_new_tokens=min(sampling.max_new_tokens, limit - width),
-        eos_token_id=stops,
-        pad_token_id=stops[0],
-    )
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
-    model = tuned.model
-    with evaluating(model), attention(model, SDPA), base_model(tuned, base=base), computing(model):
-        out = tuned.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=generation,
-            streamer=_Streamer(tuned.encoder, on_text) if on_text else None,
-        )
-    return [row[width:].tolist() for row in out]
+    found: list[list[int]] = [[] for _ in prompts]
+    speech = Speech(tuned.encoder)
+
+    def take(number: int, token: Token) -> None:
+        found[number].append(token.id)
+        if on_text is not None and number == 0 and (text := speech.add(token.id)):
+            on_text(text)
+
+    with base_model(tuned, base=base), Batcher.open(tuned, Room(running=max(1, len(prompts)))) as batcher:
+        for number, ids in enumerate(prompts):
+            batcher.add(Request(ids, sampling, partial(take, number)))
+        while batcher.busy:
+            batcher.step()
+    if on_text is not None and (text := speech.end()):
+        on_text(text)
+    return found
 
 
 def read(tuned: Tuned, question: Conversation, text: str) -> Message:

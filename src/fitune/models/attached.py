@@ -43,8 +43,9 @@ class Attached:
     kernels that are wrong for these. method: name and settings of a method of fitune's own (PEFT keeps those of its
     methods itself). start: values that this method's parameters had before it was loaded. disabled: PEFT's method is
     turned off. loss_rows: label rows whose logits a loss computes at once; None: what vocabulary and device suggest.
-    flat: shared by the attention modules of a model whose blocks hand no keywords through (BLOOM). copies: a context
-    inside of which no weight changes, so that LoRA's are cast once for all layers (kernels/low_rank.py).
+    tile: answers that go through it side by side; 0: none; None: not tried yet. flat: shared by the attention modules
+    of a model whose blocks hand no keywords through (BLOOM). copies: a context inside of which no weight changes, so
+    that LoRA's are cast once for all layers (kernels/low_rank.py).
     """
 
     compute: torch.dtype | None = None
@@ -56,6 +57,7 @@ class Attached:
     start: dict[str, Tensor] | None = None
     disabled: bool = False
     loss_rows: int | None = None
+    tile: int | None = None
     flat: FlatState | None = None
     copies: Callable[[], AbstractContextManager[None]] = nullcontext
 

@@ -69,12 +69,12 @@ def flat_attention(
     lengths = [end - start for start, end in pairwise(cu_seq_lens_q.tolist())]
     if before is not None:
         before = before[0].to(query.dtype), before[1].to(query.dtype)
-    how = _How(dropout, scaling, sliding_window, softcap, s_aux)
+    how = How(dropout, scaling, sliding_window, softcap, s_aux)
     outputs = []
     for length, (q, k, v) in zip(lengths, apart(lengths, query, key, value), strict=True):
         if before is not None:
             k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
-        outputs.append(_document(q, k, v, how)[:, :, :length])
+        outputs.append(attend(q, k, v, how)[:, :, :length])
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -108,7 +108,7 @@ def chosen(model: CausalLM, dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class _How:
+class How:
     """See `flat_attention`."""
 
     dropout: float
@@ -118,8 +118,8 @@ class _How:
     sinks: Tensor | None
 
 
-def _document(query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
-    """Attention of one document, (1, H, L, E), to its keys and values, (1, K, S, E)."""
+def attend(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+    """Attention of one document, (1, H, L, E), to its keys and values, (1, K, S, E); queries are the last L of S."""
     length, keys = query.shape[2], key.shape[2]
     if how.softcap is not None or how.sinks is not None:
         mask = _mask(length, keys, how.window, query.device, always=True)
@@ -135,7 +135,7 @@ def _document(query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
         value,
         attn_mask=mask,
         dropout_p=how.dropout,
-        is_causal=mask is None,
+        is_causal=mask is None and length > 1,
         scale=how.scaling,
         enable_gqa=shared,
     )
@@ -146,7 +146,7 @@ def _written_out(
     key: Tensor,  # (1, K, S, E)
     value: Tensor,
     mask: Tensor | None,
-    how: _How,
+    how: How,
 ) -> Tensor:
     """Attention in its parts: (1, H, L, E)."""
     groups = query.shape[1] // key.shape[1]
@@ -165,8 +165,9 @@ def _written_out(
 
 
 def _mask(length: int, keys: int, width: int | None, device: torch.device, *, always: bool = False) -> Tensor | None:
-    """(length, keys): which keys a token sees, the last one being its own; None: plain causal attention."""
-    if not always and length == keys and (width is None or length <= width):
+    """(length, keys): which keys a token sees, the last one being its own; None: plain causal attention, or a single
+    token that sees all."""
+    if not always and (length in (1, keys)) and (width is None or keys <= width):
         return None
     distance = torch.arange(keys - length, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
     return (distance >= 0) & (distance < (width or keys))
