@@ -1,8 +1,8 @@
 """What the sample answers of a run take beside the weights: they are generated with the optimizer's states still there.
 
-In: the config of a model, how many prompts are answered side by side. Out: bytes, by a closed form: transformers
-generates, and what it does depends on values. Keys and values of every token stay until the end; a block's grow by a
-copy, one block at a time. Before that the prompts go through, of which one block's work is there at once.
+In: the config of a model, how many prompts are answered side by side. Out: bytes, by a closed form: how long an answer
+becomes depends on values. Keys and values of every token stay until the end; a block's grow by a copy, one block of one
+answer at a time. The prompts go through one after the other, in pieces, of which one block's work is there at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from transformers import PretrainedConfig
 
 from fitune.core.config import RunConfig
 from fitune.core.records import Batch
+from fitune.engine.forward import PIECE
 from fitune.engine.generation import SIDE_BY_SIDE
+from fitune.engine.trial import ROWS
+from fitune.models.kernels.cached import rooms
 from fitune.models.precision import DTYPES
 
 
@@ -41,10 +44,11 @@ def bytes_taken(config: RunConfig, model_config: PretrainedConfig, held_out: Bat
     each = 2 * groups * (getattr(model_config, "head_dim", None) or width // heads) * item  # of a token in a block
     inner = getattr(model_config, "intermediate_size", None) or getattr(model_config, "ffn_dim", None) or 4 * width
     blocks, whole = model_config.num_hidden_layers, prompt + config.sample_tokens - 1  # the last one goes nowhere
+    piece = min(prompt, PIECE)
     norms = 8 * width if on_gpu and item < 4 else 0  # which compute in float32: on a GPU an allowance, not measured
     copy = 4 * inner if not on_gpu and config.precision == "bf16" and widens() else 0
     # gate, up and their product; or, of an up projection that has a float32 copy, the copy where the product comes
     mlp = 2 * inner * item + max(inner * item, copy)
-    first = prompt * (blocks * each + 4 * width * item + mlp + norms)
-    last = whole * (blocks + 1) * each
-    return int(rows * (max(first, last) + model_config.vocab_size * (item + 4)))
+    first = rows * blocks * each * rooms(prompt) + piece * (4 * width * item + mlp + norms)
+    last = (rows * blocks + 1) * each * rooms(whole) + ROWS * model_config.vocab_size * item
+    return int(max(first, last))

@@ -22,9 +22,12 @@ from fitune.commands.serve.app import app_of
 from fitune.commands.serve.guard import LOOPBACK, Rules
 from fitune.core.errors import ConfigError
 from fitune.core.files import expand
+from fitune.core.units import MIB
 from fitune.engine.batching import Batcher, Room
 from fitune.engine.loading import load
 from fitune.engine.worker import Worker
+from fitune.models.load import Tuned
+from fitune.models.shared import share
 
 GRACE = 5  # seconds that answers in progress have when the server is stopped
 
@@ -110,8 +113,10 @@ def serve(
     """
     names = names_of(runs)
     with place.open() as listening:
-        room = Room(limits.running, limits.cache_tokens)
-        models = {name: Batcher(load(run, **(loading or {})), room) for name, run in names.items()}  # type: ignore[arg-type]  # its own keywords
+        models = {
+            name: Batcher(tuned, Room(limits.running, limits.cache_tokens))
+            for name, tuned in _loaded(names, loading or {}, say).items()
+        }
         with Worker(list(models.values()), limits.waiting) as worker:
             app = app_of(worker, models, rules=place.rules(limits.body), most=limits.tokens)
             config = uvicorn.Config(
@@ -124,6 +129,20 @@ def serve(
                 say(f"model {name}: {how}")
             say(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/v1; Ctrl-C stops")
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def _loaded(
+    names: Mapping[str, str | Path], loading: Mapping[str, object], say: Callable[[str], None]
+) -> dict[str, Tuned]:
+    """The models by name; what they have in common is held once."""
+    found: dict[str, Tuned] = {}
+    for name, run in names.items():
+        tuned = load(run, **loading)  # type: ignore[arg-type]  # its own keywords
+        if found:
+            saved = sum(share(other.model, tuned.model) for other in found.values())
+            say(f"model {name}: {saved / MIB:,.1f} MiB of it are those of the models before it")
+        found[name] = tuned
+    return found
 
 
 def names_of(runs: Sequence[str | Path]) -> dict[str, Path | str]:

@@ -6,6 +6,7 @@ In: a live answer. Out: the choice as a whole, or its chunks. A chat's thought i
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,7 +14,8 @@ from typing import Protocol
 from fitune.commands.serve.asked import Asked, AskedChat, AskedText
 from fitune.commands.serve.live import Live, Piece
 from fitune.commands.serve.said import Json, chat_logprobs, text_logprobs
-from fitune.core.records import Conversation
+from fitune.core.records import Conversation, Message, ToolCall
+from fitune.data.templates.called import calls_in
 from fitune.engine.thinking import Thinking
 from fitune.models.load import Tuned
 
@@ -85,18 +87,27 @@ class ChatChoice:
     def whole(self) -> Json:
         """See Choice."""
         tokens = [token for piece in self.pieces for token in piece.tokens]
-        thinking = Thinking(self.tuned, self.live.prompt)
-        thought, content = thinking.add("".join(piece.text for piece in self.pieces))
-        rest = thinking.end()
-        message: Json = {"role": "assistant", "content": content + rest[1]}
-        if thought + rest[0]:
-            message["reasoning_content"] = thought + rest[0]
-        return self._choice("message", message, Piece("", tokens, self.pieces[-1].finish))
+        message = self._message()
+        finish = "tool_calls" if message.tool_calls else self.pieces[-1].finish
+        said: Json = {"role": "assistant", "content": message.content or (None if message.tool_calls else "")}
+        if message.thought:
+            said["reasoning_content"] = message.thought
+        if message.tool_calls:
+            said["tool_calls"] = [_call(call) for call in message.tool_calls]
+        return self._choice("message", said, Piece("", tokens, finish))
 
     async def chunks(self) -> AsyncIterator[Json]:
-        """See Choice."""
-        thinking = Thinking(self.tuned, self.live.prompt)
+        """See Choice. Where calls may come, or the answer stands in a frame that only its end closes, it comes in one
+        piece."""
         yield self._choice("delta", {"role": "assistant", "content": ""}, Piece(""))
+        if self.question.tools or getattr(self.tuned.template, "framed", False):
+            await self.take()
+            choice = self.whole()
+            said = choice.pop("message")
+            calls = [{"index": n, **call} for n, call in enumerate(said.pop("tool_calls", []))]
+            yield {**choice, "delta": {**said, **({"tool_calls": calls} if calls else {})}}
+            return
+        thinking = Thinking(self.tuned, self.live.prompt)
         async for piece in self.live.pieces():
             thought, content = thinking.add(piece.text)
             if piece.finish is not None:
@@ -107,10 +118,30 @@ class ChatChoice:
                 delta["content"] = content
             yield self._choice("delta", delta, piece)
 
+    def _message(self) -> Message:
+        """The whole answer, its thought apart, and its calls."""
+        text = "".join(piece.text for piece in self.pieces)
+        calls: tuple[ToolCall, ...] = ()
+        raw = str(self.tuned.tokenizer.decode([token.id for token in self.live.tokens]))
+        if self.question.tools:
+            before, calls = calls_in(raw, self.question.tools)
+            text = self.tuned.encoder.without_special(before) if calls else text
+        if getattr(self.tuned.template, "framed", False) and not calls and not self.live.speech.stopped:
+            return self.tuned.template.read_answer(raw)
+        thinking = Thinking(self.tuned, self.live.prompt)
+        thought, content = map("".join, zip(thinking.add(text), thinking.end(), strict=True))
+        return Message("assistant", content.strip() if calls else content, thought=thought, tool_calls=calls)
+
     def _choice(self, name: str, message: Json, piece: Piece) -> Json:
         logprobs = chat_logprobs(self.tuned.encoder, piece.tokens) if self.asked.logprobs else None
         more = _ids(self.asked, self.live, piece)
         return {"index": self.number, name: message, "logprobs": logprobs, "finish_reason": piece.finish, **more}
+
+
+def _call(call: ToolCall) -> Json:
+    """A call of a tool as OpenAI's API has it."""
+    what = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": what}
 
 
 def _ids(asked: Asked, live: Live, piece: Piece) -> Json:

@@ -23,6 +23,7 @@ from typing import Any
 
 from fitune.core.errors import ConfigError, FituneError
 from fitune.core.records import Message, Segment
+from fitune.data.templates import thoughts
 from fitune.data.templates.base import Tools
 from fitune.data.templates.dialogue import Dialogue, Ends, answered, next_turn
 from fitune.data.templates.rendering import DATED, MUSED, SAID, USER, Renderer, SystemRole
@@ -116,6 +117,11 @@ class ChatTemplate:
     def answer_text(self, text: str) -> str:
         """See Template."""
         return text
+
+    @property
+    def framed(self) -> bool:
+        """Does more than a thought's tags stand around an answer (channels)? Then only the whole of it can be read."""
+        return any(piece.strip() for piece in thoughts.pieces(self._frame[1])[::2])
 
     def as_dict(self) -> dict[str, object]:
         """See Template."""
