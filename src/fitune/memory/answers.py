@@ -37,6 +37,8 @@ def bytes_taken(config: RunConfig, model_config: PretrainedConfig, held_out: Bat
         on_gpu: a GPU answers, not this machine's CPU.
     """
     rows = min(config.sample_prompts, SIDE_BY_SIDE)
+    if not rows:
+        return 0
     prompt = max((int(end - start) for start, end in pairwise(held_out.bounds)), default=0)
     item, width = DTYPES[config.precision].itemsize, model_config.hidden_size
     heads = model_config.num_attention_heads
