@@ -88,19 +88,19 @@ def test_answers_are_in_the_plan_beside_the_states() -> None:
     batch = steps.made_up(1, 40, 1000)
 
     def made(prompts: int, held_out: Any = batch, kind: str = "cuda") -> plan.Plan:
-        work = plan.Work(config(prompts, 500), shape(8), [[batch]], held_out)
+        work = plan.Work(config(prompts, 400), shape(8), [[batch]], held_out)
         return plan.plan(work, device.Device("card", kind, 80 * GIB), name="m")
 
     few, many, none = made(1), made(16), made(0)
     phases = {moment.phase: moment for moment in many.phases}
     assert many.peak.phase == "answers"
-    taken = answers.bytes_taken(config(16, 500), shape(8), batch, on_gpu=True)
+    taken = answers.bytes_taken(config(16, 400), shape(8), batch, on_gpu=True)
     assert phases["answers"].parts["optimizer states"] == phases["update"].parts["optimizer states"]
     assert (
         phases["answers"].bytes - sum(size for name, size in phases["answers"].parts.items() if name != "temporaries")
         >= taken
     )
-    assert many.needed > few.needed + 10 * 2**20  # the allocator's too
+    assert many.needed > few.needed + 9 * 2**20  # the allocator's too
     assert made(16, kind="cpu").needed > made(0, kind="cpu").needed
     assert "answers" not in {moment.phase for moment in none.phases}
     assert "answers" not in {moment.phase for moment in made(16, None).phases}

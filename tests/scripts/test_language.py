@@ -51,6 +51,7 @@ ALLOWED = {  # (file's or verb's name, the pattern): a word that is right there
     ("help", r"\bwords?\b"),
     ("conversations", r"\b(tells?|told|untold)\b"),  # "Tell me a joke, please."
     ("names", r"max_tokens|max-tokens"),  # what others call it
+    *((file, r"max_tokens|max-tokens") for file in ("asked", "app", "serve", "serve.zh-CN")),  # OpenAI's field
     ("as_jinja", r"^_?say$"),  # a template writes what somebody says
     ("chat", r"^_?say$"),  # chat.say("hello") is what the user says
     ("readers", r"^_?words$"),  # words of file names

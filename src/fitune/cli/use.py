@@ -105,7 +105,7 @@ class Bounds:
 
     max_running: Annotated[int, Parameter(help="Requests that are answered at once.")] = 64
     max_waiting: Annotated[int, Parameter(help="Requests that may wait; more are refused with status 429.")] = 256
-    max_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 4096
+    max_new_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 4096
     max_body: Annotated[int, Parameter(help="Most bytes of a request.")] = 1 << 20
     cache_tokens: Annotated[
         int | None,
@@ -122,7 +122,7 @@ def serve(
 ) -> None:
     """Serve runs to clients of OpenAI's API on this machine: /v1/chat/completions, /v1/completions, /v1/models."""
     where, bounds, loading = listening or Listening(), bounds or Bounds(), loading or Loading()
-    least = min(bounds.max_running, bounds.max_tokens, bounds.max_body, bounds.cache_tokens or 1)
+    least = min(bounds.max_running, bounds.max_new_tokens, bounds.max_body, bounds.cache_tokens or 1)
     if not 0 <= where.port < 65536 or least < 1 or bounds.max_waiting < 0 or where.api_key == "":
         raise ConfigError(
             "serve: a setting is out of range",
@@ -139,7 +139,7 @@ def serve(
         place=Place(where.host, where.port, where.api_key, where.allow_host or ()),
         limits=Limits(*asdict(bounds).values()),
         loading=asdict(loading),
-        say=screen.Screen(stderr=True).say,
+        report=screen.Screen(stderr=True).write_line,
     )
 
 

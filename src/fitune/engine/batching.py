@@ -39,7 +39,7 @@ class Ended:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, how its answer is drawn, and who is told.
+    """A prompt, how its answer is drawn, and who gets it.
 
     ids: the prompt. top: how many of the most probable tokens come with each one; None: no probabilities. on_token is
     called with each token of the answer, the stop token left out; on_end once, with why it ended; both in the thread

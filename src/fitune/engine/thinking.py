@@ -1,4 +1,4 @@
-"""A thought and an answer, told apart while the text comes in.
+"""A thought and an answer, separated while the text comes in.
 
 In: pieces of what a model writes. Out: of each piece what belongs to the thought and what to the answer. Tags are kept
 back until they are whole; white space around thought and answer belongs to neither.
@@ -15,7 +15,7 @@ from fitune.models.load import Tuned
 
 
 class Thinking:
-    """Tells one answer's thought from the rest.
+    """Separates one answer's thought from the rest.
 
     Args:
         tuned: the model.

@@ -96,7 +96,7 @@ def serve(
     place: Place = Place(),
     limits: Limits = Limits(),
     loading: Mapping[str, object] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Answer until the process is stopped.
 
@@ -105,7 +105,7 @@ def serve(
         place: where.
         limits: how much.
         loading: as for `engine.loading.load`.
-        say: is given a line for people.
+        report: is given a line for people.
 
     Raises:
         ConfigError: it cannot listen there.
@@ -115,7 +115,7 @@ def serve(
     with place.open() as listening:
         models = {
             name: Batcher(tuned, Room(limits.running, limits.cache_tokens))
-            for name, tuned in _loaded(names, loading or {}, say).items()
+            for name, tuned in _loaded(names, loading or {}, report).items()
         }
         with Worker(list(models.values()), limits.waiting) as worker:
             app = app_of(worker, models, rules=place.rules(limits.body), most=limits.tokens)
@@ -126,13 +126,13 @@ def serve(
             host, port = listening.getsockname()[:2]
             for name, batcher in models.items():
                 how = f"{batcher.rows} answers side by side" if batcher.rows else "one answer after the other"
-                say(f"model {name}: {how}")
-            say(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/v1; Ctrl-C stops")
+                report(f"model {name}: {how}")
+            report(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/v1; Ctrl-C stops")
             uvicorn.Server(config).run(sockets=[listening])
 
 
 def _loaded(
-    names: Mapping[str, str | Path], loading: Mapping[str, object], say: Callable[[str], None]
+    names: Mapping[str, str | Path], loading: Mapping[str, object], report: Callable[[str], None]
 ) -> dict[str, Tuned]:
     """The models by name; what they have in common is held once."""
     found: dict[str, Tuned] = {}
@@ -140,7 +140,7 @@ def _loaded(
         tuned = load(run, **loading)  # type: ignore[arg-type]  # its own keywords
         if found:
             saved = sum(share(other.model, tuned.model) for other in found.values())
-            say(f"model {name}: {saved / MIB:,.1f} MiB of it are those of the models before it")
+            report(f"model {name}: {saved / MIB:,.1f} MiB of it are those of the models before it")
         found[name] = tuned
     return found
 
