@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,6 +82,7 @@ class Function:
         return here or f"{self.module.rpartition('.')[2]}.{name}" in other.uses
 
 
+@cache
 def functions() -> list[Function]:
     """All functions of the package; a method is `Class.method`."""
     found = []

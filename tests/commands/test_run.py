@@ -87,7 +87,7 @@ def test_the_same_settings_give_the_same_bits(unbroken: Path, model_folder: Path
     assert digest(tmp_path / "other") != digest(unbroken)
 
 
-@pytest.mark.parametrize("step", [1, 3, 7, 11])
+@pytest.mark.parametrize("step", [1, 7, *(pytest.param(step, marks=pytest.mark.full) for step in (3, 11))])
 def test_a_resumed_run_equals_the_unbroken_one(
     unbroken: Path, model_folder: Path, data: Path, tmp_path: Path, step: int
 ) -> None:

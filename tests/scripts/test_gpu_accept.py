@@ -237,6 +237,7 @@ def test_what_pytest_reports_is_counted_also_where_it_is_stopped(tmp_path: Path)
     assert checks.outcomes("tests/test_a.py::test_one\n\n1/2 tests collected\n", collected=True)["ran"] == 1
 
 
+@pytest.mark.full
 def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     """The command of the day it counts, with tiny models; in one process, since imports take most of the time."""
     dry_run(tmp_path, "--together")

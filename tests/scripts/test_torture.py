@@ -33,6 +33,7 @@ def good(told: dict) -> bool:
     return not told["bad"] and all(kind["tried"] for kind in told["counts"].values())
 
 
+@pytest.mark.full
 def test_a_few_of_each_kind(tmp_path: Path) -> None:
     told = torture(tmp_path, "--minutes", "0.1", "--seed", "11", "--workers", "1")
     assert good(told), json.dumps(told["bad"], indent=1)
