@@ -131,7 +131,7 @@ Precision = Annotated[
     Parameter(help="Dtype of the computation. [default: the run's own; fp32 for a model folder]"),
 ]
 Moved = Annotated[
-    str | None, Parameter(help="Where the run's base model lies now, if it was moved; its weights must be the same.")
+    str | None, Parameter(help="Folder of the run's base model, if it was moved; its weights must be the same.")
 ]
 Quant = Annotated[
     Literal["none", "int8", "nf4", "fp4"] | None,

@@ -31,7 +31,7 @@ app = App(
     help_formatter=helppage.Help(),
     suppress_keyboard_interrupt=False,
 )
-app.register_install_completion_command(help="Let the shell complete verbs and flags; says what it writes.")
+app.register_install_completion_command(help="Let the shell complete verbs and flags; prints what it writes.")
 for verb in (
     train.demo, train.train, look.inspect, use.chat, use.serve, models.merge, models.reseal, models.download,
     models.convert, models.export, models.quantize, plan.plan, look.doctor, look.methods,

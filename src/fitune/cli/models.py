@@ -27,8 +27,8 @@ class QuantizedBase:
     onto: Annotated[
         str | None,
         Parameter(
-            help="For a quantized base model: merge into `original`, its weights before, or into those of a folder, "
-            "and measure the difference."
+            help="For a quantized base model: weights to merge into, `original` (those before quantization) or a model "
+            "folder; the difference is measured."
         ),
     ] = None
     requantize: Annotated[
@@ -132,7 +132,9 @@ def export(
     model: Annotated[str, Parameter(help="Model folder, such as `fitune merge` writes.")],
     *,
     output: Annotated[Path, Parameter(help="Folder of the exported model; must be new or empty.")],
-    to: Annotated[Literal["original"], Parameter(help="original: ChatGLM2's and 3's published layout.")] = "original",
+    to: Annotated[
+        Literal["original"], Parameter(help="Layout; original: as ChatGLM2 and 3 were published.")
+    ] = "original",
     json: Json = False,
 ) -> None:
     """Write a model in another layout, tensors bit for bit."""

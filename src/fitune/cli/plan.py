@@ -31,7 +31,7 @@ class Target:
     ] = None
     gpu: Annotated[
         str | None,
-        Parameter(help="A memory size (24GB), a GPU (rtx-4090), or this-machine. [default: this machine]"),
+        Parameter(help="Memory to plan for: 24GB, a GPU (rtx-4090), or this-machine. [default: this machine]"),
     ] = None
     tokenizer: Annotated[
         Path | None, Parameter(help="Tokenizer folder, to count tokens where the model itself is not here.")
@@ -85,7 +85,7 @@ def plan(
     set_: SetOption = None,
     flags: Annotated[Optional[PlanFlags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045  # a model made at run time
 ) -> None:
-    """How much memory a run takes, and whether that fits, before anything is downloaded but a config.json.
+    """Show how much memory a run takes and whether it fits, before anything but a config.json is downloaded.
 
     With data and without --method: which methods fit, ranked, with reasons (fitune.advise in Python).
     """

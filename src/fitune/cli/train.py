@@ -29,7 +29,7 @@ def train(
         bool,
         Parameter(
             negative="",
-            help="Choose the best settings that fit into memory, beside those that are given, and say why. "
+            help="Choose the best settings that fit into memory, beside those given, and print why. "
             "The rows of an optimizer step stay as many: batch_size shrinks, accumulation grows.",
         ),
     ] = False,

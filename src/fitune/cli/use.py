@@ -46,7 +46,7 @@ class Drawing:
     top_p: Annotated[
         float, Parameter(help="Draw only from the most probable tokens that together have this probability.")
     ] = 1.0
-    max_new_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 256
+    max_new_tokens: Annotated[int, Parameter(help="Longest answer, in tokens.")] = 256
     seed: Annotated[int | None, Parameter(help="Seed of the random draws; the same seed, the same answers.")] = None
 
 
@@ -58,7 +58,7 @@ def chat(
     drawing: Annotated[Optional[Drawing], Parameter(name="*")] = None,  # noqa: UP045
     loading: Annotated[Optional[Loading], Parameter(name="*")] = None,  # noqa: UP045
 ) -> None:
-    """Talk to a run; works in a pipe too: echo 你好 | fitune chat RUN."""
+    """Talk to the model of a run; works in a pipe too: echo 你好 | fitune chat RUN."""
     how, loading = drawing or Drawing(), loading or Loading()
     if how.temperature < 0 or not 0 < how.top_p <= 1 or how.max_new_tokens < 1:
         raise ConfigError(
@@ -165,7 +165,7 @@ class Answers:
     """What eval generates and shows."""
 
     loss_only: Annotated[bool, Parameter(negative="", help="Measure only the loss; generate no answers.")] = False
-    max_new_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 256
+    max_new_tokens: Annotated[int, Parameter(help="Longest answer, in tokens.")] = 256
     samples: Annotated[int, Parameter(help="Rows to show, with the base model's and the tuned model's answers.")] = 5
 
 

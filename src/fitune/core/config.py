@@ -111,7 +111,7 @@ class DataConfig(Options):
     """Special tokens of the vocabulary that answers are to produce: each is one id in answers, in all other text it
     stays text."""
     max_length: Annotated[int, Field(ge=2, le=MOST_COUNT)] | Literal["auto"] = "auto"
-    """Longest row in tokens. Longer rows are cut: activations grow with it."""
+    """Longest row in tokens. Longer rows are cut; memory for activations grows with it."""
     length_policy: LengthPolicy = "split"
     """What to do with rows longer than max_length: split (documents of plain text become several samples; conversations
     are cut), cut (the prompt first, then the answer), drop, or refuse the run."""
@@ -120,7 +120,7 @@ class DataConfig(Options):
     max_lost: float = Field(default=0.05, ge=0, le=1)
     """Share of rows that may lose answer tokens to cutting before the run is refused."""
     seed: int = Field(default=42, ge=0, lt=2**32)
-    """Decides the order of the rows, the initial weights and dropout."""
+    """Seed of the order of the rows, the initial weights and dropout."""
     cache: str = "auto"
     """Folder where prepared data is kept for the next run: auto (the system's place for caches, or $FITUNE_CACHE), a
     folder, or none."""
@@ -221,11 +221,11 @@ class RunConfig(DataConfig):
     peft: dict[str, Any] = {}
     """Settings of PEFT's own config, for the method peft:TYPE."""
     batch_size: int = Field(default=8, ge=1, le=MOST_BATCH)
-    """Rows per micro-batch. Activations grow with it."""
+    """Rows per micro-batch. Memory for activations grows with it."""
     batch_tokens: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     """Tokens per micro-batch, in place of batch_size: memory stays even where rows differ in length."""
     loss_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Label rows whose logits are there at once; each takes 6 bytes for each token of the vocabulary, 8 in fp32. auto:
+    """Label rows whose logits are computed at once; each takes 6 bytes a token of the vocabulary, 8 in fp32. auto:
     32 MiB of logits on a CPU; on a GPU at least 512 rows, a quarter of the largest micro-batch where there is room."""
     layout: Literal["auto", "flat", "padded", "documents"] = "auto"
     """How documents go through the model. auto: flat, unless a probe on the model shows that documents leak."""
@@ -264,11 +264,11 @@ class RunConfig(DataConfig):
     sample_prompts: int = Field(default=3, ge=0, le=MOST_BATCH)
     """Held-out prompts that are answered before and after, for the report."""
     sample_tokens: int = Field(default=64, ge=1, le=MOST_BATCH)
-    """Most tokens of such an answer."""
+    """Longest of these answers, in tokens."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
     force: bool = False
-    """Run though the plan says that it does not fit, or an epsilon that float16 weights may not survive."""
+    """Run even where the plan does not fit, or where epsilon is too small for weights trained in float16."""
 
     @field_validator("output", "adapter", mode="before")
     @classmethod

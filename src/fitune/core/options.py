@@ -44,11 +44,11 @@ class LoraOptions(Options):
     rslora: bool = False
     """rsLoRA (Kalajdzievski 2023, arXiv:2312.03732): scaled by alpha / sqrt(rank), so that high ranks learn."""
     init: Literal["default", "pissa"] = "default"
-    """default: B = 0, nothing changes at the start. pissa: the base's largest singular vectors (arXiv:2404.02948)."""
+    """default: B = 0, nothing changes at the start. pissa: the weights' largest singular vectors (arXiv:2404.02948)."""
     b_rate: float = Field(default=1.0, gt=0, le=1e6)
     """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): factor on the learning rate of the matrices B; 16 is usual."""
     save: list[str] = []
-    """Modules trained whole beside it: embeddings, head, or names. They cost 16 bytes a parameter."""
+    """Modules that are trained whole beside LoRA: embeddings, head, or names. They cost 16 bytes a parameter."""
 
 
 class FreezeOptions(Options):
@@ -148,14 +148,14 @@ class QuantOptions(Options):
     """Format of the frozen weights of linear layers. int8: LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), 1 byte
     a weight. nf4: QLoRA's 4 bits (Dettmers et al. 2023, arXiv:2305.14314), 0.516 bytes."""
     kind: Literal["nf4", "fp4"] = "nf4"
-    """Which 16 values 4 bits stand for: those of NormalFloat, or those of a float of 4 bits."""
+    """The 16 values that 4 bits stand for: those of NormalFloat, or those of a float of 4 bits."""
     double: bool = True
     """Quantize the scales of the blocks of 64 weights too: 0.516 bytes a weight in place of 0.5625."""
     storage: Literal["uint8", "fp32", "bf16", "fp16"] = "uint8"
     """Dtype in which packed 4-bit weights are stored; the number of bytes is the same."""
     threshold: float = Field(default=6.0, ge=0, le=1e9)
-    """Of int8, for transformers alone, which quantizes inputs but for columns with a value above it: what is quantized
-    and written keeps it. fitune quantizes no inputs, so in a run it does nothing."""
+    """Outlier threshold of LLM.int8(), written into quantized models for transformers, which leaves input columns with
+    a larger value unquantized. fitune quantizes no inputs, so it changes nothing in a run."""
     skip: list[str] = []
     """Linear layers that stay as they are: whole names, or parts of names between dots (model.layers.1.mlp, down_proj).
     The output head always does."""
