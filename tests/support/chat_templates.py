@@ -46,7 +46,10 @@ SPECIAL = [
     "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]",
     "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[gMASK]", "<sop>",
     "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>",
-    "<|return|>", "<|call|>",
+    "<|return|>", "<|call|>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", "<|tool>", "<tool|>",
+    "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>', "<|im_sep|>", "<|tool|>",
+    "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
+    "<|endoftext|>", "<|thought_start|>", "<|thought_end|>", "<|tool_call_start|>",
 ]  # fmt: skip
 PLAIN = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
 # as Qwen's: a full stop and the line breaks behind it make one token, whoever wrote which

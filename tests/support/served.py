@@ -87,21 +87,31 @@ class Server:
         if history and history[-1]["role"] != "assistant":
             return self.encoded(self.text(history, asks=True))
         question: list[Turn] = [{"role": "user", "content": "?"}]
-        header = self.text(question, asks=True).removeprefix(self.text(question, asks=False))
+        alone, asked = self.text(question, asks=False), self.text(question, asks=True)
+        header = asked[len(re.sub(r"<[^<>]*$", "", shared(alone, asked))) :]
         before = self.text([*history, {"role": "assistant", "content": "SAID"}], asks=False).rpartition("SAID")[0]
         tag = re.match(r"<[^<>]*>", header)
-        return self.encoded(before[: before.rindex(tag[0])] + header if tag else before.rstrip())
+        at = before.rfind(tag[0], before.rfind(history[-1]["content"]) if history else 0) if tag else -1
+        if at >= 0:
+            return self.encoded(before[:at] + header)
+        return self.encoded(self.text(history, asks=True) if history and tag else before.rstrip())
 
     def answered(self, messages: Sequence[Turn], stop: int | None) -> list[int]:
         """History and answer, up to the token that ends it."""
         last = dict(messages[-1])
         if self.kind.drops and (thought := last.pop("reasoning_content", "")):  # as the model wrote it
-            last["content"] = f"<think>\n{thought}\n</think>\n\n{last['content'] or ''}"
+            last["content"] = self.kind.written.format(thought, last["content"] or "")
         found = self.encoded(self.text([*messages[:-1], last], asks=False))
         if self.kind.ends_in_nothing:
             return [*found, stop] if stop is not None else found
         assert stop is not None
         return found[: len(found) - found[::-1].index(stop)]
+
+
+def shared(one: str, other: str) -> str:
+    """What two texts begin with."""
+    at = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:at]
 
 
 def judged(name: str, row: Row) -> Cell:
@@ -145,7 +155,7 @@ def compare(
         after = messages[turn + 1]["role"] if len(turns) > 1 and turn + 1 < len(messages) else ""
         how, (start, end) = placed(ids, sample, messages[: turn + 1], after, server, encoder)
         hows.add(how)
-        wanted |= set(range(start, end))
+        wanted |= set(range(max(1, start), end))  # nothing stands before a first id
     found = {at for at, one in enumerate(sample.mask.tolist()) if one}
     if found != wanted:
         raise DifferenceError(
@@ -168,7 +178,8 @@ def placed(
     except Exception as error:  # whatever a template raises
         raise DifferenceError(f"the server refuses it: {error}") from None
     thought = messages[-1].get("reasoning_content", "")
-    if whole[: len(prompt)] == prompt and thought in decoded(encoder, whole[len(prompt) :]):
+    own = kind.own_tags and (messages[-1]["content"] or "").startswith("<think>")
+    if whole[: len(prompt)] == prompt and not own and thought in decoded(encoder, whole[len(prompt) :]):
         _same(ids, whole, encoder)
         return "same", (len(prompt), len(whole))
     _same(ids, prompt, encoder)

@@ -128,7 +128,7 @@ KINDS: dict[str, Kind] = {
         refused={**NO_TOOLS, "thought": "closes the thought", "tagged": "closes the thought"},
     ),
     "v3.1 thinking": Kind(
-        kinds.V31, "<|end_of_sentence|>", "<|end_of_sentence|>", thought="{}</think>\n\n{}", empty="</think>{}", drops=True,
+        kinds.V31, "<|end_of_sentence|>", "<|end_of_sentence|>", thought="{}</think>{}", empty="</think>{}", drops=True,
         options={"thinking": True}, opened=True, splits=(*SEVERAL, "greeting"), refused=NO_TOOLS,
     ),
     "gemma2": Kind(kinds.GEMMA2, "<eos>", "<end_of_turn>", thought=THINK, drops=True, splits=("thought",), refused={**NO_TOOLS, **ALTERNATE}),

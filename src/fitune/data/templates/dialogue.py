@@ -38,6 +38,12 @@ class Ends:
         return next_turn(self.renderer, found) is not None
 
     @cached_property
+    def unwritten(self) -> bool:
+        """The template ends an answer with nothing, and the next turn begins with no token: an answer ends in the EOS,
+        which stands in no prompt behind it (MiniCPM-2B)."""
+        return not self.appended and answered(self.renderer).endswith(SAID)
+
+    @cached_property
     def repeated(self) -> str:
         """What the template puts behind every last answer's stop, where that ends in the stop again (Command-R+)."""
         text = answered(self.renderer).rpartition(SAID)[2]
@@ -166,6 +172,8 @@ class Dialogue:
     def stable(self, turn: int) -> bool:
         """Does the prompt of this answer hold the earlier answers as they were when they were the last ones?"""
         answers = [n for n, message in enumerate(self.messages[:turn]) if message.role == "assistant"]
+        if answers and self.ends.unwritten:
+            return False
         nexts = [*answers[1:], turn]
         return all(
             self.prompt(after).startswith(self._kept(answer))
@@ -290,7 +298,7 @@ class Dialogue:
             before, found, after = kept.rpartition(stop) if stop else (kept, "", "")
             if found and not turns(after):
                 return before, stop, after + more
-        if (self.ends.appended or more) and usual is not None:
+        if (self.ends.appended or self.ends.unwritten or more) and usual is not None:
             return kept, None, more
         raise ModelError(
             "the chat template does not end an answer with a stop token: a model trained so would never stop",

@@ -26,7 +26,7 @@ from fitune.core.records import Message, Segment
 from fitune.data.templates import thoughts
 from fitune.data.templates.base import Tools
 from fitune.data.templates.dialogue import Dialogue, Ends, answered, next_turn
-from fitune.data.templates.rendering import DATED, MUSED, SAID, USER, Renderer, SystemRole
+from fitune.data.templates.rendering import ANSWER, DATED, MUSED, SAID, USER, Renderer, SystemRole
 from fitune.data.tokenizer.interface import Tokenizer
 
 NAMED = "default", "tool_use"  # templates that a tokenizer may have beside each other
@@ -241,4 +241,5 @@ def find_stop(renderer: Renderer) -> str | None:
         return next_turn(renderer, text)
     stop = min(found, key=lambda token: (after.index(token), -len(token)))
     eos = renderer.tokenizer.eos_token
-    return str(eos) if eos and after.startswith(eos, after.index(stop) + len(stop)) else stop
+    goes_on = (renderer.tried([USER, ANSWER, USER]) or "").rpartition(SAID)[2]  # an end of the text alone is no stop
+    return str(eos) if eos and all(f"{stop}{eos}" in text for text in (after, goes_on)) else stop

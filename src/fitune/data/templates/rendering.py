@@ -259,7 +259,7 @@ class Renderer:
             return message
         thought = thoughts.split(message.content)[0]
         kind = thoughts.tags_in(message.content)
-        if not thought or kind is None or not message.content.lstrip().startswith(kind.open):
+        if kind is None or not message.content.lstrip().startswith(kind.open):
             return message
         return replace(message, content=thoughts.answer_of(message.content), thought=thought)
 

@@ -19,6 +19,7 @@ class Tags:
     open: str
     close: str
     bare: bool = False  # no line breaks beside them
+    gap: str = "\n\n"  # between the closing one and the answer, in most templates
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,15 @@ class Style:
         return f"{thought}{self.after}{self.tags.close}{self.gap}{answer}"
 
 
-# Qwen3, QwQ, DeepSeek-R1, GLM-4.5 and most others; Seed-OSS; Magistral; older ones; Command A
+# Qwen3, QwQ, DeepSeek-R1, GLM-4.5 and most others; Seed-OSS; Magistral; older ones; Command A; Gemma 4; MiniCPM3
 KINDS = (
     Tags("<think>", "</think>"),
     Tags("<seed:think>", "</seed:think>"),
     Tags("[THINK]", "[/THINK]"),
     Tags("<thinking>", "</thinking>"),
     Tags("<|START_THINKING|>", "<|END_THINKING|>", bare=True),
+    Tags("<|channel>thought", "<channel|>", gap=""),
+    Tags("<|thought_start|>", "<|thought_end|>", gap="\n"),
 )
 _TAGS = re.compile("|".join(re.escape(tag) for kind in KINDS for tag in (kind.open, kind.close)))
 
@@ -98,7 +101,7 @@ def written_apart(content: str, *, opened: bool) -> tuple[str, str]:
 
 def usual(kind: Tags) -> Style:
     """How most templates with these tags write a thought."""
-    return Style(kind, "", "", "") if kind.bare else Style(kind)
+    return Style(kind, "", "", "") if kind.bare else Style(kind, gap=kind.gap)
 
 
 def written(thought: str, answer: str, kind: Tags) -> str:
@@ -129,6 +132,8 @@ def style_in(text: str, thought: str, answer: str) -> Style | None:
         if found := re.search(rf"{begin}(\s*){end}(\s*){re.escape(answer)}", text):
             line = "\n" if "\n" in found[1] else ""
             return Style(kind, line, line, found[2], seen=True)
+        if found := re.search(rf"{end}(\s*){re.escape(answer)}", text):  # a closing tag alone: DeepSeek-V3.1
+            return Style(kind, "", "", found[1], seen=True)
     return None
 
 
@@ -213,6 +218,8 @@ def _in_open(found: tuple[Tags, bool], text: str, thought: str, answer: str, sty
         return f"{body}{kind.close}{rest}"
     if blocks and thought:
         return style.closed(thought, said) if style.seen else f"{thought}{style.after}{kind.close}{rest}"
+    if blocks and not thought and style.seen:
+        return style.closed("", said)
     if blocks:
         body = blocks[-1].body.removeprefix("\n") if blocks[-1].opened and line else blocks[-1].body
         return f"{body}{kind.close}{rest}"
