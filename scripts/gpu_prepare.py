@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 MISSING = (
     "absl-py", "annotated-types", "attrs", "bitsandbytes", "cloudpickle", "colorama", "cyclopts", "defusedxml",
-    "docstring-parser", "et-xmlfile", "hypothesis", "iniconfig", "jinja2", "joblib", "lxml", "markdown-it-py",
+    "docstring-parser", "et-xmlfile", "gguf", "hypothesis", "iniconfig", "jinja2", "joblib", "lxml", "markdown-it-py",
     "mdurl", "nltk", "openpyxl", "peft", "platformdirs", "pluggy", "portalocker", "protobuf", "psutil", "pydantic",
     "pydantic-core", "pygments", "pytest", "pytest-timeout", "rich", "rich-rst", "rouge-score", "sacrebleu",
     "sentencepiece", "six", "sortedcontainers", "starlette", "tabulate", "typing-inspection", "uvicorn",

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fitune
-from fitune.commands.export import export
+from fitune.commands.export import Exported, export
 from fitune.core.errors import ModelError, RunFolderError
 from fitune.core.records import Message
 from fitune.models.configs import read_config
@@ -131,6 +131,7 @@ def test_the_way_back_is_bit_for_bit(version: str, shared: Path, tmp_path: Path)
     for shard, files in ((2**40, 1), (100_000, 7)):
         target = tmp_path / f"back-{files}"
         done = export(tmp_path / "native", target, shard=shard)
+        assert isinstance(done, Exported)
         assert done.tensors == len(stored)
         assert (done.files > 1) == (files > 1)
         back: dict[str, torch.Tensor] = {}

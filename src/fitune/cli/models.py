@@ -128,22 +128,48 @@ def convert(
         print_json(done.as_dict())
 
 
+@dataclass(frozen=True)
+class Gguf:
+    """What a GGUF is to be."""
+
+    type: Annotated[
+        Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"],
+        Parameter(help="gguf: type of the numbers; auto: as the model is stored."),
+    ] = "auto"
+    verify: Annotated[
+        bool,
+        Parameter(negative="", help="gguf: compare llama.cpp on the file with fitune's chat, token by token."),
+    ] = False
+
+
 def export(
-    model: Annotated[str, Parameter(help="Model folder, such as `fitune merge` writes.")],
+    model: Annotated[str, Parameter(help="Model folder, such as `fitune merge` writes; for gguf a run too.")],
     *,
-    output: Annotated[Path, Parameter(help="Folder of the exported model; must be new or empty.")],
+    output: Annotated[Path, Parameter(help="What is written: a new folder, for gguf a new file.")],
     to: Annotated[
-        Literal["original"], Parameter(help="Layout; original: as ChatGLM2 and 3 were published.")
+        Literal["original", "gguf"],
+        Parameter(help="Layout; original: as ChatGLM2 and 3 were published; gguf: one file for llama.cpp."),
     ] = "original",
+    gguf: Annotated[Optional[Gguf], Parameter(name="*")] = None,  # noqa: UP045
+    base: Annotated[
+        str | None, Parameter(name="--model", help="Where a run's base model is now, if it was moved.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Write a model in another layout, tensors bit for bit."""
-    early.together(lambda: early.model(model), lambda: early.new_folder(output))
+    """Write a run or a model for other programs."""
+    gguf = gguf or Gguf()
+    there = early.model if to == "original" else early.run_or_model
+    early.together(lambda: there(model), lambda: early.new_folder(output), *early.each(early.folder, base))
+    from fitune.commands.export import Exported
     from fitune.commands.export import export as run_export
 
-    done = run_export(model, output, to=to)
-    text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
-    console_for(json).write_line(text)
+    console = console_for(json)
+    done = run_export(model, output, to=to, type_=gguf.type, verify=gguf.verify, base=base)
+    if isinstance(done, Exported):
+        console.write_line(f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}")
+    else:
+        for line in done.lines():
+            console.write_line(line)
     if json:
         print_json(done.as_dict())
 

@@ -1,7 +1,8 @@
-"""A model folder in another layout: ChatGLM2 and 3 as they were published.
+"""A run or a model for other programs: ChatGLM2 and 3 as they were published here, others in files of their own.
 
-In: a model folder in transformers' layout (what `fitune merge` writes). Out: a folder with the published names and
-shapes, tensors bit for bit, a shard at a time, which the published code and the tools around it load.
+In: a model folder in transformers' layout (what `fitune merge` writes); for GGUF a run too. Out: a folder with the
+published names and shapes, tensors bit for bit, a shard at a time, which the published code and the tools around it
+load; or what the exporter that `to` names writes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,7 +25,10 @@ from fitune.models.families import original
 from fitune.models.locate import locate
 from fitune.models.weights import safe
 
-LAYOUTS = ("original",)
+if TYPE_CHECKING:
+    from fitune.commands.export_gguf import ExportedGguf
+
+LAYOUTS = ("original", "gguf")
 SHARD = 4 * 2**30  # bytes of a file
 
 
@@ -40,21 +45,43 @@ class Exported:
         return asdict(self)
 
 
-def export(model: str | Path, output: str | Path, *, to: str = "original", shard: int = SHARD) -> Exported:
-    """Write a model in its published layout.
+def export(
+    model: str | Path,
+    output: str | Path,
+    *,
+    to: str = "original",
+    shard: int = SHARD,
+    type_: str = "auto",
+    verify: bool = False,
+    base: str | Path | None = None,
+) -> Exported | ExportedGguf:
+    """Write a run or a model for other programs.
 
     Args:
-        model: a folder that holds a GLM of ChatGLM2's or 3's kind in transformers' layout.
-        output: a folder that is not there yet, or is empty.
-        to: original.
-        shard: most bytes of a file.
+        model: for `original` a folder that holds a GLM of ChatGLM2's or 3's kind in transformers' layout; for `gguf` a
+            run, or the folder of a model.
+        output: for `original` a folder that is not there yet, or is empty; for `gguf` a file that is not there yet.
+        to: original, or gguf.
+        shard: for `original`: most bytes of a file.
+        type_: for `gguf`: of its numbers: auto (as the model is stored), f32, f16, bf16, q8_0 or q4_0.
+        verify: for `gguf`: compare llama.cpp on the file with fitune's chat, where its library is installed.
+        base: for a run: where its base model is now, if it was moved.
 
     Raises:
-        ModelError: no such layout, or a model that has none.
-        RunFolderError: the folder is not empty.
+        ModelError: no such layout, or a model that has none, or that would answer otherwise there.
+        RunFolderError: something lies there already.
     """
     if to not in LAYOUTS:
         raise ModelError(f"--to {to}", expected=", ".join(LAYOUTS))
+    if to == "gguf":
+        from fitune.commands.export_gguf import export_gguf
+
+        return export_gguf(model, output, type_=type_, verify=verify, base=base)
+    return _published(model, output, shard)
+
+
+def _published(model: str | Path, output: str | Path, shard: int) -> Exported:
+    """ChatGLM2 and 3."""
     folder, target = locate(str(model)), expand(output)
     check_new(target, whole=True)
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():

@@ -6,6 +6,7 @@ training rows; `batching.py` answers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -19,6 +20,7 @@ from fitune.engine.batching import Batcher, Request, Room
 from fitune.engine.drawing import Sampling, Token
 from fitune.engine.speech import Speech
 from fitune.models.adapters import disabled
+from fitune.models.interfaces import causal_lm
 from fitune.models.load import Tuned
 
 SIDE_BY_SIDE = 16  # prompts that are answered together
@@ -148,6 +150,23 @@ def _generate(
     if on_text is not None and (text := speech.end()):
         on_text(text)
     return found
+
+
+@torch.no_grad()
+def most_probable(tuned: Tuned, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+    """The ids that a greedy answer begins with, going on where it ends: to compare with another program.
+
+    Args:
+        tuned: the model.
+        prompts: ids.
+        count: how many for each.
+
+    Raises:
+        ModelError: a prompt that is longer than the model can hold.
+    """
+    encoder = copy.copy(tuned.encoder)
+    encoder.stop_ids = [causal_lm(tuned.model).config.vocab_size]  # an id that no token has
+    return _generate(replace(tuned, encoder=encoder), prompts, Sampling(max_new_tokens=count))
 
 
 def read(tuned: Tuned, question: Conversation, text: str) -> Message:

@@ -82,7 +82,7 @@ def load(
         folder = locate(str(path))
         integrity.check_adapter(folder)
         vocabulary = tokenizer.load(folder)
-        chat_template = _template(folder, template, vocabulary)
+        chat_template = template_of(folder, template, vocabulary)
         plain_model = load_model(folder, precision=precision or "fp32", quant=quant or "none", **how)
         kernel_faults.notice(quants.faults(plain_model))
         answer_tokens = read_answer_tokens(folder) if template == "auto" else ()
@@ -194,7 +194,7 @@ def _digest(value: object) -> str:
     return f"SHA-256 {sums.get('sha256', sums.get('sha256_tree', ''))[:16]}"
 
 
-def _template(folder: Path, name: str, vocabulary: PreTrainedTokenizerBase) -> Template:
+def template_of(folder: Path, name: str, vocabulary: PreTrainedTokenizerBase) -> Template:
     """The template of a model folder: a merged one brings its own."""
     if name == "auto" and (folder / TEMPLATE).is_file():
         return templates.from_dict(tokenizer.read_json(folder / TEMPLATE), vocabulary)

@@ -182,6 +182,13 @@ def write_stops(folder: Path, trained: Sequence[int], first: int, of_base: objec
     return ids
 
 
+def stops_of(folder: Path, encoder: Encoder) -> list[int]:
+    """The ids that end an answer of a model folder, the trained one first: the run's, then those of its base."""
+    base = _read(folder / GENERATION).get("eos_token_id")
+    of_base = base if isinstance(base, list) else [base]
+    return list(dict.fromkeys(i for i in (encoder.stop_id, *encoder.stop_ids, *of_base) if isinstance(i, int)))
+
+
 def _read(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.is_file() else {}
 

@@ -96,7 +96,7 @@ def prove(jinja: Jinja, plain: object, encoder: Encoder, without: Sequence[str] 
             continue
         if expected is None:
             continue
-        found = _rendered(jinja, plain, conversation, encoder)
+        found = rendered(jinja, plain, conversation, encoder)
         if kinds & set(without):
             differing += [name] if found is not None else []
         else:
@@ -112,10 +112,10 @@ def _expected(encoder: Encoder, conversation: Conversation) -> list[int] | None:
     return None if sample is None else [int(i) for i in sample.ids]
 
 
-def _rendered(
+def rendered(
     jinja: Jinja, plain: Any, conversation: Conversation, encoder: Encoder, *, tokenize: bool = True, **how: Any
 ) -> Any:
-    """What transformers makes of a conversation: ids, or a text; None: the Jinja text refuses it."""
+    """What transformers makes of a conversation by a chat template: ids, or a text; None: the template refuses it."""
     in_place = isinstance(encoder.template, PieceTemplate)
     plain.chat_template = jinja  # of several, transformers takes the one for tools where there are some
     try:
@@ -148,9 +148,9 @@ def exceptions(jinja: Jinja, plain: Any, encoder: Encoder) -> list[str]:
     """What a user may type that others encode otherwise than fitune, whatever the template."""
     found = []
     named = next((t for t in plain.all_special_tokens if plain.convert_tokens_to_ids(t) in encoder.stop_ids), None)
-    typed, expected = _written(encoder, talk(f"Say {named} now"))
-    if named is not None and _rendered(jinja, plain, typed, encoder) != expected:
-        literal = _rendered(jinja, plain, typed, encoder, sanitize_control_tokens=True) == expected
+    typed, expected = written(encoder, talk(f"Say {named} now"))
+    if named is not None and rendered(jinja, plain, typed, encoder) != expected:
+        literal = rendered(jinja, plain, typed, encoder, sanitize_control_tokens=True) == expected
         unless = ", unless `sanitize_control_tokens=True` is given" if literal else ""
         found.append(
             f"the name of a control token, such as `{named}`, in a message: text in fitune, the control token in "
@@ -158,8 +158,8 @@ def exceptions(jinja: Jinja, plain: Any, encoder: Encoder) -> list[str]:
         )
     differing = [
         name
-        for name, (edge, ids) in {name: _written(encoder, one) for name, one in EDGES.items()}.items()
-        if _rendered(jinja, plain, edge, encoder) != ids
+        for name, (edge, ids) in {name: written(encoder, one) for name, one in EDGES.items()}.items()
+        if rendered(jinja, plain, edge, encoder) != ids
     ]
     return [
         *found,
@@ -167,7 +167,7 @@ def exceptions(jinja: Jinja, plain: Any, encoder: Encoder) -> list[str]:
     ]
 
 
-def _written(encoder: Encoder, conversation: Conversation) -> tuple[Conversation, list[int] | None]:
+def written(encoder: Encoder, conversation: Conversation) -> tuple[Conversation, list[int] | None]:
     """A conversation and its prompt, with a tool where the template fails without one; None where it fails so too."""
     for one in (conversation, replace(conversation, tools=(TOOL,))):
         try:
@@ -187,7 +187,7 @@ def write_pieces(folder: Path, encoder: Encoder, plain: object) -> bool:
             expected = _expected(encoder, conversation)
         except FituneError:
             continue
-        text = _rendered(jinja, plain, conversation, encoder, tokenize=False)
+        text = rendered(jinja, plain, conversation, encoder, tokenize=False)
         if text is None or _by_pieces(plain, text) != expected:
             return False
     (folder / PIECES).write_text(jinja, encoding="utf-8", newline="\n")

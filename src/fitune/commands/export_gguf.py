@@ -1,0 +1,203 @@
+"""fitune export --to gguf: a run or a model as one file for llama.cpp, and the proof that it answers there as here.
+
+In: a run, or a model folder. Out: a GGUF, read back byte for byte; with `verify` compared with fitune's chat by
+llama.cpp itself. A run is merged first, in float32, into a folder beside the file that is gone afterwards. The file
+takes its name only when it is whole and nothing about it was refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from fitune.commands.merge import Merged, merge
+from fitune.commands.same_answers import Compared, Sizes, compare
+from fitune.core.errors import ModelError, RunFolderError
+from fitune.core.files import check_new, disk, expand, sync
+from fitune.core.scratch import Scratch
+from fitune.data import tokenizer
+from fitune.data.encode import Encoder
+from fitune.engine.loading import load, template_of
+from fitune.models import weights
+from fitune.models.configs import quantized_as, read_config
+from fitune.models.handover import stops_of
+from fitune.models.handover.conversations import CONVERSATIONS
+from fitune.models.handover.gguf import Draft, draft, llamacpp, readback
+from fitune.models.handover.proof import written
+from fitune.models.load import Tuned
+from fitune.models.locate import locate
+
+TYPES = ("auto", "f32", "f16", "bf16", "q8_0", "q4_0")
+STORED = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@dataclass(frozen=True)
+class ExportedGguf:
+    """What was written.
+
+    Args:
+        file: the file.
+        architecture: llama.cpp's name of the model.
+        type: of its numbers.
+        tensors, parameters, bytes: how many.
+        context: the most tokens of a row.
+        notes: what a user should know.
+        merged: of a run, how it was merged.
+        compared: with llama.cpp; None: it was not asked for, or the library is not there.
+    """
+
+    file: str
+    architecture: str
+    type: str
+    tensors: int
+    parameters: int
+    bytes: int
+    context: int
+    notes: list[str] = field(default_factory=list)
+    merged: Merged | None = None
+    compared: Compared | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        first = (
+            f"{self.file}: {self.architecture}, {self.type}, {self.tensors} tensors, {self.parameters:,} parameters, "
+            f"{self.bytes:,} bytes"
+        )
+        lines = [first]
+        if self.merged is not None:
+            lines.append(
+                f"merged first: relative error of the logits {self.merged.merge_error:.1e} by merging, "
+                f"{self.merged.rounding_error:.1e} as written"
+            )
+        if self.compared is not None:
+            lines.append(self.compared.text())
+            lines.append(f"logits differ by at most {self.compared.logits:.1e} of the largest")
+            lines += [f"equally probable: {text}" for text in self.compared.ties]
+        return lines + self.notes
+
+
+def export_gguf(
+    model: str | Path,
+    output: str | Path,
+    *,
+    type_: str = "auto",
+    verify: bool = False,
+    base: str | Path | None = None,
+    sizes: Sizes | None = None,
+) -> ExportedGguf:
+    """Write a run or a model as a GGUF.
+
+    Args:
+        model: a run folder, a model folder, or a hub id.
+        output: the file; it must not be there.
+        type_: of the numbers: auto (as the model is stored), f32, f16, bf16, q8_0, q4_0.
+        verify: compare llama.cpp on the file with fitune's chat, where the library is installed.
+        base: where a run's base model is now, if it was moved.
+        sizes: how much is compared.
+
+    Raises:
+        ModelError: llama.cpp has no such model or tokenizer, or the file would answer otherwise.
+        RunFolderError: the file is there already, or the disk is full.
+    """
+    target = expand(output)
+    if type_ not in TYPES:
+        raise ModelError(f"--type {type_}", expected=", ".join(TYPES))
+    check_new(target)
+    if target.is_dir():
+        raise RunFolderError(
+            f"{target}: is a folder", expected="a file to write", fix=f"--output {target / 'model.gguf'}"
+        )
+    with disk(target.parent, fix="free some space or choose another --output"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Scratch(target) as place, _plain(model, place, base) as (folder, merged, stored):
+            work = _Work(folder, target, place, merged, stored if type_ == "auto" else type_)
+            done = work.write(str(model) if verify else None, base, sizes)
+        sync(target.parent)
+    return done
+
+
+@contextmanager
+def _plain(model: str | Path, place: Path, base: str | Path | None) -> Iterator[tuple[Path, Merged | None, str]]:
+    """A folder with the whole model in plain weights, how it was merged, and the type in which its base is stored."""
+    path = expand(model)
+    if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
+        merged = merge(path, place / "merged", dtype="fp32", model=base)
+        yield place / "merged", merged, STORED[weights.stored_dtype(_base(path, base))]
+        return
+    folder = locate(str(model))
+    if quantized_as(read_config(folder)).name == "none":
+        yield folder, None, STORED[weights.stored_dtype(folder)]
+        return
+    raise ModelError(
+        f"{folder}: is quantized", expected="plain weights, or a run", fix="export the model that it was quantized from"
+    )
+
+
+def _base(run: Path, base: str | Path | None) -> Path:
+    from fitune.engine.checkpoint import RunFolder
+
+    return Path(base) if base is not None else Path(RunFolder(run).read_config().model)
+
+
+def drafted(folder: Path, name: str) -> Draft:
+    """What the file of a model folder will hold. name: what the model is called."""
+    words = tokenizer.load(folder)
+    encoder = Encoder(words, template_of(folder, "auto", words))
+    _, prompt = written(encoder, CONVERSATIONS[0][2])
+    return draft(folder, name, words, stops_of(folder, encoder), prompt or [])
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One export: a model folder, the file to be, a folder of our own beside it."""
+
+    folder: Path
+    target: Path
+    place: Path
+    merged: Merged | None
+    type: str
+
+    def write(self, model: str | None, base: str | Path | None, sizes: Sizes | None) -> ExportedGguf:
+        """Write, read back, compare, and give the file its name. model: what it is compared with; None: nothing."""
+        plan = drafted(self.folder, self.target.stem)
+        file = self.place / "model.gguf"
+        plan.write(file, self.type)
+        self._refuse(readback.differences(file, plan, self.type), "is not what was to be written")
+        notes = [f"otherwise in llama.cpp: {text}" for text in plan.vocabulary.exceptions]
+        compared = None
+        if model is not None and llamacpp.installed():
+            compared = self._compare(plan, file, load(model, model=base, device="cpu", precision="fp32"), sizes)
+            notes += [f"noted: {text}" for text in compared.known if text not in plan.vocabulary.exceptions]
+        elif model is not None:
+            notes.append(f"read back whole; llama.cpp's library is not there to compare with: {llamacpp.INSTALL}")
+        count, size = len(plan.pieces), file.stat().st_size
+        file.replace(self.target)
+        return ExportedGguf(
+            str(self.target), plan.architecture.name, self.type, count, plan.parameters(), size, plan.context,
+            notes, self.merged, compared,
+        )  # fmt: skip
+
+    def _compare(self, plan: Draft, file: Path, tuned: Tuned, sizes: Sizes | None) -> Compared:
+        """In float32, whatever the type of the file: in others numbers are rounded, so nothing need be equal."""
+        if self.type != "f32":
+            file = self.place / "float32.gguf"
+            plan.write(file, "f32")
+        found = compare(file, plan, tuned, sizes)
+        self._refuse(found.problems, "would not answer as fitune's chat does")
+        return found
+
+    def _refuse(self, problems: list[str], why: str) -> None:
+        if problems:
+            raise ModelError(
+                f"{self.target}: was not written, for it {why}",
+                received="; ".join(problems),
+                fix="report it: fitune never writes a file that it knows to be wrong",
+            )
