@@ -103,6 +103,23 @@ def check_rope(size: tuple[int, int, int, int, int], shared: bool, dtype: torch.
     close(k.grad, k64.grad, dtype)
 
 
+def check_loss(rows: int, width: int, weighted: bool, dtype: torch.dtype, device: str = "cpu") -> None:
+    logits, right = pair(4 * torch.randn(rows, width), dtype, device)
+    labels, weights = torch.randint(width, (rows,)), torch.rand(rows) if weighted else torch.ones(rows)
+    given = weights.to(device) if weighted else None
+    kept = logits.detach().clone()
+    exact = (torch.nn.functional.cross_entropy(right, labels, reduction="none") * weights).sum()
+    (3 * exact).backward()
+    for ours in (False, True):
+        logits.grad = None
+        loss = fused.cross_entropy(logits, labels.to(device), given, ours=ours)
+        torch.testing.assert_close(loss.double().cpu(), exact.detach(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(logits, kept)
+        (3 * loss).backward()
+        assert torch.equal(logits, kept) != ours
+        close(logits.grad, right.grad, dtype)
+
+
 dtypes = st.sampled_from([torch.float32, *HALF])
 
 
@@ -124,18 +141,34 @@ def test_rope_beside_float64(size: tuple[int, int, int, int, int], shared: bool,
     check_rope(size, shared, dtype)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.integers(2, 70), st.booleans(), dtypes)
+def test_loss_beside_float64(rows: int, width: int, weighted: bool, dtype: torch.dtype) -> None:
+    check_loss(rows, width, weighted, dtype)
+
+
+def test_a_loss_that_is_not_finite_is_seen() -> None:
+    for wrong in (float("nan"), float("inf")):
+        logits = torch.randn(3, 7)
+        logits[1, 2] = wrong
+        assert not fused.ops.cross_entropy(logits, torch.tensor([0, 1, 2]))[0].isfinite().all()
+
+
 def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[tuple[Any, tuple[Any, ...]]]:
     torch.manual_seed(0)
     x, grad, weight = (torch.randn(size, device=device).to(dtype) for size in ((3, 5, 96), (3, 5, 96), (96,)))
     q, k = (torch.randn(2, 5, heads, 8, device=device).to(dtype).transpose(1, 2) for heads in (4, 2))
     cos, sin = (torch.randn(1, 5, 8, device=device).to(dtype) for _ in "cs")
     scale = fused.ops.rms_norm(x, weight, 1e-6)[1]
+    labels = torch.randint(96, (5,), device=device)
     joined = torch.randn(3, 5, 192, device=device).to(dtype).chunk(2, -1)
     return [
         (fused.ops.rms_norm.default, (x, weight, 1e-6)),
         (fused.ops.rms_norm_backward.default, (grad, x, weight, scale)),
         *((fused.ops.swiglu.default, (*joined, act)) for act in ACTS),
         (fused.ops.swiglu_backward.default, (grad, *joined, fused.SILU)),
+        (fused.ops.cross_entropy.default, (x[0], labels)),
+        (fused.ops.cross_entropy_backward.default, (x[0], labels, scale[0], scale[1])),
         *((fused.ops.rope.default, (q, k, cos, sin, back)) for back in (False, True)),
     ]
 
@@ -167,7 +200,7 @@ def operations(kind: str, device: target.Target, **config: Any) -> Counter[str]:
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
 def test_a_plan_for_a_gpu_has_them_and_one_for_a_cpu_has_not(kind: str) -> None:
     on_gpu, on_cpu = operations(kind, HOPPER), operations(kind, target.CPU)
-    for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope"):
+    for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "cross_entropy"):
         assert on_gpu[f"fitune::{name}"] > 0, name
         assert on_cpu[f"fitune::{name}"] == 0, name
     with fused.eager():
@@ -225,12 +258,14 @@ def test_a_step_with_them_takes_fewer_operations_and_no_more_memory() -> None:
 INTERPRETED = """
 import test_fused, torch
 from fitune.models.kernels import fused, rows
-for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope"):
+for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "cross_entropy",
+             "cross_entropy_backward"):
     fused._LIBRARY.impl(name, getattr(rows, name), "CPU", allow_override=True)
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.float16):  # the interpreter truncates bfloat16
     for rows_, width in ((1, 1), (5, 96), (3, 1000), (2, 2048), (7, 4100)):
         test_fused.check_norm(rows_, width, dtype)
+        test_fused.check_loss(rows_, width + 1, width == 96, dtype)
         for act in test_fused.ACTS:
             test_fused.check_gated(rows_, width, act, width == 96, dtype)
     for size in ((1, 4, 2, 5, 16), (2, 3, 1, 3, 10), (1, 32, 8, 3, 128)):
@@ -248,13 +283,15 @@ CASES = {
     "norm_kernel": {"ROWS": 1, "BLOCK": 4096}, "norm_backward_kernel": {"ROWS": 1, "BLOCK": 4096},
     "swiglu_kernel": {"GELU": False, "BLOCK": 1024}, "swiglu_backward_kernel": {"GELU": True, "BLOCK": 1024},
     "rope_kernel": {"BACK": True, "Q": 32, "K": 8, "HALF": 64},
+    "loss_kernel": {"WIDTH": 128256, "BLOCK": 4096}, "loss_backward_kernel": {"BLOCK": 2048},
 }
-TENSORS = "x weight out grad gate up gate_grad up_grad q k cos sin q_out k_out".split()
+TENSORS = "x weight out grad gate up gate_grad up_grad q k cos sin q_out k_out logits".split()
 for cc, kinds in {75: ("fp16", "bf16"), 80: ("bf16",), 89: ("bf16",), 90: ("bf16", "fp32"), 100: ("bf16",)}.items():
     for kind in kinds:
         for name, constants in CASES.items():
             kernel = getattr(rows, name)
-            types = {"scale": "*fp32", "eps": "fp32"} | {n: f"*{kind}" for n in TENSORS}
+            types = {"scale": "*fp32", "eps": "fp32", "labels": "*i64"}
+            types |= dict.fromkeys(("losses", "total", "each"), "*fp32") | {n: f"*{kind}" for n in TENSORS}
             types |= dict.fromkeys(constants, "constexpr")
             signature = {n: types.get(n, "i32") for n in kernel.arg_names}
             values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
@@ -293,6 +330,7 @@ def test_on_a_gpu_beside_float64(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for rows, width in ((1, 1), (5, 96), (301, 128), (3, 1000), (70, 4096), (2, 16384)):
         check_norm(rows, width, dtype, "cuda", torch.float32)
+        check_loss(rows, 128_256 if width == 4096 else width + 1, width == 128, dtype, "cuda")
         for act in ACTS:
             check_gated(rows, width, act, width == 128, dtype, "cuda")
     for size in ((1, 32, 8, 77, 128), (2, 3, 1, 5, 10), (1, 7, 7, 300, 64)):

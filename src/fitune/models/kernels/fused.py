@@ -1,15 +1,15 @@
-"""Norm, rotary positions and gated activation in one kernel each, on a CUDA GPU.
+"""Norm, rotary positions, gated activation and cross-entropy in one kernel each way, on a CUDA GPU.
 
-Of these three torch's operations launch 6 to 12 kernels each way, and every one of them reads and writes its tensors
-once: on an H100 they take as long as the matrix products beside them. Here each is an operation of its own,
-`fitune::rms_norm`, `fitune::rope`, `fitune::swiglu`, with a reference in torch's operations (on a CPU; tests compare
-with it), the sizes of what it gives (for a plan) and a Triton kernel (`kernels/rows.py`). A kernel works on rows one by
-one, without atomics or trials of speed, so that the bits of a token do not depend on the tokens beside it. Sums are in
-float32 and are rounded once, at the end.
+Of these torch's operations launch 4 to 12 kernels each way, and every one of them reads and writes its tensors once: on
+an H100 they take as long as the matrix products beside them. Here each is an operation of its own,
+`fitune::rms_norm`, `fitune::rope`, `fitune::swiglu`, `fitune::cross_entropy`, with a reference in torch's operations
+(on a CPU; tests compare with it), the sizes of what it gives (for a plan) and a Triton kernel (`kernels/rows.py`). A
+kernel works on rows one by one, without atomics or trials of speed, so that the bits of a token do not depend on the
+tokens beside it. Sums are in float32 and are rounded once, at the end.
 
 `refusal` says where they are not used; there the code that they stand for runs.
 
-Shapes: x, gate, up (..., W); q (B, H, T, E), k (B, K, T, E), cos, sin (B or 1, T, E).
+Shapes: x, gate, up (..., W); q (B, H, T, E), k (B, K, T, E), cos, sin (B or 1, T, E); logits (N, V), labels (N,).
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def refusal(where: Target) -> str | None:
     return _lacking() if target.is_planned() else _broken()
 
 
-def used(x: Tensor) -> bool:
+def used(x: Tensor, widest: int = WIDEST) -> bool:
     """Are they used for a tensor?"""
-    return x.dtype in DTYPES and x.shape[-1] <= WIDEST and refusal(target.of(x.device)) is None
+    return x.dtype in DTYPES and x.shape[-1] <= widest and refusal(target.of(x.device)) is None
 
 
 @cache
@@ -142,6 +142,18 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     return made
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    wide = logits.float()
+    total = wide.logsumexp(-1)
+    return total - wide.gather(-1, labels[:, None])[:, 0], total
+
+
+def _cross_entropy_backward(logits: Tensor, labels: Tensor, total: Tensor, each: Tensor) -> None:
+    made = (logits.float() - total[:, None]).exp_()
+    made[torch.arange(len(labels), device=labels.device), labels] -= 1
+    logits.copy_(made.mul_(each[:, None]))
+
+
 # ---- sizes of what each gives ----
 
 
@@ -170,6 +182,14 @@ def _rope_sizes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> t
     return _by_token(q), _by_token(k)
 
 
+def _cross_entropy_sizes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(len(labels), dtype=torch.float32), logits.new_empty(len(labels), dtype=torch.float32)
+
+
+def _nothing(logits: Tensor, labels: Tensor, total: Tensor, each: Tensor) -> None:
+    return None
+
+
 # ---- the operations ----
 
 
@@ -196,6 +216,9 @@ _TABLE = (
     ("swiglu_backward(Tensor grad, Tensor gate, Tensor up, str act) -> (Tensor, Tensor)", _swiglu_backward,
      _swiglu_backward_sizes),
     ("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool back) -> (Tensor, Tensor)", _rope, _rope_sizes),
+    ("cross_entropy(Tensor logits, Tensor labels) -> (Tensor, Tensor)", _cross_entropy, _cross_entropy_sizes),
+    ("cross_entropy_backward(Tensor(a!) logits, Tensor labels, Tensor total, Tensor each) -> ()",
+     _cross_entropy_backward, _nothing),
 )  # fmt: skip
 for _schema, _reference, _sizes in _TABLE:
     _name = _schema.partition("(")[0]
@@ -251,6 +274,25 @@ class _Rope(torch.autograd.Function):
         return *ops.rope.default(q, k, cos, sin, True), None, None
 
 
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, ours: bool) -> Tensor:
+        logits = logits.detach()
+        losses, total = ops.cross_entropy.default(logits, labels)
+        ctx.logits, ctx.given, ctx.ours = logits, (labels, weights, total), ours
+        found: Tensor = (losses if weights is None else losses * weights).sum()
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (scale,), (labels, weights, total) = grads, ctx.given
+        each = scale.expand(len(labels)) if weights is None else scale * weights
+        made: Tensor = ctx.logits if ctx.ours else ctx.logits.clone()
+        ctx.logits = None  # they are the gradient now, which is not to outlive it
+        ops.cross_entropy_backward.default(made, labels, total, each)
+        return made, None, None, None
+
+
 def _last_dense(x: Tensor) -> Tensor:
     """The same, its last dimension without gaps."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -274,3 +316,14 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     second."""
     turned: tuple[Tensor, Tensor] = _Rope.apply(_last_dense(q), _last_dense(k), cos.contiguous(), sin.contiguous())
     return turned
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None, *, ours: bool) -> Tensor:
+    """Sum of weight x cross-entropy, a float32 scalar.
+
+    Args:
+        weights: (N,) float32; None: 1 for all.
+        ours: nobody else looks at the logits: the backward pass writes their gradient over them.
+    """
+    out: Tensor = _CrossEntropy.apply(logits.contiguous(), labels, weights, ours)
+    return out

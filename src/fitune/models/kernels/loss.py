@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fitune.core.units import MIB
+from fitune.models.kernels import fused
+from fitune.models.kernels.frozen import Frozen
 from fitune.models.kernels.target import CPU, Target, of
 
 aten = torch.ops.aten
@@ -62,6 +64,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _chunk_loss(head: nn.Module, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     logits = head(hidden)
+    if fused.used(logits, widest=2**31):
+        plain = type(head) is nn.Linear or isinstance(head, Frozen)  # others may need what they gave
+        return fused.cross_entropy(logits, labels, weights, ours=plain)
     ours = logits.dtype != torch.float32
     loss: Tensor = _CrossEntropy.apply(logits.float(), labels, weights, ours)
     return loss

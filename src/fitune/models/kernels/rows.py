@@ -117,6 +117,35 @@ def rope_kernel(q, k, cos, sin, q_out, k_out, tokens, angles, q_heads, k_heads, 
     _turn(k, k_out, c, s, batch, token, tokens, k_heads, half, k_batch, k_head, k_token, BACK, K, HALF)
 
 
+@triton.jit
+def loss_kernel(logits, labels, losses, total, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A row in pieces: its largest value so far, and the sum of exponentials below it."""
+    row = tl.program_id(0).to(tl.int64)
+    place = logits + row * WIDTH
+    most, size = -3.0e38, 0.0
+    for start in range(0, WIDTH, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = tl.load(place + column, mask=column < WIDTH, other=-float("inf")).to(tl.float32)
+        before = most
+        most = tl.maximum(before, tl.max(value, axis=0))
+        size = size * tl.exp(before - most) + tl.sum(tl.exp(value - most), axis=0)
+    whole = most + tl.log(size)
+    right = tl.load(place + tl.load(labels + row)).to(tl.float32)
+    tl.store(total + row, whole)
+    tl.store(losses + row, whole - right)
+
+
+@triton.jit
+def loss_backward_kernel(logits, labels, total, each, width, each_row, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place, there = logits + row * width + column, column < width
+    value = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    share = tl.exp(value - tl.load(total + row))
+    made = tl.where(column == tl.load(labels + row), share - 1.0, share) * tl.load(each + row * each_row)
+    tl.store(place, made.to(logits.dtype.element_ty), mask=there)
+
+
 # ---- calls ----
 
 
@@ -197,3 +226,20 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Te
         sizes = tokens, angles, heads, groups, half
         rope_kernel[(batch * tokens,)](q, k, cos, sin, q_out, k_out, *sizes, *q.stride()[:3], *k.stride()[:3], **cut)
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """See fused."""
+    rows, width = logits.shape
+    losses, total = (logits.new_empty(rows, dtype=torch.float32) for _ in "lt")
+    if rows:
+        loss_kernel[(rows,)](logits, labels, losses, total, width, 4 * PIECE, num_warps=8)
+    return losses, total
+
+
+def cross_entropy_backward(logits: Tensor, labels: Tensor, total: Tensor, each: Tensor) -> None:
+    """See fused."""
+    rows, width = logits.shape
+    if rows:
+        grid = (rows, triton.cdiv(width, 2 * PIECE))
+        loss_backward_kernel[grid](logits, labels, total, each, width, each.stride(0), BLOCK=2 * PIECE)
