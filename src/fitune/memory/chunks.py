@@ -17,7 +17,9 @@ from fitune.models.kernels.target import Target
 READS = 4  # how often the head is read, each way, for the largest micro-batch
 MULTIPLE = 128  # of rows: whole tiles of a matrix product
 ROOMY = 0.85  # share of a GPU's memory up to which a plan may grow for this
-EACH = 8  # bytes for each logit: its log-softmax in float32, where its gradient is made, and one of them as computed
+# Bytes for each logit, at most: its log-softmax in float32, where its gradient is made, and one of them as computed.
+# Where one kernel writes the gradient over the logits it is what they take.
+EACH = 8
 
 
 def least(config: RunConfig, vocabulary: int, target: Target) -> int:

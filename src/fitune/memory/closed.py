@@ -11,7 +11,8 @@ the model, Q of all query heads, K of all key heads, M of the MLP.
 
 each in the dtype of the computation, in blocks at or above the first trained parameter. With checkpointing a block
 keeps its input (W), and one block at a time all of it. Logits go in chunks of rows: their
-log-softmax in float32, which becomes their gradient, and one of both in the dtype of the computation.
+log-softmax in float32, which becomes their gradient, and one of both in the dtype of the computation. On a CUDA GPU
+their gradient is written over them, and nothing is there beside them.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from fitune.memory import storage
 from fitune.models import families, quant
 from fitune.models.head import loss_rows
 from fitune.models.interfaces import causal_lm
+from fitune.models.kernels import fused
+from fitune.models.kernels.target import CPU, Target, planned
 from fitune.models.methods.prefix import key_width
 from fitune.models.parts import trainable
 from fitune.models.precision import DTYPES
 
 
-def closed(model: nn.Module, config: RunConfig, tokens: int, labels: int) -> dict[str, int]:
+def closed(model: nn.Module, config: RunConfig, tokens: int, labels: int, where: Target = CPU) -> dict[str, int]:
     """Bytes by category (storage.CATEGORIES).
 
     Args:
@@ -40,6 +43,7 @@ def closed(model: nn.Module, config: RunConfig, tokens: int, labels: int) -> dic
         config: resolved.
         tokens: of the largest micro-batch.
         labels: of them those with a label.
+        where: it runs.
     """
     trained = trainable(model)
     size = DTYPES[config.trainable_dtype].itemsize
@@ -54,14 +58,16 @@ def closed(model: nn.Module, config: RunConfig, tokens: int, labels: int) -> dic
         storage.GRADIENTS: count * size,
         storage.STATES: int(count * state_bytes(config)),
         storage.ACTIVATIONS: tokens * _per_token(model, config, model_config),
-        storage.LOSS: _logit_bytes(config) * min(labels, loss_rows(model)) * model_config.vocab_size
+        storage.LOSS: _logit_bytes(config, where) * min(labels, loss_rows(model)) * model_config.vocab_size
         + 8 * labels * model_config.hidden_size,
     }
     return {name: int(value) for name, value in found.items() if value}
 
 
-def _logit_bytes(config: RunConfig) -> int:
-    return 4 + DTYPES[config.precision].itemsize
+def _logit_bytes(config: RunConfig, where: Target) -> int:
+    with planned(where):
+        wide = 0 if fused.refusal(where) is None else 4
+    return wide + DTYPES[config.precision].itemsize
 
 
 def state_bytes(config: RunConfig) -> float:

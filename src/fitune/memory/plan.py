@@ -246,7 +246,7 @@ def _with_loss_rows(work: Work, rows: int) -> Work:
 def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int] | None) -> Plan:
     model = without_values(work)
     batch = work.largest
-    forms = closed(model, work.config, rounded(len(batch.ids)), batch.targets)
+    forms = closed(model, work.config, rounded(len(batch.ids)), batch.targets, where.target)
     trained = sum(p.numel() for p in trainable(model).values())
     total = sum(quant.numel(p) for p in model.parameters())
     try:
