@@ -213,7 +213,9 @@ def test_why_they_are_not_used() -> None:
         assert "7.0" in str(fused.refusal(target.Target("cuda", (7, 0), 80)))
         with fused.eager():
             assert fused.refusal(HOPPER) == "turned off"
+        assert "Triton" in fused.described(HOPPER)
     assert "CUDA" in str(fused.refusal(target.CPU))
+    assert "torch's: not on a CUDA GPU" in fused.described(target.CPU)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "glm", "gpt2", "bloom"])

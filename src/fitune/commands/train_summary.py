@@ -13,7 +13,9 @@ from fitune.core.events import NAME, RUN_FOLDER, Watcher
 from fitune.models import precision
 from fitune.models.attached import compute_dtype
 from fitune.models.interfaces import causal_lm
+from fitune.models.kernels import fused
 from fitune.models.kernels.attention import chosen
+from fitune.models.kernels.target import of
 
 
 def show(job: Job, watch: Watcher) -> None:
@@ -59,6 +61,7 @@ def settings(job: Job) -> dict[str, str]:
         "data": ", ".join(source.path for source in c.sources()),
         "template": job.tuned.template.name,
         "attention": chosen(causal_lm(job.tuned.model), compute_dtype(job.tuned.model)),
+        "kernels": fused.described(of(job.tuned.device)),
         "loss": f"logits of {c.loss_rows:,} rows at once",
         "batch": f"{_batch(c)} x {c.accumulation}, {job.layout}, max length {c.max_length}",
         "row lengths": ", ".join(f"{name} {value:,.0f}" for name, value in job.report.lengths.items()),

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from fitune.core.records import Batch, Layout
 from fitune.data.batches import rounded
 from fitune.engine.optim import InBackward
+from fitune.models import attached
 from fitune.models.configs import longest_row
 from fitune.models.head import loss_rows, output_head
 from fitune.models.interfaces import causal_lm
@@ -274,8 +275,9 @@ def make_gradients(
         for batch in micro_batches:
             if on_batch is not None:
                 on_batch(batch)
-            loss = loss_sum(model, batch, layout)
-            (loss * (scale / weight)).backward()
+            with attached.of(model).copies():  # the backward pass may go through blocks once more
+                loss = loss_sum(model, batch, layout)
+                (loss * (scale / weight)).backward()
             sums.append(loss.detach().double())
     tokens, targets = (sum(sizes) for sizes in zip(*((len(b.ids), b.targets) for b in micro_batches), strict=True))
     return Made(sum(sums[1:], sums[0]), weight, tokens, targets)

@@ -63,6 +63,12 @@ def refusal(where: Target) -> str | None:
     return _lacking() if target.is_planned() else _broken()
 
 
+def described(where: Target) -> str:
+    """Which kernels compute norms, rotary positions, gates and losses, in words."""
+    why = refusal(where)
+    return "one for each norm, rotary position, gate and loss (Triton)" if why is None else f"torch's: {why}"
+
+
 def used(x: Tensor, widest: int = WIDEST) -> bool:
     """Are they used for a tensor?"""
     return x.dtype in DTYPES and x.shape[-1] <= widest and refusal(target.of(x.device)) is None

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fitune.models.kernels import fused, target
 from fitune.models.kernels.frozen import Frozen
@@ -61,9 +63,20 @@ def _scaled(one: Tensor, other: Tensor, scale: float) -> Tensor:
 
 def _wide(one: Tensor, other: Tensor) -> Tensor:
     """The product in float32, which gradients are kept in: where a kernel gives it so, nothing is rounded before."""
-    if target.of(one.device).kind == "cuda" and one.dtype in HALF:
+    if target.of(one.device).kind == "cuda" and one.dtype in HALF and (target.is_planned() or _gives_wide(one.dtype)):
         return torch.mm(one, other, out_dtype=torch.float32)
     return one.mm(other).float()
+
+
+@cache
+def _gives_wide(dtype: torch.dtype) -> bool:
+    """Does this machine's library give float32 products of 16 bits?"""
+    with _disable_current_modes():
+        ones = torch.ones(16, 16, dtype=dtype, device="cuda")
+        try:
+            return bool((torch.mm(ones.t(), ones, out_dtype=torch.float32) == 16).all())
+        except (RuntimeError, TypeError):
+            return False
 
 
 def _weight(base: Any, dtype: torch.dtype) -> Tensor:
