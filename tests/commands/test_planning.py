@@ -558,7 +558,7 @@ def compared(shape: str, **changes: Any) -> plans.Plan:
         ({"quant": "int8"}, {}),
         pytest.param({"quant": "nf4"}, {"quant": {"name": "nf4", "double": False}}, marks=pytest.mark.full),
         ({"checkpointing": True}, {"checkpointing": 2}),
-        ({"checkpointing": 2}, {}),
+        ({"checkpointing": True}, {}),
         ({"batch_size": 1}, {"batch_size": 2}),
         pytest.param({"max_length": 32}, {"max_length": 64}, marks=pytest.mark.full),
         ({"precision": "bf16"}, {"precision": "fp32"}),
@@ -582,6 +582,15 @@ def test_what_takes_less_is_said_to_take_less(less: dict[str, Any], more: dict[s
     one, other = compared(shape, **less), compared(shape, **more)
     assert one.peak.bytes < other.peak.bytes
     assert one.allocated < other.allocated
+
+
+def test_every_second_block_takes_less_where_not_all_others_are_the_last(tmp_path: Path) -> None:
+    """Of two blocks the second is there in full when its gradients are made, recomputed or not."""
+    path = tmp_path / "deeper.json"
+    path.write_text(json.dumps({**SHAPE, "num_hidden_layers": 4}))
+    every_second, none = (planned(str(path), batch_size=4, max_length=128, **how) for how in ({"checkpointing": 2}, {}))
+    assert every_second.peak.bytes < none.peak.bytes
+    assert every_second.allocated < none.allocated
 
 
 QUICK = ("adamw", "adamw-8bit", "adafactor", "sgd")
