@@ -278,7 +278,7 @@ def test_the_card_says_what_a_reader_needs(chatml_run: Path, tmp_path: Path) -> 
     card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
     for text in (
         "license: unknown", "library_name: transformers", "# merged", "`base`", "| rows.jsonl | 2 |", "method `full`",
-        "| template | \"chatml\" |", "<|im_end|>", "apply_chat_template", "training loss, last step", "of 23 convers",
+        "| template | \"chatml\" |", "<|im_end|>", "apply_chat_template", "training loss, last step", "of 24 convers",
     ):  # fmt: skip
         assert text in card, text
     assert str(chatml_run.parent) not in card  # where files lay is nobody's concern

@@ -261,6 +261,11 @@ class Encoder:
         messages = self._with_thoughts(messages)
         return self._grouped(self.template.render(messages, tools), messages, chosen)
 
+    @cached_property
+    def thought_tags(self) -> thoughts.Tags | None:
+        """The tags of thoughts that the vocabulary knows."""
+        return next((kind for kind in thoughts.KINDS if single_id(self.tokenizer, kind.open) is not None), None)
+
     def _with_thoughts(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Thoughts as text between tags, for templates that are not the tokenizer's own; those know their place.
 
@@ -269,7 +274,7 @@ class Encoder:
         """
         if isinstance(self.template, ChatTemplate) or not any(message.thought for message in messages):
             return messages
-        kind = next((kind for kind in thoughts.KINDS if single_id(self.tokenizer, kind.open) is not None), None)
+        kind = self.thought_tags
         if kind is None:
             raise ConfigError(
                 f"template {self.template.name!r} has no place for a thought, and the vocabulary has no tags for one",

@@ -23,6 +23,7 @@ KINDS = {
     "turns": "earlier answers",
     "system": "a system text",
     "later": "a system text between turns",
+    "thoughts": "thoughts",
 }
 JOINED = (
     "{%- macro joined(m) -%}"
@@ -41,6 +42,7 @@ class Frame:
         space: stands behind BOS, where a tokenizer puts no space of its own after a control token.
         border: stands before every piece; none for a text that is encoded as a whole.
         without: kinds of conversations that the text refuses.
+        thought: what stands before and behind a thought in front of an answer; none: a thought is refused.
     """
 
     stop: str
@@ -48,6 +50,7 @@ class Frame:
     space: str = ""
     border: str = ""
     without: Collection[str] = ()
+    thought: tuple[str, str] | None = None
 
     @property
     def begin(self) -> str:
@@ -127,6 +130,7 @@ def _guards(t: PieceTemplate, frame: Frame) -> list[str]:
         "turns": "m.role == 'assistant'",
         "system": "m.role == 'system'",
         "later": "m.role == 'system' and not loop.first",
+        "thoughts": "m.reasoning_content",
     }
     why = "as one text, its tokens would not be those of the training"
     lines = [
@@ -204,21 +208,27 @@ def _result(t: PieceTemplate, frame: Frame) -> list[str]:
 
 
 def _answer(t: PieceTemplate, frame: Frame) -> list[str]:
-    lines = [frame.say(t.opening), "{%- if m.tool_calls %}"]
+    if frame.thought is None:
+        lines = [f"{{%- if m.reasoning_content %}}{_no_place(t, 'a thought')}{{%- endif %}}", "{%- set mused = '' %}"]
+    else:
+        before, behind = map(quoted, frame.thought)
+        written = f"{before} ~ m.reasoning_content ~ {behind} if m.reasoning_content else ''"
+        lines = [f"{{%- set mused = {written} %}}"]
+    lines += ["{%- set said = mused ~ joined(m) %}", frame.say(t.opening), "{%- if m.tool_calls %}"]
     if t.tool_call is None:
         lines.append(_no_place(t, "tool calls"))
     else:
         written = "call.arguments if call.arguments is string else call.arguments | tojson"
         lines += [
-            f"{{%- if m.content %}}{frame.expression('m.content')}{{%- endif %}}",
+            f"{{%- if said %}}{frame.expression('said')}{{%- endif %}}",
             "{%- for one in m.tool_calls %}{%- set call = one.function or one %}",
-            f"{{%- if m.content or not loop.first %}}{frame.say(chr(10))}{{%- endif %}}",
+            f"{{%- if said or not loop.first %}}{frame.say(chr(10))}{{%- endif %}}",
             frame.fill(t.tool_call, {"name": "call.name", "arguments": written}),
             "{%- endfor %}",
         ]
     return [
         *lines,
-        f"{{%- else %}}{frame.fill(t.assistant, {'content': 'joined(m)'})}{{%- endif %}}",
+        f"{{%- else %}}{frame.fill(t.assistant, {'content': 'said'})}{{%- endif %}}",
         frame.expression(frame.stop),
         f"{{%- if not loop.last %}}{frame.say(t.after_stop)}{{%- endif %}}" if t.after_stop else "",
     ]

@@ -130,7 +130,8 @@ class ChatTemplate:
         return values | {name: value for name, value in more.items() if value and value != "auto"}
 
     def for_others(self) -> str:
-        """The template as whoever serves the model is to have it: with the run's date and options written into it.
+        """The template as whoever serves the model is to have it: with the run's date and options written into it, and
+        with system texts moved where the run moved them.
 
         Where there are several, the default one.
         """
@@ -142,7 +143,7 @@ class ChatTemplate:
             asked = self._renderers["default"].formats
             dates = {form: datetime.fromisoformat(self.date).strftime(form) for form in sorted(asked)}
             before += f"{{%- macro {DATED}(form) -%}}{{{{ {_quoted(dates)}[form] }}}}{{%- endmacro -%}}\n"
-        return before + text
+        return (_MOVED if self.moves_system else "") + before + text
 
     def reads(self) -> set[str]:
         """The names of variables that it reads, but for those that it is always given."""
@@ -218,6 +219,20 @@ def of_tokenizer(
     found = with_stop(None)._renderers["default"]
     found.check_once()
     return with_stop(find_stop(found))
+
+
+# system texts go into the question behind them, before a template that has no place for one
+_MOVED = """{%- set moved = namespace(rules='', turns=[]) -%}
+{%- for m in messages -%}
+    {%- if m.role == 'system' -%}{%- set moved.rules = m.content ~ '\\n\\n' -%}
+    {%- elif m.role == 'user' and moved.rules -%}
+        {%- set moved.turns = moved.turns + [{'role': 'user', 'content': moved.rules ~ m.content}] -%}
+        {%- set moved.rules = '' -%}
+    {%- else -%}{%- set moved.turns = moved.turns + [m] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = moved.turns -%}
+"""
 
 
 def _quoted(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fitune.core.records import Conversation, Message, ToolCall
 
@@ -23,7 +24,10 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-_CALL = Message("assistant", "", tool_calls=(ToolCall("weather", '{"city": "巴黎", "days": 2}'),))
+# ids as Mistral's templates want them: nine letters and digits
+_CALL = Message("assistant", "", tool_calls=(ToolCall("weather", '{"city": "巴黎", "days": 2}', "call00001"),))
+_RESULT = Message("tool", '{"sky": "clear"}', call_id="call00001", name="weather")
+_MUSED = Message("assistant", "It is 2.", thought="One and one.")
 _ASKED = Message("user", "How is the weather in Paris?")
 _CONTEXT = Message("user", "Translate into French.", context="Good morning, everyone.")
 
@@ -55,7 +59,14 @@ CONVERSATIONS: Sequence[tuple[str, frozenset[str], Conversation]] = (
     ("a system text and turns", frozenset({"system", "turns"}), talk("Hi", "Hello!", "Bye", system="Be brief.")),
     ("tools", frozenset({"tools"}), Conversation((_ASKED,), tools=(TOOL,))),
     ("a tool's result", frozenset({"tools", "turns"}), Conversation(
-        (_ASKED, _CALL, Message("tool", '{"sky": "clear"}')), tools=(TOOL,)
+        (_ASKED, _CALL, _RESULT), tools=(TOOL,)
+    )),
+    ("text beside a call", frozenset({"tools", "turns"}), Conversation(
+        (_ASKED, replace(_CALL, content="Let me see."), _RESULT), tools=(TOOL,)
+    )),
+    ("an answer with a thought", frozenset({"thoughts"}), Conversation((Message("user", "1 + 1 = ?"), _MUSED))),
+    ("thoughts in the history", frozenset({"thoughts", "turns"}), Conversation(
+        (Message("user", "1 + 1 = ?"), _MUSED, Message("user", "And 2 + 2?"))
     )),
 )  # fmt: skip
 # What people rarely write at the border to the template's own text, where it may become one token with that

@@ -13,9 +13,10 @@ from typing import Any
 from fitune.core.errors import FituneError
 from fitune.core.records import Conversation, Message
 from fitune.data.encode import Encoder
-from fitune.data.templates import ChatTemplate, PieceTemplate
+from fitune.data.templates import ChatTemplate, PieceTemplate, thoughts
 from fitune.data.templates.as_jinja import Frame, as_jinja, quoted
 from fitune.data.templates.base import arguments, joined
+from fitune.data.templates.rendering import SAID
 from fitune.models.handover.conversations import CONVERSATIONS, EDGES, LEAST, TOOL, talk
 
 PIECES = "fitune_prompt.jinja"  # the prompt with a mark between its pieces, where no chat_template can be written
@@ -41,7 +42,7 @@ def best(encoder: Encoder, plain: object) -> tuple[Jinja | None, Proof, str]:
     """The Jinja text to write, or None; its proof, or that of the best attempt; why there is none."""
     template = encoder.template
     if isinstance(template, ChatTemplate):
-        changed = template.date is not None or template.options
+        changed = template.date is not None or template.options or template.moves_system
         own = template.for_others() if changed else template.jinja
         return own, prove(own, plain, encoder), ""
     if not isinstance(template, PieceTemplate):
@@ -67,7 +68,12 @@ def best(encoder: Encoder, plain: object) -> tuple[Jinja | None, Proof, str]:
 def _frame(encoder: Encoder, space: str = "", without: Sequence[str] = (), border: str = "") -> Frame:
     own = str(encoder.tokenizer.convert_ids_to_tokens(encoder.stop_id))
     stop = "eos_token" if own == encoder.tokenizer.eos_token else quoted(own)
-    return Frame(stop, encoder.bos_id is not None, space, border, without)
+    kind = encoder.thought_tags
+    thought = None
+    if kind is not None:
+        before, _, behind = thoughts.written(SAID, "", kind).partition(SAID)
+        thought = (before, behind)
+    return Frame(stop, encoder.bos_id is not None, space, border, without, thought)
 
 
 def _to_leave_out(proof: Proof) -> list[str]:
@@ -136,11 +142,15 @@ def as_message(message: Message, *, context: bool) -> dict[str, object]:
     values: dict[str, Any] = {"role": message.role, "content": message.content if context else joined(message)}
     if context and message.context:
         values["context"] = message.context
+    if message.thought:
+        values |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), message.thought)
     if message.tool_calls:
         values["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": arguments(call)}}
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments(call)}}
             for call in message.tool_calls
         ]
+    if message.call_id:
+        values |= {"tool_call_id": message.call_id, "name": message.name}
     return values
 
 
