@@ -1,4 +1,4 @@
-"""Every kind of chat template is handed over as it was trained: plain transformers makes the same ids from the folder."""
+"""Every kind of chat template is handed over as it was trained: transformers makes the same ids from the folder."""
 
 from __future__ import annotations
 
