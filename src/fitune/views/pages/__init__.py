@@ -6,6 +6,7 @@ In: a page's name and its values. Out: the page. Every text is escaped; a missin
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import jinja2
 from markupsafe import Markup, escape
@@ -26,8 +27,14 @@ def linked(text: object) -> Markup:
 
 def render(page: str, **values: object) -> str:
     """The page `pages/<page>.html.jinja` with these values; all extend base.html.jinja."""
-    environment = jinja2.Environment(
+    return _environment().get_template(f"{page}.html.jinja").render(**values)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """Made once: compiling a page takes longer than filling it in."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("fitune.views", "pages"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["linked"] = linked
-    return environment.get_template(f"{page}.html.jinja").render(**values)
+    made.filters["linked"] = linked
+    return made
