@@ -48,8 +48,18 @@ def work(way: str, target: Target, shape: Any = SHAPE) -> plan.Work:
     return plan.Work(config, shape, [[row], micro], several)
 
 
-@pytest.mark.parametrize("target", [CPU, AMPERE], ids=["cpu", "cuda"])
-@pytest.mark.parametrize("way", WAYS)
+def ways() -> list[Any]:
+    """Every way on a target or both; the quick run has both for LoRA, and takes turns for the others."""
+    some = {(way, target) for way, target in zip(WAYS, (CPU, AMPERE) * len(WAYS), strict=False)}
+    some |= {("lora", CPU), ("lora", AMPERE), ("full, in the backward pass", AMPERE), (EVERY_SECOND, CPU)}
+    return [
+        pytest.param(way, target, id=f"{way}-{name}", marks=[] if (way, target) in some else pytest.mark.full)
+        for way in WAYS
+        for target, name in ((CPU, "cpu"), (AMPERE, "cuda"))
+    ]
+
+
+@pytest.mark.parametrize(("way", "target"), ways())
 def test_a_trace_from_shallow_models_is_the_trace(way: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "full, in the backward pass" and target is CPU:
         pytest.skip("updates end in no order that repeats: the whole model is traced")
