@@ -143,14 +143,19 @@ class Gguf:
 
 
 def export(
-    model: Annotated[str, Parameter(help="Model folder, such as `fitune merge` writes; for gguf a run too.")],
+    model: Annotated[str, Parameter(help="Model folder, such as `fitune merge` writes; for gguf and vllm a run.")],
     *,
     output: Annotated[Path, Parameter(help="What is written: a new folder, for gguf a new file.")],
     to: Annotated[
-        Literal["original", "gguf"],
-        Parameter(help="Layout; original: as ChatGLM2 and 3 were published; gguf: one file for llama.cpp."),
+        Literal["original", "gguf", "vllm"],
+        Parameter(
+            help="Layout; original: as ChatGLM2 and 3 were published; gguf: a file for llama.cpp; vllm: for vLLM."
+        ),
     ] = "original",
     gguf: Annotated[Optional[Gguf], Parameter(name="*")] = None,  # noqa: UP045
+    merged: Annotated[
+        bool, Parameter(negative="", help="vllm: write the merged model, even where vLLM takes the adapter.")
+    ] = False,
     base: Annotated[
         str | None, Parameter(name="--model", help="Where a run's base model is now, if it was moved.")
     ] = None,
@@ -158,13 +163,13 @@ def export(
 ) -> None:
     """Write a run or a model for other programs."""
     gguf = gguf or Gguf()
-    there = early.model if to == "original" else early.run_or_model
+    there = {"original": early.model, "gguf": early.run_or_model, "vllm": early.run}[to]
     early.together(lambda: there(model), lambda: early.new_folder(output), *early.each(early.folder, base))
     from fitune.commands.export import Exported
     from fitune.commands.export import export as run_export
 
     console = console_for(json)
-    done = run_export(model, output, to=to, type_=gguf.type, verify=gguf.verify, base=base)
+    done = run_export(model, output, to=to, type_=gguf.type, verify=gguf.verify, merged=merged, base=base)
     if isinstance(done, Exported):
         console.write_line(f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}")
     else:

@@ -27,8 +27,9 @@ from fitune.models.weights import safe
 
 if TYPE_CHECKING:
     from fitune.commands.export_gguf import ExportedGguf
+    from fitune.commands.export_vllm import ExportedVllm
 
-LAYOUTS = ("original", "gguf")
+LAYOUTS = ("original", "gguf", "vllm")
 SHARD = 4 * 2**30  # bytes of a file
 
 
@@ -53,18 +54,20 @@ def export(
     shard: int = SHARD,
     type_: str = "auto",
     verify: bool = False,
+    merged: bool = False,
     base: str | Path | None = None,
-) -> Exported | ExportedGguf:
+) -> Exported | ExportedGguf | ExportedVllm:
     """Write a run or a model for other programs.
 
     Args:
         model: for `original` a folder that holds a GLM of ChatGLM2's or 3's kind in transformers' layout; for `gguf` a
-            run, or the folder of a model.
-        output: for `original` a folder that is not there yet, or is empty; for `gguf` a file that is not there yet.
-        to: original, or gguf.
+            run, or the folder of a model; for `vllm` a run.
+        output: for `original` and `vllm` a new or empty folder; for `gguf` a file that is not there yet.
+        to: original, gguf, or vllm.
         shard: for `original`: most bytes of a file.
         type_: for `gguf`: of its numbers: auto (as the model is stored), f32, f16, bf16, q8_0 or q4_0.
         verify: for `gguf`: compare llama.cpp on the file with fitune's chat, where its library is installed.
+        merged: for `vllm`: write the merged model even where the adapter could be served.
         base: for a run: where its base model is now, if it was moved.
 
     Raises:
@@ -77,6 +80,10 @@ def export(
         from fitune.commands.export_gguf import export_gguf
 
         return export_gguf(model, output, type_=type_, verify=verify, base=base)
+    if to == "vllm":
+        from fitune.commands.export_vllm import export_vllm
+
+        return export_vllm(model, output, merged=merged, base=base)
     return _published(model, output, shard)
 
 

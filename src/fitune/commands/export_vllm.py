@@ -1,8 +1,8 @@
 """A run for vLLM: its adapter where vLLM serves it as it is trained, else the merged model, and the command.
 
 In: a finished run. Out: a folder with the adapter (or the model), the run's tokenizer, chat template and stop tokens,
-and the `vllm serve` command that uses all of them. What vLLM accepts of an adapter stands in `reasons`; what it reads of
-the settings is one rank, one alpha and rsLoRA, so an adapter with several of them is rewritten to one.
+and the `vllm serve` command that uses all of them. What vLLM accepts of an adapter stands in `reasons`; what it reads
+of the settings is one rank, one alpha and rsLoRA, so an adapter with several of them is rewritten to one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fitune.data import templates, tokenizer
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.loading import base_of, finished
 from fitune.models import adapters, handover
+from fitune.models.adapters.files import read_settings
 from fitune.models.configs import quantized_as, read_config, read_values
 from fitune.models.handover import GENERATION, Handover
 from fitune.models.weights import safe
@@ -167,11 +168,8 @@ def _linear(module: str) -> bool:
 
 
 def _adapter(run: RunFolder, config: RunConfig, target: Path) -> ExportedVllm:
-    tensors, settings = (
-        safe.load(run.adapter / adapters.WEIGHTS),
-        adapters.read_settings(run.adapter / adapters.PEFT_CONFIG),
-    )
-    tensors, settings, rounding = unified(tensors, settings)
+    trained = safe.load(run.adapter / adapters.WEIGHTS)
+    tensors, settings, rounding = unified(trained, read_settings(run.adapter / adapters.PEFT_CONFIG))
     base = Path(config.model)
     settings["base_model_name_or_path"] = str(base)
     with whole_folder(target) as place:
@@ -234,14 +232,8 @@ def unified(
         made[f"base_model.model.{module}.lora_B.weight"] = torch.cat(
             [scaled, b.new_zeros(b.shape[0], more)], dim=1
         ).contiguous()
-    more_settings = {
-        "r": most,
-        "lora_alpha": common * most,
-        "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    return made, {**settings, **more_settings}, rounding
+    one = {"r": most, "lora_alpha": int(common * most), "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return made, {**settings, **one}, rounding
 
 
 def _scale(module: str, settings: Mapping[str, Any], ranks: Mapping[str, int], alphas: Mapping[str, float]) -> float:
