@@ -80,11 +80,12 @@ UNKNOWN = ["phi", "olmo2"]  # not in the table: found by their names
 PARTIAL = ["qwen3_moe", "mixtral", "gpt_oss", "qwen3_next", "qwen3_5"]  # experts, or blocks of several kinds
 
 
-def make_model(kind: str, seed: int = 0, vocabulary: int = 400) -> Any:
+def make_model(kind: str, seed: int = 0, vocabulary: int = 400, **settings: Any) -> Any:
     """A random model of three blocks. KV heads < heads and a head width that is not width / heads where the family
-    allows it; qwen2, gpt2, bloom and opt have tied heads; biases are random, not zero."""
+    allows it; qwen2, gpt2, bloom and opt have tied heads; biases are random, not zero. settings: further ones, for glm
+    and the kinds of SHAPES."""
     torch.manual_seed(seed)
-    model = _make(kind, vocabulary)
+    model = _make(kind, vocabulary, settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -92,7 +93,7 @@ def make_model(kind: str, seed: int = 0, vocabulary: int = 400) -> Any:
     return model.eval()
 
 
-def _make(kind: str, vocabulary: int) -> Any:
+def _make(kind: str, vocabulary: int, settings: dict[str, Any]) -> Any:
     if kind == "gpt2":
         config = GPT2Config(
             vocab_size=vocabulary, n_embd=32, n_layer=3, n_head=4, n_positions=256, n_inner=64, initializer_range=0.2
@@ -135,11 +136,13 @@ def _make(kind: str, vocabulary: int) -> Any:
         "initializer_range": 0.2,
     }
     if kind in SHAPES:
-        return _other(kind, common)
+        return _other(kind, common, settings)
     if kind == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True))
     if kind == "glm":
-        return GlmForCausalLM(GlmConfig(**common, head_dim=12, attention_bias=True, pad_token_id=0))
+        return GlmForCausalLM(
+            GlmConfig(**{**common, "head_dim": 12, "attention_bias": True, "pad_token_id": 0, **settings})
+        )
     return LlamaForCausalLM(LlamaConfig(**common, head_dim=12, tie_word_embeddings=kind == "llama-tied"))
 
 
@@ -151,6 +154,7 @@ LINEAR = {
 SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", "MistralConfig", {"head_dim": 12, "sliding_window": 8}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 12, "tie_word_embeddings": True}),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {"head_dim": 12}),
     "gemma2": (
         "Gemma2ForCausalLM", "Gemma2Config",
         {"head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 5.0,
@@ -166,6 +170,7 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi": ("PhiForCausalLM", "PhiConfig", {"num_key_value_heads": 4}),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {}),
     "stablelm": ("StableLmForCausalLM", "StableLmConfig", {}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {"shared_expert_intermediate_size": 48, **EXPERTS}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"head_dim": 12, **EXPERTS}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": (
@@ -180,9 +185,9 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def _other(kind: str, common: dict[str, Any]) -> Any:
+def _other(kind: str, common: dict[str, Any], settings: dict[str, Any]) -> Any:
     model, config, extra = SHAPES[kind]
-    return getattr(transformers, model)(getattr(transformers, config)(**{**common, **extra}))
+    return getattr(transformers, model)(getattr(transformers, config)(**{**common, **extra, **settings}))
 
 
 def save(kind: str, folder: Path) -> Path:

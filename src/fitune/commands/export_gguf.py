@@ -171,7 +171,7 @@ class _Work:
         file = self.place / "model.gguf"
         plan.write(file, self.type)
         self._refuse(readback.differences(file, plan, self.type), "is not what was to be written")
-        notes = [f"otherwise in llama.cpp: {text}" for text in plan.vocabulary.exceptions]
+        notes = [*plan.notes, *(f"otherwise in llama.cpp: {text}" for text in plan.vocabulary.exceptions)]
         compared = None
         if model is not None and llamacpp.installed():
             compared = self._compare(plan, file, load(model, model=base, device="cpu", precision="fp32"), sizes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Draft:
     pieces: list[Piece]
     vocabulary: Vocabulary
     context: int
+    notes: list[str] = field(default_factory=list)
 
     def parameters(self) -> int:
         """Numbers in all tensors."""
@@ -78,7 +79,8 @@ def draft(folder: Path, name: str, tokenizer: Any, stops: Sequence[int], prompt:
         **_templates(tokenizer.chat_template),
     }
     pieces = names.pieces(Source(folder, config), config, architecture)
-    return Draft(architecture, metadata, pieces, words, hyper.context(config, architecture))
+    notes = hyper.notes(config, architecture)
+    return Draft(architecture, metadata, pieces, words, hyper.context(config, architecture), notes)
 
 
 def _name(name: str, tokenizer: Any) -> str:

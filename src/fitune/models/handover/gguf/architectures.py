@@ -140,7 +140,7 @@ TABLE: dict[str, Architecture] = {
     "gemma2": Architecture(MODEL_ARCH.GEMMA2, GELU, order.shifted, _gemma, _gemma_scale, window=True),
     "gemma3_text": Architecture(MODEL_ARCH.GEMMA3, GELU, order.shifted, _gemma, _gemma_scale, window=True),
     "phi3": Architecture(MODEL_ARCH.PHI3, problems=_plain_heads),
-    "glm": Architecture(MODEL_ARCH.CHATGLM),
+    "glm": Architecture(MODEL_ARCH.CHATGLM, problems=_plain_heads),
     "glm4": Architecture(MODEL_ARCH.GLM4),
     "gpt2": Architecture(MODEL_ARCH.GPT2, (*GELU, *EXACT), order.transposed, problems=_gpt2),
     "gpt_neox": Architecture(MODEL_ARCH.GPTNEOX, (*GELU, *EXACT), order.fused, _neox, own_head=True),

@@ -105,7 +105,8 @@ def _no_place(kind: str) -> ModelError:
 
 
 def _yarn(rope: dict[str, Any]) -> dict[str, Any]:
-    """YaRN; llama.cpp's own factor of the attention is 1 + 0.1 ln(factor), and what is written multiplies it."""
+    """YaRN; llama.cpp's own factor of the attention is 1 + 0.1 ln(factor), and attn_factor multiplies it. (It reads
+    yarn_attn_factor too, and overwrites it.)"""
     factor = float(rope["factor"])
     own = 0.1 * math.log(factor) + 1.0
     mscale, every = rope.get("mscale"), rope.get("mscale_all_dim")
@@ -120,7 +121,7 @@ def _yarn(rope: dict[str, Any]) -> dict[str, Any]:
         Keys.Rope.SCALING_ORIG_CTX_LEN: int(rope["original_max_position_embeddings"]),
         Keys.Rope.SCALING_YARN_BETA_FAST: float(rope.get("beta_fast") or 32),
         Keys.Rope.SCALING_YARN_BETA_SLOW: float(rope.get("beta_slow") or 1),
-        **({Keys.Rope.SCALING_YARN_ATTN_FACTOR: float(given) / own} if given is not None else {}),
+        **({Keys.Rope.SCALING_ATTN_FACTOR: float(given) / own} if given is not None else {}),
     }
 
 
@@ -134,6 +135,20 @@ def _long(config: Any, rope: dict[str, Any]) -> dict[str, Any]:
         Keys.Rope.SCALING_ORIG_CTX_LEN: before,
         Keys.Rope.SCALING_ATTN_FACTOR: float(rope.get("attention_factor") or scale),
     }
+
+
+def notes(config: Any, architecture: Architecture) -> list[str]:
+    """What a user should know of the length of rows."""
+    longest = int(getattr(config, "max_position_embeddings", None) or 0)
+    kept = context(config, architecture)
+    found = [f"its context ends after {kept:,} tokens: llama.cpp has no window for it"] * (kept < longest)
+    if getattr(config, "rope_parameters", None) and main_rope(config).get("rope_type") == "longrope":
+        before = int(main_rope(config)["original_max_position_embeddings"])
+        found.append(
+            f"opened with a context of more than {before:,} tokens, llama.cpp stretches the positions of short texts "
+            "too, as transformers does not"
+        )
+    return found
 
 
 def tensors(config: Any) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from fitune.models.handover.gguf.source import Source
 EXPERT = re.compile(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight")
 PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # Mixtral's names
 HEADS = ("lm_head.weight", "embed_out.weight")
-COMPUTED = ("inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")  # no weights
+COMPUTED = ("inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")  # no weights
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 
 

@@ -1,0 +1,137 @@
+"""Every family that llama.cpp has: its logits are those of transformers, also where positions are stretched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fitune.commands.export_gguf import drafted
+from fitune.commands.same_answers import GELU, NOISE, TABLE
+from fitune.core.errors import ModelError
+from fitune.models.handover.gguf import architectures, llamacpp, readback
+from support import tiny
+
+needs_llama_cpp = pytest.mark.skipif(
+    not llamacpp.installed(), reason="llama-cpp-python (the extra `verify`) is not installed"
+)
+KINDS = ["llama", "llama-tied", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2",
+         "gemma3", "phi3", "glm", "glm4", "gpt2", "gpt_neox", "bloom"]  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+ROPES: dict[str, dict[str, Any]] = {
+    "base": {"rope_type": "default", "rope_theta": 500_000.0},
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "yarn": YARN,
+    "yarn with a factor of its own": {**YARN, "attention_factor": 1.3},
+    "llama3": LLAMA3,
+}
+
+
+LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
+    "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0],
+}  # fmt: skip
+
+
+def made(kind: str) -> Any:
+    """A random model with what llama.cpp expects of its kind."""
+    if kind == "glm":  # heads that share the width of the model
+        return tiny.make_model("glm", head_dim=8)
+    return tiny.make_model(kind, norm_topk_prob=True) if kind == "qwen3_moe" else tiny.make_model(kind)
+
+
+def written(model: Any, folder: Path, tmp_path: Path) -> Path:
+    model.save_pretrained(str(folder))
+    tiny.make_tokenizer().save_pretrained(str(folder))
+    plan = drafted(folder, "a")
+    plan.write(tmp_path / "a.gguf", "f32")
+    assert readback.differences(tmp_path / "a.gguf", plan, "f32") == []
+    return tmp_path / "a.gguf"
+
+
+def off(model: Any, file: Path, length: int, context: int = 256, first: int = 0) -> float:
+    """The largest difference of the logits behind each token from the first on, relative to the largest logit."""
+    torch.manual_seed(1)
+    ids = torch.randint(5, 400, (length,)).tolist()
+    with torch.no_grad():
+        here = model(input_ids=torch.tensor([ids])).logits[0].numpy()[first:]
+    with llamacpp.LlamaCpp(file, context) as other:
+        there = np.stack([other.logits(ids[: n + 1]) for n in range(first, length)])
+    return float(np.abs(here - there).max() / np.abs(here).max())
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    model = made(kind)
+    file = written(model, tmp_path / "model", tmp_path)
+    plan = drafted(tmp_path / "model", "a")
+    bound = TABLE if plan.architecture.arch in GELU else NOISE
+    assert off(model, file, min(40, plan.context)) < bound
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("rope", ROPES)
+def test_stretched_positions(rope: str, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, rope_parameters=ROPES[rope],
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    assert off(model, written(model, tmp_path / "model", tmp_path), 120) < NOISE
+
+
+@needs_llama_cpp
+def test_positions_that_are_stretched_frequency_by_frequency(tmp_path: Path) -> None:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, original_max_position_embeddings=256, pad_token_id=0,
+        initializer_range=0.2, rope_parameters=LONG, sliding_window=None,
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config).eval()
+    file = written(model, tmp_path / "model", tmp_path)
+    assert any("more than 256 tokens" in note for note in drafted(tmp_path / "model", "a").notes)
+    assert off(model, file, 40) < NOISE  # short
+    assert off(model, file, 300, context=512, first=290) < NOISE  # long
+
+
+def test_a_stretch_that_llama_cpp_has_not(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    config = (
+        (folder / "config.json").read_text().replace('"rope_type": "default"', '"rope_type": "dynamic", "factor": 2.0')
+    )
+    (folder / "config.json").write_text(config)
+    with pytest.raises(ModelError, match="stretched in a way"):
+        drafted(folder, "a")
+
+
+def test_settings_that_it_computes_otherwise_are_named(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    config = (folder / "config.json").read_text().replace('"silu"', '"relu"')
+    (folder / "config.json").write_text(config)
+    with pytest.raises(ModelError, match="otherwise than transformers") as error:
+        drafted(folder, "a")
+    assert "activation relu" in str(error.value)
+
+
+def test_a_window_that_it_has_not_ends_the_context(tmp_path: Path) -> None:
+    assert drafted(tiny.save("mistral", tmp_path / "mistral"), "a").context == 8
+    assert drafted(tiny.save("gemma3", tmp_path / "gemma3"), "a").context == 256
+
+
+def test_every_row_of_the_table_is_tried() -> None:
+    tried = {"gemma3_text" if kind == "gemma3" else kind for kind in KINDS}
+    assert set(architectures.TABLE) <= tried
