@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, GGUFReader, Keys
+from gguf import MODEL_ARCH, GGUFReader, Keys, TokenType
 from numpy.typing import NDArray
 
 from fitune.core.errors import FituneError, ModelError
@@ -28,7 +28,7 @@ from fitune.models.handover.conversations import CONVERSATIONS, talk
 from fitune.models.handover.gguf import Draft
 from fitune.models.handover.gguf.llamacpp import LlamaCpp
 from fitune.models.handover.gguf.strings import CHINESE, CODE, ENGLISH, strings
-from fitune.models.handover.gguf.vocabulary import MARKS, SPACE, pieces
+from fitune.models.handover.gguf.vocabulary import INDENTED, MARKS, SPACE, Vocabulary, pieces
 from fitune.models.handover.proof import rendered
 from fitune.models.interfaces import causal_lm
 from fitune.models.load import Tuned
@@ -36,6 +36,7 @@ from fitune.models.load import Tuned
 PROMPTS, TOKENS, STRINGS = 200, 64, 10_000
 NOISE = 1e-4  # of the largest logit: what another order of sums in float32 may change
 TABLE = 5e-3  # the same where llama.cpp takes GELU from a table of float16
+TEXT = (TokenType.NORMAL, TokenType.USER_DEFINED)
 GELU = {MODEL_ARCH.GPT2, MODEL_ARCH.GPTNEOX, MODEL_ARCH.BLOOM, MODEL_ARCH.GEMMA, MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3}
 
 
@@ -138,24 +139,43 @@ def _conversations() -> Iterator[Conversation]:
 
 def _strings(found: Compared, other: LlamaCpp, draft: Draft, tuned: Tuned, count: int) -> None:
     """Ids of texts, as transformers makes them."""
-    words = tuned.tokenizer
-    control = [str(token) for token in words.all_special_tokens]
-    bos = [words.bos_token_id] if draft.metadata[Keys.Tokenizer.ADD_BOS] else []
-    marks = MARKS not in draft.vocabulary.exceptions
-    for n, text in enumerate(strings(count, control, _pieces(found, other, words), marks=marks)):
-        if draft.vocabulary.inner:  # as it stands in a conversation: behind a control token
-            text = f"{words.bos_token or words.eos_token}{text}"
-        expected = [*bos, *words(text, add_special_tokens=False)["input_ids"]]
-        received = other.ids(text)
-        if n % 20 == 0 and received == expected:  # what a user types must not become a control token
-            expected = list(words(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-            received = other.ids(text, parse=False, frame=False)
+    words, vocabulary = tuned.tokenizer, draft.vocabulary
+    control = [] if vocabulary.literal else [str(token) for token in words.all_special_tokens]
+    taken = [vocabulary.tokens[n] for n in sorted(other.control()) if vocabulary.types[n] in TEXT]
+    found.known += [f"{text!r} in a text: llama.cpp takes it for a control token, whatever it is" for text in taken]
+    own = _pieces(found, other, words)
+    texts = strings(2 * count, control, own, marks=MARKS not in vocabulary.exceptions)
+    for text in [text for text in texts if not _known(text, vocabulary, taken, control)][:count]:
+        received, expected = _both(text, other, draft, words, control)
         found.strings += 1
         found.strings_same += received == expected
         if received != expected and found.strings - found.strings_same == 1:
             found.problems.append(f"tokens of {text!r}: {_first(received, expected, words)}")
     if found.strings - found.strings_same > 1:
         found.problems.append(f"and of {found.strings - found.strings_same - 1:,} more texts")
+
+
+def _known(text: str, vocabulary: Vocabulary, taken: Sequence[str], control: Sequence[str]) -> bool:
+    """Is this text an exception that is said of the vocabulary?"""
+    indented = text.startswith(" ") or any(f"{name} " in text for name in control)
+    return any(name in text for name in taken) or (indented and INDENTED in vocabulary.exceptions)
+
+
+def _both(text: str, other: LlamaCpp, draft: Draft, words: Any, control: Sequence[str]) -> tuple[list[int], list[int]]:
+    """A text's ids in llama.cpp and in transformers; where control tokens are named in it, they are not parsed in a
+    second look, for what a user types must not become one."""
+    vocabulary = draft.vocabulary
+    if vocabulary.literal:
+        return other.ids(text, parse=False, frame=False), list(words(text, add_special_tokens=False)["input_ids"])
+    bos = [words.bos_token_id] if draft.metadata[Keys.Tokenizer.ADD_BOS] else []
+    shown = f"{words.bos_token or words.eos_token}{text}" if vocabulary.inner else text
+    expected = [*bos, *words(shown, add_special_tokens=False)["input_ids"]]
+    received = other.ids(shown)
+    named = any(name in text for name in control)
+    if received != expected or vocabulary.inner or not named:
+        return received, expected
+    plain = list(words(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return other.ids(text, parse=False, frame=False), plain
 
 
 def _pieces(found: Compared, other: LlamaCpp, words: Any) -> list[str]:

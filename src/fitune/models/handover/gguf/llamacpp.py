@@ -120,6 +120,11 @@ class LlamaCpp:
                 return found.raw[:size]
             room = -size
 
+    def control(self) -> set[int]:
+        """Every token that a text becomes only where control tokens are parsed."""
+        flag = int(self.api.LLAMA_TOKEN_ATTR_CONTROL)
+        return {n for n in range(self.size) if self.api.llama_vocab_get_attr(self.vocabulary, n) & flag}
+
     def ends(self) -> set[int]:
         """Every token at which generation ends."""
         return {n for n in range(self.size) if self.api.llama_vocab_is_eog(self.vocabulary, n)}

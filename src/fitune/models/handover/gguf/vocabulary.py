@@ -23,6 +23,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fitune.core.errors import ModelError
 from fitune.data.tokenizer import adds_bos
+from fitune.data.tokenizer.chatglm import ChatGLM2Tokenizer
 from fitune.models.handover.gguf import pretokenizers
 
 SPACE = "▁"
@@ -32,6 +33,7 @@ NOT_NFC = (
     "text that is not in Unicode's NFC: transformers composes its characters first, llama.cpp takes them as they are"
 )
 MARKS = "words with combining marks (of Hindi, Thai, ...): llama.cpp cuts them apart, transformers does not"
+INDENTED = "text that begins with a space: llama.cpp puts one more in front, as sentencepiece does, transformers none"
 BARS = f"text with {SPACE} (U+2581) in it: llama.cpp takes it for a space"
 
 
@@ -49,6 +51,7 @@ class Vocabulary:
         prefix: is a space put in front of a text that begins, or stands behind a control token?
         exceptions: texts that llama.cpp encodes otherwise, whatever is written.
         inner: are texts the same only behind a control token, as they stand in a conversation?
+        literal: does no text yield a control token, whatever stands in it?
     """
 
     model: str
@@ -60,6 +63,7 @@ class Vocabulary:
     prefix: bool = False
     exceptions: list[str] = field(default_factory=list)
     inner: bool = False
+    literal: bool = False
 
     def metadata(self) -> dict[str, Any]:
         """Keys and values."""
@@ -86,6 +90,8 @@ def of(tokenizer: Any, rows: int) -> Vocabulary:
     Raises:
         ModelError: llama.cpp has no tokenizer that makes the same ids.
     """
+    if isinstance(tokenizer, ChatGLM2Tokenizer):
+        return _published(tokenizer, rows)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise _refused("it has no tokenizer.json", type(tokenizer).__name__)
     values = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -212,8 +218,38 @@ def _sentencepiece(values: Mapping[str, Any], rows: int) -> Vocabulary:
         types=types,
         scores=scores,
         prefix=where == "always",
+        exceptions=[INDENTED] * (where == "always" and not _prepends(values)),
         inner=where == "first",
     )
+
+
+def _prepends(values: Mapping[str, Any]) -> bool:
+    """Is ▁ put in front of every text? Metaspace leaves out those that begin with a space."""
+    return any(part["type"] == "Prepend" for part in _parts(values.get("normalizer"), "normalizers"))
+
+
+def _published(tokenizer: Any, rows: int) -> Vocabulary:
+    """ChatGLM2's and 3's, from its sentencepiece file, and the control tokens behind that."""
+    model = tokenizer.model
+    tokens, types = [f"[PAD{n}]" for n in range(rows)], [int(TokenType.UNUSED)] * rows
+    scores = [NEVER] * rows
+    for n in range(model.get_piece_size()):
+        tokens[n], scores[n] = model.id_to_piece(n), model.get_score(n)
+        types[n] = _kind(model, n)
+    for name, n in tokenizer.commands.items():
+        tokens[n], types[n] = name, int(TokenType.CONTROL)
+    return Vocabulary("llama", "default", tokens, types, scores=scores, prefix=True, literal=True)
+
+
+def _kind(model: Any, n: int) -> int:
+    """What a piece of a sentencepiece file is."""
+    for kind, is_it in (
+        (TokenType.UNKNOWN, model.is_unknown), (TokenType.CONTROL, model.is_control),
+        (TokenType.UNUSED, model.is_unused), (TokenType.BYTE, model.is_byte),
+    ):  # fmt: skip
+        if is_it(n):
+            return int(kind)
+    return int(TokenType.NORMAL)
 
 
 def _check_bytes(tokens: Iterable[str]) -> None:
@@ -250,6 +286,16 @@ def pieces(tokenizer: Any) -> dict[int, bytes]:
     Args:
         tokenizer: of transformers, with a tokenizer.json.
     """
+    if isinstance(tokenizer, ChatGLM2Tokenizer):
+        made = _published(tokenizer, tokenizer.vocab_size)
+        texts = [
+            text.replace(SPACE, " ") if made.types[n] == TokenType.NORMAL else text
+            for n, text in enumerate(made.tokens)
+        ]
+        return {
+            n: bytes([int(hit[1], 16)]) if (hit := BYTE.fullmatch(text)) else text.encode()
+            for n, text in enumerate(texts)
+        }
     values = json.loads(tokenizer.backend_tokenizer.to_str())
     bytes_of = {character: byte for byte, character in bytes_to_unicode().items()}
     parts = _parts(values.get("pre_tokenizer"), "pretokenizers")
