@@ -2,7 +2,7 @@
 #
 # make demo       fine-tune the bundled model and show what changed
 # make unit       the tests that need no process and no training
-# make test       lint, types and all tests but the whole product (some 13 minutes on 2 cores)
+# make test       lint, types and all tests but the whole product
 # make test-full  the whole product of methods, families and precisions, and results/test-full.json
 # make fmt        sort imports, fix what ruff can, format
 # make lint       ruff, the format, and which folder imports which
