@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
-from openai import APIStatusError, OpenAI
+from openai import APIStatusError, OpenAI, RateLimitError
 
+import fitune
 from fitune.commands.chat import Chat
 from fitune.core.records import Message
 from fitune.engine.batching import Batcher, Request
 from fitune.engine.drawing import Sampling
 from fitune.engine.loading import load
 from fitune.models.load import Tuned
+from support import tiny
 from support.command import run as command
 from support.serving import served
 
@@ -129,3 +136,143 @@ def test_a_wrong_command_ends_with_exit_code_2(
     code, _, err = command(["serve", *arguments], capsys, monkeypatch)
     assert code == 2
     assert text in err
+
+
+# ---- limits, and who may ask ----
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with a key and hardly any room."""
+    bounds = ("--max-running", 1, "--max-waiting", 0, "--api-key", "sesame", "--max-new-tokens", 900)
+    with served(MODEL, *bounds, log=tmp_path_factory.mktemp("narrow") / "log") as address:
+        yield address
+
+
+def raw(address: str, path: str, headers: dict[str, str], body: bytes | None = None) -> tuple[int, Any]:
+    """A request as anybody could send it: its status, and its body."""
+    where = urlsplit(address)
+    connection = HTTPConnection(where.hostname or "", where.port or 0, timeout=300)
+    connection.request("POST" if body is not None else "GET", path, body, headers)
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+KEY = {"Authorization": "Bearer sesame"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (KEY, 200),
+        ({}, 401),
+        ({"Authorization": "Bearer open"}, 401),
+        ({**KEY, "Host": "evil.example"}, 403),
+        ({**KEY, "Host": "127.0.0.1.evil.example:80"}, 403),
+        ({**KEY, "Origin": "https://evil.example"}, 403),
+        ({**KEY, "Host": "localhost", "Origin": "http://localhost:3000"}, 200),
+    ],
+)
+def test_only_who_may_ask_is_answered(narrow: str, headers: dict[str, str], status: int) -> None:
+    code, body = raw(narrow, "/v1/models", headers)
+    assert code == status
+    assert status == 200 or body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "status"),
+    [("text/plain", b"{}", 415), ("application/json", b"{", 400), ("application/json", b"[]", 400), ("", b"{}", 415)],
+)
+def test_a_body_that_is_no_json_is_refused(narrow: str, kind: str, body: bytes, status: int) -> None:
+    headers = {**KEY, **({"Content-Type": kind} if kind else {})}
+    code, answer = raw(narrow, "/v1/chat/completions", headers, body)
+    assert (code, answer["error"]["type"]) == (status, "invalid_request_error")
+
+
+def test_paths_that_are_not_there_are_refused_as_openai_does(narrow: str) -> None:
+    assert raw(narrow, "/v1/embeddings", {**KEY, "Content-Type": "application/json"}, b"{}")[0] == 404
+    assert raw(narrow, "/v1/chat/completions", KEY)[0] == 405
+
+
+def waiting_for(address: str, requests: int) -> None:
+    while raw(address, "/health", KEY)[1]["requests"] != requests:
+        time.sleep(0.05)
+
+
+def test_too_many_get_429_and_a_client_that_goes_away_frees_its_place(narrow: str) -> None:
+    client = OpenAI(base_url=narrow, api_key="sesame", max_retries=0, timeout=300)
+    long: dict[str, Any] = {"temperature": 1.5, "seed": 1, "extra_body": {"return_token_ids": True}}
+    prompt: Any = [i % 1000 + 300 for i in range(20)]
+    stream = client.completions.create(model="model", prompt=prompt, max_tokens=900, stream=True, **long)
+    waiting_for(narrow, 1)
+    with pytest.raises(RateLimitError) as caught:
+        client.completions.create(model="model", prompt=prompt, max_tokens=2, **long)
+    assert caught.value.response.headers["retry-after"]
+    stream.close()
+    waiting_for(narrow, 0)
+    assert client.completions.create(model="model", prompt=prompt, max_tokens=2, **long).usage
+
+
+# ---- how an answer is drawn, and what comes with it ----
+
+
+def test_stop_texts_seeds_and_probabilities(server: OpenAI) -> None:
+    whole = asked(server, QUESTIONS[0]).choices[0].message.content
+    stop = whole[2:4]
+    cut = asked(server, QUESTIONS[0], stop=[stop, "zzz"]).choices[0]
+    assert (cut.message.content, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
+    chunks = [chunk.choices[0] for chunk in asked(server, QUESTIONS[0], stop=stop, stream=True)]
+    assert "".join(one.delta.content or "" for one in chunks) == cut.message.content
+    drawn = [asked(server, QUESTIONS[3], temperature=1.2, seed=n).choices[0].token_ids for n in (1, 1, 2, 3, 4)]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(one) for one in drawn}) > 1
+    named = asked(server, QUESTIONS[0], logprobs=True, top_logprobs=3).choices[0]
+    assert "".join(one.token for one in named.logprobs.content) == whole
+    assert all(one.logprob == one.top_logprobs[0].logprob for one in named.logprobs.content)  # greedy
+    assert [len(one.top_logprobs) for one in named.logprobs.content] == [3] * len(named.token_ids)
+
+
+def test_several_prompts_and_choices_of_a_text(server: OpenAI) -> None:
+    several = server.completions.create(model="model", prompt=["The cat", "一"], temperature=0, max_tokens=4, n=2)
+    assert [one.index for one in several.choices] == [0, 1, 2, 3]
+    assert several.choices[0].text == several.choices[1].text
+    for n, prompt in enumerate(["The cat", "一"]):
+        alone = server.completions.create(model="model", prompt=prompt, temperature=0, max_tokens=4)
+        assert alone.choices[0].text == several.choices[2 * n].text
+    chunks = list(
+        server.completions.create(model="model", prompt=["The cat", "一"], temperature=0, max_tokens=4, stream=True)
+    )
+    texts = ["".join(c.choices[0].text for c in chunks if c.choices[0].index == n) for n in (0, 1)]
+    assert texts == [several.choices[0].text, several.choices[2].text]
+
+
+def test_several_runs_of_one_base_are_several_models(tmp_path: Path) -> None:
+    runs = []
+    for n in range(2):
+        given: dict[str, Any] = {"max_steps": 2, "lr": 0.02, "sample_prompts": 0, "val_share": 0.0, "seed": n}
+        run = tmp_path / f"run-{n}"
+        fitune.train(
+            model=MODEL, data=tiny.write_rows(tmp_path / "rows.jsonl", 8), output=str(run), cache="none", **given
+        )
+        runs.append(run)
+    with served(*runs, MODEL, log=tmp_path / "log") as address:
+        client = OpenAI(base_url=address, api_key="none", max_retries=0, timeout=300)
+        names = ["run-0", "run-1", "model"]
+        assert [one.id for one in client.models.list()] == names
+
+        def ask(n: int) -> str | None:
+            messages: Any = [{"role": "user", "content": QUESTIONS[n // 3 % 6]}]
+            made = client.chat.completions.create(model=names[n % 3], messages=messages, temperature=0, max_tokens=8)
+            return made.choices[0].message.content
+
+        with ThreadPoolExecutor(12) as clients:
+            found = list(clients.map(ask, range(12)))
+    chats = [Chat(load(one, device="cpu"), Sampling(max_new_tokens=8)) for one in (*runs, MODEL)]
+    for n, text in enumerate(found):
+        chats[n % 3].reset()
+        assert text == chats[n % 3].say(QUESTIONS[n // 3 % 6])
+    assert len(set(found)) > 4
+    log = (tmp_path / "log").read_text()
+    held = [float(one) for one in re.findall(r"([\d.]+) MiB of it are those of the models before it", log)]
+    size = (MODEL / "model.safetensors").stat().st_size / 2**20
+    assert held == pytest.approx([size, size], rel=0.02)
