@@ -393,8 +393,8 @@ def evaluate(run_or_model: str | Path, data: Data, **how: Any) -> Evaluation:
     Args:
         run_or_model: a run folder, a model folder or a hub id.
         data: paths or rows, as for `train`; each row ends in the expected answer.
-        how: model, take, answer, max_new_tokens, samples, template, columns, device, precision, quant, watch: see
-            `fitune.commands.evaluate.evaluate`.
+        how: model, take, answer, max_new_tokens, samples, skip_bad, template, columns, device, precision, quant, watch:
+            see `fitune.commands.evaluate.evaluate`.
 
     Raises:
         FituneError: the run, the model or the data cannot be used.

@@ -119,8 +119,29 @@ def test_rows_that_the_template_cannot_write_are_refused_not_left_out(tmp_path: 
     tool = [*turns[:1], {"role": "tool", "content": "{}"}, *turns[1:]]
     data = tmp_path / "held_out.jsonl"
     data.write_text("".join(json.dumps({"messages": one}) + "\n" for one in (turns, tool, tool)))
-    with pytest.raises(FituneError, match=r"held_out.jsonl:2: .* no place for tool results \(and 1 rows more\)"):
+    with pytest.raises(FituneError, match=r"held_out.jsonl:2: .* no place for tool results \(and 1 more row\)"):
         evaluate(bundled() / "model", [str(data)], answer=False)
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for_and_counted(tmp_path: Path) -> None:
+    """A row that cannot be read, and one that the template cannot write; the figures are those of the others alone."""
+    turns = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]
+    tool = [*turns[:1], {"role": "tool", "content": "{}"}, *turns[1:]]
+    data, good = tmp_path / "held_out.jsonl", tmp_path / "good.jsonl"
+    lines = [json.dumps({"messages": one}) + "\n" for one in (turns, tool, turns)]
+    data.write_text("".join([*lines, '{"messages": 3}\n']))
+    good.write_text("".join([lines[0], lines[2]]))
+    with pytest.raises(FituneError, match="--skip-bad"):
+        evaluate(bundled() / "model", [str(data)], answer=False)
+    found = evaluate(bundled() / "model", [str(data)], answer=False, skip_bad=True)
+    alone = evaluate(bundled() / "model", [str(good)], answer=False)
+    assert (found.rows, found.left_out) == (2, 2)
+    assert (alone.rows, alone.left_out) == (2, 0)
+    assert found.scores == alone.scores
+    assert found.target_tokens == alone.target_tokens
+    data.write_text(lines[1])
+    with pytest.raises(FituneError, match="no place for tool results"):
+        evaluate(bundled() / "model", [str(data)], answer=False, skip_bad=True)
 
 
 @pytest.mark.shared

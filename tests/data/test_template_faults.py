@@ -85,7 +85,7 @@ def test_rows_that_the_template_refuses_are_named_and_can_be_skipped(tmp_path: P
     with pytest.raises(DataError) as caught:
         read(folder, data)
     text = str(caught.value)
-    assert f"{data}:2: the tokenizer's own chat template refuses a conversation (and 1 rows more)" in text
+    assert f"{data}:2: the tokenizer's own chat template refuses a conversation (and 1 more row)" in text
     assert "Conversation roles must alternate" in text
     assert "--skip-bad" in text
     found = read(folder, data, skip_bad=True)
@@ -94,7 +94,7 @@ def test_rows_that_the_template_refuses_are_named_and_can_be_skipped(tmp_path: P
     assert found.report.bad_reasons == {"the tokenizer's own chat template refuses a conversation": 2}
     again = read(folder, data, skip_bad=True)  # from the cache
     assert again.report.skipped == found.report.skipped
-    with pytest.raises(DataError, match=r"refuses a conversation \(and 1 rows more\)"):
+    with pytest.raises(DataError, match=r"refuses a conversation \(and 1 more row\)"):
         read(folder, write(tmp_path / "bad.jsonl", [[HI, HI, HELLO], [HELLO, HI, HELLO]]), skip_bad=True)
 
 

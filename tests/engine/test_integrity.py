@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fitune
+from fitune.checks import early
 from fitune.cli import main as cli
 from fitune.commands import resuming
 from fitune.commands.check_log import CheckLog
@@ -27,7 +28,7 @@ from fitune.commands.merge import merge
 from fitune.commands.train import resume_config, train
 from fitune.core import files, locks
 from fitune.core.config import build
-from fitune.core.errors import FituneError, RunFolderError, TrainingError
+from fitune.core.errors import FituneError, ModelError, RunFolderError, TrainingError
 from fitune.core.events import Silent, Watcher
 from fitune.engine import integrity
 from fitune.engine.checkpoint import RunFolder
@@ -455,6 +456,23 @@ def test_a_living_run_is_refused_until_its_process_is_gone(
     with locks.held(stopped, print):
         assert f"process {os.getpid()}" in str(locks.holder(stopped))
     assert not (stopped / files.LOCK).exists()
+
+
+def test_of_a_run_that_begins_chat_eval_and_merge_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before its config is written its folder has the lock alone, and is taken for no model without a tokenizer."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(locks.InUseError, match=f"process {process.pid}"):
+            load(tmp_path)
+        with pytest.raises(locks.InUseError, match=f"process {process.pid}"):
+            early.run_or_model(tmp_path)
+    finally:
+        process.kill()
+        process.wait()
+    with pytest.raises(ModelError, match="neither a run nor a model"):
+        early.run_or_model(tmp_path)
 
 
 # ---- drawn at random ----

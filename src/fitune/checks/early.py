@@ -182,10 +182,11 @@ def _run_near(path: str | Path) -> str:
 
 
 def run_or_model(path: str | Path) -> None:
-    """Raises ModelError where there is neither a run folder nor a model."""
+    """Raises ModelError where there is neither a run folder nor a model, InUseError where a run only begins."""
     folder = expand(path)
     if folder.is_dir() and (folder / CONFIG).is_file():
         return
+    locks.check(folder)
     if folder.is_dir() and not (folder / MODEL).is_file():
         raise ModelError(f"{path}: neither a run nor a model", expected=f"a folder with {CONFIG} or {MODEL}")
     model(str(path))

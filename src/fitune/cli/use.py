@@ -166,6 +166,9 @@ class Answers:
 
     loss_only: Annotated[bool, Parameter(negative="", help="Measure only the loss; generate no answers.")] = False
     max_new_tokens: Annotated[int, Parameter(help="Longest answer, in tokens.")] = 256
+    skip_bad: Annotated[bool, Parameter(negative="", help="Leave out rows that cannot be used, and count them.")] = (
+        False
+    )
     samples: Annotated[int, Parameter(help="Rows to show, with the base model's and the tuned model's answers.")] = 5
 
 
@@ -200,6 +203,7 @@ def evaluate(
             answer=not answers.loss_only,
             max_new_tokens=answers.max_new_tokens,
             samples=answers.samples,
+            skip_bad=answers.skip_bad,
             columns=columns,
             watch=watch,
             **asdict(loading),

@@ -11,6 +11,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fitune.checks import leak
 from fitune.checks.findings import raise_refused
 from fitune.commands.scores import Judged, exact_match, scores_of
@@ -22,7 +24,8 @@ from fitune.core.results import Answered, Evaluation, Scores
 from fitune.data import fitting, rows
 from fitune.data.batches import in_order
 from fitune.data.cache import Cache
-from fitune.data.store import Rows
+from fitune.data.encode import Encoder
+from fitune.data.store import Rows, Samples
 from fitune.data.templates.base import kept_date
 from fitune.engine.generation import SIDE_BY_SIDE
 from fitune.engine.loading import load
@@ -45,7 +48,7 @@ class Request:
     """What is measured.
 
     name: of the run or model. sources: the data. answer: generate answers too. max_new_tokens: longest answer, in
-    tokens. samples: rows that are shown.
+    tokens. samples: rows that are shown. skip_bad: leave out rows that cannot be used.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Request:
     answer: bool = True
     max_new_tokens: int = 256
     samples: int = 5
+    skip_bad: bool = False
 
 
 def evaluate(
@@ -64,6 +68,7 @@ def evaluate(
     answer: bool = True,
     max_new_tokens: int = 256,
     samples: int = 5,
+    skip_bad: bool = False,
     template: str = "auto",
     columns: Mapping[str, str] | None = None,
     device: str = "auto",
@@ -81,6 +86,7 @@ def evaluate(
         answer: generate answers too; without, only losses.
         max_new_tokens: longest answer.
         samples: rows that are shown.
+        skip_bad: leave out rows that cannot be used, and count them; without, they end the evaluation.
         template: of a model folder; a run brings its own.
         columns: what columns of other names mean.
         device: auto, cpu, cuda, ...
@@ -95,7 +101,7 @@ def evaluate(
     sources = [
         one.model_copy(update={"take": take or one.take, "map": {**(columns or {}), **one.map}}) for one in sources
     ]
-    request = Request(str(run_or_model), sources, answer, max_new_tokens, samples)
+    request = Request(str(run_or_model), sources, answer, max_new_tokens, samples, skip_bad)
     return measure(tuned, request, watch or Silent())
 
 
@@ -113,12 +119,11 @@ def measure(tuned: Tuned, request: Request, watch: Watcher) -> Evaluation:
     note = kept_date(tuned.template)
     if note:
         watch.message(note)
-    there = rows.load(request.sources, skip_bad=False).rows
+    loaded = rows.load(request.sources, skip_bad=request.skip_bad)
     limit = longest_row(causal_lm(tuned.model).config)
     encoder = tuned.encoder.with_max_length(limit, split=True)
     cache = Cache()  # keeps its files until the evaluation is over
-    held_out = fitting.encode(there, encoder, cache, "", watch)
-    fitting.refuse_unwritten(held_out, "change such rows, or leave them out of the file")
+    there, held_out = _encoded(loaded.rows, encoder, cache, request, watch)
     if not len(held_out):
         raise DataError("no row has a token to measure", file=request.sources[0].path, received=f"{len(there)} rows")
     asked, too_long = _askable(there, tuned, limit) if request.answer else ([], 0)
@@ -137,7 +142,23 @@ def measure(tuned: Tuned, request: Request, watch: Watcher) -> Evaluation:
         scores=mine,
         base=base,
         samples=[Answered(after.prompt, after.expected, before.answer, after.answer) for after, before in shown],
+        left_out=loaded.report.skipped_bad + len(loaded.rows) - len(there),
     )
+
+
+def _encoded(given: Rows, encoder: Encoder, cache: Cache, request: Request, watch: Watcher) -> tuple[Rows, Samples]:
+    """The rows that are measured, and their samples.
+
+    Raises:
+        DataError, Problems: the template cannot write some, which are not to be left out; or none.
+    """
+    samples = fitting.encode(given, encoder, cache, "", watch)
+    if not request.skip_bad or len(samples.bad) == len(given):
+        fitting.refuse_unwritten(samples, "change such rows, or leave them out with --skip-bad")
+    if not samples.bad:
+        return given, samples
+    good = given.view(np.setdiff1d(np.arange(len(given)), list(samples.bad)))
+    return good, fitting.encode(good, encoder, cache, "", watch)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ class Evaluation:
     scores: Scores
     base: Scores | None
     samples: list[Answered] = field(default_factory=list)
+    left_out: int = 0  # rows that skip_bad left out; `rows` are the others
 
     def as_dict(self) -> Json:
         """For JSON."""

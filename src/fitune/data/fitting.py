@@ -187,8 +187,8 @@ def raise_unwritten(reasons: Mapping[str, list[DataError]], fix: str) -> None:
     """Raise each reason with its first row and the number of the others."""
     problems = Collector()
     for errors in reasons.values():
-        first = errors[0]
-        first.what += f" (and {len(errors) - 1} rows more)" if len(errors) > 1 else ""
+        first, more = errors[0], len(errors) - 1
+        first.what += f" (and {more:,} more row{'s' if more > 1 else ''})" if more else ""
         first.fix = first.fix or fix
         problems.problems.append(first)
     problems.raise_any()

@@ -79,6 +79,7 @@ def load(
                 received=str(model),
                 fix="leave --model out",
             )
+        locks.check(run.path)  # of a run that begins there is nothing yet but its lock
         folder = locate(str(path))
         integrity.check_adapter(folder)
         vocabulary = tokenizer.load(folder)

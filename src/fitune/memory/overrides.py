@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from fitune.memory.operation import Args, Kwargs, Operation
 from fitune.models.kernels.target import Target
@@ -42,11 +41,15 @@ def true_of(tensor: Any) -> int | None:
     return None if found is None else int(found)
 
 
-def note_true(func: OpOverload, args: Args, out: Any) -> None:
-    """Remember it for what an operation on meta gave."""
+# What note_true looks at.
+NOTED = KEEP_TRUE | {f"aten::{name}" for name in ("isinf", "isnan", "ne", "scatter", "scatter_")}
+
+
+def note_true(name: str, args: Args, out: Any) -> None:
+    """Remember it for what an operation of NOTED gave on meta."""
     if not args or not isinstance(out, Tensor):
         return
-    name, first = func._schema.name, args[0]
+    first = args[0]
     second = args[1] if len(args) > 1 else None
     found = true_of(first) if name in KEEP_TRUE else None
     infinite = name == "aten::eq" and isinstance(second, float) and abs(second) == float("inf")

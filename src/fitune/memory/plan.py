@@ -7,7 +7,9 @@ run's own code goes over shadows (trace.py); no weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -78,13 +80,24 @@ def without_prompt_text(config: RunConfig) -> RunConfig:
 # ---- tracing ----
 
 
+@contextmanager
+def _on_paper() -> Iterator[None]:
+    """Inside, torch's random numbers are not used up, and nothing is collected: at what moment a cycle would be freed
+    is chance, and looking for some through all of transformers takes a tenth of the time."""
+    state, collects = torch.get_rng_state(), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        if collects:
+            gc.enable()
+
+
 def without_values(work: Work) -> CausalLM:
     """The model of a run with its method on it, on meta."""
-    state = torch.get_rng_state()
-    with Building(), torch.device("meta"):
-        model = _with_method(_base(work), work)
-    torch.set_rng_state(state)
-    return model
+    with _on_paper(), Building(), torch.device("meta"):
+        return _with_method(_base(work), work)
 
 
 def _base(work: Work) -> CausalLM:
@@ -143,26 +156,23 @@ def started(work: Work, target: Target = CPU) -> tuple[CausalLM, Tracer]:
         work: what is to be done.
         target: where it is to run.
     """
-    state = torch.get_rng_state()
-    made = start(lambda: _base(work), lambda base: _with_method(base, work), target)
-    torch.set_rng_state(state)
-    return made
+    with _on_paper():
+        return start(lambda: _base(work), lambda base: _with_method(base, work), target)
 
 
-def over(model: CausalLM, tracer: Tracer, work: Work, target: Target = CPU) -> Tracer:
+def over(model: CausalLM, tracer: Tracer, work: Work, target: Target = CPU, *, saves: bool = True) -> Tracer:
     """The tracer, after the steps, an evaluation and a checkpoint.
 
     Args:
         model, tracer: as `started` gave them; they are of no use for anything else afterwards.
         work: what goes over the model.
         target: where it is to run.
+        saves: the checkpoint too.
     """
-    state = torch.get_rng_state()
     on_gpu = target.kind == "cuda"
-    with Cuda(target) if on_gpu else OnPaper():
-        go(model, work, tracer, on_gpu=on_gpu)
+    with _on_paper(), Cuda(target) if on_gpu else OnPaper():
+        go(model, work, tracer, on_gpu=on_gpu, saves=saves)
     tracer.close()
-    torch.set_rng_state(state)
     return tracer
 
 
@@ -188,7 +198,7 @@ def deep(model: CausalLM, work: Work, target: Target = CPU) -> Tracer:
     return depth.traced(model, work.model_config, run) or traced(work, target)
 
 
-def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False) -> None:
+def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False, saves: bool = True) -> None:
     """The steps, the evaluation and the checkpoint of a piece of work, on shadows or for real."""
     config = work.config
     model.train()
@@ -212,7 +222,7 @@ def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = Fa
             if taken and isinstance(next(iter(parameters.values())), Shadow):  # a closed form: values decide it
                 with tracer.during("answers"):
                     tracer.brief(taken, "generate")
-        if not on_gpu:  # from there the copies go to main memory
+        if saves and not on_gpu:  # from there the copies go to main memory
             with tracer.during("checkpoint"):
                 optim.state_tensors(optimizer, parameters)
 

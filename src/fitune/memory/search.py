@@ -272,11 +272,12 @@ def _line(config: RunConfig, shape: PretrainedConfig, target: Target) -> _Line |
     named = {"freeze": config.freeze.blocks, "tail": config.tail.blocks}.get(config.method, 0)
     depths = (min(depth, named + 1), named + 2)
     try:
-        low, high = (_small(config, shape, min(n, depth), target) for n in depths)
+        low = _small(config, shape, depths[0], target)
+        if depth <= depths[0]:
+            return low
+        high = _small(config, shape, min(depths[1], depth), target)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, FituneError):
         return None
-    if depth <= depths[0]:
-        return low
     share = float(depth - depths[0])
 
     def grown(a: float, b: float) -> float:
@@ -302,9 +303,9 @@ def _small(config: RunConfig, shape: PretrainedConfig, depth: int, target: Targe
     warm, *batches = (steps.made_up(4, tokens // 4, small.vocab_size, labels) for tokens in (32, *TOKENS))
     layout = steps.likely_layout(config.layout, small)
     work = plan.Work(config, small, [[warm], *([batch] for batch in batches)], None, layout)
-    model = plan.without_values(work)
+    model, tracer = plan.started(work, target)
     counted = flops.counts(model, config)
-    tops = tops_of_steps(plan.traced(work, target))[1:]
+    tops = tops_of_steps(plan.over(model, tracer, work, target, saves=False))[1:]
     slopes = {phase: (tops[1][phase] - tops[0][phase]) / (TOKENS[1] - TOKENS[0]) for phase in tops[0]}
     return _Line({p: (tops[0][p] - slopes[p] * TOKENS[0], slopes[p]) for p in slopes}, counted)
 

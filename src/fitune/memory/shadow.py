@@ -7,8 +7,6 @@ inside it lies on the meta device, where operations run.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from fitune.memory.operation import Args, Kwargs
 
 REAL = 2**16  # elements up to which integer tensors are computed
 META = torch.device("meta")
+HERE = torch.device("cpu")
 
 
 class Shadow(torch.Tensor):
@@ -35,7 +34,7 @@ class Shadow(torch.Tensor):
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device=torch.device("cpu"),
+            device=HERE,
             requires_grad=requires_grad,
         )
         made.meta = inner
@@ -126,43 +125,3 @@ def becomes_shadow(func: OpOverload, args: Args, kwargs: Kwargs) -> bool:
         return max((abs(one) for one in args if isinstance(one, (int, float))), default=0) > REAL
     shape = args[0] if args and isinstance(args[0], (list, tuple)) else ()
     return math.prod(shape) > REAL
-
-
-# ---- results that are known from shapes ----
-
-
-@cache
-def makes_new(func: OpOverload) -> bool:
-    """Does an operation give new tensors, and nothing else that a shape does not decide?"""
-    schema = func._schema
-    return bool(schema.returns) and not schema.is_mutable and all(one.alias_info is None for one in schema.returns)
-
-
-def are_new(outs: Sequence[Any], args: Args) -> bool:
-    """Are results whole storages of their own? Some operations (_unsafe_view) do not say that they give a view."""
-    given = [t for one in args for t in (one if isinstance(one, (list, tuple)) else (one,)) if isinstance(t, Tensor)]
-    theirs = {tensor.untyped_storage()._cdata for tensor in given}
-    return all(
-        tensor.untyped_storage()._cdata not in theirs
-        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        for tensor in outs
-        if isinstance(tensor, Tensor)
-    )
-
-
-def kind(value: Any) -> Any:
-    """What decides the shape of a result, hashable."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.size(), value.stride()
-    if isinstance(value, (list, tuple)):
-        return tuple([kind(one) for one in value])
-    if isinstance(value, Mapping):
-        return tuple([(name, kind(one)) for name, one in value.items()])
-    return type(value), value
-
-
-def spec(value: Any) -> tuple[Any, Any]:
-    """A result as it can be made again: a value, or size, stride and dtype of a tensor."""
-    if isinstance(value, Tensor):
-        return None, (value.size(), value.stride(), value.dtype)
-    return value, None

@@ -23,9 +23,10 @@ from torch._ops import OpOverload
 from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitune.memory import overrides
+from fitune.memory import known, overrides
+from fitune.memory.known import Facts, facts, kind
 from fitune.memory.operation import Args, Kwargs
-from fitune.memory.shadow import META, Arguments, Shadow, are_new, becomes_shadow, kind, makes_new, spec
+from fitune.memory.shadow import META, Arguments, Shadow, becomes_shadow
 from fitune.memory.storage import GRADIENTS, OTHER, PLAIN, TRAINABLE, WEIGHTS, Block
 from fitune.models.kernels.target import CPU, Target
 
@@ -84,6 +85,7 @@ class Building(_Mode):
         return overrides.BUILDING.get(func, func)(*args, **(kwargs or {}))
 
 
+HOLDS = (Tensor, list, tuple)  # what may be or hold a tensor among the arguments of an operation
 ON_HOST = -1  # in a block's place: it is not on the device that is planned for
 FAILED = "failed"  # a phase that no plan and no figure covers
 
@@ -108,7 +110,9 @@ class Tracer(_Mode):
         self.phase = self.region = self.module = ""
         self.host = False  # what is made now lies in main memory beside a GPU, and is not counted
         self.lost: set[int] = set()  # storages of real tensors that a shadow was written into
-        self._results: dict[Any, Any] = {}  # of operations that were asked before
+        self._results = known.results(target, torch.get_default_dtype())
+        if len(self._results) > known.MOST:
+            self._results.clear()
         self._live: dict[int, tuple[int, object]] = {}  # of a storage: its block, and what reports its end
         self._open = True
 
@@ -253,63 +257,61 @@ class Tracer(_Mode):
     # ---- operations ----
 
     def __torch_dispatch__(self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None) -> Any:
-        kwargs = kwargs or {}
-        found = Arguments()
-        inner = [found.unwrap(one) for one in args]
-        inner_kwargs = {name: found.unwrap(one) for name, one in kwargs.items()}
+        with torch._C.DisableTorchFunction():  # what is looked at here is no call of the code that is traced
+            return self._operation(func, args, kwargs or {})
+
+    def _operation(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Any:
+        found, of = Arguments(), facts(func)
+        inner = [found.unwrap(one) if isinstance(one, HOLDS) else one for one in args]
+        inner_kwargs = {name: found.unwrap(one) for name, one in kwargs.items()} if kwargs else {}
         if not found.shadows and (self.real or found.reals or not becomes_shadow(func, args, kwargs)):
             from_outside = {
                 t.untyped_storage()._cdata for t in found.reals.values() if t.layout == torch.strided
             } - self._live.keys()
             out = func(*args, **kwargs)
-            self._count(func, args, kwargs, out, from_outside)
+            self._count(of, args, kwargs, out, from_outside)
             return out
-        if func in overrides.SUPPOSED:
-            known = overrides.true_of(inner[0])
-            return overrides.SUPPOSED[func](*args, **kwargs) if known is None else known > 0
+        if of.supposed is not None:
+            true = overrides.true_of(inner[0])
+            return of.supposed(*args, **kwargs) if true is None else true > 0
         if found.reals:
-            if func._schema.is_mutable and isinstance(args[0], Tensor) and not isinstance(args[0], Shadow):
+            if of.mutable and isinstance(args[0], Tensor) and not isinstance(args[0], Shadow):
                 self.lost.add(args[0].untyped_storage()._cdata)
             inner, inner_kwargs = [found.to_meta(one) for one in inner], found.to_meta(inner_kwargs)
         if "device" in inner_kwargs or not found.shadows:
             inner_kwargs["device"] = META
-        out = self._on_meta(func, inner, inner_kwargs)
-        overrides.note_true(func, inner, out)
-        self._count(func, inner, inner_kwargs, out)
+        out = self._on_meta(func, of, inner, inner_kwargs)
+        if of.notes_true:
+            overrides.note_true(of.name, inner, out)
+        self._count(of, inner, inner_kwargs, out)
         return found.wrap(out)
 
-    def _on_meta(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Any:
+    def _on_meta(self, func: OpOverload, of: Facts, args: Args, kwargs: Kwargs) -> Any:
         """The operation on meta. What it gives depends on shapes alone, so of each kind it is asked for once: blocks
         repeat, and for many operations torch works shapes out in Python."""
-        key = (func, kind(args), kind(kwargs)) if makes_new(func) else None
-        known = self._results.get(key) if key is not None else None
-        if known:
-            made = [like if new is None else torch.empty_strided(*new[:2], dtype=new[2], device=META)
-                    for like, new in known[1]]  # fmt: skip
-            return made[0] if known[0] is None else known[0](made)
         if func is aten.nonzero.default and (true := overrides.true_of(args[0])) is not None:
             return args[0].new_empty((true, args[0].ndim), dtype=torch.long)
-        stand_in = overrides.STANDS_IN.get(func)
-        out = stand_in(self.target, *args, **kwargs) if stand_in else func(*args, **kwargs)
-        if key is not None and known is None:
-            several = type(out) if isinstance(out, (tuple, list)) else None
-            outs = out if several else (out,)
-            again = are_new(outs, args)
-            self._results[key] = (several, [spec(one) for one in outs]) if again else False
+        key = (id(func), kind(args), kind(kwargs)) if of.makes or of.writes else None
+        there = self._results.get(key) if key is not None else None
+        if there:
+            return args[0] if there is True else there.again()
+        out = of.stand_in(self.target, *args, **kwargs) if of.stand_in else func(*args, **kwargs)
+        if key is not None and there is None:
+            # where it writes, shapes were checked, and on meta there is nothing that could be written
+            same = of.writes and out is args[0] and (id(func), kind(args), kind(kwargs)) == key
+            self._results[key] = same if of.writes else known.result(out, args)
         return out
 
-    def _count(self, func: OpOverload, args: Args, kwargs: Kwargs, out: Any, outside: Set[int] = frozenset()) -> None:
+    def _count(self, of: Facts, args: Args, kwargs: Kwargs, out: Any, outside: Set[int] = frozenset()) -> None:
         """Args: outside: storages that torch did not allocate, such as numpy's."""
-        name = func._schema.name
-        own = overrides.INSIDE.get(name)
-        if own is not None:
-            self._inside_kernel(own(self.target, args, kwargs, out), name)
+        if of.inside is not None:
+            self._inside_kernel(of.inside(self.target, args, kwargs, out), of.name)
         for one in out if isinstance(out, (tuple, list)) else (out,):
             if not isinstance(one, Tensor):
                 continue
             if not outside or one.layout != torch.strided or one.untyped_storage()._cdata not in outside:
-                self._see(one, name)
-        if name in CASTS and args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
+                self._see(one, of.name)
+        if of.casts and args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
             self._cast(args[0], out)
 
     def _cast(self, source: Tensor, out: Tensor) -> None:
@@ -338,6 +340,3 @@ class Tracer(_Mode):
                 self.events.append((number, size))
         for number in range(first, len(self.blocks)):
             self._release(number)
-
-
-CASTS = {"aten::_to_copy", "bitsandbytes::dequantize_4bit", "aten::dequantize"}

@@ -263,6 +263,7 @@ def scores_table(found: Evaluation) -> Table:
     """The scores of an evaluation, those of the base model beside those of the tuned one."""
     title = f"{found.rows:,} rows, {found.target_tokens:,} target tokens, {found.asked:,} prompts answered"
     title += f", {found.too_long:,} too long to be" if found.too_long else ""
+    title += f"; {found.left_out:,} bad rows left out" if found.left_out else ""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, min_width=min(len(title), 76))
     columns = [("base", found.base), ("tuned", found.scores)] if found.base else [("model", found.scores)]
     table.add_column("", style="cyan")
