@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fitune.core.config import RunConfig, build
+from fitune.core.config import RunConfig, build, settings_only
 from fitune.core.records import Batch, Sample
 from fitune.data.batches import flat
-from fitune.memory import overrides, plan, storage, trace
+from fitune.memory import known, overrides, plan, steps, storage, trace
 from fitune.memory.counted import count, shadows
 from fitune.memory.cuda import Cuda
 from fitune.memory.shadow import Shadow
@@ -26,7 +26,7 @@ from fitune.memory.usage import PHASES, usage
 from fitune.models import adapters, families, methods
 from fitune.models import quant as quants
 from fitune.models.configs import without_weights
-from fitune.models.kernels.target import AMPERE
+from fitune.models.kernels.target import AMPERE, CPU
 from fitune.models.prepare import checkpoint_blocks
 from support import contract as contract
 from support import tiny
@@ -328,3 +328,29 @@ def test_what_an_update_of_bitsandbytes_takes_is_seen(name: str) -> None:
         measured = max(measured, now)
     assert any(block.op in overrides.INSIDE for block in said.blocks)
     assert most(said) == pytest.approx(measured, rel=CLOSE), f"{most(said) / measured - 1:+.3%}"
+
+
+# ---- what traces share ----
+
+
+def test_a_trace_is_the_same_whether_others_went_before_it() -> None:
+    """What operations gave is kept for all traces: none may depend on which ran first."""
+    config = settings_only({"method": "lora", "precision": "fp32", "checkpointing": True})
+    batch = steps.made_up(2, 24, 400)
+    work = plan.Work(config, tiny.make_model("llama").config, [[batch], [batch]])
+    there = known.results(CPU, torch.float32)
+    there.clear()
+    first = plan.traced(work)
+    asked = len(there)
+    again = plan.traced(work)
+    assert asked > 50
+    assert len(there) == asked  # the second asked for nothing new
+    assert (first.events, first.blocks, first.course) == (again.events, again.blocks, again.course)
+
+
+def test_what_only_writes_is_told_from_what_changes_a_shape() -> None:
+    aten = torch.ops.aten
+    for func in (aten.add_.Tensor, aten.addcdiv_.default, aten.zero_.default, aten.copy_.default):
+        assert known.facts(func).writes, func
+    for func in (aten.resize_.default, aten.set_.source_Tensor, aten.as_strided_.default, aten.add.Tensor):
+        assert not known.facts(func).writes, func
