@@ -97,7 +97,7 @@ def result(out: Any, args: Args) -> Made | bool:
 
 
 def _are_new(outs: Sequence[Any], args: Args) -> bool:
-    """Are results whole storages of their own? Some operations (_unsafe_view) do not say that they give a view."""
+    """Are results whole storages of their own? Some operations (_unsafe_view) give a view undeclared."""
     given = [t for one in args for t in (one if isinstance(one, (list, tuple)) else (one,)) if isinstance(t, Tensor)]
     theirs = {tensor.untyped_storage()._cdata for tensor in given}
     return all(
