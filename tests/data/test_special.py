@@ -16,14 +16,14 @@ from fitune.commands.request import to_train
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, Problems
 from fitune.core.events import Silent
-from fitune.core.records import Conversation, Message, Sample, Source
+from fitune.core.records import Conversation, Message, Sample, Source, ToolCall
 from fitune.data.encode import Encoder
-from fitune.data.templates import choose
+from fitune.data.templates import PieceTemplate, choose
 from fitune.data.templates.jinja import ChatTemplate
 from fitune.data.tokenizer.new_tokens import add_tokens
 from fitune.engine.speech import Speech
 from support import tiny
-from support.encoding import sample_of
+from support.encoding import decoded, sample_of
 
 EMO, OBJ = "<|emo|>", "<|obj|>"
 ROW = Conversation(
@@ -208,3 +208,21 @@ def test_a_run_trains_answer_tokens_and_its_chat_shows_them(tmp_path: Path) -> N
     assert fitune.generate(fitune.load(str(tmp_path / "run")), "how?", max_new_tokens=8) == f"{EMO}glad"
     fitune.merge(str(tmp_path / "run"), str(tmp_path / "merged"))
     assert fitune.generate(fitune.load(str(tmp_path / "merged")), "how?", max_new_tokens=8) == f"{EMO}glad"
+
+
+def test_a_special_token_of_the_template_is_one_where_it_is_encoded_with_a_users_text() -> None:
+    """A user's own template with tokens around calls and results: tokens there, text in what was called and given."""
+    tokenizer = tiny.make_tokenizer([*tiny.SPECIAL, "<|tool|>", "<|/tool|>"])
+    template = PieceTemplate(
+        "mine", "<|user|>{content}", "<|assistant|>", tools="{tools}", tool_call="<|tool|>{name}{arguments}<|/tool|>",
+        tool="<|tool|>{content}<|/tool|>", stop="<|end|>",
+    )  # fmt: skip
+    call = Message("assistant", "Well.", tool_calls=(ToolCall("clock", '{"city": "<|/tool|>"}'),))
+    row = (Message("user", "Time?"), call, Message("tool", "10 <|tool|>"), Message("assistant", "Ten."))
+    encoder = Encoder(tokenizer, template)
+    sample = sample_of(encoder, Conversation(row))
+    opened, closed = (tokenizer.convert_tokens_to_ids(name) for name in ("<|tool|>", "<|/tool|>"))
+    assert sample.ids.tolist().count(opened) == 2
+    assert sample.ids.tolist().count(closed) == 2
+    assert "10 <|tool|><|/tool|>" in decoded(encoder, sample.ids)
+    assert sample.mask[sample.ids.tolist().index(opened)]

@@ -150,7 +150,7 @@ test_chatglm_ids_are_no_text = pytest.mark.shared(test_chatglm_ids_are_no_text)
 
 @pytest.mark.shared
 @pytest.mark.parametrize(("name", "template", "without"), [
-    ("qwen2", "chatml", ["tools"]), ("llama2", "llama2", ["empty"]), ("llama2", "alpaca", ["turns"]),
+    ("qwen2", "chatml", []), ("llama2", "llama2", ["empty"]), ("llama2", "alpaca", ["turns"]),
     ("qwen2", "alpaca", None), ("gpt2", "alpaca", None),
 ])  # fmt: skip
 def test_real_tokenizers(shared: Path, tmp_path: Path, name: str, template: str, without: list[str] | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -19,7 +20,9 @@ from fitune.core.errors import FituneError
 from fitune.core.records import Sample, Source
 from fitune.data.conversations import to_conversation
 from fitune.data.encode import Encoder
+from fitune.data.templates import TABLE
 from fitune.data.templates.jinja import of_tokenizer
+from fitune.models.handover.proof import best
 from support import chat_templates as kinds
 from support.encoding import decoded
 from support.served_kinds import KINDS, Kind
@@ -50,7 +53,11 @@ class Cell:
 def encoder_of(name: str, date: str) -> Encoder:
     """The encoder of a kind, on a day."""
     kind = KINDS[name]
-    tokenizer = kinds.make_tokenizer(kind.jinja, kind.eos)
+    tokenizer = kinds.make_tokenizer(kind.jinja or None, kind.eos)
+    if kind.named:  # whoever serves the model gets what the hand-over writes
+        encoder = Encoder(tokenizer, TABLE[kind.named])
+        tokenizer.chat_template = best(encoder, copy(tokenizer))[0]
+        return encoder
     return Encoder(tokenizer, of_tokenizer(tokenizer, options=kind.options, date=date))
 
 

@@ -33,6 +33,7 @@ class Kind:
         lists_tools: False: there are calls, but no list of tools.
         moves: no place for a system text, which goes into the first question.
         ends_in_nothing: behind the last answer there is no token.
+        named: of fitune's table; then served by what the hand-over writes.
     """
 
     jinja: str
@@ -56,6 +57,7 @@ class Kind:
     lists_tools: bool = True
     moves: bool = False
     ends_in_nothing: bool = False
+    named: str = ""
 
     def answer(self, turn: Turn, prompt: str) -> str:
         """An answer as a model writes it behind a prompt, with its stop token."""
@@ -152,4 +154,6 @@ KINDS: dict[str, Kind] = {
         thought="<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}",
         empty="<|channel|>final<|message|>{}",
     ),
+    **{f"`--template {name}`": Kind("", "<eos>", "<|im_end|>", HERMES, named=name) for name in ("chatml", "qwen")},
+    "`--template llama3`": Kind("", "<eos>", "<|eot_id|>", named="llama3"),
 }  # fmt: skip

@@ -79,6 +79,7 @@ class Encoder:
         self.stop_ids = sorted({self.stop_id, int(tokenizer.eos_token_id), *others})
         self._opens_with_space = opens_with_space(tokenizer)
         self._literals: dict[tuple[str, bool], list[int]] = {}  # few pieces, and every row has all of them
+        self._specials = special.ids(tokenizer)
         self.control = special.control(tokenizer, self.stop_ids, self._frame())
         self.marks = special.marks(tokenizer, answer_tokens, self.control)
 
@@ -324,7 +325,7 @@ class Encoder:
         found: list[str | int] = []
         for segment in group.segments:
             own = (
-                [segment.text]
+                special.parsed(self._specials, segment.text)
                 if segment.literal
                 else self.marks.split(segment.text, answer=segment.role == "assistant")
             )

@@ -116,7 +116,9 @@ class PieceTemplate(Rendered):
         if tools and self.tools is not None:
             # tools stand below the system's text, or alone
             frame = ("\n\n" if text else "") + self.tools
-            segments += fill(frame, {"tools": "\n".join(as_json(tool) for tool in tools)}, role="system")
+            listed = fill(frame, {"tools": "\n".join(as_json(tool) for tool in tools)}, role="system")
+            own = [Segment(head, role="system"), Segment(text or "", role="system")] if message is None else segments
+            segments = [own[0], *_as_one([*own[1:], *listed])]
         return [s for s in (*segments, Segment(tail, role="system")) if s.text]
 
     def _user(self, message: Message, turn: int, users: int, system: Message | None) -> list[Segment]:
@@ -140,6 +142,7 @@ class PieceTemplate(Rendered):
         start = self.tool_start if before is None or before.role != "tool" else ""
         end = self.tool_end if after is None or after.role != "tool" else ""
         filled = fill(self.tool, {"content": joined(message)}, turn=turn, role="tool")
+        filled = _as_one(filled, goes_on=before is not None and before.role == "tool")
         return [s for s in (Segment(start, turn=turn), *filled, Segment(end, turn=turn)) if s.text]
 
     def _answer(self, message: Message, turn: int) -> list[Segment]:
@@ -152,7 +155,7 @@ class PieceTemplate(Rendered):
             if calls:
                 calls.append(Segment("\n", trained=True, turn=turn, role="assistant"))
             calls += self._call(call, turn)
-        return calls
+        return _as_one(calls)
 
     def _call(self, call: ToolCall, turn: int) -> list[Segment]:
         if self.tool_call is None:
@@ -168,6 +171,15 @@ class PieceTemplate(Rendered):
     def as_dict(self) -> dict[str, object]:
         """See Template."""
         return {"kind": "pieces", **asdict(self)}
+
+
+def _as_one(segments: Sequence[Segment], *, goes_on: bool = False) -> list[Segment]:
+    """Segments between two control tokens, encoded as one text: so are they where the conversation is served.
+
+    goes_on: with what stands before them, too.
+    """
+    kept = [segment for segment in segments if segment.text]
+    return [replace(segment, joined=goes_on or n > 0) for n, segment in enumerate(kept)]
 
 
 def fill(

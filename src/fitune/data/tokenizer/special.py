@@ -33,6 +33,12 @@ def added(tokenizer: Tokenizer) -> dict[str, bool]:
     return {name: special for name, special in found.items() if name}
 
 
+def ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The special tokens by name, with their ids."""
+    found = {name: single_id(tokenizer, name) for name, is_special in added(tokenizer).items() if is_special}
+    return {name: one for name, one in found.items() if one is not None}
+
+
 def control(tokenizer: Tokenizer, stops: Iterable[int], frame: str) -> set[str]:
     """Names of the tokens that begin or end texts, pad them, or mark whose turn it is.
 
@@ -77,6 +83,16 @@ class Marks:
                 parts += [before, self.answers[part]]
                 before = ""
         return [part for part in (*parts, before) if part != ""]
+
+
+def parsed(names: Mapping[str, int], text: str) -> list[str | int]:
+    """A template's own text in parts, with ids of special tokens between them: for one that is encoded together with a
+    user's text, in which special tokens stay text."""
+    if not any(name in text for name in names):
+        return [text]
+    longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    parts = re.split(f"({longest_first})", text)
+    return [names[part] if n % 2 else part for n, part in enumerate(parts) if part]
 
 
 def marks(tokenizer: Tokenizer, answer_tokens: Sequence[str], control_tokens: Iterable[str]) -> Marks:
