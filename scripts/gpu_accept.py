@@ -15,6 +15,7 @@ Exit code: 1 where a check failed, or a section ended without one; else 0.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ import time
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -53,22 +55,23 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the acceptance. seconds: its share of 480; what one leaves over is there for those behind it."""
+    """A part of the acceptance. seconds: its share of 480; what a stage leaves over is there for those behind it."""
 
     name: str
     seconds: int
 
 
-# What shows most stands first, for a machine that is taken away early.
-SECTIONS = (
-    Section("machine", 60),
-    Section("kernels", 80),
-    Section("resume", 55),
-    Section("throughput", 100),
-    Section("runs", 55),
-    Section("memory", 75),
-    Section("capped", 55),
+# Those of a stage run side by side, where cores allow it: they mostly wait for processes to start and for plans. What
+# shows most stands first, for a machine that is taken away early.
+STAGES = (
+    (Section("machine", 50),),
+    (Section("kernels", 120), Section("resume", 120), Section("memory", 120)),
+    (Section("throughput", 100),),
+    (Section("runs", 90),),
+    (Section("capped", 120),),
 )
+SECTIONS = tuple(itertools.chain(*STAGES))
+CORES = 8  # from which on stages run side by side
 
 
 @dataclass
@@ -123,12 +126,14 @@ class Results:
 @dataclass(frozen=True)
 class How:
     """How sections are run. together: all of them in one process, which saves imports; without deadlines of their
-    own. packages: a folder for the path, or None. work: for runs and models, deleted at the end."""
+    own. packages: a folder for the path, or None. work: for runs and models, deleted at the end. children: processes
+    that were started, to end them."""
 
     dry: bool
     together: bool
     work: Path
     packages: Path | None = None
+    children: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def command(self, names: Sequence[str], seconds: float) -> list[str]:
         """What starts a process that goes through sections."""
@@ -148,7 +153,7 @@ def main() -> int:
     """See the module's text."""
     args = parsed()
     args.out.mkdir(parents=True, exist_ok=True)
-    wanted = [one for one in SECTIONS if not args.only or one.name in args.only]
+    stages = chosen(args.only, beside=not args.dry_run and (os.cpu_count() or 1) >= CORES)
     seconds = args.seconds or SECONDS * (DRY if args.dry_run else 1)
     results, began = Results(args.out), time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="fitune-gpu-"))
@@ -156,7 +161,7 @@ def main() -> int:
     try:
         results.add("all", "begin", True, **header(dry=args.dry_run))
         packages = unpack(WHEELS, work / "packages", results)
-        run_all(wanted, results, seconds, How(args.dry_run, args.together, work, packages))
+        run_all(stages, results, seconds, How(args.dry_run, args.together, work, packages))
     except (KeyboardInterrupt, SystemExit):
         results.add("all", "interrupted", False)
     finally:
@@ -262,19 +267,39 @@ def fits(name: str) -> bool:
 # ---- sections ----
 
 
-def run_all(sections: Sequence[Section], results: Results, seconds: float, how: How) -> None:
+def run_all(stages: Sequence[Sequence[Section]], results: Results, seconds: float, how: How) -> None:
     """Each section in a process of its own, as long as there is time."""
     if how.together:
-        run([one.name for one in sections], results, seconds, how)
+        run([one.name for stage in stages for one in stage], results, seconds, how)
         return
     end = time.monotonic() + seconds
-    for at, section in enumerate(sections):
+    for at, stage in enumerate(stages):
         left = end - time.monotonic()
-        share = left * section.seconds / sum(one.seconds for one in sections[at:])
+        share = left * most(stage) / sum(most(one) for one in stages[at:])
         if share < LEAST:
-            results.add(section.name, "ended", False, why="no time left")
-        else:
-            run([section.name], results, share, how)
+            for section in stage:
+                results.add(section.name, "ended", False, why="no time left")
+            continue
+        with ThreadPoolExecutor(len(stage)) as pool:
+            running = [pool.submit(run, [one.name], results, share, how) for one in stage]
+            try:
+                for one in running:
+                    one.result()
+            except BaseException:  # the pool waits for its threads, and each of them for its child
+                for child in how.children:
+                    end_group(child)
+                raise
+
+
+def most(stage: Sequence[Section]) -> int:
+    """Seconds of the longest section of a stage."""
+    return max(one.seconds for one in stage)
+
+
+def chosen(only: Sequence[str] | None, *, beside: bool) -> list[list[Section]]:
+    """The stages of the wanted sections; one section each where none shall run beside another."""
+    wanted = [[one for one in stage if not only or one.name in only] for stage in STAGES]
+    return [part for stage in wanted if stage for part in ([stage] if beside else [[one] for one in stage])]
 
 
 def run(names: Sequence[str], results: Results, seconds: float, how: How) -> None:
@@ -285,6 +310,7 @@ def run(names: Sequence[str], results: Results, seconds: float, how: How) -> Non
         how.command(names, seconds), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=how.environment(), text=True,
         encoding="utf-8", errors="replace", start_new_session=True,
     )  # fmt: skip
+    how.children.append(child)
     last: deque[str] = deque(maxlen=60)
     reader = threading.Thread(target=read, args=(child, results, last, name), daemon=True)
     reader.start()

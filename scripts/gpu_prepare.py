@@ -28,11 +28,12 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 MISSING = (
-    "absl-py", "annotated-types", "attrs", "bitsandbytes", "cloudpickle", "colorama", "cyclopts", "defusedxml",
-    "docstring-parser", "et-xmlfile", "gguf", "hypothesis", "iniconfig", "jinja2", "joblib", "lxml", "markdown-it-py",
-    "mdurl", "nltk", "openpyxl", "peft", "platformdirs", "pluggy", "portalocker", "protobuf", "psutil", "pydantic",
-    "pydantic-core", "pygments", "pytest", "pytest-timeout", "rich", "rich-rst", "rouge-score", "sacrebleu",
-    "sentencepiece", "six", "sortedcontainers", "starlette", "tabulate", "typing-inspection", "uvicorn",
+    "absl-py", "annotated-types", "anyio", "attrs", "bitsandbytes", "certifi", "charset-normalizer", "cloudpickle",
+    "colorama", "cyclopts", "defusedxml", "docstring-parser", "et-xmlfile", "gguf", "h11", "hypothesis", "idna",
+    "iniconfig", "jinja2", "joblib", "lxml", "markdown-it-py", "mdurl", "nltk", "openpyxl", "peft", "platformdirs",
+    "pluggy", "portalocker", "protobuf", "psutil", "pydantic", "pydantic-core", "pygments", "pytest",
+    "pytest-timeout", "requests", "rich", "rich-rst", "rouge-score", "sacrebleu", "sentencepiece", "six",
+    "sortedcontainers", "starlette", "tabulate", "typing-inspection", "urllib3", "uvicorn",
 )  # fmt: skip
 PLATFORMS = [f"manylinux_{n}_x86_64" for n in ("2_17", "2_24", "2_27", "2_28", "2_34")]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]

@@ -228,7 +228,8 @@ def test_two_steps_have_the_same_bits_by_strict_algorithms(where: str, variant: 
 @everywhere
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_model_is_loaded_onto_its_device(where: str, quant: str) -> None:
-    """Every tensor lies there, and is what a CPU has; it answers there."""
+    """Every tensor lies there, and is what a CPU has; it answers there. A scale of NF4's blocks may be the next of its
+    256 values: it is rounded behind a mean, which a GPU sums in another order."""
     folder = contract.folder_of("llama")
     there, here = (load_model(folder, precision="bf16", quant=quant, device=place) for place in (where, "cpu"))
     assert {t.device.type for t in (*there.parameters(), *there.buffers())} == {where}
@@ -237,7 +238,10 @@ def test_a_model_is_loaded_onto_its_device(where: str, quant: str) -> None:
     for (name, a), b in zip(there.named_parameters(), here.parameters(), strict=True):
         assert name in packed or torch.equal(a.cpu(), b)
     for (_, one), (_, other) in zip(quants.layers(there), quants.layers(here), strict=True):
-        assert apart(one.plain_weight(torch.float32).double(), other.plain_weight(torch.float32).double()) < 1e-3
+        a, b = (layer.plain_weight(torch.float32).double().cpu().reshape(-1, 64) for layer in (one, other))
+        scale = (a * b).sum(1) / (b * b).sum(1)
+        assert apart(a, b) < 1e-3 if quant == "int8" else bool((scale - 1).abs().max() < 0.02)
+        assert quant == "int8" or apart(a, scale[:, None] * b) < 1e-5
     ids = torch.arange(5, 12, device=where)[None]
     with attention(there, SDPA):
         made = there.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)

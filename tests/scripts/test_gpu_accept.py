@@ -30,7 +30,7 @@ print('last words', flush=True)
 if name == 'garbles':
     print('RESULT {"section": "gar')
     say('after', text='\u4f60\u597d')
-if name == 'hangs':
+if name.startswith('hangs'):
     import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(60)
 if name == 'breaks':
@@ -63,7 +63,7 @@ def written(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
 def test_a_section_that_fails_hangs_or_breaks_stops_no_other(accept: ModuleType, tmp_path: Path) -> None:
     results = accept.Results(tmp_path)
     names = ("hangs", "fails", "breaks", "garbles", "good")
-    accept.run_all(sections(accept, *names), results, 120, accept.How(False, False, tmp_path))
+    accept.run_all([[one] for one in sections(accept, *names)], results, 120, accept.How(False, False, tmp_path))
     assert not results.end(1.0)
     rows = written(tmp_path)
     assert all(rows[name, "begun"]["passed"] for name in names)
@@ -92,11 +92,11 @@ def test_what_one_section_leaves_over_is_there_for_the_next(
     given: list[float] = []
     monkeypatch.setattr(accept, "run", lambda names, results, seconds, how: given.append(seconds))
     results, how = accept.Results(tmp_path), accept.How(False, False, tmp_path)
-    accept.run_all(accept.SECTIONS, results, 480.0, how)
-    assert sum(one.seconds for one in accept.SECTIONS) == 480
+    accept.run_all(accept.STAGES, results, 480.0, how)
+    assert sum(accept.most(one) for one in accept.STAGES) == 480
     assert given[0] == pytest.approx(accept.SECTIONS[0].seconds, abs=0.5)
     assert given[-1] == pytest.approx(480, abs=0.5)  # nothing took any time
-    accept.run_all(accept.SECTIONS, results, 0.4, how)
+    accept.run_all(accept.STAGES, results, 0.4, how)
     assert {row["why"] for row in results.rows} == {"no time left"}
 
 
@@ -109,7 +109,7 @@ def test_a_folder_that_takes_no_more_stops_nothing(
     for name in ("gpu.jsonl", "sections.log", "summary.txt"):
         (tmp_path / name).symlink_to("/dev/full")
     results = accept.Results(tmp_path)
-    accept.run_all(sections(accept, "fails", "good"), results, 120, accept.How(False, False, tmp_path))
+    accept.run_all([sections(accept, "fails", "good")], results, 120, accept.How(False, False, tmp_path))
     assert not results.end(1.0)
     out = capsys.readouterr().out
     assert "No space left" in out
@@ -130,22 +130,27 @@ def test_a_log_without_end_does_not_take_the_room_of_the_results(
     assert len(written(tmp_path)) == 1
 
 
-def test_told_to_stop_it_ends_its_sections_and_leaves_a_summary(accept: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", ["[[m.Section('hangs', 50)], [m.Section('good', 50)]]",
+                                    "[[m.Section('hangs', 50), m.Section('hangs_too', 50)]]"])  # fmt: skip
+def test_told_to_stop_it_ends_its_sections_and_leaves_a_summary(
+    accept: ModuleType, tmp_path: Path, stages: str
+) -> None:
     code = (
         "import importlib.util, sys, pathlib\n"
         f"spec = importlib.util.spec_from_file_location('gpu_accept', {str(SCRIPTS / 'gpu_accept.py')!r})\n"
         "m = importlib.util.module_from_spec(spec)\nsys.modules['gpu_accept'] = m\nspec.loader.exec_module(m)\n"
         f"m.CHECKS, m.GRACE = pathlib.Path({str(tmp_path / 'checks.py')!r}), 0.3\n"
-        "m.SECTIONS = (m.Section('hangs', 50), m.Section('good', 50))\n"
+        f"m.STAGES, m.CORES = {stages}, 1\n"
         f"sys.argv = ['gpu_accept', '--out', {str(tmp_path)!r}]\nsys.exit(m.main())\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     results = tmp_path / "gpu.jsonl"
-    while not (results.exists() and "hangs" in results.read_text(encoding="utf-8")):
+    last = "hangs_too" if "hangs_too" in stages else "hangs"
+    while not (results.exists() and last in results.read_text(encoding="utf-8")):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 1
+    assert process.wait(40) == 1  # the sections would take 50 seconds
     rows = written(tmp_path)
     assert not rows["all", "interrupted"]["passed"]
     assert ("good", "begun") not in rows
