@@ -238,10 +238,10 @@ def test_a_model_is_loaded_onto_its_device(where: str, quant: str) -> None:
     for (name, a), b in zip(there.named_parameters(), here.parameters(), strict=True):
         assert name in packed or torch.equal(a.cpu(), b)
     for (_, one), (_, other) in zip(quants.layers(there), quants.layers(here), strict=True):
-        a, b = (layer.plain_weight(torch.float32).double().cpu().reshape(-1, 64) for layer in (one, other))
-        scale = (a * b).sum(1) / (b * b).sum(1)
-        assert apart(a, b) < 1e-3 if quant == "int8" else bool((scale - 1).abs().max() < 0.02)
-        assert quant == "int8" or apart(a, scale[:, None] * b) < 1e-5
+        x, y = (layer.plain_weight(torch.float32).double().cpu().reshape(-1, 64) for layer in (one, other))
+        scale = (x * y).sum(1) / (y * y).sum(1)
+        assert apart(x, y) < 1e-3 if quant == "int8" else bool((scale - 1).abs().max() < 0.02)
+        assert quant == "int8" or apart(x, scale[:, None] * y) < 1e-5
     ids = torch.arange(5, 12, device=where)[None]
     with attention(there, SDPA):
         made = there.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)

@@ -64,7 +64,7 @@ def refusal(where: Target) -> str | None:
 
 
 def described(where: Target) -> str:
-    """Which kernels compute norms, rotary positions, gates and losses, in words."""
+    """Which kernels compute norms, rotary positions, gates and losses, as a text."""
     why = refusal(where)
     return "one for each norm, rotary position, gate and loss (Triton)" if why is None else f"torch's: {why}"
 
