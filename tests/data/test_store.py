@@ -25,7 +25,7 @@ from fitune.core.config import build
 from fitune.core.files import TEMPORARY, is_whole, seal
 from fitune.core.records import Conversation, Finding, Message, Sample, Source, ToolCall
 from fitune.data import cache as cache_module
-from fitune.data import pipeline, rows, store, tokenizer
+from fitune.data import fitting, pipeline, rows, store, tokenizer
 from fitune.data.cache import Cache, code_version, default_folder, key
 from fitune.data.encode import Encoder
 from fitune.data.store import Samples, blocks, lengths_of, write_samples
@@ -374,8 +374,9 @@ def test_what_is_held_grows_by_a_few_bytes_a_row(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The columns of rows and samples, not their texts and ids: 20 numbers of 8 bytes, twice while they are written."""
-    monkeypatch.setattr(store, "SHARD_TOKENS", 10_000)
-    monkeypatch.setattr(store, "BLOCK", 256)
+    monkeypatch.setattr(store, "SHARD_TOKENS", 2_500)  # what is held however many rows there are is small
+    monkeypatch.setattr(store, "BLOCK", 64)
+    monkeypatch.setattr(fitting, "CHUNK", 64)
     words = tokenizer.load(model_folder)
 
     def peak(count: int) -> int:
@@ -389,7 +390,7 @@ def test_what_is_held_grows_by_a_few_bytes_a_row(
         return most
 
     peak(100)
-    assert (peak(6000) - peak(2000)) / 4000 < 400
+    assert (peak(1500) - peak(500)) / 1000 < 400
 
 
 def test_templates_that_want_a_sample_per_answer_keep_their_rows(tokenizer: PreTrainedTokenizerFast) -> None:
