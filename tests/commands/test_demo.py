@@ -22,6 +22,7 @@ from fitune.core.records import StepRecord
 from fitune.data import rows, tokenizer
 from fitune.data.store import Rows
 from fitune.engine.checkpoint import RunFolder
+from support.command import run
 
 ROOT = Path(__file__).parents[2]
 DATA = demo.bundled() / "data"
@@ -74,17 +75,18 @@ def test_the_data_is_what_the_script_in_the_repository_writes(tmp_path: Path) ->
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
 
-def test_the_demo_teaches_what_the_base_cannot_do(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fitune", "demo", "--json", "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+def test_the_demo_teaches_what_the_base_cannot_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, error = run(["demo", "--json", "--output", tmp_path / "run"], capsys, monkeypatch)
+    assert code == 0, error
+    result = json.loads(out.splitlines()[-1])
     assert result["base_accuracy"] <= 0.05
     assert result["tuned_accuracy"] >= 0.9
     assert result["run"] == str(tmp_path / "run")
     assert {"seconds", "peak_memory_mib"} <= result.keys()
     for part in ("MiB expected", "checks passed", "fitune chat", "exact match"):
-        assert part in done.stderr
+        assert part in error
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert f"{result['tuned_accuracy']:.0%} after" in page
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -18,6 +19,7 @@ from fitune.models.configs import read_config
 from fitune.models.hub import files
 from fitune.models.locate import locate
 from support import tiny
+from support.command import run
 from support.hub_server import SHA, Server, fetch
 
 
@@ -153,7 +155,9 @@ def test_the_revision_is_kept_in_the_run(server: Server, data_file: Path, tmp_pa
 # ---- folders that want code ----
 
 
-def test_a_model_that_wants_code_is_refused_though_a_terminal_says_yes(tmp_path: Path, data_file: Path) -> None:
+def test_a_model_that_wants_code_is_refused_though_a_terminal_says_yes(
+    tmp_path: Path, data_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At a terminal that answers y to every question, nothing of the folder is executed."""
     folder = tiny.save("llama", tmp_path / "model")
     trace = tmp_path / "trace"
@@ -169,13 +173,16 @@ def test_a_model_that_wants_code_is_refused_though_a_terminal_says_yes(tmp_path:
         words["auto_map"] = {"AutoTokenizer": ["tokenization_evil.Words", None]}
         (folder / "tokenizer_config.json").write_text(json.dumps(words))
         given = ["--model", str(folder), "--data", str(data_file), "--max-steps", "1", "--sample-prompts", "0"]
-        command = [sys.executable, "-m", "fitune", "train", *given, "--output", str(tmp_path / f"run-{kind}")]
-        code, told = at_a_terminal(command)
+        command = ["train", *given, "--output", str(tmp_path / f"run-{kind}")]
+        if kind == "llama":  # native: its code is not needed, and not looked at
+            monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
+            code, _, error = run(command, capsys, monkeypatch)
+            assert code == 0, error
+            assert not trace.exists()
+            continue
+        code, told = at_a_terminal([sys.executable, "-m", "fitune", *command])
         assert not trace.exists()
         assert "Traceback" not in told
-        if kind == "llama":  # native: its code is not needed, and not looked at
-            assert code == 0
-            continue
         assert code == 2
         assert "it works only with Python code from its folder, which fitune never runs" in " ".join(told.split())
         assert "nearest is 'llama'" in told
