@@ -109,7 +109,10 @@ class Bounds:
     max_body: Annotated[int, Parameter(help="Most bytes of a request.")] = 1 << 20
     cache_tokens: Annotated[
         int | None,
-        Parameter(help="Tokens of prompts and answers, for each model, that have their place at once. [default: all]"),
+        Parameter(
+            help="Tokens of prompts and answers, for each model, that have their place at once. "
+            "[default: those that half of the free memory holds]"
+        ),
     ] = None
 
 

@@ -23,7 +23,7 @@ from fitune.engine.drawing import Drawer, Sampling, Token
 from fitune.engine.forward import PIECE, Forward, answering
 from fitune.models.configs import longest_row
 from fitune.models.interfaces import causal_lm
-from fitune.models.kernels.cached import Cache
+from fitune.models.kernels.cached import Cache, rooms
 from fitune.models.load import Tuned
 from fitune.models.methods import virtual
 from fitune.models.switches import SDPA, attention, computing, evaluating
@@ -127,6 +127,14 @@ class Batcher:
     def running(self) -> int:
         """Requests that have their place."""
         return len(self._running)
+
+    def bytes_per_token(self) -> float | None:
+        """What a token's keys and values take, tried with one; None: a model whose cache is transformers'."""
+        if self._forward is None:
+            return None
+        with self.ready():
+            self._forward.prompt(cache := self._forward.start(), [0])
+        return cache.bytes() / rooms(cache.length)
 
     def most_of(self, request: Request) -> int:
         """The most tokens that the answer to a request may have.

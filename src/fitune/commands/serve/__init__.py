@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+import torch
 import uvicorn
 
 from fitune.commands.serve.app import app_of
@@ -81,7 +83,8 @@ class Place:
 @dataclass(frozen=True)
 class Limits:
     """What the server takes. running: requests answered at once; waiting: those that wait for it; tokens: of an answer;
-    body: bytes of a request; cache_tokens: of all prompts and answers at once, of each model."""
+    body: bytes of a request; cache_tokens: of all prompts and answers at once, of each model; None: what fits into half
+    of the free memory."""
 
     running: int = 64
     waiting: int = 256
@@ -113,10 +116,9 @@ def serve(
     """
     names = names_of(runs)
     with place.open() as listening:
-        models = {
-            name: Batcher(tuned, Room(limits.running, limits.cache_tokens))
-            for name, tuned in _loaded(names, loading or {}, report).items()
-        }
+        models = {name: Batcher(tuned) for name, tuned in _loaded(names, loading or {}, report).items()}
+        for batcher in models.values():
+            batcher.room = Room(limits.running, limits.cache_tokens or _fits(batcher, len(models)))
         with Worker(list(models.values()), limits.waiting) as worker:
             app = app_of(worker, models, rules=place.rules(limits.body), most=limits.tokens)
             config = uvicorn.Config(
@@ -126,7 +128,9 @@ def serve(
             host, port = listening.getsockname()[:2]
             for name, batcher in models.items():
                 how = f"{batcher.rows} answers side by side" if batcher.rows else "one answer after the other"
-                report(f"model {name}: {how}")
+                tokens = batcher.room.tokens
+                more = f"; {tokens:,} tokens of prompts and answers at once" if tokens else ""
+                report(f"model {name}: {how}{more}")
             report(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/v1; Ctrl-C stops")
             uvicorn.Server(config).run(sockets=[listening])
 
@@ -143,6 +147,16 @@ def _loaded(
             report(f"model {name}: {saved / MIB:,.1f} MiB of it are those of the models before it")
         found[name] = tuned
     return found
+
+
+def _fits(batcher: Batcher, models: int) -> int | None:
+    """How many tokens the caches of a model may hold: half of the memory that is free now, shared by all models."""
+    each = batcher.bytes_per_token()
+    if each is None:
+        return None
+    device = batcher.tuned.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(1, int(free / 2 / models / each))
 
 
 def names_of(runs: Sequence[str | Path]) -> dict[str, Path | str]:
