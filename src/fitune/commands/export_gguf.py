@@ -149,10 +149,10 @@ def _base(run: Path, base: str | Path | None) -> Path:
 
 def drafted(folder: Path, name: str) -> Draft:
     """What the file of a model folder will hold. name: what the model is called."""
-    words = tokenizer.load(folder)
-    encoder = Encoder(words, template_of(folder, "auto", words))
+    loaded = tokenizer.load(folder)
+    encoder = Encoder(loaded, template_of(folder, "auto", loaded))
     _, prompt = written(encoder, CONVERSATIONS[0][2])
-    return draft(folder, name, words, stops_of(folder, encoder), prompt or [])
+    return draft(folder, name, loaded, stops_of(folder, encoder), prompt or [])
 
 
 @dataclass(frozen=True)

@@ -131,26 +131,26 @@ def _conversations() -> Iterator[Conversation]:
         "Fix this:",
     )
     for n in range(4 * PROMPTS):
-        words = ENGLISH[n % len(ENGLISH) :][:3], CHINESE[n % len(CHINESE)], CODE[n % len(CODE)]
-        text = f"{asks[n % len(asks)]} {' '.join(words[0])} {words[1] if n % 2 else words[2]}{'?' if n % 3 else ''}"
-        system = f"Be brief. {words[1]}" if n % 5 == 4 else None
-        yield talk(text, words[1], f"{words[2]} {n}", system=system) if n % 4 == 3 else talk(text, system=system)
+        parts = ENGLISH[n % len(ENGLISH) :][:3], CHINESE[n % len(CHINESE)], CODE[n % len(CODE)]
+        text = f"{asks[n % len(asks)]} {' '.join(parts[0])} {parts[1] if n % 2 else parts[2]}{'?' if n % 3 else ''}"
+        system = f"Be brief. {parts[1]}" if n % 5 == 4 else None
+        yield talk(text, parts[1], f"{parts[2]} {n}", system=system) if n % 4 == 3 else talk(text, system=system)
 
 
 def _strings(found: Compared, other: LlamaCpp, draft: Draft, tuned: Tuned, count: int) -> None:
     """Ids of texts, as transformers makes them."""
-    words, vocabulary = tuned.tokenizer, draft.vocabulary
-    control = [] if vocabulary.literal else [str(token) for token in words.all_special_tokens]
+    tokenizer, vocabulary = tuned.tokenizer, draft.vocabulary
+    control = [] if vocabulary.literal else [str(token) for token in tokenizer.all_special_tokens]
     taken = [vocabulary.tokens[n] for n in sorted(other.control()) if vocabulary.types[n] in TEXT]
     found.known += [f"{text!r} in a text: llama.cpp takes it for a control token, whatever it is" for text in taken]
-    own = _pieces(found, other, words)
+    own = _pieces(found, other, tokenizer)
     texts = strings(2 * count, control, own, marks=MARKS not in vocabulary.exceptions)
     for text in [text for text in texts if not _known(text, vocabulary, taken, control)][:count]:
-        received, expected = _both(text, other, draft, words, control)
+        received, expected = _both(text, other, draft, tokenizer, control)
         found.strings += 1
         found.strings_same += received == expected
         if received != expected and found.strings - found.strings_same == 1:
-            found.problems.append(f"tokens of {text!r}: {_first(received, expected, words)}")
+            found.problems.append(f"tokens of {text!r}: {_first(received, expected, tokenizer)}")
     if found.strings - found.strings_same > 1:
         found.problems.append(f"and of {found.strings - found.strings_same - 1:,} more texts")
 
@@ -161,28 +161,30 @@ def _known(text: str, vocabulary: Vocabulary, taken: Sequence[str], control: Seq
     return any(name in text for name in taken) or (indented and INDENTED in vocabulary.exceptions)
 
 
-def _both(text: str, other: LlamaCpp, draft: Draft, words: Any, control: Sequence[str]) -> tuple[list[int], list[int]]:
+def _both(
+    text: str, other: LlamaCpp, draft: Draft, tokenizer: Any, control: Sequence[str]
+) -> tuple[list[int], list[int]]:
     """A text's ids in llama.cpp and in transformers; where control tokens are named in it, they are not parsed in a
     second look, for what a user types must not become one."""
     vocabulary = draft.vocabulary
     if vocabulary.literal:
-        return other.ids(text, parse=False, frame=False), list(words(text, add_special_tokens=False)["input_ids"])
-    bos = [words.bos_token_id] if draft.metadata[Keys.Tokenizer.ADD_BOS] else []
-    shown = f"{words.bos_token or words.eos_token}{text}" if vocabulary.inner else text
-    expected = [*bos, *words(shown, add_special_tokens=False)["input_ids"]]
+        return other.ids(text, parse=False, frame=False), list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    bos = [tokenizer.bos_token_id] if draft.metadata[Keys.Tokenizer.ADD_BOS] else []
+    shown = f"{tokenizer.bos_token or tokenizer.eos_token}{text}" if vocabulary.inner else text
+    expected = [*bos, *tokenizer(shown, add_special_tokens=False)["input_ids"]]
     received = other.ids(shown)
     named = any(name in text for name in control)
     if received != expected or vocabulary.inner or not named:
         return received, expected
-    plain = list(words(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    plain = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     return other.ids(text, parse=False, frame=False), plain
 
 
-def _pieces(found: Compared, other: LlamaCpp, words: Any) -> list[str]:
+def _pieces(found: Compared, other: LlamaCpp, tokenizer: Any) -> list[str]:
     """What each token stands for must be the same; those of them that are text."""
     texts = []
     wrong = 0
-    for n, piece in sorted(pieces(words).items()):
+    for n, piece in sorted(pieces(tokenizer).items()):
         if other.piece(n) != piece:
             wrong += 1
             if wrong == 1:
@@ -195,15 +197,15 @@ def _pieces(found: Compared, other: LlamaCpp, words: Any) -> list[str]:
     return texts
 
 
-def _first(received: Sequence[int], expected: Sequence[int], words: Any) -> str:
+def _first(received: Sequence[int], expected: Sequence[int], tokenizer: Any) -> str:
     """The first place where ids differ."""
     place = next((n for n, (a, b) in enumerate(zip(received, expected, strict=False)) if a != b), None)
     place = min(len(received), len(expected)) if place is None else place
-    return f"at token {place} {_shown(received[place:], words)} for {_shown(expected[place:], words)}"
+    return f"at token {place} {_shown(received[place:], tokenizer)} for {_shown(expected[place:], tokenizer)}"
 
 
-def _shown(ids: Sequence[int], words: Any) -> str:
-    named = [f"{i} ({words.convert_ids_to_tokens(int(i))!r})" for i in ids[:2]]
+def _shown(ids: Sequence[int], tokenizer: Any) -> str:
+    named = [f"{i} ({tokenizer.convert_ids_to_tokens(int(i))!r})" for i in ids[:2]]
     return ", ".join(named) + (", ..." if len(ids) > 2 else "") if named else "no more"
 
 
@@ -277,9 +279,9 @@ def _tie(
     before = [*prompt, *mine[:place]]
     here, there = _logits(tuned, before), other.logits(before)
     off, a, b = _off(here, there), mine[place], theirs[place]
-    words = tuned.tokenizer.convert_ids_to_tokens([a, b])
+    tokens = tuned.tokenizer.convert_ids_to_tokens([a, b])
     text = (
-        f"prompt {n}, token {place}: {b} ({words[1]!r}) for {a} ({words[0]!r}); their logits here {here[b]:.6f} and "
+        f"prompt {n}, token {place}: {b} ({tokens[1]!r}) for {a} ({tokens[0]!r}); their logits here {here[b]:.6f} and "
         f"{here[a]:.6f}, there {there[b]:.6f} and {there[a]:.6f}; all logits differ by {off:.1e} of the largest"
     )
     tie = off <= bound
