@@ -41,7 +41,7 @@ MODULES = {
     "QuantizedModel": "core.results", "Result": "core.results", "StepRecord": "core.records",
     "Tuned": "models.load", "Watcher": "core.events", "convert": "commands.convert", "download": "models.hub",
     "export": "commands.export", "load_model": "models.load", "merge": "commands.merge",
-    "quantize": "commands.quantize",
+    "quantize": "commands.quantize", "serve": "commands.serve",
 }  # fmt: skip
 __all__ = sorted([*MODULES, "advise", "evaluate", "generate", "inspect", "load", "plan", "train"])
 
