@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         merge,
         plan,
         quantize,
+        serve,
         train,
     )
     from fitune.core.errors import FituneError
@@ -76,6 +77,7 @@ __all__ = [
     "merge",
     "plan",
     "quantize",
+    "serve",
     "train",
 ]
 
