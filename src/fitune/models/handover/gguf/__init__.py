@@ -69,18 +69,18 @@ def draft(folder: Path, name: str, tokenizer: Any, stops: Sequence[int], prompt:
     config = read_config(folder)
     weights.check(folder)
     architecture = architectures.of(config)
-    words = vocabulary.of(tokenizer, config.vocab_size)
+    found = vocabulary.of(tokenizer, config.vocab_size)
     metadata = {
         Keys.General.TYPE: "model",
         Keys.General.NAME: _name(name, tokenizer),
         **hyper.metadata(config, architecture),
-        **words.metadata(),
+        **found.metadata(),
         **vocabulary.special(tokenizer, stops, begins=vocabulary.begins(tokenizer, prompt)),
         **_templates(tokenizer.chat_template),
     }
     pieces = names.pieces(Source(folder, config), config, architecture)
     notes = hyper.notes(config, architecture)
-    return Draft(architecture, metadata, pieces, words, hyper.context(config, architecture), notes)
+    return Draft(architecture, metadata, pieces, found, hyper.context(config, architecture), notes)
 
 
 def _name(name: str, tokenizer: Any) -> str:

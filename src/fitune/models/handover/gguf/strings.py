@@ -66,11 +66,11 @@ def strings(count: int, control: Sequence[str], own: Sequence[str] = (), *, mark
     made = dict.fromkeys(unicodedata.normalize("NFC", text) for pool in pools for text in pool)
     while len(made) < count:
         pool = own if own and len(made) % 3 == 0 else draw.choice(pools)
-        words = [draw.choice(pool if draw.random() < 0.6 else draw.choice(pools)) for _ in range(draw.randint(1, 12))]
+        drawn = [draw.choice(pool if draw.random() < 0.6 else draw.choice(pools)) for _ in range(draw.randint(1, 12))]
         if control and len(made) % 20 == 0:
-            words.insert(draw.randint(0, len(words)), draw.choice(control))
-        text = words[0]
-        for word in words[1:]:
+            drawn.insert(draw.randint(0, len(drawn)), draw.choice(control))
+        text = drawn[0]
+        for word in drawn[1:]:
             text += draw.choice(JOINS) + word
         made[unicodedata.normalize("NFC", text)] = None
     return list(made)[:count]
