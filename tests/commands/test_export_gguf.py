@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from fitune.commands import export_gguf as exporting
 from fitune.commands.export_gguf import ExportedGguf, drafted, export_gguf
 from fitune.commands.same_answers import Sizes, compare
 from fitune.core.errors import FituneError, ModelError, RunFolderError
+from fitune.data import tokenizer
 from fitune.engine.loading import load
 from fitune.models.handover.gguf import Draft, llamacpp, readback, stream
 from fitune.models.handover.gguf.order import pairs
@@ -313,3 +317,60 @@ def test_a_fault_is_refused_with_its_place(tmp_path: Path, monkeypatch: pytest.M
     assert "tokens of" in str(error.value)
     assert "at token" in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_shards_are_streamed(kind: str, tmp_path: Path) -> None:
+    """Of a model in shards no more than two of its tensors is in memory, whatever the model: measured as the memory
+    that the process takes beyond what it had, in a process of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "model"
+    config = LlamaConfig(
+        vocab_size=1792, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(str(folder), max_shard_size="60MB")
+    tokenizer.load(BUNDLED).save_pretrained(str(folder))
+    assert len(list(folder.glob("*.safetensors"))) > 5
+    # freed memory goes back to the system at once: what is measured is what is held, not what malloc keeps
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEASURE, str(folder), kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    peak, model, largest = map(int, done.stdout.split())
+    assert model > 15 * largest
+    assert peak < 2 * largest + 2**20
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from fitune.commands.export_gguf import drafted
+from fitune.models.handover.gguf import stream
+
+folder, kind = Path(sys.argv[1]), sys.argv[2]
+plan = drafted(folder, "a")
+stream.ROWS = 1 << 18
+tracked = {"now": 0, "peak": 0}
+file = folder / "a.gguf"
+
+def anonymous():
+    pages = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in pages[1:]}
+    return found["Anonymous"] + found["Pss_File"]
+
+before = anonymous()
+real = stream.encoded
+def watched(piece, kind):
+    for array in real(piece, kind):
+        tracked["peak"] = max(tracked["peak"], anonymous() - before)
+        yield array
+stream.encoded = watched
+plan.write(file, kind)
+sizes = [4 * __import__("math").prod(piece.shape) for piece in plan.pieces]
+print(tracked["peak"], sum(sizes), max(sizes))
+"""

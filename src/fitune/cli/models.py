@@ -134,11 +134,11 @@ class Gguf:
 
     type: Annotated[
         Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"],
-        Parameter(help="gguf: type of the numbers; auto: as the model is stored."),
+        Parameter(help="gguf, ollama: type of the numbers; auto: as the model is stored."),
     ] = "auto"
     verify: Annotated[
         bool,
-        Parameter(negative="", help="gguf: compare llama.cpp on the file with fitune's chat, token by token."),
+        Parameter(negative="", help="gguf, ollama: compare llama.cpp on the file with fitune's chat, token by token."),
     ] = False
 
 
@@ -147,9 +147,10 @@ def export(
     *,
     output: Annotated[Path, Parameter(help="What is written: a new folder, for gguf a new file.")],
     to: Annotated[
-        Literal["original", "gguf", "vllm"],
+        Literal["original", "gguf", "gguf-lora", "ollama", "vllm"],
         Parameter(
-            help="Layout; original: as ChatGLM2 and 3 were published; gguf: a file for llama.cpp; vllm: for vLLM."
+            help="Layout; original: as ChatGLM2 and 3 were published; gguf: a file for llama.cpp; gguf-lora: a run's "
+            "adapter as one; ollama: a folder with a Modelfile; vllm: for vLLM."
         ),
     ] = "original",
     gguf: Annotated[Optional[Gguf], Parameter(name="*")] = None,  # noqa: UP045
@@ -163,7 +164,7 @@ def export(
 ) -> None:
     """Write a run or a model for other programs."""
     gguf = gguf or Gguf()
-    there = {"original": early.model, "gguf": early.run_or_model, "vllm": early.run}[to]
+    there = {"original": early.model, "gguf": early.run_or_model, "ollama": early.run_or_model}.get(to, early.run)
     early.together(lambda: there(model), lambda: early.new_folder(output), *early.each(early.folder, base))
     from fitune.commands.export import Exported
     from fitune.commands.export import export as run_export

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fitune.commands.export_gguf import ExportedGguf
     from fitune.commands.export_vllm import ExportedVllm
 
-LAYOUTS = ("original", "gguf", "vllm")
+LAYOUTS = ("original", "gguf", "gguf-lora", "ollama", "vllm")
 SHARD = 4 * 2**30  # bytes of a file
 
 
@@ -61,12 +61,12 @@ def export(
 
     Args:
         model: for `original` a folder that holds a GLM of ChatGLM2's or 3's kind in transformers' layout; for `gguf` a
-            run, or the folder of a model; for `vllm` a run.
-        output: for `original` and `vllm` a new or empty folder; for `gguf` a file that is not there yet.
-        to: original, gguf, or vllm.
+            run, or the folder of a model, and so for `ollama`; for `gguf-lora` and `vllm` a run.
+        output: a new or empty folder; for `gguf` and `gguf-lora` a file that is not there yet.
+        to: original, gguf, gguf-lora, ollama, or vllm.
         shard: for `original`: most bytes of a file.
-        type_: for `gguf`: of its numbers: auto (as the model is stored), f32, f16, bf16, q8_0 or q4_0.
-        verify: for `gguf`: compare llama.cpp on the file with fitune's chat, where its library is installed.
+        type_: for `gguf`, `gguf-lora`, `ollama`: of its numbers: auto (as the model is stored), f32, f16, bf16, q8_0 or q4_0.
+        verify: for the same: compare llama.cpp on the file with fitune's chat, where its library is installed.
         merged: for `vllm`: write the merged model even where the adapter could be served.
         base: for a run: where its base model is now, if it was moved.
 
@@ -80,6 +80,14 @@ def export(
         from fitune.commands.export_gguf import export_gguf
 
         return export_gguf(model, output, type_=type_, verify=verify, base=base)
+    if to == "gguf-lora":
+        from fitune.commands.export_lora import export_lora
+
+        return export_lora(model, output, type_=type_, verify=verify, base=base)
+    if to == "ollama":
+        from fitune.commands.export_ollama import export_ollama
+
+        return export_ollama(model, output, type_=type_, verify=verify, base=base)
     if to == "vllm":
         from fitune.commands.export_vllm import export_vllm
 

@@ -110,11 +110,7 @@ def export_gguf(
     target = expand(output)
     if type_ not in TYPES:
         raise ModelError(f"--type {type_}", expected=", ".join(TYPES))
-    check_new(target)
-    if target.is_dir():
-        raise RunFolderError(
-            f"{target}: is a folder", expected="a file to write", fix=f"--output {target / 'model.gguf'}"
-        )
+    check_target(target)
     with disk(target.parent, fix="free some space or choose another --output"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with Scratch(target) as place, _plain(model, place, base) as (folder, merged, stored):
@@ -122,6 +118,25 @@ def export_gguf(
             done = work.write(str(model) if verify else None, base, sizes)
         sync(target.parent)
     return done
+
+
+def check_target(target: Path) -> None:
+    """Raises RunFolderError where something lies there already."""
+    check_new(target)
+    if target.is_dir():
+        raise RunFolderError(
+            f"{target}: is a folder", expected="a file to write", fix=f"--output {target / 'model.gguf'}"
+        )
+
+
+def refuse(target: Path, problems: list[str], why: str) -> None:
+    """Raises ModelError where there are problems: the file is not written."""
+    if problems:
+        raise ModelError(
+            f"{target}: was not written, for it {why}",
+            received="; ".join(problems),
+            fix="report it: fitune never writes a file that it knows to be wrong",
+        )
 
 
 @contextmanager
@@ -147,10 +162,18 @@ def _base(run: Path, base: str | Path | None) -> Path:
     return Path(base) if base is not None else Path(RunFolder(run).read_config().model)
 
 
-def drafted(folder: Path, name: str) -> Draft:
-    """What the file of a model folder will hold. name: what the model is called."""
-    loaded = tokenizer.load(folder)
-    encoder = Encoder(loaded, template_of(folder, "auto", loaded))
+def drafted(folder: Path, name: str, encoder: Encoder | None = None) -> Draft:
+    """What the file of a model folder will hold.
+
+    Args:
+        folder: of the model.
+        name: what it is called.
+        encoder: of a run, in place of the folder's own tokenizer and template.
+    """
+    if encoder is None:
+        own = tokenizer.load(folder)
+        encoder = Encoder(own, template_of(folder, "auto", own))
+    loaded = encoder.tokenizer
     _, prompt = written(encoder, CONVERSATIONS[0][2])
     return draft(folder, name, loaded, stops_of(folder, encoder), prompt or [])
 
@@ -170,7 +193,7 @@ class _Work:
         plan = drafted(self.folder, self.target.stem)
         file = self.place / "model.gguf"
         plan.write(file, self.type)
-        self._refuse(readback.differences(file, plan, self.type), "is not what was to be written")
+        refuse(self.target, readback.differences(file, plan, self.type), "is not what was to be written")
         notes = [*plan.notes, *(f"otherwise in llama.cpp: {text}" for text in plan.vocabulary.exceptions)]
         compared = None
         if model is not None and llamacpp.installed():
@@ -191,13 +214,5 @@ class _Work:
             file = self.place / "float32.gguf"
             plan.write(file, "f32")
         found = compare(file, plan, tuned, sizes)
-        self._refuse(found.problems, "would not answer as fitune's chat does")
+        refuse(self.target, found.problems, "would not answer as fitune's chat does")
         return found
-
-    def _refuse(self, problems: list[str], why: str) -> None:
-        if problems:
-            raise ModelError(
-                f"{self.target}: was not written, for it {why}",
-                received="; ".join(problems),
-                fix="report it: fitune never writes a file that it knows to be wrong",
-            )

@@ -75,7 +75,9 @@ class Sizes:
     strings: int = STRINGS
 
 
-def compare(file: Path, draft: Draft, tuned: Tuned, sizes: Sizes | None = None) -> Compared:
+def compare(
+    file: Path, draft: Draft, tuned: Tuned, sizes: Sizes | None = None, adapter: Path | None = None
+) -> Compared:
     """Compare llama.cpp on a file with fitune's chat.
 
     Args:
@@ -83,13 +85,14 @@ def compare(file: Path, draft: Draft, tuned: Tuned, sizes: Sizes | None = None) 
         draft: what it holds.
         tuned: the model that was exported, in float32 on the CPU.
         sizes: how much is compared.
+        adapter: what is put on it.
     """
     sizes = sizes or Sizes()
     found = Compared(known=list(draft.vocabulary.exceptions))
     asked = _prompts(tuned, sizes, min(draft.context, longest_row(causal_lm(tuned.model).config)))
     longest = max((len(ids) for _, ids in asked), default=0)
     try:
-        loaded = LlamaCpp(file, max(longest + sizes.tokens, 8))
+        loaded = LlamaCpp(file, max(longest + sizes.tokens, 8), adapter)
     except ModelError as error:
         return replace(found, problems=[f"{error.what.partition(': ')[2]}: {error.received}"])
     with loaded as other:

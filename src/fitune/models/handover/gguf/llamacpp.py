@@ -37,12 +37,13 @@ class LlamaCpp:
     Args:
         file: a GGUF.
         context: the most tokens of a sequence.
+        adapter: a LoRA adapter to put on it.
 
     Raises:
         ModelError: the library is not there, or cannot load the file.
     """
 
-    def __init__(self, file: Path, context: int) -> None:
+    def __init__(self, file: Path, context: int, adapter: Path | None = None) -> None:
         if not installed():
             raise ModelError("llama.cpp's library is not installed", expected=PACKAGE, fix=INSTALL)
         self.api: ModuleType = importlib.import_module(PACKAGE)
@@ -60,6 +61,16 @@ class LlamaCpp:
         self.vocabulary = self.api.llama_model_get_vocab(self._model)
         self.size = int(self.api.llama_vocab_n_tokens(self.vocabulary))
         self._open(context)
+        if adapter is not None:
+            self._put_on(adapter)
+
+    def _put_on(self, adapter: Path) -> None:
+        made = self.api.llama_adapter_lora_init(self._model, os.fsencode(adapter))  # the model frees it
+        if not made:
+            raise ModelError(f"{adapter}: llama.cpp cannot load it", received=" ".join(self._said[-3:])[:300])
+        one, scale = (self.api.llama_adapter_lora_p_ctypes * 1)(made), (ctypes.c_float * 1)(1.0)
+        if self.api.llama_set_adapters_lora(self._context, one, 1, scale):
+            raise ModelError(f"{adapter}: llama.cpp cannot put it on the model")
 
     def _open(self, context: int) -> None:
         settings = self.api.llama_context_default_params()

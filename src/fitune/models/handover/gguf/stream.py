@@ -76,7 +76,8 @@ def write(file: Path, name: str, metadata: Mapping[str, Any], pieces: Sequence[P
         for piece in pieces:
             start = stream.tell()
             for array in encoded(piece, type_of(piece, wanted)):
-                stream.write(array.tobytes())
+                stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                del array  # a view of the tensor: the next one is not read beside it
             writer.write_padding(stream, stream.tell() - start)
         stream.flush()
         os.fsync(stream.fileno())
