@@ -65,7 +65,8 @@ def export(
         output: a new or empty folder; for `gguf` and `gguf-lora` a file that is not there yet.
         to: original, gguf, gguf-lora, ollama, or vllm.
         shard: for `original`: most bytes of a file.
-        type_: for `gguf`, `gguf-lora`, `ollama`: of its numbers: auto (as the model is stored), f32, f16, bf16, q8_0 or q4_0.
+        type_: for `gguf`, `gguf-lora`, `ollama`: of its numbers: auto (as the model is stored), f32, f16, bf16, q8_0
+            or q4_0.
         verify: for the same: compare llama.cpp on the file with fitune's chat, where its library is installed.
         merged: for `vllm`: write the merged model even where the adapter could be served.
         base: for a run: where its base model is now, if it was moved.

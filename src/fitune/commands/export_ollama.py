@@ -1,7 +1,7 @@
 """fitune export --to ollama: a folder with a GGUF and the Modelfile that `ollama create` makes a model of.
 
-In: a run, or a model folder. Out: model.gguf, written and compared as `--to gguf` does, and Modelfile with the template in
-Ollama's language, the stop tokens and the parameters of `fitune chat`.
+In: a run, or a model folder. Out: model.gguf, written and compared as `--to gguf` does, and Modelfile with the template
+in Ollama's language, the stop tokens and the parameters of `fitune chat`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fitune.core.files import check_new, expand, whole_folder
 from fitune.core.records import Conversation
 from fitune.data import templates, tokenizer
 from fitune.data.encode import Encoder
+from fitune.data.tokenizer import special
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.drawing import Sampling
 from fitune.engine.loading import template_of
@@ -53,7 +54,7 @@ def export_ollama(
     target = expand(output)
     check_new(target, whole=True)
     encoder = _encoder(model)
-    made = ollama.frame(partial(_as_others, _jinja(encoder), encoder))
+    made = ollama.frame(partial(_as_others, _jinja(encoder), encoder), list(special.added(encoder.tokenizer)))
     with whole_folder(target) as place:
         done = export_gguf(model, place / FILE, type_=type_, verify=verify, base=base, sizes=sizes)
         adds = _adds_bos(place / FILE)
@@ -62,7 +63,7 @@ def export_ollama(
             made = replace(made, begin=made.begin.removeprefix(bos), before_system=made.before_system.removeprefix(bos))
         stops = [str(name) for name in encoder.tokenizer.convert_ids_to_tokens(list(encoder.stop_ids))]
         usual = Sampling()
-        parameters = {"temperature": usual.temperature, "num_predict": usual.max_tokens, "num_ctx": done.context}
+        parameters = {"temperature": usual.temperature, "num_predict": usual.max_new_tokens, "num_ctx": done.context}
         text = ollama.modelfile(FILE, made.go(), stops, parameters)
         (place / MODELFILE).write_text(text, encoding="utf-8", newline="\n")
     create = f"ollama create {shlex.quote(target.name.lower())} -f {shlex.quote(str(target / MODELFILE))}"

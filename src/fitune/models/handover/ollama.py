@@ -9,7 +9,6 @@ by character; a template that does more than that (tools, thoughts that it drops
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,8 +61,9 @@ class Frame:
             system = f"{_literal(self.before_system)}{{{{ .System }}}}{_literal(self.after_system)}"
             begin = f"{{{{ if .System }}}}{system}{{{{ else }}}}{begin}{{{{ end }}}}"
         behind = _literal(self.after_user)
-        last = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+        last = ""
         if self.opening != self.after_user:
+            last = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
             behind = f"{{{{ if $last }}}}{_literal(self.opening)}{{{{ else }}}}{behind}{{{{ end }}}}"
         user = f"{_literal(self.before_user)}{{{{ .Content }}}}{behind}"
         assistant = f"{{{{ .Content }}}}{_literal(self.after_assistant)}"
@@ -73,11 +73,12 @@ class Frame:
         )
 
 
-def frame(render: Render) -> Frame:
+def frame(render: Render, names: Sequence[str]) -> Frame:
     """The pieces of a chat template.
 
     Args:
         render: a conversation as others render it, with the opening of an answer; None where the template refuses it.
+        names: of control tokens.
 
     Raises:
         ModelError: it is more than pieces around texts.
@@ -95,7 +96,7 @@ def frame(render: Render) -> Frame:
     system = _cut(with_system, (S, U)) if with_system is not None else None
     if system is not None:
         pieces.append(system[1])
-    before_user = _common_end(pieces)
+    before_user = _common_end(pieces, names)
     made = Frame(
         begin=begin_user.removesuffix(before_user) if before == begin_user else before.removesuffix(before_user),
         before_system=system[0] if system else "",
@@ -116,8 +117,9 @@ def check(made: Frame, render: Render) -> None:
     for name, kinds, conversation in CONVERSATIONS:
         if kinds & {"tools", "context"} or conversation.messages[-1].role != "user":
             continue
-        if "system" in kinds and not made.system:
-            continue
+        later = any(message.role == "system" for message in conversation.messages[1:])
+        if later or ("system" in kinds and not made.system):
+            continue  # Ollama puts every system text in front
         expected = render(conversation)
         if expected is None:
             continue
@@ -150,13 +152,28 @@ def _cut(text: str | None, marks: Sequence[str]) -> list[str] | None:
     return [*found, rest]
 
 
-def _common_end(texts: Sequence[str]) -> str:
-    return os.path.commonprefix([text[::-1] for text in texts])[::-1]
+def _common_end(texts: Sequence[str], names: Sequence[str]) -> str:
+    """What all texts end in; it begins in the middle of no control token."""
+    shortest = min(texts, key=len)
+    length = next((n for n in range(len(shortest)) if len({text[-1 - n] for text in texts}) > 1), len(shortest))
+    while any(_inside(text, len(text) - length, names) for text in texts):
+        length -= 1
+    return shortest[len(shortest) - length :]
+
+
+def _inside(text: str, place: int, names: Sequence[str]) -> bool:
+    """Is a place in the middle of a name?"""
+    return any(text.startswith(name, start) for name in names for start in range(max(0, place - len(name) + 1), place))
 
 
 def _literal(text: str) -> str:
-    """Text in the template; what its language or the Modelfile would read otherwise stands in quotation marks."""
-    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if "{{" in text or '"""' in text else text
+    """Text in the template; what its language or the Modelfile would read otherwise stands as a string, escaped."""
+    if "{{" not in text and '"""' not in text:
+        return text
+    quoted = json.dumps(text, ensure_ascii=False)[1:-1]
+    for character, code in (('\\"', "\\u0022"), ("{", "\\u007b"), ("}", "\\u007d")):
+        quoted = quoted.replace(character, code)
+    return f'{{{{ "{quoted}" }}}}'
 
 
 def modelfile(file: str, template: str, stops: Sequence[str], parameters: Mapping[str, object]) -> str:

@@ -2,7 +2,8 @@
 
 In: an adapter folder in PEFT's format, the config of its base model. Out: metadata and pieces. Each pair is named by
 the tensor it belongs to; B's rows are in that tensor's order, and its scale is folded in where one number for all,
-alpha over the rank, does not say it. What llama.cpp has no place for is refused: DoRA, biases, modules saved whole, new tokens.
+alpha over the rank, does not say it. What llama.cpp has no place for is refused: DoRA, biases, modules saved whole, new
+tokens.
 """
 
 from __future__ import annotations
