@@ -105,9 +105,8 @@ def test_scales_of_their_own_are_folded_in(run: Path, tmp_path: Path) -> None:
     scale = values["lora_alpha"] / values["r"]
     stem = "base_model.model.model.layers.0"
     assert torch.equal(tensors["blk.0.attn_v.weight.lora_b"], own[f"{stem}.self_attn.v_proj.lora_B.weight"] * 4 * scale)
-    assert torch.equal(
-        tensors["blk.0.attn_output.weight.lora_b"], own[f"{stem}.self_attn.o_proj.lora_B.weight"] * scale
-    )
+    queries = own[f"{stem}.self_attn.q_proj.lora_B.weight"] * scale  # the first row of a head stays where it is
+    assert torch.equal(tensors["blk.0.attn_q.weight.lora_b"][0], queries[0])
 
 
 # ---- Ollama ----

@@ -55,8 +55,8 @@ def export_lora(
     found = read_config(model)
     name, metadata, pieces = lora.draft(folder.adapter, target.stem, found)
     architecture = architectures.of(found)
-    words = vocabulary.of(tokenizer.load(folder.tokenizer), found.vocab_size)
-    plan = Draft(architecture, metadata, pieces, words, hyper.context(found, architecture))
+    known = vocabulary.of(tokenizer.load(folder.tokenizer), found.vocab_size)
+    plan = Draft(architecture, metadata, pieces, known, hyper.context(found, architecture))
     kind = "f32" if type_ == "auto" else type_
     packed = config.quant.name != "none" or quantized_as(found).name != "none"
     notes = [f"put it on {model} as a GGUF: fitune export {model} --to gguf --output BASE.gguf"]

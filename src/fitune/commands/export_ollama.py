@@ -75,11 +75,11 @@ def _encoder(model: str | Path) -> Encoder:
     path = expand(model)
     run = RunFolder(path)
     if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
-        words = tokenizer.load(run.tokenizer)
-        return Encoder(words, templates.from_dict(run.read("template"), words))
+        loaded = tokenizer.load(run.tokenizer)
+        return Encoder(loaded, templates.from_dict(run.read("template"), loaded))
     folder = locate(str(model))
-    words = tokenizer.load(folder)
-    return Encoder(words, template_of(folder, "auto", words))
+    loaded = tokenizer.load(folder)
+    return Encoder(loaded, template_of(folder, "auto", loaded))
 
 
 def _jinja(encoder: Encoder) -> str:

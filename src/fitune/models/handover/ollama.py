@@ -143,7 +143,8 @@ def _cut(text: str | None, marks: Sequence[str]) -> list[str] | None:
     """What stands around marks that must each be there once, in this order."""
     if text is None or any(text.count(mark) != 1 for mark in marks):
         return None
-    found, rest = [], text
+    found: list[str] = []
+    rest = text
     for mark in marks:
         before, _, after = rest.partition(mark)
         if any(other in before for other in marks):
