@@ -181,6 +181,17 @@ def test_llama_cpp_answers_as_chat_does(tmp_path: Path) -> None:
     assert done.compared.logits < 1e-5
 
 
+@needs_llama_cpp
+def test_what_a_type_rounds_away_is_measured(tmp_path: Path) -> None:
+    found = {}
+    for kind in ("q8_0", "q4_0"):
+        done = export_gguf(BUNDLED, tmp_path / f"{kind}.gguf", type_=kind, verify=True, sizes=QUICK)
+        assert "in float32: 12 of 12 prompts, 96 tokens equal; 600 of 600 strings" in done.lines()
+        line = next(note for note in done.notes if note.startswith(f"as {kind}: next token the same behind"))
+        found[kind] = float(line.split("at most ")[1].split()[0])
+    assert 1e-4 < found["q8_0"] < found["q4_0"]
+
+
 @pytest.mark.full
 @needs_llama_cpp
 def test_the_whole_comparison(tmp_path: Path) -> None:
@@ -322,6 +333,7 @@ def test_a_fault_is_refused_with_its_place(tmp_path: Path, monkeypatch: pytest.M
 # ---- memory ----
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says what a process holds: /proc/self/smaps_rollup")
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
 def test_shards_are_streamed(kind: str, tmp_path: Path) -> None:
     """Of a model in shards no more than two of its tensors is in memory, whatever the model: measured as the memory

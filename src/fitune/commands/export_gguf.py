@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fitune.commands.merge import Merged, merge
-from fitune.commands.same_answers import Compared, Sizes, compare
+from fitune.commands.same_answers import Compared, Sizes, compare, rounded
 from fitune.core.errors import ModelError, RunFolderError
 from fitune.core.files import check_new, disk, expand, sync
 from fitune.core.scratch import Scratch
@@ -78,7 +78,7 @@ class ExportedGguf:
                 f"{self.merged.rounding_error:.1e} as written"
             )
         if self.compared is not None:
-            lines.append(self.compared.text())
+            lines.append(self.compared.text() if self.type == "f32" else f"in float32: {self.compared.text()}")
             lines.append(f"logits differ by at most {self.compared.logits:.1e} of the largest")
             lines += [f"equally probable: {text}" for text in self.compared.ties]
         return lines + self.notes
@@ -197,7 +197,9 @@ class _Work:
         notes = [*plan.notes, *(f"otherwise in llama.cpp: {text}" for text in plan.vocabulary.exceptions)]
         compared = None
         if model is not None and llamacpp.installed():
-            compared = self._compare(plan, file, load(model, model=base, device="cpu", precision="fp32"), sizes)
+            tuned = load(model, model=base, device="cpu", precision="fp32")
+            compared = self._compare(plan, file, tuned, sizes)
+            notes += self._rounding(plan, file, tuned, sizes)
             notes += [f"noted: {text}" for text in compared.known if text not in plan.vocabulary.exceptions]
         elif model is not None:
             notes.append(f"read back whole; llama.cpp's library is not there to compare with: {llamacpp.INSTALL}")
@@ -207,6 +209,10 @@ class _Work:
             str(self.target), plan.architecture.name, self.type, count, plan.parameters(), size, plan.context,
             notes, self.merged, compared,
         )  # fmt: skip
+
+    def _rounding(self, plan: Draft, file: Path, tuned: Tuned, sizes: Sizes | None) -> list[str]:
+        """What the type itself changes."""
+        return [] if self.type == "f32" else [f"as {self.type}: {rounded(file, plan, tuned, sizes)} of the largest"]
 
     def _compare(self, plan: Draft, file: Path, tuned: Tuned, sizes: Sizes | None) -> Compared:
         """In float32, whatever the type of the file: in others numbers are rounded, so nothing need be equal."""

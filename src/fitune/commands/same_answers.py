@@ -293,6 +293,24 @@ def _tie(
     return tie
 
 
+def rounded(file: Path, draft: Draft, tuned: Tuned, sizes: Sizes | None = None) -> str:
+    """What the type of a file's numbers changes, measured: a line for the terminal.
+
+    Args:
+        file: a GGUF of any type.
+        draft, tuned, sizes: as for `compare`.
+    """
+    sizes = sizes or Sizes()
+    asked = _prompts(tuned, sizes, min(draft.context, longest_row(causal_lm(tuned.model).config)))
+    same, largest = 0, 0.0
+    with LlamaCpp(file, max(8, *(len(ids) for _, ids in asked))) as other:
+        for _, ids in asked:
+            here, there = _logits(tuned, ids), other.logits(ids)
+            same += int(here.argmax() == there.argmax())
+            largest = max(largest, _off(here, there))
+    return f"next token the same behind {same:,} of {len(asked):,} prompts; logits differ by at most {largest:.1e}"
+
+
 @torch.no_grad()
 def _logits(tuned: Tuned, ids: Sequence[int]) -> NDArray[np.float32]:
     """(vocabulary,): of the token behind these."""
