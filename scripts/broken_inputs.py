@@ -189,7 +189,6 @@ CASES: list[Case] = [
     row("ends-with-question", turns(USER, ANSWER, USER), "no answer at the end"),
     row("only-a-question", turns(USER), "no answer at the end"),
     row("only-a-system-message", turns({"role": "system", "content": "a"}), "no answer at the end"),
-    row("late-system-message", turns(USER, {"role": "system", "content": "c"}, ANSWER), "system message after"),
     row("two-system-messages", {"system": "x", **turns({"role": "system", "content": "y"}, USER, ANSWER)}, ":system"),
     row("empty-turn", turns(USER, {"role": "assistant", "content": ""}), "the answer is empty"),
     row("sharegpt-no-value", {"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]}, ".content"),

@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -56,6 +57,15 @@ def _refuse(deed: str) -> Callable[..., None]:
         pytest.fail(f"this test is marked unit and {deed}")
 
     return refuse
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals() -> None:
+    """Signals have their defaults, also where the tests run under `nohup` or in the background of a script: a process
+    that starts there ignores SIGHUP or SIGINT, and so would the runs in it, as they should."""
+    for name, default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+            signal.signal(getattr(signal, name), default)
 
 
 @pytest.fixture(scope="session", autouse=True)
