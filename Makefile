@@ -13,15 +13,15 @@ BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 WORKERS ?= 2
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo unit test test-full fmt lint types install clean
+.PHONY: demo unit test test-full fmt lint types bytecode install clean
 
 demo: install
 	$(BIN)/fitune demo
 
-unit: install
+unit: bytecode
 	$(TEST) -m "unit and not full"
 
-test: lint types
+test: lint types bytecode
 	$(TEST)
 
 fmt: install
@@ -36,12 +36,16 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-test-full: install
+test-full: bytecode
 	mkdir -p build
 	FITUNE_TESTS=full $(TEST) -m "" --junitxml build/test-full.xml
 	$(BIN)/python scripts/record_tests.py build/test-full.xml results/test-full.json
 	$(BIN)/python scripts/planted_faults.py
 	$(BIN)/python scripts/torture.py --minutes 10 --seed 1
+
+# Once, for the many processes that tests start: where PYTHONDONTWRITEBYTECODE is set each would compile fitune anew.
+bytecode: install
+	$(BIN)/python -m compileall -q src
 
 install: .venv/installed
 
