@@ -10,7 +10,7 @@ from fitune.core.errors import DataError
 from fitune.core.records import Conversation, Message, Source
 from fitune.data.encode import Encoder
 from fitune.data.templates import TABLE
-from support import tiny
+from support import served_chatglm, tiny
 from support.encoding import decoded, sample_of
 
 pytestmark = pytest.mark.unit
@@ -42,6 +42,26 @@ def test_a_template_with_turns_of_the_system_writes_it_in_its_place(name: str, t
     assert text in decoded(encoder, sample.ids)
     assert "Be brief" not in decoded(encoder, sample.ids[sample.mask])
     assert sample.ids.tolist()[: len(encoder.prompt(ROW.messages[:5]))] == encoder.prompt(ROW.messages[:5])
+
+
+def test_chatglm3_writes_it_in_its_place_and_no_answer_is_taught_to_begin_it() -> None:
+    encoder = Encoder(served_chatglm.make_tokenizer("chatglm3"), TABLE["chatglm3"])
+    sample = sample_of(encoder, ROW)
+    text = decoded(encoder, sample.ids)
+    assert text.count("<|system|>") == 2
+    assert "Hello.<|system|>\n Be brief.<|user|>\n Bye.<|assistant|>" in text
+    # servers stop at the ids of user and observation and at EOS, not at the system's
+    assert decoded(encoder, sample.ids[sample.mask]) == "\n Hello. \n So long.</s>"
+    assert sample.ids.tolist()[: len(encoder.prompt(ROW.messages[:5]))] == encoder.prompt(ROW.messages[:5])
+    later = encoder.prompt(ROW.messages[:4])  # the next answer is asked for behind the system text
+    assert decoded(encoder, later).endswith("Hello.<|system|>\n Be brief.<|assistant|>")
+
+
+@pytest.mark.parametrize("name", ["chatglm", "chatglm2"])
+def test_the_rounds_of_chatglm_have_no_place_for_it(name: str) -> None:
+    encoder = Encoder(served_chatglm.make_tokenizer(name), TABLE[name])
+    with pytest.raises(DataError, match=f"template '{name}' has no place for a system text"):
+        encoder.samples(ROW)
 
 
 @pytest.mark.parametrize("name", ["alpaca", "alpaca-zh", "llama2", "bloom", "plain"])

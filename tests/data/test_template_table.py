@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fitune.data.encode import Encoder
+from fitune.data.templates import TABLE
 from support import served
 from support.served import Cell
 from support.served_kinds import KINDS
@@ -79,10 +80,38 @@ def _first_token_twice(sample: Any) -> Any:
     return replace(sample, ids=np.append(sample.ids[:1], sample.ids), mask=np.append(False, sample.mask))
 
 
+KINDS_OF_SERVERS = {
+    "Qwen2.5": "same",
+    "`--template llama2`": "same",
+    "`--template bloom`": "pieces",
+    "`--template chatglm`": "each",
+    "`--template chatglm2`": "each",
+    "`--template chatglm3`": "same",
+}
+
+
+@pytest.mark.parametrize("name", KINDS_OF_SERVERS)
 @pytest.mark.parametrize("fault", [_shifted, _no_stop, _another_id, _first_token_twice])
-def test_a_sample_that_is_wrong_is_found(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert served.judged("Qwen2.5", PLAIN).how == "same"
-    assert judged_with(monkeypatch, fault).how == "differs"
+def test_a_sample_that_is_wrong_is_found(fault: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert served.judged(name, PLAIN).how == KINDS_OF_SERVERS[name]
+    assert judged_with(monkeypatch, fault, name).how == "differs"
+
+
+ROUNDS = {"first_round": 3, "gap": "\n\n\n", "before": ()}
+
+
+@pytest.mark.parametrize("field", ROUNDS)
+def test_rounds_that_are_not_the_published_ones_are_found(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "`--template chatglm2`"
+    encoder = served.encoder_of(name, "2026-01-05")
+    wrong = Encoder(encoder.tokenizer, replace(TABLE["chatglm2"], **{field: ROUNDS[field]}))  # type: ignore[type-var]  # a dataclass
+    assert served.judged(name, PLAIN).how == "each"
+    monkeypatch.setattr(served, "encoder_of", lambda name, date: wrong)
+    assert served.judged(name, PLAIN).how == "differs"
+
+
+def test_every_named_template_has_its_row() -> None:
+    assert {kind.named for kind in KINDS.values()} - {""} == set(TABLE)
 
 
 def test_a_template_that_is_not_the_servers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

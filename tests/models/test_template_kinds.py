@@ -24,7 +24,17 @@ RULES, ASKED = Message("system", "Be brief."), Message("user", "Name a fruit.")
 MUSED = Message("assistant", "A cherry.", thought="Fruits are sweet.")
 
 
-@pytest.mark.parametrize("name", KINDS)
+IN_PIECES = "`--template bloom`"  # on the vocabulary of the table, where a full stop and line breaks make one token
+AS_TEXT = [name for name, kind in KINDS.items() if name != IN_PIECES and not kind.named.startswith("chatglm")]
+
+
+def test_a_kind_that_no_text_writes_has_the_ids_of_its_prompts_by_pieces(tmp_path: Path) -> None:
+    encoder = served.encoder_of(IN_PIECES, "")
+    done = hand_over(tmp_path, encoder.tokenizer, encoder.template)
+    assert (done.written, done.pieces) == (False, True)
+
+
+@pytest.mark.parametrize("name", AS_TEXT)
 def test_each_kind_is_proved(name: str, tmp_path: Path) -> None:
     encoder = served.encoder_of(name, datetime.now().date().isoformat())
     done = hand_over(tmp_path, encoder.tokenizer, encoder.template)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 
@@ -56,12 +56,19 @@ PLAIN = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</a
 SPLIT = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def make_tokenizer(jinja: object, eos: str = "<eos>") -> Any:
-    """A byte-level BPE with every token of these templates, tags of thoughts and calls among them as plain ones."""
+# as in the vocabularies of Llama's first two versions: a line break is a token of its own
+LINES = r" ?\p{L}+|[^\p{L}]"
+
+
+def make_tokenizer(jinja: object, eos: str = "<eos>", *, as_llama: bool = False) -> Any:
+    """A byte-level BPE with every token of these templates, tags of thoughts and calls among them as plain ones.
+
+    as_llama: line breaks are tokens of their own, and a text begins with BOS.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(LINES if as_llama else SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -73,6 +80,10 @@ def make_tokenizer(jinja: object, eos: str = "<eos>") -> Any:
         show_progress=False,
     )
     core.train_from_iterator(["Two make five.\n\nIt is.\n", "A cherry.\n"] * 20, trainer)
+    if as_llama:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=eos, bos_token="<s>", pad_token="<pad>", additional_special_tokens=SPECIAL[3:]
     )

@@ -33,7 +33,8 @@ class Kind:
         lists_tools: False: there are calls, but no list of tools.
         moves: no place for a system text, which goes into the first question.
         ends_in_nothing: behind the last answer there is no token.
-        named: of fitune's table; then served by what the hand-over writes.
+        named: of fitune's table; then served by what the hand-over writes, or by ChatGLM's published format.
+        as_llama: the vocabulary has BOS, and line breaks are tokens of their own.
     """
 
     jinja: str
@@ -58,6 +59,7 @@ class Kind:
     moves: bool = False
     ends_in_nothing: bool = False
     named: str = ""
+    as_llama: bool = False
 
     def answer(self, turn: Turn, prompt: str) -> str:
         """An answer as a model writes it behind a prompt, with its stop token."""
@@ -156,4 +158,14 @@ KINDS: dict[str, Kind] = {
     ),
     **{f"`--template {name}`": Kind("", "<eos>", "<|im_end|>", HERMES, named=name) for name in ("chatml", "qwen")},
     "`--template llama3`": Kind("", "<eos>", "<|eot_id|>", named="llama3"),
+    **{
+        f"`--template {name}`": Kind("", "<eos>", "<eos>", named=name, as_llama=True)
+        for name in ("llama2", "alpaca", "alpaca-zh")
+    },
+    **{f"`--template {name}`": Kind("", "<eos>", "<eos>", named=name) for name in ("bloom", "plain")},
+    "`--template chatglm`": Kind("", "<eop>", "<eop>", named="chatglm", ends_in_nothing=True),
+    "`--template chatglm2`": Kind("", "</s>", "</s>", named="chatglm2", ends_in_nothing=True),
+    "`--template chatglm3`": Kind(
+        "", "</s>", "</s>", "", "<|observation|>", named="chatglm3", ends_in_nothing=True,
+    ),
 }  # fmt: skip

@@ -8,6 +8,7 @@ where a page says otherwise.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from support.served import Cell, judged
 from support.served_kinds import KINDS
 from support.served_rows import THEMES, row_of
 
-SIGNS = {"same": "✓", "each": "✓ each", "behind": "✓ behind", "moved": "✓ moved"}
+SIGNS = {"same": "✓", "each": "✓ each", "behind": "✓ behind", "moved": "✓ moved", "pieces": "✓ pieces"}
 TITLES = {
     "": {"turns": "Turns", "tools": "Tools", "thoughts": "Thoughts", "template": "template", "refused": "Refusals"},
     ".zh-CN": {"turns": "轮次", "tools": "工具", "thoughts": "思考", "template": "模板", "refused": "拒绝的消息"},
@@ -45,6 +46,7 @@ class Refusals:
         """The number of a message: what it says, without the place of the row and what is done about it."""
         first, *more = (line.strip() for line in message.splitlines())
         what = first.partition(": ")[2] if ": " in first else first
+        what = re.sub(r"^template '[\w-]+'", "template NAME", what)
         received = next((line for line in more if line.startswith("received: ")), "").removeprefix("received: ")
         quoted = f": {received.partition(': ')[2]}" if "refuses a conversation" in what else ""
         return self.numbers.setdefault(what + quoted, len(self.numbers) + 1)

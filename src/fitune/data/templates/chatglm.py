@@ -29,6 +29,9 @@ TOOL_SYSTEM = "Answer the following questions as best as you can. You have acces
 class RoundTemplate:
     """[Round n] 问 答, of ChatGLM-6B and ChatGLM2-6B.
 
+    A round is a question and an answer. What a conversation lacks of one is empty in it, as in the original code: the
+    answer of a question that another one follows, the question of an answer that nobody asked for.
+
     Args:
         name: what it is called.
         first_round: the number of the first round.
@@ -54,7 +57,7 @@ class RoundTemplate:
 
     def one_answer_per_sample(self, messages: Sequence[Message], tools: Tools = ()) -> bool:
         """See Template."""
-        return True
+        return any(message.role == "assistant" for message in messages[:-1])
 
     def render(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
         """See Template. Only the last answer is trained."""
@@ -91,7 +94,7 @@ class RoundTemplate:
 
     def _filled(self, prompt: Sequence[Message], answer: Message | None, last: int) -> list[Segment]:
         """What came before, the prompt with its gaps, and behind a <sop> each what fills them in."""
-        segments, turn = self._prompt(prompt[:-1]), len(prompt) - 1
+        segments, turn = self._prompt(prompt[:-1], asks=False), len(prompt) - 1
         for number, text in enumerate(joined(prompt[-1]).split(SPAN)):
             segments += [Segment(token=SPAN, turn=turn)] if number else []
             segments += [Segment(text, literal=False, turn=turn, role="user")] if text else []
@@ -101,23 +104,28 @@ class RoundTemplate:
             segments += [start, filled, Segment(trained=True, turn=last, role="stop")]
         return segments if answer else [*segments, start]
 
-    def _prompt(self, messages: Sequence[Message]) -> list[Segment]:
-        """All rounds, as one text."""
-        rounds = self.first_round
-        parts: list[Segment] = []
-        bare = self.bare_first and [m.role for m in messages if m.role != "system"] == ["user"]
+    def _prompt(self, messages: Sequence[Message], *, asks: bool = True) -> list[Segment]:
+        """All rounds, as one text. asks: it ends where an answer is to begin."""
+        rounds, parts, opened = self.first_round, list[Segment](), False
+        bare = self.bare_first and [m.role for m in messages if m.role != "system"] in ([], ["user"])
         for turn, message in enumerate(messages):
             text = Segment(joined(message), literal=False, turn=turn, role=message.role)
-            if message.role in ("system", "assistant"):
-                # the originals have no place for a system's text: it stands above the rounds
+            if message.role == "system":  # the originals have no place for it: it stands above the rounds
                 parts += [text, Segment(self.gap)]
-            elif bare:
-                parts += [text]
+            elif message.role == "assistant":
+                parts += [] if opened else self._round(rounds, [], turn)
+                parts += [text, Segment(self.gap)]
+                rounds, opened = rounds + (not opened), False
             else:
-                head, tail = f"[Round {rounds}]{self.gap}问：", f"{self.gap}答："
-                parts += [Segment(head, turn=turn), text, Segment(tail, turn=turn)]
-                rounds += 1
-        return _as_one_text(parts)
+                parts += [Segment(self.gap)] if opened else []
+                parts += [text] if bare else self._round(rounds, [text], turn)
+                rounds, opened = rounds + 1, True
+        return _as_one_text(parts if opened or bare or not asks else [*parts, *self._round(rounds, [], -1)])
+
+    def _round(self, number: int, question: Sequence[Segment], turn: int) -> list[Segment]:
+        """A round up to its answer."""
+        head, tail = f"[Round {number}]{self.gap}问：", f"{self.gap}答："
+        return [Segment(head, turn=turn), *question, Segment(tail, turn=turn)]
 
     def answer_text(self, text: str) -> str:
         """See Template."""
@@ -182,8 +190,8 @@ class RoleTemplate(Rendered):
             segments.append(Segment(token="<|assistant|>", turn=turn, trained=bool(segments)))  # noqa: S106
             segments.append(Segment(line, trained=True, turn=turn, role="assistant"))
             segments.append(Segment(text, literal=False, trained=True, turn=turn, role="assistant"))
-        if after is not None and after.role == "assistant":  # a header, at which no server stops
-            return [*segments, Segment(token="<|assistant|>", turn=turn)]  # noqa: S106  # no password
+        if after is not None and after.role in ("assistant", "system"):  # a header, at which no server stops
+            return [*segments, Segment(token=_role(after), turn=turn)]
         stop = _role(after) if after else ("<|observation|>" if message.tool_calls else None)
         return [*segments, Segment(token=stop, trained=True, turn=turn, role="stop")]
 
