@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,24 @@ def test_the_whole_comparison(tmp_path: Path) -> None:
     done = export_gguf(BUNDLED, tmp_path / "a.gguf", verify=True)
     assert done.compared is not None
     assert done.compared.text() == "200 of 200 prompts, 12,800 tokens equal; 10,000 of 10,000 strings"
+
+
+@needs_llama_cpp
+def test_another_token_is_no_tie_where_the_logits_say_otherwise(
+    plan: Draft, tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step by step llama.cpp might go wrong where it is right on the whole row: then the logits agree, not the ids."""
+    real = llamacpp.LlamaCpp.greedy
+
+    def wrong(self: llamacpp.LlamaCpp, prompt: Sequence[int], count: int) -> list[int]:
+        found = real(self, prompt, count)
+        return [*found[:3], (found[3] + 1) % self.size, *found[4:]]
+
+    monkeypatch.setattr(llamacpp.LlamaCpp, "greedy", wrong)
+    plan.write(tmp_path / "a.gguf", "f32")
+    found = compare(tmp_path / "a.gguf", plan, tuned, QUICK)
+    assert found.ties == []
+    assert found.problems[0].startswith("prompt 1, token 3: ")
 
 
 def test_without_the_library_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def compare(
     """
     sizes = sizes or Sizes()
     found = Compared(known=list(draft.vocabulary.exceptions))
-    asked = _prompts(tuned, sizes, min(draft.context, longest_row(causal_lm(tuned.model).config)))
+    asked = questions(tuned, sizes, min(draft.context, longest_row(causal_lm(tuned.model).config)))
     longest = max((len(ids) for _, ids in asked), default=0)
     try:
         loaded = LlamaCpp(file, max(longest + sizes.tokens, 8), adapter)
@@ -104,8 +104,14 @@ def compare(
     return found
 
 
-def _prompts(tuned: Tuned, sizes: Sizes, room: int) -> list[tuple[Conversation, list[int]]]:
-    """Conversations that the template takes, and their ids; short enough for the answers behind them."""
+def questions(tuned: Tuned, sizes: Sizes, room: int) -> list[tuple[Conversation, list[int]]]:
+    """Conversations that the template takes, and their ids; short enough for the answers behind them.
+
+    Args:
+        tuned: whose template.
+        sizes: how many conversations, and of how many tokens the answers are.
+        room: tokens of the longest row.
+    """
     made: list[tuple[Conversation, list[int]]] = []
     for one in _conversations():
         if len(made) == sizes.prompts:
@@ -287,7 +293,8 @@ def _tie(
         f"prompt {n}, token {place}: {b} ({tokens[1]!r}) for {a} ({tokens[0]!r}); their logits here {here[b]:.6f} and "
         f"{here[a]:.6f}, there {there[b]:.6f} and {there[a]:.6f}; all logits differ by {off:.1e} of the largest"
     )
-    tie = off <= bound
+    apart = float(abs(here[a] - here[b]) / np.abs(here).max())
+    tie = off <= bound and apart <= 2 * bound  # each of the two may move by the bound
     found.tokens += place
     (found.ties if tie else found.problems).append(text)
     return tie
@@ -301,7 +308,7 @@ def rounded(file: Path, draft: Draft, tuned: Tuned, sizes: Sizes | None = None) 
         draft, tuned, sizes: as for `compare`.
     """
     sizes = sizes or Sizes()
-    asked = _prompts(tuned, sizes, min(draft.context, longest_row(causal_lm(tuned.model).config)))
+    asked = questions(tuned, sizes, min(draft.context, longest_row(causal_lm(tuned.model).config)))
     same, largest = 0, 0.0
     with LlamaCpp(file, max(8, *(len(ids) for _, ids in asked))) as other:
         for _, ids in asked:
