@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from fitune.commands.export_gguf import drafted
 from fitune.commands.same_answers import GELU, NOISE, TABLE
 from fitune.core.errors import ModelError
 from fitune.models.handover.gguf import architectures, llamacpp, readback
-from support import tiny
+from support import taught, tiny
+from support.taught import KINDS, made
+
+ROOT = Path(__file__).parents[2]
 
 needs_llama_cpp = pytest.mark.skipif(
     not llamacpp.installed(), reason="llama-cpp-python (the extra `verify`) is not installed"
 )
-KINDS = ["llama", "llama-tied", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2",
-         "gemma3", "phi3", "glm", "glm4", "gpt2", "gpt_neox", "bloom"]  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0,
@@ -38,13 +40,6 @@ LONG = {
     "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
     "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0],
 }  # fmt: skip
-
-
-def made(kind: str) -> Any:
-    """A random model with what llama.cpp expects of its kind."""
-    if kind == "glm":  # heads that share the width of the model
-        return tiny.make_model("glm", head_dim=8)
-    return tiny.make_model(kind, norm_topk_prob=True) if kind == "qwen3_moe" else tiny.make_model(kind)
 
 
 def written(model: Any, folder: Path, tmp_path: Path) -> Path:
@@ -75,6 +70,50 @@ def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     plan = drafted(tmp_path / "model", "a")
     bound = TABLE if plan.architecture.arch in GELU else NOISE
     assert off(model, file, min(40, plan.context)) < bound
+
+
+QUICK = ("llama", "gpt2")
+EACH = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.full) for kind in KINDS]
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", EACH)
+def test_greedy_answers_are_those_of_chat(kind: str, tmp_path: Path) -> None:
+    """The whole `--verify`, of models that are sure of their answers: no place is let pass as a tie."""
+    sure(taught.compared(kind, tmp_path))
+
+
+def sure(row: taught.Row) -> None:
+    """All equal, and that says something: answers are long walks, all but a few are different, none hangs by a hair."""
+    assert (row.prompts_same, row.prompts, row.tokens) == (200, 200, 12_800)
+    assert (row.strings_same, row.ties) == (row.strings, 0)
+    assert row.distinct > 32
+    assert row.answers > 180
+    assert row.margin > 2 * row.logits
+
+
+def test_the_results_are_of_every_family_and_all_equal() -> None:
+    rows = taught.read(ROOT / "results" / "gguf_families.json")
+    assert [row.family for row in rows] == KINDS
+    for row in rows:
+        sure(row)
+
+
+def test_an_answer_that_hangs_by_a_hair_says_nothing() -> None:
+    row = taught.read(ROOT / "results" / "gguf_families.json")[0]
+    for fault in (
+        {"prompts_same": 199}, {"tokens": 12_799}, {"ties": 1}, {"distinct": 2}, {"answers": 1}, {"margin": row.logits},
+    ):  # fmt: skip
+        with pytest.raises(AssertionError):
+            sure(replace(row, **fault))
+
+
+@pytest.mark.parametrize("language", ["", ".zh-CN"])
+def test_the_page_says_what_was_found(language: str) -> None:
+    text = (ROOT / "docs" / f"export{language}.md").read_text(encoding="utf-8")
+    table = text.split("<!-- scripts/gguf_families.py -->\n")[1].split("\n<!-- end -->")[0]
+    rows = taught.read(ROOT / "results" / "gguf_families.json")
+    assert table == "\n".join(taught.lines(rows, language)), "python scripts/gguf_families.py --write"
 
 
 @needs_llama_cpp
