@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,13 +49,30 @@ def test_two_runs_without_an_output_get_a_folder_each(tmp_path: Path, monkeypatc
             training._take_folder(config.model_copy(update={"output": str(tmp_path / "first")}), stack, Silent())
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo] if hasattr(os, "mkfifo") else [Path.mkdir])
+def test_what_is_no_file_and_has_the_locks_name_is_named(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "run.lock")
+    with pytest.raises(RunFolderError, match=re.escape(str(tmp_path / "run.lock"))), locks.held(tmp_path, print):
+        pass
+    assert locks.holder(tmp_path) is None
+
+
 def test_a_path_that_cannot_be_a_folder_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be written"), locks.held(tmp_path / "file" / "run", print):
         pass
     (tmp_path / "run" / files.LOCK).mkdir(parents=True)
-    with pytest.raises(RunFolderError, match="cannot be written"), locks.held(tmp_path / "run", print):
+    with pytest.raises(RunFolderError, match=r"run\.lock: not a file"), locks.held(tmp_path / "run", print):
         pass
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "steps.jsonl").mkdir()
+    with pytest.raises(RunFolderError, match=r"steps\.jsonl: cannot be written"), files.disk(tmp_path):
+        (tmp_path / "steps.jsonl").open("ab")
+    (tmp_path / "made").write_text("")
+    with pytest.raises(RunFolderError, match=r"steps\.jsonl: cannot be written"), files.disk(tmp_path):
+        (tmp_path / "made").replace(tmp_path / "steps.jsonl")
 
 
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

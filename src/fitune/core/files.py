@@ -40,11 +40,17 @@ FIX = "free some space or choose another --output, then go on with --resume; ear
 
 @contextmanager
 def disk(folder: Path, fix: str = FIX) -> Iterator[None]:
-    """A write that fails is reported as what it is: a full disk, or a folder that cannot be written."""
+    """A write that fails is reported as what it is: a full disk, a folder that cannot be written, or a folder that
+    stands where a file is to be, by its name."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
+        if isinstance(error, IsADirectoryError) and (there := error.filename2 or error.filename):
+            raise RunFolderError(
+                f"{there}: cannot be written", received="a folder of that name", expected="a file",
+                fix="move it away, and run this command again",
+            ) from error  # fmt: skip
         raise RunFolderError(
             f"{folder}: {'the disk is full' if number in FULL else 'cannot be written'}",
             received=os.strerror(number) if number else str(error),

@@ -71,6 +71,7 @@ def held(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
 
     Raises:
         InUseError: another process has it; the message says which.
+        RunFolderError: something that is no file has the lock's name.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -90,6 +91,12 @@ def held(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
 
 def _acquire(folder: Path, report: Callable[[str], None]) -> int | None:
     path = folder / LOCK
+    if path.exists() and not path.is_file():
+        raise RunFolderError(
+            f"{path}: not a file, so this run cannot be locked against other processes",
+            received="a folder" if path.is_dir() else "a pipe or a device",
+            fix="remove it, and run this command again",
+        )
     for _ in range(TRIES):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
