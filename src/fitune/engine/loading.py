@@ -80,15 +80,7 @@ def load(
                 fix="leave --model out",
             )
         locks.check(run.path)  # of a run that begins there is nothing yet but its lock
-        folder = locate(str(path))
-        integrity.check_adapter(folder)
-        vocabulary = tokenizer.load(folder)
-        chat_template = template_of(folder, template, vocabulary)
-        plain_model = load_model(folder, precision=precision or "fp32", quant=quant or "none", **how)
-        kernel_faults.notice(quants.faults(plain_model))
-        answer_tokens = read_answer_tokens(folder) if template == "auto" else ()
-        encoder = Encoder(vocabulary, chat_template, answer_tokens=answer_tokens)
-        return Tuned(plain_model, vocabulary, chat_template, encoder, _family(plain_model))
+        return _of_folder(locate(str(path)), template, precision or "fp32", quant or "none", how)
     config = finished(run)
     base = base_of(run, config, model)
     vocabulary = tokenizer.load(run.tokenizer)
@@ -104,6 +96,18 @@ def load(
     kernel_faults.notice(quants.faults(causal_lm(loaded)))
     encoder = Encoder(vocabulary, chat_template, answer_tokens=config.answer_tokens)
     return Tuned(loaded, vocabulary, chat_template, encoder, _family(loaded))
+
+
+def _of_folder(folder: Path, template: str, precision: str, quant: str | QuantOptions, how: _Where) -> Tuned:
+    """A model that is no run; see `load`."""
+    integrity.check_adapter(folder)
+    vocabulary = tokenizer.load(folder)
+    chat_template = template_of(folder, template, vocabulary)
+    model = load_model(folder, precision=precision, quant=quant, **how)
+    kernel_faults.notice(quants.faults(model))
+    answer_tokens = read_answer_tokens(folder) if template == "auto" else ()
+    encoder = Encoder(vocabulary, chat_template, answer_tokens=answer_tokens)
+    return Tuned(model, vocabulary, chat_template, encoder, _family(model))
 
 
 def finished(run: RunFolder, reads: Sequence[str] = integrity.MODEL, missing: Sequence[str] = ()) -> RunConfig:

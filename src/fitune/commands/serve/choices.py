@@ -16,6 +16,7 @@ from fitune.commands.serve.live import Live, Piece
 from fitune.commands.serve.said import Json, chat_logprobs, text_logprobs
 from fitune.core.records import Conversation, Message, ToolCall
 from fitune.data.templates.called import calls_in
+from fitune.engine.drawing import Token
 from fitune.engine.thinking import Thinking
 from fitune.models.load import Tuned
 
@@ -38,23 +39,41 @@ class Choice(Protocol):
 
 
 @dataclass
-class TextChoice:
-    """Of /v1/completions."""
+class Taken:
+    """What every choice has.
+
+    Args:
+        number: of the choice in its response, from 0.
+        live: the answer while it comes.
+        tuned: what answers.
+        pieces: of the answer, once it was taken.
+    """
 
     number: int
     live: Live
     tuned: Tuned
-    asked: AskedText
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list, init=False)
 
     async def take(self) -> None:
         """See Choice."""
         self.pieces = [piece async for piece in self.live.pieces()]
 
+    def all_tokens(self) -> list[Token]:
+        """Of all pieces."""
+        return [token for piece in self.pieces for token in piece.tokens]
+
+
+@dataclass
+class TextChoice(Taken):
+    """Of /v1/completions."""
+
+    asked: AskedText
+
     def whole(self) -> Json:
         """See Choice."""
-        tokens = [token for piece in self.pieces for token in piece.tokens]
-        return self._choice("".join(piece.text for piece in self.pieces), Piece("", tokens, self.pieces[-1].finish), 0)
+        return self._choice(
+            "".join(piece.text for piece in self.pieces), Piece("", self.all_tokens(), self.pieces[-1].finish), 0
+        )
 
     async def chunks(self) -> AsyncIterator[Json]:
         """See Choice."""
@@ -70,23 +89,14 @@ class TextChoice:
 
 
 @dataclass
-class ChatChoice:
+class ChatChoice(Taken):
     """Of /v1/chat/completions."""
 
-    number: int
-    live: Live
-    tuned: Tuned
     asked: AskedChat
     question: Conversation
-    pieces: list[Piece] = field(default_factory=list)
-
-    async def take(self) -> None:
-        """See Choice."""
-        self.pieces = [piece async for piece in self.live.pieces()]
 
     def whole(self) -> Json:
         """See Choice."""
-        tokens = [token for piece in self.pieces for token in piece.tokens]
         message = self._message()
         finish = "tool_calls" if message.tool_calls else self.pieces[-1].finish
         said: Json = {"role": "assistant", "content": message.content or (None if message.tool_calls else "")}
@@ -94,7 +104,7 @@ class ChatChoice:
             said["reasoning_content"] = message.thought
         if message.tool_calls:
             said["tool_calls"] = [_call(call) for call in message.tool_calls]
-        return self._choice("message", said, Piece("", tokens, finish))
+        return self._choice("message", said, Piece("", self.all_tokens(), finish))
 
     async def chunks(self) -> AsyncIterator[Json]:
         """See Choice. Where calls may come, or the answer stands in a frame that only its end closes, it comes in one
