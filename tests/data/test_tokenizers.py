@@ -72,6 +72,37 @@ def test_special_tokens_in_a_users_text_stay_text(shared: Path, name: str) -> No
     assert loaded.encode("x", add_special_tokens=False)  # and the call leaves no mark on the tokenizer
 
 
+MANY = [
+    "a",
+    "  two  spaces\n\n\ttab ",
+    "你好, world! " * 40,
+    f"typed {SPECIAL} here",
+    "é́ 🦙🦙 def f(x):\n    return x",
+    "</s>",
+    " ",
+]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", FOLDERS)
+def test_many_texts_have_the_ids_of_each_alone(shared: Path, name: str) -> None:
+    loaded = real(shared, name)
+    for first in ("left", "typed </s>"):  # a call of the other kind before it leaves its settings in the tokenizer
+        tokenizers.encode(loaded, first, literal=first == "left")
+        assert tokenizers.encode_many(loaded, MANY) == [tokenizers.encode(loaded, t, literal=False) for t in MANY]
+
+
+def test_a_tokenizer_that_adds_to_what_its_backend_gives_is_asked_itself(tokenizer: Any) -> None:
+    class Shifted:
+        backend_tokenizer = tokenizer.backend_tokenizer
+
+        def __call__(self, text: list[str] | str, **settings: bool) -> dict[str, Any]:
+            ids = tokenizer(text, **settings)["input_ids"]
+            return {"input_ids": [*ids, 7] if isinstance(text, str) else [[*one, 7] for one in ids]}
+
+    assert all(ids[-1] == 7 for ids in tokenizers.encode_many(Shifted(), ["one", "two words"]))  # type: ignore[arg-type]  # a fake of what encoding asks for
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_saved_tokenizer_gives_the_same_ids(shared: Path, name: str, tmp_path: Path) -> None:

@@ -369,6 +369,15 @@ def test_a_resume_after_a_short_log_is_the_unbroken_run(stopped: Path, place: Pa
     assert [r.loss for r in run.read_steps()] == [r.loss for r in RunFolder(place / "done").read_steps()]
 
 
+def test_a_line_that_stands_twice_goes_with_the_checkpoint_behind_it(stopped: Path, place: Path) -> None:
+    """The step of the older checkpoint stands twice: its second line lies behind what that checkpoint vouches for."""
+    run = RunFolder(stopped)
+    lines = run.steps.read_bytes().splitlines(keepends=True)
+    run.steps.write_bytes(b"".join([*lines[:2], lines[1], *lines[2:]]))
+    resume(stopped)
+    assert [r.step for r in run.read_steps()] == [r.step for r in RunFolder(place / "done").read_steps()]
+
+
 def test_a_log_that_is_changed_while_the_run_goes_on_is_not_sealed(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.truncate_steps(0)

@@ -173,8 +173,9 @@ class RunFolder:
         return [one for one in found if one[0].endswith(b"\n")]
 
     def truncate_steps(self, last: int) -> None:
-        """Remove the steps that were logged after the checkpoint that a run goes on from."""
-        kept = b"".join(line for line, record in self._lines() if record.step <= last)
+        """Keep the lines of the first `last` steps, which the checkpoint that a run goes on from has vouched for; a
+        line behind them goes, whatever step it names."""
+        kept = b"".join(line for line, _ in self._lines()[:last])
         self._log = hashlib.sha256(kept)
         write_atomic(self.steps, kept.decode())
 
