@@ -1,0 +1,326 @@
+"""fitune beside other systems, in one run: the same rows in the same order, from the same weights.
+
+    python benchmarks/against.py --quick                     a table in minutes, on two cores
+    python benchmarks/against.py --shapes 46.6M 0.5B --precisions fp32 bf16 --out results/against.json
+    python benchmarks/against.py --show results/against.json [--picture docs/performance.svg]
+
+Each system is installed into an environment of its own below build/against (pip alone needs the network), and trains in
+a process of its own, one after the other, all of them again in each round. The processes are in `systems/`. Weights,
+LoRA's initial matrices, rows, learning rates and the effective batch are the same, and the loss of every step is
+compared with that of plain transformers: a system that is off by more than 1e-3 is listed, and does not count. The
+first steps are not measured. Operations, processed tokens and bytes saved for the backward pass are counted in one
+more process of each system, so that counting takes no time of the others.
+
+The tokenizer and the rows come from `--tokenizer` and `--data`; by default qwen2's and alpaca_zh_demo below `--shared`
+(../shared, or $FITUNE_SHARED). Without them fitune's own small tokenizer does not fit the shapes, but `--shapes tiny`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import against_results as results
+
+ROOT = Path(__file__).resolve().parents[1]
+SYSTEMS = ROOT / "benchmarks" / "systems"
+PINNED = ROOT / "src" / "fitune" / "constraints.txt"
+WORK = ROOT / "build" / "against"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What pip installs for a system. pinned: by fitune's own constraints, so that both use the same torch and
+    transformers; alone: without what they ask for. torch comes first, so that nothing else picks a build of it."""
+
+    requirements: tuple[str, ...]
+    pinned: bool = True
+    alone: tuple[str, ...] = ()
+    torch: str = "torch==2.13.0"
+
+
+# LLaMA-Factory asks for older releases than TRL does; and for torchvision, torchaudio, gradio and modelscope, which a
+# training of text never calls, and of which the first two come for CUDA alone.
+ENVIRONMENTS = {
+    "fitune": Environment(("--editable", str(ROOT))),
+    "transformers": Environment(("transformers", "peft", "accelerate", "bitsandbytes")),
+    "trl": Environment(("trl==1.16.0", "datasets==5.2.0", "transformers", "peft", "accelerate")),
+    "llamafactory": Environment(
+        (
+            "transformers==5.6.0", "peft==0.18.1", "accelerate==1.11.0", "datasets==4.0.0", "trl==0.24.0", "omegaconf",
+            "pandas", "pydantic", "scipy", "sentencepiece", "tiktoken", "protobuf", "einops", "psutil",
+        ),
+        pinned=False,
+        alone=("llamafactory==0.9.5",),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the table. driver: `systems/train_<driver>.py`, which also names its environment. about: how it is
+    set, for people. reference: the system whose losses it must have."""
+
+    name: str
+    driver: str
+    about: str
+    options: dict[str, Any] = field(default_factory=dict)
+    reference: str = "transformers"
+
+
+FITUNE = "fitune"
+TABLE = {
+    one.name: one
+    for one in (
+        System(FITUNE, "fitune", "its defaults"),
+        System("trl", "trl", "its defaults: padded, activation checkpointing"),
+        System("trl-packed", "trl", "padding_free, which is what packing computes, on the rows of a step",
+               {"padding_free": True}),
+        System("trl-best", "trl", "padding_free, no checkpointing",
+               {"padding_free": True, "gradient_checkpointing": False}),
+        System("llamafactory", "llamafactory", "its defaults: padded, activation checkpointing"),
+        System("llamafactory-best", "llamafactory", "no checkpointing", {"disable_gradient_checkpointing": True}),
+        System("transformers", "transformers", "with PEFT, in a loop of one's own: padded"),
+        System("transformers-sorted", "transformers", "the rows of a step by length, two at a time", {"micro": 2}),
+        System("transformers-nf4", "transformers", "bitsandbytes' NF4", {"quant": "nf4"}, "transformers-nf4"),
+        System("fitune-nf4", "fitune", "quant nf4", {"quant": "nf4"}, "transformers-nf4"),
+        System("transformers-int8", "transformers", "bitsandbytes' LLM.int8()", {"quant": "int8"}, "transformers-int8"),
+        System("fitune-int8", "fitune", "quant int8", {"quant": "int8"}, "transformers-int8"),
+    )
+}  # fmt: skip
+QUANTIZED = ("transformers-nf4", "fitune-nf4", "transformers-int8", "fitune-int8")
+DEFAULT = [name for name in TABLE if name not in QUANTIZED]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all systems share in a comparison."""
+
+    shape: str
+    precision: str
+    steps: int
+    warm: int
+    batch: int = 8
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    peak: float = 2e-3
+    max_grad_norm: float = 1.0
+    seed: int = 7
+    device: str = "cpu"
+
+
+class Bench:
+    """The machine's side of it: environments, folders, processes.
+
+    Args:
+        work: the folder for all of it.
+        interpreters: Python of an environment that is there already, by its name.
+        threads: of each process.
+    """
+
+    def __init__(self, work: Path, interpreters: dict[str, Path], threads: int) -> None:
+        self.work, self.interpreters, self.threads = work.resolve(), interpreters, threads
+
+    def python(self, name: str) -> Path:
+        """The interpreter of an environment, which is made where it is not there."""
+        if name not in self.interpreters:
+            self.interpreters[name] = install(name, self.work / "venvs" / name)
+        return self.interpreters[name]
+
+    def run(self, driver: str, environment: str, settings: dict[str, Any], name: str) -> dict[str, Any]:
+        """What a driver of `systems/` wrote.
+
+        Raises:
+            Failed: it ended with an error.
+        """
+        folder = self.work / "runs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        given, result = folder / "settings.json", folder / "result.json"
+        result.unlink(missing_ok=True)
+        whole = {"work": str(folder), **settings, "result": str(result), "began": time.time()}
+        given.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        command = [str(self.python(environment)), str(SYSTEMS / f"{driver}.py"), str(given)]
+        with (folder / "log.txt").open("w", encoding="utf-8") as log:
+            done = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, env=self._variables(environment), check=False
+            )
+        if done.returncode:
+            lines = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines() or ["no output"]
+            raise Failed(f"exit code {done.returncode}: {lines[-1][:300]}")
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+        return found
+
+    def _variables(self, environment: str) -> dict[str, str]:
+        found = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        found |= {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return {**found, "PYTHONPATH": str(ROOT / "src")} if environment == "fitune" else found
+
+
+class Failed(Exception):
+    """A process ended with an error."""
+
+
+def install(name: str, folder: Path) -> Path:
+    """An environment with a system in it; nothing is done where it is there already, as it is asked for here."""
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    wanted, mark = ENVIRONMENTS[name], folder / "installed.json"
+    asked = json.dumps(asdict(wanted)) + (PINNED.read_text(encoding="utf-8") if wanted.pinned else "")
+    if mark.exists() and mark.read_text(encoding="utf-8") == asked:
+        return python
+    print(f"installing {name} into {folder}", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    pinned = ["--constraint", str(PINNED)] if wanted.pinned else []
+    subprocess.run([*pip, wanted.torch], check=True)
+    subprocess.run([*pip, *pinned, *wanted.requirements], check=True)
+    if wanted.alone:
+        subprocess.run([*pip, "--no-deps", *wanted.alone], check=True)
+    mark.write_text(asked, encoding="utf-8")
+    return python
+
+
+def compare(
+    bench: Bench, setting: Setting, systems: list[System], rounds: int, sources: dict[str, str], count: bool
+) -> dict[str, Any]:
+    """All systems in one setting.
+
+    Args:
+        bench: where they run.
+        setting: what they share.
+        systems: rows of the table.
+        rounds: how often each one trains.
+        sources: `tokenizer` and `raw`, the rows.
+        count: operations too, in a process more for each.
+    """
+    name = f"{setting.shape}-{setting.precision}"
+    folder = bench.work / "inputs" / setting.shape
+    shared: dict[str, Any] = {
+        **asdict(setting), **sources, "options": {}, "count": False, "model": str(folder / "model"),
+        "adapter": str(folder / "adapter"), "data": str(folder / "rows.jsonl"), "rows": str(folder / "rows.json"),
+        "cache": str(bench.work / "cache"), "work": str(folder),
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    bench.run("prepare", "fitune", shared, f"{name}-prepare")
+    del shared["work"]
+    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    shared["lr"] = rows["lr"]
+    found = results.new(asdict(setting), rows, {one.name: asdict(one) for one in systems})
+    for number in range(rounds + count):
+        counting = number == rounds
+        for one in systems:
+            settings = {**shared, "options": one.options, "count": counting}
+            try:
+                made = bench.run(f"train_{one.driver}", one.driver, settings, f"{name}-{one.name}")
+            except Failed as error:
+                results.failed(found, one.name, str(error))
+                print(f"{name} {one.name}: {error}", flush=True)
+                continue
+            results.add(found, one.name, made, counting=counting)
+            which = "counting" if counting else f"round {number + 1}"
+            print(f"{name} {which} {results.line(one.name, made)}", flush=True)
+        if not counting:
+            found["rates"].append(bench.run("rate", "fitune", {"device": setting.device}, f"{name}-rate"))
+    results.judge(found)
+    return found
+
+
+def commit() -> str:
+    """Of this checkout; with a plus where it was changed."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "src") else "")
+
+
+def parsed() -> argparse.Namespace:
+    """The arguments; `--quick` is a short form of some."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the 46.6M shape in fp32, 2 rounds of 4 steps")
+    parser.add_argument("--shapes", nargs="+", default=["46.6M"], choices=["46.6M", "0.5B", "tiny"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--systems", nargs="+", default=DEFAULT, choices=list(TABLE))
+    parser.add_argument("--quantized", action="store_true", help="also NF4 and int8, with plain transformers beside")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="measured steps")
+    parser.add_argument("--warm", type=int, default=2, help="steps before them")
+    parser.add_argument("--no-count", dest="count", action="store_false", help="do not count operations")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--shared", type=Path, default=Path(os.environ.get("FITUNE_SHARED", ROOT.parent / "shared")))
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--interpreter", nargs="+", default=[], metavar="NAME=PATH", help="an environment of yours")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--show", type=Path, help="print the table of a file, and do nothing else")
+    parser.add_argument("--picture", type=Path, help="with --show: draw it")
+    args = parser.parse_args()
+    if args.quick:
+        args.shapes, args.precisions, args.rounds, args.steps, args.warm = ["46.6M"], ["fp32"], 2, 4, 1
+    args.systems += [name for name in QUANTIZED if args.quantized and name not in args.systems]
+    args.tokenizer = args.tokenizer or args.shared / "tokenizers" / "qwen2"
+    args.data = args.data or args.shared / "data" / "alpaca_zh_demo.json"
+    return args
+
+
+def main() -> int:
+    """See the module's text."""
+    args = parsed()
+    if args.show:
+        record = json.loads(args.show.read_text(encoding="utf-8"))
+        print("\n".join(results.lines(record)))
+        if args.picture:
+            args.picture.write_text(results.picture(record), encoding="utf-8")
+        return 0
+    for path in (args.tokenizer, args.data):
+        if not path.exists():
+            sys.exit(f"{path}: not there; fix: --tokenizer FOLDER --data ROWS.json, or --shared FOLDER with both")
+    given = dict(pair.split("=", 1) for pair in args.interpreter)
+    bench = Bench(args.work, {name: Path(path) for name, path in given.items()}, args.threads)
+    systems = [TABLE[name] for name in args.systems]
+    for one in systems:
+        bench.python(one.driver)
+    sources = {"tokenizer": str(args.tokenizer.resolve()), "raw": str(args.data.resolve())}
+    steps = args.warm + args.steps
+    record = {
+        "command": "python benchmarks/against.py " + " ".join(sys.argv[1:]),
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": {"cores": os.cpu_count(), "threads": args.threads, "processor": processor()},
+        "data": args.data.name,
+        "runs": [],
+    }
+    for shape in args.shapes:
+        for precision in args.precisions:
+            setting = Setting(shape, precision, steps, args.warm, device=args.device)
+            found = compare(bench, setting, systems, args.rounds, sources, args.count)
+            record["runs"].append(found)
+            if args.out:
+                args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(results.lines(record)))
+    return int(any(not run["systems"].get(FITUNE, {"counted": True})["counted"] for run in record["runs"]))
+
+
+def processor() -> str:
+    """Its name, where the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
