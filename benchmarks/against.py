@@ -1,8 +1,8 @@
 """fitune beside other systems, in one run: the same rows in the same order, from the same weights.
 
     python benchmarks/against.py --quick                     a table in minutes, on two cores
-    python benchmarks/against.py --shapes 46.6M 0.5B --precisions fp32 bf16 --out results/against.json
-    python benchmarks/against.py --show results/against.json [--picture docs/performance.svg]
+    python benchmarks/against.py --shapes 46.6M 0.5B --precisions fp32 bf16 --out FILE.json
+    python benchmarks/against.py --show FILE.json [--picture FILE.svg]
 
 Each system is installed into an environment of its own below build/against (pip alone needs the network), and trains in
 a process of its own, one after the other, all of them again in each round. The processes are in `systems/`. Weights,

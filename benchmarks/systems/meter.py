@@ -161,7 +161,11 @@ class Counters:
 
     def mark(self) -> dict[str, float]:
         """What was counted up to now, and the most bytes that were saved since the last mark."""
-        found = {"flops": self.flops.get_total_flops(), "processed": self.processed, "saved": self.saved.most}
+        found: dict[str, float] = {
+            "flops": self.flops.get_total_flops(),
+            "processed": self.processed,
+            "saved": self.saved.most,
+        }
         self.saved.most = self.saved.now
         return found
 
