@@ -14,13 +14,14 @@ from fitune.checks import guards, leak, modelchecks, runchecks, stepchecks
 from fitune.checks.findings import raise_refused
 from fitune.commands.planned_rows import ReadRows, make_loader, read, work_of
 from fitune.commands.request import Request
+from fitune.core.clock import CHECKS, DATA, MODEL, PLAN, Clock
 from fitune.core.config import RunConfig
 from fitune.core.errors import TrainingError
-from fitune.core.events import Watcher
+from fitune.core.events import Silent, Watcher
 from fitune.core.files import sha256
 from fitune.core.plan import size_text
 from fitune.core.records import Batch, Conversation, DataReport, Finding, Kept, Layout, Source
-from fitune.data import readers
+from fitune.data import pipeline, readers
 from fitune.data.batches import Loader
 from fitune.data.cache import folder_digest, key
 from fitune.data.store import Samples
@@ -78,30 +79,39 @@ class Job:
         return sum(quant.numel(p) for p in self.tuned.model.parameters())
 
 
-def prepare(request: Request, watch: Watcher, outside: Mapping[str, int] | None = None) -> Job:
+def prepare(
+    request: Request, watch: Watcher, outside: Mapping[str, int] | None = None, clock: Clock | None = None
+) -> Job:
     """Read and check the data, plan, load the model, put the method on it, check that too.
 
     Args:
         request: as `to_train` gave it.
         watch: what is found is reported to it.
         outside: bytes beside the tensors, as a plan of this run had them before; None: as they are now.
+        clock: counts the seconds of each phase.
 
     Raises:
         FituneError: whatever refuses the run.
     """
+    clock = clock or Clock()
     folder = Path(request.config.model)
     rows = read(request, folder, watch, to_train=True)
     raise_refused(rows.data.findings)
+    clock.ends(DATA)
     request = request.changed(max_length=rows.rows.max_length)
     work = work_of(request, rows.rows)
     plan = _planned(request, work, outside)
+    clock.ends(PLAN)
     request = request.changed(loss_rows=plan.loss_rows)
     loaded = _load(request, rows)
+    clock.ends(MODEL)
     layout, packing = leak.packing_leak(loaded.model, rows.data.samples, request.config.layout)
     work = replace(work, config=request.config)
     if layout != work.layout:
+        clock.ends(CHECKS)
         work = work_of(request, rows.rows, layout)
         plan = _planned(request, work, outside)
+        clock.ends(PLAN)
     findings = [*_check_model(request, rows, loaded, layout, packing)]
     loader = make_loader(request.config, rows.data.samples, layout)
     findings += _check_batches(loader)
@@ -238,7 +248,8 @@ def _planned(request: Request, work: plans.Work, outside: Mapping[str, int] | No
         TrainingError: it does not fit, and the run is not forced.
     """
     where = devices.here(str(pick_device(request.config.device)))
-    plan = plans.plan(work, where, name=request.name, outside=outside)
+    cache = None if request.config.cache == "none" else pipeline.cache_of(request.config, Silent())
+    plan = plans.plan(work, where, name=request.name, outside=outside, cache=cache)
     if plan.fits is False and not request.config.force:
         raise TrainingError(
             f"the plan says that this does not fit: it misses by {size_text(-(plan.spare or 0))}",

@@ -122,8 +122,8 @@ class DataConfig(Options):
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of the order of the rows, the initial weights and dropout."""
     cache: str = "auto"
-    """Folder where prepared data is kept for the next run: auto (the system's place for caches, or $FITUNE_CACHE), a
-    folder, or none."""
+    """Folder where prepared data and traced plans are kept for the next run: auto (the system's place for caches, or
+    $FITUNE_CACHE), a folder, or none."""
 
     cache_size: Annotated[str, BeforeValidator(_size)] = "20GB"
     """Largest size of the cache (20GB, 500MB): beyond it the entries unused for longest are removed, and named."""

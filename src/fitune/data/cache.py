@@ -153,7 +153,7 @@ class Cache:
                 days = (now - path.stat().st_mtime) / 86400
                 if OURS.fullmatch(path.name):
                     continue  # under construction, or gone with its process
-                ours = path.name.startswith((TEMPORARY, "rows-", "samples-", "given-")) and path.is_dir()
+                ours = path.name.startswith((TEMPORARY, "rows-", "samples-", "given-", "plan-")) and path.is_dir()
                 if ours and path.name.startswith(TEMPORARY) and days > 1:
                     shutil.rmtree(path, ignore_errors=True)
                 elif ours and days > DAYS and eviction.unused(path):

@@ -115,7 +115,7 @@ def read(
         FituneError: data that cannot be used. What the rules refuse is only found, not raised.
     """
     watch = watch or Silent()
-    desk = _Desk(config, target, _cache(config, watch), watch, check, date)
+    desk = _Desk(config, target, cache_of(config, watch), watch, check, date)
     data = _read(desk)
     stale = next((finding for finding in data.findings if finding.rule == "stale-cache"), None)
     if stale is not None and stale.level == "refuse":
@@ -130,7 +130,8 @@ def read(
     return data
 
 
-def _cache(config: RunConfig, watch: Watcher) -> Cache:
+def cache_of(config: RunConfig, watch: Watcher) -> Cache:
+    """Where a run keeps what it prepares; a temporary folder where nothing is to be kept, or where it cannot."""
     if config.cache == "none":
         return Cache()
     most = size_bytes(config.cache_size)

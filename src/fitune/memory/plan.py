@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
@@ -23,10 +23,11 @@ from fitune.core.plan import Plan as Plan
 from fitune.core.records import Batch, Layout
 from fitune.core.units import MIB
 from fitune.data.batches import rounded
+from fitune.data.cache import Cache
 from fitune.data.tokenizer.new_tokens import NewToken
 from fitune.engine import optim
 from fitune.engine.step import LossScale, apply_gradients, held_out_loss, make_gradients
-from fitune.memory import allocator, answers, chunks, depth, device, heap
+from fitune.memory import allocator, answers, chunks, depth, device, heap, kept
 from fitune.memory.closed import closed
 from fitune.memory.counted import shadows
 from fitune.memory.cuda import Cuda
@@ -230,7 +231,14 @@ def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = Fa
 # ---- the plan ----
 
 
-def plan(work: Work, where: device.Device, *, name: str, outside: Mapping[str, int] | None = None) -> Plan:
+def plan(
+    work: Work,
+    where: device.Device,
+    *,
+    name: str,
+    outside: Mapping[str, int] | None = None,
+    cache: Cache | None = None,
+) -> Plan:
     """The plan of a run.
 
     Args:
@@ -238,14 +246,16 @@ def plan(work: Work, where: device.Device, *, name: str, outside: Mapping[str, i
         where: it is to fit.
         name: of the model, for people.
         outside: bytes beside the tensors, where they are known better than by the calibration.
+        cache: where traces are kept, and found again.
     """
     vocabulary = int(work.model_config.vocab_size) + len(work.added)
     fewest = chunks.least(work.config, vocabulary, where.target)
-    made = _plan(_with_loss_rows(work, fewest), where, name, outside)
+    make = partial(_plan, where=where, name=name, outside=outside, cache=cache)
+    made = make(_with_loss_rows(work, fewest))
     more = chunks.most(work.config, vocabulary, where.target, work.largest.targets) - fewest
     if more == 0 or not chunks.roomy(made.needed + chunks.EACH * vocabulary * more, where):
         return made
-    larger = _plan(_with_loss_rows(work, fewest + more), where, name, outside)
+    larger = make(_with_loss_rows(work, fewest + more))
     return larger if chunks.roomy(larger.needed, where) else made
 
 
@@ -253,26 +263,12 @@ def _with_loss_rows(work: Work, rows: int) -> Work:
     return replace(work, config=work.config.model_copy(update={"loss_rows": rows}))
 
 
-def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int] | None) -> Plan:
-    model = without_values(work)
-    batch = work.largest
-    forms = closed(model, work.config, rounded(len(batch.ids)), batch.targets, where.target)
-    trained = sum(p.numel() for p in trainable(model).values())
-    total = sum(quant.numel(p) for p in model.parameters())
-    try:
-        tracer = deep(model, work, where.target)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        seen, figures, between = _by_forms(forms), {}, {}
-        how, why = "closed form", f"this model cannot be traced ({reason})"
-    else:
-        seen, how, why = usage(tracer), "trace", ""
-        figures = _allocator(tracer, where) if where.kind == "cuda" else {}
-        between = heap.beside(tracer.events, tracer.course) if where.kind == "cpu" else {}
-    beside = {**(outside if outside is not None else outside_of(where, work.config.precision)), **between}
+def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int] | None, cache: Cache | None) -> Plan:
+    found = kept.traced(_question(work, where), cache, partial(_trace, work, where))
+    batch, config, seen, figures = work.largest, work.config, found.usage, found.allocator
+    beside = {**(outside if outside is not None else outside_of(where, config.precision)), **found.between}
     allocated = figures.get("allocated", seen.peak.bytes)
     inside = figures.get("smallest", allocated)
-    config = work.config
     return Plan(
         model=name,
         method=config.method,
@@ -280,13 +276,13 @@ def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int
         quant=config.quant.name,
         device=where.kind,
         gpu=where.name if where.kind == "cuda" else None,
-        how=how,
-        why=why,
+        how=found.how,
+        why=found.why,
         tokens=len(batch.ids),
         rows=len(batch.rows),
         max_length=None if config.max_length == "auto" else config.max_length,
-        trainable=trained,
-        total=total,
+        trainable=found.trainable,
+        total=found.total,
         phases=seen.phases,
         peak=seen.peak,
         largest=seen.largest,
@@ -298,10 +294,36 @@ def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int
         outside=beside,
         needed=inside + sum(beside.values()),
         budget=where.budget,
-        closed=forms,
-        notes=_notes(seen.peak, forms, how, why),
-        loss_rows=loss_rows(model),
+        closed=found.forms,
+        notes=_notes(seen.peak, found.forms, found.how, found.why),
+        loss_rows=found.loss_rows,
     )
+
+
+def _question(work: Work, where: device.Device) -> kept.Question:
+    """What decides the trace of a piece of work."""
+    deep_config = None if work.deep is None else work.deep.to_json_string(use_diff=False)
+    others = [work.layout, [asdict(token) for token in work.added], deep_config]
+    return kept.Question(work.config, work.model_config, work.steps, work.held_out, others, where)
+
+
+def _trace(work: Work, where: device.Device) -> kept.Traced:
+    """What a trace finds, or where it fails the closed forms."""
+    model = without_values(work)
+    batch = work.largest
+    forms = closed(model, work.config, rounded(len(batch.ids)), batch.targets, where.target)
+    trained = sum(p.numel() for p in trainable(model).values())
+    total = sum(quant.numel(p) for p in model.parameters())
+    rows = loss_rows(model)
+    try:
+        tracer = deep(model, work, where.target)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        why = f"this model cannot be traced ({reason})"
+        return kept.Traced(_by_forms(forms), {}, {}, forms, trained, total, rows, "closed form", why)
+    figures = _allocator(tracer, where) if where.kind == "cuda" else {}
+    between = heap.beside(tracer.events, tracer.course) if where.kind == "cpu" else {}
+    return kept.Traced(usage(tracer), figures, between, forms, trained, total, rows)
 
 
 def _by_forms(forms: Mapping[str, int]) -> Usage:

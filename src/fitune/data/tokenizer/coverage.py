@@ -30,15 +30,17 @@ def lost(tokenizer: Tokenizer, text: str, *, literal: bool = False) -> Counter[s
         text: any.
         literal: a template's text, in which special tokens are parsed.
     """
-    ids = [i for i in encode(tokenizer, text, literal=literal) if i != tokenizer.unk_token_id]
+    unknown = tokenizer.unk_token_id
+    ids = [i for i in encode(tokenizer, text, literal=literal) if i != unknown]
     back = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
-    return _characters(text) - _characters(back)
+    return Counter() if back == text else _characters(text) - _characters(back)
 
 
 def _characters(text: str) -> Counter[str]:
     """Without spaces and what no one sees: tokenizers may drop and add them."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return Counter(c for c in plain if c in NAMES or unicodedata.category(c)[0] not in "CZ")
+    counts = Counter(unicodedata.normalize("NFKC", text).casefold())
+    seen = (c for c in counts if c in NAMES or unicodedata.category(c)[0] not in "CZ")
+    return Counter({c: counts[c] for c in seen})
 
 
 def named(character: str) -> str:
