@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -13,13 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
-from fitune.core import processor
-from fitune.models import precision
-from support import tiny
-from support.hub_server import server as server  # a fixture
+from fitune.core import imports, processor
+
+with imports.loading():
+    import torch
+
+    from fitune.models import precision
+    from support import tiny
+    from support.hub_server import server as server  # a fixture
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 os.environ["FITUNE_CACHE"] = tempfile.mkdtemp(prefix="fitune-cache-")  # nor what lies in the user's own cache
@@ -33,6 +37,18 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.register_profile("full", max_examples=10_000, deadline=None)
 settings.load_profile(os.environ.get("FITUNE_TESTS", "quick"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What the tests import is imported as the command does it, and Python does not look through it again."""
+    with imports.for_good():
+        return (yield)
+
+
+def pytest_unconfigure() -> None:
+    """Libraries report what is left when the interpreter ends."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,13 +7,13 @@ found before torch is imported.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fitune.checks import early
-from fitune.core import names
+from fitune.core import imports, names
+from fitune.core.clock import Clock
 from fitune.core.config import RunConfig, read_yaml
 from fitune.core.config import merge as merged
 from fitune.core.errors import ConfigError, RunFolderError, shorten
@@ -49,7 +49,7 @@ __all__ = sorted([*MODULES, "advise", "evaluate", "generate", "inspect", "load",
 def __getattr__(name: str) -> Any:
     if name not in MODULES:
         raise AttributeError(f"module 'fitune.api' has no attribute {name!r}")
-    found = getattr(import_module(f"fitune.{MODULES[name]}"), name)
+    found = getattr(imports.module(f"fitune.{MODULES[name]}"), name)
     return found if isinstance(found, type) else quietly(found)
 
 
@@ -110,11 +110,12 @@ def train(
 
 @dataclass(frozen=True)
 class _Reports:
-    """Whom a run reports to."""
+    """Whom a run reports to, and since when."""
 
     verbose: bool
     on_step: Callable[[StepRecord], None] | None
     watch: Watcher | None
+    clock: Clock = field(default_factory=Clock)
 
     def watcher(self) -> Watcher:
         from fitune.core.events import Several, Steps
@@ -129,24 +130,27 @@ class _Reports:
 
 @quietly
 def _resume(settings: Settings, report: _Reports) -> Result:
-    from fitune.commands.train import resume_config
-    from fitune.commands.train import train as run
+    with imports.loading():
+        from fitune.commands.train import resume_config
+        from fitune.commands.train import train as run
 
-    return run(resume_config(settings["output"], dict(settings)), resume=True, watch=report.watcher())
+    config = resume_config(settings["output"], dict(settings))
+    return run(config, resume=True, watch=report.watcher(), clock=report.clock)
 
 
 @quietly
 def _begin(settings: Settings, fit: bool, report: _Reports) -> Result:
-    from fitune.commands.train import train as run
-    from fitune.core.config import build
+    with imports.loading():
+        from fitune.commands.train import train as run
+        from fitune.core.config import build
 
     watch = report.watcher()
     if not fit:
-        return run(build(settings), watch=watch)
+        return run(build(settings), watch=watch, clock=report.clock)
     from fitune.commands.fit import fit as fitted
 
     found = fitted(settings, watch=watch)
-    return run(found.config, watch=watch, outside=found.outside)
+    return run(found.config, watch=watch, outside=found.outside, clock=report.clock)
 
 
 ROWS = ("data", "eval_data")
@@ -202,7 +206,7 @@ def plan(
         FituneError: settings, model, data or device that cannot be.
     """
     model, there, settings = _question(model, data, tokenizer, settings)
-    make = quietly(import_module("fitune.commands.plan").plan)
+    make = quietly(imports.module("fitune.commands.plan").plan)
     made: Plan = make(model, data=there, gpu=gpu, tokenizer=tokenizer, watch=watch, **settings)
     return made
 
@@ -235,7 +239,7 @@ def advise(
     model, there, settings = _question(model, data, tokenizer, settings)
     if not there:
         raise ConfigError("advise: with which data?", expected="paths or rows", fix='data=["rows.jsonl"]')
-    search = quietly(import_module("fitune.commands.advise").advise)
+    search = quietly(imports.module("fitune.commands.advise").advise)
     found: Advised = search(model, data=there, gpu=gpu, tokenizer=tokenizer, watch=watch, **settings)
     return found
 
@@ -300,7 +304,7 @@ def inspect(
         lambda: early.template(str(settings.get("template", "auto"))),
     )
     checked = build({**settings, "model": str(model), "data": there})
-    look = quietly(import_module("fitune.commands.inspect").inspect)
+    look = quietly(imports.module("fitune.commands.inspect").inspect)
     seen: Inspection = look(checked, samples=samples, tokenizers=[str(one) for one in compare], watch=watch)
     return seen
 
@@ -342,7 +346,7 @@ def load(
     early.together(
         lambda: early.run_or_model(run_or_model), lambda: early.template(template), *early.each(early.folder, model)
     )
-    open_ = quietly(import_module("fitune.engine.loading").load)
+    open_ = quietly(imports.module("fitune.engine.loading").load)
     how = {"device": device, "template": template, "precision": precision, "quant": quant}
     tuned: Tuned = open_(run_or_model, model=model, **how)
     return tuned
@@ -402,5 +406,5 @@ def evaluate(run_or_model: str | Path, data: Data, **how: Any) -> Evaluation:
     cache = _cache("auto")
     there = _paths(given.sources(data, "data", cache))
     early.together(lambda: early.run_or_model(run_or_model), *early.each(early.data, *there))
-    found: Evaluation = quietly(import_module("fitune.commands.evaluate").evaluate)(run_or_model, there, **how)
+    found: Evaluation = quietly(imports.module("fitune.commands.evaluate").evaluate)(run_or_model, there, **how)
     return found

@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from fitune.checks import early
 from fitune.cli.flags import DataFlags, Json, SetOption, check_page, console_for, print_json, typed
 from fitune.core import config as settings
+from fitune.core import imports
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ def inspect(
     )
     checked = settings.build({**given, "model": model, "data": data})
 
-    from fitune.commands.inspect import inspect as look
-    from fitune.commands.inspect import page, show
-    from fitune.core.files import write_atomic
-    from fitune.views.terminal import Terminal
+    with imports.for_good():
+        from fitune.commands.inspect import inspect as look
+        from fitune.commands.inspect import page, show
+        from fitune.core.files import write_atomic
+        from fitune.views.terminal import Terminal
 
     console = console_for(json)
     with Terminal(console) as watch:
@@ -79,8 +81,9 @@ def methods(
     """The tuning methods: what each trains, how many parameters that is, whether it merges into the base model."""
     if model is not None:
         early.model_or_config(model)
-    from fitune.commands.methods import EXAMPLE, overview
-    from fitune.views.terminal import methods_table
+    with imports.for_good():
+        from fitune.commands.methods import EXAMPLE, overview
+        from fitune.views.terminal import methods_table
 
     rows = overview(model)
     console_for(json).print(methods_table(rows, model or EXAMPLE))
@@ -100,8 +103,9 @@ def doctor(
     if clean:
         _clean(json)
         return
-    from fitune.commands.doctor import doctor as examine
-    from fitune.views.terminal import doctor_table
+    with imports.for_good():
+        from fitune.commands.doctor import doctor as examine
+        from fitune.views.terminal import doctor_table
 
     found = examine()
     console_for(json).print(doctor_table(found))

@@ -16,7 +16,7 @@ from cyclopts import Parameter
 
 from fitune.checks import early
 from fitune.cli.flags import Json, Moved, console_for, print_json
-from fitune.core import locks, options
+from fitune.core import imports, locks, options
 from fitune.core.units import MIB
 
 
@@ -56,7 +56,8 @@ def merge(
     onto, requantize = quantized.onto, quantized.requantize
     weights = onto if onto != "original" else None
     early.together(lambda: early.run(run), lambda: early.new_folder(output), *early.each(early.folder, weights, model))
-    from fitune.commands.merge import merge as run_merge
+    with imports.for_good():
+        from fitune.commands.merge import merge as run_merge
 
     console = console_for(json)
     done = run_merge(run, output, dtype=dtype, force=force, onto=onto, requantize=requantize, model=model)
@@ -76,8 +77,9 @@ def merge(
 def reseal(run: Annotated[str, Parameter(help="Run folder.")], *, json: Json = False) -> None:
     """Accept changes that you made to a run's files on purpose: their checksums are written anew."""
     early.resumed(run)
-    from fitune.engine.checkpoint import RunFolder
-    from fitune.engine.integrity import reseal as run_reseal
+    with imports.for_good():
+        from fitune.engine.checkpoint import RunFolder
+        from fitune.engine.integrity import reseal as run_reseal
 
     console, folder = console_for(json), RunFolder(run)
     with locks.held(folder.path, console.print):
@@ -96,9 +98,10 @@ def download(
 ) -> None:
     """Download a model into the cache, or the files that are missing; name@revision pins a revision."""
     os.environ.pop("TQDM_DISABLE", None)  # a transfer is what one wants to see the bar of
-    from fitune.core import catalog
-    from fitune.models.hub import download as fetch
-    from fitune.views.transfers import transfer_bar
+    with imports.for_good():
+        from fitune.core import catalog
+        from fitune.models.hub import download as fetch
+        from fitune.views.transfers import transfer_bar
 
     console = console_for(json)
     entry = catalog.get(model)
@@ -119,7 +122,8 @@ def convert(
 ) -> None:
     """Write old .bin weights as safetensors, without unpickling them."""
     early.together(lambda: early.model(model), lambda: early.new_folder(output))
-    from fitune.commands.convert import convert as run_convert
+    with imports.for_good():
+        from fitune.commands.convert import convert as run_convert
 
     done = run_convert(model, output)
     text = f"{done.folder}: {done.tensors} tensors in {done.files} file{'s' if done.files > 1 else ''}"
@@ -166,8 +170,9 @@ def export(
     gguf = gguf or Gguf()
     there = {"original": early.model, "gguf": early.run_or_model, "ollama": early.run_or_model}.get(to, early.run)
     early.together(lambda: there(model), lambda: early.new_folder(output), *early.each(early.folder, base))
-    from fitune.commands.export import Exported
-    from fitune.commands.export import export as run_export
+    with imports.for_good():
+        from fitune.commands.export import Exported
+        from fitune.commands.export import export as run_export
 
     console = console_for(json)
     done = run_export(model, output, to=to, type_=gguf.type, verify=gguf.verify, merged=merged, base=base)
@@ -190,8 +195,9 @@ def quantize(
 ) -> None:
     """Write a model with quantized linear layers, and show the error of each layer."""
     early.together(lambda: early.model(model), lambda: early.new_folder(output))
-    from fitune.commands.quantize import quantize as run_quantize
-    from fitune.views.terminal import quantized_table
+    with imports.for_good():
+        from fitune.commands.quantize import quantize as run_quantize
+        from fitune.views.terminal import quantized_table
 
     console = console_for(json)
     chosen = options.quant_options(quant).model_copy(update={"double": double})

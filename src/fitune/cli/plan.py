@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from fitune.checks import early
 from fitune.cli.flags import Given, Json, SetOption, check_page, console_for, optional, print_json, typed
 from fitune.core import config as settings
+from fitune.core import imports
 from fitune.core.errors import ConfigError
 from fitune.core.units import MIB
 from fitune.views.screen import Screen
@@ -125,12 +126,13 @@ def _question(model: str | None, target: Target, given: Given) -> Question:
 
 def _planned(question: Question, html: Path | None, console: Screen) -> dict[str, object]:
     """One plan, drawn; what would help where it does not fit."""
-    from fitune.commands.plan import answer
-    from fitune.core.files import write_atomic
-    from fitune.views.plan import plan_table, verdict
-    from fitune.views.plan_drawing import plan_bar, plan_timeline
-    from fitune.views.plan_page import page
-    from fitune.views.terminal import Terminal
+    with imports.for_good():
+        from fitune.commands.plan import answer
+        from fitune.core.files import write_atomic
+        from fitune.views.plan import plan_table, verdict
+        from fitune.views.plan_drawing import plan_bar, plan_timeline
+        from fitune.views.plan_page import page
+        from fitune.views.terminal import Terminal
 
     with Terminal(console) as watch:
         found = answer(**question.arguments(), watch=watch)
@@ -162,10 +164,11 @@ def _build(given: Given, model: str, data: list[str]) -> settings.RunConfig:
 
 def _advised(question: Question, html: Path | None, console: Screen) -> dict[str, object]:
     """What fits, ranked, with the reasons."""
-    from fitune.commands.advise import advise
-    from fitune.core.files import write_atomic
-    from fitune.views.advice import page, show
-    from fitune.views.terminal import Terminal
+    with imports.for_good():
+        from fitune.commands.advise import advise
+        from fitune.core.files import write_atomic
+        from fitune.views.advice import page, show
+        from fitune.views.terminal import Terminal
 
     with Terminal(console) as watch:
         found = advise(**question.arguments(), watch=watch)
@@ -184,9 +187,10 @@ def _verified(question: Question, html: Path | None, console: Screen) -> dict[st
     if not question.data:
         raise ConfigError("--verify: with which data?", fix="add --data FILE")
     checked = settings.build({**question.given, "model": question.model, "data": question.data})
-    from fitune.commands.verify import verify
-    from fitune.views.plan import compare_table
-    from fitune.views.terminal import Terminal
+    with imports.for_good():
+        from fitune.commands.verify import verify
+        from fitune.views.plan import compare_table
+        from fitune.views.terminal import Terminal
 
     with Terminal(console) as watch:
         found = verify(checked, watch)
@@ -203,7 +207,8 @@ def _verified(question: Question, html: Path | None, console: Screen) -> dict[st
 def _calibration(console: Screen) -> dict[str, object]:
     from datetime import date
 
-    from fitune.memory.calibration import calibrate
+    with imports.for_good():
+        from fitune.memory.calibration import calibrate
 
     found = calibrate(date.today().isoformat())
     console.write_line(
@@ -214,7 +219,8 @@ def _calibration(console: Screen) -> dict[str, object]:
 
 
 def _proof(console: Screen) -> dict[str, object]:
-    from fitune.views.proof import proof, proof_table
+    with imports.for_good():
+        from fitune.views.proof import proof, proof_table
 
     found = proof()
     console.print(proof_table(found))

@@ -15,6 +15,8 @@ from cyclopts import Parameter
 from fitune.checks import early
 from fitune.cli.flags import Flags, Given, Json, SetOption, Verbose, console_for, print_json, typed
 from fitune.core import config as settings
+from fitune.core import imports
+from fitune.core.clock import Clock, before_text
 from fitune.core.errors import ConfigError
 from fitune.core.results import Result
 from fitune.views import screen
@@ -47,9 +49,10 @@ def train(
     values = settings.merge(values, typed(flags))
     checked = _checked(values, resume=resume, fit=fit, gpu=gpu)
 
-    from fitune.commands.train import resume_config
-    from fitune.commands.train import train as run_training
-    from fitune.views.terminal import Terminal
+    with imports.for_good():
+        from fitune.commands.train import resume_config
+        from fitune.commands.train import train as run_training
+        from fitune.views.terminal import Terminal
 
     console, outside = console_for(json), None
     if fit and checked is not None:
@@ -59,7 +62,8 @@ def train(
         checked, outside = planned
     if checked is None:
         checked = resume_config(values["output"], values)
-    result = run_training(checked, resume=resume, watch=Terminal(console, verbose=verbose), outside=outside)
+    watch = Terminal(console, verbose=verbose)
+    result = run_training(checked, resume=resume, watch=watch, outside=outside, clock=Clock(whole=True))
     _print_result(result, console)
     if json:
         print_json(result.as_dict())
@@ -83,9 +87,10 @@ def _fitted(
 ) -> tuple[settings.RunConfig, dict[str, int]] | None:
     """The settings that fit best, and what their plan counts beside the tensors; None: they are for another machine,
     and nothing is run."""
-    from fitune.commands.fit import fit
-    from fitune.views.advice import show_fit
-    from fitune.views.terminal import Terminal
+    with imports.for_good():
+        from fitune.commands.fit import fit
+        from fitune.views.advice import show_fit
+        from fitune.views.terminal import Terminal
 
     with Terminal(console) as watch:
         found = fit(values, gpu=gpu, watch=watch)
@@ -112,6 +117,8 @@ def _print_result(result: Result, console: screen.Screen) -> None:
         f"{result.peak_memory_mib:,.0f} MiB ({result.expected_memory_mib:,.0f} expected)",
         highlight=False,
     )
+    if result.phases:  # runs of older versions have none
+        console.print(f"{before_text(result.phases)}", highlight=False)
     console.write_line(f"run folder {result.run} (open report.html; fitune chat {shlex.quote(result.run)})")
 
 
@@ -126,8 +133,9 @@ def demo(
     json: Json = False,
 ) -> None:
     """Fine-tune the bundled model on the bundled data (CPU, about a minute) and show what changed."""
-    from fitune.commands import demo as demos
-    from fitune.views.terminal import Terminal, answers_table
+    with imports.for_good():
+        from fitune.commands import demo as demos
+        from fitune.views.terminal import Terminal, answers_table
 
     console = console_for(json)
     if kill:
@@ -139,7 +147,8 @@ def demo(
         if not killed.equal:
             raise SystemExit(1)
         return
-    result, table = demos.demo(output, Terminal(console, verbose=verbose), resume=resume)
+    watch = Terminal(console, verbose=verbose)
+    result, table = demos.demo(output, watch, resume=resume, clock=Clock(whole=True))
     console.print(answers_table(table[:: max(1, len(table) // 10)]))
     console.print(
         f"exact match on {result.held_out_prompts} held-out prompts: [bold]{result.base_accuracy:.1%}[/] before, "

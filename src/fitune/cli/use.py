@@ -15,6 +15,7 @@ from cyclopts import Parameter
 
 from fitune.checks import early
 from fitune.cli.flags import Json, Moved, Precision, Quant, console_for, pair, print_json
+from fitune.core import imports
 from fitune.core.errors import ConfigError
 from fitune.views import screen
 
@@ -67,10 +68,11 @@ def chat(
             expected="temperature >= 0, 0 < top-p <= 1, max new tokens >= 1",
         )
     early.together(*loading.check(run))
-    from fitune.commands.chat import HELP, Chat, talk
-    from fitune.data.templates.base import kept_date
-    from fitune.engine.drawing import Sampling
-    from fitune.engine.loading import load
+    with imports.for_good():
+        from fitune.commands.chat import HELP, Chat, talk
+        from fitune.data.templates.base import kept_date
+        from fitune.engine.drawing import Sampling
+        from fitune.engine.loading import load
 
     console = screen.Screen()
     tuned = load(run, **asdict(loading))
@@ -134,8 +136,9 @@ def serve(
             expected="port 0 to 65535, limits >= 1, max-waiting >= 0, a key that is not empty",
         )
     early.together(*(check for run in runs for check in loading.check(run)))
-    from fitune.commands.serve import Limits, Place
-    from fitune.commands.serve import serve as run_server
+    with imports.for_good():
+        from fitune.commands.serve import Limits, Place
+        from fitune.commands.serve import serve as run_server
 
     run_server(
         runs,
@@ -194,8 +197,9 @@ def evaluate(
     answers, loading = answers or Answers(), loading or Loading()
     columns = dict(pair("map", text) for text in map_ or [])
     early.together(*loading.check(run), *early.each(early.data, *data))
-    from fitune.commands.evaluate import evaluate as run_evaluation
-    from fitune.views.terminal import Terminal, answers_table, scores_table
+    with imports.for_good():
+        from fitune.commands.evaluate import evaluate as run_evaluation
+        from fitune.views.terminal import Terminal, answers_table, scores_table
 
     console = console_for(json)
     with Terminal(console) as watch:

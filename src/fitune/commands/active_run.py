@@ -13,6 +13,7 @@ import torch
 from fitune.commands.check_log import CheckLog
 from fitune.commands.prepare import Job
 from fitune.core import processor
+from fitune.core.clock import Clock
 from fitune.core.events import Watcher
 from fitune.core.records import Conversation, Finding
 from fitune.data.batches import in_order
@@ -32,11 +33,13 @@ class ActiveRun:
         folder: the run folder.
         job: all that it needs, checked.
         watch: what it reports to.
+        clock: counts the seconds of its phases.
     """
 
     folder: RunFolder
     job: Job
     watch: Watcher
+    clock: Clock
 
     @cached_property
     def checks(self) -> CheckLog:

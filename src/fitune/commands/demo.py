@@ -21,6 +21,7 @@ from typing import Any
 
 from fitune.commands.train import resume_config, train
 from fitune.core.begun import free_folder
+from fitune.core.clock import Clock
 from fitune.core.config import RunConfig, build
 from fitune.core.errors import ConfigError, RunFolderError
 from fitune.core.events import Silent, Watcher
@@ -78,7 +79,7 @@ def config(output: str | None = None, **changes: Any) -> RunConfig:
 
 
 def demo(
-    output: str | None = None, watch: Watcher | None = None, *, resume: bool = False
+    output: str | None = None, watch: Watcher | None = None, *, resume: bool = False, clock: Clock | None = None
 ) -> tuple[DemoResult, list[Answered]]:
     """Train, with the held-out prompts answered before and after; the report has these answers, resumed or not.
 
@@ -86,6 +87,7 @@ def demo(
         output: the run folder. Default: runs/demo-<number>.
         watch: what the run reports to.
         resume: go on with the demo in `output`.
+        clock: counts the seconds of its phases; None: from now on.
 
     Returns:
         The figures, and a record per held-out prompt.
@@ -100,6 +102,7 @@ def demo(
         resume_config(str(output), {}) if resume else config(output, sample_prompts=ALL),
         watch=watch or Silent(),
         resume=resume,
+        clock=clock,
     )
     table = run_records.answers_of(RunFolder(done.run))
     before, after = (report.exact_matches(table, when) for when in ("before", "after"))

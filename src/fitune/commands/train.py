@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 from fitune.commands import resuming, train_summary
 from fitune.commands.active_run import ActiveRun, machine_load
@@ -19,6 +20,7 @@ from fitune.commands.train_end import finish
 from fitune.commands.train_loop import Training
 from fitune.commands.train_start import Rehearsal, begin, rehearse
 from fitune.core import begun, locks, processor
+from fitune.core.clock import CHECKS, REHEARSAL, REQUEST, START, Clock
 from fitune.core.config import RunConfig, build, merge
 from fitune.core.errors import ConfigError
 from fitune.core.events import Silent, Watcher
@@ -32,6 +34,7 @@ from fitune.engine.step_runner import StepRunner
 from fitune.memory import forget_peak
 from fitune.models import determinism, precision
 from fitune.models.devices import pick_device
+from fitune.views.run_records import result_of
 
 
 def train(
@@ -40,6 +43,7 @@ def train(
     resume: bool = False,
     watch: Watcher | None = None,
     outside: Mapping[str, int] | None = None,
+    clock: Clock | None = None,
 ) -> Result:
     """Run, or go on with, a training.
 
@@ -48,15 +52,18 @@ def train(
         resume: go on from the newest whole checkpoint of config.output.
         watch: what happens is reported to it.
         outside: bytes beside the tensors, where a plan of this run was shown before: then there is one figure.
+        clock: counts the seconds of its phases; None: from now on.
 
     Raises:
         FituneError: the run was refused, went wrong, or was interrupted (then it is saved).
     """
-    watch = watch or Silent()
+    watch, clock = watch or Silent(), clock or Clock()
+    clock.ends(START)
     try:
         with full_disk(), ExitStack() as stack:
             request, run = _take_folder(config, stack, watch)
-            return _train(run, request, resume, watch, outside)
+            clock.ends(REQUEST)
+            return _train(_Run(run, request, watch, clock), resume, outside)
     finally:
         watch.stop()
 
@@ -75,8 +82,19 @@ def _take_folder(config: RunConfig, stack: ExitStack, watch: Watcher) -> tuple[R
         return request, run
 
 
-def _train(run: RunFolder, request: Request, resume: bool, watch: Watcher, outside: Mapping[str, int] | None) -> Result:
+@dataclass(frozen=True)
+class _Run:
+    """A run whose folder is taken, and nothing prepared yet."""
+
+    folder: RunFolder
+    request: Request
+    watch: Watcher
+    clock: Clock
+
+
+def _train(begun_: _Run, resume: bool, outside: Mapping[str, int] | None) -> Result:
     """Train, as the one process that works in the folder."""
+    run, request, watch = begun_.folder, begun_.request, begun_.watch
     again = not resume and begun.check(run.path)  # the same command once more, after it was stopped
     finished = (resume or again) and resuming.is_finished(run, watch)
     if resume and finished:
@@ -84,10 +102,10 @@ def _train(run: RunFolder, request: Request, resume: bool, watch: Watcher, outsi
         watch.message(
             f"{run.path}: this run is finished. To train it further: fitune train --adapter {run.path} --output NEW ..."
         )
-        return Result(**run.read("result"), history=tuple(run.read_steps()))
+        return replace(result_of(run), history=tuple(run.read_steps()))
     with determinism.exact(pick_device(request.config.device)):
         since = processor.moment()
-        job = prepare(request, watch, outside)
+        job = prepare(request, watch, outside, begun_.clock)
         job.findings += machine_load(job, since)
         train_summary.show(job, watch)
         if again:
@@ -95,7 +113,7 @@ def _train(run: RunFolder, request: Request, resume: bool, watch: Watcher, outsi
             watch.message(f"{run.path}: this run was begun and not finished: going on with it")
         if resume or again:
             resuming.check_same_inputs(run, job.data_sha256, job.inputs)
-        return _go(ActiveRun(run, job, watch), resume=resume, again=again)
+        return _go(ActiveRun(run, job, watch, begun_.clock), resume=resume, again=again)
 
 
 def _go(active: ActiveRun, *, resume: bool, again: bool) -> Result:
@@ -110,7 +128,9 @@ def _go(active: ActiveRun, *, resume: bool, again: bool) -> Result:
     going_on = resume or again
     runner = _runner(active)
     forget_peak(job.tuned.device)
+    active.clock.ends(CHECKS)
     rehearsal = _rehearsed(active, runner, known=going_on and run.has("measured"))
+    active.clock.ends(REHEARSAL)
     with resumable(run):
         if not (going_on and resuming.has_begun(run)):
             begin(active, rehearsal)

@@ -9,6 +9,7 @@ from functools import partial
 
 from fitune.checks import guards, savedchecks
 from fitune.commands.active_run import ActiveRun
+from fitune.core.clock import END
 from fitune.core.records import Conversation
 from fitune.core.results import Answered, Result
 from fitune.core.units import MIB
@@ -36,8 +37,9 @@ def finish(active: ActiveRun, held_out_loss: float | None) -> Result:
     probe = guards.probe(job.loader.samples)
     active.checks.add(savedchecks.saved_complete(job.tuned.model, run.adapter, probe, job.layout))
     _write_answers(active)
-    result = _result(active, held_out_loss)
     handed = handover.of_run(run.adapter, causal_lm(job.tuned.model), job.tuned.tokenizer, job.tuned.template)
+    active.clock.ends(END)
+    result = _result(active, held_out_loss)
     run.write("result", result.as_dict())
     model_card.write(run.adapter, run.path.name, run, job.config, handed)
     for line in handed.warnings():
@@ -80,4 +82,5 @@ def _result(active: ActiveRun, held_out_loss: float | None) -> Result:
         expected_memory_mib=job.plan.needed / MIB,
         seconds=seconds,
         history=tuple(records),
+        phases=active.clock.phases,
     )

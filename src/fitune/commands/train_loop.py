@@ -22,6 +22,7 @@ from fitune.commands import resuming
 from fitune.commands.active_run import ActiveRun
 from fitune.commands.signals import interrupted
 from fitune.core import processor
+from fitune.core.clock import BEFORE, CHECKPOINTS, EVALUATION, STEPS
 from fitune.core.config import RunConfig
 from fitune.core.files import json_text
 from fitune.core.parse import parse
@@ -119,10 +120,12 @@ class Training:
         self.model.train()
         since = processor.moment()
         watch.start(self.total, started, str(active.job.tuned.device))
+        active.clock.ends(BEFORE)
         try:
             self._loop(started, bits)
         finally:
             watch.stop()
+        active.clock.ends(STEPS)
         active.check_machine_load(since)
         self._measure_states()
         active.checks.add(stepchecks.steps_applied(self.optimizer, active.folder.read_steps()))
@@ -144,8 +147,10 @@ class Training:
                 done = self.runner.step(micro_batches, self.optimizer)
             seconds = time.perf_counter() - began
             last = progress.step == self.total
+            active.clock.ends(STEPS)
             loss = active.held_out_loss() if progress.step % active.job.eval_every == 0 or last else None
             progress.evaluated(loss)
+            active.clock.ends(EVALUATION)
             early = progress.patience_is_over(self.config)
             record = _record(done, step=progress.step, epoch=epoch, lr=lr, seconds=seconds, held_out_loss=loss)
             run.append_step(record)
@@ -181,6 +186,7 @@ class Training:
 
     def _save(self) -> None:
         """A checkpoint of this step; those that are not needed any more are removed."""
+        self.active.clock.ends(STEPS)
         progress, run = self.progress, self.active.folder
         saved = _Saved(
             best=(progress.best_step, progress.best_loss),
@@ -192,6 +198,7 @@ class Training:
         )
         run.save(progress.step, self.parameters, self.optimizer, asdict(saved))
         run.prune(self.config.keep_last, progress.best_step, progress.step)
+        self.active.clock.ends(CHECKPOINTS)
 
     def _restore(self) -> None:
         """Go on from the newest checkpoint that fits, where there is one."""

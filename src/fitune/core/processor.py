@@ -26,6 +26,8 @@ from dataclasses import dataclass
 
 import psutil
 
+# When this process began: what Python took before it came here it computed, without waiting
+BEGAN = time.perf_counter() - time.process_time()
 KERNELS = "128"
 SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # whoever set one of these has chosen

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib import import_module
 from typing import ParamSpec, TypeVar
+
+from fitune.core.imports import loading
 
 THEIRS = r"(transformers|torch|peft|bitsandbytes|huggingface_hub|tokenizers|accelerate|safetensors|fitune)(\.|$)"
 LOGGERS = ("bitsandbytes", "huggingface_hub", "peft", "torch.distributed.elastic")
@@ -30,6 +33,17 @@ def for_good() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=ONE)
+
+
+def at_the_end() -> None:
+    """For the end of a process that is ours: Triton counts what is left of it, and something is, because nothing goes
+    through all of torch once more (`imports.for_good`). What was printed is written before."""
+    if "triton" not in sys.modules:
+        return
+    with suppress(OSError, ValueError, AttributeError):  # Python says so itself: a pipe that nobody reads, a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 @contextmanager
@@ -61,8 +75,9 @@ def without_panics() -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside, dependencies neither warn nor draw bars; afterwards all is as it was."""
-    hub = import_module("huggingface_hub.utils")
-    from transformers.utils import logging as theirs
+    with loading():
+        hub = import_module("huggingface_hub.utils")
+        from transformers.utils import logging as theirs
 
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]

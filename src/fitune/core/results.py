@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from fitune.core.clock import Phase
 from fitune.core.parse import parse
 from fitune.core.records import StepRecord
 
@@ -48,6 +49,7 @@ class Result:
     expected_memory_mib: float
     seconds: float
     history: tuple[StepRecord, ...] = ()  # the record of each step; in the run folder steps.jsonl
+    phases: tuple[Phase, ...] = ()  # seconds of the process that ended the run, from its start to the report
 
     @property
     def held_out_losses(self) -> dict[int, float]:
@@ -56,7 +58,8 @@ class Result:
 
     def as_dict(self) -> Json:
         """For JSON, without the history."""
-        return {name: value for name, value in vars(self).items() if name != "history"}
+        values = {name: value for name, value in vars(self).items() if name != "history"}
+        return {**values, "phases": [asdict(phase) for phase in self.phases]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object], where: str) -> Result:

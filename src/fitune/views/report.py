@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import yaml
 
+from fitune.core.clock import WHAT, Phase, before_steps
 from fitune.core.config import RunConfig
 from fitune.core.files import write_atomic
 from fitune.core.options import Options
@@ -124,6 +125,23 @@ def _memory(plan: Plan, measured: Measured, process_mib: float) -> list[MemoryRo
     return [*rows, total, MemoryRow(names, _mib(sum(plan.outside.values())), rest)]
 
 
+@dataclass(frozen=True)
+class PhaseRow:
+    """A phase, what belongs to it, and its seconds as text."""
+
+    name: str
+    what: str
+    seconds: str
+    cpu_seconds: str
+
+
+def _seconds(phases: Sequence[Phase]) -> list[PhaseRow]:
+    """A row for each phase, and their sum; no row for runs of versions that did not count."""
+    rows = [(phase.name, WHAT.get(phase.name, ""), phase.seconds, phase.cpu_seconds) for phase in phases]
+    rows += [("all", "", sum(row[2] for row in rows), sum(row[3] for row in rows))] if rows else []
+    return [PhaseRow(name, what, f"{seconds:,.2f}", f"{cpu:,.2f}") for name, what, seconds, cpu in rows]
+
+
 def _charts(records: Sequence[StepRecord], before: float | None) -> dict[str, list[str]]:
     """Loss, on both scales, and learning rate, each for a screen and for a phone."""
     held_out = [(float(r.step), r.held_out_loss) for r in records if r.held_out_loss is not None]
@@ -169,6 +187,8 @@ def write(run: RunFolder) -> None:
         score=_score(found.answers),
         memory=_memory(found.plan, found.measured, result.peak_memory_mib),
         cuda=found.plan.device == "cuda",
+        seconds=_seconds(result.phases),
+        before=f"{before_steps(result.phases):,.1f}",
         parts=_parts(found.model),
         kept=found.model.kept,
         lengths=(LENGTHS, length_rows(found.data.report.length_choices)),

@@ -1,0 +1,66 @@
+"""Seconds by phase: they add up, and the run folder and the report have them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fitune.core import clock
+from fitune.core.clock import Clock
+from fitune.engine.checkpoint import RunFolder
+from fitune.views import report, run_records
+
+
+def test_every_moment_belongs_to_the_phase_that_ends_next() -> None:
+    began = time.perf_counter()
+    counted = Clock()
+    for name in (clock.DATA, clock.STEPS, clock.EVALUATION, clock.STEPS, clock.START):
+        time.sleep(0.01)
+        counted.ends(name)
+    whole = time.perf_counter() - began
+    found = {phase.name: phase.seconds for phase in counted.phases}
+    assert list(found) == [clock.START, clock.DATA, clock.STEPS, clock.EVALUATION]  # in the order of a run
+    assert sum(found.values()) == pytest.approx(whole, abs=5e-3)
+    assert found[clock.STEPS] > found[clock.DATA] > 0.009
+    assert clock.before_steps(counted.phases) == pytest.approx(found[clock.START] + found[clock.DATA])
+    assert all(phase.cpu_seconds <= phase.seconds + 0.02 for phase in counted.phases)
+
+
+def test_a_process_of_the_runs_own_is_counted_from_its_beginning() -> None:
+    code = "import time; time.sleep(0.2)\nfrom fitune.core.clock import Clock, START\n"
+    code += "one = Clock(whole=True); one.ends(START); print(one.phases[0].seconds, one.phases[0].cpu_seconds)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, cpu = map(float, done.stdout.split())
+    assert cpu > 0.01  # Python's own start is in it
+    assert seconds >= cpu - 0.01
+
+
+def test_the_phases_of_a_run_add_up_to_it(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    given = ["--model", model_folder, "--data", data_file, "--output", run, "--max-steps", "2", "--json"]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "fitune", "train", *map(str, given)], capture_output=True, text=True, check=True
+    )
+    whole = time.perf_counter() - began
+    result = run_records.result_of(RunFolder(run))
+    assert [phase.name for phase in result.phases] == list(clock.WHAT)  # every one of them came
+    total = sum(phase.seconds for phase in result.phases)
+    # what is not in it: the report, the seal and the end of the process
+    assert 0.5 * whole < total < whole
+    assert json.loads(done.stdout)["phases"] == [vars(phase) for phase in result.phases]
+    assert clock.before_text(result.phases).partition(":")[0] in done.stderr
+    assert result.seconds < {phase.name: phase.seconds for phase in result.phases}[clock.STEPS] + 0.1
+    page = RunFolder(run).report.read_text(encoding="utf-8")
+    rows = report._seconds(result.phases)
+    assert len(rows) == len(clock.WHAT) + 1
+    assert all(f"<td>{row.name}</td>" in page and row.seconds in page for row in rows)
+
+
+def test_a_run_of_an_older_version_has_none(tmp_path: Path) -> None:
+    assert report._seconds(()) == []
