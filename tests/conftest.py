@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from fitune.core import imports, processor
+from fitune.core import imports, processor, quiet
 
 with imports.loading():
     import torch
@@ -32,6 +31,7 @@ atexit.register(shutil.rmtree, os.environ["FITUNE_CACHE"], ignore_errors=True)
 SLOW = {precision.machine(torch.device("cpu")): {"fp32": 100.0, "bf16": 1.0, "fp16": 1.0}}
 Path(os.environ["FITUNE_CACHE"], precision.RATES).write_text(json.dumps(SLOW))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+atexit.register(quiet.at_the_end)
 
 
 settings.register_profile("quick", max_examples=60, deadline=None)
@@ -44,11 +44,6 @@ def pytest_collection() -> Iterator[None]:
     """What the tests import is imported as the command does it, and Python does not look through it again."""
     with imports.for_good():
         return (yield)
-
-
-def pytest_unconfigure() -> None:
-    """Libraries report what is left when the interpreter ends."""
-    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -58,6 +58,13 @@ def test_everything_is_set_as_it_was(monkeypatch: pytest.MonkeyPatch, given: str
         gc.enable()
 
 
+def test_only_what_is_there_the_first_time_stays() -> None:
+    code = "import gc\nfrom fitune.core.imports import for_good\n"
+    code += "with for_good(): import json\nfirst = gc.get_freeze_count()\nmore = [[] for _ in range(999)]\n"
+    code += "with for_good(): import fitune.core.config\nprint(first > 999, gc.get_freeze_count() <= first)"
+    assert run(code) == "True True\n"
+
+
 LEAVING = """
 import atexit, gc, sys
 from pathlib import Path

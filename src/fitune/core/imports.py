@@ -41,10 +41,11 @@ def loading() -> Iterator[None]:
 
 @contextmanager
 def for_good() -> Iterator[None]:
-    """The same in a process that is ours: what is there afterwards stays until its end."""
+    """The same in a process that is ours: what is there after the first time stays until its end."""
     with loading():
         yield
-        gc.freeze()
+        if not gc.get_freeze_count():  # later there may be models, which are to go
+            gc.freeze()
 
 
 def module(name: str) -> ModuleType:
