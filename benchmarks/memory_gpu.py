@@ -302,15 +302,15 @@ class Updates(trace.Blind):
 
 
 def has_context() -> bool | None:
-    """Does this process hold a CUDA context already? None: this torch cannot tell."""
+    """Does this process hold a CUDA context already? None: this torch does not know."""
     ask = getattr(torch._C, "_cuda_hasPrimaryContext", None)
     return None if ask is None else bool(ask(0))
 
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Does an error say that the GPU's memory is used up?"""
-    told = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in told or "alloc_failed" in told
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "alloc_failed" in text
 
 
 def taken(card: Card, before: int | None) -> dict[str, Any]:
@@ -342,16 +342,16 @@ def smi(uuid: str, field: str) -> str | None:
     """What nvidia-smi says of a GPU; None: it is not there, or says nothing."""
     command = ["nvidia-smi", "-i", uuid, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.splitlines()[0].strip() if said else None
+    return shown.splitlines()[0].strip() if shown else None
 
 
 def driver_says(uuid: str) -> int | None:
     """Bytes of a GPU's memory that all processes use, by nvidia-smi."""
-    said = smi(uuid, "memory.used")
-    return int(said) * MIB if said is not None and said.isdecimal() else None
+    shown = smi(uuid, "memory.used")
+    return int(shown) * MIB if shown is not None and shown.isdecimal() else None
 
 
 def judged(case: Case, predicted: Mapping[str, Any], measured: Mapping[str, Any], died: str | None) -> Row:
@@ -521,7 +521,7 @@ class Runs:
 
     Args:
         card: the GPU.
-        told: is given each row as soon as it is known, one at a time.
+        on_row: is given each row as soon as it is known, one at a time.
         ends: when to begin nothing more, in seconds of time.monotonic(); None: never.
         command: what starts a process, before its job.
     """
@@ -529,15 +529,15 @@ class Runs:
     def __init__(
         self,
         card: Card,
-        told: Callable[[Row], None],
+        on_row: Callable[[Row], None],
         ends: float | None = None,
         command: Sequence[str] = COMMAND,
     ) -> None:
-        self.card, self.told, self.ends, self.command = card, told, ends, command
+        self.card, self.on_row, self.ends, self.command = card, on_row, ends, command
         self.workers = max(1, min(6, (os.cpu_count() or 2) // 2))
         self.most = MOST
         self.problems: list[str] = []
-        self._turn, self._tell = threading.Lock(), threading.Lock()
+        self._turn, self._reporting = threading.Lock(), threading.Lock()
         self._jobs: queue.PriorityQueue[tuple[int, int, Case | int]] = queue.PriorityQueue()
         self._numbers = itertools.count()
 
@@ -565,8 +565,8 @@ class Runs:
                         self._put(1, case)
                     continue
                 row = self.row(job)
-                with self._tell:
-                    self.told(row)
+                with self._reporting:
+                    self.on_row(row)
 
     def _late(self) -> bool:
         return self.ends is not None and time.monotonic() > self.ends
@@ -655,18 +655,18 @@ def last_line(errors: IO[str]) -> str:
     return lines[-1][:300] if lines else "it ended without a word"
 
 
-# ---- what is told ----
+# ---- what is reported ----
 
 
 def errors_of(row: Row) -> dict[str, float]:
     """How far each figure of a run that went through without a cap is off, as a share of what was measured."""
     if row["case"]["cap"] is not None or "measured" not in row or row["died"]:
         return {}
-    said, found = row["predicted"], row["measured"]
+    predicted, found = row["predicted"], row["measured"]
     return {
-        "allocated": said["allocated"] / found["max_allocated"] - 1,
-        "reserved": said["reserved"] / found["max_reserved"] - 1,
-        "driver": (said["reserved"] + said["outside"]) / found["driver"] - 1,
+        "allocated": predicted["allocated"] / found["max_allocated"] - 1,
+        "reserved": predicted["reserved"] / found["max_reserved"] - 1,
+        "driver": (predicted["reserved"] + predicted["outside"]) / found["driver"] - 1,
     }
 
 
@@ -708,21 +708,21 @@ def line(row: Row) -> str:
     why = row.get("left_out") or row.get("failed")
     if why:
         return f"{row['name']:<58} {'left out' if 'left_out' in row else 'FAILED'}: {why}"
-    said, found = row["predicted"], row["measured"]
+    predicted, found = row["predicted"], row["measured"]
     if row["case"]["cap"] is not None:
-        share = said["needed"] / row["case"]["cap"]
-        told = f"said {'fits' if said['fits'] else 'no':<4} ({share:.1%} of the limit)"
-        return f"{row['name']:<58} {told}: {'ran' if not row['died'] else 'died: ' + row['died']}"
+        share = predicted["needed"] / row["case"]["cap"]
+        text = f"said {'fits' if predicted['fits'] else 'no':<4} ({share:.1%} of the limit)"
+        return f"{row['name']:<58} {text}: {'ran' if not row['died'] else 'died: ' + row['died']}"
     if row["died"]:
         return f"{row['name']:<58} DIED: {row['died']}"
     pairs = {
-        "allocated": (said["allocated"], found["max_allocated"]),
-        "reserved": (said["reserved"], found["max_reserved"]),
-        "driver": (said["reserved"] + said["outside"], found["driver"]),
+        "allocated": (predicted["allocated"], found["max_allocated"]),
+        "reserved": (predicted["reserved"], found["max_reserved"]),
+        "driver": (predicted["reserved"] + predicted["outside"], found["driver"]),
     }
     off = errors_of(row)
-    told = "  ".join(f"{n} {a / MIB:>7,.0f} / {b / MIB:>7,.0f} {off[n]:>+7.2%}" for n, (a, b) in pairs.items())
-    return f"{row['name']:<58} {told}"
+    text = "  ".join(f"{n} {a / MIB:>7,.0f} / {b / MIB:>7,.0f} {off[n]:>+7.2%}" for n, (a, b) in pairs.items())
+    return f"{row['name']:<58} {text}"
 
 
 def versions() -> dict[str, str | None]:
@@ -735,7 +735,7 @@ def versions() -> dict[str, str | None]:
 
 
 class Record:
-    """Everything that was found, told row by row and kept in a file that is whole at any time."""
+    """Everything that was found, reported row by row and kept in a file that is whole at any time."""
 
     def __init__(self, card: Card, output: Path, *, quick: bool) -> None:
         self.output, self.rows = output, list[Row]()
@@ -763,21 +763,23 @@ class Record:
 
 
 def without_gpu(*, as_json: bool) -> str:
-    """What is told where there is no GPU."""
+    """What is reported where there is no GPU."""
     limits = ", ".join(f"{cap / GIB:g}" for cap in CAPS)
     counts = [(len(matrix(quick=quick)), most * len(CAPS)) for quick, most in ((False, MOST), (True, MOST_QUICK))]
-    told = (
+    text = (
         f"no CUDA GPU here: nothing was run. With one: {counts[0][0]} configurations and up to {counts[0][1]} more "
         f"around {limits} GiB ({counts[1][0]} and {counts[1][1]} with --quick)"
     )
-    return json.dumps({"gpu": None, "configurations": counts[0][0], "why": told}) if as_json else told
+    return json.dumps({"gpu": None, "configurations": counts[0][0], "why": text}) if as_json else text
 
 
 def main() -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a third of it")
-    parser.add_argument("--budget-seconds", type=float, help="begin nothing more after so long; what is left is told")
+    parser.add_argument(
+        "--budget-seconds", type=float, help="begin nothing more after so long; what is left is reported"
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--json", action="store_true", help="print what is written")
     parser.add_argument("--one", help=argparse.SUPPRESS)

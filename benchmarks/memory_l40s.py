@@ -87,10 +87,10 @@ def _with_method(base: Any, row: Mapping[str, Any]) -> Any:
     if not row["peft_config"]:
         return base
     how = {"autocast_adapter_dtype": bool(row.get("autocast_adapter_dtype", True))}
-    told = (row.get("versions") or {}).get("peft-version")
-    with as_of(told):
+    made_with = (row.get("versions") or {}).get("peft-version")
+    with as_of(made_with):
         model = get_peft_model(base, peft_config(row["peft_config"]), **how)
-    frozen_as_of(model, told)
+    frozen_as_of(model, made_with)
     return model
 
 
@@ -250,12 +250,12 @@ def main() -> None:
     done = []
     for row in chosen:
         done.append(predict(row, shape, longest))
-        told = done[-1]
-        if told["predicted_bytes"] is None:
-            text = f"not predicted: {told['why']}"
+        found = done[-1]
+        if found["predicted_bytes"] is None:
+            text = f"not predicted: {found['why']}"
         else:
-            sizes = [told[name] / 2**20 for name in ("predicted_bytes", "measured_bytes")]
-            text = f"{sizes[0]:>9,.0f} MiB predicted {sizes[1]:>9,.0f} measured  {told['error']:+.2%}"
+            sizes = [found[name] / 2**20 for name in ("predicted_bytes", "measured_bytes")]
+            text = f"{sizes[0]:>9,.0f} MiB predicted {sizes[1]:>9,.0f} measured  {found['error']:+.2%}"
         print(f"{row['name']:<58} {text}", file=sys.stderr, flush=True)
     result = {**summary(done, longest), "source": table.get("source"), "gpu": table.get("gpu")}
     if args.json:

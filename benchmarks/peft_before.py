@@ -45,23 +45,23 @@ class WholeWeight(osf.Linear):  # type: ignore[misc]
         return F.linear(self._cast_input_dtype(x, weight.dtype), weight).to(x.dtype)
 
 
-def is_before(told: str | None) -> bool:
+def is_before(made_with: str | None) -> bool:
     """Did that version compute otherwise than the installed one?"""
-    return bool(told) and Version(str(told)) < OTHERWISE_FROM <= Version(version("peft"))
+    return bool(made_with) and Version(str(made_with)) < OTHERWISE_FROM <= Version(version("peft"))
 
 
-def frozen_as_of(model: nn.Module, told: str | None) -> None:
+def frozen_as_of(model: nn.Module, made_with: str | None) -> None:
     """Freeze what that version froze."""
     for name, parameter in model.named_parameters():
-        if ".ranknum." in name and is_before(told):
+        if ".ranknum." in name and is_before(made_with):
             parameter.requires_grad_(False)
 
 
 @contextmanager
-def as_of(told: str | None) -> Iterator[None]:
+def as_of(made_with: str | None) -> Iterator[None]:
     """Inside, PEFT's layers are those of that version; None: those of the installed one."""
     before = osf.Linear
-    if is_before(told):
+    if is_before(made_with):
         osf.Linear = WholeWeight
     try:
         yield

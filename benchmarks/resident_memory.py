@@ -41,8 +41,8 @@ def rows(path: Path, count: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
             length = draw.randint(SHORTEST, LONGEST)
-            asked, said = draw.randint(1, length - 2), length
-            words = [draw.choice("abcdefghij") for _ in range(said)]
+            asked, answered = draw.randint(1, length - 2), length
+            words = [draw.choice("abcdefghij") for _ in range(answered)]
             row = {"instruction": " ".join(words[:asked]), "output": " ".join(words[asked:])}
             file.write(json.dumps(row) + "\n")
 

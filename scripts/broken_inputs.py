@@ -1,6 +1,6 @@
 """A hundred kinds of broken data: `python scripts/broken_inputs.py FOLDER` writes a file for each.
 
-Each case says what is to become of it: how many rows are good, how many bad ones are told with file:line:field (or
+Each case says what is to become of it: how many rows are good, how many bad ones are reported with file:line:field (or
 counted, with --skip-bad), or that the file cannot be read at all. Some look broken and are not.
 tests/scripts/test_broken.py runs `fitune train` and `fitune inspect` on every one of them.
 """

@@ -97,7 +97,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     shape = read_config(folder / "model")
     micro = [steps.made_up(config.batch_size, length, shape.vocab_size)] * config.accumulation
     work = plans.Work(config, shape, [[steps.made_up(1, length, shape.vocab_size)], micro])
-    said = usage(plans.traced(work), without="start").peak
+    peak = usage(plans.traced(work), without="start").peak
     model = ready(folder / "model", config)
     now = most = count(model, trace.Tracer())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -115,7 +115,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         training_step(model, micro, optimizer, config.max_grad_norm)
         spent.append(time.perf_counter() - began)
     return {
-        "plan_mib": round(said.bytes / 2**20), "allocated_mib": round(most / 2**20), "phase": said.phase,
+        "plan_mib": round(peak.bytes / 2**20), "allocated_mib": round(most / 2**20), "phase": peak.phase,
         "seconds_a_step": round(min(spent), 2), "trainable": sum(p.numel() for p in trainable(model).values()),
     }  # fmt: skip
 

@@ -5,7 +5,7 @@
 Sections (`scripts/gpu_checks.py`) run in processes of their own, each with a deadline, so that one that fails, hangs or
 breaks the driver stops no other; this process imports no torch. Each check is a line of JSON in DIR/gpu.jsonl, written
 and synced when it is known; DIR/sections.log has what the sections printed, DIR/summary.txt the table that ends the
-run, also where it is told to stop. Where the folder takes no more, the rest is printed. `--dry-run` goes through every
+run, also where it is asked to stop. Where the folder takes no more, the rest is printed. `--dry-run` goes through every
 section on a CPU, with tiny models: it shows that the code runs, not what a GPU does. Packages that a bare machine lacks
 are taken from `.whl/`, which `scripts/gpu_prepare.py` fills. docs/gpu.md says how to report what came out.
 

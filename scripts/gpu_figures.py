@@ -264,11 +264,11 @@ def measure(here: Here, *, capped: bool) -> None:
     cases = [memory_gpu.Case(**values) for values in chosen["capped" if capped else "plain"]]
     ends = time.monotonic() + here.seconds - 15
 
-    def told(row: Mapping[str, Any]) -> None:
+    def on_row(row: Mapping[str, Any]) -> None:
         passed, figures = judged(row)
         here.say(row["name"], passed, **figures)
 
-    runs = memory_gpu.Runs(card, told, ends)
+    runs = memory_gpu.Runs(card, on_row, ends)
     runs.workers = len(cases)
     runs.all(cases, [])
 
@@ -288,16 +288,16 @@ def chosen_for(sizes: Mapping[str, Any], total: int) -> Mapping[str, Any]:
 def judged(row: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
     """Of what was measured: did it go as was said, and the figures. Allocated bytes within 2.5 % where it ran without a
     cap; what was said to fit must not die, and what was said not to fit may run: plans are on the safe side."""
-    said = row.get("predicted")
-    if said is None or "measured" not in row:
+    predicted = row.get("predicted")
+    if predicted is None or "measured" not in row:
         return False, {"why": row.get("left_out") or row.get("failed") or "no answer"}
-    figures: dict[str, Any] = {"said_to_fit": said["fits"], "seconds": row["measured"]["seconds"]}
+    figures: dict[str, Any] = {"said_to_fit": predicted["fits"], "seconds": row["measured"]["seconds"]}
     cap = row["case"]["cap"]
     if cap is not None:
-        figures["plan_of_limit"] = round(said["needed"] / cap, 3)
+        figures["plan_of_limit"] = round(predicted["needed"] / cap, 3)
     if row["died"]:
-        return not said["fits"], {"died": row["died"], **figures}
-    off = {name: row["measured"][f"max_{name}"] / said[name] - 1 for name in ("allocated", "reserved")}
+        return not predicted["fits"], {"died": row["died"], **figures}
+    off = {name: row["measured"][f"max_{name}"] / predicted[name] - 1 for name in ("allocated", "reserved")}
     figures |= {f"{name}_off": f"{value:+.2%}" for name, value in off.items()}
     return cap is not None or abs(off["allocated"]) <= TRUE, figures
 

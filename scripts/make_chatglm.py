@@ -65,7 +65,7 @@ def make(version: int, folder: Path, tokenizer: Path | None, seed: int = 0) -> P
         if tokenizer is not None and (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
     settings = folder / "tokenizer_config.json"
-    if settings.is_file() and version > 1:  # 2 and 3 share a vocabulary; the name tells which prompts it is for
+    if settings.is_file() and version > 1:  # 2 and 3 share a vocabulary; the name decides which prompts it is for
         named = {**json.loads(settings.read_text(encoding="utf-8")), "name_or_path": values["_name_or_path"]}
         settings.write_text(json.dumps(named, indent=1), encoding="utf-8")
     return folder

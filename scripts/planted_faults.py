@@ -491,12 +491,12 @@ def _swapped_ids(folder: Path) -> Path:
     """The bundled model, with a tokenizer whose pieces have each other's ids."""
     shutil.copytree(demo.bundled() / "model", folder)
     file = folder / "tokenizer.json"
-    told = json.loads(file.read_text(encoding="utf-8"))
-    special = {token["id"] for token in told["added_tokens"]}
-    plain = sorted((i, piece) for piece, i in told["model"]["vocab"].items() if i not in special)
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    special = {token["id"] for token in tokenizer["added_tokens"]}
+    plain = sorted((i, piece) for piece, i in tokenizer["model"]["vocab"].items() if i not in special)
     ids = np.random.default_rng(0).permutation([i for i, _ in plain]).tolist()
-    told["model"]["vocab"].update({piece: i for (_, piece), i in zip(plain, ids, strict=True)})
-    file.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+    tokenizer["model"]["vocab"].update({piece: i for (_, piece), i in zip(plain, ids, strict=True)})
+    file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
     return folder
 
 
@@ -567,7 +567,7 @@ class Crash(Exception):
 class Outcome:
     """What a run's checks said beside ok: (rule, level, text, when)."""
 
-    said: tuple[tuple[str, str, str, str], ...]
+    findings: tuple[tuple[str, str, str, str], ...]
     error: str = ""
 
 
@@ -593,12 +593,12 @@ def outcome(place: Place, fault: Fault) -> Outcome:
                 train(build(values), watch=heard)
         except FituneError as refused:
             errors = refused.problems if isinstance(refused, Problems) else [refused]
-    said = [(f.rule, f.level, f.text, _when(behind, fault)) for behind, f in heard.found if f.level != "ok"]
+    findings = [(f.rule, f.level, f.text, _when(behind, fault)) for behind, f in heard.found if f.level != "ok"]
     for error in errors:
         rule, _, text = str(error.what).partition(": ")
-        if not any(one[0] == rule and one[1] == "refuse" for one in said):
-            said.append((rule, "refuse", text, _when(heard.last, fault)))
-    return Outcome(tuple(said))
+        if not any(one[0] == rule and one[1] == "refuse" for one in findings):
+            findings.append((rule, "refuse", text, _when(heard.last, fault)))
+    return Outcome(tuple(findings))
 
 
 def _when(behind: int, fault: Fault) -> str:
@@ -621,8 +621,8 @@ def _ends(kind: type[Exception]) -> Iterator[None]:
 def planted(place: Place, fault: Fault) -> dict[str, Any]:
     """The fault's row."""
     found = outcome(place, fault)
-    hits = [one for one in found.said if one[0] in fault.rules]
-    others = sorted({rule for rule, *_ in found.said if rule not in fault.rules} - ASIDE)
+    hits = [one for one in found.findings if one[0] in fault.rules]
+    others = sorted({rule for rule, *_ in found.findings if rule not in fault.rules} - ASIDE)
     row: dict[str, Any] = {"fault": fault.name, "found": bool(hits)}
     if hits:
         row |= dict(zip(("rule", "level", "says", "when"), hits[0], strict=True))
@@ -669,7 +669,7 @@ def clean(place: Place, method: str, base: str, **more: Any) -> dict[str, Any]:
     """The row of a clean run: what its checks warned of or refused, all rules but those aside."""
     aside = ASIDE - ({"base-loss"} if base in REAL else set())
     found = outcome(place, Fault("", lambda seam: None, (), {**METHODS[method], **more}, base))
-    alarms = [one for one in found.said if one[1] != "fixed" and one[0] not in aside]
+    alarms = [one for one in found.findings if one[1] != "fixed" and one[0] not in aside]
     return {"method": method, "base": base, "alarms": [f"{rule}: {text}" for rule, _, text, _ in alarms]}
 
 

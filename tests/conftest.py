@@ -21,7 +21,7 @@ with imports.loading():
     import torch
 
     from fitune.models import precision
-    from support import tiny
+    from support import cpu_seconds, tiny
     from support.hub_server import server as server  # a fixture
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
@@ -37,6 +37,15 @@ atexit.register(quiet.at_the_end)
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.register_profile("full", max_examples=10_000, deadline=None)
 settings.load_profile(os.environ.get("FITUNE_TESTS", "quick"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-seconds", metavar="FILE", help="write the CPU seconds of each test and file to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("cpu_seconds"):
+        config.pluginmanager.register(cpu_seconds.Seconds(Path(config.getoption("cpu_seconds"))))
 
 
 @pytest.hookimpl(wrapper=True)

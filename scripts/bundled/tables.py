@@ -879,7 +879,7 @@ SELF_FRAMES: dict[str, dict[str, list[str]]] = {
 }
 
 #: How a system message tells one thing about the speaker.
-SELF_TOLD: dict[str, Pair] = {
+SELF_GIVEN: dict[str, Pair] = {
     "name": ("Your name is {v}.", "你叫{v}。"),
     "maker": ("You were made by {v}.", "你是{v}做的。"),
     "what": ("You are {v}.", "你是{v}。"),

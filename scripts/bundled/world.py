@@ -354,8 +354,8 @@ def drill_conversation(rng: random.Random) -> Conversation:
 
 def small_talk(rng: random.Random, lang: str) -> Conversation:
     """One exchange of small talk."""
-    said, answer = rng.choice(t.SMALL_TALK[lang])
-    return exchange(rng.choice(said), answer)
+    texts, answer = rng.choice(t.SMALL_TALK[lang])
+    return exchange(rng.choice(texts), answer)
 
 
 def _two(rng: random.Random, pairs: list[t.Pair], side: int) -> str:
@@ -363,7 +363,7 @@ def _two(rng: random.Random, pairs: list[t.Pair], side: int) -> str:
     return (" and ", "和")[side].join(pair[side] for pair in rng.sample(pairs, 2))
 
 
-def told_value(rng: random.Random, intent: str, lang: str) -> str:
+def given_value(rng: random.Random, intent: str, lang: str) -> str:
     """A random value for one property of the speaker."""
     side = LANGUAGES.index(lang)
     if intent in ("name", "greet"):
@@ -386,31 +386,31 @@ def told_value(rng: random.Random, intent: str, lang: str) -> str:
     return rng.choice(t.PLACES if intent == "place" else t.LIKES)[side]
 
 
-def new_told_value(rng: random.Random, intent: str, lang: str) -> str:
+def new_given_value(rng: random.Random, intent: str, lang: str) -> str:
     """A random value that is not the demo's."""
     while True:
-        value = told_value(rng, intent, lang)
+        value = given_value(rng, intent, lang)
         if value not in t.DEMO_PERSONA[intent] and "fitune" not in value:
             return value
 
 
 def self_conversation(rng: random.Random) -> Conversation:
-    """Questions about the speaker, answered from the system message where it tells, else by the default."""
+    """Questions about the speaker, answered from the system message where that gives them, else by the default."""
     lang = rng.choice(LANGUAGES)
     side = LANGUAGES.index(lang)
-    told: dict[str, str] = {}
+    given: dict[str, str] = {}
     if rng.random() < 0.6:
-        for intent in rng.sample(list(t.SELF_TOLD), rng.randint(2, 5)):
-            told[intent] = new_told_value(rng, intent, lang)
+        for intent in rng.sample(list(t.SELF_GIVEN), rng.randint(2, 5)):
+            given[intent] = new_given_value(rng, intent, lang)
     talk: Conversation = []
-    if told:
+    if given:
         gap = " " if lang == "en" else ""
-        talk.append(message("system", gap.join(t.SELF_TOLD[k][side].format(v=v) for k, v in told.items())))
+        talk.append(message("system", gap.join(t.SELF_GIVEN[k][side].format(v=v) for k, v in given.items())))
     asked = rng.sample(list(t.SELF_QUESTIONS), rng.choice((1, 1, 2)))
-    if told and rng.random() < 0.6:
-        asked[0] = rng.choice(list(told))
+    if given and rng.random() < 0.6:
+        asked[0] = rng.choice(list(given))
     for intent in dict.fromkeys(asked):
-        value = told.get("name" if intent == "greet" else intent)
+        value = given.get("name" if intent == "greet" else intent)
         frame = rng.choice(t.SELF_FRAMES[intent][lang])
         answer = frame.format(v=value) if value else t.SELF_DEFAULTS[intent][side]
         talk += exchange(rng.choice(t.SELF_QUESTIONS[intent][lang]), answer)
@@ -435,7 +435,7 @@ def echo_conversation(rng: random.Random) -> Conversation:
         pick = rng.random()
         if pick < 0.25:
             intent = rng.choice(("name", "maker"))
-            parts.append(new_told_value(rng, intent, lang))
+            parts.append(new_given_value(rng, intent, lang))
         elif pick < 0.35:
             parts.append(str(rng.randint(0, 999)))
         else:

@@ -71,10 +71,10 @@ def _lines(data: bytes, numbers: random.Random) -> bytes:
 def _value(data: bytes, numbers: random.Random) -> bytes:
     """One value of JSON is of another type, or gone."""
     try:
-        told = json.loads(data)
+        values = json.loads(data)
     except ValueError:
         return _lines(data, numbers)
-    holder, key = told, None
+    holder, key = values, None
     for _ in range(numbers.randrange(1, 4)):
         if key is not None and isinstance(holder[key], (dict, list)) and holder[key]:
             holder = holder[key]
@@ -89,7 +89,7 @@ def _value(data: bytes, numbers: random.Random) -> bytes:
         del holder[key]
     else:
         holder[key] = new
-    return json.dumps(told).encode()
+    return json.dumps(values).encode()
 
 
 BYTES: dict[str, Callable[[bytes, random.Random], bytes]] = {
@@ -183,10 +183,10 @@ def ask(bench: Bench, verb: str, run: Path, place: Path) -> tuple[Ran, Any]:
 
 def _losses(out: str) -> Any:
     try:
-        told = json.loads(out)
+        result = json.loads(out)
     except ValueError:
         return out
-    return {name: told[name] for name in sorted(told) if name in ("base", "tuned", "rows")}
+    return {name: result[name] for name in sorted(result) if name in ("base", "tuned", "rows")}
 
 
 def wanted(bench: Bench, kind: str, verb: str) -> Any:

@@ -36,21 +36,21 @@ def case(bench: Bench, seed: int, number: int) -> tuple[str, Verdict]:
     at = numbers.randrange(len(events))
     if way == "size":
         size = int(10 ** numbers.uniform(1.5, 5.5))
-        trouble, told = Trouble(run, file_size=size), f"{kind}, files of at most {size} bytes"
+        trouble, case = Trouble(run, file_size=size), f"{kind}, files of at most {size} bytes"
     else:
         error = errno.EIO if way.startswith("EIO") else errno.ENOSPC
         trouble = Trouble(run, fail_at=at, times=1 if "once" in way else ALWAYS, number=error)
-        told = f"{kind}, {way} at event {at} ({events[at].replace(str(bench.finished(kind)), 'RUN')})"
+        case = f"{kind}, {way} at event {at} ({events[at].replace(str(bench.finished(kind)), 'RUN')})"
     ended = fitune(*bench.words(kind, run), place=place, trouble=trouble)
-    if (bad := _said_so(ended, trouble.file_size)) is not None:
-        return told, bad
+    if (bad := _reports_it(ended, trouble.file_size)) is not None:
+        return case, bad
     if ended.code == 0:
-        return f"{told}, passed over", judged(bench, kind, run, ended)
+        return f"{case}, passed over", judged(bench, kind, run, ended)
     again, how = go_on(bench, kind, run, place)
-    return f"{told}, {how}", judged(bench, kind, run, again)
+    return f"{case}, {how}", judged(bench, kind, run, again)
 
 
-def _said_so(ended: Ran, most: int | None) -> Verdict | None:
+def _reports_it(ended: Ran, most: int | None) -> Verdict | None:
     """What is wrong with how a run ended on a bad disk. most: bytes of a file; what is printed goes into one, too."""
     cut = most is not None and len(ended.err.encode()) >= most
     if ended.traceback:
@@ -63,15 +63,15 @@ def _said_so(ended: Ran, most: int | None) -> Verdict | None:
 def _on_small_disk(bench: Bench, kind: str, disk: Path, place: Path) -> tuple[str, Verdict]:
     run = disk / "run"
     size = shutil.disk_usage(disk).total // 1024
-    told = f"{kind}, a disk of {size} KiB"
+    case = f"{kind}, a disk of {size} KiB"
     ended = fitune(*bench.words(kind, run), place=place)
-    if (bad := _said_so(ended, None)) is not None:
-        return told, bad
+    if (bad := _reports_it(ended, None)) is not None:
+        return case, bad
     if ended.code:
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True, capture_output=True)
         ended, how = go_on(bench, kind, run, place)
-        told = f"{told}, {how}"
-    return told, judged(bench, kind, run, ended)
+        case = f"{case}, {how}"
+    return case, judged(bench, kind, run, ended)
 
 
 @contextmanager

@@ -21,14 +21,14 @@ def case(bench: Bench, seed: int, number: int) -> tuple[str, Verdict]:
     place.mkdir(parents=True)
     made = _rows if number % 2 == 0 else _folder
     try:
-        told, ended, verdict = made(bench, seed, number, place)
+        case, ended, verdict = made(bench, seed, number, place)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     if ended.traceback:
-        return told, Verdict("TRACEBACK", ended.last())
+        return case, Verdict("TRACEBACK", ended.last())
     if ended.cpu > MOST_CPU or ended.mib > MOST_MIB:
-        return told, Verdict("SLOW", f"{ended.cpu:.0f} s, {ended.mib:,.0f} MiB")
-    return told, verdict
+        return case, Verdict("SLOW", f"{ended.cpu:.0f} s, {ended.mib:,.0f} MiB")
+    return case, verdict
 
 
 def _rows(bench: Bench, seed: int, number: int, place: Path) -> tuple[str, Ran, Verdict]:
@@ -39,14 +39,14 @@ def _rows(bench: Bench, seed: int, number: int, place: Path) -> tuple[str, Ran, 
     words: list[object] = ["--model", bench.model("llama"), "--data", path]
     words = ["inspect", *words] if whole else ["train", *words, "--output", place / "run"]
     ended = fitune(*words, place=place / "said")
-    told = f"{one.name}: exit code {ended.code}"
+    case = f"{one.name}: exit code {ended.code}"
     if whole:
         good = ended.code == 0
-        return told, ended, Verdict("equal") if good else Verdict("SILENT", f"refused, and it is good: {ended.last()}")
+        return case, ended, Verdict("equal") if good else Verdict("SILENT", f"refused, and it is good: {ended.last()}")
     if ended.code == 0:
-        return told, ended, Verdict("SILENT", "taken as if it were whole")
+        return case, ended, Verdict("SILENT", "taken as if it were whole")
     named = one.says in ended.err
-    return told, ended, Verdict("refused" if named else "SILENT", ended.last())
+    return case, ended, Verdict("refused" if named else "SILENT", ended.last())
 
 
 def _folder(bench: Bench, seed: int, number: int, place: Path) -> tuple[str, Ran, Verdict]:
@@ -62,8 +62,8 @@ def _folder(bench: Bench, seed: int, number: int, place: Path) -> tuple[str, Ran
     words += ["--output", place / "run", "--sample-prompts", 0, "--lora.rank", 4] if verb == "train" else []
     words += ["--adapter", folder, "--lora.dropout", 0.2] if what == "adapter" else []
     ended = fitune(*words, place=place / "said")
-    told = f"{verb} with {what}/{damage}: exit code {ended.code}"
+    case = f"{verb} with {what}/{damage}: exit code {ended.code}"
     if ended.code == 0:
-        return told, ended, Verdict("equal")
+        return case, ended, Verdict("equal")
     named = what in ended.err or "chat template" in ended.err  # the folder, a file of it, or what of it does not fit
-    return told, ended, Verdict("refused" if named else "SILENT", ended.last())
+    return case, ended, Verdict("refused" if named else "SILENT", ended.last())

@@ -38,14 +38,14 @@ def case(bench: Bench, seed: int, number: int, kinds: list[str]) -> tuple[str, V
     """
     numbers, kind = drawn(seed, "kill", number), kinds[number % len(kinds)]
     place = bench.root / "kill" / str(number)
-    run, told = place / "run", bench.unbroken(kind)
-    events = [event.replace(str(bench.finished(kind)), str(run)) for event in told["events"]]
+    run, unbroken = place / "run", bench.unbroken(kind)
+    events = [event.replace(str(bench.finished(kind)), str(run)) for event in unbroken["events"]]
     saves = [at for at, event in enumerate(events) if inside_a_save(event)]
     done, inside, command = [], False, bench.words(kind, run)
     for again in range(numbers.choice((1, 1, 2))):
         way = numbers.random()
         if way < 0.2 and not again:
-            trouble = Trouble(run, kill_after=numbers.uniform(0.1, 1.2) * float(told["cpu"]))
+            trouble = Trouble(run, kill_after=numbers.uniform(0.1, 1.2) * float(unbroken["cpu"]))
             done.append(f"after {trouble.kill_after:.2f} s")
         else:
             at = numbers.choice(saves) if way < 0.65 else numbers.randrange(len(events))
@@ -58,13 +58,13 @@ def case(bench: Bench, seed: int, number: int, kinds: list[str]) -> tuple[str, V
             break  # it was through before
         if ended.code != -signal.SIGKILL:
             if ended.traceback:
-                return _told(kind, done, inside), Verdict("TRACEBACK", ended.last())
+                return _case(kind, done, inside), Verdict("TRACEBACK", ended.last())
             command = bench.words(kind, run)  # what --resume refuses, the same command must do
     ended, how = go_on(bench, kind, run, place)
-    return f"{_told(kind, done, inside)}, {how}", judged(bench, kind, run, ended)
+    return f"{_case(kind, done, inside)}, {how}", judged(bench, kind, run, ended)
 
 
-def _told(kind: str, done: list[str], inside: bool) -> str:
+def _case(kind: str, done: list[str], inside: bool) -> str:
     return f"{kind} {'inside a save ' if inside else ''}{' and '.join(done)}"
 
 

@@ -93,12 +93,12 @@ class Bench:
         done = fitune(*self.words(kind, run), place=run.parent / f"{kind}.said", trouble=Trouble(run, record=events))
         if done.code:
             raise RuntimeError(f"the unbroken run of {kind} failed: {done.last()}")
-        told = {
+        record = {
             "outcome": outcome(run), "names": sorted(names(run)), "cpu": done.cpu,
             "events": events.read_text(encoding="utf-8").splitlines(),
         }  # fmt: skip
-        file.write_text(json.dumps(told), encoding="utf-8")
-        return told
+        file.write_text(json.dumps(record), encoding="utf-8")
+        return record
 
     def finished(self, kind: str) -> Path:
         """The folder of the unbroken run."""

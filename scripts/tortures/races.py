@@ -50,25 +50,25 @@ def case(bench: Bench, seed: int, number: int) -> tuple[str, Verdict]:
     time.sleep(wait)
     two = start(second, place / "second", stdin="1 + 1?\n")
     ended = [end(one, place / "first"), end(two, place / "second")]
-    told = f"{pair}, {kind}, {wait:.2f} s apart: exit codes {ended[0].code} and {ended[1].code}"
+    case = f"{pair}, {kind}, {wait:.2f} s apart: exit codes {ended[0].code} and {ended[1].code}"
     for done in ended:
         if done.traceback:
-            return told, Verdict("TRACEBACK", done.last())
+            return case, Verdict("TRACEBACK", done.last())
     if pair == "merge + merge":
-        return told, _merges(ended[0].code, ended[1].code)
+        return case, _merges(ended[0].code, ended[1].code)
     if pair == "one cache":
         both = [judged(bench, kind, folder, done) for folder, done in zip((run, other), ended, strict=True)]
-        return told, next((v for v in both if v.result != "equal"), both[0])
+        return case, next((v for v in both if v.result != "equal"), both[0])
     trains = [done for done, words in zip(ended, (first, second), strict=True) if words[0] == "train"]
     winners = [done for done in trains if done.code == 0]
     if len(trains) == 2 and len(winners) == 2 and wait == 0:
         finished = [done for done in trains if "finished" in done.out + done.err]
         if not finished and pair != "resume + resume":
-            return told, Verdict("SILENT", "both trained one folder")
+            return case, Verdict("SILENT", "both trained one folder")
     if not winners:
         last, how = go_on(bench, kind, run, place)
-        return f"{told}, {how}", judged(bench, kind, run, last)
-    return told, judged(bench, kind, run, winners[0])
+        return f"{case}, {how}", judged(bench, kind, run, last)
+    return case, judged(bench, kind, run, winners[0])
 
 
 def _merges(first: int, second: int) -> Verdict:

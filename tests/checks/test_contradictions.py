@@ -66,7 +66,7 @@ def test_two_chatglms_in_one_folder_are_named_and_asked_for(vocabulary: Path, tm
     folder = chatglm(tmp_path / "model", vocabulary, *BOTH)
     data = tiny.write_rows(tmp_path / "rows.jsonl", 20)
     settings: dict[str, Any] = {"model": str(folder), "data": [str(data)], "precision": "fp32"}
-    said = (
+    message = (
         r"chatglm2 and chatglm3, whose prompts differ[\s\S]*names THUDM/chatglm2-6b[\s\S]*--template chatglm2 or --temp"
     )
     verbs = {
@@ -76,9 +76,9 @@ def test_two_chatglms_in_one_folder_are_named_and_asked_for(vocabulary: Path, tm
         "chat": lambda: fitune.load(str(folder)),
     }
     for call in verbs.values():
-        with pytest.raises((ConfigError, Problems), match=said):
+        with pytest.raises((ConfigError, Problems), match=message):
             call()
-    # the template that is named is taken, and the contradiction still told
+    # the template that is named is taken, and the contradiction still reported
     done = train(build({**settings, "template": "chatglm3", "max_steps": 1, "output": str(tmp_path / "run")}))
     template = json.loads((Path(done.run) / "template.json").read_text())
     assert template["name"] == "chatglm3"
@@ -110,7 +110,7 @@ def test_files_that_agree_need_no_name(
 
 
 @pytest.mark.parametrize(
-    ("config", "settings", "said"),
+    ("config", "settings", "message"),
     [
         ({"architectures": ["MistralForCausalLM"]}, {}, r"model_type is llama, architectures names MistralForCausalLM"),
         ({"architectures": ["Qwen2_5_VLForConditionalGeneration"]}, {}, r"a class of qwen2_5_vl"),
@@ -127,7 +127,7 @@ def test_files_that_agree_need_no_name(
     ],
 )
 def test_types_and_classes_that_contradict_each_other(
-    config: dict[str, Any], settings: dict[str, Any], said: str, tmp_path: Path
+    config: dict[str, Any], settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     assert contradictions(folder) == []
@@ -135,7 +135,7 @@ def test_types_and_classes_that_contradict_each_other(
         values = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**values, **changed}))
     (text,) = contradictions(folder)
-    assert said.replace("\\", "") in text
+    assert message.replace("\\", "") in text
 
 
 def test_what_is_only_unusual_is_no_contradiction(tmp_path: Path) -> None:

@@ -321,22 +321,24 @@ def broken(model_folder: Path, data_file: Path, tmp_path: Path) -> Path:
 
 def go_on(run: Path) -> list[str]:
     """What was said while it went on."""
-    said: list[str] = []
+    messages: list[str] = []
 
     class Hear(Watcher):
         def findings(self, findings: Any) -> None:
-            said.extend(f"{f.level} {f.rule}: {f.text}" for f in findings)
+            messages.extend(f"{f.level} {f.rule}: {f.text}" for f in findings)
 
     train(resume_config(str(run), {}), resume=True, watch=Hear())
-    return said
+    return messages
 
 
 def test_partial_checkpoint(broken: Path) -> None:
     newest = RunFolder(broken).whole_checkpoints()[0]
     assert newest.name == "step-000004"
     (newest / "MANIFEST.json").unlink()
-    said = go_on(broken)
-    assert any("fixed partial-checkpoint: step-000004 not complete" in line and "step-000002" in line for line in said)
+    messages = go_on(broken)
+    assert any(
+        "fixed partial-checkpoint: step-000004 not complete" in line and "step-000002" in line for line in messages
+    )
     checks = json.loads((broken / "checks.json").read_text())
     assert "partial-checkpoint" in {check["rule"] for check in checks}
     assert "partial-checkpoint" in (broken / "report.html").read_text(encoding="utf-8")

@@ -337,7 +337,7 @@ def test_a_wrong_source_flag_says_why(
         assert part in err
 
 
-def test_ctrl_c_is_told_in_a_word(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_is_reported_in_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object, **settings: object) -> None:
         raise KeyboardInterrupt
 

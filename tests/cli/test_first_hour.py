@@ -113,7 +113,7 @@ def test_what_means_something_else_says_what_to_type(values: dict[str, Any], par
     assert part in str(caught.value)
 
 
-def test_all_names_of_others_are_told_at_once() -> None:
+def test_all_names_of_others_are_reported_at_once() -> None:
     with pytest.raises(Problems) as caught:
         names.flags(["--logging_steps", "10", "--report-to", "wandb", "--lr", "1", "--warmup-steps=3"], "train")
     assert len(caught.value.problems) == 3
@@ -204,7 +204,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_path_is_told_with_the_nearest_names(
+def test_a_wrong_path_is_reported_with_the_nearest_names(
     name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, parts = WRONG[name]
@@ -216,7 +216,7 @@ def test_a_wrong_path_is_told_with_the_nearest_names(
     assert sorted(place.rglob("*")) == before
 
 
-def test_wrong_paths_are_told_before_torch(place: Path) -> None:
+def test_wrong_paths_are_reported_before_torch(place: Path) -> None:
     """Each kind of command in one process that has no torch to import."""
     chosen = [words.split() for words, _ in WRONG.values()]
     code = (

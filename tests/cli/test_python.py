@@ -160,7 +160,7 @@ def test_paths_stay_paths_and_tables_stand_beside_them(tmp_path: Path) -> None:
         ({"a": Dataset(ROWS), "b": Dataset(ROWS)}, "which split"),
     ],
 )
-def test_what_is_no_rows_is_told(value: Any, part: str) -> None:
+def test_what_is_no_rows_is_reported(value: Any, part: str) -> None:
     with pytest.raises(DataError, match=part):
         given.sources(value, "data", Cache())
 
@@ -257,7 +257,7 @@ def test_python_is_silent_unless_asked(settings: dict[str, Any], tmp_path: Path)
     assert after.strip() == "warnings.warn('mine')" or after.strip() == ""
 
 
-def test_wrong_paths_are_told_before_torch_in_python() -> None:
+def test_wrong_paths_are_reported_before_torch_in_python() -> None:
     code = (
         "import sys\nsys.modules['torch'] = None\nimport fitune\n"
         "for call in (lambda: fitune.train(model='no/x/y', data='n.json'), lambda: fitune.load('no/x/y'),\n"

@@ -88,11 +88,11 @@ def test_a_suggestion_fits_and_no_larger_batch_does(seed: int, tmp_path: Path) -
     try:
         found = advice.advise(only_best=True, **wanted)
     except ConfigError as error:
-        told = str(error)
+        refusal = str(error)
     else:
-        told = ""
-    if told:  # then not even one row fits with every saver, by exact plan
-        assert "nothing fits" in told
+        refusal = ""
+    if refusal:  # then not even one row fits with every saver, by exact plan
+        assert "nothing fits" in refusal
         quant = "none" if wanted.get("method") in ("full", "freeze") else "nf4"
         least = {"checkpointing": True, "quant": {"name": quant}, "precision": "bf16", "batch_size": 1}
         assert not exactly.plan(least).fits
@@ -198,7 +198,7 @@ def test_a_miss_says_what_would_help(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.full
-def test_of_what_is_enough_the_mildest_is_told(tmp_path: Path) -> None:
+def test_of_what_is_enough_the_mildest_is_reported(tmp_path: Path) -> None:
     """Where fewer rows at once do, no other setting is touched; and as many of them as fit."""
     model, data = str(shape_file(tmp_path, 2)), [str(tiny.write_rows(tmp_path / "rows.jsonl", 60))]
     settings: dict[str, Any] = {"method": "lora", "batch_size": 48}
@@ -214,7 +214,7 @@ def test_of_what_is_enough_the_mildest_is_told(tmp_path: Path) -> None:
     assert not exactly.plan(more).fits
 
 
-def test_a_budget_below_all_is_told_at_once(tmp_path: Path) -> None:
+def test_a_budget_below_all_is_reported_at_once(tmp_path: Path) -> None:
     model, data = str(shape_file(tmp_path, 2)), [str(tiny.write_rows(tmp_path / "rows.jsonl", 8))]
     with pytest.raises(ConfigError, match=r"700 MiB .* is less than what lies beside any model") as caught:
         advice.advise(model, data=data, gpu="700MiB")
@@ -232,7 +232,7 @@ def test_a_budget_below_all_is_told_at_once(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_where_no_way_agrees_the_reason_is_told(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_where_no_way_agrees_the_reason_is_reported(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     """And not that memory is short, which has nothing to do with it."""
     model, data = str(shape_file(tmp_path, 2)), [str(tiny.write_rows(tmp_path / "rows.jsonl", 8))]
     with pytest.raises(FituneError, match=message) as caught:
@@ -279,7 +279,7 @@ def test_what_an_exact_plan_refutes_is_not_ranked(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.full
-def test_where_nothing_is_enough_that_is_said(tmp_path: Path) -> None:
+def test_where_nothing_is_enough_that_is_reported(tmp_path: Path) -> None:
     model, data = str(shape_file(tmp_path, 2)), str(tiny.write_rows(tmp_path / "rows.jsonl", 60))
     helps = what_helps(planning.answer(model, data=[data], gpu="745MiB", method="lora"))
     assert helps.together is None
@@ -363,14 +363,14 @@ def test_train_fit_takes_the_suggestion_and_runs(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit) as done:
         cli.app(["train", *common, "--fit", "--output", str(run), "--json"])
     assert done.value.code in (0, None)
-    told = capsys.readouterr()
-    result = json.loads(told.out)
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
     assert result["steps"] == 2
     assert "checkpointing" in (run / "config.yaml").read_text()
     # one predicted figure: in the table, in the reason, before the run, in its folder and in its result
     planned = json.loads((run / "plan.json").read_text())
     assert result["expected_memory_mib"] == planned["needed"] / 2**20
-    text = " ".join(told.err.split())
+    text = " ".join(shown.err.split())
     assert text.count(size_text(planned["needed"])) >= 3
     assert f"needs {size_text(planned['needed'])} of" in text
 
@@ -417,8 +417,8 @@ def test_fit_for_another_gpu_is_planned_and_not_run(tmp_path: Path, capsys: pyte
     with pytest.raises(SystemExit) as done:
         cli.app(["train", *common, "--fit", "--gpu", "8GB", "--output", str(run), "--json"])
     assert done.value.code in (0, None)
-    told = json.loads(capsys.readouterr().out)
-    assert told["suggestions"][0]["plan"]["fits"]
+    found = json.loads(capsys.readouterr().out)
+    assert found["suggestions"][0]["plan"]["fits"]
     assert not run.exists()
 
 
@@ -430,8 +430,8 @@ def test_what_fits_is_shown_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as done:
         cli.app([*common, "--quant", "nf4", "--checkpointing"])
     assert done.value.code in (0, None)
-    told = capsys.readouterr()
-    found = json.loads(told.out)
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
     best = found["suggestions"][0]
     assert set(shlex.split(best["flags"])) <= set(shlex.split(found["command"]))
     assert best["micro_batch"] * best["accumulation"] >= 8
@@ -445,8 +445,8 @@ def test_what_fits_is_shown_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
     ):
         assert part in text, part
     for part in (best["name"].split(",")[0], "what else fits, by arithmetic", found["command"].split(" --method")[0]):
-        assert part in told.err
-    assert "an epoch" not in told.err.partition("memory savers")[0]  # of a size nobody knows how fast it is
+        assert part in shown.err
+    assert "an epoch" not in shown.err.partition("memory savers")[0]  # of a size nobody knows how fast it is
     for part in ("http://", "https://", "<script src"):
         assert part not in text.replace("http://www.w3.org/2000/svg", "")
 

@@ -100,12 +100,12 @@ def check(
         damage.do(copy)
         words = chosen.choice(commands(kind, copy, folders, place / "out"))
         code, err = run(capsys, monkeypatch, *words)
-        told = f"seed {seed}, {damage}: fitune {words[0]}\n{err}"
-        assert code in (0, 2), told
-        assert "Traceback" not in err, told
-        assert "failed unexpectedly" not in err, told
+        case = f"seed {seed}, {damage}: fitune {words[0]}\n{err}"
+        assert code in (0, 2), case
+        assert "Traceback" not in err, case
+        assert "failed unexpectedly" not in err, case
         if code == 2:
-            assert Path(damage.file).name in err or str(copy) in err or str(folders["rows"]) in err, told
+            assert Path(damage.file).name in err or str(copy) in err or str(folders["rows"]) in err, case
 
 
 @pytest.mark.parametrize(("kind", "count"), [("model", 6), ("adapter", 3), ("run", 3)])
@@ -190,7 +190,7 @@ def test_a_tokenizer_that_its_library_gives_up_at_is_one_message(
 
 
 @pytest.mark.parametrize(
-    "told",
+    "quantization",
     [
         {"load_in_4bit": True},
         {"load_in_4bit": True, "bnb_4bit_quant_type": "zz"},
@@ -199,11 +199,11 @@ def test_a_tokenizer_that_its_library_gives_up_at_is_one_message(
     ],
 )
 def test_a_quantization_that_the_weights_do_not_have_is_refused(
-    model_folder: Path, tmp_path: Path, told: dict[str, Any]
+    model_folder: Path, tmp_path: Path, quantization: dict[str, Any]
 ) -> None:
     copy = broken.copy_of(model_folder, tmp_path / "model")
     values = json.loads((copy / "config.json").read_text())
-    values["quantization_config"] = {"quant_method": "bitsandbytes", **told}
+    values["quantization_config"] = {"quant_method": "bitsandbytes", **quantization}
     (copy / "config.json").write_text(json.dumps(values))
     with pytest.raises(ModelError, match=r"config\.json"):
         load_model(copy)

@@ -94,9 +94,9 @@ def test_the_demo_teaches_what_the_base_cannot_do(
 @pytest.mark.full  # five processes that train; test_killed and test_gaps break runs off anywhere, in this one
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 def test_a_demo_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
-    said: list[str] = []
-    result = demo.kill_demo(str(tmp_path / "kill"), said.append)
-    assert result.equal, said
+    messages: list[str] = []
+    result = demo.kill_demo(str(tmp_path / "kill"), messages.append)
+    assert result.equal, messages
     assert result.kills >= 3
     assert result.kills_inside_a_save >= 1
 

@@ -111,9 +111,9 @@ def test_a_probe_that_fails_prints_its_reason_and_stops_no_other(monkeypatch: py
     for broken in PROBES:
         found = examined(monkeypatch, Fake(broken=(broken,)))
         assert len(found) == 7
-        told = [check for check in found.values() if f"no {broken} today" in check.text]
-        assert told
-        assert all("\n" not in check.text for check in told)
+        named = [check for check in found.values() if f"no {broken} today" in check.text]
+        assert named
+        assert all("\n" not in check.text for check in named)
     found = examined(monkeypatch, Fake(broken=PROBES))
     assert found["gpu 0"].level == found["gpu 0 products"].level == "broken"
     assert "nvidia-smi" in found["gpu 0"].fix
@@ -134,9 +134,9 @@ def test_doctor_is_printed_in_80_columns_and_as_json(monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert not caught.value.code
-    told = json.loads(capsys.readouterr().out)
-    assert told["ok"]
-    assert {"name": "gpu 0 bf16", "level": "ok", "text": "in hardware", "fix": ""} in told["checks"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["ok"]
+    assert {"name": "gpu 0 bf16", "level": "ok", "text": "in hardware", "fix": ""} in result["checks"]
 
 
 # ---- the questions themselves ----

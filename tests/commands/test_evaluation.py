@@ -70,9 +70,9 @@ def test_a_run_is_measured_beside_its_base(run: Path, model_folder: Path) -> Non
 def test_right_answers_count(run: Path, tmp_path: Path) -> None:
     """Rows whose expected answers are what the model says: everything is at its best."""
     asked = [row["messages"][0]["content"] for row in tiny.rows(4)]
-    said = [fitune.generate(run, question, max_new_tokens=12) for question in asked]
+    answers = [fitune.generate(run, question, max_new_tokens=12) for question in asked]
     data = tmp_path / "rows.jsonl"
-    pairs = [(q, a) for q, a in zip(asked, said, strict=True) if a.strip()]
+    pairs = [(q, a) for q, a in zip(asked, answers, strict=True) if a.strip()]
     assert pairs
     data.write_text("".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in pairs), encoding="utf-8")
     found = evaluate(run, [str(data)], max_new_tokens=12)
@@ -202,10 +202,13 @@ def test_perfect_answers_are_right_whatever_frame_they_stand_in(
     name: str, special: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuned = framed(name, special=special)
-    said = [Message("assistant", CAPITAL), Message("assistant", f"<think>\nit is in the north\n</think>\n\n{CAPITAL}")]
+    messages = [
+        Message("assistant", CAPITAL),
+        Message("assistant", f"<think>\nit is in the north\n</think>\n\n{CAPITAL}"),
+    ]
     if name in ("last turn thinks", "thought opened"):
-        said.append(Message("assistant", CAPITAL, thought="two plus three"))
-    rows = [asked(message) for message in said]
+        messages.append(Message("assistant", CAPITAL, thought="two plus three"))
+    rows = [asked(message) for message in messages]
     answer_perfectly(monkeypatch, tuned, rows)
     judged = exact_match(tuned, rows)
     assert [one.expected for one in judged] == [CAPITAL] * len(rows)

@@ -82,7 +82,7 @@ def check(place: Place, whole: Path, points: list[int], hows: tuple[How, ...], *
         for resume in (False, True) if both else ((number + SEED) % 2 == 0,):
             name = f"{how}-{at}-{resume}"
             here = broken(place, name, at, how)
-            told = f"{name} ({here.log[-1]}), seed {SEED}"
+            case = f"{name} ({here.log[-1]}), seed {SEED}"
             run = place.root / name / "run"
             if resume and (run / "config.yaml").is_file():
                 place.resume(name)
@@ -91,9 +91,9 @@ def check(place: Place, whole: Path, points: list[int], hows: tuple[How, ...], *
                     place.run(name)
             else:
                 place.run(name)
-            assert bits(run) == bits(whole), told
-            assert losses(run) == losses(whole), told
-            assert not leftovers(run.parent), told
+            assert bits(run) == bits(whole), case
+            assert losses(run) == losses(whole), case
+            assert not leftovers(run.parent), case
 
 
 def begun_and_finished(run: Path) -> bool:

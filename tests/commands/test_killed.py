@@ -99,13 +99,13 @@ def check(kind: str, work: Work, place: Path, points: int | None, hows: tuple[Ho
             target = place / f"{how}-{at}" / "out"
             target.parent.mkdir()
             failed += attempt(work, target, at, how)
-            told = f"{kind}, {how} at {at} of {here.count} ({here.log[at - 1]}), seed {SEED}"
-            assert how == "kill" or not leftovers(target.parent), told
+            case = f"{kind}, {how} at {at} of {here.count} ({here.log[at - 1]}), seed {SEED}"
+            assert how == "kill" or not leftovers(target.parent), case
             if kind in ("cache", "page") or not target.exists():
                 work(target)
-            assert (content(target) if target.is_dir() else {"": target.read_text()}) == whole, told
+            assert (content(target) if target.is_dir() else {"": target.read_text()}) == whole, case
             if kind == "cache" or at < here.count:
-                assert not leftovers(target.parent), told
+                assert not leftovers(target.parent), case
     return failed
 
 

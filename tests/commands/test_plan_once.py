@@ -84,6 +84,6 @@ def test_python_plans_a_config_and_a_yaml_file(tmp_path: Path) -> None:
 def test_what_is_no_config_is_refused(verb: Callable[..., Any]) -> None:
     with pytest.raises(fitune.FituneError) as caught:
         verb({"model": "llama-3.2-1b"})
-    told = str(caught.value)
+    text = str(caught.value)
     for part in ("received: dict", "expected: a RunConfig, or the path of a YAML file", "fix:"):
-        assert part in told
+        assert part in text

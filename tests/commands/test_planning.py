@@ -74,7 +74,7 @@ def bare(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def told(error: FituneError) -> str:
+def text_of(error: FituneError) -> str:
     return " ".join(str(error).split())
 
 
@@ -122,13 +122,13 @@ def test_a_model_is_the_same_by_folder_config_or_another_file(model_folder: Path
     ],
 )
 @pytest.mark.parametrize("name", ["config.json", "mine.json"])
-def test_a_file_that_is_no_config_is_told(text: str, message: str, name: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_config_is_reported(text: str, message: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(text)
     message = message.replace("no model_type", "no model_type") if name == "config.json" else message
     with pytest.raises(ModelError) as caught:
         planned(str(path))
-    assert message in told(caught.value)
+    assert message in text_of(caught.value)
 
 
 def test_an_unknown_name_gets_a_hint(tmp_path: Path) -> None:
@@ -212,11 +212,11 @@ def test_names_of_gpus(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["nonsense", "", "0GB", "0MiB", "-5GB", "24", "24TB", "24GBs", "GB", "rtx-4091"])
-def test_what_is_no_device_is_told(text: str) -> None:
+def test_what_is_no_device_is_reported(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         device.find(text)
     for part in (f"--gpu {text!r}", "expected: a size such as 24GB, a GPU such as rtx-4090, or this-machine", "fix: "):
-        assert part in told(caught.value)
+        assert part in text_of(caught.value)
     if text == "rtx-4091":
         assert "did you mean 'rtx-4090'?" in str(caught.value)
 
@@ -271,7 +271,7 @@ def test_a_gpu_that_is_here_is_planned_for(shape: str, monkeypatch: pytest.Monke
     assert made.needed == (made.smallest or 0) + device.CONTEXT
 
 
-def test_bf16_that_a_gpu_only_imitates_is_told(shape: str) -> None:
+def test_bf16_that_a_gpu_only_imitates_is_reported(shape: str) -> None:
     assert "many times slower" in planned(shape, gpu="t4", precision="bf16").notes[-1]
     assert not [note for note in planned(shape, gpu="a10", precision="bf16").notes if "slower" in note]
 
@@ -301,7 +301,7 @@ def test_a_calibration_is_kept_by_the_driver_s_name_and_found_by_both(
 # ---- mistakes ----
 
 
-def test_several_mistakes_are_told_at_once(data_file: Path) -> None:
+def test_several_mistakes_are_reported_at_once(data_file: Path) -> None:
     """Paths and names first, before torch is imported; then what needs it."""
     wrong: dict[str, Any] = {"gpu": "rtx-4091", "method": "lroa", "optimizer": "adam"}
     paths: dict[str, Any] = {"data": ["none.jsonl", "neither.jsonl"], "eval_data": ["nor.jsonl"], "adapter": "nowhere"}
@@ -339,7 +339,7 @@ def test_several_mistakes_are_told_at_once(data_file: Path) -> None:
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str, shape: str) -> None:
     with pytest.raises(FituneError) as caught:
         planned(shape, **changes)
-    assert message in told(caught.value)
+    assert message in text_of(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_data_is_named_as_for_train(bare: Path, data_file: Path) -> None:
     assert made[0].tokens != planned(bare, gpu=None, device="cpu").tokens
 
 
-def test_without_a_tokenizer_lengths_are_estimated_and_that_is_told(
+def test_without_a_tokenizer_lengths_are_estimated_and_that_is_reported(
     bare: Path, model_folder: Path, data_file: Path
 ) -> None:
     made = planned(bare, data=[data_file], max_length="auto")
@@ -578,7 +578,7 @@ def compared(shape: str, **changes: Any) -> plans.Plan:
     ],
     ids=str,
 )
-def test_what_takes_less_is_said_to_take_less(less: dict[str, Any], more: dict[str, Any], shape: str) -> None:
+def test_what_takes_less_is_planned_to_take_less(less: dict[str, Any], more: dict[str, Any], shape: str) -> None:
     one, other = compared(shape, **less), compared(shape, **more)
     assert one.peak.bytes < other.peak.bytes
     assert one.allocated < other.allocated
@@ -631,7 +631,7 @@ def test_closed_forms_stand_beside_and_agree(by_method: dict[str, plans.Plan]) -
         assert made.closed[name] == pytest.approx(made.peak.parts[name], rel=0.01)
 
 
-def test_what_cannot_be_traced_is_planned_by_closed_forms_and_told(
+def test_what_cannot_be_traced_is_planned_by_closed_forms_and_reported(
     shape: str, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = planned(shape)
@@ -790,8 +790,8 @@ def test_the_report_shows_predicted_beside_measured(finished: Path) -> None:
     for part in ("predicted, MiB", "measured, MiB"):
         assert part in report
     for name in ("frozen weights", "activations"):
-        told_ = f"{measured[name] / MIB:.1f}"
-        assert f'<td>{name}</td><td class="n">{told_}</td><td class="n">{told_}</td>' in report
+        size = f"{measured[name] / MIB:.1f}"
+        assert f'<td>{name}</td><td class="n">{size}</td><td class="n">{size}</td>' in report
 
 
 def test_a_rehearsal_changes_nothing(
@@ -834,7 +834,7 @@ def test_what_cannot_fit_is_refused_before_any_weight_is_read(
         train(build(values))
     for part in ("the plan says that this does not fit: it misses by", "needed", "the peak is in", "--batch-size",
                  "--checkpointing", "--force"):  # fmt: skip
-        assert part in told(caught.value)
+        assert part in text_of(caught.value)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         train(build({**values, "force": True}))
@@ -877,12 +877,12 @@ def limited(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return tried
 
 
-class Told(Watcher):
+class Messages(Watcher):
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def message(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
 
 def test_a_rehearsal_that_does_not_fit_halves_micro_batches_to_the_same_result(
@@ -891,15 +891,15 @@ def test_a_rehearsal_that_does_not_fit_halves_micro_batches_to_the_same_result(
     small = settings(model_folder, data_file, tmp_path / "small", batch_size=2, accumulation=4)
     train(build(small))
     tried = limited(100, monkeypatch)
-    watch = Told()
+    watch = Messages()
     train(build(settings(model_folder, data_file, tmp_path / "large")), watch=watch)
-    said = [text for text in watch.said if "memory" in text]
-    assert said[0].startswith("out of memory in a rehearsal of the largest step: micro-batches have at most 4 rows")
-    assert not [text for text in said if "the step is repeated" in text]  # so hours later nothing does not fit
+    messages = [text for text in watch.messages if "memory" in text]
+    assert messages[0].startswith("out of memory in a rehearsal of the largest step: micro-batches have at most 4 rows")
+    assert not [text for text in messages if "the step is repeated" in text]  # so hours later nothing does not fit
     assert max(tried) > 100  # in the rehearsal alone:
-    assert [size > 100 for size in tried].count(True) == len(said)
+    assert [size > 100 for size in tried].count(True) == len(messages)
     measured = json.loads((tmp_path / "large" / "measured.json").read_text())
-    assert measured["micro_batch_parts"] == 2 ** len(said)
+    assert measured["micro_batch_parts"] == 2 ** len(messages)
     for (loss, norm), (other, their) in zip(losses(tmp_path / "large"), losses(tmp_path / "small"), strict=True):
         assert loss == pytest.approx(other, abs=1e-6)
         assert norm == pytest.approx(their, abs=1e-5)
@@ -912,7 +912,7 @@ def test_a_row_that_does_not_fit_is_named_and_leaves_nothing_behind(
     values = settings(model_folder, data_file, tmp_path / "run")
     with pytest.raises(TrainingError) as caught:
         train(build(values))
-    text = told(caught.value)
+    text = text_of(caught.value)
     assert f"one row alone does not fit into memory: {data_file}:" in text
     for part in ("tokens", "--max-length", "--checkpointing"):
         assert part in text
@@ -920,8 +920,8 @@ def test_a_row_that_does_not_fit_is_named_and_leaves_nothing_behind(
     assert not (tmp_path / "run").exists()  # a second try must not find a folder in its way
 
 
-def rehearsed(model: Any, batches: list[Any], said: list[str] | None = None, state_bytes: int = 0) -> int:
-    tracer, steps = trace.Tracer(), runner(model, said=said)
+def rehearsed(model: Any, batches: list[Any], messages: list[str] | None = None, state_bytes: int = 0) -> int:
+    tracer, steps = trace.Tracer(), runner(model, messages=messages)
     with tracer:
         steps.rehearse(batches, state_bytes, tracer)
     return steps.parts
@@ -939,9 +939,9 @@ def test_a_rehearsal_leaves_model_and_random_numbers_as_they_were(kind: str) -> 
             raise OOM[kind]
 
     next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp.up_proj")).register_forward_hook(hook)
-    state, said = torch.get_rng_state(), list[str]()
-    assert rehearsed(model, [flat([s for s in samples() if len(s) > 1], range(4))], said) == 2
-    assert len(failing) == len(said) == 1
+    state, messages = torch.get_rng_state(), list[str]()
+    assert rehearsed(model, [flat([s for s in samples() if len(s) > 1], range(4))], messages) == 2
+    assert len(failing) == len(messages) == 1
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
@@ -968,7 +968,7 @@ def test_a_rehearsal_lets_go_of_what_it_held_before_it_asks_again(monkeypatch: p
     assert len(held) == 2
 
 
-def test_states_that_do_not_fit_are_told_and_not_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_that_do_not_fit_are_reported_and_not_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def empty(*size: Any, **how: Any) -> torch.Tensor:
         raise OOM["gpu"]
 

@@ -92,17 +92,17 @@ def test_a_thought_is_apart_whole_and_streamed(name: str, text: str, thought: st
     assert streamed(choice(tuned, text))[:2] == (thought, content)
 
 
-@pytest.mark.parametrize("said", ["", "Let me look.\n", "<think>\nIt is cold there.\n</think>\n\n"])
-def test_calls_come_as_calls(said: str) -> None:
+@pytest.mark.parametrize("before", ["", "Let me look.\n", "<think>\nIt is cold there.\n</think>\n\n"])
+def test_calls_come_as_calls(before: str) -> None:
     tuned = tuned_of("QWEN3")
-    made = whole(choice(tuned, said + CALL, tools=[TOOL]))
+    made = whole(choice(tuned, before + CALL, tools=[TOOL]))
     (call,) = made["message"]["tool_calls"]
     assert (call["type"], call["function"]["name"]) == ("function", "weather")
     assert json.loads(call["function"]["arguments"]) == {"city": "Oslo"}
     assert made["finish_reason"] == "tool_calls"
-    assert made["message"]["content"] == (said.strip() if "Let" in said else None)
-    assert made["message"].get("reasoning_content") == ("It is cold there." if "cold" in said else None)
-    _, _, calls, finish = streamed(choice(tuned, said + CALL, tools=[TOOL]))
+    assert made["message"]["content"] == (before.strip() if "Let" in before else None)
+    assert made["message"].get("reasoning_content") == ("It is cold there." if "cold" in before else None)
+    _, _, calls, finish = streamed(choice(tuned, before + CALL, tools=[TOOL]))
     assert [one["function"] for one in calls] == [call["function"]]
     assert (calls[0]["index"], finish) == (0, "tool_calls")
 

@@ -22,7 +22,7 @@ def test_an_unknown_setting_says_what_was_meant() -> None:
         build({"model": "m", "data": ["d"], "lora": {"rnak": 4}})
 
 
-def test_all_mistakes_are_told_together() -> None:
+def test_all_mistakes_are_reported_together() -> None:
     with pytest.raises(Problems) as caught:
         build({"data": ["d"], "bathc_size": 3, "lr": -1, "max_length": "long"})
     text = str(caught.value)

@@ -75,15 +75,15 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
         (tmp_path / "made").replace(tmp_path / "steps.jsonl")
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(handle: int) -> bool:
         raise locks._NoLocksError(95, "Operation not supported")
 
     monkeypatch.setattr(locks, "_lock", none)
-    said: list[str] = []
-    with locks.held(tmp_path / "run", said.append):
+    messages: list[str] = []
+    with locks.held(tmp_path / "run", messages.append):
         (tmp_path / "run" / "config.yaml").write_text("")
-    assert "this file system has no locks" in said[0]
+    assert "this file system has no locks" in messages[0]
     assert locks.holder(tmp_path / "run") is None
 
 

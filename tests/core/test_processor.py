@@ -231,9 +231,9 @@ def test_a_run_says_that_the_cores_are_taken(
 
     settings = {"model": str(model_folder), "data": [str(data_file)], "max_steps": 1, "output": str(tmp_path / "run")}
     train(build(settings), watch=Look())
-    told = [finding for finding in seen if finding.rule == "machine-load"]
-    assert [finding.level for finding in told] == ["warn"]  # before the first step; once is enough
-    assert "other processes use 99.0 of" in told[0].text
+    findings = [finding for finding in seen if finding.rule == "machine-load"]
+    assert [finding.level for finding in findings] == ["warn"]  # before the first step; once is enough
+    assert "other processes use 99.0 of" in findings[0].text
     busy = iter([0.0, 99.0])  # load that comes with the steps is reported after them
     monkeypatch.setattr(processor, "others", lambda since: next(busy))
     seen.clear()

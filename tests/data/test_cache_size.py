@@ -29,14 +29,14 @@ def fill(cache: Cache, name: str, size: int, age: float) -> Path:
 def test_what_was_not_used_for_the_longest_time_goes_and_is_named(tmp_path: Path) -> None:
     for name, age in (("a", 300), ("b", 200), ("c", 100)):
         fill(Cache(tmp_path), name, 1 << 20, age)
-    said: list[str] = []
+    messages: list[str] = []
     Cache(tmp_path).entry("rows", key("a"), lambda folder: None)  # used again: now b is the oldest
-    fill(Cache(tmp_path, most=5 << 19, report=said.append), "d", 1 << 20, 0)
+    fill(Cache(tmp_path, most=5 << 19, report=messages.append), "d", 1 << 20, 0)
     left = {name for name in "abcd" if list(tmp_path.glob(f"rows-{key(name)}-*"))}
     assert left == {"a", "d"}
-    assert len(said) == 1
-    assert "2 of 4 entries removed, 2.0 MiB" in said[0]
-    assert "--cache-size" in said[0]
+    assert len(messages) == 1
+    assert "2 of 4 entries removed, 2.0 MiB" in messages[0]
+    assert "--cache-size" in messages[0]
 
 
 def test_what_a_living_process_uses_is_never_removed(tmp_path: Path) -> None:

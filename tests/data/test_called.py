@@ -26,11 +26,11 @@ TOOL: dict[str, Any] = {
 OSLO, BEIJING = ToolCall("weather", '{"city": "Oslo", "days": 3}', "abcdefghi"), ToolCall("weather", '{"city": "北京"}')
 
 
-def written(name: str, *calls: ToolCall, said: str = "") -> str:
+def written(name: str, *calls: ToolCall, text: str = "") -> str:
     """What a model is trained to write, with its special tokens."""
     tokenizer = chat_templates.make_tokenizer(getattr(chat_templates, name))
     encoder = Encoder(tokenizer, choose("chat_template", tokenizer))
-    row = Conversation((Message("user", "hi"), Message("assistant", said, tool_calls=calls)), tools=(TOOL,))
+    row = Conversation((Message("user", "hi"), Message("assistant", text, tool_calls=calls)), tools=(TOOL,))
     sample = encoder.samples(row)[-1]
     return str(tokenizer.decode(sample.ids[sample.mask]))
 
@@ -47,7 +47,7 @@ def test_a_call_is_read_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["QWEN3", "QWEN25", "GLM45"])
 def test_calls_behind_a_text_are_read_back(name: str) -> None:
-    text, calls = calls_in(written(name, OSLO, BEIJING, said="Let me look."), [TOOL])
+    text, calls = calls_in(written(name, OSLO, BEIJING, text="Let me look."), [TOOL])
     assert plain(calls) == plain((OSLO, BEIJING))
     assert text.rstrip().endswith("Let me look.")
 

@@ -297,7 +297,7 @@ def test_the_proposal_looks_at_all_rows_and_inspect_says_the_same(tmp_path: Path
     assert "fix:      say what your columns are: --map b=prompt a=completion" in str(caught.value)
 
 
-def test_of_a_pair_of_answers_it_is_said_that_one_alone_is_trained(tmp_path: Path) -> None:
+def test_of_a_pair_of_answers_it_is_reported_that_one_alone_is_trained(tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     row = {"prompt": "Say hi.", "chosen": "Hello!", "rejected": "Go away."}
     data.write_text(json.dumps(row) + "\n", encoding="utf-8")

@@ -219,7 +219,7 @@ def test_rows_without_a_label_are_caught(tokenizer: PreTrainedTokenizerFast) -> 
     assert "labels-empty: no row has a token to train on" in refused(p)
 
 
-def test_skipped_rows_and_unfilled_slots_are_told(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_skipped_rows_and_unfilled_slots_are_reported(tokenizer: PreTrainedTokenizerFast) -> None:
     p = prepared(tokenizer)
     p.report.unfilled_slots["name"] = 4
     assert datachecks.bad_row(p) == Finding(
@@ -285,9 +285,9 @@ def test_each_fact_is_one_finding_and_its_level_fits(
     p = prepared(tokenizer, min(length, limit), (ROW, SHORT), limit=limit)
     findings = datachecks.check_data(p)
     assert len({finding.rule for finding in findings}) == len(findings)
-    said = [finding for finding in findings if re.search(r"\b(lose|lost|cut|dropped)\b", finding.text)]
-    assert [finding.rule for finding in said] == ["truncation"]
-    assert (said[0].level == "ok") == (p.report.cut_answer + p.report.dropped + p.report.cut_text == 0)
+    lossy = [finding for finding in findings if re.search(r"\b(lose|lost|cut|dropped)\b", finding.text)]
+    assert [finding.rule for finding in lossy] == ["truncation"]
+    assert (lossy[0].level == "ok") == (p.report.cut_answer + p.report.dropped + p.report.cut_text == 0)
 
 
 def test_rows_that_lose_answers_are_named_and_prompts_that_lose_text_warn(tokenizer: PreTrainedTokenizerFast) -> None:

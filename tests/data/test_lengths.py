@@ -34,11 +34,11 @@ def test_auto_is_raised_until_one_percent_loses_answers_and_stops_at_the_models_
     assert automatic(lengths, lengths, 4096) == 432  # one row of a hundred may lose: the one of 900
     assert automatic(lengths, [100] * 100, 4096) == 152  # old exchanges may go: nothing else needs more
     assert automatic(lengths, lengths, 200) == 200
-    told = {c.name: c for c in choices(lengths, lengths, lengths, chosen=104, auto=432)}
-    assert (told["chosen"].max_length, told["chosen"].cut, told["chosen"].lose_answer) == (104, 0.05, 0.05)
-    assert (told["auto"].cut, told["max"].cut) == (0.01, 0.0)
-    assert told["rule of thumb"].max_length == 152
-    assert set(told) == {"chosen", "auto", "rule of thumb", "p50", "p95", "p99", "max"}
+    found = {c.name: c for c in choices(lengths, lengths, lengths, chosen=104, auto=432)}
+    assert (found["chosen"].max_length, found["chosen"].cut, found["chosen"].lose_answer) == (104, 0.05, 0.05)
+    assert (found["auto"].cut, found["max"].cut) == (0.01, 0.0)
+    assert found["rule of thumb"].max_length == 152
+    assert set(found) == {"chosen", "auto", "rule of thumb", "p50", "p95", "p99", "max"}
 
 
 def test_auto_takes_the_longest_row_where_that_costs_little() -> None:

@@ -64,7 +64,7 @@ KINDS: list[tuple[str, bytes | str | list[dict], list[int]]] = [
     ("a.jsonl", JSONL, [1, 2]),
     ("a.ndjson", "\n" + JSONL.replace("\n", "\r\n"), [2, 3]),
     ("a.json", json.dumps(ROWS), [1, 1]),
-    ("rows.json", JSONL, [1, 2]),  # lines in a .json file, a list in a .jsonl file: the content tells
+    ("rows.json", JSONL, [1, 2]),  # lines in a .json file, a list in a .jsonl file: the content decides
     ("rows.jsonl", "\n" + json.dumps(ROWS, indent=1), [3, 7]),
     ("no_ending", JSONL, [1, 2]),
     ("rows.data", json.dumps(ROWS), [1, 1]),

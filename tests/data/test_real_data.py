@@ -116,10 +116,10 @@ def test_the_rule_of_thumb_alone_would_cut_many_answers(shared: Path, tmp_path: 
         {"model": str(model), "data": [str(shared / "data" / "alpaca_zh_demo.json")], "output": str(tmp_path)}
     )
     job = prepare(to_train(config), Silent())
-    told = {choice.name: choice for choice in job.report.length_choices}
-    assert 0.11 <= told["rule of thumb"].lose_answer <= 0.25
-    assert told["auto"].lose_answer <= 0.01
-    assert job.report.max_length == told["auto"].max_length
+    choices = {choice.name: choice for choice in job.report.length_choices}
+    assert 0.11 <= choices["rule of thumb"].lose_answer <= 0.25
+    assert choices["auto"].lose_answer <= 0.01
+    assert job.report.max_length == choices["auto"].max_length
 
 
 def test_a_tokenizer_that_splits_unlike_its_sentencepiece_file_is_named(shared: Path) -> None:

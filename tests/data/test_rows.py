@@ -77,7 +77,7 @@ def test_a_bad_row_is_named(tmp_path: Path, text: str, message: str) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_all_bad_rows_are_told_at_once_up_to_a_limit(tmp_path: Path) -> None:
+def test_all_bad_rows_are_reported_at_once_up_to_a_limit(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"prompt": "a"}\n' * 30)
     with pytest.raises(Problems) as caught:
         load([path])

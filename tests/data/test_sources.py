@@ -112,14 +112,14 @@ def test_each_source_has_its_own_format_and_columns(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_stands_in_a_source_wins_over_what_is_said_for_all() -> None:
+def test_what_stands_in_a_source_wins_over_what_is_set_for_all() -> None:
     own = {"path": "b", "take": 5, "weight": 2, "format": "alpaca", "map": {"x": "output"}}
     config = build(
         {"model": "m", "data": ["a", own, "c"], "eval_data": ["e", {"path": "f", "format": "text"}],
          "take": [1, 2, 3], "weight": 0.5, "format": "messages", "map": {"x": "messages", "y": "tools"}}
     )  # fmt: skip
-    told = [(s.path, s.take, s.weight, s.format, s.map) for s in config.sources()]
-    assert told == [
+    found = [(s.path, s.take, s.weight, s.format, s.map) for s in config.sources()]
+    assert found == [
         ("a", 1, 0.5, "messages", {"x": "messages", "y": "tools"}),
         ("b", 5, 2.0, "alpaca", {"x": "output", "y": "tools"}),
         ("c", 3, 0.5, "messages", {"x": "messages", "y": "tools"}),
@@ -205,7 +205,7 @@ def test_plain_text_takes_the_plain_template(model_folder: Path, tmp_path: Path)
     assert chat.tuned.template.name == "chat_template"
 
 
-def test_cheap_mistakes_in_sources_are_told_together(model_folder: Path, data_file: Path) -> None:
+def test_cheap_mistakes_in_sources_are_reported_together(model_folder: Path, data_file: Path) -> None:
     values = {"model": str(model_folder), "data": [str(data_file), "no.csv", {"path": "no-org/no-data"}],
               "eval_data": [{"path": str(data_file), "format": "alpacca"}], "map": {"a": "promt"}}  # fmt: skip
     with pytest.raises(Problems) as caught:

@@ -76,8 +76,8 @@ def test_ids_are_those_of_the_chat_template(words: Any) -> None:
     encoder = Encoder(words, choose("auto", words))
     assert sample_of(encoder, Conversation(thought)).ids.tolist() == as_rendered(words, thought)
     named = Encoder(words, choose("auto", words), answer_tokens=[EMO, OBJ])
-    said = (Message("user", "why?"), Message("assistant", f"{EMO} a {OBJ}{EMO}b"))
-    assert sample_of(named, Conversation(said)).ids.tolist() == as_rendered(words, said)
+    messages = (Message("user", "why?"), Message("assistant", f"{EMO} a {OBJ}{EMO}b"))
+    assert sample_of(named, Conversation(messages)).ids.tolist() == as_rendered(words, messages)
 
 
 def test_a_turns_mark_that_is_not_called_special_stays_text(words: Any) -> None:
@@ -135,10 +135,10 @@ def test_special_tokens_in_answers_are_asked_for_with_counts(words: Any) -> None
     unused = textchecks.answer_tokens(Encoder(words, template, answer_tokens=[EMO]), rows[2:])
     assert (unused.level, unused.text) == ("warn", f"named, and in no answer: {EMO}")
     ended = Conversation((Message("user", "a"), Message("assistant", "b<|end|>\n")))
-    told = textchecks.answer_tokens(Encoder(words, template), [ended])
-    assert told.level == "warn"
-    assert "<|end|> in 1 rows" in told.text
-    assert "take it out of the data" in str(told.fix)
+    finding = textchecks.answer_tokens(Encoder(words, template), [ended])
+    assert finding.level == "warn"
+    assert "<|end|> in 1 rows" in finding.text
+    assert "take it out of the data" in str(finding.fix)
 
 
 def test_line_breaks_that_are_added_tokens_stay_one_token() -> None:
@@ -153,8 +153,8 @@ def test_line_breaks_that_are_added_tokens_stay_one_token() -> None:
 
 def test_names_that_are_bare_letters_are_not_looked_for_inside_words() -> None:
     words = tiny.make_tokenizer([*tiny.SPECIAL, "eop"])
-    said = Conversation((Message("user", "who?"), Message("assistant", "people")))
-    assert textchecks.answer_tokens(Encoder(words, choose("auto", words)), [said]).level == "ok"
+    talk = Conversation((Message("user", "who?"), Message("assistant", "people")))
+    assert textchecks.answer_tokens(Encoder(words, choose("auto", words)), [talk]).level == "ok"
 
 
 def test_answer_tokens_are_shown_in_answers_and_no_other_special_token(words: Any) -> None:

@@ -157,12 +157,12 @@ def ids(found: pipeline.Data) -> list[list[int]]:
 
 def test_the_second_run_finds_what_the_first_one_made(model_folder: Path, data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first, said = prepare(model_folder, data, cache)
-    assert said.text == "the data was read and encoded anew"
+    first, finding = prepare(model_folder, data, cache)
+    assert finding.text == "the data was read and encoded anew"
     before = names(cache)
-    second, said = prepare(model_folder, data, cache)
-    assert said.level == "ok"
-    assert said.text.startswith("from the cache; 30 of its rows encoded again")
+    second, finding = prepare(model_folder, data, cache)
+    assert finding.level == "ok"
+    assert finding.text.startswith("from the cache; 30 of its rows encoded again")
     assert ids(first) == ids(second)
     assert first.report.as_dict() == second.report.as_dict()
     assert names(cache) == before
@@ -190,9 +190,9 @@ def test_whatever_decides_the_content_makes_another_entry(model_folder: Path, da
     assert set(names(cache)) > seen
     seen = set(names(cache))
     data.write_text(data.read_text(encoding="utf-8") + json.dumps(tiny.rows(1)[0]) + "\n", encoding="utf-8")
-    found, said = prepare(model_folder, data, cache)
+    found, finding = prepare(model_folder, data, cache)
     assert set(names(cache)) > seen
-    assert said.text == "the data was read and encoded anew"
+    assert finding.text == "the data was read and encoded anew"
     assert found.report.rows == 31
 
 
@@ -228,9 +228,9 @@ def test_stale_tokens_are_found_and_made_anew(model_folder: Path, data: Path, tm
         save_file(tensors, file)
 
     replant(cache, "samples", change)
-    found, said = prepare(model_folder, data, cache)
-    assert said.level == "fixed"
-    assert "the cached tokens of" in said.text
+    found, finding = prepare(model_folder, data, cache)
+    assert finding.level == "fixed"
+    assert "the cached tokens of" in finding.text
     assert ids(found) == good
     assert [found.samples[n].ids.tolist() for n in range(len(found.samples))] == good  # one by one, as batches do
     assert prepare(model_folder, data, cache)[1].level == "ok"
@@ -246,9 +246,9 @@ def test_stale_rows_are_found_and_made_anew(model_folder: Path, data: Path, tmp_
         file.write_text(file.read_text(encoding="utf-8").replace("what is 1 plus", "what is 9 plus"), encoding="utf-8")
 
     replant(cache, "rows", change)
-    found, said = prepare(model_folder, data, cache)
-    assert said.level == "fixed"
-    assert "is not what the file holds now" in said.text
+    found, finding = prepare(model_folder, data, cache)
+    assert finding.level == "fixed"
+    assert "is not what the file holds now" in finding.text
     assert ids(found) == ids(good)
 
 
@@ -259,13 +259,13 @@ def test_a_damaged_entry_is_made_anew(model_folder: Path, data: Path, tmp_path: 
         raw = bytearray(path.read_bytes())
         raw[-1] ^= 1
         path.write_bytes(bytes(raw))
-    found, said = prepare(model_folder, data, cache)
-    assert said.text.startswith("the data was read and encoded anew") or said.level == "ok"
+    found, finding = prepare(model_folder, data, cache)
+    assert finding.text.startswith("the data was read and encoded anew") or finding.level == "ok"
     assert ids(found) == ids(good)
     assert sum(is_whole(path) for path in cache.iterdir()) == 2
 
 
-def test_rows_that_were_skipped_are_told_to_the_next_run_that_wants_none(
+def test_rows_that_were_skipped_are_reported_to_the_next_run_that_wants_none(
     model_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     with data.open("a") as file:
@@ -335,9 +335,9 @@ def start(model: Path, data: Path, cache: Path) -> subprocess.Popen[str]:
 def test_two_runs_at_once_make_one_entry(model_folder: Path, tmp_path: Path) -> None:
     data = tiny.write_rows(tmp_path / "many.jsonl", 1000)
     both = [start(model_folder, data, tmp_path / "cache") for _ in range(2)]
-    said = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert said[0][0] == said[1][0]
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
     assert len(names(tmp_path / "cache")) == 2
     assert all(is_whole(path) for path in (tmp_path / "cache").iterdir())
 
@@ -354,13 +354,13 @@ def test_a_killed_preparation_does_no_harm(model_folder: Path, tmp_path: Path) -
     assert process.returncode == -signal.SIGKILL
     assert [name for name in names(cache) if name.startswith(TEMPORARY)]
     again = start(model_folder, data, cache)
-    said, errors = again.communicate(timeout=120)
+    shown, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
-    assert said.startswith("950 ")
+    assert shown.startswith("950 ")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
-def test_a_full_disk_is_told_and_leaves_nothing(model_folder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(model_folder: Path, tmp_path: Path) -> None:
     data = tiny.write_rows(tmp_path / "many.jsonl", 300)
     code = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n" + PREPARE
     command = [sys.executable, "-c", code, str(model_folder), str(data), str(tmp_path / "cache")]

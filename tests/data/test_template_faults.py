@@ -52,7 +52,7 @@ def write(path: Path, rows: list[list[Message]]) -> Path:
 
 
 def test_a_template_that_stands_twice_in_its_file_is_named_by_it(tmp_path: Path) -> None:
-    """Rows would be told to be wrong, one after the other, and none is."""
+    """Rows would be called wrong, one after the other, and none is."""
     folder = folder_with(kinds.QWEN25, tmp_path / "model")
     data = write(tmp_path / "rows.jsonl", [[HI, HELLO]])
     assert read(folder, data).samples
@@ -180,14 +180,14 @@ def test_a_system_text_moves_where_the_template_has_no_place_for_it() -> None:
     assert "system\nBe brief.<|im_end|>" in decode(encoder_for(kinds.QWEN25).samples(row)[0].ids)
 
 
-def test_moved_texts_and_dates_are_said(tmp_path: Path) -> None:
+def test_moved_texts_and_dates_are_reported(tmp_path: Path) -> None:
     folder = folder_with(kinds.GEMMA2, tmp_path / "model")
     data = write(tmp_path / "rows.jsonl", [[SYSTEM, HI, HELLO]] * 3)
-    (said,) = [f for f in read(folder, data).findings if f.rule == "chat-template"]
-    assert said.level == "fixed"
-    assert "system texts stand in the first user's turn (the chat template has no place for them)" in said.text
-    (said,) = [f for f in read(folder, data, system_role="first-user").findings if f.rule == "chat-template"]
-    assert "(as asked)" in said.text
+    (finding,) = [f for f in read(folder, data).findings if f.rule == "chat-template"]
+    assert finding.level == "fixed"
+    assert "system texts stand in the first user's turn (the chat template has no place for them)" in finding.text
+    (finding,) = [f for f in read(folder, data, system_role="first-user").findings if f.rule == "chat-template"]
+    assert "(as asked)" in finding.text
     with pytest.raises(ConfigError, match="for the tokenizer's own chat template"):
         read(folder, data, template="chatml", template_options={"enable_thinking": False})
 
@@ -213,8 +213,8 @@ def test_a_run_keeps_the_date_that_its_template_writes(tmp_path: Path) -> None:
     assert "Today Date: 03 Feb 2024" in tuned.tokenizer.decode(tuned.encoder.prompt([HI]))
     resumed = read(folder, data, output=str(tmp_path / "run"))
     assert "Today Date: 03 Feb 2024" in tuned.tokenizer.decode(resumed.samples[0].ids)
-    (said,) = [f for f in resumed.findings if f.rule == "chat-template"]
-    assert said.text == "the chat template writes a date: 2024-02-03, kept by the run"
+    (finding,) = [f for f in resumed.findings if f.rule == "chat-template"]
+    assert finding.text == "the chat template writes a date: 2024-02-03, kept by the run"
     fitune.merge(tmp_path / "run", tmp_path / "merged")
     from transformers import AutoTokenizer
 
@@ -231,11 +231,11 @@ def test_options_go_with_the_template() -> None:
     again = Encoder(encoder.tokenizer, from_dict(stored, encoder.tokenizer))
     assert decoded(encoder, again.prompt([HI])).endswith("assistant\n<think>\n\n</think>\n\n")
     assert isinstance(again.template, ChatTemplate)
-    told = encoder.tokenizer.apply_chat_template(
+    rendered = encoder.tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi?"}], chat_template=again.template.for_others(), add_generation_prompt=True,
         return_dict=False,
     )  # fmt: skip
-    assert told == again.prompt([HI])
+    assert rendered == again.prompt([HI])
 
 
 @pytest.mark.parametrize("name", ["auto", "chat_template"])
@@ -377,7 +377,7 @@ def test_samples_that_repeat_prompts_say_what_it_costs() -> None:
     assert "repeated" not in datachecks.rows(once).text
 
 
-def test_problems_of_several_kinds_are_told_together(tmp_path: Path) -> None:
+def test_problems_of_several_kinds_are_reported_together(tmp_path: Path) -> None:
     folder = folder_with(kinds.GEMMA2, tmp_path / "model")
     data = tmp_path / "rows.jsonl"
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}

@@ -335,7 +335,7 @@ def test_mistakes_in_a_users_own_template(tmp_path: Path, tokenizer: Any, text: 
     assert caught.value.fix
 
 
-def test_all_mistakes_of_a_users_own_template_are_told_together(tmp_path: Path, tokenizer: Any) -> None:
+def test_all_mistakes_of_a_users_own_template_are_reported_together(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(Problems) as caught:
         choose(write(tmp_path, 'user: "Q"\nstopp: "x"\nopening: 3\n'), tokenizer)
     assert len(caught.value.problems) == 3

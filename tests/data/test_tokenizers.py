@@ -45,7 +45,7 @@ def golden(shared: Path, name: str) -> dict[str, Any]:
 
 
 def dialogue(history: list[list[str]], query: str) -> list[Message]:
-    turns = [turn for asked, said in history for turn in (Message("user", asked), Message("assistant", said))]
+    turns = [turn for asked, answer in history for turn in (Message("user", asked), Message("assistant", answer))]
     return [*turns, Message("user", query)]
 
 
@@ -312,7 +312,7 @@ def test_chatglm_pads_on_either_side(shared: Path, version: str) -> None:
         ({}, {}, "model", "chatglm2"),
     ],
 )
-def test_chatglm_2_and_3_are_told_apart(
+def test_chatglm_2_and_3_are_distinguished(
     shared: Path, tmp_path: Path, config: dict, settings: dict, name: str, family: str
 ) -> None:
     folder = tmp_path / name

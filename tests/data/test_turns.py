@@ -16,7 +16,7 @@ from fitune.data.rows import load
 pytestmark = pytest.mark.unit
 
 USER, ANSWER = {"role": "user", "content": "Time?"}, {"role": "assistant", "content": "10:05"}
-SAID = Message("assistant", "10:05")
+ANSWERED = Message("assistant", "10:05")
 TALK = [USER, ANSWER, USER, ANSWER]
 TOOL = {"name": "clock", "parameters": {}}
 FRAMED = ({"type": "function", "function": TOOL},)
@@ -63,22 +63,22 @@ def test_parts_of_calls_and_results_become_turns() -> None:
     result = {"type": "tool_result", "tool_use_id": "t1", "content": "10:05"}
     asked = {"type": "text", "text": "So?"}
     call = (ToolCall("clock", '{"city": "Rome"}', "t1"),)
-    told = {"role": "assistant", "content": [{"type": "text", "text": "I look."}, use]}
-    found = convert(USER, told, {"role": "user", "content": [result, asked]}, ANSWER).messages[1:]
+    calling = {"role": "assistant", "content": [{"type": "text", "text": "I look."}, use]}
+    found = convert(USER, calling, {"role": "user", "content": [result, asked]}, ANSWER).messages[1:]
     assert found == (
         Message("assistant", "I look.", tool_calls=call),
         Message("tool", "10:05", call_id="t1"),
         Message("user", "So?"),
-        SAID,
+        ANSWERED,
     )
     alone = {**result, "content": [{"type": "text", "text": "10:05"}]}
     bare = {"role": "assistant", "content": [use]}
     found = convert(USER, bare, {"role": "user", "content": [alone]}, ANSWER).messages[1:]
-    assert found == (Message("assistant", "", tool_calls=call), Message("tool", "10:05", call_id="t1"), SAID)
-    assert "text before a tool's result" in refused(USER, told, {"role": "user", "content": [asked, result]}, ANSWER)
+    assert found == (Message("assistant", "", tool_calls=call), Message("tool", "10:05", call_id="t1"), ANSWERED)
+    assert "text before a tool's result" in refused(USER, calling, {"role": "user", "content": [asked, result]}, ANSWER)
     pictured = {**result, "content": [{"type": "image"}]}
     assert "messages[2].content[0].content[0]: pictures" in refused(
-        USER, told, {"role": "user", "content": [pictured]}, ANSWER
+        USER, calling, {"role": "user", "content": [pictured]}, ANSWER
     )
     assert "not a part with text" in refused({"role": "user", "content": [use]}, ANSWER)
 
@@ -86,7 +86,9 @@ def test_parts_of_calls_and_results_become_turns() -> None:
 @pytest.mark.parametrize("key", ["image", "images", "img", "audio", "videos", "image_path", "imageUrl"])
 def test_pictures_inside_turns_are_refused_by_name(key: str) -> None:
     assert f"messages[0].{key}: pictures, sound and films" in refused({**USER, key: ["a.png"]}, ANSWER)
-    assert convert({**USER, key: []}, ANSWER).messages[1] == convert({**USER, key: None}, ANSWER).messages[1] == SAID
+    assert (
+        convert({**USER, key: []}, ANSWER).messages[1] == convert({**USER, key: None}, ANSWER).messages[1] == ANSWERED
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_channels_are_thoughts_calls_and_answers() -> None:
     assert "messages[1]: a thought without an answer after it" in refused(*turns[:2])
     assert "messages[1].channel: commentary to nobody" in refused(USER, {**turns[3], "recipient": None}, ANSWER)
     assert "messages[1]: a thought with a weight of its own" in refused(USER, {**turns[1], "weight": 0}, ANSWER)
-    assert convert(USER, {**ANSWER, "channel": "e-mail"}).messages[1] == SAID  # any other key
+    assert convert(USER, {**ANSWER, "channel": "e-mail"}).messages[1] == ANSWERED  # any other key
 
 
 @pytest.mark.parametrize(

@@ -157,9 +157,9 @@ def test_a_change_on_purpose_is_accepted_by_name(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
-    said = capsys.readouterr().out
-    assert "template.json has" in said
-    assert "sealed as it is now" in said
+    shown = capsys.readouterr().out
+    assert "template.json has" in shown
+    assert "sealed as it is now" in shown
     assert integrity.check(RunFolder(done)) is None
     (done / "seal.json").unlink()
     before = RunFolder(done)

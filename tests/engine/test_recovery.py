@@ -50,20 +50,20 @@ def test_a_step_that_does_not_fit_is_done_again_in_halves_and_is_the_same_step(k
 
     model, optimizer = make(lora={"dropout": 0.0})
     start = {name: p.detach().clone() for name, p in trainable(model).items()}
-    said: list[str] = []
+    messages: list[str] = []
     fits, half, whole = rounded(19), rounded(21), rounded(33)  # with the filler
     tried = fails_above(model, fits, OOM[kind])
-    done, parts = careful(model, optimizer, batches, said=said)
+    done, parts = careful(model, optimizer, batches, messages=messages)
     assert parts == 4 if half in tried else parts == 2
-    assert len(said) == tried.count(whole) + sum(1 for n in tried if fits < n < whole)
-    assert "out of memory: the step is repeated with micro-batches of at most" in said[0]
+    assert len(messages) == tried.count(whole) + sum(1 for n in tried if fits < n < whole)
+    assert "out of memory: the step is repeated with micro-batches of at most" in messages[0]
     assert done.loss == pytest.approx(expected.loss, abs=1e-6)
     for name, p in trainable(model).items():
         assert torch.allclose(p, wanted[name], atol=1e-6), name
     assert any(not torch.equal(p, start[name]) for name, p in trainable(model).items())
-    _, again = careful(model, optimizer, batches, parts, said)
+    _, again = careful(model, optimizer, batches, parts, messages)
     assert again == parts
-    assert len(said) <= 2  # later steps begin with the parts that fit
+    assert len(messages) <= 2  # later steps begin with the parts that fit
 
 
 def test_nothing_is_applied_before_a_whole_step_fits() -> None:
@@ -91,24 +91,24 @@ from fitune.core.config import build
 from fitune.core.events import Watcher
 from fitune.commands.train import train
 class Limit(Watcher):
-    said = []
-    def message(self, text): self.said.append(text)
+    messages = []
+    def message(self, text): self.messages.append(text)
     def plan(self, plan):
         pages = int(open("/proc/self/statm").read().split()[0])
         limit = pages * resource.getpagesize() + int(sys.argv[2]) * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 watch = Limit()
 result = train(build(json.load(open(sys.argv[1]))), watch=watch)
-print(json.dumps({"said": [t for t in watch.said if "memory" in t], "loss": result.held_out_loss_after}))
+print(json.dumps({"messages": [t for t in watch.messages if "memory" in t], "loss": result.held_out_loss_after}))
 """
 
 
 class Messages(Watcher):
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def message(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -132,8 +132,8 @@ def test_a_real_limit_on_memory(model_folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-1500:]
     small, seen = json.loads(done.stdout.splitlines()[-1]), Messages()
     large = train(build({**values, "output": str(tmp_path / "large")}), watch=seen)
-    assert small["said"]
-    assert not [text for text in seen.said if "memory" in text]
+    assert small["messages"]
+    assert not [text for text in seen.messages if "memory" in text]
     assert small["loss"] == pytest.approx(large.held_out_loss_after, abs=1e-4)
 
 
@@ -146,7 +146,7 @@ def plant(model: Any, name: str, value: float = float("nan")) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "place"),
     [
         (
             "base_model.model.model.layers.1.mlp.up_proj.weight",
@@ -155,7 +155,7 @@ def plant(model: Any, name: str, value: float = float("nan")) -> None:
         ("base_model.model.model.norm.weight", "the weight base_model.model.model.norm.weight"),
     ],
 )
-def test_the_first_weight_that_is_not_finite_is_named(name: str, said: str) -> None:
+def test_the_first_weight_that_is_not_finite_is_named(name: str, place: str) -> None:
     model, optimizer = make()
     plant(model, name)
     batches = [flat(samples(), range(5))]
@@ -168,7 +168,7 @@ def test_the_first_weight_that_is_not_finite_is_named(name: str, said: str) -> N
     assert steps.check_finite(done, batches, 1, "step-000002") == 2
     with pytest.raises(TrainingError) as caught:
         steps.check_finite(done, batches, 2, "step-000002")
-    for part in ("3 steps in a row were not finite", said, "f.jsonl:1", "step-000002", "loss nan"):
+    for part in ("3 steps in a row were not finite", place, "f.jsonl:1", "step-000002", "loss nan"):
         assert part in str(caught.value)
 
 
@@ -340,19 +340,19 @@ def test_a_run_stops_early_and_ends_with_its_best_weights(model_folder: Path, da
 
 def test_an_evaluation_that_does_not_fit_goes_over_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: memory for two rows. The figure is the same, and nothing else is caught."""
-    said: list[str] = []
+    messages: list[str] = []
 
     def work(rows: int) -> int:
         if rows > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return 10 * rows
 
-    assert out_of_memory.in_fewer(work, 8, "held-out rows", said.append) == 20
-    assert said == [f"out of memory: {n} held-out rows side by side from here on" for n in (4, 2)]
+    assert out_of_memory.in_fewer(work, 8, "held-out rows", messages.append) == 20
+    assert messages == [f"out of memory: {n} held-out rows side by side from here on" for n in (4, 2)]
     with pytest.raises(TrainingError, match="a single one of the held-out rows"):
-        out_of_memory.in_fewer(lambda rows: work(100), 4, "held-out rows", said.append)
+        out_of_memory.in_fewer(lambda rows: work(100), 4, "held-out rows", messages.append)
     with pytest.raises(ValueError, match="other"):
-        out_of_memory.in_fewer(lambda rows: int("other"), 4, "held-out rows", said.append)
+        out_of_memory.in_fewer(lambda rows: int("other"), 4, "held-out rows", messages.append)
 
 
 def test_a_held_out_loss_that_runs_out_of_memory_does_not_end_the_run(

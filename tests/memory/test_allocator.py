@@ -113,7 +113,7 @@ def test_a_small_block_leaves_a_rest_of_512_bytes() -> None:
 
 
 def test_a_large_block_keeps_a_rest_of_1_mib() -> None:
-    """11 MiB in a segment of 12: the rest is part of the block, and counts as allocated, as PyTorch tells it."""
+    """11 MiB in a segment of 12: the rest is part of the block, and counts as allocated, as PyTorch reports it."""
     made = filled(11 * MIB)
     assert (made.allocated, made.reserved) == (12 * MIB, 12 * MIB)
     assert after(made, free=(0,)) == 12
@@ -166,8 +166,8 @@ def test_a_segment_with_a_live_block_is_not_given_back() -> None:
     made = filled(5 * MIB, budget=50 * MIB)
     with pytest.raises(OutOfBudget, match="do not fit") as refused:
         made.allocate(1, 40 * MIB - 1)
-    told = refused.value
-    assert (told.wanted, told.allocated, told.reserved) == (40 * MIB - 1, 5 * MIB, 20 * MIB)
+    error = refused.value
+    assert (error.wanted, error.allocated, error.reserved) == (40 * MIB - 1, 5 * MIB, 20 * MIB)
     assert made.freed_on_limit == 0
 
 

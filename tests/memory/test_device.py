@@ -111,7 +111,7 @@ def test_a_run_on_the_second_gpu_is_planned_there(two_gpus: dict[int, int], monk
 
 
 def test_a_plain_model_goes_to_a_gpu_tensor_by_tensor(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not through main memory: transformers is told where, before it reads."""
+    """Not through main memory: transformers is given the device, before it reads."""
     seen: list[dict] = []
 
     def read(path: Any, config: Any, how: Any) -> Any:

@@ -34,7 +34,7 @@ def config(prompts: int, tokens: int, precision: str = "fp32") -> Any:
     ("prompt", "tokens", "blocks", "precision"),
     [(300, 4, 4, "fp32"), (20, 24, 8, "fp32"), (300, 4, 2, "bf16")],
 )
-def test_what_generation_takes_is_what_is_said(prompt: int, tokens: int, blocks: int, precision: str) -> None:
+def test_what_generation_takes_is_what_is_planned(prompt: int, tokens: int, blocks: int, precision: str) -> None:
     """By torch's own count of what is allocated while three prompts are answered."""
     model = LlamaForCausalLM(shape(blocks)).eval()
     model = model.bfloat16() if precision == "bf16" else model
@@ -55,10 +55,10 @@ def test_what_generation_takes_is_what_is_said(prompt: int, tokens: int, blocks:
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
-    said = answers.bytes_taken(
+    predicted = answers.bytes_taken(
         config(3, tokens, precision), shape(blocks), steps.made_up(2, prompt, 1000), on_gpu=False
     )
-    assert said == pytest.approx(most, rel=0.12)
+    assert predicted == pytest.approx(most, rel=0.12)
 
 
 @pytest.mark.parametrize(("widens", "measured"), [(False, 1_441_920), (True, 1_648_576)])

@@ -73,7 +73,7 @@ def phases(work: plan.Work, target: Target = CPU) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.full) for k in KINDS])
-def test_what_is_said_of_a_method_of_peft_is_what_it_takes(kind: str) -> None:
+def test_what_is_planned_of_a_method_of_peft_is_what_it_takes(kind: str) -> None:
     if kind in other.NEEDS_MORE:
         with pytest.raises(ConfigError, match="needs more than plain training steps"):
             other.find(f"peft:{kind}").check(work_of("LORA").config)
@@ -81,18 +81,18 @@ def test_what_is_said_of_a_method_of_peft_is_what_it_takes(kind: str) -> None:
     if kind == "ADAMSS" and find_spec("sklearn") is None:
         pytest.skip("PEFT needs scikit-learn for it")
     work = work_of(kind)
-    said, found = phases(work), measured(work)
-    assert said.keys() - {"answers"} == found.keys()  # sample answers are planned beside the work
+    predicted, found = phases(work), measured(work)
+    assert predicted.keys() - {"answers"} == found.keys()  # sample answers are planned beside the work
     for phase, size in found.items():
-        assert said[phase] == pytest.approx(size, rel=CLOSE_START if phase == "start" else CLOSE), phase
+        assert predicted[phase] == pytest.approx(size, rel=CLOSE_START if phase == "start" else CLOSE), phase
     assert phases(work, AMPERE)["backward"] > 0  # on paper there is a GPU too
 
 
 def test_a_decomposition_takes_more_than_what_it_leaves() -> None:
     tracer = plan.traced(work_of("OSF"))
-    said = {moment.phase: moment.bytes for moment in usage(tracer).phases}
+    predicted = {moment.phase: moment.bytes for moment in usage(tracer).phases}
     left = sum(size for at, (_, size) in enumerate(tracer.events) if at < _first_of(tracer, "step"))
-    assert said["start"] > left > said["load"]
+    assert predicted["start"] > left > predicted["load"]
     # whoever leaves the start out does not see it
     assert "start" not in {moment.phase for moment in usage(tracer, without="start").phases}
 
@@ -120,7 +120,7 @@ def test_values_that_no_shadow_holds_are_those_of_a_healthy_run() -> None:
         assert torch.where(mask == 1.0)[0].shape == (77,)
 
 
-def test_a_package_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_missing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: Any) -> None:
         raise ImportError("scikit-learn is required")
 

@@ -91,15 +91,15 @@ def refused(variant: str, kind: str, config: RunConfig, quant: str) -> bool:
 
 
 @pytest.mark.parametrize(("variant", "kind", "precision", "quant"), list(cases()))
-def test_what_is_said_is_what_is_allocated(variant: str, kind: str, precision: str, quant: str) -> None:
+def test_what_is_planned_is_what_is_allocated(variant: str, kind: str, precision: str, quant: str) -> None:
     config = contract.config_for(variant, precision, quant=quant)
     if refused(variant, kind, config, quant):
         pytest.skip("this method does not go on these weights, and the contract says why")
     work = plan.Work(config, tiny.make_model(kind).config, [[batch(9, 5)], [batch(*[240] * 25)]])
-    said = most(predicted(work))  # before the run
+    expected = most(predicted(work))  # before the run
     measured = really(config, kind, work, quant)
     assert measured >= LEAST
-    assert said == pytest.approx(measured, rel=CLOSE), f"{said / measured - 1:+.3%}"
+    assert expected == pytest.approx(measured, rel=CLOSE), f"{expected / measured - 1:+.3%}"
 
 
 @pytest.mark.parametrize(
@@ -207,8 +207,8 @@ def test_the_workspace_of_an_lstm(tokens: int, width: int, inner: int) -> None:
         shadow = Shadow(torch.empty(1, tokens, width, device="meta"), requires_grad=True)
         kept = empty(shadow)
     tracer.close()
-    said = sum(size for _, size in tracer.events[before:])
-    assert said == pytest.approx(really_kept, rel=0.15)
+    kept = sum(size for _, size in tracer.events[before:])
+    assert kept == pytest.approx(really_kept, rel=0.15)
     assert kept is not None
 
 
@@ -220,9 +220,9 @@ def test_statistics_of_a_layer_norm(dtype: torch.dtype) -> None:
     with tracer:
         shadow = Shadow(torch.empty(4, 8, dtype=dtype, device="meta"))
         weights = Shadow(torch.empty(8, dtype=dtype, device="meta"))
-        _, said, _ = torch.native_layer_norm(shadow, [8], weights, weights, 1e-5)
+        _, expected, _ = torch.native_layer_norm(shadow, [8], weights, weights, 1e-5)
     tracer.close()
-    assert said.dtype == mean.dtype
+    assert expected.dtype == mean.dtype
 
 
 def test_values_are_supposed_only_where_there_are_none() -> None:
@@ -317,7 +317,7 @@ def test_what_an_update_of_bitsandbytes_takes_is_seen(name: str) -> None:
     )
     config = build({"model": "m", "data": ["d"], "method": "full", "optimizer": name, "precision": "fp32"})
     work = plan.Work(config, shape, [[batch(9)], [batch(9)]])
-    said = predicted(work)
+    tracer = predicted(work)
     model = adapters.attach(LlamaForCausalLM(shape), config)
     there = count(model, Tracer())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -326,8 +326,8 @@ def test_what_an_update_of_bitsandbytes_takes_is_seen(name: str) -> None:
     for event in profile.profiler.kineto_results.events():
         now += event.nbytes() if event.name() == "[memory]" else 0
         measured = max(measured, now)
-    assert any(block.op in overrides.INSIDE for block in said.blocks)
-    assert most(said) == pytest.approx(measured, rel=CLOSE), f"{most(said) / measured - 1:+.3%}"
+    assert any(block.op in overrides.INSIDE for block in tracer.blocks)
+    assert most(tracer) == pytest.approx(measured, rel=CLOSE), f"{most(tracer) / measured - 1:+.3%}"
 
 
 # ---- what traces share ----
@@ -348,7 +348,7 @@ def test_a_trace_is_the_same_whether_others_went_before_it() -> None:
     assert (first.events, first.blocks, first.course) == (again.events, again.blocks, again.course)
 
 
-def test_what_only_writes_is_told_from_what_changes_a_shape() -> None:
+def test_what_only_writes_is_distinguished_from_what_changes_a_shape() -> None:
     aten = torch.ops.aten
     for func in (aten.add_.Tensor, aten.addcdiv_.default, aten.zero_.default, aten.copy_.default):
         assert known.facts(func).writes, func

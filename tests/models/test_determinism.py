@@ -85,7 +85,7 @@ def test_a_run_that_has_to_do_without_says_so_and_remembers(
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_cublas_is_told_before_its_first_product() -> None:
+def test_on_a_gpu_cublas_is_configured_before_its_first_product() -> None:
     from fitune.models.devices import pick_device
 
     device = pick_device("cuda")

@@ -76,8 +76,8 @@ def test_what_the_kernel_cannot_do_takes_a_call_for_each_document() -> None:
     half, gpu = torch.bfloat16, target.AMPERE
     assert flash.refusal(gpu, 64, half) is None
     assert flash.refusal(gpu, 60, half) is None  # made wider
-    for said, how in (("soft cap", {"softcap": 30.0}), ("sinks", {"sinks": True}), ("dropout", {"dropout": 0.1})):
-        assert said in str(flash.refusal(gpu, 64, half, **how))
+    for reason, how in (("soft cap", {"softcap": 30.0}), ("sinks", {"sinks": True}), ("dropout", {"dropout": 0.1})):
+        assert reason in str(flash.refusal(gpu, 64, half, **how))
     assert "width 320" in str(flash.refusal(gpu, 320, half))
     assert "float32" in str(flash.refusal(gpu, 64, torch.float32))
     assert "7.5" in str(flash.refusal(target.Target("cuda", (7, 5), 40), 64, torch.float16))
@@ -85,12 +85,12 @@ def test_what_the_kernel_cannot_do_takes_a_call_for_each_document() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "kernel"),
     [("llama", "one call"), ("gemma2", "soft cap"), ("bloom", "ALiBi"), ("gpt_oss", "sinks"), ("chatglm", "both ways")],
 )
-def test_how_attention_goes_is_said_once_for_a_model(kind: str, said: str) -> None:
+def test_how_attention_goes_is_reported_once_for_a_model(kind: str, kernel: str) -> None:
     with target.planned(target.AMPERE):
-        assert said in chosen(ready(tiny.make_model(kind), "bf16"), torch.bfloat16)
+        assert kernel in chosen(ready(tiny.make_model(kind), "bf16"), torch.bfloat16)
     assert "not on a CUDA GPU" in chosen(tiny.make_model("llama"), torch.bfloat16)
 
 

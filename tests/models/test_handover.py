@@ -206,13 +206,13 @@ import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-said = []
+answers = []
 for text in ("Hello?", "你好"):
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    said.append(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0, inputs["input_ids"].shape[1] :]))
-print(json.dumps(said))
+    answers.append(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0, inputs["input_ids"].shape[1] :]))
+print(json.dumps(answers))
 assert not any(name.split(".")[0] in ("fitune", "peft") for name in sys.modules)
 """
 
@@ -242,9 +242,9 @@ def test_the_result_of_a_full_run_is_a_model_folder(chatml_run: Path, tmp_path: 
     stop = tiny.make_tokenizer(CHATML).convert_tokens_to_ids("<|im_end|>")
     assert model.generation_config.eos_token_id[0] == stop
     ids = torch.tensor([ids_elsewhere(folder, [{"role": "user", "content": "Hello?"}])])
-    said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=60)[0, ids.shape[1] :]
-    assert said[-1] == stop
-    assert tiny.make_tokenizer(CHATML).decode(said[:-1]) == "the capital of Norland is Mira"
+    answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=60)[0, ids.shape[1] :]
+    assert answer[-1] == stop
+    assert tiny.make_tokenizer(CHATML).decode(answer[:-1]) == "the capital of Norland is Mira"
     assert "library_name: transformers" in (folder / "README.md").read_text()
     assert fitune.generate(folder, "Hello?") == fitune.generate(chatml_run, "Hello?")
 

@@ -25,21 +25,21 @@ from support.hub_server import SHA, Server, fetch
 
 @pytest.mark.parametrize("name", ["org/name", "ms:org/name"])
 def test_a_model_is_fetched_once_and_only_what_it_needs(name: str, server: Server, tmp_path: Path) -> None:
-    code, told, error = fetch(server, tmp_path, name)
+    code, result, error = fetch(server, tmp_path, name)
     assert code == 0, error
-    folder = Path(told["folder"])
+    folder = Path(result["folder"])
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= there
     assert not there & {"pytorch_model.bin", "modeling_evil.py"}
     assert (folder / "model.safetensors").read_bytes() == (server.folder / "model.safetensors").read_bytes()
-    assert told["revision"] == (SHA if name == "org/name" else "master")
-    assert hub.revision_of(folder) == told["revision"]
+    assert result["revision"] == (SHA if name == "org/name" else "master")
+    assert hub.revision_of(folder) == result["revision"]
     before = server.served["model.safetensors"]
     assert fetch(server, tmp_path, name)[0] == 0
     assert server.served["model.safetensors"] == before  # nothing twice
     code, offline, error = fetch(server, tmp_path, name, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
     assert code == 0, error
-    assert offline["folder"] == told["folder"]
+    assert offline["folder"] == result["folder"]
 
 
 @pytest.mark.parametrize("name", ["org/name", "ms:org/name"])
@@ -48,13 +48,13 @@ def test_a_transfer_that_breaks_is_gone_on_with(name: str, server: Server, tmp_p
     (server.folder / "model.safetensors").write_bytes(os.urandom(30 << 20))
     server.faults["breaks"] = 2
     for _ in range(4):
-        code, told, _ = fetch(server, tmp_path, name)
+        code, result, _ = fetch(server, tmp_path, name)
         if code == 0:
             break
     assert code == 0
     ranges = [asked for _, path, asked in server.asked if asked and asked != "bytes=0-" and asked != "bytes=0-0"]
     assert ranges, "it began anew each time"
-    fetched = Path(told["folder"]) / "model.safetensors"
+    fetched = Path(result["folder"]) / "model.safetensors"
     assert fetched.read_bytes() == (server.folder / "model.safetensors").read_bytes()
 
 
@@ -180,12 +180,12 @@ def test_a_model_that_wants_code_is_refused_though_a_terminal_says_yes(
             assert code == 0, error
             assert not trace.exists()
             continue
-        code, told = at_a_terminal([sys.executable, "-m", "fitune", *command])
+        code, shown = at_a_terminal([sys.executable, "-m", "fitune", *command])
         assert not trace.exists()
-        assert "Traceback" not in told
+        assert "Traceback" not in shown
         assert code == 2
-        assert "it works only with Python code from its folder, which fitune never runs" in " ".join(told.split())
-        assert "nearest is 'llama'" in told
+        assert "it works only with Python code from its folder, which fitune never runs" in " ".join(shown.split())
+        assert "nearest is 'llama'" in shown
 
 
 def at_a_terminal(command: list[str]) -> tuple[int, str]:
@@ -202,11 +202,11 @@ def at_a_terminal(command: list[str]) -> tuple[int, str]:
 
     typing = threading.Thread(target=type_yes, daemon=True)
     typing.start()
-    told, _ = process.communicate(timeout=300)
+    shown, _ = process.communicate(timeout=300)
     stop.set()
     typing.join()
     os.close(ours)
-    return process.returncode, told
+    return process.returncode, shown
 
 
 def test_an_unknown_kind_names_the_nearest_native_one(tmp_path: Path) -> None:

@@ -114,9 +114,9 @@ def test_a_family_names_parts_that_are_there(kind: str) -> None:
     }
     assert linear == set(family.projections())
     assert "norm" in type(model.get_submodule(family.final_norm)).__name__.lower()
-    said = modelchecks.family_found(family)
-    assert said.level == ("warn" if kind in tiny.UNKNOWN else "ok")
-    assert family.blocks in said.text
+    found = modelchecks.family_found(family)
+    assert found.level == ("warn" if kind in tiny.UNKNOWN else "ok")
+    assert family.blocks in found.text
 
 
 def test_a_model_whose_names_say_nothing_is_refused_with_what_is_missing() -> None:
@@ -221,7 +221,7 @@ def test_what_does_not_fit_the_model_is_an_error_that_helps(
         ({"new_tokens": ["<a>"], "lora": {"save": ["head"]}}, "new_tokens and lora.save do not go together"),
     ],
 )
-def test_settings_that_do_not_go_together_are_told_before_anything_is_loaded(
+def test_settings_that_do_not_go_together_are_reported_before_anything_is_loaded(
     values: dict, message: str, model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises((ConfigError, ModelError)) as caught:

@@ -41,7 +41,7 @@ def test_a_packed_batch_is_the_batch(how: dict[str, Any], monkeypatch: pytest.Mo
     assert plain.documents.longest == packed.documents.longest == (12 + how.get("laid", 0), 12 + sum(how.values()))
 
 
-def test_rows_laid_before_are_told_from_those_of_the_batch() -> None:
+def test_rows_laid_before_are_distinguished_from_those_of_the_batch() -> None:
     found = placed.place(batch(), torch.device("cpu"), laid=2)
     assert found.order is not None
     assert found.keep is not None

@@ -285,13 +285,13 @@ def test_a_loss_scale_that_is_too_high_costs_no_row_and_no_step() -> None:
         optimizer = optim.make(trainable(model), config_for("lora"))
         optim.set_learning_rate(optimizer, 1e-2)
         model.train()
-        scale, said = LossScale(start), list[str]()
+        scale, messages = LossScale(start), list[str]()
         for _ in range(3):
-            steps = StepRunner(model, "flat", 1.0, lambda row: Source("f", row), said.append, scale=scale)
+            steps = StepRunner(model, "flat", 1.0, lambda row: Source("f", row), messages.append, scale=scale)
             done = steps.step([flat(samples(), range(5))], optimizer)
             assert done.finite
         results.append((scale.value, done.loss, [p.detach().clone() for p in trainable(model).values()]))
-        assert not said
+        assert not messages
     assert results[0][0] < 2.0**30
     assert results[1][0] == 2.0**8
     assert results[0][1] == pytest.approx(results[1][1], rel=2e-3)
@@ -383,7 +383,7 @@ def test_float16_trainables_need_an_epsilon_that_is_there(model_folder: Path, da
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "epsilon", "lr", "force", "level", "told"),
+    ("optimizer", "epsilon", "lr", "force", "level", "text"),
     [
         ("adamw-foreach", 1e-8, 1e-4, True, "refuse", "zero in float16"),  # NaN at every learning rate
         ("adamw", 1e-8, 1e-4, False, "refuse", "zero in float16"),
@@ -400,7 +400,7 @@ def test_float16_trainables_need_an_epsilon_that_is_there(model_folder: Path, da
     ],
 )
 def test_the_settings_and_the_guard_say_the_same_of_an_epsilon(
-    optimizer: str, epsilon: float, lr: float, force: bool, level: str, told: str
+    optimizer: str, epsilon: float, lr: float, force: bool, level: str, text: str
 ) -> None:
     model = adapters.attach(make_base("llama", "fp16"), config_for("lora", "fp16"))
     for parameter in trainable(model).values():
@@ -408,13 +408,13 @@ def test_the_settings_and_the_guard_say_the_same_of_an_epsilon(
     config = plain(optimizer=optimizer, epsilon=epsilon, lr=lr, force=force, precision="fp16", trainable_dtype="fp16")
     found = guards.fp16_master(model, optim.make(trainable(model), config), lr, force=force)
     assert found.level == level
-    assert told in found.text
+    assert text in found.text
     named = re.search(r"--epsilon ([0-9.e-]+)", found.fix or "")
     if named:  # what is proposed is taken
         assert "small updates" in optim.in_float16(optimizer, float(named[1]), lr).text
     if level != "refuse":
         return optim.check(config)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=text):
         optim.check(config)
     return None
 
@@ -472,7 +472,7 @@ def test_the_divergence_of_pure_float16_and_the_guard_before_it() -> None:
     assert guards.fp16_master(model, optim.make(trainable(model), plain())).level == "ok"
 
 
-def test_activations_beyond_float16_are_refused_or_told() -> None:
+def test_activations_beyond_float16_are_refused_or_reported() -> None:
     batch = guards.probe(samples())
     model: Any = adapters.attach(make_base("llama", "fp16"), config_for("lora", "fp16"))
     assert guards.fp16_range(model, batch, "flat").level == "ok"
@@ -505,8 +505,8 @@ def gain(settings: dict, **how: Any) -> float:
 @pytest.mark.parametrize("how", [{"quant": "nf4"}, {"quant": "int8"}, {"precision": "fp16"}, {"precision": "bf16"}])
 def test_low_precision_keeps_the_gain_on_a_real_model(how: dict, shared: Path, tmp_path: Path) -> None:
     """At least 95 % of what float32 gains in held-out loss, both measured from the float32 base."""
-    told = ("The cat was happy. ", "The dog ran to the big tree. ", "They played all day. ")
-    rows = [{"instruction": f"Tell of day {n}.", "output": told[n % 3] * (1 + n % 4)} for n in range(120)]
+    sentences = ("The cat was happy. ", "The dog ran to the big tree. ", "They played all day. ")
+    rows = [{"instruction": f"Tell of day {n}.", "output": sentences[n % 3] * (1 + n % 4)} for n in range(120)]
     data = tmp_path / "rows.json"
     data.write_text(json.dumps(rows))
     settings = {

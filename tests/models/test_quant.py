@@ -307,22 +307,22 @@ def test_skipped_layers_and_the_head_stay_as_they_are(folder: Path, name: str) -
         load_model(folder, quant=quant_options(name).model_copy(update={"skip": ["down_porj"]}))
 
 
-def test_every_byte_is_told_and_every_cast(folder: Path) -> None:
+def test_every_byte_is_reported_and_every_cast(folder: Path) -> None:
     model = load_model(folder, precision="bf16", quant="nf4")
     model = adapters.attach(model, config_for("lora", "bf16"))
     parts = precision.kept(model, stored_dtype(folder))
     there = sum(p.numel() * p.element_size() for p in model.parameters())
     there += sum(t.numel() * t.element_size() for _, layer in quants.layers(model) for t in quants.constants(layer))
     assert sum(part.bytes for part in parts) == there
-    told = {part.part: part for part in parts}
-    assert told["embeddings"].dtype == "bfloat16"
-    assert told["embeddings"].note == "cast from float32"
-    assert told["output head"].dtype == "bfloat16"  # not float32, as prepare_model_for_kbit_training makes it
-    assert told["trained"].dtype == "float32"
-    assert told["linear layers"].dtype == "nf4"
+    by_part = {part.part: part for part in parts}
+    assert by_part["embeddings"].dtype == "bfloat16"
+    assert by_part["embeddings"].note == "cast from float32"
+    assert by_part["output head"].dtype == "bfloat16"  # not float32, as prepare_model_for_kbit_training makes it
+    assert by_part["trained"].dtype == "float32"
+    assert by_part["linear layers"].dtype == "nf4"
 
 
-def test_experts_that_stay_in_16_bits_are_told(tmp_path: Path) -> None:
+def test_experts_that_stay_in_16_bits_are_reported(tmp_path: Path) -> None:
     config = MixtralConfig(
         vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,

@@ -104,7 +104,7 @@ def tensor(
     *, storage: str = "FloatStorage", key: str = "0", count: int = 10, offset: int = 0, size: tuple = (10,),
     stride: tuple = (1,), kind: str = "storage",
 ) -> bytes:  # fmt: skip
-    """{"a": a tensor} with everything as told."""
+    """{"a": a tensor} with everything as given."""
 
     def text(value: str) -> bytes:
         return b"X" + struct.pack("<I", len(value)) + value.encode()

@@ -72,11 +72,11 @@ def test_a_random_model_takes_what_its_plan_says(method: str, kind: str, precisi
     shape = tiny.make_model(kind).config
     ordinary = batch(9, 5)
     work = plan.Work(config, shape, [[ordinary], [batch(*[240] * (24 if checkpointing else 14))], [ordinary]])
-    said = usage(plan.traced(work), without="start").peak.bytes
+    predicted = usage(plan.traced(work), without="start").peak.bytes
     model = gpu.build_model(config, shape, torch.device("cpu"))
     measured = really(model, work)
     assert measured >= LEAST
-    assert said == pytest.approx(measured, rel=CLOSE), f"{said / measured - 1:+.3%}"
+    assert predicted == pytest.approx(measured, rel=CLOSE), f"{predicted / measured - 1:+.3%}"
 
 
 def test_random_models_are_those_of_the_loader() -> None:
@@ -174,10 +174,10 @@ def test_around_each_limit_several_methods_and_sizes_are_tried() -> None:
 def row(
     name: str, *, fits: bool, died: str | None = None, cap: int | None = None, share: float = 1.0
 ) -> dict[str, Any]:
-    said = {"allocated": 100, "reserved": 110, "smallest": 105, "outside": 10, "needed": 115, "fits": fits}
+    predicted = {"allocated": 100, "reserved": 110, "smallest": 105, "outside": 10, "needed": 115, "fits": fits}
     found = {"max_allocated": 100 / share, "max_reserved": 110.0, "driver": 120.0, "outside": 10}
     case = asdict(gpu.Case("llama-3.2-1b", "lora", False, 1, 8, cap))
-    return {"case": case, "name": name, "predicted": said, "measured": found, "died": died}
+    return {"case": case, "name": name, "predicted": predicted, "measured": found, "died": died}
 
 
 def test_a_planted_death_is_counted() -> None:
@@ -225,7 +225,7 @@ def test_only_memory_that_is_used_up_is_a_death() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "cap", "budget", "told"),
+    ("line", "cap", "budget", "expected"),
     [
         ("go\n", None, gpu.GIB, ["plan", "measured"]),
         ("go\n", gpu.GIB, gpu.GIB, ["plan", "measured"]),
@@ -233,14 +233,14 @@ def test_only_memory_that_is_used_up_is_a_death() -> None:
         ("go\n", None, gpu.MIB, ["left out"]),
     ],
 )
-def test_a_plan_is_said_before_the_gpu_is_touched(
-    line: str, cap: int | None, budget: int, told: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_plan_is_printed_before_the_gpu_is_touched(
+    line: str, cap: int | None, budget: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     limits: list[int | None] = []
 
     def measured(work: plan.Work, card: Any, limit: int | None) -> tuple[dict[str, int], None]:
-        assert [one["name"] for one in said] == ["tiny lora 2 x 8" + (", in 1 GiB" if cap else "")]
+        assert [one["name"] for one in rows] == ["tiny lora 2 x 8" + (", in 1 GiB" if cap else "")]
         limits.append(limit)
         return {"max_reserved": 1, "outside": 0}, None
 
@@ -249,14 +249,14 @@ def test_a_plan_is_said_before_the_gpu_is_touched(
     monkeypatch.setattr(gpu, "work_of", lambda case, precision: work)
     monkeypatch.setattr(sys, "stdin", io.StringIO(line))
     case, card = gpu.Case("tiny", "lora", False, 2, 8, cap), gpu.replace(CARD, budget=budget)
-    gpu.run_one(case, card, said.append, wait=True, measure=measured)
-    kinds = ["left out" if "left_out" in one else "measured" if "measured" in one else "plan" for one in said]
-    assert kinds == told
+    gpu.run_one(case, card, rows.append, wait=True, measure=measured)
+    kinds = ["left out" if "left_out" in one else "measured" if "measured" in one else "plan" for one in rows]
+    assert kinds == expected
     # the allocator gets what the plan leaves it beside the context
-    outside = said[0]["predicted"]["outside"]
-    assert limits == ([] if told[-1] != "measured" else [None if cap is None else cap - outside])
+    outside = rows[0]["predicted"]["outside"]
+    assert limits == ([] if expected[-1] != "measured" else [None if cap is None else cap - outside])
     assert outside > 0
-    assert json.loads(json.dumps(said)) == said
+    assert json.loads(json.dumps(rows)) == rows
 
 
 # In a configuration's place: what it does is its method's name
@@ -268,8 +268,8 @@ if job["do"] == "choose":
     print(json.dumps(found))
     sys.exit()
 case, turn = job["case"], pathlib.Path(job["card"]["uuid"])
-said = dict(allocated=1, reserved=1, smallest=1, outside=0, needed=1, fits=True)
-plan = dict(case=case, predicted=said)
+predicted = dict(allocated=1, reserved=1, smallest=1, outside=0, needed=1, fits=True)
+plan = dict(case=case, predicted=predicted)
 if case["method"] == "broken": sys.exit("KeyError: nothing")
 if case["method"] == "large": print(json.dumps({**plan, "left_out": "7 MiB more than this card has"})); sys.exit()
 print(json.dumps(plan), flush=True)
@@ -290,7 +290,7 @@ def stand_ins(folder: Path, ends: float | None = None) -> tuple[Any, list[dict[s
     return gpu.Runs(card, rows.append, ends, (sys.executable, "-c", STAND_IN)), rows
 
 
-def test_whatever_becomes_of_a_process_is_told_and_one_at_a_time_has_the_gpu(tmp_path: Path) -> None:
+def test_whatever_becomes_of_a_process_is_reported_and_one_at_a_time_has_the_gpu(tmp_path: Path) -> None:
     runs, rows = stand_ins(tmp_path)
     runs.most, runs.workers = 2, 3
     runs.all([gpu.Case("m", name, False, 1, 8) for name in ("ran", "died", "killed", "broken", "large")], [8])

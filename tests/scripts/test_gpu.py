@@ -297,11 +297,11 @@ def test_a_step_that_does_not_fit_there_is_done_in_halves(where: str) -> None:
 
     with torch.no_grad():
         expected = sum(loss_sum(model, piece).item() for piece in split(given, 8)) / given.weight
-    said: list[str] = []
+    messages: list[str] = []
     with room_for(where, model, 4 * length, most):
         emptied()
-        done, parts = recovering.careful(model, optimizer, [given], said=said)
-    assert (parts, len(said)) == (2, 1)
+        done, parts = recovering.careful(model, optimizer, [given], messages=messages)
+    assert (parts, len(messages)) == (2, 1)
     assert done.loss == pytest.approx(expected, rel=1e-4)
 
 

@@ -132,7 +132,7 @@ def test_a_log_without_end_does_not_take_the_room_of_the_results(
 
 @pytest.mark.parametrize("stages", ["[[m.Section('hangs', 50)], [m.Section('good', 50)]]",
                                     "[[m.Section('hangs', 50), m.Section('hangs_too', 50)]]"])  # fmt: skip
-def test_told_to_stop_it_ends_its_sections_and_leaves_a_summary(
+def test_asked_to_stop_it_ends_its_sections_and_leaves_a_summary(
     accept: ModuleType, tmp_path: Path, stages: str
 ) -> None:
     code = (
@@ -194,19 +194,19 @@ def test_packages_that_are_not_here_are_unpacked(accept: ModuleType, tmp_path: P
     assert accept.unpack(tmp_path / "nowhere", tmp_path / "packages", results) is None
 
 
-def test_what_was_measured_is_judged_by_what_was_said() -> None:
+def test_what_was_measured_is_judged_by_what_was_planned() -> None:
     load("gpu_checks")
     figures = load("gpu_figures")
-    said = {"allocated": 1000, "reserved": 1100, "fits": True, "needed": 95}
+    predicted = {"allocated": 1000, "reserved": 1100, "fits": True, "needed": 95}
     measured = {"max_allocated": 1010, "max_reserved": 1200, "seconds": 1.0}
-    row = {"case": {"cap": None}, "predicted": said, "measured": measured, "died": None}
+    row = {"case": {"cap": None}, "predicted": predicted, "measured": measured, "died": None}
     assert figures.judged(row)[0]
     assert not figures.judged({**row, "measured": {**measured, "max_allocated": 1100}})[0]
     assert not figures.judged({**row, "died": "out of memory"})[0]
-    assert figures.judged({**row, "died": "out of memory", "predicted": {**said, "fits": False}})[0]
+    assert figures.judged({**row, "died": "out of memory", "predicted": {**predicted, "fits": False}})[0]
     assert figures.judged({"case": {}, "failed": "no answer in 600 s"}) == (False, {"why": "no answer in 600 s"})
     assert not figures.judged({**row, "predicted": None})[0]
-    assert figures.judged({"case": {}, "predicted": said, "left_out": "too big"})[1] == {"why": "too big"}
+    assert figures.judged({"case": {}, "predicted": predicted, "left_out": "too big"})[1] == {"why": "too big"}
     capped = {**row, "case": {"cap": 100}, "measured": {**measured, "max_allocated": 1100}}
     assert figures.judged(capped) == (True, {"said_to_fit": True, "seconds": 1.0, "plan_of_limit": 0.95,
                                              "allocated_off": "+10.00%", "reserved_off": "+9.09%"})  # fmt: skip

@@ -103,9 +103,13 @@ def test_whoever_silences_the_type_checker_says_why() -> None:
 
 @pytest.mark.unit
 def test_a_silenced_type_checker_without_a_reason_is_seen() -> None:
-    told = "a = b  # type: ignore[misc]  # b has no types"
-    untold = ["a = b  # type: ignore[misc]", "a = b  # type: ignore", "a = b  # type: ignore[misc]  # noqa: E501"]
-    assert unexplained("\n".join([told, *untold])) == untold
+    with_reason = "a = b  # type: ignore[misc]  # b has no types"
+    without_reason = [
+        "a = b  # type: ignore[misc]",
+        "a = b  # type: ignore",
+        "a = b  # type: ignore[misc]  # noqa: E501",
+    ]
+    assert unexplained("\n".join([with_reason, *without_reason])) == without_reason
 
 
 CITED = re.compile(r"(?<![\w/.-])(?:tests|scripts|benchmarks|docs|results|src)/[\w./-]+\.(?:py|md|json|sh|txt)\b")

@@ -47,6 +47,9 @@ IN_NAMES = {  # what no variable, function or parameter of the package is called
     r"^_?say$": "message, report or write_line",
     r"^without_words$": "without_prompt_text",
 }
+# and nothing in the tests, scripts and benchmarks
+BESIDE = {r"(^|_)(un)?(told|said)(_|$)|^_?tell$": "what it holds: message, text, finding, predicted"}
+TOOLS = [path for name in ("tests", "scripts", "benchmarks") for path in sorted((ROOT / name).rglob("*.py"))]
 ALLOWED = {  # (file's or verb's name, the pattern): a word that is right there
     ("help", r"\bwords?\b"),
     ("conversations", r"\b(tells?|told|untold)\b"),  # "Tell me a joke, please."
@@ -104,12 +107,10 @@ def test_messages_and_docstrings_keep_to_the_glossary() -> None:
     assert not faults, "\n".join(faults)
 
 
-def test_names_keep_to_the_glossary() -> None:
+@pytest.mark.parametrize(("paths", "rules"), [(SOURCES, IN_NAMES), (TOOLS, BESIDE)], ids=["package", "beside"])
+def test_names_keep_to_the_glossary(paths: list[Path], rules: dict[str, str]) -> None:
     faults = [
-        fault
-        for path in SOURCES
-        for line, name in names(path)
-        for fault in broken(f"{path.name}:{line}", name, IN_NAMES)
+        fault for path in paths for line, name in names(path) for fault in broken(f"{path.name}:{line}", name, rules)
     ]
     assert not faults, "\n".join(faults)
 
@@ -122,6 +123,8 @@ def test_a_planted_name_is_found(tmp_path: Path) -> None:
         "say",
         "tell",
     }
+    assert broken("a", "test_a_mistake_is_told", BESIDE)
+    assert not broken("a", "untoldest", BESIDE)
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *PAGES], ids=lambda path: path.name)

@@ -79,10 +79,10 @@ def test_a_clean_run_on_real_data_is_not_warned_of(place: Any, shared: Path, nam
 
 
 def test_the_table_in_results_is_of_these_faults() -> None:
-    told = json.loads((ROOT / "results" / "planted_faults.json").read_text(encoding="utf-8"))
-    assert [row["fault"] for row in told["faults"]] == [fault.name for fault in planted.FAULTS]
-    assert told["found"] == told["planted"] == len(planted.FAULTS)
-    assert (told["clean_runs"], told["false_alarms"]) == (len(planted.CLEAN), 0)
+    record = json.loads((ROOT / "results" / "planted_faults.json").read_text(encoding="utf-8"))
+    assert [row["fault"] for row in record["faults"]] == [fault.name for fault in planted.FAULTS]
+    assert record["found"] == record["planted"] == len(planted.FAULTS)
+    assert (record["clean_runs"], record["false_alarms"]) == (len(planted.CLEAN), 0)
 
 
 # ---- the rules by themselves ----

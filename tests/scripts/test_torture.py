@@ -29,28 +29,28 @@ def torture(tmp_path: Path, *words: str) -> dict:
     return dict(json.loads(output.read_text(encoding="utf-8")))
 
 
-def good(told: dict) -> bool:
-    return not told["bad"] and all(kind["tried"] for kind in told["counts"].values())
+def good(record: dict) -> bool:
+    return not record["bad"] and all(kind["tried"] for kind in record["counts"].values())
 
 
 @pytest.mark.full
 def test_a_few_of_each_kind(tmp_path: Path) -> None:
-    told = torture(tmp_path, "--minutes", "0.1", "--seed", "11", "--workers", "1")
-    assert good(told), json.dumps(told["bad"], indent=1)
+    record = torture(tmp_path, "--minutes", "0.1", "--seed", "11", "--workers", "1")
+    assert good(record), json.dumps(record["bad"], indent=1)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [2, 3])
 def test_other_seeds(tmp_path: Path, seed: int) -> None:
-    told = torture(tmp_path, "--minutes", "1", "--seed", str(seed))
-    assert good(told), json.dumps(told["bad"], indent=1)
+    record = torture(tmp_path, "--minutes", "1", "--seed", str(seed))
+    assert good(record), json.dumps(record["bad"], indent=1)
 
 
 def test_the_record_has_nothing_bad() -> None:
-    told = json.loads((ROOT / "results" / "torture.json").read_text(encoding="utf-8"))
-    assert good(told)
-    assert told["kills_inside_a_save"] * 4 >= told["counts"]["kill"]["tried"]
+    record = json.loads((ROOT / "results" / "torture.json").read_text(encoding="utf-8"))
+    assert good(record)
+    assert record["kills_inside_a_save"] * 4 >= record["counts"]["kill"]["tried"]
 
 
 @pytest.mark.parametrize(

@@ -44,15 +44,15 @@ def fails_above(model: Any, tokens: int, error: BaseException) -> list[int]:
     return tried
 
 
-def runner(model: Any, parts: int = 1, said: list[str] | None = None) -> StepRunner:
+def runner(model: Any, parts: int = 1, messages: list[str] | None = None) -> StepRunner:
     """A runner of steps whose rows stand in f.jsonl, one a line; what it reports goes to `said`."""
-    said = [] if said is None else said
-    return StepRunner(model, "flat", 1.0, lambda row: Source("f.jsonl", row + 1), said.append, parts)
+    messages = [] if messages is None else messages
+    return StepRunner(model, "flat", 1.0, lambda row: Source("f.jsonl", row + 1), messages.append, parts)
 
 
 def careful(
-    model: Any, optimizer: Any, batches: list, parts: int = 1, said: list[str] | None = None
+    model: Any, optimizer: Any, batches: list, parts: int = 1, messages: list[str] | None = None
 ) -> tuple[StepResult, int]:
     """A step's result, and in how many parts its micro-batches went through the model."""
-    steps = runner(model, parts, said)
+    steps = runner(model, parts, messages)
     return steps.step(batches, optimizer), steps.parts

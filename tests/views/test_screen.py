@@ -102,12 +102,12 @@ def test_a_full_standard_output_ends_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: Path
 ) -> None:
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
-    for flags, code, said in ((["--json"], 2, "error: standard output: the result could not"), ([], 0, "is lost")):
+    for flags, code, message in ((["--json"], 2, "error: standard output: the result could not"), ([], 0, "is lost")):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stream(5))
             found, _, err = run(capsys, "inspect", rows, "--model", model_folder, *flags)
         assert found == code
-        assert said in err
+        assert message in err
         assert "No space left on device" in err
         assert err.count("standard output") == 1
 
@@ -117,10 +117,10 @@ REDIRECTED = [("> /dev/full", 0, "No space left"), (">&-", 0, ""), ("2>&- >&- <&
 
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux")
-@pytest.mark.parametrize(("where", "code", "said"), REDIRECTED)
+@pytest.mark.parametrize(("where", "code", "message"), REDIRECTED)
 @pytest.mark.parametrize("verb", ["train", "chat", "--help"])
 def test_real_streams_that_fail(
-    where: str, code: int, said: str, verb: str, tmp_path: Path, model_folder: Path
+    where: str, code: int, message: str, verb: str, tmp_path: Path, model_folder: Path
 ) -> None:
     rows, run_ = tiny.write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "run"
     words = {
@@ -132,7 +132,7 @@ def test_real_streams_that_fail(
     script = f"set -o pipefail; echo hello | {sys.executable} -m fitune {words} {where}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == code, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
     assert verb != "train" or (run_ / "report.html").is_file()

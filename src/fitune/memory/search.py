@@ -134,14 +134,14 @@ class _Line:
 
 
 def search(
-    given: Mapping[str, Any], shape: PretrainedConfig, rows: steps.Largest, labelled: float, where: device.Device,
-    max_lengths: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None,
+    given: Mapping[str, Any], model_config: PretrainedConfig, rows: steps.Largest, labelled: float,
+    where: device.Device, max_lengths: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:  # fmt: skip
     """See the module's text.
 
     Args:
         given: settings that are to stay: a method, a precision, ...
-        shape: the model's transformers config.
+        model_config: the model's transformers config.
         rows: their lengths, and how they come together.
         labelled: share of the tokens that carry a label.
         where: it is to fit; its budget is known.
@@ -157,13 +157,13 @@ def search(
     found: list[Candidate] = []
     misses: list[Candidate] = []
     combinations = 0
-    ways = list(_ways(given, shape, where))
+    ways = list(_ways(given, model_config, where))
     if not ways:
-        raise _no_way(given, shape, where)
+        raise _no_way(given, model_config, where)
     question = _Question(rows, labelled, where, outside)
     for number, way in enumerate(ways):
         progress(number, len(ways))
-        line = _line(way.config, shape, where.target)
+        line = _line(way.config, model_config, where.target)
         if line is None:
             continue
         for longest in max_lengths:
@@ -180,9 +180,9 @@ def _rank(one: Candidate) -> tuple[float, float, float]:
     return -round(one.quality / BAND), -one.max_length, one.seconds or one.flops_per_token
 
 
-def _ways(given: Mapping[str, Any], shape: PretrainedConfig, where: device.Device) -> Iterator[_Way]:
+def _ways(given: Mapping[str, Any], model_config: PretrainedConfig, where: device.Device) -> Iterator[_Way]:
     """Every method that agrees with what was given, plain and with each saver; none under two names."""
-    empty = without_weights(shape)
+    empty = without_weights(model_config)
     family = families.of(empty)
     computing = "bf16" if where.bf16 and where.kind == "cuda" else "fp16" if where.kind == "cuda" else "fp32"
     wanted_method = given.get("method")
@@ -233,11 +233,11 @@ def _agree(wanted: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
     return True
 
 
-def _no_way(given: Mapping[str, object], shape: PretrainedConfig, where: device.Device) -> FituneError:
+def _no_way(given: Mapping[str, object], model_config: PretrainedConfig, where: device.Device) -> FituneError:
     """Why no way agrees with what was given."""
     try:
         config = settings_only(given)
-        empty = without_weights(shape)
+        empty = without_weights(model_config)
         family = families.of(empty)
         methods.find(config.method).expected(empty, family, config)
     except FituneError as error:
@@ -265,17 +265,17 @@ def _possible(settings: Mapping[str, object], empty: CausalLM, family: families.
     return expected is None or bool(expected)
 
 
-def _line(config: RunConfig, shape: PretrainedConfig, target: Target) -> _Line | None:
+def _line(config: RunConfig, model_config: PretrainedConfig, target: Target) -> _Line | None:
     """Two traces of small models, and what they say of the whole one. None: this way cannot be traced."""
-    depth = shape.num_hidden_layers
+    depth = model_config.num_hidden_layers
     # blocks of the small models: those that the method names, and one or two of the others
     named = {"freeze": config.freeze.blocks, "tail": config.tail.blocks}.get(config.method, 0)
     depths = (min(depth, named + 1), named + 2)
     try:
-        low = _small(config, shape, depths[0], target)
+        low = _small(config, model_config, depths[0], target)
         if depth <= depths[0]:
             return low
-        high = _small(config, shape, min(depths[1], depth), target)
+        high = _small(config, model_config, min(depths[1], depth), target)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, FituneError):
         return None
     share = float(depth - depths[0])
@@ -292,12 +292,12 @@ def _line(config: RunConfig, shape: PretrainedConfig, target: Target) -> _Line |
     return _Line(phases, Counts(**{**values, "share": min(1.0, grown(*through) / depth)}))
 
 
-def _small(config: RunConfig, shape: PretrainedConfig, depth: int, target: Target) -> _Line:
+def _small(config: RunConfig, model_config: PretrainedConfig, depth: int, target: Target) -> _Line:
     """A model of that many blocks: bytes of each phase as a line in tokens."""
-    small = deepcopy(shape)
+    small = deepcopy(model_config)
     small.num_hidden_layers = depth
     if getattr(small, "layer_types", None):
-        small.layer_types = list(shape.layer_types)[:depth]
+        small.layer_types = list(model_config.layer_types)[:depth]
     # the loss goes in chunks: labels for one and a bit are enough, more take more time here and no more memory
     labels = chunks.least(config, small.vocab_size, target) // 4 + 8
     warm, *batches = (steps.made_up(4, tokens // 4, small.vocab_size, labels) for tokens in (32, *TOKENS))

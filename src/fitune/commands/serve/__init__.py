@@ -2,10 +2,10 @@
 
 In: run folders or model folders. Out: a server until it is stopped.
 
-    asked.py    what clients ask for          guard.py    who may ask
-    prompts.py  from there to ids             live.py     one answer while it is made
-    choices.py  what an answer is to clients  said.py     the JSON around it
-    app.py      the paths                     errors.py   errors as OpenAI's API has them
+    asked.py    what clients ask for          guard.py     who may ask
+    prompts.py  from there to ids             live.py      one answer while it is made
+    choices.py  what an answer is to clients  response.py  the JSON around it
+    app.py      the paths                     errors.py    errors as OpenAI's API has them
 """
 
 from __future__ import annotations

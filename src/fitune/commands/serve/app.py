@@ -25,7 +25,7 @@ from fitune.commands.serve.choices import ChatChoice, Choice, TextChoice
 from fitune.commands.serve.errors import Refused
 from fitune.commands.serve.guard import Guard, Rules
 from fitune.commands.serve.live import Live, submit
-from fitune.commands.serve.said import Frame, Json, usage
+from fitune.commands.serve.response import Frame, Json, usage
 from fitune.core.errors import did_you_mean
 from fitune.engine.batching import Batcher
 from fitune.engine.worker import Worker

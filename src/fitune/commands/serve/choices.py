@@ -13,7 +13,7 @@ from typing import Protocol
 
 from fitune.commands.serve.asked import Asked, AskedChat, AskedText
 from fitune.commands.serve.live import Live, Piece
-from fitune.commands.serve.said import Json, chat_logprobs, text_logprobs
+from fitune.commands.serve.response import Json, chat_logprobs, text_logprobs
 from fitune.core.records import Conversation, Message, ToolCall
 from fitune.data.templates.called import calls_in
 from fitune.engine.drawing import Token
@@ -99,12 +99,12 @@ class ChatChoice(Taken):
         """See Choice."""
         message = self._message()
         finish = "tool_calls" if message.tool_calls else self.pieces[-1].finish
-        said: Json = {"role": "assistant", "content": message.content or (None if message.tool_calls else "")}
+        reply: Json = {"role": "assistant", "content": message.content or (None if message.tool_calls else "")}
         if message.thought:
-            said["reasoning_content"] = message.thought
+            reply["reasoning_content"] = message.thought
         if message.tool_calls:
-            said["tool_calls"] = [_call(call) for call in message.tool_calls]
-        return self._choice("message", said, Piece("", self.all_tokens(), finish))
+            reply["tool_calls"] = [_call(call) for call in message.tool_calls]
+        return self._choice("message", reply, Piece("", self.all_tokens(), finish))
 
     async def chunks(self) -> AsyncIterator[Json]:
         """See Choice. Where calls may come, or the answer stands in a frame that only its end closes, it comes in one
@@ -113,9 +113,9 @@ class ChatChoice(Taken):
         if self.question.tools or getattr(self.tuned.template, "framed", False):
             await self.take()
             choice = self.whole()
-            said = choice.pop("message")
-            calls = [{"index": n, **call} for n, call in enumerate(said.pop("tool_calls", []))]
-            yield {**choice, "delta": {**said, **({"tool_calls": calls} if calls else {})}}
+            reply = choice.pop("message")
+            calls = [{"index": n, **call} for n, call in enumerate(reply.pop("tool_calls", []))]
+            yield {**choice, "delta": {**reply, **({"tool_calls": calls} if calls else {})}}
             return
         thinking = Thinking(self.tuned, self.live.prompt)
         async for piece in self.live.pieces():
