@@ -89,6 +89,14 @@ def _signals() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _disks() -> Iterator[None]:
+    """No test cuts the power: files are written, and not waited for until they lie on the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _idle() -> Iterator[None]:
     """No other process is at work, whatever the machine that the tests run on does meanwhile."""
     with pytest.MonkeyPatch.context() as patch:

@@ -223,17 +223,22 @@ def test_what_a_callback_raises_comes_through_and_the_run_goes_on(
     ]
 
 
-def test_python_is_silent_unless_asked(settings: dict[str, Any], tmp_path: Path) -> None:
-    """In a process of its own: what dependencies print while they are imported counts too. A row longer than the model
+def test_python_is_silent_unless_asked_and_asks_nothing_of_the_network(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """In a process of its own: what dependencies do while they are imported counts too. A row longer than the model
     makes transformers warn, gradient checkpointing a class of it, and loading draws a bar."""
     long = [*ROWS, {"prompt": "one " * 400, "completion": "two"}]
     code = (
-        "import json, sys, warnings\nimport fitune\n"
-        "given = json.loads(sys.argv[1])\n"
+        "import json, socket, sys, warnings\nasked = []\n"
+        "def refuse(*arguments, **named):\n    asked.append(arguments)\n    raise OSError('no network')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "import fitune\ngiven = json.loads(sys.argv[1])\n"
         "run = fitune.train(**given)\n"
         "fitune.generate(run.run, 'one', max_new_tokens=3)\n"
         "fitune.evaluate(run.run, given['data'][:3], max_new_tokens=3)\n"
         "fitune.merge(run.run, given['output'] + '-merged')\n"
+        "assert asked == []\n"
         "sys.stdout.flush()\nsys.stderr.flush()\n"
         "open(given['output'] + '.ok', 'w').write(repr(len(warnings.filters)))\n"
         "from transformers.utils import logging\n"
@@ -244,7 +249,7 @@ def test_python_is_silent_unless_asked(settings: dict[str, Any], tmp_path: Path)
     values = {**settings, "data": long, "output": str(tmp_path / "run"), "checkpointing": True}
     import os
 
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRANSFORMERS_VERBOSITY",)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(values)], capture_output=True, text=True, env=environment
     )

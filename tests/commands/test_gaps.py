@@ -25,7 +25,8 @@ from support.faults import How, Killed, Seam, seam, some
 from support.folders import content, leftovers
 
 SEED = int.from_bytes(os.urandom(4), "big")  # another choice each time; a failure names it
-SETTINGS = {"max_steps": 3, "batch_size": 2, "save_every": 2, "eval_every": 2, "lr": 1e-2, "sample_prompts": 1}
+SETTINGS = {"max_steps": 3, "batch_size": 2, "save_every": 2, "eval_every": 2, "lr": 1e-2, "sample_prompts": 1,
+            "sample_tokens": 4}  # fmt: skip
 BEST = {"final": "best"}
 MEASURED = {
     "result.json", "steps.jsonl", "checks.json", "report.html", "measured.json", "seal.json", "README.md", "plan.json",

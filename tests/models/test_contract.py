@@ -46,8 +46,13 @@ from support.contract import (
     samples,
 )
 
-# The quick run tries every variant on one model of each build (rotary, Conv1D, ALiBi, two streams) and on nf4 (WHOLE);
-# elsewhere FEW, one for each part of a model that a method goes on.
+# The quick run tries every method on one model of each build (rotary, Conv1D, ALiBi, two streams), further variants of
+# it (FURTHER) on the first two, and all on nf4 (WHOLE); elsewhere FEW, one for each part of a model that a method goes
+# on.
+FURTHER = (
+    "freeze-tensors", "freeze-patterns", "tail-interleaved", "tail-mlp", "prompt-random", "p-tuning-lstm",
+    "prefix-projected", "pfeiffer", "parallel", "lora-dora", "lora-pissa", "peft:LOHA",
+)  # fmt: skip
 WHOLE = {
     ("fp32", "none"): ("llama", "gpt2", "bloom", "chatglm"),
     ("fp32", "nf4"): ("llama",),
@@ -85,7 +90,8 @@ def combinations() -> Iterator[tuple[Case, bool]]:
     for variant, kind in product(VARIANTS, KINDS):
         for precision, quant in (("fp32", "none"), *QUICK):
             few = variant in FEW and kind in QUICK.get((precision, quant), KINDS)
-            quick = few or kind in WHOLE.get((precision, quant), ())
+            builds = WHOLE.get((precision, quant), ())
+            quick = few or kind in (builds[:2] if variant in FURTHER else builds)
             if quick or whole:
                 yield Case(variant, kind, precision, quant), quick
 

@@ -269,10 +269,10 @@ def settings(variant: str, model: Path, data: Path, output: Path, **changes: Any
     return {**values, **VARIANTS[variant], **changes}
 
 
-# one variant of each method, and of LoRA the one that saves something else than it trains
-RESUMED = (
-    "full", "freeze", "tail", "bitfit-add", "prompt", "p-tuning", "prefix", "houlsby", "lora-pissa", "ia3", "peft:VERA",
-)  # fmt: skip
+# what a checkpoint holds: weights of the model itself, new layers, new biases, virtual tokens, an encoder of them, keys
+# and values, our own modules, and of LoRA what saves something else than it trains; VeRA's frozen matrices come from a
+# seed
+RESUMED = ("full", "tail", "bitfit-add", "prompt", "p-tuning", "prefix", "houlsby", "lora-pissa", "peft:VERA")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,16 @@ def test_a_resume_that_restores_only_what_peft_saves_would_be_noticed(
     assert digest(whole) != digest(broken)
 
 
-@pytest.mark.parametrize("variant", ["lora", "houlsby", "p-tuning", "prefix-projected", "freeze", "ia3"])
+@pytest.mark.parametrize(  # quick: PEFT's own file, an encoder beside it, our own modules, weights of the base model
+    "variant",
+    [
+        "lora",
+        "p-tuning",
+        "houlsby",
+        "freeze",
+        *(pytest.param(v, marks=pytest.mark.full) for v in ("prefix-projected", "ia3")),
+    ],
+)
 def test_training_goes_on_from_an_adapter(variant: str, model_folder: Path, tmp_path: Path, data_file: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     done = train(build(settings(variant, model_folder, data_file, first)))
@@ -383,7 +392,15 @@ def test_adapters_stand_side_by_side(variant: str, model_folder: Path, tmp_path:
 # ---- merging ----
 
 
-@pytest.mark.parametrize("variant", ["lora", "tail-interleaved", "bitfit-add", "lora-pissa", "full"])
+@pytest.mark.parametrize(  # test_contract merges every method; quick: a product, more layers, more biases
+    "variant",
+    [
+        "lora",
+        "tail-interleaved",
+        "bitfit-add",
+        *(pytest.param(v, marks=pytest.mark.full) for v in ("lora-pissa", "full")),
+    ],
+)
 def test_a_merged_run_is_a_plain_model(variant: str, model_folder: Path, tmp_path: Path, data_file: Path) -> None:
     run, target = tmp_path / "run", tmp_path / "merged"
     train(build(settings(variant, model_folder, data_file, run, template="alpaca")))
@@ -447,8 +464,17 @@ def test_merge_on_the_command_line(
 # ---- new tokens ----
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # a head of its own, and a tied one
-@pytest.mark.parametrize("variant", ["lora", "prefix", "p-tuning", "houlsby", "freeze", "full", "tail", "ia3"])
+# a head of its own, and a tied one; quick: of PEFT's methods, virtual tokens, our own modules, whole weights and new
+# layers one each
+WITH_TOKENS = (("lora", "llama"), ("prefix", "qwen2"), ("houlsby", "llama"), ("full", "qwen2"), ("tail", "llama"))
+BESIDE = [
+    pytest.param(variant, kind, marks=[] if (variant, kind) in WITH_TOKENS else pytest.mark.full)
+    for variant in ("lora", "prefix", "p-tuning", "houlsby", "freeze", "full", "tail", "ia3")
+    for kind in ("llama", "qwen2")
+]
+
+
+@pytest.mark.parametrize(("variant", "kind"), BESIDE)
 def test_new_tokens_are_trained_beside_any_method_and_saved(variant: str, kind: str, tmp_path: Path) -> None:
     model, data, run = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run"
     tiny.make_tokenizer().save_pretrained(str(model))  # 345 tokens: llama has rows to spare, qwen2 gets more

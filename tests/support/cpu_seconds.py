@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Generator
+from collections import defaultdict
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Seconds:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tests: Counter[str] = Counter()
+        self.tests: dict[str, float] = {}
         self.workers = 0.0
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -54,7 +54,8 @@ class Seconds:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "teardown":
-            self.tests[report.nodeid] = sum(value for name, value in report.user_properties if name == NAME)
+            noted = [value for name, value in report.user_properties if name == NAME]
+            self.tests[report.nodeid] = sum(value for value in noted if isinstance(value, float))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
@@ -65,15 +66,16 @@ class Seconds:
         if output is not None:
             output[NAME] = used()
             return
-        files: Counter[str] = Counter()
+        files: dict[str, float] = defaultdict(float)
         for test, seconds in self.tests.items():
             files[test.partition("::")[0]] += seconds
-        tables = {
-            name: {key: round(value, 2) for key, value in found.most_common()}
-            for name, found in (("files", files), ("tests", self.tests))
+        whole, inside = self.workers or used(), sum(self.tests.values())
+        record = {
+            "all": round(whole, 1),
+            "in tests": round(inside, 1),
+            "files": _most(files),
+            "tests": _most(self.tests),
         }
-        whole = self.workers or used()
-        record = {"all": round(whole, 1), "in tests": round(self.tests.total(), 1), **tables}
         self.path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -82,3 +84,7 @@ class Seconds:
         for name, seconds in [*record["files"].items()][:40]:
             terminalreporter.write_line(f"{seconds:8.1f}  {name}")
         terminalreporter.write_line(f"{record['in tests']:8.1f}  in tests, of {record['all']} of all workers")
+
+
+def _most(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in sorted(seconds.items(), key=lambda one: -one[1])}
