@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,15 +126,18 @@ class Stopped(Watcher):
 
 def test_a_demo_that_is_resumed_has_its_before_and_after(short_demo: None, tmp_path: Path) -> None:
     whole, answers = demo.demo(str(tmp_path / "whole"))
-    for name, resume in (
-        ("by the demo", lambda run: demo.demo(run, resume=True)),
-        ("by train", lambda run: train(resume_config(run, {}), resume=True)),  # what the message of Ctrl-C says
+    run, copy = RunFolder(tmp_path / "run"), tmp_path / "copy"
+    with pytest.raises(Interrupted):
+        demo.demo(str(run.path), Stopped())
+    assert not run.report.exists()
+    run.path.rename(copy)
+    for resume in (
+        lambda: demo.demo(str(run.path), resume=True),
+        lambda: train(resume_config(str(run.path), {}), resume=True),  # what the message of Ctrl-C says
     ):
-        run = RunFolder(tmp_path / name)
-        with pytest.raises(Interrupted):
-            demo.demo(str(run.path), Stopped())
-        assert not run.report.exists()
-        resume(str(run.path))
+        shutil.rmtree(run.path, ignore_errors=True)
+        shutil.copytree(copy, run.path)
+        resume()
         assert run.read("answers") == [row.as_dict() for row in answers]
         assert {row.expected for row in answers}
         assert len(answers) == 3

@@ -37,9 +37,28 @@ QUESTIONS = [
 ]
 
 
+NAMES = ["run-0", "run-1", "model"]
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    with served(MODEL, log=tmp_path_factory.mktemp("serve") / "log") as address:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs of the bundled model, and the model itself."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = tiny.write_rows(folder / "rows.jsonl", 8)
+    given: dict[str, Any] = {"max_steps": 2, "lr": 0.02, "sample_prompts": 0, "val_share": 0.0, "cache": "none"}
+    for n, name in enumerate(NAMES[:2]):
+        fitune.train(model=MODEL, data=rows, output=folder / name, seed=n, **given)
+    return [*(folder / name for name in NAMES[:2]), MODEL]
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("serve") / "log"
+
+
+@pytest.fixture(scope="module")
+def server(runs: list[Path], log: Path) -> Iterator[OpenAI]:
+    with served(*runs, log=log) as address:
         yield OpenAI(base_url=address, api_key="none", max_retries=0, timeout=300)
 
 
@@ -65,8 +84,8 @@ def alone(tuned: Tuned, question: str, tokens: int = 12) -> list[int]:
     return found
 
 
-def test_the_model_is_listed_by_the_name_of_its_folder(server: OpenAI) -> None:
-    assert [one.id for one in server.models.list().data] == ["model"]
+def test_models_are_listed_by_the_names_of_their_folders(server: OpenAI) -> None:
+    assert [one.id for one in server.models.list().data] == NAMES
     assert server.models.retrieve("model").id == "model"
 
 
@@ -246,33 +265,19 @@ def test_several_prompts_and_choices_of_a_text(server: OpenAI) -> None:
     assert texts == [several.choices[0].text, several.choices[2].text]
 
 
-def test_several_runs_of_one_base_are_several_models(tmp_path: Path) -> None:
-    runs = []
-    for n in range(2):
-        given: dict[str, Any] = {"max_steps": 2, "lr": 0.02, "sample_prompts": 0, "val_share": 0.0, "seed": n}
-        run = tmp_path / f"run-{n}"
-        fitune.train(
-            model=MODEL, data=tiny.write_rows(tmp_path / "rows.jsonl", 8), output=str(run), cache="none", **given
-        )
-        runs.append(run)
-    with served(*runs, MODEL, log=tmp_path / "log") as address:
-        client = OpenAI(base_url=address, api_key="none", max_retries=0, timeout=300)
-        names = ["run-0", "run-1", "model"]
-        assert [one.id for one in client.models.list()] == names
+def test_several_runs_of_one_base_are_several_models(server: OpenAI, runs: list[Path], log: Path) -> None:
+    def ask(n: int) -> str | None:
+        messages: Any = [{"role": "user", "content": QUESTIONS[n // 3 % 6]}]
+        made = server.chat.completions.create(model=NAMES[n % 3], messages=messages, temperature=0, max_tokens=8)
+        return made.choices[0].message.content
 
-        def ask(n: int) -> str | None:
-            messages: Any = [{"role": "user", "content": QUESTIONS[n // 3 % 6]}]
-            made = client.chat.completions.create(model=names[n % 3], messages=messages, temperature=0, max_tokens=8)
-            return made.choices[0].message.content
-
-        with ThreadPoolExecutor(12) as clients:
-            found = list(clients.map(ask, range(12)))
-    chats = [Chat(load(one, device="cpu"), Sampling(max_new_tokens=8)) for one in (*runs, MODEL)]
+    with ThreadPoolExecutor(12) as clients:
+        found = list(clients.map(ask, range(12)))
+    chats = [Chat(load(one, device="cpu"), Sampling(max_new_tokens=8)) for one in runs]
     for n, text in enumerate(found):
         chats[n % 3].reset()
         assert text == chats[n % 3].say(QUESTIONS[n // 3 % 6])
     assert len(set(found)) > 4
-    log = (tmp_path / "log").read_text()
-    held = [float(one) for one in re.findall(r"([\d.]+) MiB of it are those of the models before it", log)]
+    held = [float(one) for one in re.findall(r"([\d.]+) MiB of it are those of the models before it", log.read_text())]
     size = (MODEL / "model.safetensors").stat().st_size / 2**20
     assert held == pytest.approx([size, size], rel=0.02)

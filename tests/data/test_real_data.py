@@ -1,11 +1,13 @@
 """Real data with real tokenizers, on tiny random models: every file is trained on for a few steps.
 
-The quick run has every file and every tokenizer at least once; `make test-full` has each with each.
+The quick run has every file and every tokenizer at least once, of each file 150 rows; `make test-full` has each with
+each, whole.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fitune.checks import datachecks
 from fitune.commands.prepare import prepare
 from fitune.commands.request import to_train
 from fitune.core.config import build
@@ -36,6 +39,7 @@ FILES: dict[str, dict[str, Any]] = {
     "glaive_toolcall_en_demo.json": {},
     "dpo_zh_demo.json": {},
 }
+SHARE: dict[str, Any] = {} if os.environ.get("FITUNE_TESTS") == "full" else {"take": [150]}
 TOKENIZERS = {"llama2": 32000, "qwen2": 151936, "gpt2": 50257, "chatglm1": 130528, "chatglm2": 65024}
 HAS_TOOLS = ("qwen", "chatglm3")
 QUICK = {
@@ -84,7 +88,9 @@ def make_model(folder: Path, vocabulary: int, source: Path) -> Path:
 def test_every_file_trains_with_every_tokenizer(shared: Path, tmp_path: Path, file: str, words: str) -> None:
     model = make_model(tmp_path / "model", TOKENIZERS[words], shared / "tokenizers" / words)
     settings = {"model": str(model), "data": [str(shared / "data" / file)], "template": template_for(file, words)}
-    config = build({**settings, **FILES[file], "batch_size": 4, "max_steps": 3, "output": str(tmp_path / "run")})
+    config = build(
+        {**settings, **SHARE, **FILES[file], "batch_size": 2, "max_steps": 3, "output": str(tmp_path / "run")}
+    )
     job = prepare(to_train(config), Silent())
     found = {finding.rule: finding for finding in job.findings}
     assert found["eos-supervised"].level == "ok"
@@ -110,16 +116,14 @@ def test_no_rule_raises_a_false_alarm_on_real_data(shared: Path, tmp_path: Path)
         assert {rule: levels[rule] for rule in quiet} == {**dict.fromkeys(quiet, "ok"), **right}, file
 
 
-def test_the_rule_of_thumb_alone_would_cut_many_answers(shared: Path, tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", TOKENIZERS["qwen2"], shared / "tokenizers" / "qwen2")
-    config = build(
-        {"model": str(model), "data": [str(shared / "data" / "alpaca_zh_demo.json")], "output": str(tmp_path)}
-    )
-    job = prepare(to_train(config), Silent())
-    choices = {choice.name: choice for choice in job.report.length_choices}
+def test_the_rule_of_thumb_alone_would_cut_many_answers(shared: Path) -> None:
+    folder = shared / "tokenizers" / "qwen2"
+    config = build({"model": str(folder), "data": [str(shared / "data" / "alpaca_zh_demo.json")]})
+    report = datachecks.read(config, folder, tokenizers.load(folder), limit=4096, vocabulary=TOKENIZERS["qwen2"]).report
+    choices = {choice.name: choice for choice in report.length_choices}
     assert 0.11 <= choices["rule of thumb"].lose_answer <= 0.25
     assert choices["auto"].lose_answer <= 0.01
-    assert job.report.max_length == choices["auto"].max_length
+    assert report.max_length == choices["auto"].max_length
 
 
 def test_a_tokenizer_that_splits_unlike_its_sentencepiece_file_is_named(shared: Path) -> None:
@@ -138,7 +142,19 @@ def test_stories260k_learns_from_real_rows(
     """The whole command, with its JSON: a real pretrained model, real rows, held-out loss falls."""
     arguments = ["--model", shared / "models" / "stories260K", "--data", shared / "data" / "alpaca_en_demo.json"]
     arguments += ["--method", "lora", "--output", tmp_path / "run", "--batch-size", 4, "--max-length", 256]
-    arguments += ["--max-steps", 12, "--lr", "3e-3", "--seed", 1, "--set", "val_rows=20", "--json"]
+    arguments += [
+        "--max-steps",
+        12,
+        "--lr",
+        "3e-3",
+        "--seed",
+        1,
+        "--set",
+        "val_rows=20",
+        "--set",
+        "sample_tokens=8",
+        "--json",
+    ]
     code, out, error = run(["train", *arguments], capsys, monkeypatch)
     assert code == 0, error
     result = json.loads(out)

@@ -17,13 +17,14 @@ from fitune.memory import depth, plan, steps
 from fitune.memory.usage import usage
 from fitune.models.kernels.target import AMPERE, CPU, Target
 
-BLOCKS = 17
+BLOCKS = 11  # numbers of two digits among them
 SHAPE = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=BLOCKS, num_attention_heads=4,
     num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-EVERY_SECOND = "lora, every second block"  # two blocks repeat, so that shallow models have more of them
-DEEPER = LlamaConfig(**{**SHAPE.to_dict(), "num_hidden_layers": 24})
+EVERY_SECOND = "lora, every second block"
+# two blocks repeat, and two are not like the others: so that the shallow models are worth it
+DEEPER = {EVERY_SECOND: 20, "freeze": 17}
 WAYS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"targets": "all-linear", "dropout": 0.1}},
     "lora, without dropout": {"lora": {"targets": "all-linear"}},
@@ -49,8 +50,10 @@ def work(way: str, target: Target, shape: Any = SHAPE) -> plan.Work:
 
 
 def ways() -> list[Any]:
-    """Every way on a target or both; the quick run has both for LoRA, and takes turns for the others."""
-    some = {(way, target) for way, target in zip(WAYS, (CPU, AMPERE) * len(WAYS), strict=False)}
+    """Every way on a target or both; the quick run has both for LoRA, and takes turns for the others: of the methods
+    that add to each block one, and of those with virtual tokens the one that has some in each block."""
+    alike = ("lora, without dropout", "p-tuning", "prompt", "ia3")
+    some = {(way, target) for way, target in zip(WAYS, (CPU, AMPERE) * len(WAYS), strict=False) if way not in alike}
     some |= {("lora", CPU), ("lora", AMPERE), ("full, in the backward pass", AMPERE), (EVERY_SECOND, CPU)}
     return [
         pytest.param(way, target, id=f"{way}-{name}", marks=[] if (way, target) in some else pytest.mark.full)
@@ -65,7 +68,7 @@ def test_a_trace_from_shallow_models_is_the_trace(way: str, target: Target, monk
         pytest.skip("updates end in no order that repeats: the whole model is traced")
     if way == EVERY_SECOND and target is AMPERE:
         pytest.skip("two shallow traces do not differ by stretches that repeat: the whole model is traced")
-    asked = work(way, target, DEEPER if way == EVERY_SECOND else SHAPE)
+    asked = work(way, target, LlamaConfig(**{**SHAPE.to_dict(), "num_hidden_layers": DEEPER.get(way, BLOCKS)}))
     whole = plan.traced(asked, target)
     monkeypatch.setattr(plan, "traced", lambda *how: pytest.fail("the whole model is traced"))
     made = plan.deep(plan.without_values(asked), asked, target)
@@ -76,8 +79,7 @@ def test_a_trace_from_shallow_models_is_the_trace(way: str, target: Target, monk
 
 
 def test_of_blocks_that_are_not_alike_the_whole_model_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = ["a"] * BLOCKS
-    assert depth.cut(kinds) == depth.Cut(3, 14, 1)
+    assert depth.cut(["a"] * 17) == depth.Cut(3, 14, 1)
     assert depth.cut(["a"] * 6) is None  # two shallow ones would be more
     assert depth.cut([str(n) for n in range(40)]) is None
     assert depth.cut(["b", *"a" * 30, "c"]) == depth.Cut(4, 27, 1)
@@ -97,18 +99,19 @@ def test_of_blocks_that_are_not_alike_the_whole_model_is_traced(monkeypatch: pyt
 def test_what_does_not_repeat_is_not_believed() -> None:
     """Planted: one block of the deeper shallow model does something else, or frees in another order."""
     asked = work("lora", CPU)
-    shapes = (depth.shallow(SHAPE, BLOCKS, 3, out) for out in (14, 13))
+    out = BLOCKS - 3
+    shapes = (depth.shallow(SHAPE, BLOCKS, 3, left_out) for left_out in (out, out - 1))
     low, high = (plan.traced(replace(asked, model_config=shape, deep=SHAPE), CPU) for shape in shapes)
-    made = depth.deepened(low, high, 13)
+    made = depth.deepened(low, high, out - 1)
     assert made is not None
     assert made.events == plan.traced(asked).events
     odd: list[Any] = deepcopy([high.blocks, high.events, high.course])
     at = next(n for n, block in enumerate(high.blocks) if ".2.mlp" in block.module)
     high.blocks[at].op = "aten::odd"
-    assert depth.deepened(low, high, 13) is None
+    assert depth.deepened(low, high, out - 1) is None
     high.blocks, high.events, high.course = deepcopy(odd)
     high.events[-1], high.events[-40] = high.events[-40], high.events[-1]
-    assert depth.deepened(low, high, 13) is None
+    assert depth.deepened(low, high, out - 1) is None
 
 
 def test_a_miss_traces_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -289,14 +290,10 @@ def open_sentencepiece(file: Path) -> Any:
     Raises:
         ModelError: it cannot be read.
     """
-    import sentencepiece
-
     untrusted.check_file(file, most=untrusted.MOST_JSON)
     try:
-        found = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
-        if not found.get_piece_size():  # an empty file is a model without pieces
-            raise RuntimeError("no pieces")
-        return found
+        there = file.stat()
+        return _opened(file.resolve(), there.st_size, there.st_mtime_ns)
     except (OSError, RuntimeError) as error:
         raise ModelError(
             f"{file}: not a sentencepiece model",
@@ -304,3 +301,13 @@ def open_sentencepiece(file: Path) -> Any:
             expected="the tokenizer file of the model",
             fix="download it again: a Git LFS pointer in place of the file is a few hundred bytes of text",
         ) from error
+
+
+@lru_cache(maxsize=2)  # one tokenizer of a ChatGLM asks for it three times, and each time takes a third of a second
+def _opened(file: Path, size: int, changed: int) -> Any:
+    import sentencepiece
+
+    found = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+    if not found.get_piece_size():  # an empty file is a model without pieces
+        raise RuntimeError("no pieces")
+    return found
