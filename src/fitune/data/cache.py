@@ -20,6 +20,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -179,10 +180,18 @@ def code_version(room: Path | None = None) -> str:
     """Changes whenever the code that prepares data does, or what it stands on.
 
     Args:
-        room: the folder of that code, beside `core`; None: this one.
+        room: the folder of that code, beside `core`; None: this one, as it was when it was first asked for.
     """
+    return _code_here() if room is None else _code_in(room)
+
+
+@cache
+def _code_here() -> str:
+    return _code_in(Path(__file__).parent)
+
+
+def _code_in(room: Path) -> str:
     found = hashlib.sha256()
-    room = room or Path(__file__).parent
     files = {file.relative_to(room).as_posix(): file for file in room.rglob("*.py")}
     for name, file in sorted({**files, "records.py of core": room.parent / "core" / "records.py"}.items()):
         found.update(name.encode() + file.read_bytes())
