@@ -7,9 +7,9 @@
 Each system is installed into an environment of its own below build/against (pip alone needs the network), and trains in
 a process of its own, one after the other, all of them again in each round. The processes are in `systems/`. Weights,
 LoRA's initial matrices, rows, learning rates and the effective batch are the same, and the loss of every step is
-compared with that of plain transformers: a system that is off by more than 1e-3 is listed, and does not count. The
-first steps are not measured. Operations, processed tokens and bytes saved for the backward pass are counted in one
-more process of each system, so that counting takes no time of the others.
+compared with that of plain transformers: a system that is off by more than 1e-3 (in fp32 1e-4) is listed, and does not
+count. The first steps are not measured. Operations, processed tokens and bytes saved for the backward pass are counted
+in one more process of each system, so that counting takes no time of the others.
 
 The tokenizer and the rows come from `--tokenizer` and `--data`; by default qwen2's and alpaca_zh_demo below `--shared`
 (../shared, or $FITUNE_SHARED). Without them fitune's own small tokenizer does not fit the shapes, but `--shapes tiny`.
@@ -203,7 +203,7 @@ def compare(
         count: operations too, in a process more for each.
     """
     name = f"{setting.shape}-{setting.precision}"
-    folder = bench.work / "inputs" / setting.shape
+    folder = bench.work / "inputs" / name
     shared: dict[str, Any] = {
         **asdict(setting), **sources, "options": {}, "count": False, "model": str(folder / "model"),
         "adapter": str(folder / "adapter"), "data": str(folder / "rows.jsonl"), "rows": str(folder / "rows.json"),

@@ -40,8 +40,9 @@ SPREAD = 0.05  # standard deviation of the random weights: logits are about as f
 
 
 def make_model(settings: Mapping[str, Any], folder: Path) -> None:
-    """A random model with a tokenizer beside it, saved in bf16, so that runs in either precision begin with the same
-    values; and the adapter."""
+    """A random model with a tokenizer beside it; and the adapter. The values are those that bf16 has, so that runs in
+    either precision begin with the same; they are saved in the precision of the run, which LLaMA-Factory computes in
+    whatever else it is asked for."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -53,6 +54,7 @@ def make_model(settings: Mapping[str, Any], folder: Path) -> None:
     config = AutoConfig.for_model(**shape, **ends, tie_word_embeddings=True, initializer_range=SPREAD)
     torch.manual_seed(settings["seed"])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).bfloat16()
+    model = model.float() if settings["precision"] == "fp32" else model
     model.save_pretrained(str(folder / "model"))
     tokenizer.save_pretrained(str(folder / "model"))
     lora = LoraConfig(

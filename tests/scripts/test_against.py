@@ -57,17 +57,17 @@ def run(others: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def test_the_same_losses_count() -> None:
-    near = [loss + 0.9e-3 for loss in RIGHT]
+    near = [loss + 0.9e-4 for loss in RIGHT]
     found = run({"near": [made(near, 1.0)]})["systems"]
     assert [one["counted"] for one in found.values()] == [True] * 3
-    assert found["near"]["difference"] == pytest.approx(0.9e-3)
+    assert found["near"]["difference"] == pytest.approx(0.9e-4)
     assert found["transformers"]["difference"] == 0
 
 
 @pytest.mark.parametrize(
     ("planted", "why"),
     [
-        ([made([3.0, 2.5 + 1.1e-3, 2.25], 1.0)], "the loss of step 2 differs by 0.0011"),
+        ([made([3.0, 2.5 + 1.1e-4, 2.25], 1.0)], "the loss of step 2 differs by 0.00011"),
         ([made(RIGHT, 1.0), made([3.0, 2.5, 2.2], 1.0)], "the loss of step 3 differs by 0.05"),
         ([made([3.0, math.nan, 2.25], 1.0)], "the loss of step 2 differs by inf"),
         ([made([3.0, 2.5], 1.0)], "the loss of step 3 differs by inf"),
