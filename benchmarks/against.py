@@ -1,8 +1,9 @@
 """fitune beside other systems, in one run: the same rows in the same order, from the same weights.
 
     python benchmarks/against.py --quick                     a table in minutes, on two cores
-    python benchmarks/against.py --shapes 46.6M 0.5B --precisions fp32 bf16 --out FILE.json
-    python benchmarks/against.py --show FILE.json [--picture FILE.svg]
+    python benchmarks/against.py --shapes 46.6M 0.5B --precisions fp32 bf16 --out FILE.json [--add]
+    python benchmarks/against.py --show FILE.json            its tables again
+    python benchmarks/against.py --pages                     those of the documentation, and its picture
 
 Each system is installed into an environment of its own below build/against (pip alone needs the network), and trains in
 a process of its own, one after the other, all of them again in each round. The processes are in `systems/`. Weights,
@@ -35,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = ROOT / "benchmarks" / "systems"
 PINNED = ROOT / "src" / "fitune" / "constraints.txt"
 WORK = ROOT / "build" / "against"
+RESULTS, PICTURE = ROOT / "results" / "against.json", ROOT / "docs" / "performance.svg"
+PAGES = {"en": ROOT / "docs" / "performance.md", "zh": ROOT / "docs" / "performance.zh-CN.md"}
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def install(name: str, folder: Path) -> Path:
 
 
 def compare(
-    bench: Bench, setting: Setting, systems: list[System], rounds: int, sources: dict[str, str], count: bool
+    bench: Bench, setting: Setting, systems: list[System], args: argparse.Namespace, where: dict[str, Any]
 ) -> dict[str, Any]:
     """All systems in one setting.
 
@@ -198,25 +201,26 @@ def compare(
         bench: where they run.
         setting: what they share.
         systems: rows of the table.
-        rounds: how often each one trains.
-        sources: `tokenizer` and `raw`, the rows.
-        count: operations too, in a process more for each.
+        args: `rounds`, how often each one trains; `count`, operations too, in a process more for each; `tokenizer` and
+            `data`.
+        where: commit, date, machine.
     """
     name = f"{setting.shape}-{setting.precision}"
     folder = bench.work / "inputs" / name
     shared: dict[str, Any] = {
-        **asdict(setting), **sources, "options": {}, "count": False, "model": str(folder / "model"),
-        "adapter": str(folder / "adapter"), "data": str(folder / "rows.jsonl"), "rows": str(folder / "rows.json"),
-        "cache": str(bench.work / "cache"), "work": str(folder),
+        **asdict(setting), "tokenizer": str(args.tokenizer.resolve()), "raw": str(args.data.resolve()),
+        "options": {}, "count": False, "model": str(folder / "model"), "adapter": str(folder / "adapter"),
+        "data": str(folder / "rows.jsonl"), "rows": str(folder / "rows.json"), "cache": str(bench.work / "cache"),
+        "work": str(folder),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     bench.run("prepare", "fitune", shared, f"{name}-prepare")
     del shared["work"]
     rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     shared["lr"] = rows["lr"]
-    found = results.new(asdict(setting), rows, {one.name: asdict(one) for one in systems})
-    for number in range(rounds + count):
-        counting = number == rounds
+    found = results.new(asdict(setting), where, rows, {one.name: asdict(one) for one in systems})
+    for number in range(args.rounds + args.count):
+        counting = number == args.rounds
         for one in systems:
             settings = {**shared, "options": one.options, "count": counting}
             try:
@@ -247,7 +251,7 @@ def commit() -> str:
 def parsed() -> argparse.Namespace:
     """The arguments; `--quick` is a short form of some."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the 46.6M shape in fp32, 2 rounds of 4 steps")
+    parser.add_argument("--quick", action="store_true", help="the 46.6M shape in fp32, 2 rounds of 3 steps")
     parser.add_argument("--shapes", nargs="+", default=["46.6M"], choices=["46.6M", "0.5B", "tiny"])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--systems", nargs="+", default=DEFAULT, choices=list(TABLE))
@@ -264,11 +268,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--interpreter", nargs="+", default=[], metavar="NAME=PATH", help="an environment of yours")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--show", type=Path, help="print the table of a file, and do nothing else")
-    parser.add_argument("--picture", type=Path, help="with --show: draw it")
+    parser.add_argument("--add", action="store_true", help="keep what else the file of --out has")
+    parser.add_argument("--show", type=Path, help="print the tables of a file, and do nothing else")
+    parser.add_argument("--pages", action="store_true", help="write the documentation's tables and picture anew")
     args = parser.parse_args()
     if args.quick:
-        args.shapes, args.precisions, args.rounds, args.steps, args.warm = ["46.6M"], ["fp32"], 2, 4, 1
+        args.shapes, args.precisions, args.rounds, args.steps, args.warm = ["46.6M"], ["fp32"], 2, 2, 1
     args.systems += [name for name in QUANTIZED if args.quantized and name not in args.systems]
     args.tokenizer = args.tokenizer or args.shared / "tokenizers" / "qwen2"
     args.data = args.data or args.shared / "data" / "alpaca_zh_demo.json"
@@ -278,11 +283,11 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     """See the module's text."""
     args = parsed()
-    if args.show:
-        record = json.loads(args.show.read_text(encoding="utf-8"))
+    if args.show or args.pages:
+        record = read(args.show or RESULTS)
         print("\n".join(results.lines(record)))
-        if args.picture:
-            args.picture.write_text(results.picture(record), encoding="utf-8")
+        if args.pages:
+            write_pages(record)
         return 0
     for path in (args.tokenizer, args.data):
         if not path.exists():
@@ -292,25 +297,44 @@ def main() -> int:
     systems = [TABLE[name] for name in args.systems]
     for one in systems:
         bench.python(one.driver)
-    sources = {"tokenizer": str(args.tokenizer.resolve()), "raw": str(args.data.resolve())}
-    steps = args.warm + args.steps
-    record = {
+    kept = read(args.out)["runs"] if args.add and args.out and args.out.exists() else []
+    made: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        for precision in args.precisions:
+            setting = Setting(shape, precision, args.warm + args.steps, args.warm, device=args.device)
+            made.append(compare(bench, setting, systems, args, where(args)))
+            names = {results.title(run) for run in made}
+            record = {"runs": [*(run for run in kept if results.title(run) not in names), *made]}
+            if args.out:
+                args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(results.lines({"runs": made})))
+    return int(any(not run["systems"].get(FITUNE, {"counted": True})["counted"] for run in made))
+
+
+def where(args: argparse.Namespace) -> dict[str, Any]:
+    """What a comparison was made by, and on what."""
+    return {
         "command": "python benchmarks/against.py " + " ".join(sys.argv[1:]),
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": {"cores": os.cpu_count(), "threads": args.threads, "processor": processor()},
+        "cores": os.cpu_count(),
+        "threads": args.threads,
+        "processor": processor(),
         "data": args.data.name,
-        "runs": [],
     }
-    for shape in args.shapes:
-        for precision in args.precisions:
-            setting = Setting(shape, precision, steps, args.warm, device=args.device)
-            found = compare(bench, setting, systems, args.rounds, sources, args.count)
-            record["runs"].append(found)
-            if args.out:
-                args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(results.lines(record)))
-    return int(any(not run["systems"].get(FITUNE, {"counted": True})["counted"] for run in record["runs"]))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of results."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def write_pages(record: dict[str, Any]) -> None:
+    """The tables of both pages, and the picture that they show."""
+    for language, path in PAGES.items():
+        path.write_text(results.page(path.read_text(encoding="utf-8"), record, language), encoding="utf-8")
+    PICTURE.write_text(results.picture(record), encoding="utf-8")
 
 
 def processor() -> str:

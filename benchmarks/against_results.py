@@ -17,22 +17,24 @@ from fitune.views.charts import svg_of, text_width
 # Of the loss per label, in each step. In fp32 it is less than what computing in bf16 moves: a system that does so
 # although fp32 was asked for is off by 4e-4 to 9e-4.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
-HEAD = ["", "real tokens/s", "fitune is", "labels/s", "processed/s", "per CPU second", "to step 1", "peak MiB",
-        "FLOPs / floor", "saved, MiB", "loss off by"]  # fmt: skip
 
 Run = dict[str, Any]
 
 
-def new(setting: dict[str, Any], rows: dict[str, Any], systems: dict[str, dict[str, Any]]) -> Run:
+def new(
+    setting: dict[str, Any], where: dict[str, Any], rows: dict[str, Any], systems: dict[str, dict[str, Any]]
+) -> Run:
     """A comparison before its first round.
 
     Args:
         setting: what all systems share.
+        where: commit, date, machine.
         rows: rows.json of `systems/prepare.py`.
         systems: of each its options, and what it is compared with.
     """
     steps = rows["steps"]
     return {
+        **where,
         "setting": setting,
         "parameters": rows["parameters"],
         "trained": rows["trained"],
@@ -157,10 +159,29 @@ def floor_speed(run: Run) -> float | None:
 
 # ---- table and picture ----
 
+HEADS = {
+    "en": ["", "real tokens/s", "fitune is", "labels/s", "processed/s", "tokens per CPU second", "seconds to step 1",
+           "peak MiB", "FLOPs / floor", "saved for backward, MiB", "loss off by"],
+    "zh": ["", "真实 token/s", "fitune 快", "标签/s", "处理/s", "每 CPU 秒 token", "到第 1 步的秒数",
+           "峰值 MiB", "FLOPs / 下限", "为反向保存，MiB", "损失差"],
+}  # fmt: skip
+ABOVE = {
+    "en": "**{title}**: {tokens:,} tokens a round, {labels:.0%} labels; {rounds} rounds, {threads} threads of "
+    "{processor}, {date}, {commit}; floor {floor:,.0f} tokens/s",
+    "zh": "**{title}**：每轮 {tokens:,} 个 token，{labels:.0%} 有标签；{rounds} 轮，{processor} 的 {threads} 个线程，"
+    "{date}，{commit}；下限 {floor:,.0f} token/s",
+}
+NOT_COUNTED = {"en": "not counted", "zh": "不计"}
 
-def lines(record: dict[str, Any]) -> list[str]:
-    """The record as Markdown: a table for each comparison."""
-    return [text for run in record["runs"] for text in _section(run)][:-1]
+
+def lines(record: dict[str, Any], language: str = "en") -> list[str]:
+    """The record as Markdown: a table for each comparison.
+
+    Args:
+        record: with its `runs`.
+        language: of the heads, en or zh.
+    """
+    return [text for run in record["runs"] for text in _section(run, language)][:-1]
 
 
 def title(run: Run) -> str:
@@ -169,21 +190,28 @@ def title(run: Run) -> str:
     return f"{setting['shape']} {setting['precision']}"
 
 
-def _section(run: Run) -> Iterator[str]:
-    warm, speed = run["setting"]["warm"], floor_speed(run)
+def _section(run: Run, language: str) -> Iterator[str]:
+    warm, head = run["setting"]["warm"], HEADS[language]
     tokens, labels = sum(run["tokens"][warm:]), sum(run["labels"][warm:])
-    floor = "" if speed is None else f"; floor {speed:,.0f} tokens/s"
-    yield f"**{title(run)}**: {tokens:,} tokens, {labels / tokens:.0%} labels, {len(run['rates'])} rounds{floor}"
+    there = {key: run[key] for key in ("threads", "processor", "date", "commit")}
+    yield ABOVE[language].format(
+        title=title(run),
+        tokens=tokens,
+        labels=labels / tokens,
+        rounds=len(run["rates"]),
+        floor=floor_speed(run) or math.nan,
+        **there,
+    )
     yield ""
-    for cells in (HEAD, ["---"] * len(HEAD), *(_row(run, name) for name in run["systems"])):
+    for cells in (head, ["---"] * len(head), *(_row(run, name, language) for name in run["systems"])):
         yield f"| {' | '.join(cells)} |"
     yield ""
 
 
-def _row(run: Run, name: str) -> list[str]:
-    system = run["systems"][name]
+def _row(run: Run, name: str, language: str) -> list[str]:
+    system, width = run["systems"][name], len(HEADS[language])
     if not system["counted"]:
-        return [name, "not counted", system["why"].replace("|", "/"), *[""] * (len(HEAD) - 3)]
+        return [name, NOT_COUNTED[language], system["why"].replace("|", "/"), *[""] * (width - 3)]
     found = figures(run, name)
     times = None if name == "fitune" or not _counted(run, "fitune") else faster(run, "fitune", name)
     memory = [f"{found[what]:,.0f}" for what in ("resident", "allocated", "reserved") if what in found]
@@ -194,12 +222,22 @@ def _row(run: Run, name: str) -> list[str]:
         f"{found['label']:,.0f}",
         _shown(found, "processed", "{:,.0f}"),
         f"{found['cpu']:,.0f}",
-        f"{found['before']:.1f} s",
+        f"{found['before']:.1f}",
         " / ".join(memory),
         _shown(found, "work", "{:.2f}"),
         _shown(found, "saved", "{:,.0f}"),
         f"{system['difference']:.1e}",
     ]
+
+
+BEGIN, END = "<!-- the tables of results/against.json: begin -->", "<!-- end -->"
+
+
+def page(text: str, record: dict[str, Any], language: str) -> str:
+    """A page with the record's tables between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return "\n".join([before + BEGIN, "", *lines(record, language), "", END]) + after
 
 
 def _counted(run: Run, name: str) -> bool:

@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,10 @@ class Counters:
         """What is a parameter is held anyway: saving it takes nothing."""
         import torch
 
-        parameters = [one for one in gc.get_objects() if isinstance(one, torch.nn.Parameter)]
-        self.saved.held = {one.untyped_storage().data_ptr() for one in parameters}
+        for one in gc.get_objects():
+            if isinstance(one, torch.nn.Parameter) and not one.is_meta:
+                with suppress(RuntimeError):  # its storage was given away
+                    self.saved.held.add(one.untyped_storage().data_ptr())
 
     def mark(self) -> dict[str, float]:
         """What was counted up to now, and the most bytes that were saved since the last mark."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
@@ -34,6 +35,7 @@ def counted(saved: float) -> dict[str, Any]:
 
 
 RIGHT = [3.0, 2.5, 2.25]
+WHERE = {"commit": "abc", "date": "2026-11-27", "threads": 2, "processor": "a CPU"}
 
 
 def run(others: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def run(others: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     setting = {"shape": "tiny", "precision": "fp32", "warm": 1, "steps": 3}
     there = {"transformers": [made(RIGHT, 4.0), made(RIGHT, 2.0)], "fitune": [made(RIGHT, 1.0), made(RIGHT, 1.0)]}
     systems = {name: {"name": name, "reference": "transformers"} for name in {**there, **others}}
-    found = results.new(setting, rows, systems)
+    found = results.new(setting, WHERE, rows, systems)
     for name, rounds in {**there, **others}.items():
         for one in rounds:
             results.add(found, name, one, counting=False)
@@ -109,8 +111,8 @@ def test_figures_are_medians_of_the_measured_steps() -> None:
     assert results.floor_speed(found) == pytest.approx(10_000 / 10)
     head, rule, first, second = results.lines({"runs": [found]})[2:6]
     assert head.count("|") == rule.count("|") == first.count("|") == second.count("|")
-    assert first.startswith("| transformers | 38 | 3.00x | 30 |  | 19 | 1.0 s | 400 |")
-    assert second.startswith("| fitune | 100 |  | 80 | 130 | 50 | 1.0 s | 100 | 1.50 | 3 | 0.0e+00 |")
+    assert first.startswith("| transformers | 38 | 3.00x | 30 |  | 19 | 1.0 | 400 |")
+    assert second.startswith("| fitune | 100 |  | 80 | 130 | 50 | 1.0 | 100 | 1.50 | 3 | 0.0e+00 |")
 
 
 def test_memory_of_a_gpu_stands_beside_that_of_the_process() -> None:
@@ -175,11 +177,11 @@ def test_rows_of_like_length_go_through_the_model_together() -> None:
 def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """fitune and plain transformers on a tiny model, in this process."""
     systems = [against.TABLE[name] for name in ("transformers", "transformers-sorted", "fitune")]
-    sources = {"tokenizer": str(bundled() / "model"), "raw": str(bundled() / "data" / "train.jsonl")}
-    setting = against.Setting("tiny", "fp32", steps=2, warm=1, batch=4)
-    made: dict[str, Any] = against.compare(
-        bench(tmp_path_factory.mktemp("against")), setting, systems, 1, sources, True
+    args = argparse.Namespace(
+        rounds=1, count=True, tokenizer=bundled() / "model", data=bundled() / "data" / "train.jsonl"
     )
+    setting = against.Setting("tiny", "fp32", steps=2, warm=1, batch=4)
+    made: dict[str, Any] = against.compare(bench(tmp_path_factory.mktemp("against")), setting, systems, args, WHERE)
     return made
 
 
