@@ -25,12 +25,13 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import against_results as results
+from fitune.core import processor as processors
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = ROOT / "benchmarks" / "systems"
@@ -102,6 +103,7 @@ TABLE = {
 }  # fmt: skip
 QUANTIZED = ("transformers-nf4", "fitune-nf4", "transformers-int8", "fitune-int8")
 DEFAULT = [name for name in TABLE if name not in QUANTIZED]
+QUICK = [name for name in DEFAULT if name not in ("trl-packed", "llamafactory")]
 
 
 @dataclass(frozen=True)
@@ -253,15 +255,17 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the 46.6M shape in fp32, 2 rounds of 3 steps")
     parser.add_argument("--shapes", nargs="+", default=["46.6M"], choices=["46.6M", "0.5B", "tiny"])
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"],
+                        help="bf16 is left out where the processor has no instructions for it")  # fmt: skip
     parser.add_argument("--systems", nargs="+", default=DEFAULT, choices=list(TABLE))
     parser.add_argument("--quantized", action="store_true", help="also NF4 and int8, with plain transformers beside")
+    parser.add_argument("--reference", default="transformers", choices=list(TABLE), help="whose losses are right")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="measured steps")
     parser.add_argument("--warm", type=int, default=2, help="steps before them")
     parser.add_argument("--no-count", dest="count", action="store_false", help="do not count operations")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=processors.cores())
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("FITUNE_SHARED", ROOT.parent / "shared")))
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--data", type=Path)
@@ -273,8 +277,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--pages", action="store_true", help="write the documentation's tables and picture anew")
     args = parser.parse_args()
     if args.quick:
+        args.systems = QUICK if args.systems == DEFAULT else args.systems
         args.shapes, args.precisions, args.rounds, args.steps, args.warm = ["46.6M"], ["fp32"], 2, 2, 1
-    args.systems += [name for name in QUANTIZED if args.quantized and name not in args.systems]
+    args.systems = list(dict.fromkeys([*args.systems, *(QUANTIZED if args.quantized else ())]))
     args.tokenizer = args.tokenizer or args.shared / "tokenizers" / "qwen2"
     args.data = args.data or args.shared / "data" / "alpaca_zh_demo.json"
     return args
@@ -294,11 +299,16 @@ def main() -> int:
             sys.exit(f"{path}: not there; fix: --tokenizer FOLDER --data ROWS.json, or --shared FOLDER with both")
     given = dict(pair.split("=", 1) for pair in args.interpreter)
     bench = Bench(args.work, {name: Path(path) for name, path in given.items()}, args.threads)
-    systems = [TABLE[name] for name in args.systems]
+    systems = [
+        TABLE[name] if name in QUANTIZED else replace(TABLE[name], reference=args.reference) for name in args.systems
+    ]
     for one in systems:
         bench.python(one.driver)
     kept = read(args.out)["runs"] if args.add and args.out and args.out.exists() else []
     made: list[dict[str, Any]] = []
+    if "bf16" in args.precisions and not bench.run("rate", "fitune", {"device": args.device}, "rate")["bf16"]:
+        args.precisions.remove("bf16")
+        print("no bf16: this processor has no instructions for it", flush=True)
     for shape in args.shapes:
         for precision in args.precisions:
             setting = Setting(shape, precision, args.warm + args.steps, args.warm, device=args.device)

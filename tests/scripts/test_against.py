@@ -129,6 +129,17 @@ def test_the_picture_has_a_bar_for_what_counts() -> None:
     assert widths[1] / widths[2] == pytest.approx(0.1, abs=1e-3)
 
 
+def test_a_page_has_the_tables_between_its_marks() -> None:
+    record = {"runs": [run({})]}
+    text = f"# A\n\n{results.BEGIN}\nold\n{results.END}\n\nB\n"
+    english, chinese = (results.page(text, record, language) for language in ("en", "zh"))
+    assert english.startswith(f"# A\n\n{results.BEGIN}\n\n**tiny fp32**: 200 tokens a round")
+    assert english.endswith(f" |\n\n{results.END}\n\nB\n")
+    assert "old" not in english
+    assert "| 真实 token/s |" in chinese
+    assert results.page(english, record, "en") == english
+
+
 # ---- counting ----
 
 
