@@ -324,7 +324,7 @@ def main() -> int:
 def where(args: argparse.Namespace) -> dict[str, Any]:
     """What a comparison was made by, and on what."""
     return {
-        "command": "python benchmarks/against.py " + " ".join(sys.argv[1:]),
+        "command": asked(args),
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "cores": os.cpu_count(),
@@ -332,6 +332,13 @@ def where(args: argparse.Namespace) -> dict[str, Any]:
         "processor": processor(),
         "data": args.data.name,
     }
+
+
+def asked(args: argparse.Namespace) -> str:
+    """The command that makes the same again on any machine: no paths of this one."""
+    numbers = [f"--{name} {getattr(args, name)}" for name in ("rounds", "steps", "warm", "threads", "reference")]
+    lists = [f"--{name} {' '.join(getattr(args, name))}" for name in ("shapes", "precisions", "systems")]
+    return " ".join(["python benchmarks/against.py", *lists, *numbers])
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -140,6 +140,25 @@ def test_a_page_has_the_tables_between_its_marks() -> None:
     assert results.page(english, record, "en") == english
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_documentation_shows_the_results(language: str) -> None:
+    record = against.read(against.RESULTS)
+    text = against.PAGES[language].read_text(encoding="utf-8")
+    assert results.page(text, record, language) == text, "python benchmarks/against.py --pages"
+    assert against.PICTURE.read_text(encoding="utf-8") == results.picture(record)
+    record["runs"][0]["systems"]["fitune"]["rounds"][0]["wall"][-1] *= 2
+    assert results.page(text, record, language) != text
+
+
+def test_the_results_are_judged_as_the_benchmark_judges() -> None:
+    for made in against.read(against.RESULTS)["runs"]:
+        again = copy.deepcopy(made)
+        results.judge(again)
+        assert again == made
+        assert made["systems"]["fitune"]["counted"]
+        assert str(ROOT.parent) not in made["command"]
+
+
 # ---- counting ----
 
 
