@@ -24,6 +24,7 @@ from fitune.data.cache import Cache
 from fitune.data.rows import load
 from fitune.models.load import load_model
 from support import tiny
+from support.command import run as command
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "broken_folders.py"
 spec = importlib.util.spec_from_file_location("broken_folders", SCRIPT)
@@ -37,15 +38,10 @@ SETTINGS = ("--batch-size", 4, "--max-length", 64, "--max-steps", 2, "--save-eve
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str]:
-    """The command line in this process: exit code, standard error."""
-    monkeypatch.setattr(sys, "argv", ["fitune", *map(str, words)])
+    """The command line, with a question for chat: exit code, standard error."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi?\n"))
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as done:
-        code = int(done.code or 0)
-    return code, capsys.readouterr().err
+    code, _, err = command(words, capsys, monkeypatch)
+    return code, err
 
 
 @pytest.fixture(scope="module")

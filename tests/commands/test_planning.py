@@ -28,7 +28,7 @@ from fitune.commands.verify import verify
 from fitune.core import processor
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, FituneError, ModelError, Problems, TrainingError
-from fitune.core.events import Silent, Watcher
+from fitune.core.events import Silent
 from fitune.core.records import Conversation, Message, Sample, ToolCall
 from fitune.data import tokenizer
 from fitune.data.batches import Loader, flat
@@ -46,6 +46,7 @@ from support.command import run as command
 from support.contract import samples
 from support.hub_server import SHA, Server, fetch
 from support.memory_errors import OOM, make, runner
+from support.messages import Messages
 from support.runs import Crash, CrashAt, digest
 
 MIB, GIB = 2**20, 2**30
@@ -875,14 +876,6 @@ def limited(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(training, "rehearse", rehearse)
     return tried
-
-
-class Messages(Watcher):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
 
 
 def test_a_rehearsal_that_does_not_fit_halves_micro_batches_to_the_same_result(

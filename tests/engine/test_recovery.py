@@ -23,6 +23,7 @@ from fitune.engine.step import held_out_loss, loss_sum, training_step
 from fitune.models.parts import trainable
 from support.contract import samples
 from support.memory_errors import OOM, careful, fails_above, make, runner
+from support.messages import Messages
 from support.runs import Crash, CrashAt, digest
 
 
@@ -101,14 +102,6 @@ watch = Limit()
 result = train(build(json.load(open(sys.argv[1]))), watch=watch)
 print(json.dumps({"messages": [t for t in watch.messages if "memory" in t], "loss": result.held_out_loss_after}))
 """
-
-
-class Messages(Watcher):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from fitune.cli import main as cli
 from support import tiny
+from support.command import run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "broken_inputs.py"
 spec = importlib.util.spec_from_file_location("broken_inputs", SCRIPT)
@@ -23,18 +23,6 @@ assert spec.loader is not None
 broken = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = broken
 spec.loader.exec_module(broken)
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """The command line, in this process."""
-    sys.argv = ["fitune", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as done:
-        out = capsys.readouterr()
-        return int(done.code or 0), out.out, out.err
-    out = capsys.readouterr()
-    return 0, out.out, out.err
 
 
 def test_there_are_more_than_a_hundred_of_them() -> None:
@@ -49,12 +37,12 @@ CASES = [pytest.param(one, marks=[pytest.mark.full] if one.name in SLOW else [])
 def test_broken_data_costs_one_message_or_a_counted_skip(
     case: Any, tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [])
     path = tmp_path / case.name
     case.make(path)
     if case.good is None or case.bad:
         output = tmp_path / "run"
-        code, _, err = run(capsys, "train", "--model", model_folder, "--data", path, "--output", output)
+        arguments = ["train", "--model", model_folder, "--data", path, "--output", output]
+        code, _, err = run(arguments, capsys, monkeypatch)
         assert code == 2
         assert err.count("error: ") == 1
         assert err.startswith("error: ")
@@ -63,7 +51,7 @@ def test_broken_data_costs_one_message_or_a_counted_skip(
         assert "Traceback" not in err
         assert len(err) < 20_000
         assert not output.exists()
-    code, out, err = run(capsys, "inspect", path, "--model", model_folder, "--json")
+    code, out, err = run(["inspect", path, "--model", model_folder, "--json"], capsys, monkeypatch)
     assert "Traceback" not in err
     if case.good is None:
         assert code == 2

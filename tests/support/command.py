@@ -1,4 +1,4 @@
-"""The command line, run in a process of its own."""
+"""The command line, run inside the process of the tests."""
 
 from __future__ import annotations
 
