@@ -6,7 +6,8 @@
 measured rates, and warm, with what the cold one left. Seconds are counted from outside, from the start of the process
 until it prints its first step, and from inside by phase (`core/clock.py`); CPU seconds are those of all threads.
 Without a model it is the demo's. `--than` names the `src` folder of another version, whose processes run in between.
-A timing counts where the machine is idle: how many cores other processes took meanwhile is printed and kept.
+Seconds count where the machine is idle (how many cores other processes took meanwhile is printed and kept); elsewhere
+CPU seconds do, best of one thread, since two that wait for each other are not worth two.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fitune.commands.demo import bundled
 from fitune.core import clock, processor
 from fitune.core.files import sha256
@@ -49,10 +52,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """One process. to_step_1: seconds until its first step was printed; cpu: of the whole process; busy: cores that
-    other processes took; phases: seconds and CPU seconds of each, where the version counts them."""
+    """One process. to_step_1: seconds until its first step was printed; cpu_to_step_1: its CPU seconds until then;
+    cpu: of the whole process; busy: cores that other processes took; phases: seconds and CPU seconds of each, where
+    the version counts them."""
 
     to_step_1: float
+    cpu_to_step_1: float
     cpu: float
     busy: float
     phases: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -79,7 +84,7 @@ def timed(case: Case, source: Path, cache: Path, run: Path) -> Timing:
     command = [sys.executable, "-m", "fitune", "train", *arguments]
     since, before, began = processor.moment(), os.times(), time.perf_counter()
     shown: list[str] = []
-    first = 0.0
+    first = cpu_first = 0.0
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
     ) as process:
@@ -87,7 +92,8 @@ def timed(case: Case, source: Path, cache: Path, run: Path) -> Timing:
         for line in process.stdout:
             shown.append(line)
             if line.startswith(FIRST):
-                first = time.perf_counter() - began
+                first, taken = time.perf_counter() - began, psutil.Process(process.pid).cpu_times()
+                cpu_first = taken.user + taken.system
     if process.returncode or not first:
         raise SystemExit("".join(shown))
     after = os.times()
@@ -96,7 +102,7 @@ def timed(case: Case, source: Path, cache: Path, run: Path) -> Timing:
     phases = {one["name"]: (one["seconds"], one["cpu_seconds"]) for one in found.get("phases", [])}
     # this process has waited for the child, whose seconds count as other processes': they are taken off
     busy = max(0.0, processor.others(since) - cpu / (time.perf_counter() - began))
-    return Timing(first, cpu, busy, phases)
+    return Timing(first, cpu_first, cpu, busy, phases)
 
 
 def pairs(case: Case, sources: Sequence[Path], repeats: int) -> dict[tuple[Path, str], list[Timing]]:
@@ -116,7 +122,8 @@ def pairs(case: Case, sources: Sequence[Path], repeats: int) -> dict[tuple[Path,
 def _line(one: Timing) -> str:
     parts = ", ".join(f"{name} {seconds:.2f}" for name, (seconds, _) in one.phases.items() if name in clock.PREPARING)
     before = f"; before it {one.before:.2f}: {parts}" if one.before is not None else ""
-    return f"{one.to_step_1:.2f} s until step 1 was made, {one.cpu:.2f} CPU s in all, {one.busy:.1f} cores busy{before}"
+    cpu = f"{one.cpu_to_step_1:.2f} CPU s, {one.cpu:.2f} in all"
+    return f"{one.to_step_1:.2f} s until step 1 was made, {cpu}; {one.busy:.1f} cores busy{before}"
 
 
 def summary(timings: Sequence[Timing]) -> dict[str, Any]:
@@ -124,9 +131,11 @@ def summary(timings: Sequence[Timing]) -> dict[str, Any]:
     befores = [one.before for one in timings if one.before is not None]
     names = [name for name in clock.WHAT if all(name in one.phases for one in timings)]
     return {
-        "to_step_1": round(statistics.median(one.to_step_1 for one in timings), 2),
+        **{
+            name: round(statistics.median(getattr(one, name) for one in timings), 2)
+            for name in ("to_step_1", "cpu_to_step_1", "cpu")
+        },
         "before_step_1": round(statistics.median(befores), 2) if befores else None,
-        "cpu": round(statistics.median(one.cpu for one in timings), 2),
         "phases": {
             name: [round(statistics.median(one.phases[name][n] for one in timings), 3) for n in (0, 1)]
             for name in names
