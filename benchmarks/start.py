@@ -170,15 +170,22 @@ def main() -> int:
     return 0
 
 
+def _commit(source: Path) -> str:
+    """The last that changed what was measured."""
+    command = ["git", "log", "-1", "--format=%H", "--", "."]
+    return subprocess.run(command, cwd=source, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def _record(args: argparse.Namespace, case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
     import torch
 
-    commit = ["git", "rev-parse", "HEAD"]
+    than = {"than": _commit(args.than)} if args.than else {}
     return {
         "command": f"python benchmarks/start.py --model {case.model.name} --data {case.data.name} "
-        f"--repeats {args.repeats} --threads {case.threads}",
+        f"--repeats {args.repeats} --threads {case.threads}{' --than SRC' if than else ''}",
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": subprocess.run(commit, cwd=SRC, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": _commit(SRC),
+        **than,
         "data_sha256": sha256(case.data),
         "machine": {
             "cores": processor.cores(),
