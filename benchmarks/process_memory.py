@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "small, nf4": {**SMALL, **LORA, "quant": "nf4"},
     "small, bf16": {**SMALL, **LORA, "precision": "bf16"},
     "33M, lora": {**WIDE, **LORA},
+    "33M, lora, recomputed": {**WIDE, **LORA, "checkpointing": True},
     "33M, full": {**WIDE, "method": "full"},
     "33M, nf4": {**WIDE, **LORA, "quant": "nf4"},
     "33M, bf16": {**WIDE, **LORA, "precision": "bf16"},

@@ -125,10 +125,7 @@ class Counters:
     """Operations, tokens that went through the embedding, and bytes saved for the backward pass."""
 
     def __init__(self) -> None:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        self.flops = FlopCounterMode(display=False, custom_mapping=attention_formulas())
-        self.flops.mod_tracker = Nowhere()  # type: ignore[assignment]  # all that is asked of a tracker
+        self.flops = operations()
         self.saved = Saved()
         self.processed = 0
         self.stack = ExitStack()
@@ -170,6 +167,15 @@ class Counters:
         }
         self.saved.most = self.saved.now
         return found
+
+
+def operations() -> Any:
+    """torch's counter of operations, for code that calls `torch.autograd.grad` inside and attention on a CPU."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False, custom_mapping=attention_formulas())
+    counter.mod_tracker = Nowhere()  # type: ignore[assignment]  # all that is asked of a tracker
+    return counter
 
 
 class Nowhere:

@@ -6,14 +6,17 @@ import gc
 import json
 import random
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import fitune
 from fitune.cli import flags
 from fitune.cli import main as cli
 from fitune.commands import advise as advice
@@ -25,10 +28,11 @@ from fitune.commands.request import to_plan
 from fitune.commands.savers import savers, smaller_batches, what_helps
 from fitune.commands.train import train
 from fitune.core.as_flags import flags as as_flags
+from fitune.core.blocks import chosen, named
 from fitune.core.config import build, merge, parse_assignments
 from fitune.core.errors import ConfigError, FituneError
 from fitune.core.events import Silent
-from fitune.core.plan import size_text
+from fitune.core.plan import Moment, Plan, size_text
 from fitune.core.records import Sample
 from fitune.data.batches import Loader, rounded
 from fitune.memory import device, flops, plan, search, steps
@@ -348,11 +352,15 @@ def test_operations_are_those_of_the_formulas() -> None:
     counted, lora = each("lora")
     assert lora == pytest.approx(4 * (p + 0.8 * h) + 6 * counted.new + 3 * a, rel=1e-9)
     _, again = each("lora", checkpointing=True)
-    assert again - lora == pytest.approx(2 * p + a, rel=1e-9)
+    assert again - lora == pytest.approx(2 * (p + counted.new) + a, rel=1e-9)
+    _, half = each("lora", checkpointing="0-2")
+    assert half - lora == pytest.approx((again - lora) / 2, rel=1e-9)
     counted, freeze = each("freeze")
     f = 2 / 6
     assert counted.share == pytest.approx(f)
     assert freeze == pytest.approx(2 * p + 4 * f * p + 4 * 0.8 * h + a * (1 + 2 * f), rel=1e-9)
+    _, again = each("freeze", checkpointing="0-4")  # of which the backward pass goes through one
+    assert again - freeze == pytest.approx((2 * p + a) / 6, rel=1e-9)
 
 
 def test_train_fit_takes_the_suggestion_and_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -494,3 +502,84 @@ def test_flags_train(tmp_path: Path) -> None:
          "output": str(tmp_path / "run"), "max_steps": 1}
     )  # fmt: skip
     assert train(config).steps == 1
+
+
+# ---- fewer rows, or blocks that are recomputed ----
+
+
+class Made:
+    """Exact plans of a model of 10 blocks that are made up: each row takes 10 bytes in each of them, or 1."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+
+    def plan(self, settings: Mapping[str, Any]) -> Plan:
+        rows, how = settings["batch_size"], settings["checkpointing"]
+        every = range(11) if how == "auto" else [len(chosen(how, 10))]
+        again = next((n for n in every if self._bytes(rows, n) <= self.budget), every[-1])
+        moment = Moment("loss", 0, {})
+        return Plan(
+            "m", "lora", "bf16", "none", "cuda", None, "trace", "", 0, 0, None, 0, 0, [], moment, [], [], 0, None, None,
+            None, {}, self._bytes(rows, again), self.budget, {}, blocks=10, recomputed=[*range(again)],
+        )  # fmt: skip
+
+    def _bytes(self, rows: int, again: int) -> int:
+        return rows * (100 - 9 * again)
+
+    def time(self, settings: Mapping[str, Any]) -> float:
+        return 10 + 0.5 * len(chosen(settings["checkpointing"], 10))
+
+
+@pytest.mark.parametrize(
+    ("budget", "enough", "rows", "again"),
+    [
+        (800, None, 8, False),  # all fits
+        (400, None, 4, False),  # fewer rows cost nothing
+        (400, 4, 4, False),
+        (400, 8, 8, "0-5"),  # but with half of them a product takes as long as with all
+        (210, 8, 8, "0-8"),
+        (99, None, 1, "0-0"),  # no row fits without: of one row the fewest blocks
+        (20, 8, 2, "0-9"),
+        (9, None, None, None),  # and none at all
+    ],
+)
+def test_the_cheapest_of_fewer_rows_and_recomputed_blocks_is_taken(
+    budget: int, enough: int | None, rows: int | None, again: Any
+) -> None:
+    candidate = SimpleNamespace(settings={"checkpointing": "auto"}, enough=enough)
+    sizes = {n: {"checkpointing": "auto", "batch_size": n} for n in (8, 4, 2, 1)}
+    found = advice._fitting(Made(budget), candidate, sizes)  # type: ignore[arg-type]  # stand-ins
+    if rows is None:
+        assert found is None
+        return
+    assert found is not None
+    settings, made = found
+    assert (settings["batch_size"], settings["checkpointing"]) == (rows, again)
+    assert made.fits
+
+
+def test_settings_that_are_given_are_not_left_to_a_plan() -> None:
+    candidate = SimpleNamespace(settings={"checkpointing": True}, enough=None)
+    found = advice._fitting(Made(81), candidate, {8: {"checkpointing": True, "batch_size": 8}})  # type: ignore[arg-type]  # stand-ins
+    assert found is not None
+    assert found[0]["checkpointing"] is True
+
+
+def test_a_fit_that_recomputes_names_its_blocks(tmp_path: Path) -> None:
+    """And typed, the command has the plan that was shown."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps({"instruction": "Tell", "output": "some more text " * 400}) + "\n") * 4)
+    model, data = str(shape_file(tmp_path, 1)), [str(rows)]
+    wanted: dict[str, Any] = {"method": "lora", "quant": "none", "batch_size": 1, "max_length": 1024}
+    exactly = exact_of({"model": model, "data": data, "gpu": "24GB", **wanted})
+    none, every = (exactly.plan({"checkpointing": how}) for how in (False, True))
+    budget = f"{(none.needed + every.needed) // 2 // 2**20}MiB"
+    best = advice.advise(model, data=data, gpu=budget, only_best=True, **wanted).suggestions[0]
+    assert best.plan.fits
+    assert 0 < len(best.plan.recomputed) < best.plan.blocks
+    assert best.settings["checkpointing"] == named(best.plan.recomputed)
+    assert f"--checkpointing {named(best.plan.recomputed)}" in best.flags
+    typed = fitune.plan(model, data=data, gpu=budget, **{**wanted, **best.settings})
+    assert typed.needed == best.plan.needed
+    fewer = named(best.plan.recomputed[:-1])
+    assert not fitune.plan(model, data=data, gpu=budget, **{**wanted, **best.settings, "checkpointing": fewer}).fits

@@ -24,12 +24,17 @@ SHAPE = LlamaConfig(
 )  # fmt: skip
 EVERY_SECOND = "lora, every second block"
 # two blocks repeat, and two are not like the others: so that the shallow models are worth it
-DEEPER = {EVERY_SECOND: 20, "freeze": 17}
+DEEPER = {
+    EVERY_SECOND: 20, "freeze": 17, "lora, a few blocks": 24, "lora, all but a few": 24, "lora, in main memory": 24,
+}  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"targets": "all-linear", "dropout": 0.1}},
     "lora, without dropout": {"lora": {"targets": "all-linear"}},
     "lora, checkpointing": {"method": "lora", "checkpointing": True},
     EVERY_SECOND: {"method": "lora", "checkpointing": 2},
+    "lora, a few blocks": {"method": "lora", "checkpointing": "0-2"},
+    "lora, all but a few": {"method": "lora", "checkpointing": "0-20"},
+    "lora, in main memory": {"method": "lora", "checkpointing": "0-2", "offload": True},
     "lora on nf4": {"method": "lora", "quant": {"name": "nf4"}},
     "full": {"max_grad_norm": 1.0},
     "full, 8-bit states": {"method": "full", "optimizer": "adamw-8bit"},
@@ -55,6 +60,7 @@ def ways() -> list[Any]:
     alike = ("lora, without dropout", "p-tuning", "prompt", "ia3")
     some = {(way, target) for way, target in zip(WAYS, (CPU, AMPERE) * len(WAYS), strict=False) if way not in alike}
     some |= {("lora", CPU), ("lora", AMPERE), ("full, in the backward pass", AMPERE), (EVERY_SECOND, CPU)}
+    some |= {("lora, in main memory", AMPERE)}
     return [
         pytest.param(way, target, id=f"{way}-{name}", marks=[] if (way, target) in some else pytest.mark.full)
         for way in WAYS
@@ -76,6 +82,8 @@ def test_a_trace_from_shallow_models_is_the_trace(way: str, target: Target, monk
     assert made.blocks == whole.blocks
     assert made.events == whole.events
     assert usage(made) == usage(whole)
+    assert made.host_most == whole.host_most
+    assert (made.host_most > 0) == (way == "lora, in main memory" and target is AMPERE)
 
 
 def test_of_blocks_that_are_not_alike_the_whole_model_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,13 @@ def test_holes_of_a_step_are_gone_in_the_next() -> None:
     assert holes(events + again, [], 1.0) > one  # without the update they would
 
 
+def test_a_backward_pass_leaves_no_small_objects() -> None:
+    """Blocks that are recomputed there leave no holes, as many as there are."""
+    events = layers(50, MIB)
+    assert holes(events, [(0, "step", "backward")], 1.0) < MIB
+    assert holes(events, [(0, "step", "forward")], 1.0) > 100 * MIB
+
+
 def test_blocks_that_are_mapped_by_themselves_leave_no_holes() -> None:
     assert holes(layers(10, MAPPED), [], 1.0) == 0
 

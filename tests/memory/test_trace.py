@@ -7,7 +7,6 @@ from contextlib import suppress
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +14,6 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fitune.core.config import RunConfig, build, settings_only
-from fitune.core.records import Batch, Sample
-from fitune.data.batches import flat
 from fitune.memory import known, overrides, plan, steps, storage, trace
 from fitune.memory.counted import count, shadows
 from fitune.memory.cuda import Cuda
@@ -27,9 +24,9 @@ from fitune.models import adapters, families, methods
 from fitune.models import quant as quants
 from fitune.models.configs import without_weights
 from fitune.models.kernels.target import AMPERE, CPU
-from fitune.models.prepare import checkpoint_blocks
 from support import contract as contract
-from support import tiny
+from support import measured, tiny
+from support.measured import batch
 
 LEAST, CLOSE = 20 * 2**20, 0.005
 QUICK = {
@@ -51,27 +48,9 @@ def cases() -> Iterator[Any]:
             yield pytest.param(variant, kind, precision, quant, marks=marks, id=f"{variant}-{kind}-{precision}-{quant}")
 
 
-def batch(*lengths: int) -> Batch:
-    """Documents of these lengths; all but the first token of each is trained."""
-    random = np.random.default_rng(0)
-    samples = [Sample(random.integers(9, 380, n).astype(np.int32), np.arange(n) > 0) for n in lengths]
-    return flat(samples, range(len(samples)))
-
-
 def really(config: RunConfig, kind: str, work: plan.Work, quant: str) -> int:
-    """The most bytes that torch's profiler saw of the model and the work together."""
-    base = contract.make_base(kind, config.precision, methods.find(config.method), quant)
-    model = adapters.attach(base, config)
-    checkpoint_blocks(model, families.of(base), config.checkpointing)
-    there = count(model, Tracer())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        plan.go(model, work, trace.Blind())
-    now = most = there
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+    """What a tiny model and the work take together."""
+    return measured.really(contract.make_base(kind, config.precision, methods.find(config.method), quant), config, work)
 
 
 def predicted(work: plan.Work) -> Tracer:
@@ -97,9 +76,9 @@ def test_what_is_planned_is_what_is_allocated(variant: str, kind: str, precision
         pytest.skip("this method does not go on these weights, and the contract says why")
     work = plan.Work(config, tiny.make_model(kind).config, [[batch(9, 5)], [batch(*[240] * 25)]])
     expected = most(predicted(work))  # before the run
-    measured = really(config, kind, work, quant)
-    assert measured >= LEAST
-    assert expected == pytest.approx(measured, rel=CLOSE), f"{expected / measured - 1:+.3%}"
+    there = really(config, kind, work, quant)
+    assert there >= LEAST
+    assert expected == pytest.approx(there, rel=CLOSE), f"{expected / there - 1:+.3%}"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +86,8 @@ def test_what_is_planned_is_what_is_allocated(variant: str, kind: str, precision
     [
         {"checkpointing": True},
         {"checkpointing": 2},
+        {"checkpointing": "0-1"},
+        {"offload": "0-0", "checkpointing": "1-1"},
         {"optimizer": "adamw-foreach"},
         {"optimizer": "adamw-8bit"},
         {"optimizer": "paged-adamw-8bit"},

@@ -24,9 +24,12 @@ from fitune.memory.counted import count
 from fitune.memory.usage import usage
 from fitune.models import quant as quants
 from support import tiny
+from support.against import module
 from support.gpu_benchmark import PATH, gpu
 
+ROOT = Path(__file__).parents[2]
 LEAST, CLOSE = 20 * 2**20, 0.005
+recompute: Any = module("recompute")
 
 
 CARD = gpu.Card("NVIDIA H100 80GB HBM3", "GPU-0", 80 * gpu.GIB, 79 * gpu.GIB, "bf16")
@@ -354,3 +357,38 @@ def test_two_small_configurations_for_real() -> None:
     for one in rows:
         assert one["died"] is None
         assert max(abs(off) for off in gpu.errors_of(one).values()) < 0.15, gpu.line(one)
+
+
+# ---- what recomputation costs ----
+
+
+def test_the_table_of_recomputed_blocks_is_that_of_its_results() -> None:
+    """And the results are what the text says of them: plans hold, bits are the same, operations fall."""
+    record = json.loads((ROOT / "results" / "recompute.json").read_text(encoding="utf-8"))
+    assert recompute.problems(record) == []
+    for language in ("", ".zh-CN"):
+        assert "\n".join(recompute.lines(record)) in (ROOT / "docs" / f"memory{language}.md").read_text(
+            encoding="utf-8"
+        )
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [({"same_bits": False}, "other bits"), ({"off": 0.01}, "plan off by 1.00%"), ({"work": 1.0}, "operations")],
+)
+def test_a_result_that_is_not_as_it_should_be_is_found(changed: dict[str, Any], found: str) -> None:
+    rows = [{"recomputed": [], "same_bits": True, "off": 0.0, "work": 1.0}]
+    rows += [{**rows[0], "recomputed": [0], "work": 1.2}]
+    assert recompute.problems({"methods": {"lora": rows}}) == []
+    rows[1] |= changed
+    assert found in recompute.problems({"methods": {"lora": rows}})[0]
+
+
+def test_what_recomputation_costs_is_measured(tmp_path: Path) -> None:
+    """The benchmark on a small model: it compares bits, plans and operations, and finds nothing wrong."""
+    out = tmp_path / "out.json"
+    small = ["--blocks", "3", "--length", "32", "--rounds", "1", "--budgets", "2", "--methods", "lora"]
+    assert recompute.main([*small, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["methods"]["lora"]
+    assert [row["recomputed"] for row in rows] == [[], [0, 1]]
+    assert rows[0]["time"] == rows[0]["work"] == 1

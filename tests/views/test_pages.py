@@ -81,7 +81,8 @@ def advice() -> str:
         needed_at_largest=GIB, max_length=512, quality=0.99, seconds=7300.0, enough=None,
     )  # fmt: skip
     candidate = Candidate(
-        name="", settings={"quant": {"name": "nf4"}, "precision": "bf16"}, batch_size=8, max_length=512, needed=GIB,
+        name="", settings={"quant": {"name": "nf4"}, "precision": "bf16", "checkpointing": "auto"}, batch_size=8,
+        kept=4, max_length=512, needed=GIB,
         quality=0.99, trainable=3407872, flops_per_token=1e9, seconds=70.0, enough=None,
     )  # fmt: skip
     saver = Saver("--optimizer paged-adamw-8bit", {}, saves=GIB, time=1.1, cut=0.0, cost="8-bit states", plan=plan)

@@ -71,6 +71,19 @@ def test_verdicts() -> None:
     )
 
 
+def test_verdicts_on_blocks() -> None:
+    plan = example(blocks=32, recomputed=[*range(12)], more_work=0.1234)
+    assert verdict(plan).endswith("; blocks 0 to 11 of 32 recomputed in the backward pass, 12 % more operations")
+    plan = example(blocks=32, recomputed=[*range(32)], more_work=0.33, waiting=[0, 1], host=GIB)
+    assert verdict(plan).endswith(
+        "; all 32 blocks recomputed in the backward pass, 33 % more operations; "
+        "inputs of blocks 0 to 1 in main memory until the backward pass, 1.0 GiB"
+    )
+    assert verdict(example(blocks=32, waiting=[0, 1], host=GIB)).endswith(
+        "; activations of blocks 0 to 1 in main memory until the backward pass, 1.0 GiB"
+    )
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_the_page_and_the_terminal_say_the_same(name: str) -> None:
     assert f">{verdict(PLANS[name]())}</div>" in page(PLANS[name]()).replace("\N{NO-BREAK SPACE}", " ")

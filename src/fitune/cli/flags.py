@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
 from cyclopts import Parameter
-from pydantic import BaseModel, Field, create_model
+from pydantic import AfterValidator, BaseModel, Field, create_model
 
 from fitune.core import config as settings
 from fitune.core import options
@@ -58,11 +58,19 @@ def _quant_flags(group: type[BaseModel]) -> Given:
     return fields
 
 
+def _as_yaml(value: bool | int | str) -> Any:
+    """What was typed for a setting that takes more than text: true is no text."""
+    return settings.value_of(value) if isinstance(value, str) else value
+
+
 def _flag_type(kind: Any) -> Any:
     """What is typed for a setting: of sources the paths, and `name=text` for each entry of a mapping.
 
-    Bounds inside a list are left to the settings' own check, which says what is wrong as fitune does.
+    Bounds inside a list, and numbers of blocks, are left to the settings' own check, which says what is wrong as fitune
+    does.
     """
+    if settings.BlockNumbers in get_args(kind):
+        return Annotated[bool | int | str, AfterValidator(_as_yaml)]
     if get_origin(kind) is dict or kind in (list[options.AnySource], options.OneOrMore):
         return list[str]
     item = get_args(kind)[0] if get_origin(kind) is list else None

@@ -25,12 +25,13 @@ from fitune.commands.request import Request, to_plan
 from fitune.commands.savers import savers
 from fitune.core import catalog
 from fitune.core.as_flags import flags
+from fitune.core.blocks import AUTO, named
 from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
 from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.files import expand
 from fitune.core.options import DataSource
-from fitune.core.plan import size_text
+from fitune.core.plan import Plan, size_text
 from fitune.memory import search
 from fitune.memory.advice import Advised, Suggestion
 
@@ -133,32 +134,73 @@ def settle(exactly: Exact, candidate: search.Candidate) -> Suggestion | None:
     wanted = min(len(exactly.rows.samples), config.batch_size * config.accumulation)
     alone = bool(candidate.settings.get("optimizer_in_backward", config.optimizer_in_backward))  # no accumulation then
     settings = {**candidate.settings, "max_length": min(candidate.max_length, exactly.rows.max_length)}
-    for batch in parts(wanted, config.batch_size, every=alone):
-        # the arithmetic is some 4 % off; and which rows meet is chance
-        if batch > 2 * candidate.batch_size + 1:
-            continue
-        settings |= {"batch_size": batch, "accumulation": 1 if alone else wanted // batch}
-        made = exactly.plan(settings)
-        if made.fits:
-            break
-    else:
+    # the arithmetic is some 4 % off; and which rows meet is chance
+    likely = 2 * candidate.batch_size + 1
+    sizes = {
+        batch: {**settings, "batch_size": batch, "accumulation": 1 if alone else wanted // batch}
+        for batch in parts(wanted, config.batch_size, every=alone)
+        if batch <= likely
+    }
+    found = _fitting(exactly, candidate, sizes)
+    if found is None:
         return None
-    largest = max(batch, largest_batch(exactly, settings, max(batch, candidate.batch_size)))
+    settings, made = found
+    batch = settings["batch_size"]
+    guess = batch if made.recomputed and candidate.settings["checkpointing"] == AUTO else candidate.kept
+    largest = max(batch, largest_batch(exactly, settings, max(batch, guess or candidate.batch_size)))
     settings = {name: value for name, value in settings.items() if name in exactly.given or not _default(name, value)}
     return Suggestion(
         name=candidate.name,
         settings=settings,
         changed=_changed(settings, exactly.given),
         micro_batch=settings["batch_size"],
-        accumulation=1 if alone else wanted // batch,
+        accumulation=settings.get("accumulation", 1),
         plan=made,
         largest_batch=largest,
         needed_at_largest=exactly.plan({**settings, "batch_size": largest}).needed,
         max_length=int(made.max_length or 0),
         quality=candidate.quality,
-        seconds=candidate.seconds,
+        seconds=exactly.seconds(settings),
         enough=candidate.enough,
     )
+
+
+Fitting = tuple[dict[str, Any], Plan]  # settings and their plan
+
+
+def _fitting(exactly: Exact, candidate: search.Candidate, sizes: Mapping[int, dict[str, Any]]) -> Fitting | None:
+    """The settings that take the least time of those that fit: with the most rows in a micro-batch, or where it is left
+    to the plan, with fewer rows or with blocks that are recomputed. None: none fits.
+
+    Args:
+        exactly: plans.
+        candidate: whose settings these are.
+        sizes: the settings by rows of a micro-batch, the most first.
+    """
+    left = candidate.settings["checkpointing"] == AUTO
+    kept = None
+    for batch, settings in sizes.items():
+        settings = {**settings, "checkpointing": False} if left else settings
+        if (made := exactly.plan(settings)).fits:
+            kept = batch, (settings, made)
+            break
+    if not left:
+        return kept[1] if kept else None
+    # fewer rows cost no operations; but where they are too few a product takes as long as with enough of them
+    larger = [batch for batch in sizes if kept is None or batch > kept[0]]
+    if candidate.enough is None or (kept is not None and kept[0] >= candidate.enough):
+        larger = [] if kept else larger[-1:]
+    found = [kept[1]] if kept else []
+    for batch in larger:
+        made = exactly.plan(sizes[batch])
+        which = {"checkpointing": named(made.recomputed), "offload": named(made.waiting)}
+        found += [({**sizes[batch], **which}, made)] if made.fits else []
+
+    def time(one: Fitting) -> tuple[bool, float]:
+        few = max(1.0, (candidate.enough or 0) / one[0]["batch_size"])
+        return bool(one[1].waiting), exactly.time(one[0]) * few
+
+    return min(found, key=time, default=None)
 
 
 def _default(name: str, value: object) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fitune.commands.planned_rows import Rows, work_of
 from fitune.commands.request import Request
+from fitune.core.blocks import AUTO, named
 from fitune.core.config import RunConfig, build, merge
 from fitune.core.errors import ConfigError
 from fitune.core.plan import size_text
@@ -28,7 +29,7 @@ CUT = (99, 95)  # percentiles of the lengths that may be cut to
 
 # settings that put no weights into a model, at any value that all questions can share
 NO_WEIGHTS = {"batch_size": 1, "accumulation": 1, "max_length": "auto", "optimizer": "adamw", "loss_rows": "auto",
-              "checkpointing": False}  # fmt: skip
+              "checkpointing": False, "offload": False}  # fmt: skip
 
 
 PATIENCE = 6  # plans, after which a batch is looked for by halves
@@ -71,7 +72,10 @@ class Exact:
                 samples, held_out = _cut(self.rows.samples, longest), _cut(self.rows.held_out, longest)
                 self.cut[longest] = replace(self.rows, samples=samples, held_out=held_out, max_length=longest)
             work = work_of(other, self.cut[longest])
-            made = plans.plan(work, other.where, name=other.name, outside=self.outside)
+            if other.config.checkpointing == AUTO:
+                made = plans.fitted(work, other.where, lambda how: self.plan({**settings, **how}))
+            else:
+                made = plans.plan(work, other.where, name=other.name, outside=self.outside)
             self.plans[key] = replace(made, max_length=longest)
         return self.plans[key]
 
@@ -94,7 +98,8 @@ class Exact:
         """Operations of an epoch."""
         config = self.with_settings(settings).config
         lengths = np.minimum(self.largest.lengths, self.longest(config))
-        each = per_token(self._counts(config), lengths, labelled(self.rows), checkpointing=config.checkpointing)
+        which = named(self.plan(settings).recomputed) if config.checkpointing == AUTO else config.checkpointing
+        each = per_token(self._counts(config), lengths, labelled(self.rows), checkpointing=which)
         return each * float(lengths.sum())
 
     def _counts(self, config: RunConfig) -> Counts:
@@ -105,12 +110,18 @@ class Exact:
             self.counted[key] = counts(model, config)
         return self.counted[key]
 
+    def seconds(self, settings: Mapping[str, object]) -> float | None:
+        """Of an epoch; None: nobody knows the rate of this device."""
+        other = self.with_settings(settings)
+        quantized, cpu = other.config.quant.name != "none", other.where.kind == "cpu"
+        rate = search.rate_of(other.where, other.config.precision)
+        return seconds(self.work(settings), rate, quantized=quantized, cpu=cpu)
+
     def time(self, settings: Mapping[str, object]) -> float:
         """Of an epoch, in units that are the same for all settings on this device."""
         other, work = self.with_settings(settings), self.work(settings)
         quantized, cpu = other.config.quant.name != "none", other.where.kind == "cpu"
-        rate = search.rate_of(other.where, other.config.precision) or 1.0
-        return seconds(work, rate, quantized=quantized, cpu=cpu) or work
+        return self.seconds(settings) or seconds(work, 1.0, quantized=quantized, cpu=cpu) or work
 
     def share_cut(self, longest: int) -> float:
         """Share of the rows that a length cuts."""

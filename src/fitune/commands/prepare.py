@@ -14,6 +14,7 @@ from fitune.checks import guards, leak, modelchecks, runchecks, stepchecks
 from fitune.checks.findings import raise_refused
 from fitune.commands.planned_rows import ReadRows, make_loader, read, work_of
 from fitune.commands.request import Request
+from fitune.core.blocks import AUTO, named
 from fitune.core.clock import CHECKS, DATA, MODEL, PLAN, Clock
 from fitune.core.config import RunConfig
 from fitune.core.errors import TrainingError
@@ -98,20 +99,20 @@ def prepare(
     rows = read(request, folder, watch, to_train=True)
     raise_refused(rows.data.findings)
     clock.ends(DATA)
-    request = request.changed(max_length=rows.rows.max_length)
-    work = work_of(request, rows.rows)
-    plan = _planned(request, work, outside)
+    asked = request.changed(max_length=rows.rows.max_length)
+    work = work_of(asked, rows.rows)
+    plan = _planned(asked, work, outside)
     clock.ends(PLAN)
-    request = request.changed(loss_rows=plan.loss_rows)
-    loaded = _load(request, rows)
+    loaded = _load(asked, rows)
     clock.ends(MODEL)
-    layout, packing = leak.packing_leak(loaded.model, rows.data.samples, request.config.layout)
-    work = replace(work, config=request.config)
+    layout, packing = leak.packing_leak(loaded.model, rows.data.samples, asked.config.layout)
     if layout != work.layout:
         clock.ends(CHECKS)
-        work = work_of(request, rows.rows, layout)
-        plan = _planned(request, work, outside)
+        work = work_of(asked, rows.rows, layout)
+        plan = _planned(asked, work, outside)
         clock.ends(PLAN)
+    request = _as_planned(asked, plan, loaded)
+    work = replace(work, config=request.config)
     findings = [*_check_model(request, rows, loaded, layout, packing)]
     loader = make_loader(request.config, rows.data.samples, layout)
     findings += _check_batches(loader)
@@ -168,9 +169,19 @@ def _load(request: Request, rows: ReadRows) -> _Loaded:
         expected |= adapters.row_sizes(model)
     if config.adapter is not None:
         adapters.load_into(model, adapters.locate(config.adapter))
-    checkpoint_blocks(model, family, config.checkpointing)
-    set_loss_rows(model, config)
     return _Loaded(model, base, family, expected, before, unchanged)
+
+
+def _as_planned(request: Request, plan: plans.Plan, loaded: _Loaded) -> Request:
+    """What the plan chose, in the settings and on the model."""
+    chosen: dict[str, object] = {"loss_rows": plan.loss_rows}
+    if request.config.checkpointing == AUTO:
+        chosen |= {"checkpointing": named(plan.recomputed), "offload": named(plan.waiting)}
+    request = request.changed(**chosen)
+    config = request.config
+    checkpoint_blocks(loaded.model, loaded.family, config.checkpointing, config.offload)
+    set_loss_rows(loaded.model, config)
+    return request
 
 
 def _check_model(request: Request, rows: ReadRows, loaded: _Loaded, layout: Layout, packing: Finding) -> list[Finding]:
@@ -254,7 +265,7 @@ def _planned(request: Request, work: plans.Work, outside: Mapping[str, int] | No
         raise TrainingError(
             f"the plan says that this does not fit: it misses by {size_text(-(plan.spare or 0))}",
             received=f"{size_text(plan.needed)} needed, {size_text(plan.budget or 0)} there; {plans.made_of(plan)}",
-            fix="a smaller --batch-size or --max-length, --checkpointing, --quant nf4, --optimizer adamw-8bit; "
+            fix="a smaller --batch-size or --max-length, --checkpointing auto, --quant nf4, --optimizer adamw-8bit; "
             "or --force, to try it anyway",
         )
     return plan

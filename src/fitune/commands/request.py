@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from fitune.core import catalog
 from fitune.core.begun import free_folder
+from fitune.core.blocks import AUTO
 from fitune.core.config import RunConfig, build
 from fitune.core.errors import Collector, ConfigError
 from fitune.core.files import expand
@@ -169,8 +170,27 @@ def _check_model(request: Request) -> Request:
     with problems.gather():
         quant_settings(config, request.model_config)
         check_quantized(replace(request, config=config))
+    with problems.gather():
+        check_offload(config, request.where)
     problems.raise_any()
     return replace(request, config=config)
+
+
+def check_offload(config: RunConfig, where: devices.Device) -> None:
+    """Activations wait in main memory beside a GPU alone, and in which blocks is said or left to the plan.
+
+    Raises:
+        ConfigError: --offload on a CPU, or beside --checkpointing auto.
+    """
+    if config.offload and where.kind != "cuda":
+        raise ConfigError(
+            "--offload: on a CPU activations are in main memory anyway", received=where.name, fix="leave --offload out"
+        )
+    if config.offload and config.checkpointing == AUTO:
+        raise ConfigError(
+            "--offload beside --checkpointing auto, which chooses both",
+            fix="leave --offload out, or name the blocks of --checkpointing too",
+        )
 
 
 def _place(gpu: str | None, device: str) -> devices.Device:

@@ -17,6 +17,8 @@ import torch
 
 from fitune.checks import guards, savedchecks, stepchecks
 from fitune.commands.check_log import CheckLog
+from fitune.commands.request import Request
+from fitune.core.blocks import AUTO
 from fitune.core.config import RunConfig
 from fitune.core.errors import RunFolderError
 from fitune.core.events import Watcher
@@ -63,6 +65,15 @@ def pages_again(run: RunFolder) -> None:
         report.write(run)
     if not run.plan_page.is_file():
         write_atomic(run.plan_page, plan_page.page(Plan.from_dict(run.read("plan"), f"{run.path}: plan.json")))
+
+
+def with_its_blocks(run: RunFolder, request: Request) -> Request:
+    """The request with the blocks that a run which was begun recomputes, where these are left to a plan: what is free
+    now may be more or less than it was then."""
+    stored = run.read_config()
+    if request.config.checkpointing != AUTO:
+        return request
+    return request.changed(checkpointing=stored.checkpointing, offload=stored.offload)
 
 
 def check_same_settings(run: RunFolder, config: RunConfig) -> None:

@@ -13,6 +13,7 @@ from fitune.commands.exact import Exact, below_all, largest_batch, parts, shorte
 from fitune.commands.plan import Answer
 from fitune.commands.request import check_quantized
 from fitune.core.as_flags import flags
+from fitune.core.blocks import AUTO
 from fitune.core.config import RunConfig
 from fitune.core.errors import FituneError
 from fitune.core.events import Silent, Watcher
@@ -172,6 +173,8 @@ def _together(exactly: Exact, found: Sequence[Saver], missing: int) -> dict[str,
 
 
 def _enough(exactly: Exact, changes: dict[str, object]) -> dict[str, object] | None:
+    if changes.get("checkpointing") is True:
+        changes = {**changes, "checkpointing": AUTO}  # no more blocks than it takes
     made = _planned(exactly, changes)
     if made is None or not made.fits:
         return None

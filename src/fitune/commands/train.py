@@ -103,6 +103,8 @@ def _train(begun_: _Run, resume: bool, outside: Mapping[str, int] | None) -> Res
             f"{run.path}: this run is finished. To train it further: fitune train --adapter {run.path} --output NEW ..."
         )
         return replace(result_of(run), history=tuple(run.read_steps()))
+    if again:
+        request = resuming.with_its_blocks(run, request)
     with determinism.exact(pick_device(request.config.device)):
         since = processor.moment()
         job = prepare(request, watch, outside, begun_.clock)

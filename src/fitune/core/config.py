@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -22,7 +23,7 @@ from pydantic import (
     field_validator,
 )
 
-from fitune.core import names, untrusted
+from fitune.core import blocks, names, untrusted
 from fitune.core.errors import Collector, ConfigError, did_you_mean, shorten
 from fitune.core.files import expand, names_near
 from fitune.core.options import (
@@ -74,6 +75,15 @@ def size_bytes(text: str) -> int:
     found = SIZE.fullmatch(text)
     assert found is not None
     return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def _block_numbers(value: str) -> str:
+    if not re.fullmatch(blocks.RANGES, value.strip()):
+        raise ValueError("numbers of blocks, the first and the last of each stretch: 0-11 or 0-3,8-11")
+    return value.strip()
+
+
+BlockNumbers = Annotated[str, AfterValidator(_block_numbers)]
 
 
 class DataConfig(Options):
@@ -197,9 +207,12 @@ class RunConfig(DataConfig):
     also needs an epsilon that is not small beside the learning rate."""
     quant: Annotated[QuantOptions, BeforeValidator(quant_group)] = QuantOptions()
     """Quantized frozen weights: none, int8 or nf4 (QLoRA)."""
-    checkpointing: bool | Annotated[int, Field(ge=1, le=10_000)] = False
+    checkpointing: bool | Annotated[int, Field(ge=1, le=10_000)] | Literal["auto"] | BlockNumbers = False
     """Keep no activations inside blocks, compute them again in the backward pass: less memory, a third more work. A
-    number n: in every nth block only."""
+    number n: in every nth block only; 0-11: in these blocks; auto: in as few as the plan needs to fit."""
+    offload: bool | BlockNumbers = False
+    """Keep activations of blocks in main memory beside a GPU until the backward pass needs them: 0-11 of these blocks,
+    of recomputed ones their inputs. checkpointing auto sets it where recomputation is not enough, or slower."""
     lora: LoraOptions = LoraOptions()
     """Settings of the method lora."""
     freeze: FreezeOptions = FreezeOptions()
@@ -351,7 +364,7 @@ def settings_only(values: Mapping[str, object], *, model: str = "-") -> RunConfi
 
 def _wish(message: str) -> str:
     """pydantic's `Input should be ...` as what was expected."""
-    return message.removeprefix("Input should be ").removeprefix("Value error, ")
+    return message.removeprefix("Input should be ").removeprefix("Value error, ").partition(", unable to ")[0]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ SAME: dict[str, str] = _each(
         "epsilon": "adam_epsilon",
         "max_grad_norm": "gradient_clipping clip_grad_norm",
         "checkpointing": "gradient_checkpointing use_gradient_checkpointing activation_checkpointing",
+        "offload": "activation_offloading enable_activation_offloading",
         "seed": "random_state random_seed",
         "eval_every": "eval_steps",
         "save_every": "save_steps",
@@ -109,7 +110,10 @@ VALUES: Mapping[str, Mapping[str, object]] = {
     },
     "quant": _each({"nf4": "4bit 4-bit int4 4 bnb-4bit", "int8": "8bit 8-bit 8 bnb-8bit llm.int8"}),
     "lora.targets": _each({"all-linear": "all all_linear"}),
-    "checkpointing": {"unsloth": {"checkpointing": True}},
+    "checkpointing": {
+        "unsloth": {"checkpointing": True},
+        "offload": {"checkpointing": True, "offload": True},
+    },
 }
 OUT = "leave it out: "
 # what to type instead: names of others

@@ -55,7 +55,9 @@ class Plan:
     allocated: by the allocator's count. reserved: from the GPU, with fragmentation; smallest: the least with which it
     goes through, giving cached memory back when needed; both None on a CPU. outside: beside the tensors. needed: all of
     it. budget, spare, fits: of the device, None where nobody said how much there is. closed: the same by closed forms.
-    loss_rows: of how many label rows logits are there at once.
+    loss_rows: of how many label rows logits are there at once. blocks: of the model. recomputed: of them those that are
+    in the backward pass, by number; waiting: those whose activations are in main memory beside a GPU until then, where
+    they take host bytes. more_work: operations of a step that this adds, as a share of those without.
     """
 
     model: str
@@ -85,6 +87,11 @@ class Plan:
     closed: dict[str, int]
     notes: list[str] = field(default_factory=list)
     loss_rows: int = 0
+    blocks: int = 0
+    recomputed: list[int] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)
+    host: int = 0
+    more_work: float = 0.0
 
     @property
     def spare(self) -> int | None:

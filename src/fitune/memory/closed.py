@@ -9,8 +9,9 @@ the model, Q of all query heads, K of all key heads, M of the MLP.
     an MLP keeps gate and up               2 M            (where it is not gated, its inner layer twice)
     inputs of trained linear layers        W in front of q, k, v and of gate and up, M in front of down
 
-each in the dtype of the computation, in blocks at or above the first trained parameter. With checkpointing a block
-keeps its input (W), and one block at a time all of it. Logits go in chunks of rows: their
+each in the dtype of the computation, in blocks at or above the first trained parameter. A block that is recomputed
+keeps its input (W), and all of it in its own backward pass, when nothing is left of those above it; one that waits in
+main memory keeps nothing. Logits go in chunks of rows: their
 log-softmax in float32, which becomes their gradient, and one of both in the dtype of the computation. On a CUDA GPU
 their gradient is written over them, and nothing is there beside them.
 """
@@ -22,6 +23,7 @@ import re
 from torch import nn
 from transformers import PretrainedConfig
 
+from fitune.core.blocks import chosen
 from fitune.core.config import RunConfig
 from fitune.engine import optim
 from fitune.memory import storage
@@ -31,7 +33,7 @@ from fitune.models.interfaces import causal_lm
 from fitune.models.kernels import fused
 from fitune.models.kernels.target import CPU, Target, planned
 from fitune.models.methods.prefix import key_width
-from fitune.models.parts import trainable
+from fitune.models.parts import first_trained, trainable
 from fitune.models.precision import DTYPES
 
 
@@ -57,7 +59,7 @@ def closed(model: nn.Module, config: RunConfig, tokens: int, labels: int, where:
         storage.TRAINABLE: count * size,
         storage.GRADIENTS: count * size,
         storage.STATES: int(count * state_bytes(config)),
-        storage.ACTIVATIONS: tokens * _per_token(model, config, model_config),
+        storage.ACTIVATIONS: tokens * _per_token(model, config, model_config, apart=where.kind == "cuda"),
         storage.LOSS: _logit_bytes(config, where) * min(labels, loss_rows(model)) * model_config.vocab_size
         + 8 * labels * model_config.hidden_size,
     }
@@ -76,20 +78,19 @@ def state_bytes(config: RunConfig) -> float:
     return kind.state_bytes * (1 if "8bit" in kind.name else DTYPES[config.trainable_dtype].itemsize / 4)
 
 
-def _per_token(model: nn.Module, config: RunConfig, model_config: PretrainedConfig) -> float:
-    """Bytes that the backward pass keeps of a token, in all blocks."""
+def _per_token(model: nn.Module, config: RunConfig, model_config: PretrainedConfig, *, apart: bool) -> float:
+    """Bytes that the backward pass keeps of a token in all blocks, at most. apart: main memory is another memory."""
     item = DTYPES[config.precision].itemsize
     family = families.of(causal_lm(model))
     blocks = list(family.block_list(causal_lm(model)))
     width = model_config.hidden_size
     whole = [_block(block, model_config) for block in blocks]
-    first = _first_trained(model, family.blocks, len(blocks))
-    kept = whole[first:]
-    if config.checkpointing:
-        every = int(config.checkpointing)
-        inside = [size for number, size in enumerate(whole) if number >= first and (number + 1) % every]
-        return float(item * (width * (len(kept) - len(inside)) + sum(inside) + max(kept, default=0)))
-    return float(item * sum(kept))
+    again, away = chosen(config.checkpointing, len(blocks)), chosen(config.offload if apart else False, len(blocks))
+    most = below = 0.0
+    for number in range(first_trained(model), len(blocks)):
+        most = max(most, below + whole[number])
+        below += 0 if number in away else width if number in again else whole[number]
+    return item * max(most, below)
 
 
 def _block(block: nn.Module, model_config: PretrainedConfig) -> float:
@@ -104,15 +105,3 @@ def _block(block: nn.Module, model_config: PretrainedConfig) -> float:
     output = any(re.search(r"down_proj|fc2|dense_4h|c_proj", name) for name in trained)
     into = any(re.search(r"gate|up_proj|fc1|dense_h_to_4h|c_fc", name) for name in trained)
     return float(kept + width * (attention + into) + inner * output)
-
-
-def _first_trained(model: nn.Module, blocks: str, count: int) -> int:
-    """The number of the first block in which, or before which, something is trained."""
-    numbers = []
-    for name in trainable(model):
-        found = re.search(rf"{re.escape(blocks)}\.(\d+)\.", name)
-        if found is None and not re.search(r"lm_head|norm|mlp_tail|output", name.rpartition(".")[0]):
-            return 0
-        if found is not None:
-            numbers.append(int(found[1]))
-    return min(numbers, default=count)

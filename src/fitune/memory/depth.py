@@ -25,7 +25,8 @@ from fitune.memory.trace import Tracer
 from fitune.models import families
 from fitune.models.interfaces import causal_lm
 
-Run = Callable[[PretrainedConfig], tuple[list[object], Tracer]]  # traces the model of a config
+# traces the model of a config whose blocks are those of these numbers
+Run = Callable[[PretrainedConfig, Sequence[int]], tuple[list[object], Tracer]]
 KEPT = 3  # periods of like blocks in the first of the shallow models: the first and the last may differ from the others
 LONGEST = 6  # blocks of a period
 WORTH = 0.7  # of the blocks, at most, that the two shallow models may have together
@@ -42,10 +43,15 @@ class Cut:
     period: int
 
 
-def kinds(model: nn.Module) -> list[object]:
-    """What decides how each block of a model works: its modules, their settings and the shapes of their parameters."""
+def kinds(model: nn.Module, beside: Sequence[object]) -> list[object]:
+    """What decides how each block of a model works: its modules, their settings and the shapes of their parameters.
+
+    Args:
+        model: with its method.
+        beside: of each block what else decides it.
+    """
     inner = causal_lm(model)
-    return [_kind(block) for block in families.of(inner).block_list(inner)]
+    return [(_kind(b), one) for b, one in zip(families.of(inner).block_list(inner), beside, strict=True)]
 
 
 def _kind(block: nn.Module) -> object:
@@ -100,27 +106,32 @@ def shallow(model_config: PretrainedConfig, total: int, at: int, out: int) -> Pr
     return found
 
 
-def traced(model: nn.Module, model_config: PretrainedConfig, run: Run) -> Tracer | None:
+def traced(model: nn.Module, blocks: list[object], model_config: PretrainedConfig, run: Run) -> Tracer | None:
     """The trace of a deep model.
 
     Args:
         model: all of it, on meta, with its method.
+        blocks: of what kind each is (`kinds`).
         model_config: its transformers config.
         run: traces the model of a config; the kinds of its blocks, and the trace.
     """
-    blocks = kinds(model)
     found = cut(blocks)
     if found is None or model_config.num_hidden_layers != len(blocks):
         return None
     traces: list[Tracer] = []
     for out in (found.out, found.out - found.period):
-        left, trace = run(shallow(model_config, len(blocks), found.at, out))
-        if left != blocks[: found.at] + blocks[found.at + out :]:
+        stay = [*range(found.at), *range(found.at + out, len(blocks))]
+        left, trace = run(shallow(model_config, len(blocks), found.at, out), stay)
+        if left != [blocks[number] for number in stay]:
             return None
         traces.append(trace)
     low, high = traces
-    deep = deepened(low, high, found.out // found.period - 1)
-    return deep if deep is not None and _weighs(deep, model) else None
+    times = found.out // found.period - 1
+    deep = deepened(low, high, times)
+    if deep is None or not _weighs(deep, model):
+        return None
+    deep.host_most = high.host_most + times * (high.host_most - low.host_most)
+    return deep
 
 
 def _weighs(trace: Tracer, model: nn.Module) -> bool:

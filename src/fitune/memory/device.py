@@ -56,7 +56,7 @@ class Gpu:
 class Device:
     """Where a run is to fit. budget: bytes that it may take; None: nobody said. kind: cuda or cpu. tflops, bandwidth
     (bytes a second): None where nobody knows. here: is it this machine's? multiprocessors: of a GPU. total: bytes of
-    all its memory; None: as its budget."""
+    all its memory; None: as its budget. main: bytes of main memory that are free beside a GPU; None: nobody knows."""
 
     name: str
     kind: str
@@ -67,6 +67,7 @@ class Device:
     here: bool = False
     multiprocessors: int = MULTIPROCESSORS
     total: int | None = None
+    main: int | None = None
 
     @property
     def target(self) -> Target:
@@ -173,7 +174,10 @@ def _gpu_here(index: int) -> Device:
     bf16 = torch.cuda.get_device_capability(index) >= (8, 0)
     processors = properties.multi_processor_count
     rates = {"tflops": tflops, "bandwidth": bandwidth}
-    return Device(name, "cuda", min(budget, total), bf16, **rates, here=True, multiprocessors=processors, total=total)
+    main = psutil.virtual_memory().available
+    return Device(
+        name, "cuda", min(budget, total), bf16, **rates, here=True, multiprocessors=processors, total=total, main=main
+    )
 
 
 def by_driver(name: str) -> Gpu | None:

@@ -8,7 +8,8 @@ attention forward (2 x the mean length that a token sees x width of the heads x 
 above the first trained parameter, T the base's own weights that are trained, R what is new:
 
     forward   2 (P + rho H) + A          backward   f (2 P + 2 A) + 2 rho H + 2 T + 4 R + 2 R forward
-    with checkpointing, f (2 P + A) more
+    with a share c of the blocks recomputed, of those that the backward pass goes through, c (2 P + A + 2 R)
+    more
 
 so full tuning is 6 (P + rho H) + 3 A, LoRA 4 (P + rho H) + 6 R + 3 A.
 """
@@ -22,11 +23,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from fitune.core.blocks import Blocks, chosen
 from fitune.core.config import RunConfig
 from fitune.models import families, quant
 from fitune.models.interfaces import causal_lm
 from fitune.models.methods.base import is_linear
-from fitune.models.parts import trainable
+from fitune.models.parts import first_trained, trainable
 
 # The share of its rate that a GPU reaches while it tunes: published runs lie between 27 and 57 % (torchtune on RTX 4090
 # 56 %, A100 34 to 57 %, Unsloth QLoRA 27 %, NeMo AutoModel on H100 42 %)
@@ -36,15 +38,18 @@ REACHED_CPU = 0.7  # of a measured product; the rest is attention, norms and the
 
 @dataclass(frozen=True)
 class Counts:
-    """What a model is made of, in weights. attention: width of all heads x layers; share: f of the module's text."""
+    """What a model is made of, in weights. attention: width of all heads x layers; blocks: how many; share: f of the
+    module's text; inside: what is new in the blocks."""
 
     body: float
     head: float
     attention: float
+    blocks: float
     share: float
     trained_base: float
     trained_head: float
     new: float
+    inside: float
     trainable: float
     total: float
 
@@ -64,14 +69,17 @@ def counts(model: nn.Module, config: RunConfig) -> Counts:
     each = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
     heads = model_config.num_attention_heads * each
     trained = trainable(model)
+    blocks = len(family.block_list(inner))
     return Counts(
         body=float(sum(linear.values())),
         head=float(model_config.vocab_size * model_config.hidden_size),
-        attention=float(heads * len(list(family.block_list(inner)))),
-        share=_share(model, family.blocks, len(list(family.block_list(inner)))),
+        attention=float(heads * blocks),
+        blocks=float(blocks),
+        share=(blocks - first_trained(model)) / max(1, blocks),
         trained_base=float(sum(linear[id(p)] for p in trained.values() if id(p) in linear)),
         trained_head=float(model_config.vocab_size * model_config.hidden_size if head.weight.requires_grad else 0),
         new=float(sum(p.numel() for p in new.values() if p.ndim == 2)),
+        inside=float(sum(p.numel() for name, p in new.items() if p.ndim == 2 and f"{family.blocks}." in name)),
         trainable=float(sum(p.numel() for p in trained.values())),
         total=float(sum(quant.numel(p) for p in model.parameters())),
     )
@@ -85,30 +93,26 @@ def _new(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in trainable(model).items() if NEW.search(name)}
 
 
-def _share(model: nn.Module, blocks: str, count: int) -> float:
-    """The share of the blocks through which the backward pass goes."""
-    numbers = []
-    for name in trainable(model):
-        found = re.search(rf"{re.escape(blocks)}\.(\d+)\.", name)
-        if found is None and not re.search(r"lm_head|mlp_tail|norm|output", name):
-            return 1.0
-        if found is not None:
-            numbers.append(int(found[1]))
-    return (count - min(numbers)) / max(1, count) if numbers else 0.0
+def recomputed(found: Counts, checkpointing: Blocks) -> int:
+    """How many blocks a setting recomputes: of those that it means, the ones that the backward pass goes through."""
+    blocks = round(found.blocks)
+    first = blocks - round(found.share * blocks)
+    return sum(number >= first for number in chosen(checkpointing, blocks))
 
 
-def per_token(found: Counts, lengths: ArrayLike, labelled: float, *, checkpointing: bool | int = False) -> float:
+def per_token(found: Counts, lengths: ArrayLike, labelled: float, *, checkpointing: Blocks = False) -> float:
     """Operations for a real token of an epoch; see the module's text.
 
     Args:
         found: the model's.
         lengths: of the rows, in tokens.
         labelled: share of tokens that carry a label.
-        checkpointing: as in the config.
+        checkpointing: as in the config; none of it is left to a plan.
     """
     sizes = np.asarray(lengths, dtype=np.float64)
     attention = 2 * float((sizes**2).sum() / sizes.sum()) * found.attention
-    again = (1.0 / int(checkpointing) if checkpointing else 0.0) * found.share * (2 * found.body + attention)
+    part = recomputed(found, checkpointing) / max(1.0, found.blocks)
+    again = part * (2 * (found.body + found.inside) + attention)
     forward = 2 * (found.body + labelled * found.head) + attention + 2 * found.new
     backward = found.share * 2 * (found.body + attention) + 2 * labelled * (found.head + found.trained_head)
     backward += 2 * found.trained_base

@@ -4,10 +4,11 @@ In: the events of a trace and where its steps lie. Out: bytes of holes at the he
 
 torch asks for blocks at multiples of 64 bytes. glibc takes the smallest free piece that holds the block and what it may
 have to cut off its ends (`_int_memalign`), and small objects may come to lie in the cut ends: autograd's, until the
-step is over. Freed blocks on both sides of one stay apart, and a block of the same size fits into none of them. Which
-ends are taken depends on what else the process does, so they are drawn. How many is fitted on two cases of
-benchmarks/process_memory.py with large activations ("33M, lora" and "33M, nf4"); the two others ("33M, full" and "33M,
-bf16") are then within 10 % of their process (results/process_memory.json).
+step is over. The forward pass makes those; what is made in a backward pass, of recomputed blocks too, goes in it. Freed
+blocks on both sides of one stay apart, and a block of the same size fits into none of them. Which ends are taken
+depends on what else the process does, so they are drawn. How many is fitted on the cases "33M, lora" and "33M, nf4" of
+benchmarks/process_memory.py, which have large activations, and as glibc is found on LoRA with half and with all of the
+blocks recomputed; the others are then within 15 % of their process (results/process_memory.json).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ HEADER = 16  # of a piece
 END = 48  # what is cut off on each side: the alignment and the smallest piece, together 96
 MAPPED = 32 * 2**20  # a block of that size is mapped by itself (DEFAULT_MMAP_THRESHOLD_MAX), and leaves no hole
 SMALL = 2**10  # less comes out of bins of small pieces
-TAKEN = {True: 0.2, False: 0.36}  # share of the blocks whose ends are taken, by whether freed pieces are merged
+TAKEN = {True: 0.2, False: 0.45}  # share of the blocks whose ends are taken, by whether freed pieces are merged
 
 
 def taken(given: Mapping[str, str], version: tuple[int, int] | None) -> float | None:
@@ -60,8 +61,8 @@ class Heap:
         self._draw = random.Random(0)  # noqa: S311  # no secret: the same plan each time
         self.top = 0
 
-    def allocate(self, key: int, size: int) -> None:
-        """Put a block of `size` bytes into the smallest piece that holds it and its ends."""
+    def allocate(self, key: int, size: int, *, taken: bool = True) -> None:
+        """Put a block of `size` bytes into the smallest piece that holds it and its ends, which may be taken."""
         wanted = -(-size // GRAIN) * GRAIN + HEADER
         before = self._pool.take(wanted + 2 * END)
         assert before is not None  # the last piece is endless
@@ -69,7 +70,7 @@ class Heap:
         after = block.cut(wanted, FREE)
         self._live[key] = block
         self.top = max(self.top, after.address + END)
-        if self._draw.random() >= self._share:
+        if not taken or self._draw.random() >= self._share:
             self._pool.put(before)
         else:
             before.state = LIVE
@@ -100,13 +101,15 @@ def holes(events: Sequence[Event], course: Sequence[tuple[int, str, str]], share
         share: of the blocks, whose ends small objects take.
     """
     heap, updates = Heap(share), {at for at, phase, _ in course if phase == "update"}
+    regions, region = {at: region for at, _, region in course}, ""
     apart: dict[int, int] = {}
     now = most = beside = highest = 0
     for at, (key, size) in enumerate(events):
+        region = regions.get(at, region)
         if at in updates:
             heap.free_ends()
         if size > 0 and SMALL <= size < MAPPED:
-            heap.allocate(key, size)
+            heap.allocate(key, size, taken=region != "backward")
         elif size > 0:
             apart[key] = size
             beside += size

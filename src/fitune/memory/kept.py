@@ -37,6 +37,7 @@ from fitune.core.records import Batch
 from fitune.data.cache import Cache, key
 from fitune.engine.integrity import PLACES
 from fitune.memory import device, heap
+from fitune.memory.recompute import Sets
 from fitune.memory.usage import Usage
 from fitune.models.kernels import fused
 from fitune.models.kernels.target import planned
@@ -52,7 +53,7 @@ class Traced:
     """What a trace finds, in bytes and numbers of parameters: the fields of the plan that do not depend on the moment.
 
     allocator: what CUDA's caching allocator makes of it. between: holes in the heap of a CPU process. forms: closed
-    forms of the same.
+    forms of the same. sets: which blocks are recomputed. host: bytes of activations that wait in main memory.
     """
 
     usage: Usage
@@ -62,6 +63,8 @@ class Traced:
     trainable: int
     total: int
     loss_rows: int
+    sets: Sets
+    host: int
     how: str = "trace"
     why: str = ""
 

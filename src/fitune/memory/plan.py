@@ -17,6 +17,7 @@ import torch
 from transformers import PretrainedConfig
 
 from fitune.core import processor
+from fitune.core.blocks import AUTO, chosen, named
 from fitune.core.config import RunConfig
 from fitune.core.plan import Holding, Moment
 from fitune.core.plan import Plan as Plan
@@ -27,10 +28,11 @@ from fitune.data.cache import Cache
 from fitune.data.tokenizer.new_tokens import NewToken
 from fitune.engine import optim
 from fitune.engine.step import LossScale, apply_gradients, held_out_loss, make_gradients
-from fitune.memory import allocator, answers, chunks, depth, device, heap, kept
+from fitune.memory import allocator, answers, chunks, depth, device, heap, kept, recompute
 from fitune.memory.closed import closed
 from fitune.memory.counted import shadows
 from fitune.memory.cuda import Cuda
+from fitune.memory.host import PaperHost
 from fitune.memory.measure import resident_mib
 from fitune.memory.places import Starting, put_host_apart
 from fitune.memory.shadow import Shadow
@@ -38,13 +40,14 @@ from fitune.memory.sparse import OnPaper
 from fitune.memory.storage import STATES
 from fitune.memory.trace import Blind, Building, Tracer
 from fitune.memory.usage import Usage, usage
-from fitune.models import adapters, families, methods, precision, quant
+from fitune.models import adapters, attached, families, methods, precision, quant
 from fitune.models.head import loss_rows, set_loss_rows
 from fitune.models.interfaces import CausalLM, causal_lm
 from fitune.models.kernels.target import CPU, Target
 from fitune.models.load import outline
 from fitune.models.methods import new_tokens
-from fitune.models.parts import trainable
+from fitune.models.offload import Waits
+from fitune.models.parts import block_count, trainable
 from fitune.models.prepare import checkpoint_blocks
 
 
@@ -76,6 +79,9 @@ def without_prompt_text(config: RunConfig) -> RunConfig:
     if config.method != "prompt" or config.prompt.init != "text":
         return config
     return config.model_copy(update={"prompt": config.prompt.model_copy(update={"init": "vocab"})})
+
+
+SETS = ("checkpointing", "offload")  # settings that name blocks
 
 
 # ---- tracing ----
@@ -115,7 +121,7 @@ def _base(work: Work) -> CausalLM:
 def _with_method(base: CausalLM, work: Work) -> CausalLM:
     family = families.of(base)
     model: CausalLM = adapters.attach(base, work.config)
-    checkpoint_blocks(model, family, work.config.checkpointing)
+    checkpoint_blocks(model, family, work.config.checkpointing, work.config.offload)
     set_loss_rows(model, work.config)
     return model
 
@@ -171,6 +177,7 @@ def over(model: CausalLM, tracer: Tracer, work: Work, target: Target = CPU, *, s
         saves: the checkpoint too.
     """
     on_gpu = target.kind == "cuda"
+    attached.of(model).waits = Waits(PaperHost(tracer, apart=on_gpu))
     with _on_paper(), Cuda(target) if on_gpu else OnPaper():
         go(model, work, tracer, on_gpu=on_gpu, saves=saves)
     tracer.close()
@@ -190,13 +197,19 @@ def deep(model: CausalLM, work: Work, target: Target = CPU) -> Tracer:
         work, target: as for `traced`.
     """
 
-    def run(model_config: PretrainedConfig) -> tuple[list[object], Tracer]:
-        few = replace(work, model_config=model_config, deep=work.model_config)
+    config, blocks = work.config, block_count(model)
+    again, away = chosen(config.checkpointing, blocks), chosen(config.offload, blocks)
+
+    def run(model_config: PretrainedConfig, stay: Sequence[int]) -> tuple[list[object], Tracer]:
+        marks = [(number in again, number in away) for number in stay]
+        which = {name: named(n for n, mark in enumerate(marks) if mark[at]) for at, name in enumerate(SETS)}
+        few = replace(work, config=config.model_copy(update=which), model_config=model_config, deep=work.model_config)
         made, tracer = started(few, target)
-        kinds = depth.kinds(made)
+        kinds = depth.kinds(made, marks)
         return kinds, over(made, tracer, few, target)
 
-    return depth.traced(model, work.model_config, run) or traced(work, target)
+    kinds = depth.kinds(model, [(number in again, number in away) for number in range(blocks)])
+    return depth.traced(model, kinds, work.model_config, run) or traced(work, target)
 
 
 def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False, saves: bool = True) -> None:
@@ -242,15 +255,43 @@ def plan(
     """The plan of a run.
 
     Args:
-        work: what it does. Where its loss_rows are auto they are chosen here.
+        work: what it does. Where its loss_rows are auto, or the blocks to recompute, they are chosen here.
         where: it is to fit.
         name: of the model, for people.
         outside: bytes beside the tensors, where they are known better than by the calibration.
         cache: where traces are kept, and found again.
     """
+    beside = outside
+
+    def planned(how: recompute.How) -> Plan:
+        nonlocal beside
+        known = replace(work, config=work.config.model_copy(update=how))
+        made = _with_rows(known, partial(_plan, where=where, name=name, outside=beside, cache=cache), where)
+        # once: plans that are compared differ by what their settings take, and by that alone
+        beside = {what: size for what, size in made.outside.items() if what != heap.HOLES}
+        return made
+
+    return fitted(work, where, planned) if work.config.checkpointing == AUTO else planned({})
+
+
+def fitted(work: Work, where: device.Device, planned: Callable[[recompute.How], Plan]) -> Plan:
+    """The plan with the cheapest blocks to recompute.
+
+    Args:
+        work: what the run does.
+        where: it is to fit.
+        planned: the plan with blocks that are named.
+    """
+    config = work.config.model_copy(update={"checkpointing": False})
+    model = without_values(replace(work, config=config))
+    price = recompute.price(model, config, work.largest, where)
+    return recompute.cheapest(planned, recompute.able(model, True), price)
+
+
+def _with_rows(work: Work, make: Callable[[Work], Plan], where: device.Device) -> Plan:
+    """The plan with as many label rows at once as it has room for."""
     vocabulary = int(work.model_config.vocab_size) + len(work.added)
     fewest = chunks.least(work.config, vocabulary, where.target)
-    make = partial(_plan, where=where, name=name, outside=outside, cache=cache)
     made = make(_with_loss_rows(work, fewest))
     more = chunks.most(work.config, vocabulary, where.target, work.largest.targets) - fewest
     if more == 0 or not chunks.roomy(made.needed + chunks.EACH * vocabulary * more, where):
@@ -297,6 +338,8 @@ def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int
         closed=found.forms,
         notes=_notes(seen.peak, found.forms, found.how, found.why),
         loss_rows=found.loss_rows,
+        host=found.host,
+        **asdict(found.sets),
     )
 
 
@@ -314,16 +357,16 @@ def _trace(work: Work, where: device.Device) -> kept.Traced:
     forms = closed(model, work.config, rounded(len(batch.ids)), batch.targets, where.target)
     trained = sum(p.numel() for p in trainable(model).values())
     total = sum(quant.numel(p) for p in model.parameters())
-    rows = loss_rows(model)
+    rows, sets = loss_rows(model), recompute.sets(model, work.config, batch)
     try:
         tracer = deep(model, work, where.target)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         why = f"this model cannot be traced ({reason})"
-        return kept.Traced(_by_forms(forms), {}, {}, forms, trained, total, rows, "closed form", why)
+        return kept.Traced(_by_forms(forms), {}, {}, forms, trained, total, rows, sets, 0, "closed form", why)
     figures = _allocator(tracer, where) if where.kind == "cuda" else {}
     between = heap.beside(tracer.events, tracer.course) if where.kind == "cpu" else {}
-    return kept.Traced(usage(tracer), figures, between, forms, trained, total, rows)
+    return kept.Traced(usage(tracer), figures, between, forms, trained, total, rows, sets, tracer.host_most)
 
 
 def _by_forms(forms: Mapping[str, int]) -> Usage:

@@ -3,7 +3,8 @@
 In: settings that are given, the model's config, the lengths of the rows, a device. Out: candidates, the best first. The
 memory of a phase is linear in the tokens of a micro-batch and in the number of blocks, so each method is traced
 twice, on models of a few blocks, with two sizes of micro-batches each; the rest is arithmetic in batch, length and
-depth. What is shown to a user is planned exactly afterwards (commands/exact.py).
+depth. Where nobody says which blocks are recomputed it is done for none and for all of them, and what lies between is
+linear in their number. What is shown to a user is planned exactly afterwards (commands/exact.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from fitune.core.blocks import AUTO, named
 from fitune.core.config import RunConfig, merge, settings_only
 from fitune.core.errors import ConfigError, FituneError
 from fitune.core.units import MIB
@@ -77,11 +79,13 @@ def measured() -> Mapping[str, Mapping[str, float]]:
 @dataclass(frozen=True)
 class Candidate:
     """A way that fits, or nearly. settings: as for RunConfig, beside what was given. batch_size: the largest that fits
-    (0: not one row does); needed: bytes with it, by arithmetic. quality: of `measured`. seconds: of an epoch."""
+    (0: not one row does); kept: the same with no block recomputed; needed: bytes with batch_size, by arithmetic.
+    quality: of `measured`. seconds: of an epoch, with the fewest blocks recomputed with which a row fits."""
 
     name: str
     settings: dict[str, Any]
     batch_size: int
+    kept: int
     max_length: int
     needed: int
     quality: float
@@ -132,6 +136,27 @@ class _Line:
     phases: dict[str, tuple[float, float]]
     counts: Counts
 
+    def bytes(self, tokens: int) -> dict[str, float]:
+        """Of each phase, with so many tokens in a micro-batch."""
+        return {phase: fixed + slope * tokens for phase, (fixed, slope) in self.phases.items()}
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """With no block recomputed, and with all of them; the same, where the settings say which. least, most: how many may
+    be."""
+
+    none: _Line
+    all: _Line
+    least: int = 0
+    most: int = 0
+
+    def bytes(self, tokens: int, again: int) -> float:
+        """At the peak, with so many of the blocks recomputed: linear in their number, phase by phase."""
+        part = again / max(1.0, self.none.counts.blocks * self.none.counts.share)
+        without, with_ = self.none.bytes(tokens), self.all.bytes(tokens)
+        return max((1 - part) * without[phase] + part * with_[phase] for phase in without)
+
 
 def search(
     given: Mapping[str, Any], model_config: PretrainedConfig, rows: steps.Largest, labelled: float,
@@ -163,11 +188,11 @@ def search(
     question = _Question(rows, labelled, where, outside)
     for number, way in enumerate(ways):
         progress(number, len(ways))
-        line = _line(way.config, model_config, where.target)
-        if line is None:
+        lines = _lines(way.config, model_config, where.target)
+        if lines is None:
             continue
         for longest in max_lengths:
-            one, tried = _candidate(question, way, line, longest)
+            one, tried = _candidate(question, way, lines, longest)
             combinations += tried
             (found if one.batch_size else misses).append(one)
     progress(len(ways), len(ways))
@@ -181,7 +206,8 @@ def _rank(one: Candidate) -> tuple[float, float, float]:
 
 
 def _ways(given: Mapping[str, Any], model_config: PretrainedConfig, where: device.Device) -> Iterator[_Way]:
-    """Every method that agrees with what was given, plain and with each saver; none under two names."""
+    """Every method that agrees with what was given, plain and quantized; none under two names. Which blocks are
+    recomputed is left to the plan, where it is not given."""
     empty = without_weights(model_config)
     family = families.of(empty)
     computing = "bf16" if where.bf16 and where.kind == "cuda" else "fp16" if where.kind == "cuda" else "fp32"
@@ -200,20 +226,20 @@ def _ways(given: Mapping[str, Any], model_config: PretrainedConfig, where: devic
         # of ways that reach little, one in full and one in few bits are enough
         little = quality < LITTLE and "method" not in given
         for quantizer in ("none", "nf4") if little else ("none", "int8", "nf4"):
-            for checkpointing in (False,) if little else (False, True):
-                wanted = {
-                    **settings,
-                    "quant": {"name": quantizer},
-                    "checkpointing": checkpointing,
-                    "precision": computing,
-                }
-                whole = merge(wanted, given)
-                key = json.dumps(whole, sort_keys=True, default=str)
-                if not _agree(wanted, whole) or key in seen or not _possible(whole, empty, family, where):
-                    continue
-                seen.add(key)
-                label = name if quantizer == "none" else f"{name} on {quantizer}"
-                yield _Way(label + checkpointing * ", checkpointing", whole, quality * kept[quantizer])
+            wanted = {
+                **settings,
+                "quant": {"name": quantizer},
+                "precision": computing,
+                "checkpointing": given.get("checkpointing", False if little else AUTO),
+            }
+            whole = merge(wanted, given)
+            key = json.dumps(whole, sort_keys=True, default=str)
+            if not _agree(wanted, whole) or key in seen or not _possible(whole, empty, family, where):
+                continue
+            seen.add(key)
+            label = name if quantizer == "none" else f"{name} on {quantizer}"
+            saver = ", checkpointing" if whole["checkpointing"] not in (False, AUTO) else ""
+            yield _Way(label + saver, whole, quality * kept[quantizer])
 
 
 def _agree(wanted: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
@@ -228,7 +254,7 @@ def _agree(wanted: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
         if isinstance(value, Mapping):
             if any(there.get(name) != inner for name, inner in value.items()):
                 return False
-        elif (bool(there) if key == "checkpointing" else there) != value:  # every second block is checkpointing too
+        elif there != value:
             return False
     return True
 
@@ -265,6 +291,22 @@ def _possible(settings: Mapping[str, object], empty: CausalLM, family: families.
     return expected is None or bool(expected)
 
 
+def _lines(config: RunConfig, model_config: PretrainedConfig, target: Target) -> _Lines | None:
+    """None: this way cannot be traced."""
+    if not isinstance(config.checkpointing, str):
+        line = _line(config, model_config, target)
+        return None if line is None else _Lines(line, line)
+    none, all_ = (
+        _line(config.model_copy(update={"checkpointing": how}), model_config, target) for how in (False, True)
+    )
+    if none is None or all_ is None:
+        return None
+    if config.checkpointing == AUTO:
+        return _Lines(none, all_, 0, flops.recomputed(none.counts, True))
+    number = flops.recomputed(none.counts, config.checkpointing)
+    return _Lines(none, all_, number, number)
+
+
 def _line(config: RunConfig, model_config: PretrainedConfig, target: Target) -> _Line | None:
     """Two traces of small models, and what they say of the whole one. None: this way cannot be traced."""
     depth = model_config.num_hidden_layers
@@ -294,6 +336,7 @@ def _line(config: RunConfig, model_config: PretrainedConfig, target: Target) -> 
 
 def _small(config: RunConfig, model_config: PretrainedConfig, depth: int, target: Target) -> _Line:
     """A model of that many blocks: bytes of each phase as a line in tokens."""
+    config = config.model_copy(update={"offload": False})  # its blocks may not be there
     small = deepcopy(model_config)
     small.num_hidden_layers = depth
     if getattr(small, "layer_types", None):
@@ -310,19 +353,25 @@ def _small(config: RunConfig, model_config: PretrainedConfig, depth: int, target
     return _Line({p: (tops[0][p] - slopes[p] * TOKENS[0], slopes[p]) for p in slopes}, counted)
 
 
-def _candidate(question: _Question, way: _Way, line: _Line, longest: int) -> tuple[Candidate, int]:
+def _candidate(question: _Question, way: _Way, lines: _Lines, longest: int) -> tuple[Candidate, int]:
     """A way with rows of at most that length; and how many sizes of batches were looked at."""
     rows, where, config = question.rows, question.where, way.config
     cut = np.minimum(rows.lengths, longest)
     tried: set[int] = set()
 
-    def needed(batch: int) -> int:
+    def needed(again: int, batch: int) -> int:
         tried.add(batch)
-        most = max(fixed + slope * rows(batch, longest) for fixed, slope in line.phases.values())
+        most = lines.bytes(rows(batch, longest), again)
         return (int(most * MARGIN) + SEGMENT if where.kind == "cuda" else int(most)) + question.outside
 
-    batch = _largest(needed, where.budget or 0, min(MOST, len(cut)))
-    work = flops.per_token(line.counts, cut, question.labelled, checkpointing=config.checkpointing) * float(cut.sum())
+    budget, most = where.budget or 0, min(MOST, len(cut))
+    kept, batch = (_largest(partial(needed, again), budget, most) for again in (lines.least, lines.most))
+    # smaller micro-batches cost no operations, recomputed blocks do: as few as let a row fit
+    again = next((n for n in range(lines.least, lines.most) if needed(n, 1) <= budget), lines.most)
+    counts = lines.none.counts
+    blocks = round(counts.blocks)
+    which = named(range(blocks - again, blocks)) if config.checkpointing == AUTO else config.checkpointing
+    work = flops.per_token(counts, cut, question.labelled, checkpointing=which) * float(cut.sum())
     rate = rate_of(where, config.precision)
     time = flops.seconds(work, rate, quantized=config.quant.name != "none", cpu=where.kind == "cpu")
     tokens = flops.saturating_tokens(rate, where.bandwidth, 2.0)
@@ -330,10 +379,11 @@ def _candidate(question: _Question, way: _Way, line: _Line, longest: int) -> tup
         name=way.name,
         settings={**way.settings, "max_length": longest},
         batch_size=batch,
+        kept=0 if config.checkpointing not in (False, AUTO) else kept,
         max_length=longest,
-        needed=needed(max(1, batch)),
+        needed=needed(lines.most, max(1, batch)),
         quality=way.quality,
-        trainable=int(line.counts.trainable),
+        trainable=int(counts.trainable),
         flops_per_token=work / max(1.0, float(cut.sum())),
         seconds=time,
         enough=None if tokens is None else max(1, round(tokens / max(1.0, float(cut.mean())))),

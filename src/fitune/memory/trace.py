@@ -109,6 +109,7 @@ class Tracer(_Mode):
         self.course: list[tuple[int, str, str]] = []
         self.phase = self.region = self.module = ""
         self.host = False  # what is made now lies in main memory beside a GPU, and is not counted
+        self.host_most = 0  # bytes of activations that wait there, at most (host.py)
         self.lost: set[int] = set()  # storages of real tensors that a shadow was written into
         self._results = known.results(target, torch.get_default_dtype())
         if len(self._results) > known.MOST:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fitune.models.family import Family, Tower
 from fitune.models.interfaces import causal_lm
 from fitune.models.kernel_faults import Fault
+from fitune.models.offload import Host, Waits
 
 NAME = "_fitune"  # of the attribute
 
@@ -45,7 +46,8 @@ class Attached:
     turned off. loss_rows: label rows whose logits a loss computes at once; None: what vocabulary and device suggest.
     tile: answers that go through it side by side; 0: none; None: not tried yet. flat: shared by the attention modules
     of a model whose blocks hand no keywords through (BLOOM). copies: a context inside of which no weight changes, so
-    that LoRA's are cast once for all layers (kernels/low_rank.py).
+    that LoRA's are cast once for all layers (kernels/low_rank.py). waits: what its blocks have in main memory beside a
+    GPU (offload.py).
     """
 
     compute: torch.dtype | None = None
@@ -60,6 +62,7 @@ class Attached:
     tile: int | None = None
     flat: FlatState | None = None
     copies: Callable[[], AbstractContextManager[None]] = nullcontext
+    waits: Waits = field(default_factory=lambda: Waits(Host()))
 
 
 def of(model: nn.Module) -> Attached:

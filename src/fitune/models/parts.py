@@ -9,6 +9,7 @@ import re
 
 from torch import nn
 
+from fitune.models import families
 from fitune.models import quant as quants
 from fitune.models.family import Family
 from fitune.models.interfaces import causal_lm
@@ -38,3 +39,27 @@ def groups(model: nn.Module, family: Family) -> list[tuple[str, int, int]]:
         count = quants.numel(parameter)
         counts[part] = (trained + count * parameter.requires_grad, total + count)
     return [(part, trained, total) for part, (trained, total) in counts.items()]
+
+
+def block_count(model: nn.Module) -> int:
+    """How many transformer blocks a model has."""
+    inner = causal_lm(model)
+    return len(families.of(inner).block_list(inner))
+
+
+def first_trained(model: nn.Module) -> int:
+    """The number of the first block that the backward pass goes through: in it, or before it, something is trained. The
+    number of blocks where only what comes behind them is."""
+    inner = causal_lm(model)
+    family = families.of(inner)
+    head = inner.get_output_embeddings()
+    behind = set() if head is None else {id(p) for p in head.parameters()}
+    embedding = {id(p) for p in inner.get_input_embeddings().parameters()}
+    first = len(family.block_list(inner))
+    for name, parameter in trainable(model).items():
+        found = re.search(rf"(?:^|\.){re.escape(family.blocks)}\.(\d+)\.", name)
+        last = re.search(rf"(?:^|\.){re.escape(family.final_norm)}\.", name) or id(parameter) in behind - embedding
+        if found is None and not last:
+            return 0
+        first = first if found is None else min(first, int(found[1]))
+    return first

@@ -8,10 +8,12 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from fitune.core.blocks import Blocks, chosen
 from fitune.core.errors import ModelError
 from fitune.models import adapters, attached, families
 from fitune.models.family import Family
@@ -20,6 +22,7 @@ from fitune.models.kernels.frozen import keep_stored
 from fitune.models.kernels.gated import lean_mlps
 from fitune.models.kernels.norm import replace_norms
 from fitune.models.kernels.rotary import turn_in_one
+from fitune.models.offload import Checkpoint, Run
 from fitune.models.precision import DTYPES
 from fitune.models.switches import recomputed
 
@@ -48,23 +51,40 @@ def ready(model: CausalLM, precision: str = "fp32", adapter: str | Path | None =
     return model.eval()
 
 
-def checkpoint_blocks(model: nn.Module, family: Family, every: bool | int) -> None:
-    """Activation checkpointing: keep nothing inside blocks, compute it again in the backward pass.
+def checkpoint_blocks(model: nn.Module, family: Family, recomputed_: Blocks, waiting: Blocks = False) -> None:
+    """Activation checkpointing: blocks keep nothing inside, and compute it again in the backward pass; or they keep
+    what they have in main memory.
 
     Args:
         model: with its method attached.
         family: names its blocks.
-        every: all blocks (True), every nth (a number), or none (False).
+        recomputed_: which of them, as in core/blocks.py.
+        waiting: whose activations wait in main memory beside a GPU; of those that are recomputed, the inputs.
 
     Raises:
         ModelError: the model's blocks cannot do it.
+        ConfigError: it has no such blocks.
     """
     inner = causal_lm(model)
-    if not every:
+    blocks = list(family.block_list(inner))
+    again, away = chosen(recomputed_, len(blocks)), chosen(waiting, len(blocks))
+    if not again and not away:
+        for block in blocks:
+            block.gradient_checkpointing = False  # type: ignore[assignment]  # an attribute that torch takes for a module
         return
     if not inner.supports_gradient_checkpointing:
-        raise ModelError(f"{type(inner).__name__}: cannot checkpoint activations", fix="leave out --checkpointing")
+        raise ModelError(
+            f"{type(inner).__name__}: cannot checkpoint activations", fix="leave out --checkpointing and --offload"
+        )
     settings = {"use_reentrant": False, "context_fn": partial(recomputed, inner)}
     inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    for number, block in enumerate(family.block_list(inner)):
-        block.gradient_checkpointing = (number + 1) % int(every) == 0  # type: ignore[assignment]  # an attribute that torch takes for a tensor or a module
+    for number, block in enumerate(blocks):
+        how: Any = block  # attributes that torch takes for tensors or modules
+        how.gradient_checkpointing = number in again or number in away
+        if number in away:
+            inside = how._gradient_checkpointing_func if number in again else None
+            how._gradient_checkpointing_func = partial(_wait, inner, block, inside)
+
+
+def _wait(inner: CausalLM, block: nn.Module, inside: Checkpoint | None, run: Run, *inputs: Any) -> Any:
+    return attached.of(inner).waits.run(block, inside, run, *inputs)

@@ -15,6 +15,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from fitune.core import blocks
 from fitune.core.plan import Compared, Moment, Plan
 from fitune.core.units import GIB, MIB
 
@@ -137,11 +138,12 @@ def look_of(name: str) -> Look:
 
 # ---- the verdict ----
 def verdict(plan: Plan) -> str:
-    """What the plan needs, whether that fits its budget, and what it is at the peak: one sentence without a full stop.
+    """What the plan needs, whether that fits its budget, what it is at the peak, and which blocks are recomputed: one
+    sentence without a full stop.
 
     Sizes are in MiB or GiB, with their unit.
     """
-    return "; ".join(part for part in (_needs(plan), _fits(plan), _where(plan)) if part)
+    return "; ".join(part for part in (_needs(plan), _fits(plan), _where(plan), _recomputed(plan)) if part)
 
 
 def _needs(plan: Plan) -> str:
@@ -168,6 +170,24 @@ def _where(plan: Plan) -> str:
     most = sorted(shares, key=lambda name: -shares[name])[:3]
     shown = [f"{name} {percent(shares[name], '.0f')}" for name in most if shares[name] >= 0.1]
     return f"the peak is {place}" + (f": {', '.join(shown)}" if shown else "")
+
+
+def _recomputed(plan: Plan) -> str:
+    """Which blocks are recomputed or wait in main memory, and what that costs."""
+    parts = []
+    if plan.recomputed:
+        work = percent(plan.more_work, ".0f")
+        all_ = len(plan.recomputed) == plan.blocks
+        which = f"all {plan.blocks} blocks" if all_ else f"{blocks.text(plan.recomputed)} of {plan.blocks}"
+        parts.append(f"{which} recomputed in the backward pass, {work} more operations")
+    if plan.waiting:
+        whole = [number for number in plan.waiting if number not in plan.recomputed]
+        inputs = [number for number in plan.waiting if number in plan.recomputed]
+        what = [f"activations of {blocks.text(whole)}"] if whole else []
+        what += [f"inputs of {blocks.text(inputs)}"] if inputs else []
+        size = unit_of(plan).named(plan.host)
+        parts.append(f"{' and '.join(what)} in main memory until the backward pass, {size}")
+    return "; ".join(parts)
 
 
 def percent(share: float, form: str) -> str:
