@@ -334,9 +334,9 @@ def test_what_waits_in_main_memory_changes_no_bit_and_is_planned(
     assert same(found[1], first[1])
     monkeypatch.setattr(plan, "PaperHost", lambda tracer, *, apart: PaperHost(tracer, apart=True))
     tracer, host = plan.traced(asked), Elsewhere()
-    said = usage(tracer, without="start").peak.bytes
-    assert said == pytest.approx(really(contract.make_base(kind, "fp32"), config, asked, host), rel=CLOSE)
-    assert said < usage(plan.traced(replace(asked, config=plain)), without="start").peak.bytes
+    expected = usage(tracer, without="start").peak.bytes
+    assert expected == pytest.approx(really(contract.make_base(kind, "fp32"), config, asked, host), rel=CLOSE)
+    assert expected < usage(plan.traced(replace(asked, config=plain)), without="start").peak.bytes
     assert tracer.host_most == sum(1 << (size - 1).bit_length() for size in host.bytes) > 0
 
 

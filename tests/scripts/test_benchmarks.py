@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import subprocess
@@ -46,6 +47,7 @@ def batch(*lengths: int) -> Batch:
 
 def really(model: Any, work: plan.Work) -> int:
     """The most bytes that torch's profiler saw of a model and the work together."""
+    gc.collect()  # what is left of other models must not go while this one is measured
     now = most = count(model, trace.Tracer())
     seen = gpu.Updates()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
