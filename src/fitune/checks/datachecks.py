@@ -35,7 +35,9 @@ def rows(p: Prepared) -> Finding:
     r = p.report
     formats = ", ".join(f"{n:,} {name}" for name, n in r.formats.items())
     parts = [f"{r.rows:,} read ({formats}), {r.kept:,} trained, {r.held_out:,} held out"]
-    if r.samples != r.kept:
+    if r.pairs:
+        parts.append(f"as {r.pairs:,} pairs of samples; both of a pair begin with the same {r.shared:,} tokens in all")
+    elif r.samples != r.kept:
         why = ", one for each answer, because the template writes answers otherwise once something follows them: "
         parts.append(f"as {r.samples:,} samples{why if r.repeated else ''}{r.cost()}")
     if r.unused_columns:
@@ -180,7 +182,11 @@ def held_out_apart(trained: Samples, held_out: Samples) -> Finding:
 def check_data(prepared: Prepared) -> list[Finding]:
     """Run every data rule. What is refused is raised by `raise_refused`."""
     trained, held_out = prepared.samples, prepared.held_out
-    apart = [held_out_apart(trained, held_out)] if held_out is not None and isinstance(trained, Samples) else []
+    if held_out is not None and isinstance(trained, Samples):
+        every = slice(None, None, 2 if prepared.report.pairs else 1)  # of a pair the first
+        apart = [held_out_apart(trained.view(every), held_out.view(every))]
+    else:
+        apart = []
     return [*(rule(prepared) for rule in DATA_RULES), *apart]
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fitune.checks.findings import raise_refused
 from fitune.checks.leak import PROBE_TOKENS, TOLERANCE, perturbed
-from fitune.core.records import Batch, Finding, Layout, Sample, StepRecord
+from fitune.core.records import Batch, Finding, Layout, Pair, Sample, StepRecord, Units
 from fitune.data.batches import Loader, flat
 from fitune.engine import optim
 from fitune.engine.checkpoint import Loaded, restore_rng, rng_state
@@ -38,7 +38,7 @@ OURS = "this is an error of fitune: please report it"
 # ---- before the first step ----
 
 
-def batch_labels(batches: Sequence[Batch], samples: Sequence[Sample]) -> Finding:
+def batch_labels(batches: Sequence[Batch], samples: Units) -> Finding:
     """Each document of a batch is its sample: its ids, positions from 0, and each label on the row before its token.
 
     Computed here from the samples, token by token, so that an error in the code of the label shift is found.
@@ -49,13 +49,20 @@ def batch_labels(batches: Sequence[Batch], samples: Sequence[Sample]) -> Finding
     """
     count = 0
     for batch in batches:
-        for document, (row, (start, end)) in enumerate(zip(batch.rows, pairwise(batch.bounds.tolist()), strict=True)):
-            sample = samples[row]
+        there = [sample for row in batch.rows for sample in _documents(samples[row])]
+        for document, (sample, (start, end)) in enumerate(zip(there, pairwise(batch.bounds.tolist()), strict=True)):
             if text := _differs(batch, sample, start, end):
                 text = f"document {document + 1} of the first step ({sample.source}): {text}"
                 return Finding("batch-labels", "refuse", text, OURS)
             count += 1
-    return Finding("batch-labels", "ok", f"each label of the first step's {count} rows is the token that follows")
+    return Finding("batch-labels", "ok", f"each label of the first step's {count} documents is the token that follows")
+
+
+def _documents(unit: Sample | Pair) -> list[Sample]:
+    """What a row has in a batch: of labelled answers the one that is labelled."""
+    if isinstance(unit, Sample):
+        return [unit]
+    return [unit.chosen] if unit.desirable is not None else [unit.chosen, unit.rejected]
 
 
 def _differs(batch: Batch, sample: Sample, start: int, end: int) -> str:

@@ -25,8 +25,8 @@ GROUPS: dict[str, tuple[str, ...]] = {  # fields of RunConfig, and what verbs ad
         "samples", "ids", "compare",
     ),
     "Method": (
-        "method", "adapter", "lora", "freeze", "tail", "bitfit", "prompt", "p_tuning", "prefix", "bottleneck", "ia3",
-        "peft",
+        "objective", "method", "adapter", "lora", "freeze", "tail", "bitfit", "prompt", "p_tuning", "prefix",
+        "bottleneck", "ia3", "peft", "dpo", "ipo", "kto", "orpo", "simpo",
     ),
     "Precision and memory": (
         "precision", "quant", "storage_dtype", "trainable_dtype", "checkpointing", "offload", "loss_rows", "layout",

@@ -110,8 +110,11 @@ def _print_result(result: Result, console: screen.Screen) -> None:
     if base is not None and before is not None and after is not None:
         of_base = f"{base:.4f} of the base model, " if base != before else ""
         console.print(f"held-out loss {of_base}{before:.4f} before, [bold]{after:.4f}[/] after", highlight=False)
-        if after > base:
+        if after > base and result.held_out_rewards_after is None:
             console.print("[yellow]the base model does better on the held-out rows than what was tuned[/]")
+    if (rewards := result.held_out_rewards_after) is not None and rewards.margin is not None:
+        right = "" if rewards.accuracy is None else f", {rewards.accuracy:.1%} right"
+        console.print(f"held-out reward margin [bold]{rewards.margin:+.4f}[/] after{right}", highlight=False)
     console.print(
         f"{result.steps} steps, {result.real_tokens_per_second:,.0f} real tokens/s, peak memory "
         f"{result.peak_memory_mib:,.0f} MiB ({result.expected_memory_mib:,.0f} expected)",

@@ -22,7 +22,7 @@ from fitune.engine.checkpoint import RunFolder
 from fitune.engine.drawing import Sampling
 from fitune.engine.generation import SIDE_BY_SIDE, answers
 from fitune.engine.out_of_memory import in_fewer
-from fitune.engine.step import held_out_loss
+from fitune.engine.step import HeldOut, held_out
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,22 @@ class ActiveRun:
         """Takes the checks that are made while it runs."""
         return CheckLog(self.folder, self.watch)
 
-    def held_out_loss(self) -> float | None:
-        """Of the model as it is now, per target token; None: no row is held out."""
+    def held_out(self) -> HeldOut | None:
+        """Loss and rewards of the model as it is now; None: no row is held out."""
         job = self.job
         if not job.held_out:
             return None
         return in_fewer(
-            lambda rows: held_out_loss(job.tuned.model, in_order(job.held_out, rows), job.layout),
+            lambda rows: held_out(job.tuned.model, in_order(job.held_out, rows), job.layout, job.objective),
             job.config.batch_size,
             "held-out rows",
             self.watch.message,
         )
+
+    def held_out_loss(self) -> float | None:
+        """See `held_out`."""
+        found = self.held_out()
+        return None if found is None else found.loss
 
     def sample_rows(self) -> list[Conversation]:
         """The held-out rows whose prompts are answered before and after."""

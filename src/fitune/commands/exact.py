@@ -18,6 +18,7 @@ from fitune.core.blocks import AUTO, named
 from fitune.core.config import RunConfig, build, merge
 from fitune.core.errors import ConfigError
 from fitune.core.plan import size_text
+from fitune.data.pairs import Pairs
 from fitune.data.store import lengths_of
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
@@ -130,6 +131,8 @@ class Exact:
 
 def _cut(samples: Any, longest: int) -> Any:
     """Rows of at most that length; where none is longer, the same."""
+    if isinstance(samples, Pairs):
+        return Pairs(_cut(samples.samples, longest), samples.reference, samples.desirable)
     if not len(samples) or int(lengths_of(samples).max()) <= longest:
         return samples
     return [sample if len(sample) <= longest else sample.part(slice(0, longest)) for sample in samples]

@@ -23,11 +23,12 @@ from fitune.core.errors import ConfigError, DataError
 from fitune.core.events import Watcher
 from fitune.core.files import expand
 from fitune.core.letters import FULL_WIDTH
-from fitune.core.records import Conversation, DataReport, Layout, LengthChoice, Message, Sample
+from fitune.core.records import Conversation, DataReport, Layout, LengthChoice, Message, Sample, Units
 from fitune.data import pipeline, rows, tokenizer
 from fitune.data.batches import Loader
 from fitune.data.cache import Cache
 from fitune.data.lengths import automatic, choices, summary
+from fitune.data.store import in_pairs
 from fitune.data.tokenizer.new_tokens import NewToken, add_tokens
 from fitune.memory import plan as plans
 from fitune.memory import steps
@@ -51,8 +52,8 @@ class Rows:
     `lengths.summary` gives them; choices: what each length would cut.
     """
 
-    samples: Sequence[Sample]
-    held_out: Sequence[Sample]
+    samples: Units
+    held_out: Units
     max_length: int
     note: str = ""
     report: DataReport | None = None
@@ -90,8 +91,8 @@ def read(request: Request, folder: Path, watch: Watcher, *, to_train: bool) -> R
     data = datachecks.read(config, folder, loaded, limit=request.longest_row, vocabulary=vocabulary, watch=watch)
     report = data.report
     found = Rows(
-        data.samples,
-        data.held_out,
+        in_pairs(data.samples, config.wanted),
+        in_pairs(data.held_out, config.wanted),
         report.max_length,
         report=report,
         tokenizer=folder,
@@ -148,8 +149,10 @@ def _without_tokenizer(request: Request) -> Rows:
 
 def _no_data(config: RunConfig, limit: int) -> Rows:
     length = min(limit, ASSUMED_LENGTH if config.max_length == "auto" else config.max_length)
-    rows_ = [_blank(length)] * (2 * config.batch_size * config.accumulation)
-    return Rows(rows_, rows_[: config.batch_size], length, f"no data given: every row has {length:,} tokens")
+    each = 1 if config.wanted == "answers" else 2  # samples of a row
+    rows_ = [_blank(length)] * (2 * each * config.batch_size * config.accumulation)
+    held_out = in_pairs(rows_[: each * config.batch_size], config.wanted)
+    return Rows(in_pairs(rows_, config.wanted), held_out, length, f"no data given: every row has {length:,} tokens")
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -159,20 +162,25 @@ def _has_tokenizer(folder: Path) -> bool:
 def _estimated(config: RunConfig, vocabulary: int, limit: int) -> Rows:
     """Rows of about the lengths that a tokenizer would give them."""
     sources, cache = config.sources(), Cache()
-    found = rows.load(sources, seed=config.seed, fill=config.fill, skip_bad=config.skip_bad, cache=cache).rows
-    every = max(1, len(found) // ESTIMATED)
-    guessed = np.array([_tokens(row, vocabulary) for row in islice(found, 0, None, every)])
+    found = rows.load(
+        sources, seed=config.seed, fill=config.fill, skip_bad=config.skip_bad, cache=cache, wanted=config.wanted
+    ).rows
+    every, each = max(1, len(found) // ESTIMATED), 1 if config.wanted == "answers" else 2
+    sides = (side for row in islice(found, 0, None, every) for side in (row, row.other())[:each])
+    guessed = np.array([_tokens(row, vocabulary) for row in sides])
     auto = automatic(guessed, guessed, limit, batch_size=config.batch_size, batch_tokens=config.batch_tokens)
     longest = auto if config.max_length == "auto" else min(limit, config.max_length)
     samples = [_blank(int(length)) for length in np.minimum(guessed, longest)]
-    share = max(1, min(config.val_rows, round(config.val_share * len(samples))))
+    count = len(samples) // each
+    share = max(1, min(config.val_rows, round(config.val_share * count)))
     share = share if config.val_share or config.eval_data else 0
     note = (
-        f"no tokenizer at hand (--tokenizer FOLDER): lengths of {len(samples):,} rows are estimated from their "
+        f"no tokenizer at hand (--tokenizer FOLDER): lengths of {count:,} rows are estimated from their "
         "characters, which may be a third off"
     )
     cut = choices(guessed, guessed, guessed, chosen=longest, auto=auto)
-    return Rows(samples, samples[:share], longest, note, lengths=summary(guessed), choices=cut)
+    units, held_out = (in_pairs(some, config.wanted) for some in (samples, samples[: each * share]))
+    return Rows(units, held_out, longest, note, lengths=summary(guessed), choices=cut)
 
 
 def _tokens(row: Conversation, vocabulary: int) -> int:
@@ -196,7 +204,7 @@ def _blank(length: int) -> Sample:
 # ---- work ----
 
 
-def make_loader(config: RunConfig, samples: Sequence[Sample], layout: Layout) -> Loader:
+def make_loader(config: RunConfig, samples: Units, layout: Layout) -> Loader:
     """The order of the rows and their micro-batches."""
     by_length = layout == "padded"
     return Loader(samples, config.batch_size, config.accumulation, config.seed, config.batch_tokens, by_length)

@@ -10,23 +10,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fitune.checks import guards, leak, modelchecks, runchecks, stepchecks
+from fitune.checks import guards, leak, modelchecks, preferencechecks, runchecks, stepchecks
 from fitune.checks.findings import raise_refused
+from fitune.commands import reference
 from fitune.commands.planned_rows import ReadRows, make_loader, read, work_of
 from fitune.commands.request import Request
 from fitune.core.blocks import AUTO, named
-from fitune.core.clock import CHECKS, DATA, MODEL, PLAN, Clock
+from fitune.core.clock import CHECKS, DATA, MODEL, PLAN, REFERENCE, Clock
 from fitune.core.config import RunConfig
 from fitune.core.errors import TrainingError
 from fitune.core.events import Silent, Watcher
 from fitune.core.files import sha256
 from fitune.core.plan import size_text
-from fitune.core.records import Batch, Conversation, DataReport, Finding, Kept, Layout, Source
+from fitune.core.records import Batch, Conversation, DataReport, Finding, Kept, Layout, Source, Units
 from fitune.data import pipeline, readers
 from fitune.data.batches import Loader
 from fitune.data.cache import folder_digest, key
-from fitune.data.store import Samples
-from fitune.engine import integrity, loading, optim
+from fitune.engine import integrity, loading, objectives, optim
+from fitune.engine.objectives.base import Preference
+from fitune.engine.step import Objective
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
 from fitune.models import adapters, families, kernel_faults, precision, quant, weights
@@ -47,7 +49,7 @@ class Job:
     tuned: Tuned
     loader: Loader
     layout: Layout
-    held_out: Samples
+    held_out: Units
     held_out_rows: list[Conversation]
     report: DataReport
     findings: list[Finding]
@@ -60,6 +62,11 @@ class Job:
     eval_every: int
     save_every: int
     lr: float
+
+    @property
+    def objective(self) -> Objective:
+        """What is made small."""
+        return objectives.of(self.config)
 
     @property
     def trainable(self) -> int:
@@ -114,10 +121,17 @@ def prepare(
     request = _as_planned(asked, plan, loaded)
     work = replace(work, config=request.config)
     findings = [*_check_model(request, rows, loaded, layout, packing)]
-    loader = make_loader(request.config, rows.data.samples, layout)
+    loader, held_out = make_loader(request.config, rows.rows.samples, layout), rows.rows.held_out
     findings += _check_batches(loader)
     raise_refused(findings)
-    return _job(request, rows, loaded, _Ready(layout, loader, plan, work, [*rows.data.findings, *findings]))
+    objective = objectives.of(request.config)
+    if isinstance(objective, Preference):
+        clock.ends(CHECKS)
+        loader, held_out = _compared(request, rows, loaded, loader, layout, watch)
+        findings.append(_preference_start(request, loaded, loader, layout, objective))
+        raise_refused(findings[-1:])
+        clock.ends(REFERENCE)
+    return _job(request, rows, loaded, _Ready(layout, loader, held_out, plan, work, [*rows.data.findings, *findings]))
 
 
 @dataclass(frozen=True)
@@ -143,6 +157,7 @@ class _Ready:
 
     layout: Layout
     loader: Loader
+    held_out: Units
     plan: plans.Plan
     work: plans.Work
     findings: list[Finding]
@@ -229,14 +244,14 @@ def _check_batches(loader: Loader) -> list[Finding]:
 
 def _job(request: Request, rows: ReadRows, loaded: _Loaded, ready: _Ready) -> Job:
     config, data, folder = request.config, rows.data, Path(request.config.model)
-    total = config.max_steps or ready.loader.total_steps(config.epochs)
+    total = _total_steps(config, ready.loader)
     eval_every = config.eval_every or max(1, -(-total // 5))
     return Job(
         config=config,
         tuned=Tuned(loaded.model, rows.tokenizer, data.encoder.template, data.encoder, loaded.family),
         loader=ready.loader,
         layout=ready.layout,
-        held_out=data.held_out,
+        held_out=ready.held_out,
         held_out_rows=data.held_out_rows,
         report=data.report,
         findings=ready.findings,
@@ -250,6 +265,33 @@ def _job(request: Request, rows: ReadRows, loaded: _Loaded, ready: _Ready) -> Jo
         save_every=config.save_every or eval_every,
         lr=optim.peak_learning_rate(config),
     )
+
+
+def _total_steps(config: RunConfig, loader: Loader) -> int:
+    return config.max_steps or loader.total_steps(config.epochs)
+
+
+def _compared(
+    request: Request, rows: ReadRows, loaded: _Loaded, loader: Loader, layout: Layout, watch: Watcher
+) -> tuple[Loader, Units]:
+    """The loader and the held-out rows, with what the reference model gives their answers, where the objective needs
+    that."""
+    config, held_out = request.config, rows.rows.held_out
+    if not objectives.needs_reference(config):
+        return loader, held_out
+    inputs = _inputs(config, Path(config.model), rows.data.encoder.template.as_dict())
+    model = reference.Reference(loaded.model, config, layout, inputs, watch)
+    met = reference.met(loader.epoch_steps(0), _total_steps(config, loader))
+    return replace(loader, samples=model.added(loader.samples, met)), model.added(held_out)
+
+
+def _preference_start(
+    request: Request, loaded: _Loaded, loader: Loader, layout: Layout, objective: Preference
+) -> Finding:
+    """Is the model its reference before the first step?"""
+    first = next(micro for _, micro in loader.steps(0, 1))[0]
+    same = request.method.same_at_start or request.config.adapter is not None
+    return preferencechecks.preference_start(loaded.model, first, layout, objective, same=same)
 
 
 def _planned(request: Request, work: plans.Work, outside: Mapping[str, int] | None = None) -> plans.Plan:

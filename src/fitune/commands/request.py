@@ -20,7 +20,7 @@ from fitune.core.blocks import AUTO
 from fitune.core.config import RunConfig, build
 from fitune.core.errors import Collector, ConfigError
 from fitune.core.files import expand
-from fitune.core.options import DataSource
+from fitune.core.options import ROWS, DataSource
 from fitune.data import formats, readers, templates, tokenizer
 from fitune.engine import integrity, optim
 from fitune.memory import device as devices
@@ -149,6 +149,7 @@ def _check_settings(config: RunConfig, problems: Collector) -> dict[str, Any]:
     with problems.gather():
         methods.find(config.method).check(config)
         own_settings(config)
+        own_objective(config)
     with problems.gather():
         optim.check(config)
     found: dict[str, Any] = {"data": [], "eval_data": []}
@@ -251,6 +252,21 @@ def own_settings(config: RunConfig) -> None:
             raise ConfigError(
                 f"settings of {group} are given, but the method is {config.method}",
                 fix=f"leave them out, or --method {whose}",
+            )
+
+
+def own_objective(config: RunConfig) -> None:
+    """Settings of another objective than the run's would do nothing.
+
+    Raises:
+        ConfigError: some were given.
+    """
+    plain = type(config)(model=config.model, data=config.data)
+    for name in sorted(ROWS.keys() - {"sft", config.objective}):
+        if getattr(config, name) != getattr(plain, name):
+            raise ConfigError(
+                f"settings of {name} are given, but the objective is {config.objective}",
+                fix=f"leave them out, or --objective {name}",
             )
 
 

@@ -10,9 +10,11 @@ from functools import partial
 from fitune.checks import guards, savedchecks
 from fitune.commands.active_run import ActiveRun
 from fitune.core.clock import END
-from fitune.core.records import Conversation
+from fitune.core.parse import parse
+from fitune.core.records import Conversation, Rewards
 from fitune.core.results import Answered, Result
 from fitune.core.units import MIB
+from fitune.data.store import documents_of
 from fitune.engine import integrity
 from fitune.engine.generation import expected, read
 from fitune.memory import device as devices
@@ -34,7 +36,7 @@ def finish(active: ActiveRun, held_out_loss: float | None) -> Result:
     """
     run, job = active.folder, active.job
     run.save_adapter(partial(adapters.save, job.tuned.model))
-    probe = guards.probe(job.loader.samples)
+    probe = guards.probe(documents_of(job.loader.samples))
     active.checks.add(savedchecks.saved_complete(job.tuned.model, run.adapter, probe, job.layout))
     _write_answers(active)
     handed = handover.of_run(run.adapter, causal_lm(job.tuned.model), job.tuned.tokenizer, job.tuned.template)
@@ -66,6 +68,7 @@ def _result(active: ActiveRun, held_out_loss: float | None) -> Result:
     run, job = active.folder, active.job
     records, before = run.read_steps(), run.read("before")
     seconds = sum(record.seconds for record in records)
+    rewards = before.get("held_out_rewards")
     finite = [record for record in records if record.applied] or records
     return Result(
         run=str(run.path),
@@ -81,6 +84,10 @@ def _result(active: ActiveRun, held_out_loss: float | None) -> Result:
         peak_memory_mib=devices.peak_taken_mib(job.tuned.device),
         expected_memory_mib=job.plan.needed / MIB,
         seconds=seconds,
+        held_out_rewards_before=parse(Rewards, rewards, "before.json") if rewards else None,
+        held_out_rewards_after=next(
+            (r.held_out_rewards for r in reversed(records) if r.held_out_loss == held_out_loss), None
+        ),
         history=tuple(records),
         phases=active.clock.phases,
     )

@@ -28,7 +28,7 @@ from fitune.core.files import json_text
 from fitune.core.parse import parse
 from fitune.core.records import Batch, StepRecord
 from fitune.engine import integrity, optim
-from fitune.engine.step import LossScale, StepResult
+from fitune.engine.step import HeldOut, LossScale, StepResult
 from fitune.engine.step_runner import StepRunner
 from fitune.memory.storage import STATES
 from fitune.models import methods
@@ -148,11 +148,11 @@ class Training:
             seconds = time.perf_counter() - began
             last = progress.step == self.total
             active.clock.ends(STEPS)
-            loss = active.held_out_loss() if progress.step % active.job.eval_every == 0 or last else None
-            progress.evaluated(loss)
+            held_out = active.held_out() if progress.step % active.job.eval_every == 0 or last else None
+            progress.evaluated(None if held_out is None else held_out.loss)
             active.clock.ends(EVALUATION)
             early = progress.patience_is_over(self.config)
-            record = _record(done, step=progress.step, epoch=epoch, lr=lr, seconds=seconds, held_out_loss=loss)
+            record = _record(done, step=progress.step, epoch=epoch, lr=lr, seconds=seconds, held_out=held_out)
             run.append_step(record)
             active.watch.step(record)
             if progress.step == started + 2 and done.finite:
@@ -229,7 +229,7 @@ class Training:
 
 
 def _record(
-    done: StepResult, *, step: int, epoch: float, lr: float, seconds: float, held_out_loss: float | None
+    done: StepResult, *, step: int, epoch: float, lr: float, seconds: float, held_out: HeldOut | None
 ) -> StepRecord:
     return StepRecord(
         step=step,
@@ -240,6 +240,8 @@ def _record(
         tokens=done.tokens,
         targets=done.targets,
         seconds=seconds,
-        held_out_loss=held_out_loss,
+        held_out_loss=None if held_out is None else held_out.loss,
         applied=done.finite,
+        rewards=done.rewards,
+        held_out_rewards=None if held_out is None else held_out.rewards,
     )

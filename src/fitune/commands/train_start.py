@@ -20,6 +20,7 @@ from fitune.core.config import RunConfig
 from fitune.core.files import write_atomic
 from fitune.core.records import Finding
 from fitune.data import given
+from fitune.data.store import documents_of
 from fitune.engine import environment, integrity
 from fitune.engine.step_runner import StepRunner
 from fitune.memory.closed import state_bytes
@@ -131,7 +132,7 @@ def begin(active: ActiveRun, rehearsal: Rehearsal | None) -> None:
     run.write("environment", environment.describe(job.tuned.device))
     run.write("template", job.tuned.template.as_dict())
     job.tuned.tokenizer.save_pretrained(str(run.tokenizer))
-    job.findings.append(runchecks.chat_parity(run, job.config, job.tuned.encoder, job.loader.samples))
+    job.findings.append(runchecks.chat_parity(run, job.config, job.tuned.encoder, documents_of(job.loader.samples)))
     raise_refused(job.findings[-1:])
     run.write("plan", _plan(job))
     write_atomic(run.plan_page, plan_page.page(replace(job.plan, trainable=job.trainable, total=job.total)))
@@ -161,11 +162,14 @@ def _plan(job: Job) -> dict[str, object]:
 
 
 def _measure_before(active: ActiveRun) -> float | None:
-    """Held-out losses and sample answers before the first step; the loss of the base model."""
+    """Held-out losses and sample answers before the first step; the loss of the base model, where it is that of
+    answers."""
     job = active.job
-    before = active.held_out_loss()
+    before = active.held_out()
     with adapters.disabled(job.tuned.model):
-        base = before if methods.find(job.config.method).same_at_start else active.held_out_loss()
+        base = before if methods.find(job.config.method).same_at_start else active.held_out()
         answers = active.sample_answers()
-    active.folder.write("before", {"base_held_out_loss": base, "held_out_loss": before, "answers": answers})
-    return base
+    losses = {"base_held_out_loss": base and base.loss, "held_out_loss": before and before.loss}
+    rewards = {} if before is None or before.rewards is None else {"held_out_rewards": asdict(before.rewards)}
+    active.folder.write("before", {**losses, **rewards, "answers": answers})
+    return base.loss if base is not None and base.rewards is None else None

@@ -40,14 +40,15 @@ def summary(job: Job) -> dict[str, str]:
     method = c.method
     if c.quant.name != "none":
         method += f" on {c.quant.kind if c.quant.name == 'nf4' else 'int8'}"
+    objective = "" if c.objective == "sft" else f"{c.objective} with "
     adapter = "" if c.adapter is None else f", going on from {Path(c.adapter).name}"
     repeated = f" (+{r.more():.0%} prompts repeated)" if r.repeated else ""
     epochs = f"{round(job.total_steps / max(1, len(job.loader.epoch_steps(0))), 2):g}"
     return {
         "model": f"{Path(c.model).name}: {job.total:,} parameters, {c.precision} on {job.tuned.device}",
-        "data": f"{files[0]}{more}: {r.kept:,} rows, {r.held_out:,} held out; {r.tokens:,} tokens{repeated}, "
+        "data": f"{files[0]}{more}: {r.kept:,} {_rows(c)}, {r.held_out:,} held out; {r.tokens:,} tokens{repeated}, "
         f"{share:.0%} trained",
-        "method": f"{method}{adapter}: {job.trainable:,} parameters ({job.trainable / job.total:.2%})",
+        "method": f"{objective}{method}{adapter}: {job.trainable:,} parameters ({job.trainable / job.total:.2%})",
         "steps": f"{job.total_steps:,} of {_batch(c)}{f' x {c.accumulation}' if c.accumulation > 1 else ''}, "
         f"{epochs} {'epoch' if epochs == '1' else 'epochs'}; learning rate {job.lr:g}",
     }
@@ -74,4 +75,9 @@ def settings(job: Job) -> dict[str, str]:
 
 
 def _batch(config: RunConfig) -> str:
-    return f"{config.batch_tokens:,} tokens" if config.batch_tokens else f"{config.batch_size} rows"
+    return f"{config.batch_tokens:,} tokens" if config.batch_tokens else f"{config.batch_size} {_rows(config)}"
+
+
+def _rows(config: RunConfig) -> str:
+    """What a row is for the objective."""
+    return {"answers": "rows", "pairs": "pairs", "labels": "labelled answers"}[config.wanted]

@@ -18,6 +18,7 @@ DATA = "data"
 PLAN = "plan"
 MODEL = "model"
 CHECKS = "checks"
+REFERENCE = "reference"
 REHEARSAL = "rehearsal"
 BEFORE = "before"
 STEPS = "steps"
@@ -31,6 +32,7 @@ WHAT = {  # in the order of a run
     PLAN: "memory, traced",
     MODEL: "weights loaded, the method put on them",
     CHECKS: "checks of the model",
+    REFERENCE: "log-probabilities by the reference model",
     REHEARSAL: "the largest step, tried",
     BEFORE: "held-out loss and answers before the first step",
     STEPS: "optimizer steps",
@@ -38,7 +40,7 @@ WHAT = {  # in the order of a run
     CHECKPOINTS: "checkpoints written",
     END: "the result saved, loaded again, and answers",
 }
-PREPARING = (START, REQUEST, DATA, PLAN, MODEL, CHECKS, REHEARSAL, BEFORE)  # come before the first step
+PREPARING = (START, REQUEST, DATA, PLAN, MODEL, CHECKS, REFERENCE, REHEARSAL, BEFORE)  # come before the first step
 
 
 @dataclass(frozen=True)

@@ -29,19 +29,27 @@ from fitune.core.files import expand, names_near
 from fitune.core.options import (
     MOST_BATCH,
     MOST_COUNT,
+    ROWS,
     AnySource,
     BitfitOptions,
     BottleneckOptions,
     DataSource,
+    DpoOptions,
     FreezeOptions,
     Ia3Options,
+    IpoOptions,
+    KtoOptions,
     LoraOptions,
+    Objective,
     Options,
+    OrpoOptions,
     PrefixOptions,
     PromptOptions,
     PTuningOptions,
     QuantOptions,
+    SimpoOptions,
     TailOptions,
+    Wanted,
     listed,
     path_text,
     quant_group,
@@ -96,6 +104,9 @@ class DataConfig(Options):
     {path, take, weight, format, map}."""
     eval_data: list[AnySource] = []
     """Held-out data, as for data. Without it a share of the training rows is held out."""
+    objective: Objective = "sft"
+    """What is optimized: sft (the answers), or preferences: dpo, ipo, orpo, simpo (pairs of a chosen and a rejected
+    answer), kto (answers marked as good or bad)."""
     format: str = "auto"
     """Format of the rows: auto (found by looking at each row), or a name."""
     map: dict[str, str] = {}
@@ -165,6 +176,11 @@ class DataConfig(Options):
             raise ValueError(f"one number{each}")
         return value
 
+    @property
+    def wanted(self) -> Wanted:
+        """What the objective needs of a row."""
+        return ROWS[self.objective]
+
     def sources(self) -> list[DataSource]:
         """The training data with all that is said of it; what stands in a source wins over what is said for all."""
         takes, weights = (_for_each(values, len(self.data)) for values in (self.take, self.weight))
@@ -233,8 +249,18 @@ class RunConfig(DataConfig):
     """Settings of the method ia3."""
     peft: dict[str, Any] = {}
     """Settings of PEFT's own config, for the method peft:TYPE."""
+    dpo: DpoOptions = DpoOptions()
+    """Settings of the objective dpo."""
+    ipo: IpoOptions = IpoOptions()
+    """Settings of the objective ipo."""
+    kto: KtoOptions = KtoOptions()
+    """Settings of the objective kto."""
+    orpo: OrpoOptions = OrpoOptions()
+    """Settings of the objective orpo."""
+    simpo: SimpoOptions = SimpoOptions()
+    """Settings of the objective simpo."""
     batch_size: int = Field(default=8, ge=1, le=MOST_BATCH)
-    """Rows per micro-batch. Memory for activations grows with it."""
+    """Rows per micro-batch, pairs count as one. Memory for activations grows with it."""
     batch_tokens: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     """Tokens per micro-batch, in place of batch_size: memory stays even where rows differ in length."""
     loss_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -249,7 +275,7 @@ class RunConfig(DataConfig):
     max_steps: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     """Stop after this number of optimizer steps, whatever epochs says."""
     lr: float | None = Field(default=None, gt=0, le=1e6)
-    """Peak learning rate. Default: the method's own."""
+    """Peak learning rate. Default: the method's own, for preferences less."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0, le=1e6)

@@ -12,6 +12,7 @@ from itertools import takewhile
 from typing import Any, TypeVar
 
 from fitune.core.errors import Collector, ConfigError
+from fitune.core.options import ROWS
 
 T = TypeVar("T")
 
@@ -57,6 +58,10 @@ SAME: dict[str, str] = _each(
         "quant.double": "bnb_4bit_use_double_quant double_quantization",
         "quant.kind": "bnb_4bit_quant_type quantization_type",
         "quant.threshold": "llm_int8_threshold",
+        "dpo.label_smoothing": "dpo_label_smoothing",
+        "kto.desirable_weight": "kto_chosen_weight",
+        "kto.undesirable_weight": "kto_rejected_weight",
+        "simpo.gamma": "simpo_gamma",
     }
 )
 BF16, FP16, FP32 = ({"precision": name} for name in ("bf16", "fp16", "fp32"))
@@ -65,6 +70,7 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp3
 DTYPES |= {f"torch.{name}": ours for name, ours in DTYPES.items()}
 DTYPE = {name: {"precision": ours} for name, ours in {**DTYPES, "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}.items()}
 BITS, COSINE = {"4": NF4, "8": INT8, "none": PLAIN}, {"cosine": dict[str, object]()}
+OBJECTIVE = {name: {"objective": name} for name in ROWS}
 NOT_SO: dict[str, dict[str, object]] = {"false": {}}
 # names of others whose values are settings of ours; any other value is refused with the text in INSTEAD
 MEANS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
@@ -75,7 +81,7 @@ MEANS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "load_in_8bit": {"true": INT8, "false": PLAIN},
     **dict.fromkeys(("quantization_bit", "quant_bits", "quantize_bits"), BITS),
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "scheduler"), COSINE),
-    "stage": {"sft": {}},
+    **dict.fromkeys(("stage", "rlhf_type", "rl"), OBJECTIVE),
     "do_train": {"true": {}},
     **dict.fromkeys(("train_on_inputs", "train_on_prompt", "packing", "sample_packing", "neat_packing"), NOT_SO),
     **dict.fromkeys(("trust_remote_code", "overwrite_output_dir", "push_to_hub"), NOT_SO),
@@ -129,7 +135,12 @@ INSTEAD: dict[str, str] = _each(
         "scheduler lr_scheduler_kwargs cosine_min_lr_ratio",
         "--warmup, a share of all steps: 0.05 is one in twenty": "warmup_steps",
         OUT + "adamw has 0.9 and 0.999": "adam_beta1 adam_beta2",
-        OUT + "this is tuning on answers (sft)": "stage rlhf_type",
+        "--objective sft, dpo, ipo, kto, orpo or simpo": "stage rlhf_type rl pref_loss loss_type",
+        "--dpo.beta, or that of another objective: --kto.beta, --simpo.beta, ...": "beta pref_beta rl_beta",
+        OUT + "the reference is the model as it is before training": "ref_model ref_model_name_or_path "
+        "precompute_ref_log_probs sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
+        OUT + "a prompt gets what --max-length leaves beside the longer answer": "max_prompt_length "
+        "max_completion_length",
         "fitune train": "do_train",
         "fitune eval RUN --data F": "do_eval do_predict predict_with_generate",
         OUT + "prompts are never trained; --train-on says which answers are": "train_on_inputs train_on_prompt "

@@ -141,6 +141,63 @@ class Ia3Options(Options):
     """Linear layers that are scaled: auto (keys, values and the MLP's output layer), or names."""
 
 
+Objective = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"]
+Wanted = Literal["answers", "pairs", "labels"]
+# what each objective needs of a row: its answers, two answers to one prompt, or answers that are marked as good or bad
+ROWS: dict[str, Wanted] = {
+    "sft": "answers", "dpo": "pairs", "ipo": "pairs", "kto": "labels", "orpo": "pairs", "simpo": "pairs",
+}  # fmt: skip
+# on the method's own learning rate: log-probabilities of whole answers move fast, and published runs take a twentieth
+# of a tuning's rate or less; ORPO tunes on the chosen answers too (Hong et al. 2024: 8e-6 for all weights)
+LR_FACTORS: dict[str, float] = {"sft": 1.0, "dpo": 0.05, "ipo": 0.05, "kto": 0.05, "orpo": 0.4, "simpo": 0.05}
+Beta = Annotated[float, Field(gt=0, le=1e6)]
+
+
+class DpoOptions(Options):
+    """DPO (Rafailov et al. 2023, arXiv:2305.18290): the chosen answer is to gain more on the reference than the
+    rejected one."""
+
+    beta: Beta = 0.1
+    """How close the model stays to the reference: rewards are beta x the log-ratio to it."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the pairs that are taken to be the wrong way round (Mitchell 2023, conservative DPO)."""
+
+
+class IpoOptions(Options):
+    """IPO (Azar et al. 2023, arXiv:2310.12036): the margin of log-ratios, per token, is to be 1 / (2 beta)."""
+
+    beta: Beta = 0.1
+    """How close the model stays to the reference: the paper's tau."""
+
+
+class KtoOptions(Options):
+    """KTO (Ethayarajh et al. 2024, arXiv:2402.01306): single answers, each marked as good or bad."""
+
+    beta: Beta = 0.1
+    """How close the model stays to the reference: rewards are beta x the log-ratio to it."""
+    desirable_weight: float = Field(default=1.0, ge=0, le=1e6)
+    """Weight of the good answers in the loss."""
+    undesirable_weight: float = Field(default=1.0, ge=0, le=1e6)
+    """Weight of the bad answers in the loss."""
+
+
+class OrpoOptions(Options):
+    """ORPO (Hong et al. 2024, arXiv:2403.07691): the loss of the chosen answer and a term of the odds ratio; no
+    reference."""
+
+    beta: Beta = 0.1
+    """Weight of the odds ratio beside the loss of the chosen answer: the paper's lambda."""
+
+
+class SimpoOptions(Options):
+    """SimPO (Meng et al. 2024, arXiv:2405.14734): rewards are beta x the log-probability per token; no reference."""
+
+    beta: Beta = 2.0
+    """Scale of the rewards."""
+    gamma: float = Field(default=1.0, ge=0, le=1e6)
+    """Margin by which the chosen answer's reward is to be higher."""
+
+
 class QuantOptions(Options):
     """Frozen weights of linear layers in few bits; embedding, norms and output head stay as they are."""
 

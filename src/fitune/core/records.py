@@ -8,7 +8,7 @@ Shapes: T = tokens of a flat batch, L = rows of it that carry a label, D = docum
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -67,12 +67,18 @@ class Conversation:
     """One row of data, whatever its format was. A system message may stand between turns, too.
 
     tools: function descriptions in OpenAI's frame, {type: "function", function: {name, description, parameters}}.
+    rejected: of a row of preferences, what stands in the place of the messages from `fork` on where the other answer
+    was given; the first `fork` messages are the prompt of both. desirable: of a labelled answer (KTO), is it a good
+    one; `rejected` is then the answer to another prompt.
     """
 
     messages: tuple[Message, ...]
     source: Source | None = None
     format: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
+    rejected: tuple[Message, ...] = ()
+    fork: int = 0
+    desirable: bool | None = None
 
     def prompt(self) -> tuple[Message, ...]:
         """The messages before the last answer: what a model is asked when this row is a test."""
@@ -83,9 +89,14 @@ class Conversation:
         """The conversation up to where the last answer begins, with its tools."""
         return replace(self, messages=self.prompt())
 
+    def other(self) -> Conversation:
+        """The conversation with the rejected answer."""
+        return replace(self, messages=(*self.messages[: self.fork], *self.rejected))
+
     def characters(self) -> int:
         """Length of all its texts together."""
-        return sum(len(message.content) + len(message.context) + len(message.thought) for message in self.messages)
+        messages = (*self.messages, *self.rejected)
+        return sum(len(message.content) + len(message.context) + len(message.thought) for message in messages)
 
     def answer(self) -> str:
         """The last answer."""
@@ -126,6 +137,7 @@ class Sample:
     weights: NDArray[np.float32] | None = None  # of each id in the loss; None: 1 for all that is trained
     intact: int = 0  # the shortest max_length that cuts nothing but old exchanges that are not trained
     cut_text: int = 0  # tokens that were cut inside the prompt's texts: more than old exchanges
+    shared: int = 0  # of a pair's samples: so many ids of the prompt are the same in both
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -137,12 +149,52 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A row of preferences as the model gets it: two samples with one prompt.
+
+    reference: log-probabilities of both answers by the reference model; None: nobody computed them yet. desirable: of a
+    labelled answer (KTO), is it a good one; `rejected` is then an answer to another prompt, behind this one.
+    """
+
+    chosen: Sample
+    rejected: Sample
+    reference: tuple[float, float] | None = None
+    desirable: bool | None = None
+
+    @property
+    def source(self) -> Source | None:
+        """Where the row stands."""
+        return self.chosen.source
+
+    def __len__(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+
+Units = Sequence[Sample] | Sequence[Pair]  # what batches are made of
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a batch of pairs has beside its documents; A answers, of which pair n has 2n (chosen) and 2n + 1 (rejected).
+
+    of: (L,), the answer that each label belongs to. reference: (A,), log-probabilities by the reference model, NaN
+    where nobody computed them. desirable: (A,), of labelled answers (KTO): each row has one, and `mismatched` is the
+    batch of what stands behind the same prompts though it answers others.
+    """
+
+    of: NDArray[np.int64]
+    reference: NDArray[np.float32]
+    desirable: NDArray[np.bool_] | None = None
+    mismatched: Batch | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """A micro-batch: documents one after the other, no padding.
 
     ids, positions: (T,). bounds: (D + 1,), document d is ids[bounds[d]:bounds[d+1]]. label_rows: (L,), the positions
     whose next token is trained; labels: (L,), those next tokens. rows: which samples these are. weights: (L,), of each
-    label in the loss; None: 1 for all.
+    label in the loss; None: 1 for all. answers: of a batch of pairs, whose rows have as many documents each.
     """
 
     ids: NDArray[np.int64]
@@ -152,6 +204,7 @@ class Batch:
     labels: NDArray[np.int64]
     rows: tuple[int, ...]
     weights: NDArray[np.float32] | None = None
+    answers: Answers | None = None
 
     @property
     def targets(self) -> int:
@@ -160,8 +213,31 @@ class Batch:
 
     @property
     def weight(self) -> float:
-        """The sum of its labels' weights, which the loss is divided by: without weights, the number of labels."""
+        """What the loss is divided by: the sum of its labels' weights, without weights the number of labels; of a batch
+        of pairs the number of rows."""
+        if self.answers is not None:
+            return len(self.rows)
         return len(self.labels) if self.weights is None else float(self.weights.sum(dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What a model makes of preferences: means over the pairs of a step, or of an evaluation.
+
+    chosen, rejected: rewards of both answers, as the objective has them. margin: chosen less rejected. accuracy: share
+    of the pairs whose chosen answer has the higher reward; of labelled answers those whose reward has the right sign.
+    chosen_logp, rejected_logp: log-probabilities of the answers. kl: log-probability less that by the reference, over
+    all answers: an estimate of the distance to it on answers of the data, so it may be below 0; of KTO, over answers to
+    other prompts and never below 0. A figure that nothing has is None.
+    """
+
+    chosen: float | None
+    rejected: float | None
+    margin: float | None
+    accuracy: float | None
+    chosen_logp: float | None
+    rejected_logp: float | None
+    kl: float | None
 
 
 @dataclass(frozen=True)
@@ -178,16 +254,31 @@ class StepRecord:
     seconds: float
     held_out_loss: float | None = None
     applied: bool = True  # False: loss or gradient was not finite, and no weight changed
+    rewards: Rewards | None = None  # of preferences, in the step
+    held_out_rewards: Rewards | None = None
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON; a number that is not finite is null there."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        """For JSON; a number that is not finite is null there, and rewards stand there where a run has some."""
+        own = {k: v for k, v in asdict(self).items() if k not in PREFERENCES or v is not None}
+        return {k: _finite(v) for k, v in own.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> StepRecord:
         """Back from JSON."""
         known = {k: math.nan if v is None and k != "held_out_loss" else v for k, v in values.items()}
+        for name in PREFERENCES:
+            if isinstance(rewards := known.get(name), Mapping):
+                known[name] = Rewards(**rewards)
         return cls(**known)  # type: ignore[arg-type]  # the fields' types are those of the file
+
+
+PREFERENCES = ("rewards", "held_out_rewards")  # fields of a StepRecord that only runs on preferences have
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -254,6 +345,8 @@ class DataReport:
     max_length: int = 0
     samples: int = 0
     repeated: int = 0  # tokens of conversations that come once more, because each of their answers is a sample
+    pairs: int = 0  # rows of preferences, each of two samples
+    shared: int = 0  # tokens of prompts that are the same in both
     lost_at_limit: int = 0  # rows that would lose answer tokens even at the longest that the model can hold
     lengths: dict[str, float] = field(default_factory=dict)  # of the uncut samples, in tokens
     length_choices: list[LengthChoice] = field(default_factory=list)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from fitune.core.clock import Phase
 from fitune.core.parse import parse
-from fitune.core.records import StepRecord
+from fitune.core.records import Rewards, StepRecord
 
 Json = dict[str, object]  # a record as JSON has it
 
@@ -33,7 +33,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run reached. Losses are per target token, in nats."""
+    """What a run reached. Losses are per target token, in nats; of preferences per row."""
 
     run: str  # the run folder
     steps: int
@@ -48,6 +48,8 @@ class Result:
     peak_memory_mib: float
     expected_memory_mib: float
     seconds: float
+    held_out_rewards_before: Rewards | None = None  # of preferences, with the method, before the first step
+    held_out_rewards_after: Rewards | None = None
     history: tuple[StepRecord, ...] = ()  # the record of each step; in the run folder steps.jsonl
     phases: tuple[Phase, ...] = ()  # seconds of the process that ended the run, from its start to the report
 
@@ -58,8 +60,11 @@ class Result:
 
     def as_dict(self) -> Json:
         """For JSON, without the history."""
-        values = {name: value for name, value in vars(self).items() if name != "history"}
-        return {**values, "phases": [asdict(phase) for phase in self.phases]}
+        found = {name: value for name, value in vars(self).items() if name != "history"}
+        for name in ("held_out_rewards_before", "held_out_rewards_after"):
+            rewards = found.pop(name)
+            found |= {} if rewards is None else {name: asdict(rewards)}
+        return {**found, "phases": [asdict(phase) for phase in self.phases]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object], where: str) -> Result:

@@ -21,7 +21,10 @@ SHAPES: dict[str, tuple[type, dict[str, Kind]]] = {
     "template": (dict, {"kind": str, "jinja": (str, dict), "date": (str, type(None)), "name": str}),
     "plan": (dict, {"phases": list, "parts": dict, "kept": list, "trainable": int, "total": int}),
     "data": (dict, {"sha256": dict, "inputs": dict, "report": dict, "findings": list}),
-    "before": (dict, {"base_held_out_loss": MAYBE, "held_out_loss": MAYBE, "answers": (list, dict)}),
+    "before": (
+        dict,
+        {"base_held_out_loss": MAYBE, "held_out_loss": MAYBE, "held_out_rewards": dict, "answers": (list, dict)},
+    ),
     "checks": (list, {}),
     "answers": (list, {}),
     "measured": (dict, {}),

@@ -8,13 +8,13 @@ trained has no label row at all, so there is no ignore index anywhere after this
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fitune.core.records import Batch, Sample
+from fitune.core.records import Answers, Batch, Pair, Sample, Units
 from fitune.data.store import lengths_of
 
 WINDOW = 50  # micro-batches that are sorted by length together
@@ -33,15 +33,37 @@ def rounded(count: int) -> int:
     return -(-count // step) * step
 
 
-def flat(samples: Sequence[Sample], rows: Iterable[int]) -> Batch:
+def flat(samples: Units, rows: Iterable[int]) -> Batch:
     """The rows as one flat batch.
 
     Args:
-        samples: all samples.
+        samples: all samples, or pairs of them.
         rows: which of them, in this order.
     """
     rows = [int(row) for row in rows]
     chosen = [samples[row] for row in rows]
+    pairs = [one for one in chosen if isinstance(one, Pair)]
+    return _of_pairs(pairs, rows) if pairs else _of_samples([one for one in chosen if isinstance(one, Sample)], rows)
+
+
+def _of_pairs(pairs: Sequence[Pair], rows: Sequence[int]) -> Batch:
+    """Both samples of each pair; of labelled answers those that are labelled, and beside them a batch of the others."""
+    reference = np.array([pair.reference or (np.nan, np.nan) for pair in pairs], np.float32)
+    if pairs[0].desirable is None:
+        both = _of_samples([sample for pair in pairs for sample in (pair.chosen, pair.rejected)], rows)
+        return replace(both, answers=Answers(_documents(both), reference.reshape(-1)))
+    own, others = (_of_samples(some, rows) for some in ([p.chosen for p in pairs], [p.rejected for p in pairs]))
+    others = replace(others, answers=Answers(_documents(others), reference[:, 1]))
+    marks = np.array([bool(pair.desirable) for pair in pairs])
+    return replace(own, answers=Answers(_documents(own), reference[:, 0], marks, others))
+
+
+def _documents(batch: Batch) -> NDArray[np.int64]:
+    """Of each label the number of its document."""
+    return np.searchsorted(batch.bounds, batch.label_rows, side="right") - 1
+
+
+def _of_samples(chosen: Sequence[Sample], rows: Sequence[int]) -> Batch:
     lengths = [len(sample) for sample in chosen]
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     ids = np.concatenate([sample.ids for sample in chosen]).astype(np.int64)
@@ -64,25 +86,37 @@ def flat(samples: Sequence[Sample], rows: Iterable[int]) -> Batch:
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
-    """The batch as so many smaller ones (at most one a document), every document whole in one of them."""
-    documents = len(batch.rows)
-    edges = np.unique(np.linspace(0, documents, min(parts, documents) + 1).round().astype(int))
-    made = []
-    for first, last in pairwise(edges.tolist()):
-        start, end = int(batch.bounds[first]), int(batch.bounds[last])
-        here = (batch.label_rows >= start) & (batch.label_rows < end)
-        made.append(
-            Batch(
-                ids=batch.ids[start:end],
-                positions=batch.positions[start:end],
-                bounds=batch.bounds[first : last + 1] - start,
-                label_rows=batch.label_rows[here] - start,
-                labels=batch.labels[here],
-                rows=batch.rows[first:last],
-                weights=None if batch.weights is None else batch.weights[here],
-            )
-        )
-    return made
+    """The batch as so many smaller ones (at most one a row), every row whole in one of them."""
+    count = len(batch.rows)
+    edges = np.unique(np.linspace(0, count, min(parts, count) + 1).round().astype(int))
+    return [_part(batch, first, last) for first, last in pairwise(edges.tolist())]
+
+
+def _part(batch: Batch, first: int, last: int) -> Batch:
+    """The rows from `first` to before `last`."""
+    each = (len(batch.bounds) - 1) // len(batch.rows)  # documents of a row
+    start, end = int(batch.bounds[each * first]), int(batch.bounds[each * last])
+    here = (batch.label_rows >= start) & (batch.label_rows < end)
+    return Batch(
+        ids=batch.ids[start:end],
+        positions=batch.positions[start:end],
+        bounds=batch.bounds[each * first : each * last + 1] - start,
+        label_rows=batch.label_rows[here] - start,
+        labels=batch.labels[here],
+        rows=batch.rows[first:last],
+        weights=None if batch.weights is None else batch.weights[here],
+        answers=None if batch.answers is None else _part_of(batch.answers, each, here, (first, last)),
+    )
+
+
+def _part_of(answers: Answers, each: int, here: NDArray[np.bool_], rows: tuple[int, int]) -> Answers:
+    first, last = rows
+    return Answers(
+        of=answers.of[here] - each * first,
+        reference=answers.reference[each * first : each * last],
+        desirable=None if answers.desirable is None else answers.desirable[first:last],
+        mismatched=None if answers.mismatched is None else _part(answers.mismatched, first, last),
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +124,7 @@ class Loader:
     """Deterministic batches: what a step holds follows from the seed and the step's number alone.
 
     Args:
-        samples: the training samples.
+        samples: the training samples, or pairs of them.
         batch_size: rows per micro-batch.
         accumulation: micro-batches per optimizer step.
         seed: decides the order.
@@ -98,7 +132,7 @@ class Loader:
         by_length: rows of about the same length share a micro-batch, for models that need padding.
     """
 
-    samples: Sequence[Sample]
+    samples: Units
     batch_size: int
     accumulation: int
     seed: int
@@ -158,7 +192,7 @@ class Loader:
             number, epoch = number + count, epoch + 1
 
 
-def in_order(samples: Sequence[Sample], batch_size: int, *, by_length: bool = False) -> Iterator[Batch]:
+def in_order(samples: Units, batch_size: int, *, by_length: bool = False) -> Iterator[Batch]:
     """All samples once, for evaluation: in their order, or for models that need padding the longest first."""
     order = np.argsort(-lengths_of(samples), kind="stable") if by_length else np.arange(len(samples))
     for start in range(0, len(samples), batch_size):

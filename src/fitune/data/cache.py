@@ -6,6 +6,7 @@ what the first one made. A folder that does not match its checksums is made agai
 the cache may be deleted whenever no run is going on.
 
     CACHE/rows-<key>-<n>/      see store.py
+    CACHE/reference-<key>-<n>/ what the reference model gives answers of preferences
     CACHE/samples-<key>-<n>/   what is made anew gets the next number: another run may be reading the one before
 """
 
@@ -154,7 +155,7 @@ class Cache:
                 days = (now - path.stat().st_mtime) / 86400
                 if OURS.fullmatch(path.name):
                     continue  # under construction, or gone with its process
-                ours = path.name.startswith((TEMPORARY, "rows-", "samples-", "given-", "plan-")) and path.is_dir()
+                ours = path.name.startswith((TEMPORARY, *(f"{kind}-" for kind in eviction.KINDS))) and path.is_dir()
                 if ours and path.name.startswith(TEMPORARY) and days > 1:
                     shutil.rmtree(path, ignore_errors=True)
                 elif ours and days > DAYS and eviction.unused(path):

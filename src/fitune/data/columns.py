@@ -28,7 +28,10 @@ MARKS = {  # true is 1 and false is 0
 }  # fmt: skip
 FLAGS = ("loss", *TURN_FLAGS)  # of a row, where true or false: a number may be a loss that was measured
 WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss_mask", "sample_weight")  # of a row, where a number or a flag
-FIELDS = frozenset({IGNORE, *THOUGHTS, *FLAGS, *WEIGHTS, *LABELS})  # what a column may be mapped to, in any format
+REJECTED = ("rejected", "rejected_response", "rejected_messages")  # the other answer of a row of preferences
+FIELDS = frozenset(
+    {IGNORE, *THOUGHTS, *FLAGS, *WEIGHTS, *LABELS, *REJECTED}
+)  # what a column may be mapped to, in any format
 MOST = 10.0  # a weight above it is more likely that of a parcel
 OTHERWISE = "if the column means something else: --map {}=ignore"
 
@@ -41,8 +44,12 @@ SAID = ("answer", "response", "completion", "output", "reply", "target", "soluti
 Q_AND_A = re.compile(r"(^|[_\s.-])q([_\s.-]|$)"), re.compile(r"(^|[_\s.-])a([_\s.-]|$)")  # q_text and a_text
 
 
-def refuse(row: Row) -> None:
+def refuse(row: Row, *, marked: bool = False) -> None:
     """Refuse rows that plain tuning would do the contrary with, or half.
+
+    Args:
+        row: under the names that are known.
+        marked: answers that are marked as bad are wanted.
 
     Raises:
         FieldError: pictures, sound or films; an answer that is marked as bad.
@@ -52,8 +59,8 @@ def refuse(row: Row) -> None:
             error = no_media(name, value)
             error.fix = f"{LEAVE_OUT}; {OTHERWISE.format(name)}"
             raise error
-    for name in LABELS:
-        if _good(row, name) is False:
+    for name in () if marked else LABELS:
+        if good(row, name) is False:
             shown = row[name] if isinstance(row[name], str) else str(row[name]).lower()
             raise FieldError(
                 name,
@@ -64,7 +71,7 @@ def refuse(row: Row) -> None:
             )
 
 
-def _good(row: Row, name: str) -> bool | None:
+def good(row: Row, name: str) -> bool | None:
     """What a label says of the answer; None: it is no label."""
     value = row.get(name)
     if isinstance(value, str):
@@ -160,17 +167,26 @@ def _factor(name: str, value: object) -> float:
 
 def used(row: Row, *, flat: bool) -> list[str]:
     """The columns that are obeyed beside a row's conversation; flat: its prompt and its answer are columns too."""
-    labels = [name for name in LABELS if _good(row, name) is not None]
+    labels = [name for name in LABELS if good(row, name) is not None]
     thoughts = [name for name in THOUGHTS if flat and isinstance(row.get(name), (str, list))]
     return [*_columns_of_weights(row), *labels, *thoughts]
 
 
-def taken(row: Row, *, flat: bool) -> list[str]:
-    """What a user should know of how such columns were understood, for a note with counts."""
+def taken(row: Row, *, flat: bool, marked: bool = False) -> list[str]:
+    """What a user should know of how such columns were understood, for a note with counts.
+
+    Args:
+        row: under the names that are known.
+        flat: as for `used`.
+        marked: labels say which answers are good and which are bad.
+    """
     found = []
     for name in used(row, flat=flat):
         value = row[name]
-        if name in LABELS:
+        if name in LABELS and marked:
+            kind = "good" if good(row, name) else "bad"
+            found.append(f"with {name} {str(value).strip().lower()}: taken as {kind} answers")
+        elif name in LABELS:
             found.append(f"with {name} {str(value).strip().lower()}: trained as good answers")
         elif name in THOUGHTS:
             found.append(f"with a column {name!r}: taken as the thought before the answer")

@@ -13,8 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from fitune.core.errors import DataError, shorten
+from fitune.core.options import Wanted
 from fitune.core.records import Conversation, Message, Source
-from fitune.data.columns import IGNORE, refuse, sizes, taken, used, weighted
+from fitune.data import preferences
+from fitune.data.columns import IGNORE, REJECTED, refuse, sizes, taken, used, weighted
 from fitune.data.fields import FieldError, Row, missing, text_of
 from fitune.data.formats import (
     NAMES,
@@ -42,7 +44,12 @@ def framed(row: object) -> Any:
 
 
 def to_conversation(
-    row: object, source: Source, *, name: str = "auto", columns: Mapping[str, str] | None = None
+    row: object,
+    source: Source,
+    *,
+    name: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    wanted: Wanted = "answers",
 ) -> Conversation:
     """One parsed row as a conversation.
 
@@ -51,9 +58,11 @@ def to_conversation(
         source: where it stands.
         name: a format of FORMATS, or auto.
         columns: what columns of other names mean: {"content": "prompt", "summary": "completion"}.
+        wanted: answers; pairs, a chosen and a rejected one; or labels, answers marked as good or bad, for which a pair
+            is taken too.
 
     Raises:
-        DataError: the row is of no known format, or a field of it is wrong.
+        DataError: the row is of no known format, a field of it is wrong, or it is not what is wanted.
     """
     columns = columns or {}
     try:
@@ -61,7 +70,7 @@ def to_conversation(
         if not isinstance(row, dict):
             raise FieldError("", "not a row", received=shorten(row), expected="an object")
         columns = understood(row, name, columns)
-        return _convert(row, source, name, columns)
+        return _convert(row, source, name, columns, wanted)
     except FieldError as error:
         # the user knows his own column's name, not the one it stands for
         own = {field: column for column, field in columns.items()}
@@ -113,20 +122,39 @@ def _refuse_half(texts: Iterable[str]) -> None:
             )
 
 
-def _convert(row: Row, source: Source, name: str, columns: Mapping[str, str]) -> Conversation:
+def _convert(row: Row, source: Source, name: str, columns: Mapping[str, str], wanted: Wanted) -> Conversation:
     row, mapped = by_known_names(row, columns)
     fmt = find(row, name, mapped)
-    refuse(row)
-    messages = _weighted(fmt.convert(row), row, flat=_is_flat(fmt))
+    refuse(row, marked=wanted == "labels")
+    messages = _whole(fmt.convert(row), row, fmt)
+    tools = tools_of(row, fmt) if "tools" in fmt.uses else ()
+    found = Conversation(tuple(messages), source=source, format=fmt.name, tools=tools)
+    if wanted != "answers":
+        found = _preferred(found, row, fmt, wanted)
+    all_texts = _texts(preferences.texts(found))
+    _refuse_half([*all_texts, json.dumps(tools, ensure_ascii=False, default=str) if tools else ""])
+    return found
+
+
+def _whole(messages: list[Message], row: Row, fmt: Format) -> list[Message]:
+    """A row's messages with its weights, its thought and its system text."""
+    messages = _weighted(messages, row, flat=_is_flat(fmt))
     named = next((field for field in SYSTEMS if field in fmt.uses and not missing(row.get(field))), "")
     system = text_of(row, named) if named else ""
     if system and messages[0].role == "system":
         raise FieldError(named, "a second system message", received=shorten(system), expected="one", fix=ONE_SYSTEM)
-    if system:
-        messages = [Message("system", system), *messages]
-    tools = tools_of(row, fmt) if "tools" in fmt.uses else ()
-    _refuse_half([*_texts(messages), json.dumps(tools, ensure_ascii=False, default=str) if tools else ""])
-    return Conversation(tuple(messages), source=source, format=fmt.name, tools=tools)
+    return [Message("system", system), *messages] if system else messages
+
+
+def _preferred(found: Conversation, row: Row, fmt: Format, wanted: Wanted) -> Conversation:
+    """The conversation with its rejected answer, or with its label."""
+    label = preferences.label_of(row) if wanted == "labels" else None
+    if label is not None:
+        return replace(found, desirable=label)
+    other = preferences.rejected_of(row, fmt)
+    if other is None:
+        raise preferences.needs_label(row) if wanted == "labels" else preferences.needs_pair(row)
+    return preferences.paired(found, _whole(other, row, fmt))
 
 
 def _is_flat(fmt: Format) -> bool:
@@ -157,10 +185,15 @@ def _texts(messages: Iterable[Message]) -> list[str]:
     ]
 
 
-def unused(row: Row, name: str, columns: Mapping[str, str]) -> list[str]:
+def unused(row: Row, name: str, columns: Mapping[str, str], wanted: Wanted = "answers") -> list[str]:
     """The columns of a row, and the keys of its turns, that its format makes nothing of."""
     columns = understood(row, "auto", columns)
-    uses = NAMES[name].uses | {IGNORE} | set(used(by_known_names(row, columns)[0], flat=_is_flat(NAMES[name])))
+    uses = (
+        NAMES[name].uses
+        | {IGNORE}
+        | (set() if wanted == "answers" else set(REJECTED))
+        | set(used(by_known_names(row, columns)[0], flat=_is_flat(NAMES[name])))
+    )
     renamed = {column for column, field in columns.items() if field in uses}
     taken = {field for column, field in columns.items() if column in row}
     found = [key for key in row if key not in renamed and (key not in uses or key in taken)]
@@ -169,12 +202,12 @@ def unused(row: Row, name: str, columns: Mapping[str, str]) -> list[str]:
     return [*map(str, found), *sorted(f"turn.{key}" for key in keys)]
 
 
-def notes(row: Row, conversation: Conversation, columns: Mapping[str, str]) -> list[str]:
+def notes(row: Row, conversation: Conversation, columns: Mapping[str, str], wanted: Wanted = "answers") -> list[str]:
     """What a user should know of how a row was understood, as notes that are counted."""
     weights = [m.weight for m in conversation.messages if m.role == "assistant"]
     by_name = by_known_names(row, understood(row, "auto", columns))[0]
-    found = taken(by_name, flat=_is_flat(NAMES[conversation.format]))
-    if conversation.format == "preference":
+    found = taken(by_name, flat=_is_flat(NAMES[conversation.format]), marked=wanted == "labels")
+    if conversation.format == "preference" and wanted == "answers":
         found = [*found, "of preference: the chosen answer alone is trained, as plain tuning"]
     if not any(weights):
         return [*found, "without an answer of weight above 0: left out"]
@@ -191,19 +224,23 @@ def fill(conversation: Conversation, values: Mapping[str, str]) -> Conversation:
     def filled(text: str) -> str:
         return SLOT.sub(lambda slot: values.get(slot[1], slot[0]), text) if "{{" in text else text
 
-    messages = tuple(
-        replace(
-            message,
-            content=filled(message.content),
-            context=filled(message.context),
-            thought=filled(message.thought),
+    messages, rejected = (
+        tuple(
+            replace(
+                message,
+                content=filled(message.content),
+                context=filled(message.context),
+                thought=filled(message.thought),
+            )
+            for message in some
         )
-        for message in conversation.messages
+        for some in (conversation.messages, conversation.rejected)
     )
-    return replace(conversation, messages=messages)
+    return replace(conversation, messages=messages, rejected=rejected)
 
 
 def slots(conversation: Conversation) -> set[str]:
     """The names of the slots `{{name}}` that stand in a conversation's texts."""
-    texts = [text for message in conversation.messages for text in (message.content, message.context, message.thought)]
+    messages = preferences.texts(conversation)
+    texts = [text for message in messages for text in (message.content, message.context, message.thought)]
     return {slot for text in texts if "{{" in text for slot in SLOT.findall(text)}

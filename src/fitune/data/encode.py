@@ -23,8 +23,10 @@ import numpy as np
 from fitune.core.config import TrainOn
 from fitune.core.errors import ConfigError, DataError, FituneError, RunawayError
 from fitune.core.records import SPAN, Conversation, Message, Sample, Segment
+from fitune.data import pairs
 from fitune.data.documents import split
-from fitune.data.pieces import Group, Piece, is_users, length_of, weights_of
+from fitune.data.fields import in_row
+from fitune.data.pieces import Group, Piece, before_turns, is_users, length_of, weights_of, with_system
 from fitune.data.templates import TABLE, ChatTemplate, Template, thoughts
 from fitune.data.templates.base import Tools
 from fitune.data.tokenizer import adds_bos, encode, encode_many, opens_with_space, single_id, special
@@ -52,6 +54,7 @@ class Encoder:
         max_length: longest sample in tokens; None does not cut.
         train_on: which of the assistant's turns are trained: all, the last one, or those that call a tool.
         answer_tokens: special tokens of the vocabulary that answers are to produce; in all other text they stay text.
+        both: a row of preferences becomes two samples, with the chosen and with the rejected answer.
 
     Raises:
         ConfigError: the template needs special tokens that the vocabulary lacks.
@@ -69,8 +72,11 @@ class Encoder:
         max_length: int | None = None,
         train_on: TrainOn = "all",
         answer_tokens: Sequence[str] = (),
+        *,
+        both: bool = False,
     ) -> None:
         self.tokenizer, self.template, self.max_length, self.train_on = tokenizer, template, max_length, train_on
+        self.both = both  # samples of a row of preferences
         self.split = False  # documents of plain text that are too long become several samples, instead of being cut
         self.bos_id = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         stop = single_id(tokenizer, template.stop) if template.stop else None
@@ -145,16 +151,16 @@ class Encoder:
             try:
                 drafts.append(self._drafts(conversation))
             except RunawayError as error:  # the next row would take as long
-                raise _in_row(error, conversation) from None
+                raise in_row(error, conversation) from None
             except FituneError as error:
-                named = _in_row(error, conversation)
+                named = in_row(error, conversation)
                 if on_bad is None:
                     raise named from error
                 on_bad(number, named)
                 drafts.append([])
         groups = [group for row in drafts for draft in row for group in draft.groups]
         known = self._encode_together(groups)
-        return [[sample for draft in row for sample in draft.encoder._samples(draft, known)] for row in drafts]
+        return [self._made(row, known) for row in drafts]
 
     def sample(self, conversation: Conversation) -> Sample | None:
         """The row as ids and mask, or None where not one trained token is left of it.
@@ -165,11 +171,32 @@ class Encoder:
         return draft.encoder._finish(draft, {})
 
     def _drafts(self, conversation: Conversation) -> list[_Draft]:
+        if self.both and conversation.rejected:
+            return [self._side(conversation), self._side(conversation.other())]
         if conversation.format == "text" or not self.one_answer_per_sample(conversation):
             return [self._draft(conversation, self.trained_turns)]
         answers = sorted(self.trained_turns(conversation.messages))
         rows = [replace(conversation, messages=conversation.messages[: turn + 1]) for turn in answers]
         return [self._draft(row, lambda messages: {len(messages) - 1}) for row in rows]
+
+    def _side(self, row: Conversation) -> _Draft:
+        """One answer of a row of preferences."""
+        return self._draft(row, lambda messages: set(self.side_turns(row, messages)))
+
+    def side_turns(self, row: Conversation, left: Sequence[Message] | None = None) -> list[int]:
+        """The turns of one side of a row of preferences that are trained (`left`: of what cutting has left of it): what
+        stands behind the prompt of both. Where each answer would be a sample of its own, the last one is."""
+        behind = 1 if self.one_answer_per_sample(row) else len(row.messages) - row.fork
+        messages = row.messages if left is None else left
+        return sorted(turn for turn in self.trained_turns(messages) if turn >= len(messages) - behind)
+
+    def _made(self, drafts: Sequence[_Draft], known: Known) -> list[Sample]:
+        """The samples of a row's drafts; of two sides, cut alike."""
+        if self.both and drafts and drafts[0].conversation.rejected:
+            sides = [lambda limit, one=draft: self.with_max_length(limit)._finish(one, known) for draft in drafts]
+            alike = drafts[0].conversation.desirable is None
+            return pairs.cut(sides, self.max_length, alike=alike)
+        return [sample for draft in drafts for sample in draft.encoder._samples(draft, known)]
 
     def one_answer_per_sample(self, conversation: Conversation) -> bool:
         """Does each answer of this row become a sample of its own?"""
@@ -360,8 +387,8 @@ class Encoder:
         last = max((turn for turn, message in enumerate(messages) if message.role == "user"), default=0)
         if any(turn < last for turn in draft.choose(messages)):
             return length_of(pieces), length_of(pieces)
-        system, turns = _apart(messages)
-        left = [*system, *turns[_with_system(turns, max(0, last - len(system))) :]]
+        system, turns = before_turns(messages)
+        left = [*system, *turns[with_system(turns, max(0, last - len(system))) :]]
         if len(left) < len(messages):
             pieces = self._pieces(self._groups(left, draft.conversation.tools, draft.choose(left)), known)
         return sum(map(self._least, pieces)), length_of(pieces)
@@ -382,9 +409,9 @@ class Encoder:
     ) -> tuple[list[Piece], int]:
         """A row cut to `limit` tokens: oldest exchanges, then the user's text, then the answer's end; and how many
         tokens of user's texts that stay were cut."""
-        system, turns = _apart(conversation.messages)
+        system, turns = before_turns(conversation.messages)
         while length_of(pieces) > limit:
-            starts = [_with_system(turns, n) for n, message in enumerate(turns) if message.role == "user"]
+            starts = [with_system(turns, n) for n, message in enumerate(turns) if message.role == "user"]
             first = next(filter(None, starts), None)
             if first is None:
                 break
@@ -420,31 +447,3 @@ class Encoder:
                 group = Group(tuple(parts), group.trained)
                 ids = self._ids(group, {})
         return Piece(ids, group)
-
-
-def _apart(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
-    """The system's text that a row begins with, which stays whatever is cut, and the turns behind it."""
-    first = messages[0].role == "system" if messages else False
-    return list(messages[:first]), list(messages[first:])
-
-
-def _with_system(turns: Sequence[Message], turn: int) -> int:
-    """Where an exchange begins: with the system's texts right before its question."""
-    while turn and turns[turn - 1].role == "system":
-        turn -= 1
-    return turn
-
-
-def _in_row(error: FituneError, row: Conversation) -> DataError:
-    """The error with the place of its row."""
-    if isinstance(error, DataError) and error.file is not None:
-        return error
-    where = row.source
-    return DataError(
-        error.what,
-        file=where.file if where else None,
-        line=where.line if where else None,
-        received=error.received,
-        expected=error.expected,
-        fix=error.fix,
-    )

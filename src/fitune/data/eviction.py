@@ -21,7 +21,8 @@ from pathlib import Path
 from fitune.core.scratch import TEMPORARY, sweep
 from fitune.core.units import GIB, MIB
 
-ENTRY = re.compile(r"(rows|samples|given|plan)-[0-9a-f]+-\d+")
+KINDS = ("rows", "samples", "given", "plan", "reference")  # of entries
+ENTRY = re.compile(rf"({'|'.join(KINDS)})-[0-9a-f]+-\d+")
 IDLE = 86400.0  # seconds without use, where nobody can be asked who uses it
 
 if os.name == "nt":

@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fitune.core.errors import shorten
+from fitune.core.errors import DataError, FituneError, shorten
+from fitune.core.records import Conversation
 
 Row = Mapping[str, Any]  # what a file has, of whatever format
 Turn = Mapping[str, Any]  # one turn of its conversation, by whoever's names
@@ -58,3 +59,18 @@ def listed(value: object, where: str, expected: str) -> list[Any]:
     if not isinstance(value, list):
         raise FieldError(where, "not a list", received=shorten(value), expected=expected)
     return value
+
+
+def in_row(error: FituneError, row: Conversation) -> DataError:
+    """The error with the place of its row."""
+    if isinstance(error, DataError) and error.file is not None:
+        return error
+    where = row.source
+    return DataError(
+        error.what,
+        file=where.file if where else None,
+        line=where.line if where else None,
+        received=error.received,
+        expected=error.expected,
+        fix=error.fix,
+    )

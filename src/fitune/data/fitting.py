@@ -64,7 +64,7 @@ def encode(rows_: Rows, encoder: Encoder, cache: Cache, tokenizer_digest: str, w
         progress.end()
 
     template = encoder.template.as_dict()
-    settings = (encoder.train_on, encoder.max_length, encoder.split, sorted(encoder.marks.answers))
+    settings = (encoder.train_on, encoder.max_length, encoder.split, sorted(encoder.marks.answers), encoder.both)
     name = key(rows_.key, rows_.numbers.tobytes(), tokenizer_digest, template, *settings, code_version())
     return Samples(cache.entry("samples", name, write), rows_, keep=cache)
 
@@ -131,7 +131,9 @@ def _refuse_long(whole: Samples, too_long: NDArray[np.int32], limit: int | None)
     problems.raise_any()
 
 
-def counted(report: DataReport, samples: Samples, row_of: NDArray[Any], total: int) -> DataReport:
+def counted(
+    report: DataReport, samples: Samples, row_of: NDArray[Any], total: int, *, pairs: bool = False
+) -> DataReport:
     """The report with what was kept, cut and dropped.
 
     Args:
@@ -139,6 +141,7 @@ def counted(report: DataReport, samples: Samples, row_of: NDArray[Any], total: i
         samples: what is trained.
         row_of: of each sample, the number of its row.
         total: how many rows there were.
+        pairs: two samples are a row.
     """
 
     def rows_where(name: str) -> int:
@@ -146,6 +149,8 @@ def counted(report: DataReport, samples: Samples, row_of: NDArray[Any], total: i
 
     lengths_ = samples.column("length")
     kept, tokens = len(np.unique(row_of)), int(lengths_.sum())
+    if pairs:
+        report = replace(report, pairs=kept, shared=int(samples.column("shared")[::2].sum()))
     _, firsts = np.unique(row_of, return_index=True)  # one pass over a conversation is as long as its longest sample
     return replace(
         report,
@@ -156,7 +161,7 @@ def counted(report: DataReport, samples: Samples, row_of: NDArray[Any], total: i
         cut_text=rows_where("cut_text"),
         samples=len(samples),
         tokens=tokens,
-        repeated=tokens - int(np.maximum.reduceat(lengths_, firsts).sum()) if len(row_of) else 0,
+        repeated=tokens - int(np.maximum.reduceat(lengths_, firsts).sum()) if len(row_of) and not pairs else 0,
         trained_tokens=int(samples.column("trained").sum()),
     )
 

@@ -81,7 +81,7 @@ def _asked_and_said(prompt: str, answer: str, context: str = "") -> Callable[[Ro
                 expected="a question or an instruction",
                 fix=f"{LEAVE_OUT}; text without prompts: --map {answer}=text",
             )
-        return [*asked, *_completion(row, answer, whole)]
+        return [*asked, *completion(row, answer, whole)]
 
     return convert
 
@@ -100,8 +100,8 @@ def _list_of_turns(field: str) -> Callable[[Row], list[Message]]:
 
 
 def _preference(row: Row) -> list[Message]:
-    """The prompt with the answer that was chosen; `rejected` is a column that is not used."""
-    answer = _completion(row, "chosen")
+    """The prompt with the answer that was chosen."""
+    answer = completion(row, "chosen")
     if answer[0].role != "assistant":  # the whole conversation stands in `chosen`
         return answer
     for field in ("conversations", "messages"):
@@ -126,7 +126,7 @@ def _prompt(row: Row, field: str, context: str = "") -> list[Message]:
     return [Message("user", text_of(row, field, required=not more), context=more)]
 
 
-def _completion(row: Row, field: str, prompt: str = "") -> list[Message]:
+def completion(row: Row, field: str, prompt: str = "") -> list[Message]:
     """An answer as text, as a turn, as turns, or as a text for each gap in the prompt."""
     value = row.get(field)
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):

@@ -82,6 +82,9 @@ def of_row(encoder: Encoder, row: Conversation, made: Sequence[Sample]) -> list[
     """A row's samples and the turns that each trains; none where one is cut, or the row is plain text."""
     if row.format == "text" or any(sample.cut_prompt or sample.cut_answer for sample in made):
         return []
+    if encoder.both and row.rejected:
+        both = zip([row, row.other()], made, strict=False)
+        return [(one, sample, encoder.side_turns(one)) for one, sample in both]
     turns = sorted(encoder.trained_turns(row.messages))
     each = [[turn] for turn in turns] if encoder.one_answer_per_sample(row) else [turns]
     return [(row, *both) for both in zip(made, each, strict=True)] if len(each) == len(made) else []

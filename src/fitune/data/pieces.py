@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fitune.core.records import Segment
+from fitune.core.records import Message, Segment
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,16 @@ def length_of(pieces: Sequence[Piece]) -> int:
 
 def is_users(segment: Segment) -> bool:
     return segment.role == "user" and not segment.literal
+
+
+def before_turns(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    """The system's text that a row begins with, which stays whatever is cut, and the turns behind it."""
+    first = messages[0].role == "system" if messages else False
+    return list(messages[:first]), list(messages[first:])
+
+
+def with_system(turns: Sequence[Message], turn: int) -> int:
+    """Where an exchange begins: with the system's texts right before its question."""
+    while turn and turns[turn - 1].role == "system":
+        turn -= 1
+    return turn

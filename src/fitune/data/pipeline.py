@@ -86,7 +86,7 @@ class _Desk:
         """What the stale-cache rule looks at, where anything came from the cache."""
         if not self.cache.found:
             return None
-        now = rows.first(self.config.sources(), PROBES, self.config.fill)
+        now = rows.first(self.config.sources(), PROBES, self.config.fill, self.config.wanted)
         return Cached(whole.rows.base(), now, whole, encoder.with_max_length(None))
 
 
@@ -156,7 +156,7 @@ def _read(desk: _Desk) -> Data:
     report = _with_lengths(report, config, before, row_of, desk.target.limit)
     encoder = encoder.with_max_length(report.max_length)
     samples, row_of = fit(whole, train, encoder, config.length_policy, desk.encoded)
-    report = counted(report, samples, row_of, len(train))
+    report = counted(report, samples, row_of, len(train), pairs=encoder.both)
     if config.length_policy == "split" and (note := _note_of_splits(before, samples, report.max_length)):
         report = replace(report, notes=[*report.notes, note])
     held_out_policy: LengthPolicy = "split" if config.length_policy == "split" else "cut"
@@ -198,7 +198,13 @@ def _encoder(desk: _Desk, report: DataReport) -> Encoder:
         system_role=config.system_role,
         options=config.template_options,
     )
-    return Encoder(desk.target.tokenizer, template, train_on=config.train_on, answer_tokens=config.answer_tokens)
+    return Encoder(
+        desk.target.tokenizer,
+        template,
+        train_on=config.train_on,
+        answer_tokens=config.answer_tokens,
+        both=config.wanted != "answers",
+    )
 
 
 def _weighed(split: _Split, config: RunConfig) -> tuple[NDArray[Any], DataReport]:
@@ -226,6 +232,7 @@ def _load(desk: _Desk, config: RunConfig) -> rows.Loaded:
         skip_bad=config.skip_bad,
         cache=desk.cache,
         on_row=progress,
+        wanted=config.wanted,
     )
     progress.end()
     return found

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from fitune.core.errors import Collector, DataError
 from fitune.core.files import sha256
-from fitune.core.options import DataSource
+from fitune.core.options import DataSource, Wanted
 from fitune.core.records import Conversation, DataReport, Source
 from fitune.core.untrusted import DEEPEST, check_depth
-from fitune.data import conversations, formats
+from fitune.data import conversations, formats, preferences
 from fitune.data.cache import Cache, code_version, key
 from fitune.data.columns import sizes
 from fitune.data.readers import documents_beside, files, locate, read
@@ -53,6 +53,7 @@ def load(
     skip_bad: bool = False,
     cache: Cache | None = None,
     on_row: Callable[[int], None] = lambda done: None,
+    wanted: Wanted = "answers",
 ) -> Loaded:
     """The rows of all sources, in order, on disk; `take` is done, `weight` is left to `weigh`.
 
@@ -63,6 +64,7 @@ def load(
         skip_bad: leave out bad rows, count and list them in the report.
         cache: where the rows are kept, and found again; None: a temporary folder.
         on_row: receives how many rows were read.
+        wanted: what is needed of a row, as for `conversations.to_conversation`.
 
     Raises:
         ConfigError: an unknown format, or a column map that fits none.
@@ -70,15 +72,15 @@ def load(
     """
     asked = [DataSource(path=given) if isinstance(given, str) else given for given in sources]
     cache = cache or Cache()
-    name = _key(asked, fill or {})
+    name = _key(asked, fill or {}, wanted)
 
     def read_all(meta: dict[str, Any]) -> Iterator[tuple[int, Conversation]]:
-        return _all(asked, _State(DataReport(), fill or {}, skip_bad), meta)
+        return _all(asked, _State(DataReport(), fill or {}, skip_bad, wanted), meta)
 
     def write(folder: Path) -> None:
         meta: dict[str, Any] = {}
         write_rows(folder, _counting(read_all(meta), on_row), meta)
-        if _key(asked, fill or {}) != name:
+        if _key(asked, fill or {}, wanted) != name:
             raise DataError("the data changed while it was read", received=", ".join(s.path for s in asked))
 
     rows = Rows(cache.entry("rows", name, write), name, keep=cache)
@@ -101,14 +103,14 @@ def load(
     return Loaded(rows, report)
 
 
-def _key(sources: Sequence[DataSource], fill: Mapping[str, str]) -> str:
+def _key(sources: Sequence[DataSource], fill: Mapping[str, str], wanted: Wanted) -> str:
     """All that decides what is read: the files' content, and what is said of them. A file that is missing has none."""
     content = []
     for source in sources:
         with suppress(DataError, OSError):
             found = [[str(file), sha256(file)] for file in files(locate(source.path))]
             content.append([source.format, source.map, found])
-    return key(content, dict(fill), code_version())
+    return key(content, dict(fill), wanted, code_version())
 
 
 def _report(folder: Path) -> DataReport:
@@ -124,6 +126,11 @@ def _counting(rows: Iterable[object], on_row: Callable[[int], None]) -> Iterator
 
 def _all(sources: Sequence[DataSource], state: _State, meta: dict[str, object]) -> Iterator[tuple[int, Conversation]]:
     """Every good row of every source; what is wrong is reported when all have been read."""
+    rows = _each(sources, state, meta)
+    return preferences.mismatched(rows) if state.wanted == "labels" else rows
+
+
+def _each(sources: Sequence[DataSource], state: _State, meta: dict[str, object]) -> Iterator[tuple[int, Conversation]]:
     for number, source in enumerate(sources):
         with state.problems.gather():
             formats.check(source.format or "auto", source.map)
@@ -142,6 +149,7 @@ class _State:
     report: DataReport
     fill: Mapping[str, str]
     skip_bad: bool
+    wanted: Wanted
     problems: Collector = field(default_factory=Collector)
     bad: int = 0
     reported: int = 0
@@ -238,17 +246,21 @@ def _file(path: Path, source: DataSource, state: _State) -> Iterator[Conversatio
                 raise item
             row, where = conversations.framed(item[0]), item[1]
             _check_shape(row, where)
-            conversation = conversations.to_conversation(row, where, name=source.format or "auto", columns=source.map)
+            conversation = conversations.to_conversation(
+                row, where, name=source.format or "auto", columns=source.map, wanted=state.wanted
+            )
         except DataError as error:
             state.refuse(error, row)
             continue
-        for column in conversations.unused(row, conversation.format, source.map):
+        for column in conversations.unused(row, conversation.format, source.map, state.wanted):
             unused[column] = unused.get(column, 0) + 1
-        for note in conversations.notes(row, conversation, source.map):
+        for note in conversations.notes(row, conversation, source.map, state.wanted):
             state.report.taken[note] = state.report.taken.get(note, 0) + 1
         if not any(m.weight for m in conversation.messages if m.role == "assistant"):
             continue  # nothing of it would be trained
-        yield conversations.fill(conversation, state.fill) if state.fill else conversation
+        conversation = conversations.fill(conversation, state.fill) if state.fill else conversation
+        labelled = state.wanted == "labels" and conversation.desirable is None
+        yield from preferences.unpaired(conversation) if labelled else [conversation]
 
 
 def _take(rows: Rows, sources: Sequence[DataSource], seed: int) -> tuple[Rows, list[str]]:
@@ -295,6 +307,9 @@ def weigh(source_of: NDArray[np.int64], sources: Sequence[DataSource], seed: int
     return drawn, f"weights: {len(source_of):,} rows to train on become {len(drawn):,}" if changed else ""
 
 
-def first(sources: Sequence[DataSource], count: int, fill: Mapping[str, str]) -> list[Conversation]:
+def first(
+    sources: Sequence[DataSource], count: int, fill: Mapping[str, str], wanted: Wanted = "answers"
+) -> list[Conversation]:
     """The first good rows as they are read now: what kept rows must begin with. Bad rows are passed over."""
-    return [row for _, row in islice(_all(sources, _State(DataReport(), fill, skip_bad=True), {}), count)]
+    state = _State(DataReport(), fill, skip_bad=True, wanted=wanted)
+    return [row for _, row in islice(_all(sources, state, {}), count)]

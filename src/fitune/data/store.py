@@ -4,7 +4,8 @@ In: conversations or samples, one after the other. Out: a folder, and a Sequence
 and repeated by an index without touching the files.
 
     rows:     rows.jsonl                  a conversation a line
-              columns.safetensors         of each row: where its line starts, file, line, format, source, slots
+              columns.safetensors         of each row: where its line starts, file, line, format, source, slots,
+                                          desirable
               meta.json                   names of files and formats, the report of the reading
     samples:  samples-00000.safetensors   ids and mask of many samples, one after the other
               columns.safetensors         of each sample: its row, shard, place, length, what was cut
@@ -24,7 +25,7 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +33,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fitune.core.errors import DataError, RunFolderError
-from fitune.core.records import Conversation, Message, Sample, Source, ToolCall
+from fitune.core.options import Wanted
+from fitune.core.records import Conversation, Message, Sample, Source, ToolCall, Units
 from fitune.core.untrusted import reason
 from fitune.data.conversations import slots
+from fitune.data.pairs import Pairs
 
 LINES, COLUMNS, META = "rows.jsonl", "columns.safetensors", "meta.json"
 SHARD_TOKENS = 1 << 20  # tokens of a shard, about: ids and mask of it are held while it is written or read through
@@ -46,11 +49,22 @@ BLOCK = 4096  # samples that are looked at together
 
 
 def _as_json(row: Conversation) -> str:
-    messages = [
-        [m.role, m.content, m.context, [astuple(call) for call in m.tool_calls], m.thought, m.weight, m.call_id, m.name]
-        for m in row.messages
-    ]
-    return json.dumps([messages, list(row.tools)], ensure_ascii=False, separators=(",", ":"))
+    messages, rejected = (
+        [
+            [m.role, m.content, m.context, [astuple(c) for c in m.tool_calls], m.thought, m.weight, m.call_id, m.name]
+            for m in some
+        ]
+        for some in (row.messages, row.rejected)
+    )
+    more = [rejected, row.fork, row.desirable] if rejected else []
+    return json.dumps([messages, list(row.tools), *more], ensure_ascii=False, separators=(",", ":"))
+
+
+def _messages(values: Sequence[Any]) -> tuple[Message, ...]:
+    return tuple(
+        Message(role, text, context, tuple(ToolCall(*call) for call in calls), *rest)
+        for role, text, context, calls, *rest in values
+    )
 
 
 def write_rows(folder: Path, rows: Iterable[tuple[int, Conversation]], meta: Mapping[str, Any]) -> None:
@@ -64,7 +78,7 @@ def write_rows(folder: Path, rows: Iterable[tuple[int, Conversation]], meta: Map
     files: dict[str, int] = {}
     formats: dict[str, int] = {}
     columns = {"start": array("q"), "file": array("i"), "line": array("i"), "format": array("i"), "source": array("i")}
-    waits = array("b")
+    waits, marks = array("b"), array("b")
     at = 0
     with (folder / LINES).open("wb") as out:
         for number, row in rows:
@@ -80,11 +94,13 @@ def write_rows(folder: Path, rows: Iterable[tuple[int, Conversation]], meta: Map
             for column, value in zip(columns.values(), place, strict=True):
                 column.append(value)
             waits.append(bool(slots(row)))
+            marks.append(bool(row.desirable))
             out.write(line)
             at += len(line)
     columns["start"].append(at)
     arrays = {name: np.asarray(values) for name, values in columns.items()}  # 4 or 8 bytes a number
-    save_file({**arrays, "slots": np.array(waits, np.bool_)}, folder / COLUMNS)
+    flags = {"slots": np.array(waits, np.bool_), "desirable": np.array(marks, np.bool_)}
+    save_file({**arrays, **flags}, folder / COLUMNS)
     text = json.dumps({"files": list(files), "formats": list(formats), **meta}, ensure_ascii=False)
     (folder / META).write_text(text, encoding="utf-8")
 
@@ -118,7 +134,7 @@ class Rows(Sequence[Conversation]):
         return other
 
     def column(self, name: str) -> NDArray[Any]:
-        """file, line, format, source (numbers) or slots (bool), of each row."""
+        """file, line, format, source (numbers), slots or desirable (bool), of each row."""
         return self._columns[name][self.numbers]
 
     def formats(self) -> dict[str, int]:
@@ -163,22 +179,23 @@ class Rows(Sequence[Conversation]):
         start, end = int(columns["start"][at]), int(columns["start"][at + 1])
         if file.tell() != start:
             file.seek(start)
-        messages, tools = json.loads(file.read(end - start))
+        messages, tools, *more = json.loads(file.read(end - start))
+        rejected, fork, desirable = more or ((), 0, None)
         return Conversation(
-            tuple(
-                Message(role, text, context, tuple(ToolCall(*call) for call in calls), *rest)
-                for role, text, context, calls, *rest in messages
-            ),
+            _messages(messages),
             source=Source(self.meta["files"][columns["file"][at]], int(columns["line"][at])),
             format=self.meta["formats"][columns["format"][at]],
             tools=tuple(tools),
+            rejected=_messages(rejected),
+            fork=fork,
+            desirable=desirable,
         )
 
 
 # ---- samples ----
 
 # of a Sample, kept as they are
-FACTS = ("cut_prompt", "cut_answer", "ends_whole", "prompt_length", "needed", "intact", "cut_text")
+FACTS = ("cut_prompt", "cut_answer", "ends_whole", "prompt_length", "needed", "intact", "cut_text", "shared")
 
 
 def write_samples(folder: Path, made: Iterable[Sequence[Sample]], bad: Mapping[int, DataError] | None = None) -> None:
@@ -271,7 +288,7 @@ class Samples(Sequence[Sample]):
             for row, (what, received, expected, fix) in described.items()
         }
 
-    def view(self, index: NDArray[Any]) -> Samples:
+    def view(self, index: NDArray[Any] | slice) -> Samples:
         """These of the samples, in this order; a number may come several times."""
         other = object.__new__(Samples)
         other.__dict__.update(self.__dict__)
@@ -353,8 +370,10 @@ class Samples(Sequence[Sample]):
         return np.fromfile(path, np.float32, length, offset=_places(path)["weights"] + 4 * start)
 
 
-def lengths_of(samples: Sequence[Sample]) -> NDArray[np.int32]:
-    """The lengths of samples, wherever they are."""
+def lengths_of(samples: Units) -> NDArray[np.int32]:
+    """The lengths of samples, or of pairs of them, wherever they are."""
+    if isinstance(samples, Pairs):
+        return samples.lengths(lengths_of(samples.samples))
     return samples.column("length") if isinstance(samples, Samples) else np.array([len(s) for s in samples], np.int32)
 
 
@@ -395,3 +414,24 @@ def blocks(samples: Sequence[Sample]) -> Iterator[Block]:
         ends = np.cumsum([len(ids) for _, ids, _ in block])
         ids, mask = np.concatenate([ids for _, ids, _ in block]), np.concatenate([mask for _, _, mask in block])
         yield Block(block[0][0], ids, mask, np.concatenate([[0], ends[:-1]]), ends)
+
+
+def in_pairs(samples: Sequence[Sample], wanted: Wanted) -> Units:
+    """The rows that a run trains: samples, or pairs of them.
+
+    Args:
+        samples: of pairs both, one after the other.
+        wanted: what the objective needs of a row.
+    """
+    if wanted == "answers":
+        return samples
+    if wanted == "pairs":
+        return Pairs(samples)
+    if isinstance(samples, Samples):
+        return Pairs(samples, desirable=samples.rows.column("desirable")[samples.column("row")[::2]])
+    return Pairs(samples, desirable=np.ones(len(samples) // 2, np.bool_))  # made up
+
+
+def documents_of(units: Units) -> Sequence[Sample]:
+    """The samples of rows: of pairs both."""
+    return units.samples if isinstance(units, Pairs) else cast(Sequence[Sample], units)

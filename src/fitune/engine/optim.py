@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError, did_you_mean
+from fitune.core.options import LR_FACTORS
 from fitune.core.records import Finding
 from fitune.models import methods
 
@@ -151,7 +152,8 @@ def peak_learning_rate(config: RunConfig) -> float:
     Raises:
         ConfigError: there is no such method or optimizer.
     """
-    return config.lr or methods.find(config.method).default_lr * find(config.optimizer).lr_factor
+    own = methods.find(config.method).default_lr * find(config.optimizer).lr_factor
+    return config.lr or own * LR_FACTORS[config.objective]
 
 
 def in_float16(name: str, epsilon: float, lr: float, *, force: bool = False) -> Finding:

@@ -1,7 +1,8 @@
 """One optimizer step, and the held-out loss.
 
-In: a model, the micro-batches of a step. Out: the loss per target token of the whole step, and the gradient norm.
-The objective is sum(weight x loss) / sum of the weights of all target tokens of the step, so that accumulation, the
+In: a model, the micro-batches of a step, an objective. Out: the loss of the whole step, and the gradient norm. For
+answers (SFT) the loss is per target token; objectives on preferences stand in `objectives/`, their loss is per row.
+That of answers is sum(weight x loss) / sum of the weights of all target tokens of the step, so that accumulation, the
 number of rows in a micro-batch and their lengths never change it; without weights, that is sum(loss) / target tokens.
 """
 
@@ -11,16 +12,17 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from fitune.core.records import Batch, Layout
+from fitune.core.records import Batch, Layout, Rewards
 from fitune.data.batches import rounded
 from fitune.engine.optim import InBackward
+from fitune.engine.rewards import rewards_of
 from fitune.models import attached
 from fitune.models.configs import longest_row
 from fitune.models.head import loss_rows, output_head
@@ -62,15 +64,55 @@ class LossScale:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """Of a batch. total: the sum of its losses, a float32 scalar with a gradient. seen: what its rewards are made of
+    (rewards.FIGURES), where it has some."""
+
+    total: Tensor
+    seen: Tensor | None = None
+
+
+class Objective(Protocol):
+    """What is made small. together: it must see all batches of an evaluation before the first."""
+
+    together: bool
+
+    def of_step(self, model: nn.Module, batches: Sequence[Batch], layout: Layout) -> Objective:
+        """The objective of these batches together."""
+
+    def loss(self, model: nn.Module, batch: Batch, layout: Layout) -> Loss:
+        """The sum of a batch's losses."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Tuning on answers: the cross-entropy of their tokens."""
+
+    together = False
+
+    def of_step(self, model: nn.Module, batches: Sequence[Batch], layout: Layout) -> Answers:
+        """See Objective."""
+        return self
+
+    def loss(self, model: nn.Module, batch: Batch, layout: Layout) -> Loss:
+        """See Objective."""
+        return Loss(loss_sum(model, batch, layout))
+
+
+SFT = Answers()
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """loss: per target token, or per unit of weight. grad_norm: before clipping. tokens, targets: of all rows. finite:
-    it was applied."""
+    """loss: per target token, per unit of weight, or per row of preferences. grad_norm: before clipping. tokens,
+    targets: of all rows. finite: it was applied. rewards: of preferences."""
 
     loss: float
     grad_norm: float
     tokens: int
     targets: int
     finite: bool = True
+    rewards: Rewards | None = None
 
 
 def place(model: nn.Module, batch: Batch, layout: Layout = "flat") -> Placed:
@@ -187,7 +229,7 @@ def _width(inner: PreTrainedModel, longest: int) -> int:
 def _own_positions(inner: PreTrainedModel, ids: Tensor, batch: Batch, before: int) -> list[dict[str, Tensor]]:
     """Of each document its positions (1, 2, L), for a model that makes them from the ids; nothing for others."""
     if not hasattr(inner.base_model, "flat_positions"):
-        return [{} for _ in batch.rows]
+        return [{} for _ in pairwise(batch.bounds)]
     each = [inner.base_model.flat_positions(one, [0, len(one)], before) for one in _documents(ids, batch)]
     return [{"position_ids": one[None]} for one in each]
 
@@ -219,6 +261,7 @@ def training_step(
     max_grad_norm: float,
     layout: Layout = "flat",
     scale: float = 1.0,
+    objective: Objective = SFT,
 ) -> StepResult:
     """One optimizer step over some micro-batches.
 
@@ -229,12 +272,13 @@ def training_step(
         max_grad_norm: gradients are scaled down to this norm; 0: they are not.
         layout: how documents go through the model.
         scale: the loss is multiplied by it before the backward pass, and the gradients are divided by it after.
+        objective: what is made small.
 
     Returns:
         Its figures. Where loss or gradient is not finite, nothing was applied.
     """
     # ---- training step -------------------------------------------------------------------------------------------
-    made = make_gradients(model, micro_batches, layout, scale)
+    made = make_gradients(model, micro_batches, layout, scale, objective)
     return apply_gradients(model, made, optimizer, max_grad_norm, scale)
     # --------------------------------------------------------------------------------------------------------------
 
@@ -242,16 +286,18 @@ def training_step(
 @dataclass(frozen=True)
 class Made:
     """The first half of a step. total: the sum of its losses, a float64 scalar that is still on the model's device:
-    nothing waits for it before the step's end. weight: what it is divided by. tokens, targets: of all rows."""
+    nothing waits for it before the step's end. weight: what it is divided by. tokens, targets: of all rows. seen: what
+    the rewards of preferences are made of, (10,) float64 or none (0,)."""
 
     total: Tensor
     weight: float
     tokens: int
     targets: int
+    seen: Tensor
 
     @property
     def loss(self) -> float:
-        """Per target token; waits for the device."""
+        """Per target token, or row; waits for the device."""
         return self.total.item() / self.weight
 
 
@@ -260,27 +306,31 @@ def make_gradients(
     micro_batches: Sequence[Batch],
     layout: Layout,
     scale: float = 1.0,
+    objective: Objective = SFT,
     *,
     on_batch: Callable[[Batch], object] | None = None,
 ) -> Made:
     """The first half of a step: gradients of scale x the objective; no norm yet.
 
     Args:
-        model, micro_batches, layout, scale: as for `training_step`.
+        model, micro_batches, layout, scale, objective: as for `training_step`.
         on_batch: is called with each micro-batch before work on it begins.
     """
     weight = sum(batch.weight for batch in micro_batches)
-    sums = []
+    sums, seen = [], []
     with attention(model, FLAT if layout == "flat" else SDPA):  # once for all, not for each micro-batch
+        objective = objective.of_step(model, micro_batches, layout)
         for batch in micro_batches:
             if on_batch is not None:
                 on_batch(batch)
             with attached.of(model).copies():  # the backward pass may go through blocks once more
-                loss = loss_sum(model, batch, layout)
-                (loss * (scale / weight)).backward()
-            sums.append(loss.detach().double())
+                loss = objective.loss(model, batch, layout)
+                (loss.total * (scale / weight)).backward()
+            sums.append(loss.total.detach().double())
+            seen += [] if loss.seen is None else [loss.seen]
     tokens, targets = (sum(sizes) for sizes in zip(*((len(b.ids), b.targets) for b in micro_batches), strict=True))
-    return Made(sum(sums[1:], sums[0]), weight, tokens, targets)
+    rewards = sum(seen[1:], seen[0]) if seen else sums[0].new_empty(0)
+    return Made(sum(sums[1:], sums[0]), weight, tokens, targets, rewards)
 
 
 def apply_gradients(
@@ -297,21 +347,43 @@ def apply_gradients(
         size = made.total.new_tensor(taken)
     else:
         size = torch.nn.utils.clip_grad_norm_(trainable(model).values(), max_grad_norm or float("inf")).double()
-    total, norm = (float(one) for one in torch.stack([made.total, size]).cpu())
+    total, norm, *seen = (float(one) for one in torch.cat([made.total[None], size[None], made.seen]).cpu())
     finite = math.isfinite(total) and math.isfinite(norm)
-    done = StepResult(total / made.weight, norm, made.tokens, made.targets, finite)
+    rewards = rewards_of(seen) if seen else None
+    done = StepResult(total / made.weight, norm, made.tokens, made.targets, finite, rewards)
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return done
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What held-out batches have: the loss as training has it, and the rewards of preferences."""
+
+    loss: float
+    rewards: Rewards | None = None
+
+
 @torch.no_grad()
+def held_out(
+    model: nn.Module, batches: Iterable[Batch], layout: Layout = "flat", objective: Objective = SFT
+) -> HeldOut:
+    """Loss and rewards over held-out batches; the model's mode is left as it was."""
+    total, weight, seen = 0.0, 0.0, torch.zeros(0, dtype=torch.float64)
+    with evaluating(model):
+        if objective.together:
+            batches = list(batches)
+            objective = objective.of_step(model, batches, layout)
+        for batch in batches:
+            found = objective.loss(model, batch, layout)
+            total += found.total.item()
+            weight += batch.weight
+            if found.seen is not None:
+                seen = found.seen.cpu() + (seen if len(seen) else 0)
+    return HeldOut(total / weight, rewards_of(seen.tolist()) if len(seen) else None)
+
+
 def held_out_loss(model: nn.Module, batches: Iterable[Batch], layout: Layout = "flat") -> float:
     """Loss per target token (or unit of weight) over held-out batches; the model's mode is left as it was."""
-    total, weight = 0.0, 0.0
-    with evaluating(model):
-        for batch in batches:
-            total += loss_sum(model, batch, layout).item()
-            weight += batch.weight
-    return total / weight
+    return held_out(model, batches, layout).loss

@@ -24,7 +24,7 @@ from fitune.engine import optim, out_of_memory
 from fitune.engine.checkpoint import restore_rng, rng_state
 from fitune.engine.non_finite import first_non_finite
 from fitune.engine.out_of_memory import SAFE, OutOfMemory, attempt
-from fitune.engine.step import LossScale, Made, StepResult, apply_gradients, make_gradients
+from fitune.engine.step import SFT, LossScale, Made, Objective, StepResult, apply_gradients, make_gradients
 
 MOST_BAD = 3  # steps in a row that are not finite
 
@@ -46,6 +46,7 @@ class StepRunner:
         max_grad_norm: gradients are scaled down to this norm; 0: they are not.
         source: where a row of the data stands, by its number.
         report: is called with one line when micro-batches are split.
+        objective: what is made small.
         parts: each micro-batch goes through the model in so many parts; more once memory has run out.
         scale: of the loss. Gradients that are not finite under it halve it, and the step is repeated: no row is lost,
             and it does not count as a bad step.
@@ -56,6 +57,7 @@ class StepRunner:
     max_grad_norm: float
     source: Callable[[int], Source | None]
     report: Callable[[str], None]
+    objective: Objective = SFT
     parts: int = 1
     scale: LossScale = field(default_factory=LossScale)
 
@@ -105,7 +107,7 @@ class StepRunner:
 
     def _make(self, micro_batches: Sequence[Batch], reached: list[Batch], scale: float) -> Made:
         pieces = self._pieces(micro_batches)
-        return make_gradients(self.model, pieces, self.layout, scale, on_batch=reached.append)
+        return make_gradients(self.model, pieces, self.layout, scale, self.objective, on_batch=reached.append)
 
     def _pieces(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         return [piece for batch in micro_batches for piece in split(batch, self.parts)]

@@ -33,7 +33,7 @@ from fitune.core.config import RunConfig
 from fitune.core.errors import RunFolderError
 from fitune.core.files import as_json
 from fitune.core.parse import parse
-from fitune.core.records import Batch
+from fitune.core.records import Answers, Batch
 from fitune.data.cache import Cache, key
 from fitune.engine.integrity import PLACES
 from fitune.memory import device, heap
@@ -108,9 +108,12 @@ def _of_model(config: PretrainedConfig) -> list[object]:
     return [f"{type(config).__module__}.{type(config).__qualname__}", values]
 
 
-def _digest(batch: Batch) -> str:
+def _digest(batch: Batch | Answers) -> str:
     found = hashlib.sha256()
     for name, value in vars(batch).items():
+        if isinstance(value, (Batch, Answers)):
+            found.update(f"{name} {_digest(value)}".encode())
+            continue
         found.update(f"{name} {value.dtype} {value.shape}".encode() if isinstance(value, np.ndarray) else name.encode())
         found.update(np.ascontiguousarray(value).tobytes() if value is not None else b"none")
     return found.hexdigest()

@@ -26,8 +26,8 @@ from fitune.core.units import MIB
 from fitune.data.batches import rounded
 from fitune.data.cache import Cache
 from fitune.data.tokenizer.new_tokens import NewToken
-from fitune.engine import optim
-from fitune.engine.step import LossScale, apply_gradients, held_out_loss, make_gradients
+from fitune.engine import objectives, optim
+from fitune.engine.step import LossScale, apply_gradients, held_out, make_gradients
 from fitune.memory import allocator, answers, chunks, depth, device, heap, kept, recompute
 from fitune.memory.closed import closed
 from fitune.memory.counted import shadows
@@ -214,7 +214,7 @@ def deep(model: CausalLM, work: Work, target: Target = CPU) -> Tracer:
 
 def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = False, saves: bool = True) -> None:
     """The steps, the evaluation and the checkpoint of a piece of work, on shadows or for real."""
-    config = work.config
+    config, objective = work.config, objectives.of(work.config)
     model.train()
     parameters = trainable(model)
     scale = LossScale.START if precision.scaled(config) else 1.0
@@ -222,7 +222,7 @@ def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = Fa
         optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
         for micro_batches in work.steps:
             with tracer.during("step"):
-                made = make_gradients(model, micro_batches, work.layout, scale)
+                made = make_gradients(model, micro_batches, work.layout, scale, objective)
             with tracer.during("update"):
                 apply_gradients(model, made, optimizer, config.max_grad_norm, scale)
             for states in optimizer.state.values():
@@ -231,7 +231,7 @@ def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = Fa
                         tracer.own(value, STATES)
         if work.held_out is not None:
             with tracer.during("evaluation"):
-                held_out_loss(model, [work.held_out], work.layout)
+                held_out(model, [work.held_out], work.layout, objective)
             taken = answers.bytes_taken(config, work.deep or work.model_config, work.held_out, on_gpu=on_gpu)
             if taken and isinstance(next(iter(parameters.values())), Shadow):  # a closed form: values decide it
                 with tracer.during("answers"):

@@ -343,7 +343,9 @@ def _small(config: RunConfig, model_config: PretrainedConfig, depth: int, target
         small.layer_types = list(model_config.layer_types)[:depth]
     # the loss goes in chunks: labels for one and a bit are enough, more take more time here and no more memory
     labels = chunks.least(config, small.vocab_size, target) // 4 + 8
-    warm, *batches = (steps.made_up(4, tokens // 4, small.vocab_size, labels) for tokens in (32, *TOKENS))
+    warm, *batches = (
+        steps.made_up(4, tokens // 4, small.vocab_size, labels, config.wanted) for tokens in (32, *TOKENS)
+    )
     layout = steps.likely_layout(config.layout, small)
     work = plan.Work(config, small, [[warm], *([batch] for batch in batches)], None, layout)
     model, tracer = plan.started(work, target)
@@ -364,7 +366,7 @@ def _candidate(question: _Question, way: _Way, lines: _Lines, longest: int) -> t
         most = lines.bytes(rows(batch, longest), again)
         return (int(most * MARGIN) + SEGMENT if where.kind == "cuda" else int(most)) + question.outside
 
-    budget, most = where.budget or 0, min(MOST, len(cut))
+    budget, most = where.budget or 0, min(MOST, len(rows.samples))
     kept, batch = (_largest(partial(needed, again), budget, most) for again in (lines.least, lines.most))
     # smaller micro-batches cost no operations, recomputed blocks do: as few as let a row fit
     again = next((n for n in range(lines.least, lines.most) if needed(n, 1) <= budget), lines.most)

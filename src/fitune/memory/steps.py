@@ -5,7 +5,7 @@ In: a loader, or only a number of rows and their length. Out: the micro-batches 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from typing import cast
 
@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from fitune.core.config import RunConfig
-from fitune.core.records import Batch, Layout, Sample
+from fitune.core.options import Wanted
+from fitune.core.records import Batch, Layout, Sample, Units
 from fitune.data.batches import Loader, flat, in_order, rounded
-from fitune.data.store import lengths_of
+from fitune.data.pairs import Pairs
+from fitune.data.store import documents_of, in_pairs, lengths_of
 
 LOOK = 200_000  # steps that are looked through; a run of more repeats itself
 RECURRENT = ("linear_attention", "recurrent", "mamba", "conv")  # layers that carry a state from token to token
@@ -60,9 +62,9 @@ class Largest:
         padded: rows of about a length share a micro-batch, and all count as the longest.
     """
 
-    def __init__(self, samples: Sequence[Sample], config: RunConfig, *, padded: bool) -> None:
+    def __init__(self, samples: Units, config: RunConfig, *, padded: bool) -> None:
         self.samples, self.config, self.padded = samples, config, padded
-        self.lengths = lengths_of(samples).astype(np.int64)
+        self.lengths = lengths_of(documents_of(samples)).astype(np.int64)  # of both samples of a pair
         self.known: dict[tuple[int, int], int] = {}
 
     def __call__(self, rows: int, longest: int) -> int:
@@ -70,6 +72,8 @@ class Largest:
         key = rows, longest
         if key not in self.known:
             lengths = np.minimum(self.lengths, longest)
+            if isinstance(self.samples, Pairs):
+                lengths = self.samples.lengths(lengths)
             if self.padded:
                 lengths = np.array([rounded(length) for length in range(int(lengths.max()) + 1)])[lengths]
             self.known[key] = self._look(rows, lengths)
@@ -94,7 +98,7 @@ def _steps(loader: Loader) -> Iterator[list[NDArray[np.int64]]]:
         epoch += 1
 
 
-def largest_held_out(samples: Sequence[Sample], batch_size: int) -> Batch | None:
+def largest_held_out(samples: Units, batch_size: int) -> Batch | None:
     """The evaluation's batch with the most tokens."""
     lengths = lengths_of(samples)
     if not len(lengths):
@@ -103,11 +107,13 @@ def largest_held_out(samples: Sequence[Sample], batch_size: int) -> Batch | None
     return next(islice(in_order(samples, batch_size), int(np.argmax(sums)), None))
 
 
-def made_up(rows: int, length: int, vocabulary: int, labels: int | None = None) -> Batch:
-    """A micro-batch of rows that are all that long, every token but the first with a label, or so many at the end."""
+def made_up(rows: int, length: int, vocabulary: int, labels: int | None = None, wanted: Wanted = "answers") -> Batch:
+    """A micro-batch of documents that are all that long, every token but the first with a label, or so many at the end;
+    of what an objective needs: pairs are half as many rows."""
     mask = np.arange(length) > (0 if labels is None else max(0, length - 1 - labels))
     ids = (np.arange(length) % max(1, vocabulary)).astype(np.int32)
-    return flat([Sample(ids, mask)], [0] * rows)
+    samples = [Sample(ids, mask)] * 2
+    return flat(in_pairs(samples, wanted), [0] * (rows // 2 if wanted == "pairs" else rows))
 
 
 def likely_layout(wanted: str, model_config: PretrainedConfig) -> Layout:

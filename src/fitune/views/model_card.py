@@ -178,8 +178,9 @@ def _settings(config: RunConfig) -> str:
         if name not in UNSAID and (name in always or value != plain[name]) and value is not None
     }
     options = {"lora": "lora", "p-tuning": "p_tuning", "adapter": "bottleneck"}.get(config.method, config.method)
-    if options in values:
-        shown[options] = values[options]
+    for group in (options, config.objective):
+        if group in values:
+            shown[group] = values[group]
     rows = [f"| {name} | {json.dumps(value, ensure_ascii=False)} |" for name, value in shown.items()]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 

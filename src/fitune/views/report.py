@@ -6,8 +6,8 @@ In: the files of a run folder. Out: the page. It can be made again from the fold
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import yaml
 
@@ -16,7 +16,7 @@ from fitune.core.config import RunConfig
 from fitune.core.files import write_atomic
 from fitune.core.options import Options
 from fitune.core.plan import Plan
-from fitune.core.records import StepRecord
+from fitune.core.records import Rewards, StepRecord
 from fitune.core.results import Answered, Result
 from fitune.core.units import MIB
 from fitune.engine.checkpoint import RunFolder
@@ -63,9 +63,9 @@ def _score(answers: Sequence[Answered]) -> str:
 
 
 def _about(config: RunConfig) -> str:
-    """What the method is, and its paper, from the settings' own text."""
-    group = getattr(config, GROUPS.get(config.method, config.method), None)
-    text = inspect.getdoc(type(group)) if isinstance(group, Options) else ""
+    """What the method is, the objective and the quantizer, and their papers, from the settings' own text."""
+    groups = [getattr(config, name, None) for name in (GROUPS.get(config.method, config.method), config.objective)]
+    text = " ".join(inspect.getdoc(type(group)) or "" for group in groups if isinstance(group, Options))
     quant = type(config.quant).model_fields["name"].description if config.quant.name != "none" else ""
     return " ".join(" ".join((text or "", quant or "")).split())
 
@@ -81,10 +81,26 @@ def _numbers(result: Result) -> list[tuple[str, str]]:
         *of_base,
         ("held-out loss before", loss(before)),
         ("held-out loss after", loss(result.held_out_loss_after)),
+        *_held_out_rewards(result),
         ("trainable parameters", f"{result.trainable_parameters:,} ({share:.2%})"),
         ("steps", f"{result.steps:,}"),
         ("real tokens/s", f"{result.real_tokens_per_second:,.0f}"),
         ("training time", f"{result.seconds:,.1f} s"),
+    ]
+
+
+def _held_out_rewards(result: Result) -> list[tuple[str, str]]:
+    """Of preferences, what the held-out rows had before and have after."""
+    before, after = result.held_out_rewards_before, result.held_out_rewards_after
+    if before is None or after is None:
+        return []
+    shown = {"margin": ("reward margin", "{:+.4f}"), "accuracy": ("reward accuracy", "{:.1%}"),
+             "kl": ("log-ratio to the reference", "{:+.3f}")}  # fmt: skip
+    values = {name: (getattr(before, name), getattr(after, name)) for name in shown}
+    return [
+        (f"held-out {shown[name][0]}", f"{shown[name][1].format(first)} to {shown[name][1].format(then)}")
+        for name, (first, then) in values.items()
+        if first is not None and then is not None
     ]
 
 
@@ -159,7 +175,30 @@ def _charts(records: Sequence[StepRecord], before: float | None) -> dict[str, li
         ]
 
     loss, log = drawn(losses, "loss"), drawn(losses, "loss", log=True)
-    return {"loss": loss, "loss_log": log, "rates": drawn(rates, "learning rate", 110)}
+    found = {"loss": loss, "loss_log": log, "rates": drawn(rates, "learning rate", 110)}
+    return found | {name: drawn(series, name, 150) for name, series in _of_preferences(records).items()}
+
+
+def _of_preferences(records: Sequence[StepRecord]) -> dict[str, list[Series]]:
+    """Lines of what a run made of its preferences, by the name of their chart; of another run none."""
+
+    def line(name: str, of: Callable[[StepRecord], Rewards | None], colour: str, *, marks: bool = False) -> Series:
+        points = [(float(r.step), getattr(rewards, name)) for r in records if (rewards := of(r)) is not None]
+        return Series("", [(step, value) for step, value in points if value is not None], colour, marks=marks)
+
+    if not any(record.rewards for record in records):
+        return {}
+    charts: dict[str, list[Series]] = {}
+    for name in ("margin", "accuracy"):
+        training = replace(line(name, lambda r: r.rewards, "--line1"), name="training")
+        charts[name] = [
+            training, replace(line(name, lambda r: r.held_out_rewards, "--line2", marks=True), name="held-out"),
+        ]  # fmt: skip
+    charts["log_probability"] = [
+        replace(line("chosen_logp", lambda r: r.rewards, "--line1"), name="chosen"),
+        replace(line("rejected_logp", lambda r: r.rewards, "--line2"), name="rejected"),
+    ]
+    return charts
 
 
 def _wide(losses: Sequence[float]) -> bool:
@@ -182,6 +221,7 @@ def write(run: RunFolder) -> None:
         about=_about(config),
         numbers=_numbers(result),
         **_charts(found.steps, result.held_out_loss_before),
+        unit="row" if config.wanted != "answers" else "target token",
         log_first=_wide([record.loss for record in found.steps if record.applied]),
         answers=found.answers,
         score=_score(found.answers),

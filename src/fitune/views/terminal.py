@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fitune.core.events import NAME, RUN_FOLDER, Watcher
 from fitune.core.plan import Plan
-from fitune.core.records import Finding, Kept, LengthChoice, StepRecord
+from fitune.core.records import Finding, Kept, LengthChoice, Rewards, StepRecord
 from fitune.core.results import Answered, Check, Evaluation, Overview, QuantizedModel
 from fitune.core.units import MIB
 from fitune.memory import peak_mib
@@ -165,6 +165,8 @@ class Terminal(Watcher):
         if self.held_out is not None and (self.bar is not None or self.held_out[0] == record.step):
             measured, value = self.held_out
             held_out = [f"held-out {value:.4f}" + ("" if measured == record.step else f" (step {measured})")]
+        if record.rewards is not None:
+            held_out = [*_preferred(record.rewards), *held_out]
         speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
         import torch  # loaded already where steps are made; a terminal that shows something else does without
 
@@ -192,6 +194,12 @@ class Terminal(Watcher):
             if bar is not None:
                 bar.stop()
         self.preparing = self.bar = None
+
+
+def _preferred(rewards: Rewards) -> list[str]:
+    """Margin and accuracy of a step's preferences."""
+    margin = [] if rewards.margin is None else [f"margin {rewards.margin:+.3f}"]
+    return [*margin, *([] if rewards.accuracy is None else [f"{rewards.accuracy:.0%} right"])]
 
 
 def pairs(title: str, values: Mapping[str, object]) -> Table:
