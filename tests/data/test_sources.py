@@ -19,7 +19,7 @@ from fitune.core.events import Silent
 from fitune.core.options import DataSource
 from fitune.core.records import Conversation
 from fitune.data.rows import load, weigh
-from fitune.data.store import Rows
+from fitune.data.store import Rows, documents_of
 from support import tiny
 
 
@@ -215,10 +215,14 @@ def test_cheap_mistakes_in_sources_are_reported_together(model_folder: Path, dat
         assert part in str(caught.value)
 
 
+def _ids(made: preparing.Job) -> list[list[int]]:
+    return [sample.ids.tolist() for sample in documents_of(made.loader.samples)]
+
+
 def test_the_same_sources_and_seed_give_the_same_samples(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     config = {"data": [str(data_file), {"path": str(data_file), "take": 9, "weight": 1.5}]}
     first, second = (job(config, model_folder, tmp_path) for _ in range(2))
-    assert [s.ids.tolist() for s in first.loader.samples] == [s.ids.tolist() for s in second.loader.samples]
+    assert _ids(first) == _ids(second)
     other = job({**config, "seed": 7}, model_folder, tmp_path)
     assert [str(s.source) for s in first.loader.samples] != [str(s.source) for s in other.loader.samples]
 

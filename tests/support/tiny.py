@@ -227,6 +227,16 @@ def encoded(
     return fitting.fit(whole, np.arange(len(rows)), encoder, policy, encode)
 
 
+def write_pairs(path: Path, count: int) -> Path:
+    """The same questions, each with a right answer and a wrong one."""
+    made = [
+        {"prompt": turns[0]["content"], "chosen": turns[1]["content"], "rejected": f"no idea, {n % 7}, or so"}
+        for n, turns in enumerate(row["messages"] for row in rows(count))
+    ]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in made), encoding="utf-8")
+    return path
+
+
 def write_rows(path: Path, count: int) -> Path:
     """Those rows as JSON lines."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(count)), encoding="utf-8")

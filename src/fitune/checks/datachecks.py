@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fitune.checks import labelchecks, textchecks
+from fitune.checks import labelchecks, pairchecks, textchecks
 from fitune.checks.contradictions import contradictions
 from fitune.checks.labelchecks import some_rows
 from fitune.core.config import RunConfig
 from fitune.core.errors import shorten
 from fitune.core.events import Watcher
+from fitune.core.options import Wanted
 from fitune.core.records import Finding, Sample
 from fitune.data import pipeline
 from fitune.data.prepared import PROBE_CHARACTERS, PROBES, Prepared
@@ -158,6 +159,13 @@ DATA_RULES: tuple[Rule, ...] = (
 )
 
 
+MORE_RULES: dict[Wanted, tuple[Rule, ...]] = {  # of preferences
+    "answers": (),
+    "pairs": (pairchecks.pairs_differ, pairchecks.length_bias),
+    "labels": (pairchecks.both_labels,),
+}
+
+
 def held_out_apart(trained: Samples, held_out: Samples) -> Finding:
     """Few held-out rows are trained too: their loss would measure memory, not what was learned.
 
@@ -187,7 +195,8 @@ def check_data(prepared: Prepared) -> list[Finding]:
         apart = [held_out_apart(trained.view(every), held_out.view(every))]
     else:
         apart = []
-    return [*(rule(prepared) for rule in DATA_RULES), *apart]
+    wanted = prepared.config.wanted if prepared.report.pairs else "answers"
+    return [*(rule(prepared) for rule in (*DATA_RULES, *MORE_RULES[wanted])), *apart]
 
 
 def read(

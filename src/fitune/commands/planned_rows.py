@@ -28,6 +28,7 @@ from fitune.data import pipeline, rows, tokenizer
 from fitune.data.batches import Loader
 from fitune.data.cache import Cache
 from fitune.data.lengths import automatic, choices, summary
+from fitune.data.pairs import Pairs
 from fitune.data.store import in_pairs
 from fitune.data.tokenizer.new_tokens import NewToken, add_tokens
 from fitune.memory import plan as plans
@@ -220,10 +221,13 @@ def work_of(request: Request, known: Rows, layout: Layout | None = None) -> plan
     """
     config = _with_tokenizer(request.config.model_copy(update={"max_length": known.max_length}), known.tokenizer)
     layout = layout or steps.likely_layout(config.layout, request.model_config)
-    loader = make_loader(config, known.samples, layout)
+    samples, held_out = (
+        units.supposed() if isinstance(units, Pairs) else units for units in (known.samples, known.held_out)
+    )
+    loader = make_loader(config, samples, layout)
     deciding = steps.deciding(loader, config.max_steps or loader.total_steps(config.epochs))
-    held_out = steps.largest_held_out(known.held_out, config.batch_size)
-    return plans.Work(config, request.model_config, deciding, held_out, layout, known.added)
+    largest = steps.largest_held_out(held_out, config.batch_size)
+    return plans.Work(config, request.model_config, deciding, largest, layout, known.added)
 
 
 def _with_tokenizer(config: RunConfig, tokenizer_folder: Path | None) -> RunConfig:

@@ -26,6 +26,7 @@ from fitune.core.records import Batch, Conversation, DataReport, Finding, Kept, 
 from fitune.data import pipeline, readers
 from fitune.data.batches import Loader
 from fitune.data.cache import folder_digest, key
+from fitune.data.pairs import Pairs
 from fitune.engine import integrity, loading, objectives, optim
 from fitune.engine.objectives.base import Preference
 from fitune.engine.step import Objective
@@ -128,8 +129,8 @@ def prepare(
     if isinstance(objective, Preference):
         clock.ends(CHECKS)
         loader, held_out = _compared(request, rows, loaded, loader, layout, watch)
-        findings.append(_preference_start(request, loaded, loader, layout, objective))
-        raise_refused(findings[-1:])
+        findings += _check_preferences(request, loaded, loader, layout, objective)
+        raise_refused(findings)
         clock.ends(REFERENCE)
     return _job(request, rows, loaded, _Ready(layout, loader, held_out, plan, work, [*rows.data.findings, *findings]))
 
@@ -285,13 +286,21 @@ def _compared(
     return replace(loader, samples=model.added(loader.samples, met)), model.added(held_out)
 
 
-def _preference_start(
+def _check_preferences(
     request: Request, loaded: _Loaded, loader: Loader, layout: Layout, objective: Preference
-) -> Finding:
-    """Is the model its reference before the first step?"""
+) -> list[Finding]:
+    """Is the model its reference before the first step, and do the answers suit it?"""
     first = next(micro for _, micro in loader.steps(0, 1))[0]
     same = request.method.same_at_start or request.config.adapter is not None
-    return preferencechecks.preference_start(loaded.model, first, layout, objective, same=same)
+    start = preferencechecks.preference_start(loaded.model, first, layout, objective, same=same)
+    pairs = loader.samples
+    assert isinstance(pairs, Pairs)
+    vocabulary = int(request.model_config.vocab_size)
+    seen = preferencechecks.template_seen(loaded.model, pairs, layout, vocabulary)
+    if pairs.desirable is not None:
+        return [start, seen]
+    means = preferencechecks.means_of(loaded.model, pairs, layout, request.config.batch_size)
+    return [start, seen, preferencechecks.swapped_answers(means)]
 
 
 def _planned(request: Request, work: plans.Work, outside: Mapping[str, int] | None = None) -> plans.Plan:

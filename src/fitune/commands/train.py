@@ -145,8 +145,8 @@ def _go(active: ActiveRun, *, resume: bool, again: bool) -> Result:
 def _runner(active: ActiveRun) -> StepRunner:
     job, report = active.job, active.watch.message
     scale = LossScale(LossScale.START if precision.scaled(job.config) else 1.0)
-    how = (job.layout, job.config.max_grad_norm, job.source, report, job.objective)
-    return StepRunner(job.tuned.model, *how, scale=scale)
+    how = (job.layout, job.config.max_grad_norm, job.source, report)
+    return StepRunner(job.tuned.model, *how, scale=scale, objective=job.objective)
 
 
 def _rehearsed(active: ActiveRun, runner: StepRunner, *, known: bool) -> Rehearsal | None:

@@ -70,6 +70,11 @@ class Pairs(Sequence[Pair]):
         """The same rows, with what the reference model gives them."""
         return Pairs(self.samples, reference, self.desirable)
 
+    def supposed(self) -> Pairs:
+        """The same rows, as if the reference gave 0 to every answer: for plans, in which no value counts but that it is
+        a number."""
+        return self.with_reference(np.zeros((len(self), 2), np.float32))
+
     def lengths(self, each: NDArray[Any]) -> NDArray[Any]:
         """Tokens that a row has in a batch, by those of each sample."""
         both = each.reshape(-1, 2)

@@ -377,6 +377,13 @@ def lengths_of(samples: Units) -> NDArray[np.int32]:
     return samples.column("length") if isinstance(samples, Samples) else np.array([len(s) for s in samples], np.int32)
 
 
+def trained_of(samples: Sequence[Sample]) -> NDArray[np.int32]:
+    """Of each sample how many tokens are trained."""
+    if isinstance(samples, Samples):
+        return samples.column("trained")
+    return np.array([int(s.mask.sum()) for s in samples], np.int32)
+
+
 def ends_whole(samples: Sequence[Sample]) -> NDArray[np.bool_]:
     """Of each sample: was its last answer not cut?"""
     if isinstance(samples, Samples):

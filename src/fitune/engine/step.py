@@ -287,13 +287,13 @@ def training_step(
 class Made:
     """The first half of a step. total: the sum of its losses, a float64 scalar that is still on the model's device:
     nothing waits for it before the step's end. weight: what it is divided by. tokens, targets: of all rows. seen: what
-    the rewards of preferences are made of, (10,) float64 or none (0,)."""
+    the rewards of preferences are made of, (10,) float64, where there are some."""
 
     total: Tensor
     weight: float
     tokens: int
     targets: int
-    seen: Tensor
+    seen: Tensor | None = None
 
     @property
     def loss(self) -> float:
@@ -329,7 +329,7 @@ def make_gradients(
             sums.append(loss.total.detach().double())
             seen += [] if loss.seen is None else [loss.seen]
     tokens, targets = (sum(sizes) for sizes in zip(*((len(b.ids), b.targets) for b in micro_batches), strict=True))
-    rewards = sum(seen[1:], seen[0]) if seen else sums[0].new_empty(0)
+    rewards = sum(seen[1:], seen[0]) if seen else None
     return Made(sum(sums[1:], sums[0]), weight, tokens, targets, rewards)
 
 
@@ -347,7 +347,8 @@ def apply_gradients(
         size = made.total.new_tensor(taken)
     else:
         size = torch.nn.utils.clip_grad_norm_(trainable(model).values(), max_grad_norm or float("inf")).double()
-    total, norm, *seen = (float(one) for one in torch.cat([made.total[None], size[None], made.seen]).cpu())
+    figures = [made.total[None], size[None], *([] if made.seen is None else [made.seen])]
+    total, norm, *seen = (float(one) for one in torch.cat(figures).cpu())
     finite = math.isfinite(total) and math.isfinite(norm)
     rewards = rewards_of(seen) if seen else None
     done = StepResult(total / made.weight, norm, made.tokens, made.targets, finite, rewards)

@@ -46,10 +46,10 @@ class StepRunner:
         max_grad_norm: gradients are scaled down to this norm; 0: they are not.
         source: where a row of the data stands, by its number.
         report: is called with one line when micro-batches are split.
-        objective: what is made small.
         parts: each micro-batch goes through the model in so many parts; more once memory has run out.
         scale: of the loss. Gradients that are not finite under it halve it, and the step is repeated: no row is lost,
             and it does not count as a bad step.
+        objective: what is made small.
     """
 
     model: nn.Module
@@ -57,9 +57,9 @@ class StepRunner:
     max_grad_norm: float
     source: Callable[[int], Source | None]
     report: Callable[[str], None]
-    objective: Objective = SFT
     parts: int = 1
     scale: LossScale = field(default_factory=LossScale)
+    objective: Objective = SFT
 
     def step(self, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> StepResult:
         """One optimizer step.

@@ -158,8 +158,8 @@ def _seconds(phases: Sequence[Phase]) -> list[PhaseRow]:
     return [PhaseRow(name, what, f"{seconds:,.2f}", f"{cpu:,.2f}") for name, what, seconds, cpu in rows]
 
 
-def _charts(records: Sequence[StepRecord], before: float | None) -> dict[str, list[str]]:
-    """Loss, on both scales, and learning rate, each for a screen and for a phone."""
+def _charts(records: Sequence[StepRecord], before: float | None) -> dict[str, object]:
+    """Loss, on both scales, learning rate, and what there is of preferences, each for a screen and for a phone."""
     held_out = [(float(r.step), r.held_out_loss) for r in records if r.held_out_loss is not None]
     held_out = held_out if before is None else [(0.0, before), *held_out]
     losses = [
@@ -175,12 +175,12 @@ def _charts(records: Sequence[StepRecord], before: float | None) -> dict[str, li
         ]
 
     loss, log = drawn(losses, "loss"), drawn(losses, "loss", log=True)
-    found = {"loss": loss, "loss_log": log, "rates": drawn(rates, "learning rate", 110)}
-    return found | {name: drawn(series, name, 150) for name, series in _of_preferences(records).items()}
+    preferences = [(title, drawn(series, "", 150)) for title, series in _of_preferences(records).items()]
+    return {"loss": loss, "loss_log": log, "rates": drawn(rates, "learning rate", 110), "preferences": preferences}
 
 
 def _of_preferences(records: Sequence[StepRecord]) -> dict[str, list[Series]]:
-    """Lines of what a run made of its preferences, by the name of their chart; of another run none."""
+    """Lines of what a run made of its preferences, by the title of their chart; of another run none."""
 
     def line(name: str, of: Callable[[StepRecord], Rewards | None], colour: str, *, marks: bool = False) -> Series:
         points = [(float(r.step), getattr(rewards, name)) for r in records if (rewards := of(r)) is not None]
@@ -189,12 +189,12 @@ def _of_preferences(records: Sequence[StepRecord]) -> dict[str, list[Series]]:
     if not any(record.rewards for record in records):
         return {}
     charts: dict[str, list[Series]] = {}
-    for name in ("margin", "accuracy"):
+    for name, title in (("margin", "Reward margin of chosen over rejected"), ("accuracy", "Reward accuracy")):
         training = replace(line(name, lambda r: r.rewards, "--line1"), name="training")
-        charts[name] = [
+        charts[title] = [
             training, replace(line(name, lambda r: r.held_out_rewards, "--line2", marks=True), name="held-out"),
         ]  # fmt: skip
-    charts["log_probability"] = [
+    charts["Log-probability of the answers"] = [
         replace(line("chosen_logp", lambda r: r.rewards, "--line1"), name="chosen"),
         replace(line("rejected_logp", lambda r: r.rewards, "--line2"), name="rejected"),
     ]
