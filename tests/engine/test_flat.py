@@ -13,6 +13,7 @@ from fitune.checks.leak import packing_leak
 from fitune.core.records import Batch, Layout, Sample
 from fitune.data.batches import flat, rounded
 from fitune.engine.step import held_out_loss, label_hidden, loss_sum, training_step
+from fitune.models.kernels import frozen_head
 from fitune.models.kernels import loss as loss_kernel
 from fitune.models.kernels.attention import FLAT
 from fitune.models.kernels.loss import label_loss
@@ -198,13 +199,17 @@ def test_the_chunked_loss_is_cross_entropy(monkeypatch: pytest.MonkeyPatch, chun
         assert torch.allclose(label_loss(head, hidden, labels, 400), plain, rtol=1e-6)
 
 
-def test_the_head_sees_only_rows_with_a_label() -> None:
+def test_the_head_sees_only_rows_with_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = tiny.make_model("llama"), samples()
     batch = flat(data, range(9))
-    seen = []
+    seen: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
-    loss_sum(model, batch)
+    loss_sum(model, batch)  # the head is trained
     assert sum(seen) == rounded(batch.targets) < len(batch.ids)
+    see = frozen_head.losses
+    monkeypatch.setattr(frozen_head, "losses", lambda head, x, *rest: (seen.append(len(x)), see(head, x, *rest))[1])
+    loss_sum(model.requires_grad_(False), batch)
+    assert seen.pop() == rounded(batch.targets)
     assert label_hidden(model, batch).shape == (batch.targets, 32)
 
 

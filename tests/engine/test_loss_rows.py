@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from fitune.core.errors import ConfigError
 from fitune.core.events import Watcher
 from fitune.engine.checkpoint import RunFolder
 from fitune.memory import chunks, device, plan, steps, storage, trace
-from fitune.models.head import loss_rows, set_loss_rows
-from fitune.models.kernels import fused
+from fitune.models.head import ScaledHead, loss_rows, set_loss_rows
+from fitune.models.kernels import frozen_head, fused, softmax
 from fitune.models.kernels import loss as loss_kernel
+from fitune.models.kernels.frozen import keep_stored
 from fitune.models.kernels.loss import chunk_rows
 from fitune.models.kernels.target import AMPERE, CPU, planned
 
@@ -103,7 +106,7 @@ def test_nothing_is_left_open_in_a_model_of_a_run() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_loss_of_a_chunk_is_cross_entropy_in_half_the_memory(dtype: torch.dtype, weighted: bool) -> None:
+def test_the_loss_of_a_chunk_is_cross_entropy(dtype: torch.dtype, weighted: bool) -> None:
     check_a_chunk("cpu", dtype, weighted)
 
 
@@ -115,25 +118,22 @@ def test_on_a_gpu_the_loss_of_a_chunk_is_cross_entropy(dtype: torch.dtype) -> No
 
 
 def check_a_chunk(device: str, dtype: torch.dtype, weighted: bool, words: int = 4003) -> None:
-    """Against autograd's in float64: value and gradient, and the most bytes for each logit."""
+    """Against autograd's in float64: value and gradient."""
     torch.manual_seed(0)
     logits = (4 * torch.randn(50, words)).to(device, dtype)
     labels = torch.randint(words, (50,), device=device)
+    logits[0, labels[0]] = -300  # its probability is zero in float32
     weights = torch.rand(50, device=device) if weighted else None
     each = torch.nn.functional.cross_entropy(exact := logits.double().requires_grad_(), labels, reduction="none")
     wanted = (each if weights is None else each * weights).sum()
-    leaf, tracer = logits.clone().requires_grad_(), trace.Tracer()
-    with tracer:
-        got = loss_kernel._chunk_loss(Same(), leaf, labels, weights)
-        (gradient,) = torch.autograd.grad(got, leaf)
-    tracer.close()
+    leaf = logits.clone().requires_grad_()
+    got = loss_kernel.label_loss(Same(), leaf, labels, words, weights)
+    (gradient,) = torch.autograd.grad(got, leaf)
     assert got.dtype == torch.float32
     assert torch.isclose(got.double(), wanted, rtol=1e-5)
     (right,) = torch.autograd.grad(wanted, exact)
     assert (gradient.double() - right).abs().max() <= max(2 * torch.finfo(dtype).eps, 1e-6)
     assert torch.equal(leaf, logits)  # what a head gave in float32 is not written over
-    most = max(sum(size for _, size in tracer.events[: n + 1]) for n in range(len(tracer.events)))
-    assert most / logits.numel() <= 4 + dtype.itemsize + 0.1
 
 
 class Same(torch.nn.Module):
@@ -141,6 +141,135 @@ class Same(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * 1
+
+
+def most(work: Callable[[], Any]) -> int:
+    """Bytes that are there at once while something works."""
+    with trace.Tracer() as tracer:
+        work()
+    tracer.close()
+    return max(accumulate(size for _, size in tracer.events))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_become_their_gradient_where_they_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "BLOCK_BYTES", 4 * 4003 * 5)  # rows in float32 beside 16 bits
+    logits, labels = torch.randn(200, 4003).to(dtype), torch.randint(4003, (200,))
+    again = softmax.reader(logits.clone())
+    beside = most(lambda: softmax.in_place(logits, labels, again))
+    assert beside <= 4 * 4003 * (0 if dtype == torch.float32 else max(5, torch.get_num_threads())) + 200 * 100
+
+
+# ---- a frozen head, by blocks of the vocabulary ----
+
+
+def frozen(
+    dtype: torch.dtype, *, sure: bool = False, bias: bool = False
+) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
+    """A head, hidden states and labels; of half of the rows the most likely entry is the label. sure: nearly all of
+    the probability is there."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(24, 4003, bias=bias).requires_grad_(False)
+    if sure:
+        head.weight.mul_(8)
+    head, hidden = head.to(dtype), torch.randn(50, 24).mul_(4).to(dtype)
+    labels = torch.randint(4003, (50,))
+    labels[::2] = head(hidden)[::2].argmax(1)
+    return head, hidden.requires_grad_(), labels
+
+
+def in_float64(head: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, weights: Any) -> list[torch.Tensor]:
+    """Loss and gradient of the rows, from the logits that the head gives in its own dtype."""
+    exact = hidden.detach().double().requires_grad_()
+    logits = torch.nn.functional.linear(exact, head.weight.double())
+    rounded = head(hidden).detach().double()
+    each = torch.nn.functional.cross_entropy(logits + (rounded - logits).detach(), labels, reduction="none")
+    total = (each if weights is None else each * weights).sum()
+    return [total.detach(), *torch.autograd.grad(total, exact)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sure", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, None])
+def test_a_frozen_heads_loss_is_cross_entropy(
+    dtype: torch.dtype, sure: bool, rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen_head, "ROWS", 20)  # three parts
+    for weights in (None, torch.rand(50)):
+        head, hidden, labels = frozen(dtype, sure=sure)
+        loss = loss_kernel.label_loss(head, hidden, labels, 4003, weights, rows)
+        (grad,) = torch.autograd.grad(loss, hidden)
+        total, right = in_float64(head, hidden, labels, weights)
+        assert torch.isclose(loss.double(), total, rtol=1e-5)
+        # of each row too: the gradient of one that is nearly sure of its label is small, and not noise
+        for one, other in ((grad, right), *zip(grad[::2], right[::2], strict=True)):
+            assert (one.double() - other).norm() <= 4 * max(torch.finfo(dtype).eps, 5e-6) * other.norm() + 1e-12
+        with torch.no_grad():
+            assert torch.isclose(loss_kernel.label_loss(head, hidden, labels, 4003, weights, rows), loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["a label that is counted", "a block that is forgotten", "weights"])
+def test_a_fault_in_a_frozen_heads_loss_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, hidden, labels = frozen(torch.float32)
+    total, right = in_float64(head, hidden, labels, None)
+    if fault == "a label that is counted":
+        keep = frozen_head._Rows._keep_labels_out
+        monkeypatch.setattr(frozen_head._Rows, "_keep_labels_out", lambda self, x, start: keep(self, x.clone(), start))
+    elif fault == "a block that is forgotten":
+        blocks = frozen_head.Matrix.blocks
+        monkeypatch.setattr(frozen_head.Matrix, "blocks", lambda self, number: list(blocks(self, number))[:-1])
+    each = torch.full((50,), 1.01) if fault == "weights" else None
+    loss = loss_kernel.label_loss(head, hidden, labels, 4003, each, rows=7)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert abs(loss.double() / total - 1) > 1e-4
+    assert (grad.double() - right).norm() > 1e-3 * right.norm()
+
+
+def test_a_bias_a_stored_weight_and_one_in_16_bits_are_seen() -> None:
+    head, hidden, labels = frozen(torch.float32, bias=True)
+    total, right = in_float64(head, hidden, labels, None)
+    stored = torch.nn.Sequential(torch.nn.Linear(24, 4003)).requires_grad_(False)
+    stored.load_state_dict({f"0.{name}": value.bfloat16() for name, value in head.state_dict().items()}, assign=True)
+    keep_stored(stored, torch.float32)
+    for one, off in ((head, 1e-5), (stored[0], 2e-2)):
+        assert loss_kernel._matrix(one, hidden, gradient=True) is not None
+        loss = loss_kernel.label_loss(one, hidden, labels, 4003)
+        (grad,) = torch.autograd.grad(loss, hidden)
+        assert torch.isclose(loss.double(), total, rtol=off)
+        assert (grad.double() - right).norm() <= off * right.norm()
+
+
+def test_what_is_more_than_a_frozen_matrix_goes_through_its_own_forward() -> None:
+    head, hidden, labels = frozen(torch.float32)
+    scaled, trained, patched = ScaledHead(head, 0.5, 3.0), copy.deepcopy(head).requires_grad_(), copy.deepcopy(head)
+    vars(patched)["forward"] = lambda x: head(x) * 2  # as libraries do it
+    for one in (scaled, trained, patched):
+        assert loss_kernel._matrix(one, hidden, gradient=True) is None
+        right = torch.nn.functional.cross_entropy(one(hidden), labels, reduction="sum")
+        loss = loss_kernel.label_loss(one, hidden, labels, 4003)
+        assert torch.isclose(loss, right, rtol=1e-5)
+        (got,), (wanted,) = (torch.autograd.grad(each, hidden) for each in (loss, right))
+        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_batch_without_labels_has_no_loss(trained: bool) -> None:
+    head, hidden, labels = frozen(torch.float32)
+    head.requires_grad_(trained)
+    loss = loss_kernel.label_loss(head, hidden[:0], labels[:0], 4003, rows=7)
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+    assert not trained or (head.weight.grad is not None and not head.weight.grad.any())
+
+
+@pytest.mark.parametrize(("dtype", "each"), [(torch.float32, 4), (torch.bfloat16, 6)])
+def test_only_a_block_of_logits_is_there_at_once(dtype: torch.dtype, each: int) -> None:
+    head, hidden, labels = frozen(dtype)
+    beside = 50 * 24 * 4 * 6 + 50 * 8 * 20  # sums as wide as the hidden states, and single numbers
+    there = most(lambda: loss_kernel.label_loss(head, hidden, labels, 4003, rows=2))
+    assert 2 * 4003 * each * 0.9 <= there <= 2 * 4003 * each + beside
 
 
 class Settings(Watcher):
@@ -175,14 +304,14 @@ def test_a_resumed_run_keeps_its_rows_whatever_is_suggested_then(
     with pytest.raises(ConfigError, match="loss_rows 2"):
         resume_config(str(run), {"loss_rows": 2})
     seen: list[int] = []
-    make = loss_kernel._chunk_loss
+    make = frozen_head.losses
 
-    def watched(head: Any, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
-        seen.append(len(hidden))
-        return make(head, hidden, *rest)
+    def watched(head: Any, hidden: torch.Tensor, labels: torch.Tensor, logits: int, *rest: Any) -> torch.Tensor:
+        seen.append(logits)
+        return make(head, hidden, labels, logits, *rest)
 
-    monkeypatch.setattr(loss_kernel, "_chunk_loss", watched)
+    monkeypatch.setattr(frozen_head, "losses", watched)
     train(resume_config(str(run), {}), resume=True)
-    assert max(seen) == 4
+    assert set(seen) == {4 * 400}
     first, second = ((folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (whole, run))
     assert first == second

@@ -28,7 +28,7 @@ from support import contract as contract
 from support import measured, tiny
 from support.measured import batch
 
-LEAST, CLOSE = 20 * 2**20, 0.005
+LEAST, CLOSE = 10 * 2**20, 0.005
 QUICK = {
     ("lora", "llama", "fp32", "none"), ("lora", "llama", "bf16", "none"), ("lora-all", "qwen2", "bf16", "nf4"),
     ("full", "gpt2", "fp32", "none"), ("freeze", "llama", "bf16", "none"), ("tail", "qwen2", "fp32", "none"),

@@ -28,6 +28,8 @@ from fitune.models import quant, weights
 from fitune.models.attached import compute_dtype
 from fitune.models.head import loss_rows
 from fitune.models.interfaces import causal_lm
+from fitune.models.kernels import target
+from fitune.models.kernels.loss import at_once
 from fitune.models.parts import trainable
 from fitune.models.switches import evaluating, training
 from fitune.models.tensors import bit_sum, finite
@@ -307,9 +309,12 @@ def disk_space(folder: Path, trained_bytes: int, keep: int, free: int | None = N
 
 def eval_memory(model: nn.Module) -> Finding:
     """Held-out losses never hold the logits of a whole batch: the output head gets label rows, a chunk at a time."""
-    vocabulary, rows = causal_lm(model).config.vocab_size, loss_rows(model)
-    mib = 2 * rows * vocabulary * 4 / MIB
-    return Finding("eval-memory", "ok", f"logits of at most {rows:,} rows at once ({mib:,.0f} MiB with their gradient)")
+    inner, rows = causal_lm(model), loss_rows(model)
+    count = at_once(rows, inner.config.vocab_size, target.of(next(inner.parameters()).device))
+    text = (
+        f"at most {count:,} logits ({8 * count / MIB:,.0f} MiB with their gradient), no more than {rows:,} rows at once"
+    )
+    return Finding("eval-memory", "ok", text)
 
 
 # ---- while it runs ----

@@ -265,7 +265,9 @@ class RunConfig(DataConfig):
     """Tokens per micro-batch, in place of batch_size: memory stays even where rows differ in length."""
     loss_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Label rows whose logits are computed at once; each takes 6 bytes a token of the vocabulary, 8 in fp32. auto:
-    32 MiB of logits on a CPU; on a GPU at least 512 rows, a quarter of the largest micro-batch where there is room."""
+    32 MiB of logits on a CPU; on a GPU at least 512 rows, a quarter of the largest micro-batch where there is room.
+    On a CPU a frozen output head takes as many logits, and at most 8 MiB of them, for more rows and a part of the
+    vocabulary."""
     layout: Literal["auto", "flat", "padded", "documents"] = "auto"
     """How documents go through the model. auto: flat, unless a probe on the model shows that documents leak."""
     accumulation: int = Field(default=1, ge=1, le=MOST_BATCH)

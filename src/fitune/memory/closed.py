@@ -31,6 +31,7 @@ from fitune.models import families, quant
 from fitune.models.head import loss_rows
 from fitune.models.interfaces import causal_lm
 from fitune.models.kernels import fused
+from fitune.models.kernels.loss import at_once
 from fitune.models.kernels.target import CPU, Target, planned
 from fitune.models.methods.prefix import key_width
 from fitune.models.parts import first_trained, trainable
@@ -60,16 +61,20 @@ def closed(model: nn.Module, config: RunConfig, tokens: int, labels: int, where:
         storage.GRADIENTS: count * size,
         storage.STATES: int(count * state_bytes(config)),
         storage.ACTIVATIONS: tokens * _per_token(model, config, model_config, apart=where.kind == "cuda"),
-        storage.LOSS: _logit_bytes(config, where) * min(labels, loss_rows(model)) * model_config.vocab_size
-        + 8 * labels * model_config.hidden_size,
+        storage.LOSS: _logits(model, config, labels, where) + 8 * labels * model_config.hidden_size,
     }
     return {name: int(value) for name, value in found.items() if value}
 
 
-def _logit_bytes(config: RunConfig, where: Target) -> int:
+def _logits(model: nn.Module, config: RunConfig, labels: int, where: Target) -> int:
+    """Bytes of the logits that are there at once, and of what they become."""
+    inner, item = causal_lm(model), DTYPES[config.precision].itemsize
+    head, rows, vocabulary = inner.get_output_embeddings(), min(labels, loss_rows(model)), inner.config.vocab_size
+    if where.kind == "cpu" and not any(p.requires_grad for p in head.parameters()):
+        return at_once(rows, vocabulary, where) * (4 if item == 4 else 4 + item)
     with planned(where):
         wide = 0 if fused.refusal(where) is None else 4
-    return wide + DTYPES[config.precision].itemsize
+    return (wide + item) * rows * int(vocabulary)
 
 
 def state_bytes(config: RunConfig) -> float:

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fitune.models import attached
 from fitune.models.interfaces import CausalLM
-from fitune.models.kernels import flash, target
+from fitune.models.kernels import flash, short, target
 from fitune.models.kernels.apart import apart
 
 FLAT = "fitune_flat"
@@ -70,8 +70,9 @@ def flat_attention(
     if before is not None:
         before = before[0].to(query.dtype), before[1].to(query.dtype)
     how = How(dropout, scaling, sliding_window, softcap, s_aux)
+    exact = [before is None and _is_short(query, value, length, how) for length in lengths]
     outputs = []
-    for length, (q, k, v) in zip(lengths, apart(lengths, query, key, value), strict=True):
+    for length, (q, k, v) in zip(lengths, apart(lengths, query, key, value, exact=exact), strict=True):
         if before is not None:
             k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
         outputs.append(attend(q, k, v, how)[:, :, :length])
@@ -125,6 +126,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         mask = _mask(length, keys, how.window, query.device, always=True)
         return _written_out(query, key, value, mask, how)
     mask = _mask(length, keys, how.window, query.device)
+    if mask is None and _is_short(query, value, keys, how):
+        return short.attend(query, key, value, how.scaling)
     shared = query.shape[1] != key.shape[1]
     if shared and mask is not None and target.of(query.device).kind == "cuda":  # no fused kernel there takes both
         times, shared = query.shape[1] // key.shape[1], False
@@ -139,6 +142,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         scale=how.scaling,
         enable_gqa=shared,
     )
+
+
+def _is_short(query: Tensor, value: Tensor, keys: int, how: How) -> bool:
+    """Does attention to so many keys, causal and no more than that, go through `short.py`?"""
+    plain = how.softcap is None and how.sinks is None and not how.dropout and (how.window is None or how.window >= keys)
+    return plain and query.shape[-1] == value.shape[-1] and short.suits(query, keys)
 
 
 def _written_out(

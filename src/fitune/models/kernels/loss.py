@@ -1,30 +1,32 @@
-"""Cross-entropy over the rows that carry a label, a chunk of rows at a time.
+"""Cross-entropy over the rows that carry a label, never all of their logits at once.
 
-In: hidden states of the label rows, their labels, the model's head. Out: the sum of the losses, in float32. Only one
-chunk of logits is alive at any time: the gradient with respect to the hidden states (and to the head, where that is
-trained) is computed in the forward pass, chunk by chunk, and only scaled in the backward pass. The idea is known from
-"Cut Your Losses" (Wijmans et al. 2024, arXiv:2411.09009) and Liger Kernel (Hsu et al. 2024, arXiv:2410.10989); here the
-head is any module, quantized or wrapped in an adapter too, and autograd computes what of a chunk is not its logits.
+In: hidden states of the label rows, their labels, the model's head. Out: the sum of the losses, in float32. The
+gradient with respect to the hidden states (and to the head, where that is trained) is computed in the forward pass, and
+only scaled in the backward pass. The idea is known from "Cut Your Losses" (Wijmans et al. 2024, arXiv:2411.09009) and
+Liger Kernel (Hsu et al. 2024, arXiv:2410.10989).
+
+The head is any module, quantized or wrapped in an adapter too: a chunk of rows goes through it, and autograd computes
+what of a chunk is not its logits (`softmax.py` has those). On a CPU a frozen head that is no more than a matrix goes by
+blocks of the vocabulary (`frozen_head.py`).
 
 Shapes: L = label rows, W = width, V = vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import repeat
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fitune.core.units import MIB
-from fitune.models.kernels import fused
-from fitune.models.kernels.frozen import Frozen
+from fitune.models.kernels import frozen_head, fused, softmax
+from fitune.models.kernels.frozen import Frozen, StoredLinear
+from fitune.models.kernels.frozen_head import Matrix
 from fitune.models.kernels.target import CPU, Target, of
 
-aten = torch.ops.aten
 CHUNK_BYTES = 32 * MIB  # float32 logits of one chunk; their gradient takes as much again
 LEAST = {"cuda": 512}  # rows for which the head is read; fewer than this, and a GPU reads more than it computes
 
@@ -35,83 +37,127 @@ def chunk_rows(vocabulary: int, target: Target = CPU) -> int:
     return max(LEAST.get(target.kind, 1), 1 << max(1, CHUNK_BYTES // (4 * vocabulary)).bit_length() - 1)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Sum of weight x cross-entropy, in float32. The log-softmax is all that is kept, and its gradient is made in its
-    place: with logits of 16 bits 6 bytes for each are there at once, where autograd takes 12."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, ours: bool) -> Tensor:
-        """Args: ours: nobody else looks at the logits, which may be written over."""
-        scores = logits.detach()
-        if ours:  # each kernel reads an element for the last time where it writes it
-            aten._log_softmax.out(scores, -1, False, out=scores)
-        else:
-            scores = aten._log_softmax(scores, -1, False)
-        ctx.scores, ctx.given = scores, (labels, weights)
-        if weights is None:
-            return F.nll_loss(scores, labels, reduction="sum")
-        return (F.nll_loss(scores, labels, reduction="none") * weights).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (scale,), (labels, weights) = grads, ctx.given
-        each = scale.expand(len(labels)) if weights is None else scale * weights
-        made: Tensor = ctx.scores.exp_().mul_(each[:, None])
-        ctx.scores = None  # it is the gradient now, and is not to outlive it
-        made[torch.arange(len(labels), device=labels.device), labels] -= each
-        return made, None, None, None
+def at_once(rows: int, vocabulary: int, target: Target = CPU) -> int:
+    """Logits that are there at once under a frozen head: those of so many rows, on a CPU never more than a block."""
+    return min(rows * vocabulary, frozen_head.LOGITS) if target.kind == "cpu" else rows * vocabulary
 
 
-def _chunk_loss(head: nn.Module, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class _Rows:
+    """Those of a loss. hidden: (L, W). labels: (L,). weights: (L,); None: 1 for all. at_once: in a chunk."""
+
+    hidden: Tensor
+    labels: Tensor
+    weights: Tensor | None
+    at_once: int
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """Where each chunk stands; its hidden states, labels and weights."""
+        for start in range(0, len(self.labels), self.at_once):
+            here = slice(start, start + self.at_once)
+            yield here, self.hidden[here], self.labels[here], None if self.weights is None else self.weights[here]
+
+
+class _Gradients:
+    """What the chunks of a loss add up to. hidden: (L, W). weights: of what is trained in the head."""
+
+    def __init__(self, hidden: Tensor, trained: Sequence[Tensor]) -> None:
+        self.hidden = torch.empty_like(hidden)
+        self.trained, self.weights = trained, list[Tensor]()
+
+    def add(self, here: slice, hidden: Tensor, *weights: Tensor) -> None:
+        """Those of a chunk."""
+        self.hidden[here] = hidden
+        if not self.weights:
+            self.weights = list(weights)
+            return
+        for total, one in zip(self.weights, weights, strict=True):
+            total.add_(one)
+
+    def all(self) -> list[Tensor]:
+        """Of everything; zeros where no row has a label."""
+        return [self.hidden, *(self.weights or map(torch.zeros_like, self.trained))]
+
+
+def _matrix(head: nn.Module, hidden: Tensor, *, gradient: bool) -> Matrix | None:
+    """A head as a matrix, on a CPU, if it is no more than that and nothing of it is trained here."""
+    plain = type(head) is nn.Linear and "forward" not in vars(head)
+    if of(hidden.device).kind != "cpu" or not (plain or type(head) is StoredLinear):
+        return None
+    if gradient and any(one.requires_grad for one in head.parameters()):
+        return None
+    weight, bias = cast(Tensor, head.weight).detach(), cast("Tensor | None", head.bias)
+    compute = hidden.dtype
+    if torch.is_autocast_enabled("cpu"):
+        compute = torch.get_autocast_dtype("cpu")
+    elif plain and weight.dtype != compute:
+        return None  # the head itself will report it
+    return Matrix(weight, None if bias is None else bias.detach(), compute)
+
+
+# ---- any head ----
+
+
+def _by_module(head: nn.Module, rows: _Rows, grads: _Gradients | None, trained: Sequence[Tensor]) -> Tensor:
+    """The same, by autograd."""
+    total = rows.hidden.new_zeros((), dtype=torch.float32)
+    for here, hidden, labels, weights in rows.chunks():
+        with torch.set_grad_enabled(grads is not None):
+            leaf = hidden.detach().requires_grad_(grads is not None)
+            loss, start, slope = _chunk(head, leaf, labels, weights)
+        total += loss.detach()
+        if grads is not None:
+            grads.add(here, *torch.autograd.grad(start, (leaf, *trained), slope))
+        del loss, start, slope  # the next chunk's logits come in their place
+    return total
+
+
+def _sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """In float32."""
+    return (losses if weights is None else losses * weights).sum(dtype=torch.float32)
+
+
+def _chunk(
+    head: nn.Module, hidden: Tensor, labels: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss of a chunk; where the backward pass begins, with which gradient."""
     logits = head(hidden)
+    own = type(head) is nn.Linear or isinstance(head, Frozen)  # another module may need what it gave
     if fused.used(logits, widest=2**31):
-        plain = type(head) is nn.Linear or isinstance(head, Frozen)  # others may need what they gave
-        return fused.cross_entropy(logits, labels, weights, ours=plain)
-    ours = logits.dtype != torch.float32
-    loss: Tensor = _CrossEntropy.apply(logits.float(), labels, weights, ours)
-    return loss
-
-
-def _parts(rows: int, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Any, Any]]:
-    """Hidden states, labels and weights, a chunk at a time."""
-    of_labels = repeat(None) if weights is None else weights.split(rows)
-    return zip(hidden.split(rows), labels.split(rows), of_labels, strict=False)
+        loss = fused.cross_entropy(logits, labels, weights, ours=own)
+        return loss, loss, None
+    given, gradient = logits.detach(), logits.requires_grad
+    slope = given if own and given.dtype.itemsize < 4 else given.clone()  # wide ones are read again
+    losses = softmax.in_place(slope, labels, softmax.reader(given), gradient=gradient)
+    if weights is not None and gradient:
+        slope.mul_(weights[:, None])
+    return _sum(losses, weights), logits, slope
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Sum of the losses; the gradients are ready when forward returns."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        head: nn.Module,
-        rows: int,
-        hidden: Tensor,
-        labels: Tensor,
-        loss_weights: Tensor | None,
-        *weights: Tensor,
-    ) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
-        hidden_grads = []
-        weight_grads: list[Tensor] | None = None
-        for part, label, weight in _parts(rows, hidden, labels, loss_weights):
-            with torch.enable_grad():
-                leaf = part.detach().requires_grad_()
-                loss = _chunk_loss(head, leaf, label, weight)
-            leaf_grad, *grads = torch.autograd.grad(loss, (leaf, *weights))
-            total += loss.detach()
-            hidden_grads.append(leaf_grad)
-            weight_grads = (
-                grads if weight_grads is None else [a.add_(b) for a, b in zip(weight_grads, grads, strict=True)]
-            )
-        ctx.save_for_backward(torch.cat(hidden_grads), *(weight_grads or []))
+    def forward(ctx: Any, head: nn.Module, rows: _Rows, hidden: Tensor, *trained: Tensor) -> Tensor:
+        grads = _Gradients(hidden, trained)
+        total = _summed(head, rows, grads, trained)
+        ctx.save_for_backward(*grads.all())
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grads
         hidden_grad, *weight_grads = ctx.saved_tensors
-        return None, None, hidden_grad * scale, None, None, *(grad * scale for grad in weight_grads)
+        return None, None, hidden_grad * scale, *(grad * scale for grad in weight_grads)
+
+
+def _summed(head: nn.Module, rows: _Rows, grads: _Gradients | None, trained: Sequence[Tensor]) -> Tensor:
+    matrix = _matrix(head, rows.hidden, gradient=grads is not None)
+    if matrix is None:
+        return _by_module(head, rows, grads, trained)
+    place, most = None if grads is None else grads.hidden, at_once(rows.at_once, len(matrix.weight))
+    losses = frozen_head.losses(matrix, rows.hidden, rows.labels, most, rows.weights, place)
+    return _sum(losses, rows.weights)
 
 
 def label_loss(
@@ -135,12 +181,10 @@ def label_loss(
     Returns:
         A float32 scalar.
     """
-    rows = rows or chunk_rows(vocabulary, of(hidden.device))
-    weights = [weight for weight in head.parameters() if weight.requires_grad]
-    if torch.is_grad_enabled() and (hidden.requires_grad or weights):
-        loss: Tensor = _ChunkedLoss.apply(head, rows, hidden, labels, loss_weights, *weights)
+    trained = [weight for weight in head.parameters() if weight.requires_grad]
+    given = _Rows(hidden.detach(), labels, loss_weights, rows or chunk_rows(vocabulary, of(hidden.device)))
+    if torch.is_grad_enabled() and (hidden.requires_grad or trained):
+        loss: Tensor = _ChunkedLoss.apply(head, given, hidden, *trained)
         return loss
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for part, label, weight in _parts(rows, hidden, labels, loss_weights):
-        total += _chunk_loss(head, part, label, weight)
-    return total
+    with torch.no_grad():
+        return _summed(head, given, None, trained)
