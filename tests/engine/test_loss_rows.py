@@ -243,13 +243,21 @@ def test_what_is_more_than_a_frozen_matrix_goes_through_its_own_forward() -> Non
     head, hidden, labels = frozen(torch.float32)
     scaled, trained, patched = ScaledHead(head, 0.5, 3.0), copy.deepcopy(head).requires_grad_(), copy.deepcopy(head)
     vars(patched)["forward"] = lambda x: head(x) * 2  # as libraries do it
-    for one in (scaled, trained, patched):
+    hooked = copy.deepcopy(head)
+    hooked.register_forward_hook(lambda module, args, out: out.index_fill(-1, labels[:1], 5.0))
+    for one in (scaled, trained, patched, hooked):
         assert loss_kernel._matrix(one, hidden, gradient=True) is None
         right = torch.nn.functional.cross_entropy(one(hidden), labels, reduction="sum")
         loss = loss_kernel.label_loss(one, hidden, labels, 4003)
         assert torch.isclose(loss, right, rtol=1e-5)
         (got,), (wanted,) = (torch.autograd.grad(each, hidden) for each in (loss, right))
         assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_that_looks_on_changes_nothing() -> None:
+    head, hidden, _ = frozen(torch.float32)
+    head.register_forward_pre_hook(loss_kernel.looks_on(lambda module, args: None))
+    assert loss_kernel._matrix(head, hidden, gradient=True) is not None
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -23,8 +23,13 @@ def heads(length: int, count: int, dtype: torch.dtype = torch.bfloat16) -> Tenso
     return torch.randn(1, length, count, 16).to(dtype).transpose(1, 2).requires_grad_()
 
 
+def by_torch(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = True) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+
+
 def gradients(given: list[Tensor], grad: Tensor) -> list[Tensor]:
-    out = attend(*given, PLAIN)
+    query, key, value = given
+    out = attend(query, key, value, PLAIN)
     return [out, *torch.autograd.grad(out, given, grad.to(out.dtype))]
 
 
@@ -40,7 +45,7 @@ def test_it_is_nearer_to_float64_than_torchs_own(
     monkeypatch.setattr(short, "LONGEST", 0)
     torchs = gradients(given, grad)
     exact = [one.detach().double().requires_grad_() for one in given]
-    out = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    out = by_torch(*exact)
     right = [out.detach(), *torch.autograd.grad(out, exact, grad.double())]
     for one, other, wanted in zip(mine, torchs, right, strict=True):
         assert one.dtype == other.dtype == dtype
@@ -50,7 +55,7 @@ def test_it_is_nearer_to_float64_than_torchs_own(
 
 def test_one_row_sees_all_keys() -> None:
     query, key, value = heads(1, 4), heads(9, 2), heads(9, 2)
-    right = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), enable_gqa=True)
+    right = by_torch(query.float(), key.float(), value.float(), causal=False)
     assert torch.allclose(attend(query, key, value, PLAIN).float(), right, atol=2e-2)
 
 
@@ -83,7 +88,7 @@ def test_it_is_for_short_and_plain_documents(
     monkeypatch.setattr(short, "attend", lambda *given: (seen.append(given), real(*given))[1])
     given = [heads(length, 4) for _ in range(3)]
     attend(given[0], given[1], given[2], how)
-    attend(*(one.float() for one in given), how)  # float32 goes torch's way
+    attend(given[0].float(), given[1].float(), given[2].float(), how)  # float32 goes torch's way
     with planned(AMPERE):
         attend(given[0], given[1], given[2], how)
     assert len(seen) == taken
@@ -101,5 +106,5 @@ def test_documents_beside_each_other_get_no_rows_behind_their_own() -> None:
     assert rows == [300]  # it alone goes through the kernel of 16 bits
     for start, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
         alone = [one[:, :, start:end].float() for one in (query, key, value)]
-        right = F.scaled_dot_product_attention(*alone, is_causal=True, enable_gqa=True).transpose(1, 2)
+        right = by_torch(*alone).transpose(1, 2)
         assert torch.allclose(out[:, start:end].float(), right, atol=3e-2)

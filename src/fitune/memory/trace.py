@@ -28,6 +28,7 @@ from fitune.memory.known import Facts, facts, kind
 from fitune.memory.operation import Args, Kwargs
 from fitune.memory.shadow import META, Arguments, Shadow, becomes_shadow
 from fitune.memory.storage import GRADIENTS, OTHER, PLAIN, TRAINABLE, WEIGHTS, Block
+from fitune.models.kernels.loss import looks_on
 from fitune.models.kernels.target import CPU, Target
 
 aten = torch.ops.aten
@@ -166,8 +167,8 @@ class Tracer(_Mode):
 
         hooks: list[Any] = []
         for name, module in model.named_modules():
-            hooks.append(module.register_forward_pre_hook(partial(enter, name)))
-            hooks.append(module.register_forward_hook(leave, always_call=True))
+            hooks.append(module.register_forward_pre_hook(looks_on(partial(enter, name))))
+            hooks.append(module.register_forward_hook(looks_on(leave), always_call=True))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         hooks.extend(parameter.register_post_accumulate_grad_hook(self._gradient) for parameter in trained)
         try:

@@ -14,9 +14,9 @@ Shapes: L = label rows, W = width, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from fitune.models.kernels.frozen import Frozen, StoredLinear
 from fitune.models.kernels.frozen_head import Matrix
 from fitune.models.kernels.target import CPU, Target, of
 
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 CHUNK_BYTES = 32 * MIB  # float32 logits of one chunk; their gradient takes as much again
+LOOKS_ON = "fitune_looks_on"
 LEAST = {"cuda": 512}  # rows for which the head is read; fewer than this, and a GPU reads more than it computes
 
 
@@ -81,8 +83,8 @@ class _Gradients:
 
 def _matrix(head: nn.Module, hidden: Tensor, *, gradient: bool) -> Matrix | None:
     """A head as a matrix, on a CPU, if it is no more than that and nothing of it is trained here."""
-    plain = type(head) is nn.Linear and "forward" not in vars(head)
-    if of(hidden.device).kind != "cpu" or not (plain or type(head) is StoredLinear):
+    plain = type(head) is nn.Linear
+    if of(hidden.device).kind != "cpu" or not (plain or type(head) is StoredLinear) or _is_changed(head):
         return None
     if gradient and any(one.requires_grad for one in head.parameters()):
         return None
@@ -93,6 +95,19 @@ def _matrix(head: nn.Module, hidden: Tensor, *, gradient: bool) -> Matrix | None
     elif plain and weight.dtype != compute:
         return None  # the head itself will report it
     return Matrix(weight, None if bias is None else bias.detach(), compute)
+
+
+def _is_changed(head: nn.Module) -> bool:
+    """Does a layer give something else than its class does?"""
+    hooks = *head._forward_hooks.values(), *head._forward_pre_hooks.values()
+    return "forward" in vars(head) or not all(getattr(hook, LOOKS_ON, False) for hook in hooks)
+
+
+def looks_on(hook: Hook) -> Hook:
+    """Marks a hook of a module that changes nothing: the module may be computed in another way, and the hook not be
+    called."""
+    setattr(hook, LOOKS_ON, True)
+    return hook
 
 
 # ---- any head ----

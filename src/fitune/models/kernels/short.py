@@ -39,10 +39,10 @@ class _Short(torch.autograd.Function):
         dtype, causal = flash.computed_in(query), query.shape[2] > 1
         wide = [one.float() for one in (query, key, value)]
         out, sums = aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, causal, scale=scale)
-        out = out.to(dtype)
-        ctx.save_for_backward(query, key, value, out, sums)
+        kept: Tensor = out.to(dtype)
+        ctx.save_for_backward(query, key, value, kept, sums)
         ctx.how = causal, scale
-        return out
+        return kept
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
