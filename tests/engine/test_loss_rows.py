@@ -156,8 +156,8 @@ def test_logits_become_their_gradient_where_they_are(dtype: torch.dtype, monkeyp
     monkeypatch.setattr(softmax, "BLOCK_BYTES", 4 * 4003 * 5)  # rows in float32 beside 16 bits
     logits, labels = torch.randn(200, 4003).to(dtype), torch.randint(4003, (200,))
     again = softmax.reader(logits.clone())
-    beside = most(lambda: softmax.in_place(logits, labels, again))
-    assert beside <= 4 * 4003 * (0 if dtype == torch.float32 else max(5, torch.get_num_threads())) + 200 * 100
+    taken = most(lambda: softmax.in_place(logits, labels, again))
+    assert taken <= 4 * 4003 * (0 if dtype == torch.float32 else max(5, torch.get_num_threads())) + 200 * 100
 
 
 # ---- a frozen head, by blocks of the vocabulary ----
@@ -275,9 +275,9 @@ def test_a_batch_without_labels_has_no_loss(trained: bool) -> None:
 @pytest.mark.parametrize(("dtype", "each"), [(torch.float32, 4), (torch.bfloat16, 6)])
 def test_only_a_block_of_logits_is_there_at_once(dtype: torch.dtype, each: int) -> None:
     head, hidden, labels = frozen(dtype)
-    beside = 50 * 24 * 4 * 6 + 50 * 8 * 20  # sums as wide as the hidden states, and single numbers
+    others = 50 * 24 * 4 * 6 + 50 * 8 * 20  # sums as wide as the hidden states, and single numbers
     there = most(lambda: loss_kernel.label_loss(head, hidden, labels, 4003, rows=2))
-    assert 2 * 4003 * each * 0.9 <= there <= 2 * 4003 * each + beside
+    assert 2 * 4003 * each * 0.9 <= there <= 2 * 4003 * each + others
 
 
 class Settings(Watcher):

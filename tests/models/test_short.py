@@ -94,7 +94,7 @@ def test_it_is_for_short_and_plain_documents(
     assert len(seen) == taken
 
 
-def test_documents_beside_each_other_get_no_rows_behind_their_own() -> None:
+def test_documents_of_one_batch_get_no_rows_behind_their_own() -> None:
     lengths, module = [9, 300, 40], torch.nn.Module()
     query, key, value = (heads(sum(lengths), count) for count in (4, 2, 2))
     bounds = torch.tensor([0, *accumulate(lengths)])
