@@ -1,6 +1,6 @@
 """CPU seconds of a training step, what is saved in it, and how near it comes to its matrix products alone.
 
-    python benchmarks/step.py [--shape llama-46m qwen2-0.5b] [--precision fp32 bf16] [--quant none] [--json FILE]
+    python benchmarks/step.py [--shape llama-46m qwen2-0.5b] [--precision fp32 bf16] [--json FILE]
 
 LoRA on random weights in a published shape, real rows. Each way is measured in turn, A B C A B C, the same rows in the
 same order; CPU seconds of this process, so that what others do on the machine counts little. The floor is every matrix
@@ -166,9 +166,9 @@ def floor(seen: Counter[Product], vocabulary: int) -> tuple[float, float]:
     return total, work
 
 
-def measure(shape: str, precision: str, quant: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(shape: str, precision: str, args: argparse.Namespace) -> dict[str, Any]:
     """One table: for each way tokens per CPU second, and the share of the floor."""
-    settings = {"model": "m", "data": ["d"], "precision": precision, "quant": quant, "lora": {"rank": args.rank}}
+    settings = {"model": "m", "data": ["d"], "precision": precision, "lora": {"rank": args.rank}}
     config = build(settings)
     some = batches(args.data, args.tokenizer, args.rows, args.steps)
     model = tuned(shape, config)
@@ -188,7 +188,6 @@ def measure(shape: str, precision: str, quant: str, args: argparse.Namespace) ->
     return {
         "shape": shape,
         "precision": precision,
-        "quant": quant,
         "tokens": tokens,
         "gflop": round(work, 1),
         "floor_seconds": round(least, 3),
@@ -211,7 +210,6 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, default=Path("../shared/tokenizers/qwen2"))
     parser.add_argument("--shape", nargs="+", default=["llama-46m"], choices=[*SHAPES])
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    parser.add_argument("--quant", nargs="+", default=["none"], choices=["none", "int8", "nf4"])
     parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="in a round")
@@ -222,9 +220,8 @@ def main() -> int:
     tables = []
     for shape in args.shape:
         for precision in args.precision:
-            for quant in args.quant:
-                tables.append(measure(shape, precision, quant, args))
-                show(tables[-1])
+            tables.append(measure(shape, precision, args))
+            show(tables[-1])
     if args.json:
         found = {"machine": machine(), "tables": tables}
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -233,9 +230,8 @@ def main() -> int:
 
 def show(table: dict[str, Any]) -> None:
     """Prints a table."""
-    quant = "" if table["quant"] == "none" else f", {table['quant']}"
     alone = f"{table['gflop']:,} GFLOP of products, {table['floor_seconds']:.2f} CPU seconds alone"
-    print(f"{table['shape']}, {table['precision']}{quant}: {table['tokens']:,} tokens, {alone}")
+    print(f"{table['shape']}, {table['precision']}: {table['tokens']:,} tokens, {alone}")
     for way, row in table["ways"].items():
         shares = f"{row['of_floor']:.0%} of the floor, {row['times_now']:.2f} times now's time"
         print(f"  {way:>20}: {row['tokens_per_cpu_second']:>8,.1f} tokens a CPU second, {shares}", flush=True)
