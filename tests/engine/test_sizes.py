@@ -20,7 +20,7 @@ from fitune.engine.step import held_out_loss, hidden_states, loss_sum
 from fitune.memory import device, plan
 from fitune.models import adapters
 from fitune.models.interfaces import causal_lm
-from fitune.models.kernels import flash, placed, wide
+from fitune.models.kernels import apart, flash, placed, wide
 from fitune.models.parts import trainable
 from fitune.models.prepare import ready
 from support import tiny
@@ -162,11 +162,13 @@ def test_a_plan_meets_the_sizes_that_a_step_meets(method: str) -> None:
         met.append((made.positions.shape[-1], made.label_rows.shape[-1]))
         return made
 
-    place = placed.place
+    place, work = placed.place, plan.Work(config, tiny.make_model("llama").config, [[batch]])
+    step.last_block_is_ready(model)  # tried beforehand, on documents of its own
+    plan.without_values(work)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placed, "place", seen)
         real = met_by(lambda: loss_sum(model, batch).backward())
-        planned = met_by(lambda: plan.traced(plan.Work(config, tiny.make_model("llama").config, [[batch]])))
+        planned = met_by(lambda: plan.traced(work))
     assert real == [(rounded(rows), rounded(len(batch.labels)))]
     assert set(planned) == set(real)
 
@@ -183,13 +185,14 @@ def test_lengths_in_16_bits_on_a_cpu_are_few_and_give_the_same(
     loss, plain = measured(model, batch)
     monkeypatch.setattr(flash, "HALF", (torch.float32,))
     met = set()
-    attention = torch.nn.functional.scaled_dot_product_attention
+    of = apart._OneCall.of
 
-    def seen(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        met.add(query.shape[2])
-        return attention(query, *args, **kwargs)
+    def seen(part: Any, mask: Any, given: Any, at: int) -> apart._OneCall:
+        made = of(part, mask, given, at)
+        met.add(made.sides[0].shape[2])
+        return made
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    monkeypatch.setattr(apart._OneCall, "of", seen)
     again, found = measured(model, batch)
     assert again == pytest.approx(loss, rel=1e-5)
     largest = max(float(gradient.abs().max()) for gradient in plain.values())

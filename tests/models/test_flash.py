@@ -40,7 +40,7 @@ class Counting(TorchDispatchMode):
 
 def rows(documents: int, tokens: int) -> list[Sample]:
     length = tokens // documents
-    return [Sample(np.arange(length, dtype=np.int32), np.arange(length) > 0) for _ in range(documents)]
+    return [Sample(np.arange(length, dtype=np.int32), np.arange(length) >= length // 2) for _ in range(documents)]
 
 
 def documents_of(bounds: list[int], prefix: int = 0, device: str = "cpu") -> flash.Documents:

@@ -21,14 +21,16 @@ from transformers import PreTrainedModel
 
 from fitune.core.records import Batch, Layout, Rewards
 from fitune.data.batches import rounded
+from fitune.engine import last_block
 from fitune.engine.optim import InBackward
 from fitune.engine.rewards import rewards_of
 from fitune.models import attached
 from fitune.models.configs import longest_row
 from fitune.models.head import loss_rows, output_head
-from fitune.models.interfaces import causal_lm
+from fitune.models.interfaces import CausalLM, causal_lm
 from fitune.models.kernels import placed as placing
 from fitune.models.kernels.attention import FLAT
+from fitune.models.kernels.label_rows import KEYWORD, LabelRows
 from fitune.models.kernels.loss import label_loss
 from fitune.models.kernels.placed import Placed
 from fitune.models.methods import virtual
@@ -160,7 +162,14 @@ def _rows(model: nn.Module, batch: Batch, layout: Layout, placed: Placed) -> Ten
             return _separate(model, batch, before, placed.ids, padded=layout == "padded")
 
 
-def _flat(model: nn.Module, batch: Batch, before: virtual.Virtual | None, placed: Placed) -> Tensor:
+def _flat(
+    model: nn.Module,
+    batch: Batch,
+    before: virtual.Virtual | None,
+    placed: Placed,
+    labelled: LabelRows | None = None,
+) -> Tensor:
+    """Args: labelled: the last block works on these rows alone, and what comes first is theirs."""
     inner = causal_lm(model)
     inputs: dict[str, object] = {"input_ids": placed.ids[None]}
     if before is not None and before.prefix is not None:
@@ -174,9 +183,10 @@ def _flat(model: nn.Module, batch: Batch, before: virtual.Virtual | None, placed
         laid = 0 if placed.order is None or before is None else before.count
         own = inner.base_model.flat_positions(placed.ids[: len(batch.ids)], batch.bounds.tolist(), laid)
         positions = placed.repeated(own)
-    with attention(model, FLAT, bounds, None if before is None else before.prefix):
+    documents = {"cu_seq_lens_q": bounds, "documents": placed.documents, KEYWORD: labelled}
+    with attention(model, FLAT, bounds, None if before is None else before.prefix, labelled):
         out: Tensor = inner.base_model(
-            **inputs, position_ids=positions[None], cu_seq_lens_q=bounds, documents=placed.documents, use_cache=False
+            **inputs, position_ids=positions[None], **documents, use_cache=False
         ).last_hidden_state[0]
     return out
 
@@ -241,8 +251,24 @@ def label_hidden(model: nn.Module, batch: Batch, layout: Layout = "flat", placed
         placed: as `place` gave it; L is its number of label rows. Without, that of the batch.
     """
     there = placed or place(model, batch, layout)
-    found = _rows(model, batch, layout, there)[there.label_rows]
+    if there.labelled is not None and last_block_is_ready(model):
+        with computing(model):
+            found = _flat(model, batch, virtual.of(model), there, there.labelled)[: len(there.label_rows)]
+    else:
+        found = _rows(model, batch, layout, there)[there.label_rows]
     return found if placed is not None else found[: batch.targets]
+
+
+def last_block_is_ready(model: nn.Module) -> bool:
+    """Can its last block work on label rows alone? (`last_block.ready`)"""
+
+    def run(tried: CausalLM, batch: Batch, by_rows: bool) -> Tensor:
+        there = placing.place(batch, next(tried.parameters()).device)
+        with computing(tried):
+            found = _flat(tried, batch, None, there, there.labelled if by_rows else None)
+        return found[: len(there.label_rows)] if by_rows else found[there.label_rows]
+
+    return last_block.ready(model, run)
 
 
 def loss_sum(model: nn.Module, batch: Batch, layout: Layout = "flat") -> Tensor:

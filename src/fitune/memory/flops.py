@@ -11,7 +11,9 @@ above the first trained parameter, T the base's own weights that are trained, R 
     with a share c of the blocks recomputed, of those that the backward pass goes through, c (2 P + A + 2 R)
     more
 
-so full tuning is 6 (P + rho H) + 3 A, LoRA 4 (P + rho H) + 6 R + 3 A.
+so full tuning is 6 (P + rho H) + 3 A, LoRA 4 (P + rho H) + 6 R + 3 A. Where the last block works on label rows alone
+(kernels/last_block.py), the part of P, T and R that is in its layers, but for those of keys and values, counts rho
+times; A is left as it is, since rows with labels come last and see the most keys.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from torch import Tensor, nn
 
 from fitune.core.blocks import Blocks, chosen
 from fitune.core.config import RunConfig
-from fitune.models import families, quant
-from fitune.models.interfaces import causal_lm
+from fitune.models import attached, families, quant
+from fitune.models.interfaces import CausalLM, causal_lm
+from fitune.models.kernels.last_block import layers
 from fitune.models.methods.base import is_linear
 from fitune.models.parts import first_trained, trainable
 
@@ -39,7 +42,8 @@ REACHED_CPU = 0.7  # of a measured product; the rest is attention, norms and the
 @dataclass(frozen=True)
 class Counts:
     """What a model is made of, in weights. attention: width of all heads x layers; blocks: how many; share: f of the
-    module's text; inside: what is new in the blocks."""
+    module's text; inside: what is new in the blocks; ..._by_rows: of body, trained_base and new what works on label
+    rows alone."""
 
     body: float
     head: float
@@ -52,6 +56,9 @@ class Counts:
     inside: float
     trainable: float
     total: float
+    body_by_rows: float
+    trained_by_rows: float
+    new_by_rows: float
 
 
 def counts(model: nn.Module, config: RunConfig) -> Counts:
@@ -69,6 +76,9 @@ def counts(model: nn.Module, config: RunConfig) -> Counts:
     each = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
     heads = model_config.num_attention_heads * each
     trained = trainable(model)
+    matrices = {id(p): float(p.numel()) for p in new.values() if p.ndim == 2}
+    last = _by_rows(inner, family)
+    trains = {id(p): linear[id(p)] for p in trained.values() if id(p) in linear}
     blocks = len(family.block_list(inner))
     return Counts(
         body=float(sum(linear.values())),
@@ -76,13 +86,26 @@ def counts(model: nn.Module, config: RunConfig) -> Counts:
         attention=float(heads * blocks),
         blocks=float(blocks),
         share=(blocks - first_trained(model)) / max(1, blocks),
-        trained_base=float(sum(linear[id(p)] for p in trained.values() if id(p) in linear)),
+        trained_base=float(sum(trains.values())),
         trained_head=float(model_config.vocab_size * model_config.hidden_size if head.weight.requires_grad else 0),
-        new=float(sum(p.numel() for p in new.values() if p.ndim == 2)),
+        new=sum(matrices.values()),
         inside=float(sum(p.numel() for name, p in new.items() if p.ndim == 2 and f"{family.blocks}." in name)),
         trainable=float(sum(p.numel() for p in trained.values())),
         total=float(sum(quant.numel(p) for p in model.parameters())),
+        body_by_rows=float(sum(size for key, size in linear.items() if key in last)),
+        trained_by_rows=float(sum(size for key, size in trains.items() if key in last)),
+        new_by_rows=sum(size for key, size in matrices.items() if key in last),
     )
+
+
+def _by_rows(inner: CausalLM, family: families.Family) -> set[int]:
+    """The parameters of the last block that work on label rows alone, by their ids."""
+    block = family.block_list(inner)[-1]
+    given = layers(block, family)
+    if attached.of(inner).label_rows in (None, "no") or given is None:
+        return set()
+    others = {id(p) for layer in (given[1:] or given) for p in layer.parameters()}
+    return {id(p) for p in block.parameters()} - others
 
 
 NEW = re.compile(r"lora_|adapter|prompt_encoder|mlp_tail|vera_|hada_|ia3_")
@@ -111,12 +134,17 @@ def per_token(found: Counts, lengths: ArrayLike, labelled: float, *, checkpointi
     """
     sizes = np.asarray(lengths, dtype=np.float64)
     attention = 2 * float((sizes**2).sum() / sizes.sum()) * found.attention
+    others = 1 - labelled
+    body = found.body - others * found.body_by_rows
+    trained, new = found.trained_base - others * found.trained_by_rows, found.new - others * found.new_by_rows
+    through = found.share * found.body - (others * found.body_by_rows if found.share else 0.0)  # on the way back
     part = recomputed(found, checkpointing) / max(1.0, found.blocks)
     again = part * (2 * (found.body + found.inside) + attention)
-    forward = 2 * (found.body + labelled * found.head) + attention + 2 * found.new
-    backward = found.share * 2 * (found.body + attention) + 2 * labelled * (found.head + found.trained_head)
-    backward += 2 * found.trained_base
-    return forward + backward + 4 * found.new + again
+    if found.share and round(found.blocks) - 1 in chosen(checkpointing, round(found.blocks)):
+        again -= 2 * others * (found.body_by_rows + found.new_by_rows)
+    forward = 2 * (body + labelled * found.head) + attention + 2 * new
+    backward = 2 * (through + found.share * attention) + 2 * labelled * (found.head + found.trained_head)
+    return forward + backward + 2 * trained + 4 * new + again
 
 
 def seconds(operations: float, tflops: float | None, *, quantized: bool, cpu: bool) -> float | None:

@@ -27,7 +27,7 @@ from fitune.data.batches import rounded
 from fitune.data.cache import Cache
 from fitune.data.tokenizer.new_tokens import NewToken
 from fitune.engine import objectives, optim
-from fitune.engine.step import LossScale, apply_gradients, held_out, make_gradients
+from fitune.engine.step import LossScale, apply_gradients, held_out, last_block_is_ready, make_gradients
 from fitune.memory import allocator, answers, chunks, depth, device, heap, kept, recompute
 from fitune.memory.closed import closed
 from fitune.memory.counted import shadows
@@ -113,6 +113,7 @@ def _base(work: Work) -> CausalLM:
     method = methods.find(config.method)
     storage = config.storage_dtype if method.low_precision_base else config.trainable_dtype
     base: CausalLM = outline(work.model_config, precision=config.precision, quant=config.quant, storage=storage)
+    last_block_is_ready(base)  # tried here, where nothing is counted
     if work.added:
         new_tokens.add_rows(base, work.added)
     return base

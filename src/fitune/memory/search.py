@@ -28,7 +28,7 @@ from fitune.core.units import MIB
 from fitune.memory import chunks, device, flops, plan, steps
 from fitune.memory.flops import Counts
 from fitune.memory.usage import tops_of_steps
-from fitune.models import families, methods, precision, quant
+from fitune.models import attached, families, methods, precision, quant
 from fitune.models.configs import without_weights
 from fitune.models.interfaces import CausalLM
 from fitune.models.kernels.target import Target
@@ -350,6 +350,7 @@ def _small(config: RunConfig, model_config: PretrainedConfig, depth: int, target
     work = plan.Work(config, small, [[warm], *([batch] for batch in batches)], None, layout)
     model, tracer = plan.started(work, target)
     counted = flops.counts(model, config)
+    attached.of(model).label_rows = "no"  # few rows have labels here, in a run perhaps all
     tops = tops_of_steps(plan.over(model, tracer, work, target, saves=False))[1:]
     slopes = {phase: (tops[1][phase] - tops[0][phase]) / (TOKENS[1] - TOKENS[0]) for phase in tops[0]}
     return _Line({p: (tops[0][p] - slopes[p] * TOKENS[0], slopes[p]) for p in slopes}, counted)

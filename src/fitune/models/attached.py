@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,19 @@ from fitune.models.interfaces import causal_lm
 from fitune.models.kernel_faults import Fault
 from fitune.models.offload import Host, Waits
 
+# how a last block works on label rows alone: not at all, giving those rows, giving those and filler behind them
+ByRows = Literal["no", "rows", "filled"]
 NAME = "_fitune"  # of the attribute
 
 
 @dataclass
 class FlatState:
-    """What the attention modules of one model share: bounds of the documents (None: not flat), a prefix per layer."""
+    """What the attention modules of one model share: bounds of the documents (None: not flat), a prefix per layer, and
+    the label rows that a last block is to work on (kernels/label_rows.py)."""
 
     bounds: Tensor | None = None
     prefix: list[tuple[Tensor, Tensor]] | None = None
+    label_rows: object = None
 
     def __deepcopy__(self, memo: object) -> FlatState:
         """A copied block belongs to the same model."""
@@ -44,7 +48,8 @@ class Attached:
     kernels that are wrong for these. method: name and settings of a method of fitune's own (PEFT keeps those of its
     methods itself). start: values that this method's parameters had before it was loaded. disabled: PEFT's method is
     turned off. loss_rows: label rows whose logits a loss computes at once; None: what vocabulary and device suggest.
-    tile: answers that go through it side by side; 0: none; None: not tried yet. flat: shared by the attention modules
+    tile: answers that go through it side by side; 0: none; None: not tried yet. label_rows: can its last block work on
+    label rows alone, and how; None: not tried yet. flat: shared by the attention modules
     of a model whose blocks hand no keywords through (BLOOM). copies: a context inside of which no weight changes, so
     that LoRA's are cast once for all layers (kernels/low_rank.py). waits: what its blocks have in main memory beside a
     GPU (offload.py).
@@ -60,6 +65,7 @@ class Attached:
     disabled: bool = False
     loss_rows: int | None = None
     tile: int | None = None
+    label_rows: ByRows | None = None
     flat: FlatState | None = None
     copies: Callable[[], AbstractContextManager[None]] = nullcontext
     waits: Waits = field(default_factory=lambda: Waits(Host()))

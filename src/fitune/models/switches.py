@@ -23,7 +23,7 @@ Prefix = Sequence[tuple[Tensor, Tensor]]  # of each layer keys and values
 
 @contextmanager
 def attention(
-    model: nn.Module, name: str, bounds: Tensor | None = None, prefix: Prefix | None = None
+    model: nn.Module, name: str, bounds: Tensor | None = None, prefix: Prefix | None = None, label_rows: object = None
 ) -> Iterator[None]:
     """Inside, the model's attention is another; a block whose activations are recomputed finds it again.
 
@@ -31,7 +31,7 @@ def attention(
         model: with or without a method's wrapper.
         name: FLAT for flat batches, SDPA for rows; a model whose scores SDPA cannot compute takes transformers' own
             code ("eager").
-        bounds, prefix: of a flat batch, for models whose blocks hand no keywords through (BLOOM).
+        bounds, prefix, label_rows: of a flat batch, for models whose blocks hand no keywords through (BLOOM).
 
     Raises:
         ModelError: the model keeps its own attention.
@@ -39,13 +39,15 @@ def attention(
     inner = causal_lm(model)
     flat = of(inner).flat
     before = inner.config._attn_implementation
-    kept = None if flat is None else (flat.bounds, flat.prefix)
+    kept = None if flat is None else (flat.bounds, flat.prefix, flat.label_rows)
     try:
         _switch(inner, flat, name, bounds, prefix)
+        if flat is not None:
+            flat.label_rows = label_rows
         yield
     finally:
         if flat is not None and kept is not None:
-            flat.bounds, flat.prefix = kept
+            flat.bounds, flat.prefix, flat.label_rows = kept
             inner.config._attn_implementation = before
         elif inner.config._attn_implementation != before:
             inner.set_attn_implementation(before)
@@ -80,8 +82,8 @@ def recomputed(model: nn.Module) -> tuple[AbstractContextManager[None], Abstract
     in the backward pass, when the attention may have been switched back."""
     inner = causal_lm(model)
     flat = of(inner).flat
-    bounds, prefix = (None, None) if flat is None else (flat.bounds, flat.prefix)
-    return nullcontext(), attention(inner, inner.config._attn_implementation, bounds, prefix)
+    handed = (None, None, None) if flat is None else (flat.bounds, flat.prefix, flat.label_rows)
+    return nullcontext(), attention(inner, inner.config._attn_implementation, *handed)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -157,16 +158,38 @@ class SelfAttention(nn.Module):
         )
         if past is not None:
             key, value = past.update(key, value, self.layer_idx)
-        before = None if prefix is None else [t.to(key.dtype) for t in prefix[self.layer_idx]]
-        lengths = [length] if bounds is None else [end - start for start, end in pairwise(bounds)]
-        documents = [[query, key, value]] if bounds is None else apart.apart(lengths, query, key, value)
-        outputs = []
-        for own, (queries, keys, values), mask in zip(lengths, documents, allowed, strict=True):
-            if before is not None:
-                keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
-            outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)[:, :, :own])
-        out: Tensor = self.dense(torch.cat(outputs, dim=2).transpose(1, 2).flatten(2))
+        ahead = [] if prefix is None else [t.to(key.dtype) for t in prefix[self.layer_idx]]
+        if bounds is None:
+            if ahead:
+                key, value = (torch.cat(pair, dim=2) for pair in zip(ahead, (key, value), strict=True))
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[0]).transpose(1, 2)
+        else:
+            mixed = _per_document(query, key, value, apart.whole(bounds), allowed, ahead)
+        out: Tensor = self.dense(mixed.flatten(2))
         return out
+
+
+def _per_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    parts: Sequence[apart.Part],
+    allowed: Sequence[Tensor | None],
+    ahead: Sequence[Tensor],
+) -> Tensor:
+    """(1, T, H, E): attention of every document of a flat batch, (1, H, T, E)."""
+    if apart.is_one_function(query, value, 0.0):
+        return apart.attend(query, key, value, parts, [partial(_given, mask) for mask in allowed], None, ahead)
+
+    def call(number: int, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[number])
+
+    return apart.one_by_one(query, key, value, parts, call, ahead)
+
+
+def _given(mask: Tensor | None, *sizes: int) -> Tensor | None:
+    """A mask that is there already."""
+    return mask
 
 
 class MLP(nn.Module):

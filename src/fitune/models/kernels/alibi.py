@@ -10,8 +10,8 @@ Shapes: H = heads, T = tokens of all documents, L = of one, E = head width, k = 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi
 
 from fitune.models import attached
 from fitune.models.attached import FlatState
-from fitune.models.kernels.apart import apart
+from fitune.models.kernels import apart, flash
+from fitune.models.kernels.label_rows import Ahead, Behind, KeysAndValues
 
 
 class AlibiAttention(BloomAttention):
@@ -57,31 +58,39 @@ class AlibiAttention(BloomAttention):
             return out
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         prefix = self.state.prefix[self.layer_idx] if self.state.prefix else None
-        lengths = [end - start for start, end in pairwise(self.state.bounds.tolist())]
-        outputs = []
-        for length, (queries, keys, values) in zip(lengths, apart(lengths, query, key, value), strict=True):
-            if prefix is not None:
-                keys = torch.cat([prefix[0].to(keys.dtype), keys], dim=2)
-                values = torch.cat([prefix[1].to(values.dtype), values], dim=2)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    queries,
-                    keys,
-                    values,
-                    attn_mask=self._bias(queries.shape[2], keys),
-                    dropout_p=self.attention_dropout.p if self.training else 0.0,
-                    scale=self.inv_norm_factor,
-                )[:, :, :length]
-            )
-        heads = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)  # (1, T, W)
-        out_ = self.dense(heads)
+        ahead = [] if prefix is None else [one.to(key.dtype) for one in prefix]
+        given = self.state.label_rows
+        if isinstance(given, Ahead):
+            raise KeysAndValues(key, value)
+        if isinstance(given, Behind):
+            rows = given.rows
+            heads = rows.of_queries(self._heads(rows.queries(query), given.key, given.value, rows.parts, ahead))
+        else:
+            heads = self._heads(query, key, value, apart.whole(self.state.bounds.tolist()), ahead)
+        out_ = self.dense(heads.flatten(2))
         return residual + F.dropout(out_, p=self.hidden_dropout, training=self.training), None
 
-    def _bias(self, length: int, keys: Tensor) -> Tensor:
-        """(1, H, L, k + L): slope x position of the key, minus infinity where the key comes later."""
-        width = keys.shape[2]
-        ones = torch.ones(1, width, device=keys.device, dtype=torch.int64)
-        bias = build_alibi_tensor(ones, self.num_heads, keys.dtype)[None]  # (1, H, 1, k + L)
-        later = torch.ones(length, width, dtype=torch.bool, device=keys.device).triu(width - length + 1)
-        masked: Tensor = bias.expand(1, -1, length, -1).masked_fill(later, torch.finfo(keys.dtype).min)
+    def _heads(
+        self, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[apart.Part], ahead: Sequence[Tensor]
+    ) -> Tensor:
+        """(1, T, H, E): attention of every document."""
+        mask = partial(self._bias, device=key.device, dtype=flash.computed_in(key))
+        dropout = self.attention_dropout.p if self.training else 0.0
+        if apart.is_one_function(query, value, dropout):
+            return apart.attend(query, key, value, parts, [mask], self.inv_norm_factor, ahead)
+
+        def call(number: int, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+            bias = mask(q.shape[2], k.shape[2], first)
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.inv_norm_factor
+            )
+
+        return apart.one_by_one(query, key, value, parts, call, ahead)
+
+    def _bias(self, length: int, keys: int, ahead: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(1, H, length, keys): slope x position of the key, minus infinity where the key comes later."""
+        ones = torch.ones(1, keys, device=device, dtype=torch.int64)
+        bias = build_alibi_tensor(ones, self.num_heads, dtype)[None]  # (1, H, 1, keys)
+        later = torch.ones(length, keys, dtype=torch.bool, device=device).triu(ahead + 1)
+        masked: Tensor = bias.expand(1, -1, length, -1).masked_fill(later, torch.finfo(dtype).min)
         return masked

@@ -1,24 +1,61 @@
 """The documents of a flat batch one by one, for attention that is called for each of them.
 
-In: q, k, v of all documents side by side, and their lengths. Out: q, k, v of each. On a CPU, products in 16 bits have a
-compiled kernel for each length (oneDNN's: 300 lengths held 60 MiB more within the bounds of processor.py, 180 within
-torch's own, and took a third longer than one), so there a document gets rows behind its own, up to a multiple of STEP,
-unless it is computed in float32 (`short.py`). They come later than all of its tokens, which therefore do not see them;
-what attention gives for them is left out.
+In: q, k, v of all documents side by side, and which queries attend to which keys. Out: what attention gives. On a CPU
+all calls are one autograd function around torch's flash kernel: it keeps q, k, v and what comes out, each once and as
+they are, where autograd would keep what comes out of each call and once more all of it side by side. Values and
+gradients are those of a call for each document, bit for bit.
 
-Shapes: H = heads, T = tokens of all documents, L = of one, E = head width.
+On a CPU, products in 16 bits have a compiled kernel for each length (oneDNN's: 300 lengths held 60 MiB more within the
+bounds of processor.py, 180 within torch's own, and took a third longer than one), so there a document gets rows behind
+its own, up to a multiple of STEP, unless it is computed in float32 (`short.py`). They come later than all of its tokens, which therefore do not see them; what
+attention gives for them is left out.
+
+Shapes: H = query heads, K = key/value heads, T = tokens of all documents, Q = queries of all, L = of one, S = its keys
+with its prefix, E = head width, k = prefix tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fitune.models.kernels import flash, target
+from fitune.models.kernels import flash, short, target
 
+aten = torch.ops.aten
 STEP = 32
+KERNEL = (torch.float32, torch.float64, *flash.HALF)  # dtypes of torch's flash kernel on a CPU
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries and keys of one document: `count` queries, which stand at the end of the keys first .. end - 1."""
+
+    count: int
+    first: int
+    end: int
+
+    @property
+    def ahead(self) -> int:
+        """How many keys stand before that of the first query."""
+        return self.end - self.first - self.count
+
+
+# (L, S, how many keys stand before that of the first query) to what each query sees: (L, S) or (1, H, L, S), bool or
+# added to the scores; None: all keys up to its own
+Mask = Callable[[int, int, int], Tensor | None]
+# (number of a document, its queries, keys, values, how many keys stand before that of the first query) to (1, H, L, E)
+Call = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def whole(bounds: Sequence[int]) -> list[Part]:
+    """Every document to itself."""
+    return [Part(end - start, start, end) for start, end in pairwise(bounds)]
 
 
 def rows(length: int, query: Tensor) -> int:
@@ -27,14 +64,156 @@ def rows(length: int, query: Tensor) -> int:
     return -(-length // STEP) * STEP if compiled else length
 
 
-def apart(lengths: Sequence[int], *sides: Tensor, exact: Sequence[bool] | None = None) -> Iterator[list[Tensor]]:
-    """Of each document (1, H, its rows, E) for every side (1, H, T, E); the first side are queries.
+def one_by_one(
+    query: Tensor,  # (1, H, Q, E)
+    key: Tensor,  # (1, K, T, E)
+    value: Tensor,  # (1, K, T, E)
+    parts: Sequence[Part],
+    call: Call,
+    prefix: Sequence[Tensor] = (),  # none, or two of (1, K, k, E)
+) -> Tensor:
+    """(1, Q, H, E): a call for each document, the prefix in front of its keys."""
+    # split, not slices: the backward pass of a slice writes zeros for all other documents
+    queries = query.split([part.count for part in parts], dim=2)
+    edges = [0, *(edge for part in parts for edge in (part.first, part.end)), key.shape[2]]
+    keys = zip(*(one.split([b - a for a, b in pairwise(edges)], dim=2)[1::2] for one in (key, value)), strict=True)
+    ahead = prefix[0].shape[2] if prefix else 0
+    outputs = []
+    for number, (part, one, others) in enumerate(zip(parts, queries, keys, strict=True)):
+        length, count = sizes(part, query)
+        sides = [_filled(other, count) for other in others]
+        if prefix:
+            sides = [torch.cat(pair, dim=2) for pair in zip(prefix, sides, strict=True)]
+        outputs.append(call(number, _filled(one, length), sides[0], sides[1], ahead + part.ahead)[:, :, : part.count])
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def sizes(part: Part, query: Tensor) -> tuple[int, int]:
+    """How many queries and keys a document gets; the last query's own key is among them."""
+    length = rows(part.count, query)
+    return length, rows(part.ahead + length, query)
+
+
+def _filled(one: Tensor, size: int, before: int = 0) -> Tensor:
+    """(1, H, L, E), with so many rows before its own, and rows behind them up to a size."""
+    behind = size - before - one.shape[2]
+    return F.pad(one, (0, 0, before, behind)) if before or behind else one
+
+
+def is_one_function(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Are all calls one function?"""
+    same = query.shape[-1] == value.shape[-1]
+    return target.of(query.device).kind == "cpu" and not dropout and same and flash.computed_in(query) in KERNEL
+
+
+def attend(
+    query: Tensor,  # (1, H, Q, E)
+    key: Tensor,  # (1, K, T, E)
+    value: Tensor,  # (1, K, T, E)
+    parts: Sequence[Part],
+    masks: Sequence[Mask],
+    scale: float | None = None,
+    prefix: Sequence[Tensor] = (),  # none, or two of (1, K, k, E)
+) -> Tensor:
+    """(1, Q, H, E): attention of every document, the prefix in front of its keys.
 
     Args:
-        exact: whether a document gets no rows behind its own.
+        masks: one for all documents, or one of each; they are asked once more in the backward pass.
     """
-    # split, not slices: the backward pass of a slice writes zeros for all other documents
-    split = zip(*(side.split(list(lengths), dim=2) for side in sides), strict=True)
-    for length, as_it_is, parts in zip(lengths, exact or [False] * len(lengths), split, strict=True):
-        more = 0 if as_it_is else rows(length, sides[0]) - length
-        yield [F.pad(part, (0, 0, 0, more)) for part in parts] if more else list(parts)
+    each = list(masks) * (len(parts) // len(masks))
+    dtype = flash.computed_in(query)
+    out: Tensor = _Attention.apply(parts, each, scale, *(one.to(dtype) for one in (query, key, value, *prefix)))
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parts: Sequence[Part], masks: Sequence[Mask], scale: float | None, *given: Tensor) -> Tensor:
+        query = given[0]
+        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        sums: list[Tensor] = []  # of each query's exponentials
+        at = 0
+        for part, mask in zip(parts, masks, strict=True):
+            call = _OneCall.of(part, mask, given, at)
+            found, one = aten._scaled_dot_product_flash_attention_for_cpu(*call.sides, 0.0, **call.how, scale=scale)
+            out[:, call.here] = found[:, :, call.own].transpose(1, 2)
+            sums.append(one)
+            at += part.count
+        ctx.parts, ctx.masks, ctx.scale, ctx.given = parts, masks, scale, len(given)
+        ctx.save_for_backward(*given, out, *sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: what is recomputed is handed out once
+        given, (out, *sums) = saved[: ctx.given], saved[ctx.given :]
+        seen = sum(part.end - part.first for part in ctx.parts) == given[1].shape[2]
+        made = [torch.empty_like(given[0])]
+        made += [torch.empty_like(one) if seen else torch.zeros_like(one) for one in given[1:3]]
+        made += [torch.zeros_like(one) for one in given[3:]]
+        at, grad = out.shape[1], grads[0].contiguous()
+        for part, mask, one in reversed(list(zip(ctx.parts, ctx.masks, sums, strict=True))):
+            at -= part.count
+            call = _OneCall.of(part, mask, given, at)
+            back = [call.as_queries(side[:, call.here].transpose(1, 2)) for side in (grad, out)]
+            found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                back[0], *call.sides, back[1], one, 0.0, **call.how, scale=ctx.scale
+            )
+            call.put(made, found, part)
+        return None, None, None, *made
+
+
+@dataclass(frozen=True)
+class _OneCall:
+    """The kernel's call for one document.
+
+    sides: queries (1, H, L, E), keys and values (1, K, S, E). here: its queries among those of all; own: among L. how:
+    what each query sees. The kernel skips what a plain causal mask hides, but not what another one does. So where keys
+    stand before that of the first query, and fewer than there are queries, as many rows of zeros stand before the
+    queries: more rows, and half the work. A short document in 16 bits is computed in float32 (`short.py`).
+    """
+
+    sides: list[Tensor]
+    here: slice
+    own: slice
+    how: dict[str, Any]
+
+    @classmethod
+    def of(cls, part: Part, mask: Mask, given: Sequence[Tensor], at: int) -> _OneCall:
+        """The call of a document whose queries begin at `at`."""
+        query, *keys = given[:3]
+        prefix = given[3].shape[2] if given[3:] else 0
+        own, first = part.end - part.first, prefix + part.ahead
+        wide = short.suits(query, prefix + own) and mask(part.count, prefix + own, first) is None
+        length, count = (part.count, own) if wide else sizes(part, query)
+        lead, seen = 0, None
+        if not wide:
+            before = rows(first + part.count, query)
+            if 0 < first < part.count and mask(before, before, 0) is None:
+                lead, length, count = first, before, before - prefix
+            else:
+                seen = mask(length, prefix + count, first)
+        sides = [_filled(one[:, :, part.first : part.end], count) for one in keys]
+        if prefix:
+            sides = [torch.cat(pair, dim=2) for pair in zip(given[3:], sides, strict=True)]
+        if seen is not None and seen.dtype == torch.bool:
+            seen = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
+        here = slice(at, at + part.count)
+        how = {"is_causal": seen is None and length > 1, "attn_mask": seen}
+        sides = [_filled(query[:, :, here], length, lead), *sides]
+        return cls([one.float() for one in sides] if wide else sides, here, slice(lead, lead + part.count), how)
+
+    def as_queries(self, one: Tensor) -> Tensor:
+        """(1, H, L, E) of what stands beside a document's own queries."""
+        query = self.sides[0]
+        return _filled(one, query.shape[2], self.own.start).to(query.dtype)
+
+    def put(self, made: Sequence[Tensor], found: Sequence[Tensor], part: Part) -> None:
+        """Gradients of a document, to their places among those of all."""
+        made[0][:, :, self.here] = found[0][:, :, self.own]
+        length = part.end - part.first
+        for number in (1, 2):
+            prefix = made[number + 2].shape[2] if len(made) > 3 else 0
+            made[number][:, :, part.first : part.end] = found[number][:, :, prefix : prefix + length]
+            if prefix:
+                made[number + 2].add_(found[number][:, :, :prefix])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,8 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fitune.models import attached
 from fitune.models.interfaces import CausalLM
-from fitune.models.kernels import flash, short, target
-from fitune.models.kernels.apart import apart
+from fitune.models.kernels import apart, flash, short, target
+from fitune.models.kernels.label_rows import Ahead, Behind, KeysAndValues
 
 FLAT = "fitune_flat"
 
@@ -43,6 +43,7 @@ def flat_attention(
     prefix: Sequence[tuple[Tensor, Tensor]] | None = None,
     s_aux: Tensor | None = None,
     documents: flash.Documents | None = None,
+    label_rows: object = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention per document; the signature is transformers' attention interface.
@@ -54,6 +55,7 @@ def flat_attention(
         prefix: of each layer, keys and values (1, K, k, E) that stand before every document (prefix-tuning).
         s_aux: (H,) a score of every head for seeing nothing (gpt-oss); written out too.
         documents: the bounds as one call for all documents needs them; without, there is a call for each.
+        label_rows: which of its two passes a last block is in (`kernels/last_block.py`); of others it is not looked at.
 
     Returns:
         (1, T, H, E), and no attention weights.
@@ -63,20 +65,36 @@ def flat_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return plain
+    if isinstance(label_rows, Ahead):
+        raise KeysAndValues(key, value)
     before = None if prefix is None else prefix[cast(int, module.layer_idx)]
-    if documents is not None and _refusal(query, dropout, softcap, s_aux) is None:
-        return flash.attend(query, key, value, documents, scaling, sliding_window, before), None
-    lengths = [end - start for start, end in pairwise(cu_seq_lens_q.tolist())]
-    if before is not None:
-        before = before[0].to(query.dtype), before[1].to(query.dtype)
     how = How(dropout, scaling, sliding_window, softcap, s_aux)
-    exact = [before is None and _is_short(query, value, length, how) for length in lengths]
-    outputs = []
-    for length, (q, k, v) in zip(lengths, apart(lengths, query, key, value, exact=exact), strict=True):
-        if before is not None:
-            k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
-        outputs.append(attend(q, k, v, how)[:, :, :length])
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    if isinstance(label_rows, Behind):
+        rows, key, value = label_rows.rows, label_rows.key, label_rows.value
+        out = _attended(
+            rows.queries(query), key, value, rows.parts, None if documents is None else rows.documents, before, how
+        )
+        return rows.of_queries(out), None
+    return _attended(query, key, value, apart.whole(cu_seq_lens_q.tolist()), documents, before, how), None
+
+
+def _attended(
+    query: Tensor,  # (1, H, Q, E)
+    key: Tensor,  # (1, K, T, E)
+    value: Tensor,
+    parts: Sequence[apart.Part],
+    documents: flash.Documents | None,
+    prefix: tuple[Tensor, Tensor] | None,
+    how: How,
+) -> Tensor:
+    """(1, Q, H, E): all documents in one call, or in a call for each."""
+    if documents is not None and _refusal(query, how.dropout, how.softcap, how.sinks) is None:
+        return flash.attend(query, key, value, documents, how.scaling, how.window, prefix)
+    ahead = [] if prefix is None else [one.to(query.dtype) for one in prefix]
+    if how.softcap is None and how.sinks is None and apart.is_one_function(query, value, how.dropout):
+        mask = partial(_mask, width=how.window, device=query.device)
+        return apart.attend(query, key, value, parts, [mask], how.scaling, ahead)
+    return apart.one_by_one(query, key, value, parts, lambda number, q, k, v, first: attend(q, k, v, how, first), ahead)
 
 
 def _refusal(query: Tensor, dropout: float, softcap: float | None, sinks: Tensor | None) -> str | None:
@@ -119,14 +137,16 @@ class How:
     sinks: Tensor | None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
-    """Attention of one document, (1, H, L, E), to its keys and values, (1, K, S, E); queries are the last L of S."""
+def attend(query: Tensor, key: Tensor, value: Tensor, how: How, ahead: int | None = None) -> Tensor:
+    """Attention of one document, (1, H, L, E), to its keys and values, (1, K, S, E), of which so many stand before that
+    of the first query; None: queries are the last L of S."""
     length, keys = query.shape[2], key.shape[2]
+    ahead = keys - length if ahead is None else ahead
     if how.softcap is not None or how.sinks is not None:
-        mask = _mask(length, keys, how.window, query.device, always=True)
+        mask = _mask(length, keys, ahead, how.window, query.device, always=True)
         return _written_out(query, key, value, mask, how)
-    mask = _mask(length, keys, how.window, query.device)
-    if mask is None and _is_short(query, value, keys, how):
+    mask = _mask(length, keys, ahead, how.window, query.device)
+    if mask is None and not how.dropout and query.shape[-1] == value.shape[-1] and short.suits(query, keys):
         return short.attend(query, key, value, how.scaling)
     shared = query.shape[1] != key.shape[1]
     if shared and mask is not None and target.of(query.device).kind == "cuda":  # no fused kernel there takes both
@@ -142,12 +162,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         scale=how.scaling,
         enable_gqa=shared,
     )
-
-
-def _is_short(query: Tensor, value: Tensor, keys: int, how: How) -> bool:
-    """Does attention to so many keys, causal and no more than that, go through `short.py`?"""
-    plain = how.softcap is None and how.sinks is None and not how.dropout and (how.window is None or how.window >= keys)
-    return plain and query.shape[-1] == value.shape[-1] and short.suits(query, keys)
 
 
 def _written_out(
@@ -173,12 +187,15 @@ def _written_out(
     return F.dropout(weights.to(query.dtype), how.dropout) @ values
 
 
-def _mask(length: int, keys: int, width: int | None, device: torch.device, *, always: bool = False) -> Tensor | None:
-    """(length, keys): which keys a token sees, the last one being its own; None: plain causal attention, or a single
-    token that sees all."""
-    if not always and (length in (1, keys)) and (width is None or keys <= width):
+def _mask(
+    length: int, keys: int, ahead: int, width: int | None, device: torch.device, *, always: bool = False
+) -> Tensor | None:
+    """(length, keys): which keys a token sees: those up to its own, before which `ahead` stand for the first token;
+    None: plain causal attention, or a single token that sees all."""
+    plain = keys == ahead + length and 1 in (ahead + 1, length)
+    if not always and plain and (width is None or keys <= width):
         return None
-    distance = torch.arange(keys - length, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
+    distance = torch.arange(ahead, ahead + length, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
     return (distance >= 0) & (distance < (width or keys))
 
 

@@ -34,7 +34,8 @@ class Documents:
         bounds: (D + 1,) on the CPU.
         queries, keys: (D + 1,) int32 on the model's device; keys have the prefix of every document among them.
         longest: tokens of the longest document, without and with its prefix.
-        order: with a prefix, (D x k + T,): of all keys which row of [prefix; keys] they are.
+        order: with a prefix, (D x k + T,): of all keys which row of [prefix; keys] they are; without, None, or which
+            keys are looked at (`kernels/label_rows.py`).
     """
 
     bounds: Tensor
@@ -95,7 +96,8 @@ def refusal(
 def computed_in(query: Tensor) -> torch.dtype:
     """The dtype that attention computes in: autocast's, where that is on."""
     kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if cast else query.dtype
 
 
 def attend(
@@ -116,12 +118,10 @@ def attend(
     # not one[0], whose backward pass writes zeros and copies
     flat = [one.squeeze(0).transpose(0, 1).to(dtype) for one in (query, key, value)]  # (T, heads, E)
     if prefix is not None:
-        assert documents.order is not None
         ahead = [one.squeeze(0).transpose(0, 1).to(dtype) for one in prefix]
-        flat[1:] = [
-            torch.cat([first, rest]).index_select(0, documents.order)
-            for first, rest in zip(ahead, flat[1:], strict=True)
-        ]
+        flat[1:] = [torch.cat([first, rest]) for first, rest in zip(ahead, flat[1:], strict=True)]
+    if documents.order is not None:
+        flat[1:] = [one.index_select(0, documents.order) for one in flat[1:]]
     if rest := -width % 8:  # the kernel's widths; zeros change no score
         flat = [F.pad(one, (0, rest)) for one in flat]
     left = -1 if window is None else window - 1

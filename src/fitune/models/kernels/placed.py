@@ -23,7 +23,9 @@ from torch import Tensor
 
 from fitune.core.records import Batch
 from fitune.data.batches import rounded
+from fitune.models.kernels import label_rows
 from fitune.models.kernels.flash import Documents, laid_before
+from fitune.models.kernels.label_rows import LabelRows
 
 ALIGNED = 8  # bytes at which each part of the buffer begins
 
@@ -35,7 +37,7 @@ class Placed:
     ids: (T,), and with nothing laid before F more. positions: (T + D x k + F,). documents: their bounds, the filler's
     too. label_rows: (L,), rounded up, of the model's rows; labels, weights: (L,), as records.Batch has them. filler: F.
     order: where embeddings are laid before, of each row which of [those; the batch's] it is; keep: the rows of the
-    batch among them.
+    batch among them. labelled: the label rows as a last block takes them that works on those alone.
     """
 
     ids: Tensor
@@ -47,6 +49,7 @@ class Placed:
     weights: Tensor | None = None
     order: Tensor | None = None
     keep: Tensor | None = None
+    labelled: LabelRows | None = None
 
     def repeated(self, rows: Tensor) -> Tensor:
         """Rows (..., T + D x k), and behind them those that the filler repeats."""
@@ -78,16 +81,22 @@ def place(batch: Batch, device: torch.device, *, laid: int = 0, prefix: int = 0,
         for name in ("positions", "order" if laid else "ids"):
             parts[name] = np.concatenate([parts[name], np.resize(parts[name][: bounds[1]], filler)])
         bounds = np.append(bounds, np.int32(len(parts["positions"])))
-    parts |= _labels(batch, parts["label_rows"])
+    own = parts["label_rows"]
+    parts |= _labels(batch, own)
+    worth = fill and 0 < len(own) <= label_rows.WORTH * len(batch.ids)
+    spans = label_rows.spans(bounds, own) if worth else None
+    if spans is not None:
+        parts |= label_rows.arrays(spans, own, len(parts["label_rows"]) - len(own), prefix)
     parts["queries"] = bounds.astype(np.int32)
     longest = int(np.diff(bounds).max())
     if prefix:
         parts["keys"], parts["rows"], _ = laid_before(bounds, prefix)
     there = send(parts, device)
+    labelled = None if spans is None else label_rows.placed(spans, there, prefix)
     queries = there.pop("queries")
     keys, rows = there.pop("keys", queries), there.pop("rows", None)
     documents = Documents(torch.from_numpy(bounds), queries, keys, (longest, longest + prefix), rows)
-    return Placed(documents=documents, filler=filler, **there)
+    return Placed(documents=documents, filler=filler, labelled=labelled, **there)
 
 
 def _labels(batch: Batch, rows: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:

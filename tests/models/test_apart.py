@@ -1,0 +1,110 @@
+"""Attention of all documents as one function on a CPU: the bits of a call for each document, and nothing kept twice."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fitune.models.kernels import apart
+from fitune.models.kernels.apart import Part
+from fitune.models.kernels.attention import How, _mask, attend
+
+BOUNDS = [0, 7, 8, 40, 75]
+HEADS, KEYS, WIDTH = 4, 2, 12
+
+
+def sides(dtype: torch.dtype, queries: int = BOUNDS[-1], prefix: int = 0) -> list[Tensor]:
+    """q, k and v as projections give them, a prefix behind them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(queries, HEADS), (BOUNDS[-1], KEYS), (BOUNDS[-1], KEYS), *[(prefix, KEYS)] * 2][: 5 if prefix else 3]
+    made = [torch.randn(1, rows, heads, WIDTH, generator=generator).to(dtype) for rows, heads in shapes]
+    return [one.transpose(1, 2).requires_grad_() for one in made]
+
+
+def ours(given: list[Tensor], parts: list[Part], window: int | None = None) -> Tensor:
+    mask = partial(_mask, width=window, device=given[0].device)
+    return apart.attend(*given[:3], parts, [mask], 0.3, given[3:])
+
+
+def each(given: list[Tensor], parts: list[Part], window: int | None = None) -> Tensor:
+    """A call for each document, by autograd."""
+    how = How(0.0, 0.3, window, None, None)
+    call: Any = lambda number, q, k, v, ahead: attend(q, k, v, how, ahead)  # noqa: E731
+    return apart.one_by_one(*given[:3], parts, call, given[3:])
+
+
+def gradients(out: Tensor, given: list[Tensor]) -> list[Tensor]:
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return list(torch.autograd.grad((out * weights).sum(), given))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_its_bits_are_those_of_a_call_for_each_document(dtype: torch.dtype, window: int | None) -> None:
+    given, parts = sides(dtype), apart.whole(BOUNDS)
+    one, other = ours(given, parts, window), each(given, parts, window)
+    assert torch.equal(one, other)
+    for mine, theirs in zip(gradients(one, given), gradients(other, given), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("prefix", [0, 3, 30])
+@pytest.mark.parametrize("parts", [apart.whole(BOUNDS), [Part(3, 0, 6), Part(20, 9, 39), Part(35, 40, 75)]], ids=len)
+def test_queries_at_the_end_of_their_keys_and_a_prefix(parts: list[Part], prefix: int, window: int | None) -> None:
+    """Against float64; with rows before the queries where that is less work, and without."""
+    count = sum(part.count for part in parts)
+    given = sides(torch.float32, count, prefix)
+    exact = [one.detach().double().requires_grad_() for one in given]
+    one, other = ours(given, parts, window), each(exact, parts, window)
+    assert torch.allclose(one.double(), other, atol=1e-6)
+    for mine, theirs in zip(gradients(one, given), gradients(other, exact), strict=True):
+        assert torch.allclose(mine.double(), theirs, atol=2e-5)
+
+
+def test_keys_that_no_query_sees_have_no_gradient() -> None:
+    given = sides(torch.float32, 10)
+    out = ours(given, [Part(4, 0, 5), Part(6, 9, 20)])
+    _, key, value = gradients(out, given)
+    for gradient in (key, value):
+        assert gradient[:, :, 5:9].abs().max() == gradient[:, :, 20:].abs().max() == 0
+        assert (gradient[:, :, 9:20].abs().amax(dim=(0, 1, 3)) > 0).all()
+
+
+def test_each_side_and_what_comes_out_is_kept_once() -> None:
+    given, kept = sides(torch.float32), {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.update({t.untyped_storage().data_ptr(): t}) or t, lambda t: t
+    ):
+        ours(given, apart.whole(BOUNDS))
+    sums = BOUNDS[-1] * HEADS
+    assert sum(one.numel() for one in kept.values()) == sum(one.numel() for one in given) + given[0].numel() + sums
+
+
+class Calls:
+    """torch's operations, and whether the kernel was asked for a causal mask."""
+
+    def __init__(self) -> None:
+        self.causal: list[bool] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, is_causal: bool, **how: Any) -> Any:
+            self.causal.append(is_causal)
+            return getattr(torch.ops.aten, name)(*args, is_causal=is_causal, **how)
+
+        return call
+
+
+@pytest.mark.parametrize(("prefix", "causal"), [(3, [True, False, True, True]), (30, [False, False, True, True])])
+def test_a_prefix_shorter_than_its_document_takes_the_causal_kernel(
+    prefix: int, causal: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 7, 1, 32 and 35 tokens: it leaves out what is hidden, which another mask does not."""
+    calls = Calls()
+    monkeypatch.setattr(apart, "aten", calls)
+    ours(sides(torch.float32, prefix=prefix), apart.whole(BOUNDS))
+    assert calls.causal == causal
