@@ -40,6 +40,8 @@ for _place in (str(ROOT / "benchmarks" / "systems"), str(ROOT / "tests")):
     if _place not in sys.path:
         sys.path.append(_place)
 
+from meter import Counters  # noqa: E402
+
 from fitune.core.records import Batch, Sample  # noqa: E402
 from fitune.data.batches import flat  # noqa: E402
 from fitune.engine import step  # noqa: E402
@@ -54,7 +56,6 @@ from fitune.models.precision import DTYPES  # noqa: E402
 from fitune.models.prepare import ready  # noqa: E402
 from support import tiny  # noqa: E402
 from support.contract import KINDS, REFUSED, VARIANTS, config_for  # noqa: E402
-from meter import Counters  # noqa: E402
 
 WIDER = 8
 WIDTHS = (
@@ -126,9 +127,9 @@ def measure(variant: str, kind: str, precision: str = "fp32") -> Measured:
     whole = replace(counted, body_by_rows=0.0, trained_by_rows=0.0, new_by_rows=0.0)
     lengths = np.diff(rows.bounds) + methods.find(config.method).virtual_tokens(config) * (config.method != "prefix")
     tokens = int(lengths.sum())
-    floors = [flops.per_token(one, lengths, rows.targets / tokens) * tokens for one in (whole, counted)]
+    floor, least = (flops.per_token(one, lengths, rows.targets / tokens) * tokens for one in (whole, counted))
     by_rows = attached.of(model).label_rows or "no"
-    return Measured(by_rows, executed, *floors, saved, Needed(model).bytes(rows))
+    return Measured(by_rows, executed, floor, least, saved, Needed(model).bytes(rows))
 
 
 class Needed:

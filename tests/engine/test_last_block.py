@@ -176,13 +176,14 @@ def test_a_block_that_gives_other_values_works_on_all_rows(fault: str, monkeypat
 
 def test_a_model_whose_attention_gets_no_label_rows_works_on_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ready(tiny.make_model("llama"))
-    own: Callable[..., Any] = type(model.model.layers[-1].self_attn).forward
+    attention: Any = type(families.of(model).block_list(model)[-1].self_attn)
+    own: Callable[..., Any] = attention.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop(label_rows.KEYWORD, None)
         return own(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(model.model.layers[-1].self_attn), "forward", forward)
+    monkeypatch.setattr(attention, "forward", forward)
     assert not step.last_block_is_ready(model)
 
 

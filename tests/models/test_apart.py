@@ -27,14 +27,16 @@ def sides(dtype: torch.dtype, queries: int = BOUNDS[-1], prefix: int = 0) -> lis
 
 def ours(given: list[Tensor], parts: list[Part], window: int | None = None) -> Tensor:
     mask = partial(_mask, width=window, device=given[0].device)
-    return apart.attend(*given[:3], parts, [mask], 0.3, given[3:])
+    query, key, value, *prefix = given
+    return apart.attend(query, key, value, parts, [mask], 0.3, prefix)
 
 
 def each(given: list[Tensor], parts: list[Part], window: int | None = None) -> Tensor:
     """A call for each document, by autograd."""
     how = How(0.0, 0.3, window, None, None)
     call: Any = lambda number, q, k, v, ahead: attend(q, k, v, how, ahead)  # noqa: E731
-    return apart.one_by_one(*given[:3], parts, call, given[3:])
+    query, key, value, *prefix = given
+    return apart.one_by_one(query, key, value, parts, call, prefix)
 
 
 def gradients(out: Tensor, given: list[Tensor]) -> list[Tensor]:

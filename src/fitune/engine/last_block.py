@@ -64,12 +64,18 @@ _without_values: dict[type, ByRows] = {}  # by the model's class: its code decid
 def _tried(inner: CausalLM, family: families.Family, run: Run) -> ByRows:
     """Which way gives the right values; of a model without values one that can run, in a plain twin of it."""
     if next(inner.parameters()).device.type != "meta":
-        return next((way for way in WAYS if _right(way, inner, family, run)), "no")
+        return _first(inner, family, run)
     if type(inner) not in _without_values:
         twin = outline(inner.config, precision="fp32")
-        found = next((way for way in WAYS if _right(way, twin, family, run)), "no")
-        _without_values[type(inner)] = found
+        _without_values[type(inner)] = _first(twin, family, run)
     return _without_values[type(inner)]
+
+
+def _first(inner: CausalLM, family: families.Family, run: Run) -> ByRows:
+    for way in WAYS:
+        if _right(way, inner, family, run):
+            return way
+    return "no"
 
 
 def _right(way: ByRows, inner: CausalLM, family: families.Family, run: Run) -> bool:

@@ -160,4 +160,5 @@ def _bounds(counts: NDArray[np.int64]) -> NDArray[np.int32]:
 def _stretches(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """All rows from each start to each end, one stretch behind the other."""
     counts = ends - starts
-    return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+    found: NDArray[np.int64] = np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+    return found

@@ -81,7 +81,7 @@ def place(batch: Batch, device: torch.device, *, laid: int = 0, prefix: int = 0,
         for name in ("positions", "order" if laid else "ids"):
             parts[name] = np.concatenate([parts[name], np.resize(parts[name][: bounds[1]], filler)])
         bounds = np.append(bounds, np.int32(len(parts["positions"])))
-    own = parts["label_rows"]
+    own = parts["label_rows"].astype(np.int64)
     parts |= _labels(batch, own)
     worth = fill and 0 < len(own) <= label_rows.WORTH * len(batch.ids)
     spans = label_rows.spans(bounds, own) if worth else None
