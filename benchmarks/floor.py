@@ -49,7 +49,7 @@ from fitune.memory import flops  # noqa: E402
 from fitune.models import adapters, attached, families, methods  # noqa: E402
 from fitune.models.interfaces import causal_lm  # noqa: E402
 from fitune.models.kernels.last_block import layers  # noqa: E402
-from fitune.models.methods.adapter import Bottleneck  # noqa: E402
+from fitune.models.methods.adapter import Adapted, Bottleneck  # noqa: E402
 from fitune.models.methods.base import is_linear  # noqa: E402
 from fitune.models.methods.tail import ResidualMLP  # noqa: E402
 from fitune.models.precision import DTYPES  # noqa: E402
@@ -204,12 +204,12 @@ class Needed:
         for layer in given[1:] or given:
             yield layer.register_forward_hook(partial(self._keys, whole=len(given) == 1))
         attention = partial(self._attention, given[1:] or given)
-        yield block.get_submodule(self.family.out).register_forward_pre_hook(attention)
+        yield _part(block, self.family.out).register_forward_pre_hook(attention)
         if any("relu" in type(module).__name__.lower() for module in block.modules()):
-            yield block.get_submodule(self.family.mlp_out).register_forward_pre_hook(self._relu)
+            yield _part(block, self.family.mlp_out).register_forward_pre_hook(self._relu)
         else:
             for name in self.family.mlp_in:
-                yield block.get_submodule(name).register_forward_hook(self._given)
+                yield _part(block, name).register_forward_hook(self._given)
 
     def _norm(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
@@ -264,6 +264,16 @@ class Needed:
             self._keep(out)
             self.more += 4 * self.inner.config.num_attention_heads * out.shape[-2]
             self.more += (out.numel() + sum(self.seen[layer] for layer in given)) * self.item
+
+
+def _part(block: nn.Module, name: str) -> nn.Module:
+    """A part of a block, also where an adapter stands around what holds it."""
+    found = block
+    for leaf in name.split("."):
+        if isinstance(found, Adapted) and not hasattr(found, leaf):
+            found = found.base
+        found = found.get_submodule(leaf)
+    return found
 
 
 def _trains(module: nn.Module) -> bool:
