@@ -28,7 +28,7 @@ ASKED, GOOD, BAD = "how are you?", "well, thank you", "go away"
 TURNS = [{"role": "user", "content": ASKED}]
 
 
-def said(text: str) -> list[dict[str, str]]:
+def answered(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
@@ -45,11 +45,11 @@ PAIRS: dict[str, dict[str, Any]] = {
         "rejected": {"from": "gpt", "value": BAD},
     },
     "alpaca": {"instruction": ASKED, "input": "", "chosen": GOOD, "rejected": BAD},
-    "turns": {"prompt": TURNS, "chosen": said(GOOD), "rejected": said(BAD)},
-    "ultrafeedback": {"prompt": ASKED, "chosen": [*TURNS, *said(GOOD)], "rejected": [*TURNS, *said(BAD)]},
-    "whole conversations": {"chosen": [*TURNS, *said(GOOD)], "rejected": [*TURNS, *said(BAD)]},
-    "ms-swift": {"messages": [*TURNS, *said(GOOD)], "rejected_response": BAD},
-    "ms-swift, messages": {"messages": [*TURNS, *said(GOOD)], "rejected_messages": [*TURNS, *said(BAD)]},
+    "turns": {"prompt": TURNS, "chosen": answered(GOOD), "rejected": answered(BAD)},
+    "ultrafeedback": {"prompt": ASKED, "chosen": [*TURNS, *answered(GOOD)], "rejected": [*TURNS, *answered(BAD)]},
+    "whole conversations": {"chosen": [*TURNS, *answered(GOOD)], "rejected": [*TURNS, *answered(BAD)]},
+    "ms-swift": {"messages": [*TURNS, *answered(GOOD)], "rejected_response": BAD},
+    "ms-swift, messages": {"messages": [*TURNS, *answered(GOOD)], "rejected_messages": [*TURNS, *answered(BAD)]},
 }  # fmt: skip
 
 
@@ -69,8 +69,8 @@ def test_a_system_text_belongs_to_both() -> None:
 
 
 def test_conversations_part_where_they_first_differ() -> None:
-    chosen = [*TURNS, *said("fine"), *TURNS, *said(GOOD)]
-    rejected = [*TURNS, *said("fine"), *TURNS, *said(BAD), *TURNS, *said("still " + BAD)]
+    chosen = [*TURNS, *answered("fine"), *TURNS, *answered(GOOD)]
+    rejected = [*TURNS, *answered("fine"), *TURNS, *answered(BAD), *TURNS, *answered("still " + BAD)]
     row = to_conversation({"chosen": chosen, "rejected": rejected}, HERE, wanted="pairs")
     assert row.fork == 3
     assert len(row.rejected) == 3
@@ -86,7 +86,7 @@ def test_conversations_part_where_they_first_differ() -> None:
         ({"prompt": ASKED, "chosen": GOOD, "rejected": " "}, "rejected: the answer is empty"),
         ({"prompt": ASKED, "chosen": GOOD, "rejected": None}, "rejected: missing"),
         (
-            {"chosen": [*TURNS, *said(GOOD)], "rejected": [{"role": "user", "content": "?"}, *said(BAD)]},
+            {"chosen": [*TURNS, *answered(GOOD)], "rejected": [{"role": "user", "content": "?"}, *answered(BAD)]},
             "do not answer one prompt",
         ),
         ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD, "weight": 0.5}, "answers of preferences have no weights"),
@@ -100,7 +100,7 @@ def test_what_is_no_pair_is_refused_by_its_field(row: dict[str, Any], match: str
 LABELS = [
     {"prompt": "a?", "completion": "A", "label": True},
     {"prompt": "b?", "completion": "B", "label": False},
-    {"messages": [{"role": "user", "content": "b?"}, *said("B2")], "kto_tag": True},
+    {"messages": [{"role": "user", "content": "b?"}, *answered("B2")], "kto_tag": True},
     {"prompt": "c?", "completion": "C", "desirable": 0},
 ]
 
@@ -177,8 +177,8 @@ def test_both_samples_have_the_prompt_of_chat_and_train_their_answer(encoder: En
 
 
 def test_only_what_stands_behind_the_fork_is_trained(encoder: Encoder) -> None:
-    chosen = [*TURNS, *said("fine"), *TURNS, *said(GOOD), *TURNS, *said("bye")]
-    row = {"chosen": chosen, "rejected": [*TURNS, *said("fine"), *TURNS, *said(BAD)]}
+    chosen = [*TURNS, *answered("fine"), *TURNS, *answered(GOOD), *TURNS, *answered("bye")]
+    row = {"chosen": chosen, "rejected": [*TURNS, *answered("fine"), *TURNS, *answered(BAD)]}
     first, second = pair_of(encoder, row)
     assert decoded(encoder, first.ids[first.mask]) == f"{GOOD}<|end|>bye<|end|>"
     assert decoded(encoder, second.ids[second.mask]) == f"{BAD}<|end|>"

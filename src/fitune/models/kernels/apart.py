@@ -7,8 +7,8 @@ gradients are those of a call for each document, bit for bit.
 
 On a CPU, products in 16 bits have a compiled kernel for each length (oneDNN's: 300 lengths held 60 MiB more within the
 bounds of processor.py, 180 within torch's own, and took a third longer than one), so there a document gets rows behind
-its own, up to a multiple of STEP, unless it is computed in float32 (`short.py`). They come later than all of its tokens, which therefore do not see them; what
-attention gives for them is left out.
+its own, up to a multiple of STEP, unless it is computed in float32 (`short.py`). They come later than all of its
+tokens, which therefore do not see them; what attention gives for them is left out.
 
 Shapes: H = query heads, K = key/value heads, T = tokens of all documents, Q = queries of all, L = of one, S = its keys
 with its prefix, E = head width, k = prefix tokens.
