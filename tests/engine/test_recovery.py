@@ -19,7 +19,7 @@ from fitune.core.events import Watcher
 from fitune.data.batches import flat, rounded, split
 from fitune.engine import non_finite, optim, out_of_memory
 from fitune.engine.checkpoint import RunFolder
-from fitune.engine.step import held_out_loss, loss_sum, training_step
+from fitune.engine.step import HeldOut, held_out, loss_sum, training_step
 from fitune.models.parts import trainable
 from support.contract import samples
 from support.memory_errors import OOM, careful, fails_above, make, runner
@@ -354,14 +354,14 @@ def test_a_held_out_loss_that_runs_out_of_memory_does_not_end_the_run(
     from fitune.commands import active_run
     from fitune.core.config import RunConfig
 
-    real, seen = held_out_loss, list[int]()
+    real, seen = held_out, list[int]()
 
-    def small(model: Any, batches: Any, layout: Any) -> float:
+    def small(model: Any, batches: Any, layout: Any, objective: Any) -> HeldOut:
         batches = list(batches)
         seen.append(max(len(batch.rows) for batch in batches))
         if seen[-1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, batches, layout)
+        return real(model, batches, layout, objective)
 
     given: dict[str, Any] = {
         "model": str(model_folder),
@@ -372,7 +372,7 @@ def test_a_held_out_loss_that_runs_out_of_memory_does_not_end_the_run(
     }
     how: dict[str, Any] = {"max_steps": 2, "batch_size": 2, "val_share": 0.2}
     plain = train(RunConfig(**given, **how, output=str(tmp_path / "plain")))
-    monkeypatch.setattr(active_run, "held_out_loss", small)
+    monkeypatch.setattr(active_run, "held_out", small)
     found = train(RunConfig(**given, **how, output=str(tmp_path / "small")))
     assert found.held_out_loss_after == pytest.approx(plain.held_out_loss_after, rel=1e-5)
     assert set(seen) == {1, 2}

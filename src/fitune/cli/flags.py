@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
 from cyclopts import Parameter
-from pydantic import AfterValidator, BaseModel, Field, create_model
+from pydantic import AfterValidator, BaseModel, Field, PlainSerializer, create_model
 
 from fitune.core import config as settings
 from fitune.core import options
@@ -70,7 +70,7 @@ def _flag_type(kind: Any) -> Any:
     does.
     """
     if settings.BlockNumbers in get_args(kind):
-        return Annotated[bool | int | str, AfterValidator(_as_yaml)]
+        return Annotated[bool | str, AfterValidator(_as_yaml), PlainSerializer(lambda value: value)]  # a number, too
     if get_origin(kind) is dict or kind in (list[options.AnySource], options.OneOrMore):
         return list[str]
     item = get_args(kind)[0] if get_origin(kind) is list else None

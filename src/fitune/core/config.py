@@ -260,7 +260,7 @@ class RunConfig(DataConfig):
     simpo: SimpoOptions = SimpoOptions()
     """Settings of the objective simpo."""
     batch_size: int = Field(default=8, ge=1, le=MOST_BATCH)
-    """Rows per micro-batch, pairs count as one. Memory for activations grows with it."""
+    """Rows per micro-batch; a pair is one. Memory for activations grows with it."""
     batch_tokens: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     """Tokens per micro-batch, in place of batch_size: memory stays even where rows differ in length."""
     loss_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
