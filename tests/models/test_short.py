@@ -108,3 +108,10 @@ def test_documents_of_one_batch_get_no_rows_behind_their_own() -> None:
         alone = [one[:, :, start:end].float() for one in (query, key, value)]
         right = by_torch(*alone).transpose(1, 2)
         assert torch.allclose(out[:, start:end].float(), right, atol=3e-2)
+
+
+def test_where_it_is_compared_it_rounds_as_torch_does() -> None:
+    query, key, value = heads(40, 4), heads(40, 2), heads(40, 2)
+    with short.in_16_bits():
+        assert torch.equal(attend(query, key, value, PLAIN), by_torch(query, key, value))
+    assert not torch.equal(attend(query, key, value, PLAIN), by_torch(query, key, value))

@@ -22,6 +22,7 @@ from fitune.engine.step import hidden_states
 from fitune.models.attached import compute_dtype
 from fitune.models.head import output_head
 from fitune.models.interfaces import causal_lm
+from fitune.models.kernels import short
 from fitune.models.parts import trainable
 from fitune.models.switches import computing, evaluating, rows_attention
 
@@ -109,7 +110,8 @@ def _leak(model: nn.Module, samples: Sequence[Sample], layout: Layout) -> Leak:
     head = output_head(model)
 
     def together(start: Sample) -> torch.Tensor:
-        hidden = hidden_states(model, flat([start, second], [0, 1]), layout)
+        with short.in_16_bits():  # like with like: both ways round as often
+            hidden = hidden_states(model, flat([start, second], [0, 1]), layout)
         with computing(model):
             logits: torch.Tensor = head(hidden)
         return logits.float()

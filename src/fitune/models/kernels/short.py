@@ -11,6 +11,9 @@ Shapes: H = query heads, K = key/value heads, L = rows, S = keys, E = head width
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,11 +23,27 @@ from fitune.models.kernels import flash, target
 
 aten = torch.ops.aten
 LONGEST = 256  # keys; of more of them 16 bits are as fast
+_off = ContextVar("_off", default=False)
+
+
+@contextmanager
+def in_16_bits() -> Iterator[None]:
+    """Inside, short documents go through torch's kernel of 16 bits too, as they do in transformers: to be compared."""
+    before = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(before)
 
 
 def suits(query: Tensor, keys: int) -> bool:
     """Is it attention of few keys in 16 bits, on a CPU?"""
-    return keys <= LONGEST and flash.computed_in(query) in flash.HALF and target.of(query.device).kind == "cpu"
+    return (
+        not _off.get()
+        and keys <= LONGEST
+        and flash.computed_in(query) in flash.HALF
+        and target.of(query.device).kind == "cpu"
+    )
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
