@@ -314,7 +314,7 @@ def _gradients(mean_of_means: bool = False, drop: bool = False, clip: bool = Fal
     """The first half of a step, wrong in one way."""
 
     def make(real: Any) -> Any:
-        def made(found: Any, micro: Sequence[Any], layout: Any, scale: float = 1.0, **_: Any) -> Any:
+        def made(found: Any, micro: Sequence[Any], layout: Any, scale: float = 1.0, *_: Any, **__: Any) -> Any:
             some = micro[:-1] if drop and len(micro) > 1 else micro
             weight, total = sum(batch.weight for batch in some), torch.zeros((), dtype=torch.float64)
             for batch in some:
