@@ -90,7 +90,7 @@ def order(settings: Mapping[str, Any]) -> dict[str, Any]:
     from fitune.commands.request import to_train
     from fitune.core.config import build
     from fitune.core.events import Silent
-    from fitune.engine import optim
+    from fitune.engine import optim, step
     from fitune.memory.flops import counts, per_token
     from fitune.models import adapters
     from fitune.models.load import load_model
@@ -101,7 +101,9 @@ def order(settings: Mapping[str, Any]) -> dict[str, Any]:
     config = request.config.model_copy(update={"max_length": rows.rows.max_length})
     loader = planned_rows.make_loader(config, rows.data.samples, "flat")
     batches = [micro[0] for _, micro in loader.steps(0, settings["steps"])]
-    work = counts(adapters.attach(load_model(Path(settings["model"]), precision="fp32"), config), config)
+    model = adapters.attach(load_model(Path(settings["model"]), precision="fp32"), config)
+    step.last_block_is_ready(model)  # then the floor is that of a last block which works on label rows alone
+    work = counts(model, config)
     lengths = [[int(n) for n in batch.bounds[1:] - batch.bounds[:-1]] for batch in batches]
     floors = [
         per_token(work, each, batch.targets / len(batch.ids)) * len(batch.ids)

@@ -143,9 +143,7 @@ def _chunk(
         return loss, loss, None
     given, gradient = logits.detach(), logits.requires_grad
     slope = given if own and given.dtype.itemsize < 4 else given.clone()  # wide ones are read again
-    losses = softmax.in_place(slope, labels, softmax.reader(given), gradient=gradient)
-    if weights is not None and gradient:
-        slope.mul_(weights[:, None])
+    losses = softmax.in_place(slope, labels, softmax.reader(given), weights, gradient=gradient)
     return _sum(losses, weights), logits, slope
 
 

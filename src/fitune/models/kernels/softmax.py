@@ -13,6 +13,7 @@ Shapes: R = rows, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -32,25 +33,32 @@ def reader(logits: Tensor) -> Reader:
     return lambda entries: logits.gather(1, entries[:, None])[:, 0].float()
 
 
-def in_place(logits: Tensor, labels: Tensor, again: Reader, *, gradient: bool = True) -> Tensor:
+def in_place(
+    logits: Tensor, labels: Tensor, again: Reader, weights: Tensor | None = None, *, gradient: bool = True
+) -> Tensor:
     """The loss of each row, (R,), float32; the logits become its gradient.
 
     Args:
         logits: (R, V), written over.
         labels: (R,).
         again: gives single logits when they were written over.
+        weights: (R,), float32, of each row in the gradient alone; before that is rounded.
         gradient: it is wanted; without, what becomes of the logits does not matter.
     """
     if logits.dtype.itemsize >= 4:
-        return _rows(logits, labels, again, gradient=gradient)
+        found = _rows(logits, labels, again, gradient=gradient)
+        if gradient and weights is not None:
+            logits.mul_(weights[:, None])
+        return found
     many = block_rows(logits)
     wide = logits.new_empty((many, logits.shape[1]), dtype=torch.float32)
     losses = []
-    for part, some in zip(logits.split(many), labels.split(many), strict=True):
+    of_rows = repeat(None) if weights is None else weights.split(many)
+    for part, some, weight in zip(logits.split(many), labels.split(many), of_rows, strict=False):
         scores = wide[: len(part)].copy_(part)
         losses.append(_rows(scores, some, reader(part), gradient=gradient))
         if gradient:
-            part.copy_(scores)
+            part.copy_(scores if weight is None else scores.mul_(weight[:, None]))
     return torch.cat(losses)
 
 
