@@ -38,6 +38,7 @@ from fitune.engine.step import make_gradients
 from fitune.memory import heap, plan, steps, trace
 from fitune.memory.counted import count
 from fitune.memory.device import Device
+from fitune.memory.measure import most_allocated
 from fitune.models import adapters, families
 from fitune.models.interfaces import CausalLM, causal_lm
 from fitune.models.prepare import checkpoint_blocks, ready
@@ -101,14 +102,8 @@ def allocated(work: plan.Work, made: Plan, blocks: int) -> int:
     """The most bytes that torch's profiler saw of the model and its steps."""
     model = model_of(work.config, blocks)
     recompute(model, made)
-    now = most = count(model, trace.Tracer())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        plan.go(model, work, trace.Blind())
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+    there = count(model, trace.Tracer())
+    return most_allocated(lambda: plan.go(model, work, trace.Blind()), there)
 
 
 def step(model: CausalLM, work: plan.Work) -> tuple[float, list[torch.Tensor]]:

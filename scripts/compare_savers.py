@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,6 @@ def ready(folder: Path, config: Any) -> Any:
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """One saver, in this process."""
-    import torch
 
     from fitune.core.config import build
     from fitune.engine import optim
@@ -86,6 +86,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     from fitune.memory import plan as plans
     from fitune.memory import steps, trace
     from fitune.memory.counted import count
+    from fitune.memory.measure import most_allocated
     from fitune.memory.usage import usage
     from fitune.models.configs import read_config
     from fitune.models.parts import trainable
@@ -99,13 +100,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     work = plans.Work(config, shape, [[steps.made_up(1, length, shape.vocab_size)], micro])
     peak = usage(plans.traced(work), without="start").peak
     model = ready(folder / "model", config)
-    now = most = count(model, trace.Tracer())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        plans.go(model, work, trace.Blind())
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
+    there = count(model, trace.Tracer())
+    most = most_allocated(partial(plans.go, model, work, trace.Blind()), there)
     model = ready(folder / "model", config)  # the first one's hooks are of another optimizer
     optimizer = optim.make(trainable(model), config)
     optim.set_learning_rate(optimizer, config.lr or 1e-4)

@@ -203,10 +203,14 @@ def test_lengths_in_16_bits_on_a_cpu_are_few_and_give_the_same(
     assert met or kind == "gemma2"  # whose attention is written out
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_products_in_float32_are_those_of_bfloat16(kind: str) -> None:
-    """Where a processor only imitates bfloat16: losses alike, and layers as they were before."""
-    config = settings_only({"method": "lora", "lora": {"targets": "all-linear"}})
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [("llama", "all-linear"), ("gpt2", "all-linear"), ("llama", "down_proj"), ("gpt2", "mlp.c_proj")],
+)
+def test_products_in_float32_are_those_of_bfloat16(kind: str, targets: str) -> None:
+    """Where a processor only imitates bfloat16: losses alike, and layers as they were before; also layers that a last
+    block replaces for a moment."""
+    config = settings_only({"method": "lora", "lora": {"targets": targets}})
     model = adapters.attach(ready(tiny.make_model(kind).bfloat16().requires_grad_(False), "bf16"), config).eval()
     batch, seen = flat(samples(), range(9)), []
     expected = held_out_loss(model, [batch])

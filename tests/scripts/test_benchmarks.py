@@ -23,6 +23,7 @@ from fitune.data.batches import flat
 from fitune.engine import step
 from fitune.memory import plan, trace
 from fitune.memory.counted import count
+from fitune.memory.measure import most_allocated
 from fitune.memory.usage import usage
 from fitune.models import quant as quants
 from support import tiny
@@ -49,15 +50,9 @@ def batch(*lengths: int) -> Batch:
 def really(model: Any, work: plan.Work) -> int:
     """The most bytes that torch's profiler saw of a model and the work together."""
     gc.collect()  # what is left of other models must not go while this one is measured
-    now = most = count(model, trace.Tracer())
-    seen = gpu.Updates()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        plan.go(model, work, seen)
+    there, seen = count(model, trace.Tracer()), gpu.Updates()
+    most = most_allocated(lambda: plan.go(model, work, seen), there)
     seen.check()  # the loss was finite
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
     return most
 
 

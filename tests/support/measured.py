@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 from fitune.core.config import RunConfig
 from fitune.core.records import Batch, Sample
 from fitune.data.batches import flat
 from fitune.memory import plan
 from fitune.memory.counted import count
+from fitune.memory.measure import most_allocated
 from fitune.memory.trace import Blind, Tracer
 from fitune.models import adapters, attached, families
 from fitune.models.offload import Host, Waits
@@ -43,14 +43,7 @@ def really(base: Any, config: RunConfig, work: plan.Work, host: Host | None = No
     checkpoint_blocks(model, families.of(base), config.checkpointing, config.offload)
     gc.collect()  # what is left of other models must not go while this one is measured
     there = count(model, Tracer())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        plan.go(model, work, Blind())
-    now = most = there
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+    return most_allocated(lambda: plan.go(model, work, Blind()), there)
 
 
 def executed(run: Callable[[], object]) -> int:

@@ -17,6 +17,7 @@ from fitune.core.plan import Compared
 from fitune.memory import plan as plans
 from fitune.memory import trace
 from fitune.memory.counted import count
+from fitune.memory.measure import most_allocated
 from fitune.memory.usage import Usage, usage
 from fitune.models.kernels.target import of
 from fitune.models.parts import trainable
@@ -97,11 +98,4 @@ def _really(job: Job, work: plans.Work) -> tuple[Usage, int]:
         torch.cuda.reset_peak_memory_stats()
         plans.go(model, work, trace.Blind(), on_gpu=True)
         return usage(tracer), torch.cuda.max_memory_allocated()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        plans.go(model, work, trace.Blind())
-    now = most = there
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return usage(tracer), most
+    return usage(tracer), most_allocated(lambda: plans.go(model, work, trace.Blind()), there)

@@ -32,9 +32,10 @@ def chosen(which: Blocks, count: int) -> frozenset[int]:
         first, last = (int(end) for end in stretch.split("-"))
         if not first <= last < count:
             raise ConfigError(
-                f"blocks {stretch}",
+                f"checkpointing, offload: blocks {stretch}",
                 received=f"first {first}, last {last}",
-                expected=f"a first and a last block of 0 to {count - 1}",
+                expected=f"a first and a last block of 0 to {count - 1}, in this order",
+                fix=f"--checkpointing 0-{count - 1}, or --checkpointing auto",
             )
         found.update(range(first, last + 1))
     return frozenset(found)

@@ -1,8 +1,9 @@
-"""Memory that was really taken, in MiB. torch is imported only where a GPU is asked."""
+"""Memory that was really taken. torch is imported only where it is asked."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,3 +49,22 @@ def peak_mib(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / MIB if sys.platform == "darwin" else peak / 1024  # bytes there, KiB elsewhere
+
+
+def most_allocated(work: Callable[[], object], there: int = 0) -> int:
+    """The most bytes of main memory that torch's profiler sees at once while some work is done.
+
+    Args:
+        work: is done once.
+        there: bytes that are held before it.
+    """
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    now = most = there
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most

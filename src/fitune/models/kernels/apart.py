@@ -184,7 +184,9 @@ class _OneCall:
         query, *keys = given[:3]
         prefix = given[3].shape[2] if given[3:] else 0
         own, first = part.end - part.first, prefix + part.ahead
-        wide = short.suits(query, prefix + own) and mask(part.count, prefix + own, first) is None
+        # one token shows whether every document has a mask (ALiBi), which need not be made to see that
+        plain = mask(1, 1, 0) is None and short.suits(query, prefix + own)
+        wide = plain and mask(part.count, prefix + own, first) is None
         length, count = (part.count, own) if wide else sizes(part, query)
         lead, seen = 0, None
         if not wide:

@@ -129,7 +129,8 @@ def _by_rows(passes: _Passes, hidden: Tensor, args: tuple[Any, ...], kwargs: dic
 
 @contextmanager
 def _replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Inside, layers have another forward."""
+    """Inside, layers have another forward; afterwards what they had, which may be one of their own (`wide.py`)."""
+    own = {layer: vars(layer)["forward"] for layer in forwards if "forward" in vars(layer)}
     for layer, forward in forwards.items():
         layer.forward = forward
     try:
@@ -137,6 +138,8 @@ def _replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     finally:
         for layer in forwards:
             del layer.forward
+            if layer in own:
+                layer.forward = own[layer]
 
 
 def _keeping(layer: nn.Module, kept: list[Tensor]) -> Forward:
