@@ -200,7 +200,7 @@ def fitune(*words: object, place: Path, trouble: Trouble | None = None, stdin: s
 # ---- what a run folder came to ----
 
 FREE = {  # what differs from run to run: times, memory, the machine
-    "seconds", "real_tokens_per_second", "peak_memory_mib", "expected_memory_mib", "run", "id", "pid", "host",
+    "seconds", "phases", "real_tokens_per_second", "peak_memory_mib", "expected_memory_mib", "run", "id", "pid", "host",
     "started", "created", "output",
 }  # fmt: skip
 
