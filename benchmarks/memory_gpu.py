@@ -72,6 +72,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "int8": {"method": "lora", "quant": "int8"},
     "prefix": {"method": "prefix"},
 }
+VARIANTS: dict[str, dict[str, Any]] = {  # of scripts/gpu_accept.py, beside those
+    "dpo": {"method": "lora", "objective": "dpo"},
+    "lora, blocks 0-15 recomputed": {"method": "lora", "checkpointing": "0-15"},
+    "lora, blocks 0-15 in main memory": {"method": "lora", "offload": "0-15"},
+}
 ROWS, LENGTHS = 2, (512, 1024, 2048)
 CAPS = tuple(size * GIB for size in (8, 12, 16, 24, 48))
 MOST, MOST_QUICK = 4, 2  # configurations around a limit
@@ -98,8 +103,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration. model: of the catalog; method: of METHODS; rows, length: of the largest micro-batch; cap:
-    bytes of the card that it may take, None: all of them."""
+    """One configuration. model: of the catalog; method: of METHODS or VARIANTS; rows, length: of the largest
+    micro-batch; cap: bytes of the card that it may take, None: all of them."""
 
     model: str
     method: str
@@ -150,10 +155,11 @@ def matrix(*, quick: bool = False) -> list[Case]:
 def work_of(case: Case, precision: str) -> plan.Work:
     """Three steps of a configuration: rows of half the length, of the whole, of half again."""
     shape = configs.config_of(catalog.find(case.model).config)
-    how = {"precision": precision, "checkpointing": case.checkpointing, **METHODS[case.method]}
+    how = {"precision": precision, "checkpointing": case.checkpointing, **(METHODS | VARIANTS)[case.method]}
     config = build({"model": case.model, "data": ["-"], **how})
     ordinary, largest = (
-        steps.made_up(case.rows, length, shape.vocab_size) for length in (max(2, case.length // 2), case.length)
+        steps.made_up(case.rows, length, shape.vocab_size, wanted=config.wanted)
+        for length in (max(2, case.length // 2), case.length)
     )
     return plan.Work(config, shape, [[ordinary], [largest], [ordinary]])
 
@@ -173,7 +179,7 @@ def build_model(config: RunConfig, shape: Any, where: torch.device) -> Any:
     storage = config.storage_dtype if method.low_precision_base else config.trainable_dtype
     base = random_base(shape, config.precision, config.quant, storage, where)
     model = adapters.attach(base, config)
-    prepare.checkpoint_blocks(model, families.of(base), config.checkpointing)
+    prepare.checkpoint_blocks(model, families.of(base), config.checkpointing, config.offload)
     return model
 
 

@@ -64,11 +64,11 @@ class Section:
 # Those of a stage run side by side, where cores allow it: they mostly wait for processes to start and for plans. What
 # shows most stands first, for a machine that is taken away early.
 STAGES = (
-    (Section("machine", 50),),
-    (Section("kernels", 120), Section("resume", 120), Section("memory", 120)),
-    (Section("throughput", 100),),
-    (Section("runs", 90),),
-    (Section("capped", 120),),
+    (Section("machine", 60),),
+    (Section("kernels", 115), Section("resume", 115), Section("memory", 115)),
+    (Section("throughput", 95),),
+    (Section("runs", 105),),
+    (Section("capped", 105),),
 )
 SECTIONS = tuple(itertools.chain(*STAGES))
 CORES = 8  # from which on stages run side by side

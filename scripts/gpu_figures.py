@@ -5,7 +5,9 @@ Every figure of memory is printed beside the plan that was made before the GPU w
 
 from __future__ import annotations
 
+import cProfile
 import json
+import pstats
 import shutil
 import time
 from collections.abc import Mapping
@@ -122,7 +124,7 @@ class Bench:
         return round(float(4 * parameters * rate / most / 1e12), 3)
 
     def profile(self, name: str, most: int = 12) -> None:
-        """Say which operations of a step took longest."""
+        """Say which operations of a step took longest, and which were most; and where Python spent the time of one."""
         import torch
 
         cuda = self.device.type == "cuda"
@@ -135,7 +137,14 @@ class Bench:
         rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, key))
         took = sum(getattr(row, key) for row in rows) / 1000
         longest = [f"{row.key[:50]} {getattr(row, key) / 1000:.1f} ms x {row.count}" for row in rows[:most]]
-        self.here.say(name, took > 0, ms=round(took, 1), launches=sum(row.count for row in rows), longest=longest)
+        often = [f"{row.key[:90]} x {row.count}" for row in sorted(rows, key=lambda row: -row.count)[: 2 * most]]
+        launches = sum(row.count for row in rows)
+        self.here.say(name, took > 0, ms=round(took, 1), launches=launches, longest=longest, often=often)
+        with cProfile.Profile() as python:
+            self.step(34, 4096)
+        calls = sorted(pstats.Stats(python).get_stats_profile().func_profiles.items(), key=lambda one: -one[1].tottime)
+        spent = [f"{of.file_name[-30:]} {called} {of.tottime:.3f} s x {of.ncalls}" for called, of in calls[: 3 * most]]
+        self.here.say(f"{name}: Python", bool(spent), longest=spent)
 
 
 def model_for(device: Any) -> str:

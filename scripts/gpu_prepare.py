@@ -54,6 +54,9 @@ PLAIN = {
         ("llama-3.1-8b", "lora", False, 2, 2048),
         ("llama-3.1-8b", "qlora", True, 2, 2048),
         ("llama-3.2-3b", "prefix", False, 2, 1024),
+        ("llama-3.1-8b", "lora, blocks 0-15 in main memory", False, 2, 2048),
+        ("llama-3.1-8b", "lora, blocks 0-15 recomputed", False, 2, 2048),
+        ("llama-3.1-8b", "dpo", False, 4, 1024),
     ),
 }
 PLAIN["141"] = PLAIN["80"]
