@@ -109,11 +109,14 @@ def largest_held_out(samples: Units, batch_size: int) -> Batch | None:
 
 def made_up(rows: int, length: int, vocabulary: int, labels: int | None = None, wanted: Wanted = "answers") -> Batch:
     """A micro-batch of documents that are all that long, every token but the first with a label, or so many at the end;
-    of what an objective needs: pairs are half as many rows."""
+    of what an objective needs: pairs are half as many rows, with a reference of zero."""
     mask = np.arange(length) > (0 if labels is None else max(0, length - 1 - labels))
     ids = (np.arange(length) % max(1, vocabulary)).astype(np.int32)
     samples = [Sample(ids, mask)] * 2
-    return flat(in_pairs(samples, wanted), [0] * (rows // 2 if wanted == "pairs" else rows))
+    batch = flat(in_pairs(samples, wanted), [0] * (rows // 2 if wanted == "pairs" else rows))
+    if batch.answers is not None:
+        batch.answers.reference[:] = 0  # so that the loss is finite where the steps are not on paper
+    return batch
 
 
 def likely_layout(wanted: str, model_config: PretrainedConfig) -> Layout:

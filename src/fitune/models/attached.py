@@ -52,7 +52,7 @@ class Attached:
     label rows alone, and how; None: not tried yet. flat: shared by the attention modules
     of a model whose blocks hand no keywords through (BLOOM). copies: a context inside of which no weight changes, so
     that LoRA's are cast once for all layers (kernels/low_rank.py). waits: what its blocks have in main memory beside a
-    GPU (offload.py).
+    GPU (offload.py). attentions: of each attention that it was switched to, what it set in which config.
     """
 
     compute: torch.dtype | None = None
@@ -69,6 +69,7 @@ class Attached:
     flat: FlatState | None = None
     copies: Callable[[], AbstractContextManager[None]] = nullcontext
     waits: Waits = field(default_factory=lambda: Waits(Host()))
+    attentions: dict[str, list[tuple[Any, str]]] = field(default_factory=dict)
 
 
 def of(model: nn.Module) -> Attached:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fitune.core.errors import ModelError
 from fitune.models import determinism
@@ -49,8 +50,8 @@ def attention(
         if flat is not None and kept is not None:
             flat.bounds, flat.prefix, flat.label_rows = kept
             inner.config._attn_implementation = before
-        elif inner.config._attn_implementation != before:
-            inner.set_attn_implementation(before)
+        else:
+            _set(inner, before)
 
 
 def _switch(inner: CausalLM, flat: FlatState | None, name: str, bounds: Tensor | None, prefix: Prefix | None) -> None:
@@ -60,12 +61,35 @@ def _switch(inner: CausalLM, flat: FlatState | None, name: str, bounds: Tensor |
         return
     if name == SDPA and not getattr(type(inner), "_supports_sdpa", True):
         name = "eager"
-    if inner.config._attn_implementation != name:
-        inner.set_attn_implementation(name)
-        if inner.config._attn_implementation != name:  # some models only warn
-            raise ModelError(
-                f"{type(inner).__name__}: its attention cannot be replaced", expected=f"attention {name!r}"
-            )
+    _set(inner, name)
+    if inner.config._attn_implementation != name:  # some models only warn
+        raise ModelError(f"{type(inner).__name__}: its attention cannot be replaced", expected=f"attention {name!r}")
+
+
+def _set(inner: CausalLM, name: str) -> None:
+    """Switch the attention, once by transformers, which goes through all modules for it; from then on by what that has
+    set in the configs. A step switches twice."""
+    if inner.config._attn_implementation == name:
+        return
+    known = of(inner).attentions
+    if name in known and known[name][0][0] is inner.config:
+        for config, value in known[name]:
+            config._attn_implementation = value  # and in the configs below it, which come after it
+        return
+    inner.set_attn_implementation(name)
+    if inner.config._attn_implementation == name:
+        models = (module.config for module in inner.modules() if isinstance(module, PreTrainedModel))
+        configs = {id(config): config for model in models for config in _with_inner(model)}
+        known[name] = [(config, config._attn_implementation) for config in configs.values()]
+
+
+def _with_inner(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """A config, and those that stand in it."""
+    yield config
+    for key in config.sub_configs:
+        inner = getattr(config, key, None)
+        if inner is not None:
+            yield from _with_inner(inner)
 
 
 @contextmanager
