@@ -219,7 +219,7 @@ def _batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         expected = _ids(tokenizer, shortest, literal=False)  # and the settings of the backend are those of this call
         if _bare(backend, [shortest]) == [expected]:
             if max(len(text) for text in texts) > long.LONG and long.separable(tokenizer.get_vocab()):
-                return [_in_parts(tokenizer, text) for text in texts]
+                return [_in_parts(backend, text) for text in texts]
             return _bare(backend, texts)
     found = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
     return list(found["input_ids"])
@@ -229,11 +229,11 @@ def _bare(backend: Any, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def _in_parts(tokenizer: Tokenizer, text: str) -> list[int]:
-    front = _bare(tokenizer.backend_tokenizer, ["\n"])[0]
+def _in_parts(backend: Any, text: str) -> list[int]:
+    front = _bare(backend, ["\n"])[0]
 
     def first(part: str) -> list[int]:
-        return _bare(tokenizer.backend_tokenizer, [part])[0]
+        return _bare(backend, [part])[0]
 
     def later(part: str) -> list[int]:  # as in `encode`
         ids = first("\n" + part)
