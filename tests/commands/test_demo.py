@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -121,7 +120,7 @@ class Stopped(Watcher):
 
     def step(self, record: StepRecord) -> None:
         if record.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_demo_that_is_resumed_has_its_before_and_after(short_demo: None, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fitune
+from fitune.commands.export_gguf import GgufOptions
 from fitune.commands.export_lora import export_lora
 from fitune.commands.export_ollama import export_ollama
 from fitune.commands.same_answers import Sizes
@@ -50,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_llama_cpp
 def test_the_adapter_alone_answers_as_chat_does(run: Path, tmp_path: Path) -> None:
-    done = export_lora(run, tmp_path / "a.gguf", verify=True, sizes=QUICK)
+    done = export_lora(run, tmp_path / "a.gguf", GgufOptions(verify=True, sizes=QUICK))
     assert done.compared is not None
     assert done.compared.text() == "10 of 10 prompts, 80 tokens equal; 300 of 300 strings"
 
@@ -74,7 +75,7 @@ def test_a_fault_in_the_adapter_is_refused(
         monkeypatch.setattr(lora, "_change", lambda architecture, name, config, scale, rows: rows)
     monkeypatch.setattr(lora, "draft", broken)
     with pytest.raises(ModelError, match="would not answer as fitune's chat does"):
-        export_lora(run, tmp_path / "a.gguf", verify=True, sizes=QUICK)
+        export_lora(run, tmp_path / "a.gguf", GgufOptions(verify=True, sizes=QUICK))
     assert list(tmp_path.iterdir()) == []
 
 

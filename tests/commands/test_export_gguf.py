@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fitune
 from fitune.commands import export_gguf as exporting
-from fitune.commands.export_gguf import ExportedGguf, drafted, export_gguf
+from fitune.commands.export_gguf import ExportedGguf, GgufOptions, drafted, export_gguf
 from fitune.commands.same_answers import Sizes, compare
 from fitune.core.errors import FituneError, ModelError, RunFolderError
 from fitune.data import tokenizer
@@ -163,8 +163,8 @@ def test_numbers_that_a_type_cannot_hold(tmp_path: Path) -> None:
     tensors["model.layers.2.mlp.up_proj.weight"][3, 3] = 1e6
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"blk\.2\.ffn_up\.weight: numbers that f16 cannot hold"):
-        export_gguf(folder, tmp_path / "a.gguf", type_="f16")
-    export_gguf(folder, tmp_path / "b.gguf", type_="bf16")
+        export_gguf(folder, tmp_path / "a.gguf", GgufOptions(type="f16"))
+    export_gguf(folder, tmp_path / "b.gguf", GgufOptions(type="bf16"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.gguf", "model"]
 
 
@@ -173,7 +173,7 @@ def test_numbers_that_a_type_cannot_hold(tmp_path: Path) -> None:
 
 @needs_llama_cpp
 def test_llama_cpp_answers_as_chat_does(tmp_path: Path) -> None:
-    done = export_gguf(BUNDLED, tmp_path / "a.gguf", verify=True, sizes=QUICK)
+    done = export_gguf(BUNDLED, tmp_path / "a.gguf", GgufOptions(verify=True, sizes=QUICK))
     assert isinstance(done, ExportedGguf)
     assert done.compared is not None
     assert done.compared.text() == "12 of 12 prompts, 96 tokens equal; 600 of 600 strings"
@@ -185,7 +185,7 @@ def test_llama_cpp_answers_as_chat_does(tmp_path: Path) -> None:
 def test_what_a_type_rounds_away_is_measured(tmp_path: Path) -> None:
     found = {}
     for kind in ("q8_0", "q4_0"):
-        done = export_gguf(BUNDLED, tmp_path / f"{kind}.gguf", type_=kind, verify=True, sizes=QUICK)
+        done = export_gguf(BUNDLED, tmp_path / f"{kind}.gguf", GgufOptions(type=kind, verify=True, sizes=QUICK))
         assert "in float32: 12 of 12 prompts, 96 tokens equal; 600 of 600 strings" in done.lines()
         line = next(note for note in done.notes if note.startswith(f"as {kind}: next token the same behind"))
         found[kind] = float(line.split("at most ")[1].split()[0])
@@ -195,7 +195,7 @@ def test_what_a_type_rounds_away_is_measured(tmp_path: Path) -> None:
 @pytest.mark.full
 @needs_llama_cpp
 def test_the_whole_comparison(tmp_path: Path) -> None:
-    done = export_gguf(BUNDLED, tmp_path / "a.gguf", verify=True)
+    done = export_gguf(BUNDLED, tmp_path / "a.gguf", GgufOptions(verify=True))
     assert done.compared is not None
     assert done.compared.text() == "200 of 200 prompts, 12,800 tokens equal; 10,000 of 10,000 strings"
 
@@ -220,7 +220,7 @@ def test_another_token_is_no_tie_where_the_logits_say_otherwise(
 
 def test_without_the_library_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llamacpp, "installed", lambda: False)
-    done = export_gguf(BUNDLED, tmp_path / "a.gguf", verify=True)
+    done = export_gguf(BUNDLED, tmp_path / "a.gguf", GgufOptions(verify=True))
     assert done.compared is None
     assert any("is not there to compare with" in note for note in done.notes)
 
@@ -342,7 +342,7 @@ def test_a_fault_is_refused_with_its_place(tmp_path: Path, monkeypatch: pytest.M
     real = exporting.drafted
     monkeypatch.setattr(exporting, "drafted", lambda folder, name: FAULTS["two tokens swapped"](real(folder, name)))
     with pytest.raises(FituneError) as error:
-        export_gguf(BUNDLED, tmp_path / "a.gguf", verify=True, sizes=QUICK)
+        export_gguf(BUNDLED, tmp_path / "a.gguf", GgufOptions(verify=True, sizes=QUICK))
     assert "tokens of" in str(error.value)
     assert "at token" in str(error.value)
     assert list(tmp_path.iterdir()) == []

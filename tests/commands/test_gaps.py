@@ -179,11 +179,11 @@ class Signals(Watcher):
 
     def step(self, record: StepRecord) -> None:
         if record.step == 2:
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)
 
     def stopping(self) -> None:
         if self.again:
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGHUP is POSIX")

@@ -168,7 +168,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     number: int, unbroken: Path, model_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    stop = StopAt(5, lambda: os.kill(os.getpid(), number))
+    stop = StopAt(5, lambda: signal.raise_signal(number))
     with pytest.raises(Interrupted) as caught:
         train(build(settings(model_folder, data, run)), watch=stop)
     assert caught.value.exit_code == 130
@@ -186,10 +186,10 @@ def test_a_second_signal_stops_at_once_and_the_run_goes_on(
         """The second one comes while what the first one asked for is going on."""
 
         def stopping(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Interrupted) as caught:
-        train(build(settings(model_folder, data, run)), watch=Twice(5, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        train(build(settings(model_folder, data, run)), watch=Twice(5, lambda: signal.raise_signal(signal.SIGINT)))
     assert caught.value.exit_code == 130
     text = "stopped at once, last checkpoint: step-000004. Resume with: fitune train --resume --output"
     assert str(caught.value) == f"{text} {run}"

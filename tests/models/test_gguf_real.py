@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fitune.commands.export_gguf import drafted, export_gguf
+from fitune.commands.export_gguf import GgufOptions, drafted, export_gguf
 from fitune.commands.same_answers import Compared, Sizes, compare
 from fitune.data import tokenizer
 from fitune.engine.loading import load
@@ -42,6 +42,8 @@ def test_published_tokenizers(name: str, shared: Path, tmp_path: Path) -> None:
 
 
 def test_a_published_model(shared: Path, tmp_path: Path) -> None:
-    done = export_gguf(shared / "models" / "stories260K", tmp_path / "a.gguf", verify=True, sizes=Sizes(20, 64, 2000))
+    done = export_gguf(
+        shared / "models" / "stories260K", tmp_path / "a.gguf", GgufOptions(verify=True, sizes=Sizes(20, 64, 2000))
+    )
     assert done.compared is not None
     assert done.compared.text() == "20 of 20 prompts, 1,280 tokens equal; 2,000 of 2,000 strings"

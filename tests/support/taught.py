@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from fitune.commands.export_gguf import export_gguf
+from fitune.commands.export_gguf import GgufOptions, export_gguf
 from fitune.commands.same_answers import PROMPTS, TOKENS, Sizes, questions
 from fitune.engine.generation import SIDE_BY_SIDE, most_probable
 from fitune.engine.loading import load
@@ -87,7 +87,7 @@ def compared(kind: str, place: Path) -> Row:
     steps = 2 * STEPS if kind in SLOW else STEPS
     _teach(model, list(zip(prompts, _targets(len(prompts)), strict=True)), steps)
     model.save_pretrained(str(folder))
-    done = export_gguf(folder, place / "a.gguf", verify=True, sizes=Sizes(strings=STRINGS))
+    done = export_gguf(folder, place / "a.gguf", GgufOptions(verify=True, sizes=Sizes(strings=STRINGS)))
     found = done.compared
     assert found is not None
     tuned = load(folder, device="cpu", precision="fp32")

@@ -77,18 +77,15 @@ def export(
     """
     if to not in LAYOUTS:
         raise ModelError(f"--to {to}", expected=", ".join(LAYOUTS))
-    if to == "gguf":
-        from fitune.commands.export_gguf import export_gguf
+    if to in ("gguf", "gguf-lora", "ollama"):
+        from fitune.commands import export_gguf, export_lora, export_ollama
 
-        return export_gguf(model, output, type_=type_, verify=verify, base=base)
-    if to == "gguf-lora":
-        from fitune.commands.export_lora import export_lora
-
-        return export_lora(model, output, type_=type_, verify=verify, base=base)
-    if to == "ollama":
-        from fitune.commands.export_ollama import export_ollama
-
-        return export_ollama(model, output, type_=type_, verify=verify, base=base)
+        write = {
+            "gguf": export_gguf.export_gguf,
+            "gguf-lora": export_lora.export_lora,
+            "ollama": export_ollama.export_ollama,
+        }
+        return write[to](model, output, export_gguf.GgufOptions(type_, verify, base))
     if to == "vllm":
         from fitune.commands.export_vllm import export_vllm
 

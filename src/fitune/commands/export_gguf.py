@@ -84,38 +84,52 @@ class ExportedGguf:
         return lines + self.notes
 
 
-def export_gguf(
-    model: str | Path,
-    output: str | Path,
-    *,
-    type_: str = "auto",
-    verify: bool = False,
-    base: str | Path | None = None,
-    sizes: Sizes | None = None,
-) -> ExportedGguf:
+@dataclass(frozen=True)
+class GgufOptions:
+    """How a GGUF is written.
+
+    Args:
+        type: of the numbers: auto (as the model is stored; float32 for an adapter), f32, f16, bf16; of a model q8_0 and
+            q4_0 too.
+        verify: compare llama.cpp on the file with fitune's chat, where the library is installed.
+        base: where a run's base model is now, if it was moved.
+        sizes: how much is compared.
+    """
+
+    type: str = "auto"
+    verify: bool = False
+    base: str | Path | None = None
+    sizes: Sizes | None = None
+
+    def check_type(self, known: tuple[str, ...], of: str = "") -> None:
+        """Raises ModelError where there is no such type."""
+        if self.type not in known:
+            raise ModelError(f"--type {self.type}{of}", expected=", ".join(known))
+
+
+USUAL = GgufOptions()
+
+
+def export_gguf(model: str | Path, output: str | Path, how: GgufOptions = USUAL) -> ExportedGguf:
     """Write a run or a model as a GGUF.
 
     Args:
         model: a run folder, a model folder, or a hub id.
         output: the file; it must not be there.
-        type_: of the numbers: auto (as the model is stored), f32, f16, bf16, q8_0, q4_0.
-        verify: compare llama.cpp on the file with fitune's chat, where the library is installed.
-        base: where a run's base model is now, if it was moved.
-        sizes: how much is compared.
+        how: the type of its numbers, and what is compared.
 
     Raises:
         ModelError: llama.cpp has no such model or tokenizer, or the file would answer otherwise.
         RunFolderError: the file is there already, or the disk is full.
     """
     target = expand(output)
-    if type_ not in TYPES:
-        raise ModelError(f"--type {type_}", expected=", ".join(TYPES))
+    how.check_type(TYPES)
     check_target(target)
     with disk(target.parent, fix="free some space or choose another --output"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with Scratch(target) as place, _plain(model, place, base) as (folder, merged, stored):
-            work = _Work(folder, target, place, merged, stored if type_ == "auto" else type_)
-            done = work.write(str(model) if verify else None, base, sizes)
+        with Scratch(target) as place, _plain(model, place, how.base) as (folder, merged, stored):
+            work = _Work(folder, target, place, merged, stored if how.type == "auto" else how.type)
+            done = work.write(str(model), how)
         sync(target.parent)
     return done
 
@@ -188,20 +202,20 @@ class _Work:
     merged: Merged | None
     type: str
 
-    def write(self, model: str | None, base: str | Path | None, sizes: Sizes | None) -> ExportedGguf:
-        """Write, read back, compare, and give the file its name. model: what it is compared with; None: nothing."""
+    def write(self, model: str, how: GgufOptions) -> ExportedGguf:
+        """Write, read back, compare, and give the file its name. model: what it is compared with."""
         plan = drafted(self.folder, self.target.stem)
         file = self.place / "model.gguf"
         plan.write(file, self.type)
         refuse(self.target, readback.differences(file, plan, self.type), "is not what was to be written")
         notes = [*plan.notes, *(f"otherwise in llama.cpp: {text}" for text in plan.vocabulary.exceptions)]
         compared = None
-        if model is not None and llamacpp.installed():
-            tuned = load(model, model=base, device="cpu", precision="fp32")
-            compared = self._compare(plan, file, tuned, sizes)
-            notes += self._rounding(plan, file, tuned, sizes)
+        if how.verify and llamacpp.installed():
+            tuned = load(model, model=how.base, device="cpu", precision="fp32")
+            compared = self._compare(plan, file, tuned, how.sizes)
+            notes += self._rounding(plan, file, tuned, how.sizes)
             notes += [f"noted: {text}" for text in compared.known if text not in plan.vocabulary.exceptions]
-        elif model is not None:
+        elif how.verify:
             notes.append(f"read back whole; llama.cpp's library is not there to compare with: {llamacpp.INSTALL}")
         count, size = len(plan.pieces), file.stat().st_size
         file.replace(self.target)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fitune.commands.export_gguf import ExportedGguf, check_target, drafted, refuse
+from fitune.commands.export_gguf import USUAL, ExportedGguf, GgufOptions, check_target, drafted, refuse
 from fitune.commands.same_answers import Compared, Sizes, compare
-from fitune.core.errors import ModelError
 from fitune.core.files import disk, expand, sync
 from fitune.core.scratch import Scratch
 from fitune.data import tokenizer
@@ -23,41 +22,29 @@ from fitune.models.handover.gguf import Draft, architectures, hyper, llamacpp, l
 TYPES = ("auto", "f32", "f16", "bf16")
 
 
-def export_lora(
-    run: str | Path,
-    output: str | Path,
-    *,
-    type_: str = "auto",
-    verify: bool = False,
-    base: str | Path | None = None,
-    sizes: Sizes | None = None,
-) -> ExportedGguf:
+def export_lora(run: str | Path, output: str | Path, how: GgufOptions = USUAL) -> ExportedGguf:
     """Write the adapter of a run as a GGUF.
 
     Args:
         run: a finished run of method lora.
         output: the file; it must not be there.
-        type_: of the numbers: auto and f32, f16, bf16.
-        verify: compare llama.cpp, with the adapter on its base model, with fitune's chat.
-        base: where the base model is now, if it was moved.
-        sizes: how much is compared.
+        how: the type of its numbers, and what is compared: llama.cpp, with the adapter on its base model.
 
     Raises:
         ModelError: llama.cpp takes no such adapter, or it would answer otherwise.
         RunFolderError: the run is not finished, or the file is there already.
     """
-    if type_ not in TYPES:
-        raise ModelError(f"--type {type_} for an adapter", expected=", ".join(TYPES))
+    how.check_type(TYPES, " for an adapter")
     target, folder = expand(output), RunFolder(expand(run))
     check_target(target)
     config = finished(folder)
-    model = Path(base_of(folder, config, base))
+    model = Path(base_of(folder, config, how.base))
     found = read_config(model)
     name, metadata, pieces = lora.draft(folder.adapter, target.stem, found)
     architecture = architectures.of(found)
     known = vocabulary.of(tokenizer.load(folder.tokenizer), found.vocab_size)
     plan = Draft(architecture, metadata, pieces, known, hyper.context(found, architecture))
-    kind = "f32" if type_ == "auto" else type_
+    kind = "f32" if how.type == "auto" else how.type
     packed = config.quant.name != "none" or quantized_as(found).name != "none"
     notes = [f"put it on {model} as a GGUF: fitune export {model} --to gguf --output BASE.gguf"]
     compared = None
@@ -67,12 +54,12 @@ def export_lora(
             file = place / "adapter.gguf"
             stream.write(file, name, metadata, pieces, kind)
             refuse(target, readback.differences(file, plan, kind), "is not what was to be written")
-            if verify and packed:
+            if how.verify and packed:
                 notes.append("not compared: the run was tuned on quantized weights, which llama.cpp has not")
-            elif verify and llamacpp.installed():
-                compared = _compare(folder, model, place, plan, sizes)
+            elif how.verify and llamacpp.installed():
+                compared = _compare(folder, model, place, plan, how.sizes)
                 refuse(target, compared.problems, "would not answer as fitune's chat does")
-            elif verify:
+            elif how.verify:
                 notes.append(f"read back whole; llama.cpp's library is not there to compare with: {llamacpp.INSTALL}")
             size = file.stat().st_size
             file.replace(target)

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from gguf import GGUFReader, Keys
 
-from fitune.commands.export_gguf import ExportedGguf, export_gguf
-from fitune.commands.same_answers import Sizes
+from fitune.commands.export_gguf import USUAL, ExportedGguf, GgufOptions, export_gguf
 from fitune.core.errors import ModelError
 from fitune.core.files import check_new, expand, whole_folder
 from fitune.core.records import Conversation
@@ -31,21 +30,13 @@ from fitune.models.locate import locate
 FILE, MODELFILE = "model.gguf", "Modelfile"
 
 
-def export_ollama(
-    model: str | Path,
-    output: str | Path,
-    *,
-    type_: str = "auto",
-    verify: bool = False,
-    base: str | Path | None = None,
-    sizes: Sizes | None = None,
-) -> ExportedGguf:
+def export_ollama(model: str | Path, output: str | Path, how: GgufOptions = USUAL) -> ExportedGguf:
     """Write a folder for `ollama create`.
 
     Args:
         model: a run folder, a model folder, or a hub id.
         output: a new or empty folder.
-        type_, verify, base, sizes: as for `export_gguf`.
+        how: as for `export_gguf`.
 
     Raises:
         ModelError: the template cannot be written in Ollama's language; else as for `export_gguf`.
@@ -56,7 +47,7 @@ def export_ollama(
     encoder = _encoder(model)
     made = ollama.frame(partial(_as_others, _jinja(encoder), encoder), list(special.added(encoder.tokenizer)))
     with whole_folder(target) as place:
-        done = export_gguf(model, place / FILE, type_=type_, verify=verify, base=base, sizes=sizes)
+        done = export_gguf(model, place / FILE, how)
         adds = _adds_bos(place / FILE)
         bos = encoder.tokenizer.bos_token
         if adds and bos:  # Ollama puts it in front by itself, and takes none away

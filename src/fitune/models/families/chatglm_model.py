@@ -53,39 +53,28 @@ class ChatGLMConfig(PreTrainedConfig):
         "max_position_embeddings": "max_sequence_length",
     }
 
-    def __init__(
-        self,
-        vocab_size: int = 130528,
-        hidden_size: int = 4096,
-        num_layers: int = 28,
-        num_attention_heads: int = 32,
-        inner_hidden_size: int = 16384,
-        layernorm_epsilon: float = 1e-5,
-        max_sequence_length: int = 2048,
-        bos_token_id: int = 130004,
-        eos_token_id: int = 130005,
-        mask_token_id: int = 130000,
-        gmask_token_id: int = 130001,
-        pad_token_id: int = 3,
-        initializer_range: float = 0.02,
-        use_cache: bool = True,
-        tie_word_embeddings: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size, self.hidden_size, self.num_layers = vocab_size, hidden_size, num_layers
-        self.num_attention_heads, self.inner_hidden_size = num_attention_heads, inner_hidden_size
-        self.layernorm_epsilon, self.max_sequence_length = layernorm_epsilon, max_sequence_length
-        self.mask_token_id, self.gmask_token_id = mask_token_id, gmask_token_id
-        self.initializer_range, self.use_cache = initializer_range, use_cache
+    vocab_size: int = 130528
+    hidden_size: int = 4096
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    inner_hidden_size: int = 16384
+    layernorm_epsilon: float = 1e-5
+    max_sequence_length: int = 2048
+    bos_token_id: int = 130004
+    eos_token_id: int = 130005
+    mask_token_id: int = 130000
+    gmask_token_id: int = 130001
+    pad_token_id: int = 3
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    position_encoding_2d: bool = True
+    apply_residual_connection_post_layernorm: bool = True  # of a block's sum: no block can be the identity
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Whatever a file says of its positions: they have two rows in this model."""
         self.position_encoding_2d = True
-        self.apply_residual_connection_post_layernorm = True  # of a block's sum: no block can be the identity
-        super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **{name: value for name, value in kwargs.items() if name != "position_encoding_2d"},
-        )
+        super().__post_init__(**kwargs)
 
 
 def positions_of(ids: NDArray[np.integer], config: ChatGLMConfig) -> NDArray[np.int64]:
