@@ -188,7 +188,8 @@ def _settings(config: RunConfig) -> str:
 def _results(run: RunFolder) -> list[str]:
     if not run.has("result"):
         return []
-    figures = {name: getattr(result_of(run), name) for name in FIGURES}
+    result = result_of(run)
+    figures = {name: getattr(result, name) for name in FIGURES}
     rows = [f"| {FIGURES[name]} | {_number(value)} |" for name, value in figures.items() if value is not None]
     rates = [record.lr for record in run.read_steps()]
     rows += [f"| learning rate, largest | {max(rates):g} |"] if rates else []
