@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import subprocess
 import sys
 import threading
@@ -155,6 +154,7 @@ def test_the_revision_is_kept_in_the_run(server: Server, data_file: Path, tmp_pa
 # ---- folders that want code ----
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the terminal is one of POSIX")
 def test_a_model_that_wants_code_is_refused_though_a_terminal_says_yes(
     tmp_path: Path, data_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +190,8 @@ def test_a_model_that_wants_code_is_refused_though_a_terminal_says_yes(
 
 def at_a_terminal(command: list[str]) -> tuple[int, str]:
     """Run a command at a terminal on which somebody types y and Enter all the time."""
+    import pty  # POSIX has it, Windows has not
+
     ours, theirs = pty.openpty()
     process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     os.close(theirs)

@@ -209,3 +209,34 @@ def test_a_comprehension_that_hides_a_name_is_seen() -> None:
     assert shadowing(top + function + "return (spec(one) for spec, one in a)") == []
     assert shadowing(top + function + "spec = 1\n    return spec") == []  # the function's own name all through
     assert shadowing("a = [spec for spec in ()]\n" + function + "return spec") == []
+
+
+def without_encoding(source: str) -> list[int]:
+    """The lines that read or write text in the encoding of the machine, which on Windows is not UTF-8."""
+    found = []
+    for node in [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]:
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        modes = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        text = {
+            "read_text": not node.args,
+            "write_text": len(node.args) < 2,
+            "open": any(set(mode) <= set("rwxat+") for mode in modes),
+        }
+        if text.get(name) and not any(keyword.arg == "encoding" for keyword in node.keywords):
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.unit
+def test_text_is_read_and_written_as_utf_8() -> None:
+    found = {path.name: without_encoding(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py")}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.unit
+def test_text_in_the_encoding_of_the_machine_is_seen() -> None:
+    assert without_encoding("a.read_text()\na.write_text(b)\nopen(a, 'w')\na.open('r')\nwith open(a, 'a'): pass") == [
+        1, 2, 3, 4, 5,
+    ]  # fmt: skip
+    fine = "a.read_text('utf-8')\na.write_text(b, encoding=c)\nopen(a, 'wb')\na.open('w', encoding=c)\nos.open(a, b)"
+    assert without_encoding(fine) == []

@@ -53,6 +53,7 @@ def test_the_record_has_nothing_bad() -> None:
     assert record["kills_inside_a_save"] * 4 >= record["counts"]["kill"]["tried"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the script forks")
 @pytest.mark.parametrize(
     ("code", "err", "same", "result"),
     [
