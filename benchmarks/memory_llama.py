@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 import warnings
 from typing import Any
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from fitune.core import catalog
 from fitune.core.config import build
-from fitune.memory import device, plan, steps
+from fitune.memory import device, measure, plan, steps
 from fitune.memory.counted import shadows
 from fitune.memory.cuda import Cuda
 from fitune.memory.trace import Building, Tracer
@@ -107,7 +106,7 @@ def eight_billion() -> dict[str, Any]:
     began = time.perf_counter()
     plan.plan(plan.Work(config, shape, [[short], [long]], long), device.find("24GB"), name="llama-3.1-8b")
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "process_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {"seconds": seconds, "process_mib": measure.peak_mib(torch.device("cpu"))}
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -98,6 +97,12 @@ class Meter:
 
 def resident_mib() -> float:
     """The most memory that this process held, in MiB."""
+    if sys.platform == "win32":
+        import psutil  # accelerate needs it too
+
+        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
