@@ -5,8 +5,7 @@ In: a value as JSON has it. Out: the record, or an error that names each field t
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,7 +27,8 @@ def parse(kind: type[T], value: object, where: str) -> T:
         RunFolderError: a field is missing, or of another type.
     """
     try:
-        return _adapter(kind).validate_python(value)
+        checked: T = _adapter(kind).validate_python(value)
+        return checked
     except ValidationError as error:
         wrong = error.errors(include_url=False)
         reason = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in wrong[:4])
@@ -37,7 +37,11 @@ def parse(kind: type[T], value: object, where: str) -> T:
         ) from None
 
 
-@lru_cache(maxsize=256)  # as many kinds as there are, and kinds that a caller makes do not pile up
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    """pydantic reads the fields of a kind, and compiles what checks them, in some milliseconds."""
-    return TypeAdapter(kind)
+ADAPTERS: dict[object, TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: type[T]) -> TypeAdapter[Any]:
+    """Made once: pydantic reads the fields of a kind, and compiles what checks them, in some milliseconds."""
+    if kind not in ADAPTERS:
+        ADAPTERS[kind] = TypeAdapter(kind)
+    return ADAPTERS[kind]
