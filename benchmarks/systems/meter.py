@@ -14,7 +14,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -181,6 +181,14 @@ def operations() -> Any:
     counter = FlopCounterMode(display=False, custom_mapping=attention_formulas())
     counter.mod_tracker = Nowhere()  # type: ignore[assignment]  # all that is asked of a tracker
     return counter
+
+
+def flops_of(work: Callable[[], object]) -> int:
+    """The operations that some work takes, by torch's counter."""
+    counter = operations()
+    with counter:
+        work()
+    return int(counter.get_total_flops())
 
 
 class Nowhere:

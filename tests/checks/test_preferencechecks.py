@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fitune.checks import datachecks, pairchecks, preferencechecks
+from fitune.checks import datachecks, leak, pairchecks, preferencechecks
 from fitune.core.config import build
 from fitune.core.records import Conversation, DataReport, Finding, Message, Sample, Source
 from fitune.data.encode import Encoder
@@ -153,3 +153,34 @@ def test_what_nobody_computed_is_computed_of_the_first_pairs() -> None:
     assert preferencechecks.means_of(model, known, "flat", 1).tolist() == [[-2, -1]]
     assert means.shape == (2, 2)
     assert (means < 0).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_model_that_loses_a_prompt_that_stands_once_is_noticed(kind: str) -> None:
+    """Mistral's window depends on lengths, so that a whole pair is looked at."""
+    model, some = tiny.make_model(kind), pairs(7)
+    once = Pairs(some.samples, common=np.array([0, 5], np.int32))  # of the second one the prompts are the same
+    once.samples[3].ids[:6] = once.samples[2].ids[:6]
+    found = leak.shared_prompt(model, once)
+    assert found.level == "ok"
+    assert "5 tokens of prompts stand once" in found.text
+    none = Pairs(some.samples, common=np.zeros(2, np.int32))
+    assert "no pair has a prompt" in leak.shared_prompt(model, none).text
+    forward = model.base_model.forward
+
+    def forgets(*args: Any, documents: Any, **kwargs: Any) -> Any:
+        return forward(*args, documents=replace(documents, shared=None), **kwargs)
+
+    model.base_model.forward = forgets
+    assert leak.shared_prompt(model, once).level == "fixed"
+
+
+def test_a_model_that_cannot_run_so_gets_a_prompt_for_each_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*args: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(leak, "label_hidden", refuses)
+    once = Pairs(pairs(7).samples, common=np.array([5, 5], np.int32))
+    found = leak.shared_prompt(tiny.make_model("llama"), once)
+    assert found.level == "fixed"
+    assert "the model cannot do it" in found.text

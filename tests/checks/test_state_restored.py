@@ -16,6 +16,7 @@ from fitune.engine.non_finite import first_non_finite
 from fitune.engine.step import held_out_loss, hidden_states, loss_sum
 from fitune.models import adapters, attached
 from fitune.models.kernels.attention import FLAT
+from fitune.models.kernels.placed import place
 from fitune.models.prepare import checkpoint_blocks, ready
 from fitune.models.switches import SDPA, attention, evaluating, training
 from support import tiny
@@ -31,7 +32,7 @@ def state(model: Any) -> dict[str, Any]:
     return {
         "modes": {name: module.training for name, module in model.named_modules()},
         "attention": inner.config._attn_implementation,
-        "flat": None if flat_state is None else (flat_state.bounds, flat_state.prefix),
+        "flat": None if flat_state is None else (flat_state.documents, flat_state.prefix),
         "trains": [name for name, p in model.named_parameters() if p.requires_grad],
         "gradients": [name for name, p in model.named_parameters() if p.grad is not None],
         "hooks": sum(len(module._forward_hooks) for module in model.modules()),
@@ -104,7 +105,7 @@ def test_switches_are_put_back_by_an_error_too(kind: str) -> None:
     model = tuned(kind)
     before = state(model)
     for switch in (
-        attention(model, FLAT, torch.tensor([0, 4])),
+        attention(model, FLAT, place(BATCH, torch.device("cpu")).documents),
         attention(model, SDPA),
         evaluating(model),
         training(model),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fitune.checks import leak
 from fitune.commands import reference
 from fitune.commands.train import resume_config, train
 from fitune.commands.verify import verify
@@ -18,6 +19,7 @@ from fitune.core.config import build
 from fitune.core.errors import ConfigError, TrainingError
 from fitune.core.events import Watcher
 from fitune.core.files import sha256
+from fitune.core.records import Finding
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.objectives.base import log_probabilities
 from support import tiny
@@ -152,6 +154,20 @@ def test_a_wrong_reference_ends_the_run(
     monkeypatch.setattr(reference, "log_probabilities", lambda *given: real(*given) + 0.1)
     with pytest.raises(TrainingError, match="preference-start: the loss of the first 3 rows"):
         train(build(settings(model_folder, pairs, tmp_path / "run", cache="none")))
+
+
+def test_a_model_that_needs_a_prompt_for_each_answer_trains_the_same(
+    unbroken: Path, model_folder: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = RunFolder(unbroken).read_steps()
+    found = json.loads((unbroken / "data.json").read_text())["findings"]
+    assert "tokens of prompts stand once" in next(one["text"] for one in found if one["rule"] == "shared-prompt")
+    fixed = Finding("shared-prompt", "fixed", "planted")
+    monkeypatch.setattr(leak, "shared_prompt", lambda *_: fixed)
+    train(build(settings(model_folder, pairs, tmp_path / "run", lora={"dropout": 0}, max_steps=2)))
+    apart = RunFolder(tmp_path / "run").read_steps()
+    assert apart[0].tokens > before[0].tokens
+    assert apart[0].loss == pytest.approx(before[0].loss, abs=1e-6)
 
 
 def test_only_rows_that_are_met_are_given_to_the_reference() -> None:

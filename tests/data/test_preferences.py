@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fitune.checks import stepchecks
 from fitune.core.errors import DataError
 from fitune.core.records import Conversation, Message, Pair, Sample, Source
 from fitune.data import preferences, rows
@@ -277,9 +278,52 @@ def test_a_pair_is_the_unit_that_batches_and_lengths_count() -> None:
     pairs = in_pairs(some(7), "pairs")
     assert isinstance(pairs, Pairs)
     assert isinstance(pairs[-1], Pair)
-    assert [len(one) for one in pairs[1:3]] == [5 + 6, 7 + 8]
+    assert [len(one) for one in pairs[1:3]] == [5 + 6 - 1, 7 + 8 - 1]  # of prompts of two tokens the first stands once
     assert lengths_of(pairs).tolist() == [len(one) for one in pairs]
     loader = Loader(pairs, 2, 1, 0)
     steps = [batch for _, step in loader.steps(0, loader.total_steps(1)) for batch in step]
     assert sorted(row for batch in steps for row in batch.rows) == list(range(7))
     assert all(len(batch.bounds) == 2 * len(batch.rows) + 1 for batch in steps)
+
+
+def prompted(prompt: int, lengths: tuple[int, int], shared: int) -> list[Sample]:
+    both = [np.concatenate([np.arange(prompt), np.arange(length) + 10 * n]) for n, length in enumerate(lengths, 1)]
+    made = [(ids.astype(np.int32), np.arange(len(ids)) >= prompt) for ids in both]
+    return [Sample(ids, mask, prompt_length=prompt, shared=shared) for ids, mask in made]
+
+
+def test_a_prompt_stands_once_but_for_its_last_token() -> None:
+    samples = [*prompted(4, (2, 3), 4), *prompted(5, (1, 1), 3), *prompted(1, (2, 2), 1)]  # the second one's differ
+    pairs = in_pairs(samples, "pairs")
+    assert isinstance(pairs, Pairs)
+    assert pairs.common is not None
+    assert pairs.common.tolist() == [3, 0, 0]
+    assert lengths_of(pairs).tolist() == [6 + 7 - 3, 12, 6]
+    batch = flat(pairs, [0, 1, 2])
+    assert batch.shared is not None
+    assert batch.shared.tolist() == [0, 3, 0, 0, 0, 0]
+    assert len(batch.ids) == lengths_of(pairs).sum() == sum(map(len, pairs))
+    start, end = batch.bounds[1:3]
+    assert batch.ids[start:end].tolist() == [3, 20, 21, 22]
+    assert batch.positions[start:end].tolist() == [3, 4, 5, 6]
+    assert batch.labels[:5].tolist() == [10, 11, 20, 21, 22]
+    assert batch.ids[batch.label_rows[:5]].tolist() == [3, 10, 3, 20, 21]
+    alone = flat(pairs, [1])
+    assert alone.shared is None
+    assert split(batch, 3)[0].shared is not None
+    assert flat(pairs.apart(), [0, 1, 2]).shared is None
+    assert stepchecks.batch_labels([batch], pairs).level == "ok"
+    wrong = replace(batch, positions=np.where(np.arange(len(batch.ids)) == start, 0, batch.positions))
+    assert "its positions begin at 0, not at 3" in stepchecks.batch_labels([wrong], pairs).text
+    other = replace(pairs.samples[1], ids=pairs.samples[1].ids + np.int32(1))
+    mixed = Pairs([pairs.samples[0], other, *pairs.samples[2:]], common=pairs.common)
+    assert "both answers have other prompts" in stepchecks.batch_labels([flat(mixed, [0])], mixed).text
+
+
+def test_rows_that_are_cut_share_what_is_left() -> None:
+    pairs = in_pairs(prompted(6, (3, 4), 6), "pairs")
+    assert isinstance(pairs, Pairs)
+    cut = pairs.of([sample.part(slice(0, 4)) for sample in pairs.samples])
+    assert cut.common is not None
+    assert cut.common.tolist() == [3]
+    assert lengths_of(cut).tolist() == pairs.lengths(np.array([4, 4])).tolist() == [5]

@@ -232,7 +232,7 @@ def test_a_bias_a_stored_weight_and_one_in_16_bits_are_seen() -> None:
     stored.load_state_dict({f"0.{name}": value.bfloat16() for name, value in head.state_dict().items()}, assign=True)
     keep_stored(stored, torch.float32)
     for one, off in ((head, 1e-5), (stored[0], 2e-2)):
-        assert loss_kernel._matrix(one, hidden, gradient=True) is not None
+        assert loss_kernel.as_matrix(one, hidden, gradient=True) is not None
         loss = loss_kernel.label_loss(one, hidden, labels, 4003)
         (grad,) = torch.autograd.grad(loss, hidden)
         assert torch.isclose(loss.double(), total, rtol=off)
@@ -246,7 +246,7 @@ def test_what_is_more_than_a_frozen_matrix_goes_through_its_own_forward() -> Non
     hooked = copy.deepcopy(head)
     hooked.register_forward_hook(lambda module, args, out: out.index_fill(-1, labels[:1], 5.0))
     for one in (scaled, trained, patched, hooked):
-        assert loss_kernel._matrix(one, hidden, gradient=True) is None
+        assert loss_kernel.as_matrix(one, hidden, gradient=True) is None
         right = torch.nn.functional.cross_entropy(one(hidden), labels, reduction="sum")
         loss = loss_kernel.label_loss(one, hidden, labels, 4003)
         assert torch.isclose(loss, right, rtol=1e-5)
@@ -257,7 +257,7 @@ def test_what_is_more_than_a_frozen_matrix_goes_through_its_own_forward() -> Non
 def test_a_hook_that_looks_on_changes_nothing() -> None:
     head, hidden, _ = frozen(torch.float32)
     head.register_forward_pre_hook(loss_kernel.looks_on(lambda module, args: None))
-    assert loss_kernel._matrix(head, hidden, gradient=True) is not None
+    assert loss_kernel.as_matrix(head, hidden, gradient=True) is not None
 
 
 @pytest.mark.parametrize("trained", [False, True])

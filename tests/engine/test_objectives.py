@@ -19,10 +19,12 @@ from fitune.engine import objectives
 from fitune.engine.objectives.base import Preference, Scored, log_probabilities
 from fitune.engine.step import held_out, make_gradients
 from fitune.models import adapters
+from fitune.models.interfaces import causal_lm
 from fitune.models.kernels import row_losses as kernel
 from fitune.models.parts import trainable
 from fitune.models.switches import SDPA, attention
 from support import contract, tiny
+from support.flash import flash_by_hand
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 0.3, "label_smoothing": 0.1},
@@ -54,6 +56,11 @@ def pairs(name: str) -> Pairs:
             made.append(Sample(ids, np.arange(length) >= 3, prompt_length=3, shared=3))
     reference = random.normal(-40, 5, (len(LENGTHS), 2)).astype(np.float32)
     return Pairs(made, reference, np.array([True, False, True]) if name == "kto" else None)
+
+
+def once(rows: Pairs) -> Pairs:
+    """The same rows, each prompt but its last token once for both answers."""
+    return Pairs(rows.samples, rows.reference, rows.desirable, np.full(len(rows), 2, np.int32))
 
 
 # ---- the losses, in float64 and written out ----
@@ -159,16 +166,26 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def of_kind(model: Any, rows: Pairs) -> Pairs:
+    """Prompts of ChatGLM's first version end in the two tokens that make them prompts."""
+    config: Any = causal_lm(model).config
+    if config.model_type != "chatglm" or not hasattr(config, "gmask_token_id"):
+        return rows
+    ends = np.array([config.gmask_token_id, config.bos_token_id], np.int32)
+    some = [replace(one, ids=np.concatenate([one.ids[:1], ends, one.ids[3:]])) for one in rows.samples]
+    return Pairs(some, rows.reference, rows.desirable)
+
+
 def compare(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients of fitune, in one micro-batch and in three, and those of plain autograd."""
     monkeypatch.setattr(kernel, "chunk_rows", lambda *_: 7)  # several chunks
-    objective, rows = objective_for(name), pairs(name)
+    objective, rows = objective_for(name), of_kind(model, pairs(name))
     model.eval()
     expected = plainly(model, objective, rows)
     expected.backward()
     theirs = gradients(model)
-    whole = flat(rows, range(3))
-    for batches in ([whole], split(whole, 3)):
+    whole, shared = flat(rows, range(3)), flat(rows if name == "kto" else once(rows), range(3))
+    for batches in ([whole], split(whole, 3), [shared], split(shared, 2)):
         made = make_gradients(model, batches, "flat", objective=objective)
         assert made.loss == pytest.approx(expected.item(), rel=1e-5)
         ours = gradients(model)
@@ -187,8 +204,9 @@ def test_gradients_are_those_of_plain_autograd(name: str, variant: str, monkeypa
     compare(model, name, monkeypatch)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in contract.KINDS if kind not in ("qwen2", "chatglm")])
+@pytest.mark.parametrize("kind", [kind for kind in contract.KINDS if kind != "qwen2"])
 def test_every_family_takes_preferences(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a prompt that is computed once for both answers."""
     compare(contract.State(contract.Case("lora", kind, "fp32", "none")).start(), "dpo", monkeypatch)
 
 
@@ -210,6 +228,33 @@ def test_virtual_tokens_and_few_bits_take_preferences(
     largest = max(float(one.abs().max()) for one in whole.values())
     assert math.isfinite(made.loss)
     assert max(float((whole[n] - parts[n]).abs().max()) for n in whole) <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["llama", "bloom", "chatglm"])
+def test_a_prompt_that_stands_once_changes_no_more_than_rounding_does(kind: str, precision: str) -> None:
+    model = contract.State(contract.Case("lora", kind, precision, "none")).start()
+    rows = of_kind(model, pairs("dpo"))
+    found = [log_probabilities(model, flat(some, range(3)), "flat") for some in (rows, once(rows))]
+    assert torch.allclose(found[0], found[1], rtol=2e-3)
+
+
+def test_on_a_gpu_a_prompt_that_stands_once_is_keys_of_both_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All documents in one call of the kernel, written out."""
+    model, rows = contract.State(contract.Case("prefix", "llama", "fp32", "none")).start(), pairs("dpo")
+    expected = log_probabilities(model, flat(rows, range(3)), "flat")
+    with flash_by_hand(monkeypatch) as calls:
+        found = log_probabilities(model, flat(once(rows), range(3)), "flat")
+    assert calls
+    assert torch.allclose(found, expected, rtol=1e-5)
+
+
+def test_a_prompt_stands_once_in_flat_batches_alone() -> None:
+    batch = flat(once(pairs("dpo")), range(3))
+    assert batch.lengths.tolist() == [length for both in LENGTHS for length in both]
+    for layout in ("padded", "documents"):
+        with pytest.raises(NotImplementedError, match="needs flat batches"):
+            held_out(tiny.make_model("llama"), [batch], layout, objective_for("dpo"))
 
 
 @pytest.mark.parametrize("layout", ["padded", "documents"])

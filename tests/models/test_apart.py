@@ -68,6 +68,34 @@ def test_queries_at_the_end_of_their_keys_and_a_prefix(parts: list[Part], prefix
         assert torch.allclose(mine.double(), theirs, atol=2e-5)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_two_documents_share_give_what_keys_of_their_own_give(
+    dtype: torch.dtype, prefix: int, window: int | None
+) -> None:
+    """Of 7, 1, 32 and 35 tokens: the last one sees the first 20 of the one before it; once a few queries alone."""
+    for parts in (apart.whole(BOUNDS, [0, 0, 0, 20]), [Part(3, 0, 6), Part(12, 8, 40), Part(6, 40, 70, 8, 20)]):
+        given = sides(dtype, sum(part.count for part in parts), prefix)
+        out = ours(given, parts, window)
+        exact = [one.detach().double().requires_grad_() for one in given]
+        query, key, value, *before = exact
+        rows = torch.tensor([n for p in parts for n in (*range(p.lead, p.lead + p.shared), *range(p.first, p.end))])
+        edges = [0, *torch.tensor([part.keys for part in parts]).cumsum(0).tolist()]
+        alone = [Part(p.count, a, b) for p, a, b in zip(parts, edges[:-1], edges[1:], strict=True)]
+        separate = [query, key.index_select(2, rows), value.index_select(2, rows), *before]
+        expected, wide = each(separate, alone, window), dtype == torch.float32
+        assert torch.allclose(out.double(), expected, atol=1e-6 if wide else 3e-2)
+        right = gradients(expected, exact)
+        for mine, theirs in zip(gradients(out, given), right, strict=True):
+            assert torch.allclose(mine.double(), theirs, atol=2e-5 if wide else 0.1)
+        if wide:
+            other = each(exact, parts, window)
+            assert torch.allclose(other, expected, atol=1e-12)
+            for mine, theirs in zip(gradients(other, exact), right, strict=True):
+                assert torch.allclose(mine, theirs, atol=1e-12)
+
+
 def test_keys_that_no_query_sees_have_no_gradient() -> None:
     given = sides(torch.float32, 10)
     out = ours(given, [Part(4, 0, 5), Part(6, 9, 20)])

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig
@@ -17,8 +18,10 @@ from transformers import PretrainedConfig
 from fitune.core.errors import ModelError
 from fitune.core.records import Finding, Layout, Sample
 from fitune.data.batches import flat
+from fitune.data.pairs import Pairs
 from fitune.data.store import lengths_of
-from fitune.engine.step import hidden_states
+from fitune.engine.out_of_memory import is_out_of_memory
+from fitune.engine.step import hidden_states, label_hidden
 from fitune.models.attached import compute_dtype
 from fitune.models.head import output_head
 from fitune.models.interfaces import causal_lm
@@ -51,6 +54,51 @@ def packing_leak(model: nn.Module, samples: Sequence[Sample], wanted: str = "aut
     """
     with evaluating(model), perturbed(model):
         return _first_that_passes(model, samples, wanted)
+
+
+@torch.no_grad()
+def shared_prompt(model: nn.Module, pairs: Pairs) -> Finding:
+    """A prompt that stands once for both answers of a pair gives each of them what a prompt of its own gives it.
+
+    A pair goes through the model both ways, and the logits of its labels are compared. A model whose layers carry
+    something past attention from token to token differs; there each answer gets a prompt of its own.
+
+    Args:
+        model: with its method attached; its layout is flat.
+        pairs: one of them is used, shortened.
+    """
+    assert pairs.common is not None
+    some = np.flatnonzero(pairs.common)
+    if not len(some):
+        return Finding("shared-prompt", "ok", "no pair has a prompt that is the same for both answers")
+    depends = _depends_on_length(causal_lm(model).config)
+    pair = pairs[int(some[lengths_of(pairs)[some].argmax()] if depends else some[0])]
+    half, starts = PROBE_TOKENS // 2, pair.common + 1
+    first = 0 if depends else max(0, starts - half)
+    sides = [
+        side.part(slice(first, None if depends else starts + half)) for side in (pair.chosen, pair.rejected)
+    ]  # the prompt's end, and how each answer begins
+    with evaluating(model), perturbed(model), short.in_16_bits():
+        try:
+            apart, once = (_pair_logits(model, sides, count) for count in (0, pair.common - first))
+        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, ModelError) as error:
+            if is_out_of_memory(error):
+                raise
+            return Finding("shared-prompt", "fixed", "the model cannot do it: each answer gets a prompt of its own")
+    difference = float((apart - once).abs().max()) / max(float(apart.abs().max()), 1e-6)
+    text = f"logits of answers are {difference:.1e} from those behind a prompt of their own"
+    if not difference <= TOLERANCE[compute_dtype(model)]:
+        return Finding("shared-prompt", "fixed", f"{text}: each answer gets one of its own")
+    return Finding("shared-prompt", "ok", f"{text}; {int(pairs.common.sum()):,} tokens of prompts stand once")
+
+
+def _pair_logits(model: nn.Module, sides: Sequence[Sample], common: int) -> torch.Tensor:
+    """(L, V), of the labels of both answers, so many first tokens once."""
+    batch = flat(Pairs(sides, common=np.array([common], np.int32)), [0])
+    hidden = label_hidden(model, batch)
+    with computing(model):
+        logits: torch.Tensor = output_head(model)(hidden)
+    return logits.float()
 
 
 @contextmanager

@@ -41,6 +41,7 @@ OURS = "this is an error of fitune: please report it"
 def batch_labels(batches: Sequence[Batch], samples: Units) -> Finding:
     """Each document of a batch is its sample: its ids, positions from 0, and each label on the row before its token.
 
+    Of a rejected answer whose prompt stands once, that holds from the prompt's last token on, behind the chosen one's.
     Computed here from the samples, token by token, so that an error in the code of the label shift is found.
 
     Args:
@@ -51,7 +52,10 @@ def batch_labels(batches: Sequence[Batch], samples: Units) -> Finding:
     for batch in batches:
         there = [sample for row in batch.rows for sample in _documents(samples[row])]
         for document, (sample, (start, end)) in enumerate(zip(there, pairwise(batch.bounds.tolist()), strict=True)):
-            if text := _differs(batch, sample, start, end):
+            begins = 0 if batch.shared is None else int(batch.shared[document])
+            if begins and not np.array_equal(sample.ids[:begins], there[document - 1].ids[:begins]):
+                return Finding("batch-labels", "refuse", f"{sample.source}: both answers have other prompts", OURS)
+            if text := _differs(batch, sample, begins, start, end):
                 text = f"document {document + 1} of the first step ({sample.source}): {text}"
                 return Finding("batch-labels", "refuse", text, OURS)
             count += 1
@@ -65,13 +69,14 @@ def _documents(unit: Sample | Pair) -> list[Sample]:
     return [unit.chosen] if unit.desirable is not None else [unit.chosen, unit.rejected]
 
 
-def _differs(batch: Batch, sample: Sample, start: int, end: int) -> str:
-    if batch.ids[start:end].tolist() != sample.ids.tolist():
+def _differs(batch: Batch, sample: Sample, begins: int, start: int, end: int) -> str:
+    """What of rows start .. end - 1 is not the sample from its token `begins` on; empty: nothing."""
+    if batch.ids[start:end].tolist() != sample.ids[begins:].tolist():
         return "its ids are not the sample's"
-    if batch.positions[start:end].tolist() != list(range(end - start)):
-        return f"its positions begin at {int(batch.positions[start])}, not at 0"
+    if batch.positions[start:end].tolist() != list(range(begins, len(sample))):
+        return f"its positions begin at {int(batch.positions[start])}, not at {begins}"
     here = (batch.label_rows >= start) & (batch.label_rows < end)
-    found = dict(zip((batch.label_rows[here] - start).tolist(), batch.labels[here].tolist(), strict=True))
+    found = dict(zip((batch.label_rows[here] - start + begins).tolist(), batch.labels[here].tolist(), strict=True))
     wanted = {place - 1: int(sample.ids[place]) for place in range(1, len(sample)) if sample.mask[place]}
     if found != wanted:
         place = next(p for p in sorted({*found, *wanted}) if found.get(p) != wanted.get(p))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fitune.commands.planned_rows import Rows, work_of
+from fitune.commands.planned_rows import Rows, laid_out, work_of
 from fitune.commands.request import Request
 from fitune.core.blocks import AUTO, named
 from fitune.core.config import RunConfig, build, merge
@@ -58,8 +58,8 @@ class Exact:
         # once: plans differ by what their settings take, and by that alone
         self.outside = made.outside if made is not None else plans.outside_of(request.where, request.config.precision)
         self.cut: dict[int, Rows] = {rows.max_length: rows}
-        padded = steps.likely_layout(request.config.layout, request.model_config) == "padded"
-        self.largest = steps.Largest(rows.samples, request.config, padded=padded)
+        layout = steps.likely_layout(request.config.layout, request.model_config)
+        self.largest = steps.Largest(laid_out(rows.samples, layout), request.config, padded=layout == "padded")
         if made is not None:
             self.plans[self._key(self.with_settings({}).config)] = made
 
@@ -132,7 +132,7 @@ class Exact:
 def _cut(samples: Any, longest: int) -> Any:
     """Rows of at most that length; where none is longer, the same."""
     if isinstance(samples, Pairs):
-        return Pairs(_cut(samples.samples, longest), samples.reference, samples.desirable)
+        return samples.of(_cut(samples.samples, longest))
     if not len(samples) or int(lengths_of(samples).max()) <= longest:
         return samples
     return [sample if len(sample) <= longest else sample.part(slice(0, longest)) for sample in samples]

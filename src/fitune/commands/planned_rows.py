@@ -208,7 +208,14 @@ def _blank(length: int) -> Sample:
 def make_loader(config: RunConfig, samples: Units, layout: Layout) -> Loader:
     """The order of the rows and their micro-batches."""
     by_length = layout == "padded"
-    return Loader(samples, config.batch_size, config.accumulation, config.seed, config.batch_tokens, by_length)
+    return Loader(
+        laid_out(samples, layout), config.batch_size, config.accumulation, config.seed, config.batch_tokens, by_length
+    )
+
+
+def laid_out(units: Units, layout: Layout) -> Units:
+    """Rows as a layout takes them: the prompt of both answers of a pair stands once in a flat batch alone."""
+    return units.apart() if isinstance(units, Pairs) and layout != "flat" else units
 
 
 def work_of(request: Request, known: Rows, layout: Layout | None = None) -> plans.Work:
@@ -226,7 +233,7 @@ def work_of(request: Request, known: Rows, layout: Layout | None = None) -> plan
     )
     loader = make_loader(config, samples, layout)
     deciding = steps.deciding(loader, config.max_steps or loader.total_steps(config.epochs))
-    largest = steps.largest_held_out(held_out, config.batch_size)
+    largest = steps.largest_held_out(laid_out(held_out, layout), config.batch_size)
     return plans.Work(config, request.model_config, deciding, largest, layout, known.added)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from fitune.checks import guards, leak, modelchecks, preferencechecks, runchecks, stepchecks
 from fitune.checks.findings import raise_refused
 from fitune.commands import reference
-from fitune.commands.planned_rows import ReadRows, make_loader, read, work_of
+from fitune.commands.planned_rows import ReadRows, laid_out, make_loader, read, work_of
 from fitune.commands.request import Request
 from fitune.core.blocks import AUTO, named
 from fitune.core.clock import CHECKS, DATA, MODEL, PLAN, REFERENCE, Clock
@@ -114,21 +114,22 @@ def prepare(
     loaded = _load(asked, rows)
     clock.ends(MODEL)
     layout, packing = leak.packing_leak(loaded.model, rows.data.samples, asked.config.layout)
-    if layout != work.layout:
+    rows, sharing = _prompts(rows, loaded, layout)
+    if layout != work.layout or any(finding.level == "fixed" for finding in sharing):
         clock.ends(CHECKS)
         work = work_of(asked, rows.rows, layout)
         plan = _planned(asked, work, outside)
         clock.ends(PLAN)
     request = _as_planned(asked, plan, loaded)
     work = replace(work, config=request.config)
-    findings = [*_check_model(request, rows, loaded, layout, packing)]
-    loader, held_out = make_loader(request.config, rows.rows.samples, layout), rows.rows.held_out
+    findings = [*_check_model(request, rows, loaded, layout, packing), *sharing]
+    loader, held_out = make_loader(request.config, rows.rows.samples, layout), laid_out(rows.rows.held_out, layout)
     findings += _check_batches(loader)
     raise_refused(findings)
     objective = objectives.of(request.config)
     if isinstance(objective, Preference):
         clock.ends(CHECKS)
-        loader, held_out = _compared(request, rows, loaded, loader, layout, watch)
+        loader, held_out = _compared(request, rows, loaded, loader, held_out, layout, watch)
         findings += _check_preferences(request, loaded, loader, layout, objective)
         raise_refused(findings)
         clock.ends(REFERENCE)
@@ -186,6 +187,20 @@ def _load(request: Request, rows: ReadRows) -> _Loaded:
     if config.adapter is not None:
         adapters.load_into(model, adapters.locate(config.adapter))
     return _Loaded(model, base, family, expected, before, unchanged)
+
+
+def _prompts(rows: ReadRows, loaded: _Loaded, layout: Layout) -> tuple[ReadRows, list[Finding]]:
+    """The rows, and what was found of prompts that stand once for two answers; where the model needs a prompt before
+    each of them, rows that have it."""
+    pairs = rows.rows.samples
+    if layout != "flat" or not isinstance(pairs, Pairs) or pairs.common is None:
+        return rows, []
+    found = leak.shared_prompt(loaded.model, pairs)
+    if found.level == "ok":
+        return rows, [found]
+    held_out = rows.rows.held_out
+    assert isinstance(held_out, Pairs)
+    return replace(rows, rows=replace(rows.rows, samples=pairs.apart(), held_out=held_out.apart())), [found]
 
 
 def _as_planned(request: Request, plan: plans.Plan, loaded: _Loaded) -> Request:
@@ -273,11 +288,17 @@ def _total_steps(config: RunConfig, loader: Loader) -> int:
 
 
 def _compared(
-    request: Request, rows: ReadRows, loaded: _Loaded, loader: Loader, layout: Layout, watch: Watcher
+    request: Request,
+    rows: ReadRows,
+    loaded: _Loaded,
+    loader: Loader,
+    held_out: Units,
+    layout: Layout,
+    watch: Watcher,
 ) -> tuple[Loader, Units]:
     """The loader and the held-out rows, with what the reference model gives their answers, where the objective needs
     that."""
-    config, held_out = request.config, rows.rows.held_out
+    config = request.config
     if not objectives.needs_reference(config):
         return loader, held_out
     inputs = _inputs(config, Path(config.model), rows.data.encoder.template.as_dict())

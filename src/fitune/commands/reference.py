@@ -83,7 +83,7 @@ class Reference:
         machine = {k: v for k, v in environment.describe(next(self.model.parameters()).device).items() if k in MACHINE}
         rooms = [Path(environment.__file__).parent, Path(adapters.__file__).parents[1]]
         code = [code_version(room) for room in rooms]
-        return key(tokens.hexdigest(), settings, self.layout, dict(self.inputs), machine, code)
+        return key(tokens.hexdigest(), settings, self.layout, units.common is None, dict(self.inputs), machine, code)
 
     def _write(self, folder: Path, units: Pairs, numbers: NDArray[np.int64]) -> None:
         found = in_fewer(

@@ -153,13 +153,15 @@ class Pair:
     """A row of preferences as the model gets it: two samples with one prompt.
 
     reference: log-probabilities of both answers by the reference model; None: nobody computed them yet. desirable: of a
-    labelled answer (KTO), is it a good one; `rejected` is then an answer to another prompt, behind this one.
+    labelled answer (KTO), is it a good one; `rejected` is then an answer to another prompt, behind this one. common: so
+    many first tokens of the chosen sample stand in a batch for both.
     """
 
     chosen: Sample
     rejected: Sample
     reference: tuple[float, float] | None = None
     desirable: bool | None = None
+    common: int = 0
 
     @property
     def source(self) -> Source | None:
@@ -167,7 +169,7 @@ class Pair:
         return self.chosen.source
 
     def __len__(self) -> int:
-        return len(self.chosen) + len(self.rejected)
+        return len(self.chosen) + len(self.rejected) - self.common
 
 
 Units = Sequence[Sample] | Sequence[Pair]  # what batches are made of
@@ -194,7 +196,9 @@ class Batch:
 
     ids, positions: (T,). bounds: (D + 1,), document d is ids[bounds[d]:bounds[d+1]]. label_rows: (L,), the positions
     whose next token is trained; labels: (L,), those next tokens. rows: which samples these are. weights: (L,), of each
-    label in the loss; None: 1 for all. answers: of a batch of pairs, whose rows have as many documents each.
+    label in the loss; None: 1 for all. answers: of a batch of pairs, whose rows have as many documents each. shared:
+    (D,), so many first rows of the document before it stand before each document, too (0: it begins here); None: of
+    none. The positions of such a document go on behind them.
     """
 
     ids: NDArray[np.int64]
@@ -205,6 +209,13 @@ class Batch:
     rows: tuple[int, ...]
     weights: NDArray[np.float32] | None = None
     answers: Answers | None = None
+    shared: NDArray[np.int32] | None = None
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(D,): of each document, with what it shares."""
+        own = np.diff(self.bounds).astype(np.int64)
+        return own if self.shared is None else own + self.shared
 
     @property
     def targets(self) -> int:

@@ -50,7 +50,9 @@ def _of_pairs(pairs: Sequence[Pair], rows: Sequence[int]) -> Batch:
     """Both samples of each pair; of labelled answers those that are labelled, and beside them a batch of the others."""
     reference = np.array([pair.reference or (np.nan, np.nan) for pair in pairs], np.float32)
     if pairs[0].desirable is None:
-        both = _of_samples([sample for pair in pairs for sample in (pair.chosen, pair.rejected)], rows)
+        shared = np.array([count for pair in pairs for count in (0, pair.common)], np.int32)
+        sides = [side for pair in pairs for side in (pair.chosen, pair.rejected.part(slice(pair.common, None)))]
+        both = _of_samples(sides, rows, shared if shared.any() else None)
         return replace(both, answers=Answers(_documents(both), reference.reshape(-1)))
     own, others = (_of_samples(some, rows) for some in ([p.chosen for p in pairs], [p.rejected for p in pairs]))
     others = replace(others, answers=Answers(_documents(others), reference[:, 1]))
@@ -63,8 +65,10 @@ def _documents(batch: Batch) -> NDArray[np.int64]:
     return np.searchsorted(batch.bounds, batch.label_rows, side="right") - 1
 
 
-def _of_samples(chosen: Sequence[Sample], rows: Sequence[int]) -> Batch:
+def _of_samples(chosen: Sequence[Sample], rows: Sequence[int], shared: NDArray[np.int32] | None = None) -> Batch:
+    """Args: shared: of each sample, as Batch has it; the samples are without it."""
     lengths = [len(sample) for sample in chosen]
+    starts = np.zeros(len(chosen), np.int32) if shared is None else shared
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     ids = np.concatenate([sample.ids for sample in chosen]).astype(np.int64)
     trained = np.concatenate([sample.mask for sample in chosen]).copy()
@@ -76,12 +80,15 @@ def _of_samples(chosen: Sequence[Sample], rows: Sequence[int]) -> Batch:
         weights = np.concatenate(each)[targets]
     return Batch(
         ids=ids,
-        positions=np.concatenate([np.arange(length) for length in lengths]).astype(np.int64),
+        positions=np.concatenate([np.arange(n, n + count) for n, count in zip(starts, lengths, strict=True)]).astype(
+            np.int64
+        ),
         bounds=bounds,
         label_rows=targets - 1,
         labels=ids[targets],
         rows=tuple(rows),
         weights=weights,
+        shared=shared,
     )
 
 
@@ -106,6 +113,7 @@ def _part(batch: Batch, first: int, last: int) -> Batch:
         rows=batch.rows[first:last],
         weights=None if batch.weights is None else batch.weights[here],
         answers=None if batch.answers is None else _part_of(batch.answers, each, here, (first, last)),
+        shared=None if batch.shared is None else batch.shared[each * first : each * last],
     )
 
 

@@ -48,6 +48,25 @@ def _same(first: Sample, second: Sample) -> int:
     return int(differ[0]) if len(differ) else length
 
 
+def common(shared: NDArray[np.int32], prompts: NDArray[np.int32]) -> NDArray[np.int32]:
+    """(R,): how many first tokens of both samples of a pair a model computes once: the prompt but for its last token,
+    which gives the first token of each answer, and so stands before each. A pair whose prompts differ has none.
+
+    Args:
+        shared: (2 R,), of each sample how many ids of its prompt are the other one's, too.
+        prompts: (2 R,), how many ids its prompt has.
+    """
+    both = prompts.reshape(-1, 2)
+    whole = (both == shared.reshape(-1, 2)).all(axis=1)
+    return np.where(whole, np.maximum(both[:, 0], 1) - 1, 0).astype(np.int32)
+
+
+def _within(shared: NDArray[np.int32], lengths: NDArray[Any]) -> NDArray[np.int32]:
+    """(R,): how much of it is left of samples that are cut to these lengths, (2 R,): each keeps a token of its own."""
+    left: NDArray[np.int32] = np.minimum(shared, np.maximum(lengths.reshape(-1, 2).min(axis=1), 1) - 1).astype(np.int32)
+    return left
+
+
 class Pairs(Sequence[Pair]):
     """Rows of preferences.
 
@@ -56,6 +75,7 @@ class Pairs(Sequence[Pair]):
         reference: (R, 2), log-probabilities of each row's answers by the reference model; None: nobody computed them.
         desirable: (R,), of labelled answers, whose second sample only says how far the model is from the reference;
             None: these are pairs.
+        common: (R,), so many first tokens of both samples of a pair stand once in a batch (`common`); None: of none.
     """
 
     def __init__(
@@ -63,12 +83,24 @@ class Pairs(Sequence[Pair]):
         samples: Sequence[Sample],
         reference: NDArray[np.float32] | None = None,
         desirable: NDArray[np.bool_] | None = None,
+        common: NDArray[np.int32] | None = None,
     ) -> None:
-        self.samples, self.reference, self.desirable = samples, reference, desirable
+        self.samples, self.reference, self.desirable, self.common = samples, reference, desirable, common
 
     def with_reference(self, reference: NDArray[np.float32]) -> Pairs:
         """The same rows, with what the reference model gives them."""
-        return Pairs(self.samples, reference, self.desirable)
+        return Pairs(self.samples, reference, self.desirable, self.common)
+
+    def of(self, samples: Sequence[Sample]) -> Pairs:
+        """The same rows of samples that are cut."""
+        if samples is self.samples:
+            return self
+        left = None if self.common is None else _within(self.common, np.array([len(one) for one in samples], np.int32))
+        return Pairs(samples, self.reference, self.desirable, left)
+
+    def apart(self) -> Pairs:
+        """The same rows, each sample with a prompt of its own."""
+        return Pairs(self.samples, self.reference, self.desirable)
 
     def supposed(self) -> Pairs:
         """The same rows, as if the reference gave 0 to every answer: for plans, in which no value counts but that it is
@@ -78,7 +110,11 @@ class Pairs(Sequence[Pair]):
     def lengths(self, each: NDArray[Any]) -> NDArray[Any]:
         """Tokens that a row has in a batch, by those of each sample."""
         both = each.reshape(-1, 2)
-        return both[:, 0] if self.desirable is not None else both.sum(axis=1, dtype=each.dtype)
+        if self.desirable is not None:
+            return both[:, 0]
+        sums = both.sum(axis=1, dtype=each.dtype)
+        found: NDArray[Any] = sums if self.common is None else sums - _within(self.common, each)
+        return found
 
     def __len__(self) -> int:
         return len(self.samples) // 2
@@ -93,7 +129,8 @@ class Pairs(Sequence[Pair]):
         at = range(len(self))[at]  # from the end, too
         reference = None if self.reference is None else (float(self.reference[at, 0]), float(self.reference[at, 1]))
         desirable = None if self.desirable is None else bool(self.desirable[at])
-        return Pair(self.samples[2 * at], self.samples[2 * at + 1], reference, desirable)
+        common = 0 if self.common is None else int(self.common[at])
+        return Pair(self.samples[2 * at], self.samples[2 * at + 1], reference, desirable, common)
 
     def __iter__(self) -> Iterator[Pair]:
         return (self[n] for n in range(len(self)))

@@ -37,7 +37,7 @@ from fitune.core.options import Wanted
 from fitune.core.records import Conversation, Message, Sample, Source, ToolCall, Units
 from fitune.core.untrusted import reason
 from fitune.data.conversations import slots
-from fitune.data.pairs import Pairs
+from fitune.data.pairs import Pairs, common
 
 LINES, COLUMNS, META = "rows.jsonl", "columns.safetensors", "meta.json"
 SHARD_TOKENS = 1 << 20  # tokens of a shard, about: ids and mask of it are held while it is written or read through
@@ -433,10 +433,16 @@ def in_pairs(samples: Sequence[Sample], wanted: Wanted) -> Units:
     if wanted == "answers":
         return samples
     if wanted == "pairs":
-        return Pairs(samples)
+        return Pairs(samples, common=common(*(_facts(samples, name) for name in ("shared", "prompt_length"))))
     if isinstance(samples, Samples):
         return Pairs(samples, desirable=samples.rows.column("desirable")[samples.column("row")[::2]])
     return Pairs(samples, desirable=np.ones(len(samples) // 2, np.bool_))  # made up
+
+
+def _facts(samples: Sequence[Sample], name: str) -> NDArray[np.int32]:
+    if isinstance(samples, Samples):
+        return samples.column(name)
+    return np.array([getattr(sample, name) for sample in samples], np.int32)
 
 
 def documents_of(units: Units) -> Sequence[Sample]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +31,7 @@ from fitune.models.head import loss_rows, output_head
 from fitune.models.interfaces import CausalLM, causal_lm
 from fitune.models.kernels import placed as placing
 from fitune.models.kernels.attention import FLAT
+from fitune.models.kernels.flash import seen_keys
 from fitune.models.kernels.label_rows import KEYWORD, LabelRows
 from fitune.models.kernels.loss import label_loss
 from fitune.models.kernels.placed import Placed
@@ -181,14 +183,25 @@ def _flat(
     positions, bounds = placed.positions, placed.documents.bounds
     if hasattr(inner.base_model, "flat_positions"):  # a model that makes its positions from the ids, ChatGLM's first
         laid = 0 if placed.order is None or before is None else before.count
-        own = inner.base_model.flat_positions(placed.ids[: len(batch.ids)], batch.bounds.tolist(), laid)
-        positions = placed.repeated(own)
+        positions = placed.repeated(_by_model(inner, placed.ids[: len(batch.ids)], batch, laid))
     documents = {"cu_seq_lens_q": bounds, "documents": placed.documents, KEYWORD: labelled}
-    with attention(model, FLAT, bounds, None if before is None else before.prefix, labelled):
+    with attention(model, FLAT, placed.documents, None if before is None else before.prefix, labelled):
         out: Tensor = inner.base_model(
             **inputs, position_ids=positions[None], **documents, use_cache=False
         ).last_hidden_state[0]
     return out
+
+
+def _by_model(inner: CausalLM, ids: Tensor, batch: Batch, laid: int) -> Tensor:
+    """(2, T + D x laid): the positions of a flat batch, by a model that makes them from the ids of whole documents."""
+    if batch.shared is None:
+        return inner.base_model.flat_positions(ids, batch.bounds.tolist(), laid)
+    starts, leads, shared = batch.bounds[:-1], np.append(0, batch.bounds[:-2]), batch.shared
+    bounds, rows = seen_keys(starts, batch.bounds[1:], leads, shared, 0)
+    whole = inner.base_model.flat_positions(ids[torch.from_numpy(rows).to(ids.device)], bounds.tolist(), laid)
+    inside = np.concatenate([np.arange(count + laid) for count in batch.lengths])
+    own = inside >= np.repeat(np.where(shared > 0, shared + laid, 0), batch.lengths + laid)
+    return whole[:, torch.from_numpy(np.flatnonzero(own)).to(ids.device)]
 
 
 def _embedded(inner: PreTrainedModel, ids: Tensor, batch: Batch, before: virtual.Virtual) -> list[Tensor]:
@@ -204,6 +217,8 @@ def _documents(values: Tensor, batch: Batch) -> tuple[Tensor, ...]:
 
 def _separate(model: nn.Module, batch: Batch, before: virtual.Virtual | None, ids: Tensor, *, padded: bool) -> Tensor:
     """Documents in rows of their own: padded side by side, or one after the other."""
+    if batch.shared is not None:
+        raise NotImplementedError("a prompt that stands once for two answers needs flat batches")
     inner = causal_lm(model)
     skip = 0 if before is None else before.count
     name = "input_ids" if before is None else "inputs_embeds"

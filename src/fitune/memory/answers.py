@@ -7,8 +7,6 @@ answer at a time. The prompts go through one after the other, in pieces, of whic
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from transformers import PretrainedConfig
 
@@ -39,7 +37,7 @@ def bytes_taken(config: RunConfig, model_config: PretrainedConfig, held_out: Bat
     rows = min(config.sample_prompts, SIDE_BY_SIDE)
     if not rows:
         return 0
-    prompt = max((int(end - start) for start, end in pairwise(held_out.bounds)), default=0)
+    prompt = int(held_out.lengths.max(initial=0))
     item, width = DTYPES[config.precision].itemsize, model_config.hidden_size
     heads = model_config.num_attention_heads
     groups = getattr(model_config, "num_key_value_heads", None) or heads

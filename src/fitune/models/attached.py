@@ -27,10 +27,10 @@ NAME = "_fitune"  # of the attribute
 
 @dataclass
 class FlatState:
-    """What the attention modules of one model share: bounds of the documents (None: not flat), a prefix per layer, and
-    the label rows that a last block is to work on (kernels/label_rows.py)."""
+    """What the attention modules of one model share: the documents (kernels/flash.py; None: not flat), a prefix per
+    layer, and the label rows that a last block is to work on (kernels/label_rows.py)."""
 
-    bounds: Tensor | None = None
+    documents: object = None
     prefix: list[tuple[Tensor, Tensor]] | None = None
     label_rows: object = None
 

@@ -24,7 +24,11 @@ Prefix = Sequence[tuple[Tensor, Tensor]]  # of each layer keys and values
 
 @contextmanager
 def attention(
-    model: nn.Module, name: str, bounds: Tensor | None = None, prefix: Prefix | None = None, label_rows: object = None
+    model: nn.Module,
+    name: str,
+    documents: object = None,
+    prefix: Prefix | None = None,
+    label_rows: object = None,
 ) -> Iterator[None]:
     """Inside, the model's attention is another; a block whose activations are recomputed finds it again.
 
@@ -32,7 +36,7 @@ def attention(
         model: with or without a method's wrapper.
         name: FLAT for flat batches, SDPA for rows; a model whose scores SDPA cannot compute takes transformers' own
             code ("eager").
-        bounds, prefix, label_rows: of a flat batch, for models whose blocks hand no keywords through (BLOOM).
+        documents, prefix, label_rows: of a flat batch, for models whose blocks hand no keywords through (BLOOM).
 
     Raises:
         ModelError: the model keeps its own attention.
@@ -40,23 +44,23 @@ def attention(
     inner = causal_lm(model)
     flat = of(inner).flat
     before = inner.config._attn_implementation
-    kept = None if flat is None else (flat.bounds, flat.prefix, flat.label_rows)
+    kept = None if flat is None else (flat.documents, flat.prefix, flat.label_rows)
     try:
-        _switch(inner, flat, name, bounds, prefix)
+        _switch(inner, flat, name, documents, prefix)
         if flat is not None:
             flat.label_rows = label_rows
         yield
     finally:
         if flat is not None and kept is not None:
-            flat.bounds, flat.prefix, flat.label_rows = kept
+            flat.documents, flat.prefix, flat.label_rows = kept
             inner.config._attn_implementation = before
         else:
             _set(inner, before)
 
 
-def _switch(inner: CausalLM, flat: FlatState | None, name: str, bounds: Tensor | None, prefix: Prefix | None) -> None:
+def _switch(inner: CausalLM, flat: FlatState | None, name: str, documents: object, prefix: Prefix | None) -> None:
     if flat is not None:
-        flat.bounds, flat.prefix = bounds, None if prefix is None else list(prefix)
+        flat.documents, flat.prefix = documents, None if prefix is None else list(prefix)
         inner.config._attn_implementation = FLAT if name == FLAT else "eager"
         return
     if name == SDPA and not getattr(type(inner), "_supports_sdpa", True):
@@ -106,7 +110,7 @@ def recomputed(model: nn.Module) -> tuple[AbstractContextManager[None], Abstract
     in the backward pass, when the attention may have been switched back."""
     inner = causal_lm(model)
     flat = of(inner).flat
-    handed = (None, None, None) if flat is None else (flat.bounds, flat.prefix, flat.label_rows)
+    handed = (None, None, None) if flat is None else (flat.documents, flat.prefix, flat.label_rows)
     return nullcontext(), attention(inner, inner.config._attn_implementation, *handed)
 
 

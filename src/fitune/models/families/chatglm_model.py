@@ -37,6 +37,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from fitune.models.kernels import apart
+from fitune.models.kernels.flash import Documents
 
 LAYERS = 28  # those of the published model: its code reckons with them whatever num_layers is
 Prefix = Sequence[tuple[Tensor, Tensor]]
@@ -133,11 +134,12 @@ class SelfAttention(nn.Module):
         x: Tensor,
         angles: list[tuple[Tensor, Tensor]],
         allowed: Sequence[Tensor | None],
-        bounds: Sequence[int] | None,
+        parts: Sequence[apart.Part] | None,
         prefix: Prefix | None,
         past: Any,
     ) -> Tensor:
-        """allowed: a mask, or of a flat batch one for each document, True where a token sees another."""
+        """allowed: a mask, or of a flat batch one for each document, True where a token sees another. parts: of a flat
+        batch, its documents."""
         rows, length, _ = x.shape
         mixed = self.query_key_value(x).view(rows, length, self.heads, -1).transpose(1, 2)
         query, key, value = mixed.chunk(3, dim=-1)  # (B, H, T, E)
@@ -148,12 +150,12 @@ class SelfAttention(nn.Module):
         if past is not None:
             key, value = past.update(key, value, self.layer_idx)
         ahead = [] if prefix is None else [t.to(key.dtype) for t in prefix[self.layer_idx]]
-        if bounds is None:
+        if parts is None:
             if ahead:
                 key, value = (torch.cat(pair, dim=2) for pair in zip(ahead, (key, value), strict=True))
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[0]).transpose(1, 2)
         else:
-            mixed = _per_document(query, key, value, apart.whole(bounds), allowed, ahead)
+            mixed = _per_document(query, key, value, parts, allowed, ahead)
         out: Tensor = self.dense(mixed.flatten(2))
         return out
 
@@ -267,7 +269,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return torch.from_numpy(found).to(ids.device)
 
     def flat_positions(self, ids: Tensor, bounds: Sequence[int], before: int = 0) -> Tensor:
-        """(T,) ids of documents side by side to (2, T + documents x before), with `before` virtual tokens in front."""
+        """(T,) ids of documents side by side to (2, T + documents x before), with `before` virtual tokens in front.
+        A document that shares its prompt with another one is whole here."""
         row = ids.cpu().numpy()
         made = [_laid_after(positions_of(row[start:end], self.config), before) for start, end in pairwise(bounds)]
         return torch.from_numpy(np.concatenate(made, axis=1)).to(ids.device)
@@ -286,14 +289,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             allowed = allowed | F.pad(itself, (past, 0))  # padding too: a softmax over nothing would be NaN
         return allowed[:, None]
 
-    def _flat_allowed(self, positions: Tensor, bounds: Sequence[int], before: int, x: Tensor) -> list[Tensor | None]:
-        """Of each document (rows, before + rows): as above, and all of a prefix. Rows behind it are no prompt."""
-        made: list[Tensor | None] = []
-        for start, end in pairwise(bounds):
-            count = apart.rows(end - start, x)
+    def _flat_allowed(self, positions: Tensor, parts: Sequence[apart.Part], before: int, x: Tensor) -> list[Tensor]:
+        """Of each document (rows, before + keys): as above, and all of a prefix, and of a prompt that it shares. Rows
+        behind it are no prompt."""
+        made = []
+        for part in parts:
+            count, keys = apart.sizes(part, x)
             seen = torch.ones(count, count, dtype=torch.bool, device=positions.device).tril()
-            prompt = F.pad(positions[1, start:end] == 0, (0, count - end + start))
-            made.append(F.pad(seen | prompt[None], (before, 0), value=True))
+            prompt = F.pad(positions[1, part.first : part.end] == 0, (0, count - part.count))
+            whole = F.pad(seen | prompt[None], (before + part.shared, 0), value=True)
+            made.append(F.pad(whole, (0, keys - part.shared - count), value=False))
         return made
 
     def _missing_positions(self, ids: Tensor | None, x: Tensor, mask: Tensor | None, past: int) -> Tensor:
@@ -322,6 +327,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         prefix: Prefix | None = None,
+        documents: Documents | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """See the module's text.
@@ -335,6 +341,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             use_cache: keep keys and values.
             cu_seq_lens_q: (D + 1,) bounds of the documents of a flat batch, B = 1.
             prefix: of each layer keys and values (1, H, k, E) before every document.
+            documents: the same documents, with what they share.
         """
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
@@ -342,15 +349,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = self._missing_positions(input_ids, x, attention_mask, past)
-        bounds = None if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+        shared = None if documents is None else documents.shared
+        parts = None if cu_seq_lens_q is None else apart.whole(cu_seq_lens_q.tolist(), shared)
         allowed: Sequence[Tensor | None]
-        if bounds is None:
+        if parts is None:
             allowed = [self._allowed(position_ids, attention_mask, past)]
         else:
-            allowed = self._flat_allowed(position_ids[0], bounds, 0 if prefix is None else prefix[0][0].shape[2], x)
+            allowed = self._flat_allowed(position_ids[0], parts, 0 if prefix is None else prefix[0][0].shape[2], x)
         angles = self.rotary(position_ids, x.dtype)
         for layer in self.layers:
-            x = layer(x, angles, allowed, bounds, prefix, past_key_values)
+            x = layer(x, angles, allowed, parts, prefix, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(x), past_key_values=past_key_values)
 
 

@@ -53,7 +53,8 @@ class AlibiAttention(BloomAttention):
 
     def forward(self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """(1, T, W) to (1, T, W), the residual added, as BLOOM's blocks expect it."""
-        if self.state.bounds is None:
+        there = self.state.documents
+        if not isinstance(there, flash.Documents):
             out: tuple[Tensor, None] = super().forward(hidden_states, residual, *args, **kwargs)
             return out
         query, key, value = self._reshape(self.query_key_value(hidden_states))
@@ -66,7 +67,7 @@ class AlibiAttention(BloomAttention):
             rows = given.rows
             heads = rows.of_queries(self._heads(rows.queries(query), given.key, given.value, rows.parts, ahead))
         else:
-            heads = self._heads(query, key, value, apart.whole(self.state.bounds.tolist()), ahead)
+            heads = self._heads(query, key, value, apart.whole(there.bounds.tolist(), there.shared), ahead)
         out_ = self.dense(heads.flatten(2))
         return residual + F.dropout(out_, p=self.hidden_dropout, training=self.training), None
 

@@ -34,16 +34,29 @@ KERNEL = (torch.float32, torch.float64, *flash.HALF)  # dtypes of torch's flash 
 
 @dataclass(frozen=True)
 class Part:
-    """Queries and keys of one document: `count` queries, which stand at the end of the keys first .. end - 1."""
+    """Queries and keys of one document: `count` queries, which stand at the end of the keys first .. end - 1. Before
+    these keys come `shared` others, from `lead` on, which are also keys of a document before it."""
 
     count: int
     first: int
     end: int
+    lead: int = 0
+    shared: int = 0
+
+    @property
+    def keys(self) -> int:
+        """How many it has."""
+        return self.end - self.first + self.shared
 
     @property
     def ahead(self) -> int:
         """How many keys stand before that of the first query."""
-        return self.end - self.first - self.count
+        return self.keys - self.count
+
+    def of(self, one: Tensor) -> Tensor:
+        """(1, K, S, E): its keys among those of all."""
+        own = one[:, :, self.first : self.end]
+        return torch.cat([one[:, :, self.lead : self.lead + self.shared], own], dim=2) if self.shared else own
 
 
 # (L, S, how many keys stand before that of the first query) to what each query sees: (L, S) or (1, H, L, S), bool or
@@ -53,9 +66,15 @@ Mask = Callable[[int, int, int], Tensor | None]
 Call = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]
 
 
-def whole(bounds: Sequence[int]) -> list[Part]:
-    """Every document to itself."""
-    return [Part(end - start, start, end) for start, end in pairwise(bounds)]
+def whole(bounds: Sequence[int], shared: Sequence[int] | None = None) -> list[Part]:
+    """Every document to itself, or behind so many rows of the one before it."""
+    own = [(start, end) for start, end in pairwise(bounds)]
+    if shared is None:
+        return [Part(end - start, start, end) for start, end in own]
+    return [
+        Part(end - start, start, end, bounds[max(0, n - 1)], count)
+        for n, ((start, end), count) in enumerate(zip(own, shared, strict=True))
+    ]
 
 
 def rows(length: int, query: Tensor) -> int:
@@ -75,8 +94,7 @@ def one_by_one(
     """(1, Q, H, E): a call for each document, the prefix in front of its keys."""
     # split, not slices: the backward pass of a slice writes zeros for all other documents
     queries = query.split([part.count for part in parts], dim=2)
-    edges = [0, *(edge for part in parts for edge in (part.first, part.end)), key.shape[2]]
-    keys = zip(*(one.split([b - a for a, b in pairwise(edges)], dim=2)[1::2] for one in (key, value)), strict=True)
+    keys = zip(*(_keys_of(one, parts) for one in (key, value)), strict=True)
     ahead = prefix[0].shape[2] if prefix else 0
     outputs = []
     for number, (part, one, others) in enumerate(zip(parts, queries, keys, strict=True)):
@@ -86,6 +104,18 @@ def one_by_one(
             sides = [torch.cat(pair, dim=2) for pair in zip(prefix, sides, strict=True)]
         outputs.append(call(number, _filled(one, length), sides[0], sides[1], ahead + part.ahead)[:, :, : part.count])
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _keys_of(one: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    """The keys of each document."""
+    spans = [((part.lead, part.lead + part.shared), (part.first, part.end)) for part in parts]
+    edges = sorted({0, one.shape[2], *(edge for both in spans for span in both for edge in span)})
+    pieces, at = one.split([b - a for a, b in pairwise(edges)], dim=2), {edge: n for n, edge in enumerate(edges)}
+    found = []
+    for both in spans:
+        some = [piece for start, end in both for piece in pieces[at[start] : at[end]]]
+        found.append(torch.cat(some, dim=2) if len(some) > 1 else some[0])
+    return found
 
 
 def sizes(part: Part, query: Tensor) -> tuple[int, int]:
@@ -147,7 +177,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: what is recomputed is handed out once
         given, (out, *sums) = saved[: ctx.given], saved[ctx.given :]
-        seen = sum(part.end - part.first for part in ctx.parts) == given[1].shape[2]
+        seen = sum(part.keys for part in ctx.parts) == given[1].shape[2] and not any(one.shared for one in ctx.parts)
         made = [torch.empty_like(given[0])]
         made += [torch.empty_like(one) if seen else torch.zeros_like(one) for one in given[1:3]]
         made += [torch.zeros_like(one) for one in given[3:]]
@@ -159,7 +189,7 @@ class _Attention(torch.autograd.Function):
             found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 back[0], *call.sides, back[1], one, 0.0, **call.how, scale=ctx.scale
             )
-            call.put(made, found, part)
+            call.put(made, found, part, added=any(one.shared for one in ctx.parts))
         return None, None, None, *made
 
 
@@ -183,7 +213,7 @@ class _OneCall:
         """The call of a document whose queries begin at `at`."""
         query, *keys = given[:3]
         prefix = given[3].shape[2] if given[3:] else 0
-        own, first = part.end - part.first, prefix + part.ahead
+        own, first = part.keys, prefix + part.ahead
         # one token shows whether every document has a mask (ALiBi), which need not be made to see that
         plain = mask(1, 1, 0) is None and short.suits(query, prefix + own)
         wide = plain and mask(part.count, prefix + own, first) is None
@@ -195,7 +225,7 @@ class _OneCall:
                 lead, length, count = first, before, before - prefix
             else:
                 seen = mask(length, prefix + count, first)
-        sides = [_filled(one[:, :, part.first : part.end], count) for one in keys]
+        sides = [_filled(part.of(one), count) for one in keys]
         if prefix:
             sides = [torch.cat(pair, dim=2) for pair in zip(given[3:], sides, strict=True)]
         if seen is not None and seen.dtype == torch.bool:
@@ -210,12 +240,17 @@ class _OneCall:
         query = self.sides[0]
         return _filled(one, query.shape[2], self.own.start).to(query.dtype)
 
-    def put(self, made: Sequence[Tensor], found: Sequence[Tensor], part: Part) -> None:
-        """Gradients of a document, to their places among those of all."""
+    def put(self, made: Sequence[Tensor], found: Sequence[Tensor], part: Part, *, added: bool) -> None:
+        """Gradients of a document, to their places among those of all; added: to what stands there."""
         made[0][:, :, self.here] = found[0][:, :, self.own]
         length = part.end - part.first
         for number in (1, 2):
             prefix = made[number + 2].shape[2] if len(made) > 3 else 0
-            made[number][:, :, part.first : part.end] = found[number][:, :, prefix : prefix + length]
+            begin = prefix + part.shared
+            # documents come from the last to the first: what is shared was added to before its own document comes
+            place = made[number][:, :, part.first : part.end]
+            (place.add_ if added else place.copy_)(found[number][:, :, begin : begin + length])
+            if part.shared:
+                made[number][:, :, part.lead : part.lead + part.shared] += found[number][:, :, prefix:begin]
             if prefix:
                 made[number + 2].add_(found[number][:, :, :prefix])

@@ -75,7 +75,8 @@ def flat_attention(
             rows.queries(query), key, value, rows.parts, None if documents is None else rows.documents, before, how
         )
         return rows.of_queries(out), None
-    return _attended(query, key, value, apart.whole(cu_seq_lens_q.tolist()), documents, before, how), None
+    parts = apart.whole(cu_seq_lens_q.tolist(), None if documents is None else documents.shared)
+    return _attended(query, key, value, parts, documents, before, how), None
 
 
 def _attended(

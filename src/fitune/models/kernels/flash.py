@@ -34,8 +34,8 @@ class Documents:
         bounds: (D + 1,) on the CPU.
         queries, keys: (D + 1,) int32 on the model's device; keys have the prefix of every document among them.
         longest: tokens of the longest document, without and with its prefix.
-        order: with a prefix, (D x k + T,): of all keys which row of [prefix; keys] they are; without, None, or which
-            keys are looked at (`kernels/label_rows.py`).
+        order: of all keys which row of [prefix; keys] they are; None: they are the rows.
+        shared: (D,), so many first rows of the document before it are keys of each document, too; None: of none.
     """
 
     bounds: Tensor
@@ -43,22 +43,55 @@ class Documents:
     keys: Tensor
     longest: tuple[int, int]
     order: Tensor | None = None
+    shared: tuple[int, ...] | None = None
 
 
 def laid_before(
-    bounds: NDArray[np.integer], count: int
+    bounds: NDArray[np.integer], count: int, shared: NDArray[np.integer] | None = None
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    """So many rows laid before every document of a batch with these bounds.
+    """So many rows laid before every document of a batch with these bounds that shares none with the one before it.
+
+    Args:
+        shared: as Batch has it.
 
     Returns:
         The bounds then; of every row then, which row of [those laid before; the batch] it is, and its position in its
         document.
     """
-    lengths = np.diff(bounds) + count
+    begins = np.zeros(len(bounds) - 1, np.int64) if shared is None else shared.astype(np.int64)
+    laid = np.where(begins > 0, 0, count)
+    lengths = np.diff(bounds) + laid
     there = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.arange(there[-1]) - np.repeat(there[:-1], lengths)
-    order = np.where(positions < count, positions, np.repeat(bounds[:-1], lengths) + positions)
+    inside = np.arange(there[-1]) - np.repeat(there[:-1], lengths)
+    order = np.where(inside < np.repeat(laid, lengths), inside, np.repeat(bounds[:-1] + count - laid, lengths) + inside)
+    positions = inside + np.repeat(np.where(begins > 0, begins + count, 0), lengths)
     return there.astype(np.int32), order.astype(np.int64), positions
+
+
+def seen_keys(
+    starts: NDArray[np.integer],
+    ends: NDArray[np.integer],
+    leads: NDArray[np.integer],
+    shared: NDArray[np.integer],
+    prefix: int,
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The keys of documents: a prefix, rows that each shares with the one before it, its own.
+
+    Args:
+        starts, ends: of each document, its first row and the one behind its last.
+        leads: where the rows begin that it shares.
+        shared: how many these are.
+        prefix: keys that stand before every document.
+
+    Returns:
+        Bounds of their keys, and of every key which row of [prefix; rows] it is.
+    """  # fmt: skip
+    counts = (ends - starts).astype(np.int64) + shared + prefix
+    bounds = np.concatenate([[0], np.cumsum(counts)])
+    inside = np.arange(bounds[-1]) - np.repeat(bounds[:-1], counts) - prefix  # below 0: of the prefix
+    own = np.repeat(shared, counts)
+    behind = np.where(inside < own, np.repeat(leads, counts) + inside, np.repeat(starts, counts) + inside - own)
+    return bounds.astype(np.int32), np.where(inside < 0, inside + prefix, behind + prefix).astype(np.int64)
 
 
 def refusal(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fitune.models.kernels.apart import Part
-from fitune.models.kernels.flash import Documents
+from fitune.models.kernels.flash import Documents, seen_keys
 
 WORTH = 0.95  # share of rows with a label: above it, picking rows takes longer than what is left out
 KEYWORD = "label_rows"  # of a model's forward: it reaches the last block, and its attention
@@ -79,11 +79,14 @@ class Behind:
 
 @dataclass(frozen=True)
 class Spans:
-    """Queries and keys of each document with labels. first, last: its label rows; start: its first row."""
+    """Queries and keys of each document with labels. first, last: its label rows; start: its first row; lead, shared:
+    where the rows begin that it shares with the document before it, and how many these are."""
 
     first: NDArray[np.int64]
     last: NDArray[np.int64]
     start: NDArray[np.int64]
+    lead: NDArray[np.int64]
+    shared: NDArray[np.int64]
 
     @property
     def queries(self) -> NDArray[np.int64]:
@@ -93,22 +96,27 @@ class Spans:
     @property
     def keys(self) -> NDArray[np.int64]:
         """How many each document has."""
-        return self.last - self.start + 1
+        return self.last - self.start + 1 + self.shared
 
     def parts(self) -> list[Part]:
         """As LabelRows has them."""
-        return list(map(Part, self.queries.tolist(), self.start.tolist(), (self.last + 1).tolist()))
+        own = self.queries, self.start, self.last + 1, self.lead, self.shared
+        return list(map(Part, *(each.tolist() for each in own)))
 
 
-def spans(bounds: NDArray[np.integer], rows: NDArray[np.integer]) -> Spans:
+def spans(bounds: NDArray[np.integer], rows: NDArray[np.integer], shared: NDArray[np.integer] | None = None) -> Spans:
     """Of documents with these bounds.
 
     Args:
         rows: those with a label, in order; at least one.
+        shared: as Documents has it; None: of none.
     """
     document = np.searchsorted(bounds, rows, side="right") - 1
     labelled, at, counts = np.unique(document, return_index=True, return_counts=True)
-    return Spans(rows[at].astype(np.int64), rows[at + counts - 1].astype(np.int64), bounds[labelled].astype(np.int64))
+    count = np.zeros(len(labelled), np.int64) if shared is None else shared[labelled].astype(np.int64)
+    lead = np.where(count > 0, bounds[np.maximum(labelled, 1) - 1], 0)
+    first, last = rows[at], rows[at + counts - 1]
+    return Spans(*(one.astype(np.int64) for one in (first, last, bounds[labelled], lead, count)))
 
 
 def arrays(found: Spans, rows: NDArray[np.integer], filler: int, prefix: int) -> dict[str, NDArray[np.generic]]:
@@ -121,17 +129,10 @@ def arrays(found: Spans, rows: NDArray[np.integer], filler: int, prefix: int) ->
         prefix: keys and values that stand before every document.
     """
     queries = _stretches(found.first, found.last + 1)
-    keys = _stretches(found.start, found.last + 1)
+    keys, order = seen_keys(found.start, found.last + 1, found.lead, found.shared, prefix)
     made: dict[str, NDArray[np.generic]] = {
-        "label_queries": _bounds(found.queries), "label_keys": _bounds(found.keys + prefix),
+        "label_queries": _bounds(found.queries), "label_keys": keys, "label_order": order,
     }  # fmt: skip
-    if prefix:  # the rows of [prefix; keys], the prefix before every document
-        counts = found.keys + prefix
-        inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        behind = np.repeat(found.start, counts) + inside  # a row of a document, and the prefix before it
-        made["label_order"] = np.where(inside < prefix, inside, behind)
-    else:
-        made["label_order"] = keys
     between = len(queries) > len(rows)
     if between:
         made["taken"] = np.searchsorted(rows, queries, side="right") - 1

@@ -81,7 +81,7 @@ class _Gradients:
         return [self.hidden, *(self.weights or map(torch.zeros_like, self.trained))]
 
 
-def _matrix(head: nn.Module, hidden: Tensor, *, gradient: bool) -> Matrix | None:
+def as_matrix(head: nn.Module, hidden: Tensor, *, gradient: bool) -> Matrix | None:
     """A head as a matrix, on a CPU, if it is no more than that and nothing of it is trained here."""
     plain = type(head) is nn.Linear
     if of(hidden.device).kind != "cpu" or not (plain or type(head) is StoredLinear) or _is_changed(head):
@@ -165,7 +165,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _summed(head: nn.Module, rows: _Rows, grads: _Gradients | None, trained: Sequence[Tensor]) -> Tensor:
-    matrix = _matrix(head, rows.hidden, gradient=grads is not None)
+    matrix = as_matrix(head, rows.hidden, gradient=grads is not None)
     if matrix is None:
         return _by_module(head, rows, grads, trained)
     place, most = None if grads is None else grads.hidden, at_once(rows.at_once, len(matrix.weight))

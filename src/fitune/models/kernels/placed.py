@@ -24,7 +24,7 @@ from torch import Tensor
 from fitune.core.records import Batch
 from fitune.data.batches import rounded
 from fitune.models.kernels import label_rows
-from fitune.models.kernels.flash import Documents, laid_before
+from fitune.models.kernels.flash import Documents, laid_before, seen_keys
 from fitune.models.kernels.label_rows import LabelRows
 
 ALIGNED = 8  # bytes at which each part of the buffer begins
@@ -70,9 +70,11 @@ def place(batch: Batch, device: torch.device, *, laid: int = 0, prefix: int = 0,
         fill: bring its rows to one of few sizes; label rows are, in any case.
     """
     bounds, positions = batch.bounds, batch.positions + prefix if prefix else batch.positions
+    shared = batch.shared
     parts: dict[str, NDArray[np.generic]] = {"ids": batch.ids, "label_rows": batch.label_rows}
     if laid:
-        bounds, parts["order"], positions = laid_before(batch.bounds, laid)
+        bounds, parts["order"], positions = laid_before(batch.bounds, laid, shared)
+        shared = None if shared is None else shared + np.where(shared > 0, laid, 0)
         parts["keep"] = np.flatnonzero(positions >= laid)
         parts["label_rows"] = parts["keep"][batch.label_rows]
     parts["positions"] = positions
@@ -81,21 +83,25 @@ def place(batch: Batch, device: torch.device, *, laid: int = 0, prefix: int = 0,
         for name in ("positions", "order" if laid else "ids"):
             parts[name] = np.concatenate([parts[name], np.resize(parts[name][: bounds[1]], filler)])
         bounds = np.append(bounds, np.int32(len(parts["positions"])))
+        shared = None if shared is None else np.append(shared, 0)
     own = parts["label_rows"].astype(np.int64)
     parts |= _labels(batch, own)
     worth = fill and 0 < len(own) <= label_rows.WORTH * len(batch.ids)
-    spans = label_rows.spans(bounds, own) if worth else None
+    spans = label_rows.spans(bounds, own, shared) if worth else None
     if spans is not None:
         parts |= label_rows.arrays(spans, own, len(parts["label_rows"]) - len(own), prefix)
     parts["queries"] = bounds.astype(np.int32)
-    longest = int(np.diff(bounds).max())
-    if prefix:
-        parts["keys"], parts["rows"], _ = laid_before(bounds, prefix)
+    counts = np.zeros(len(bounds) - 1, np.int64) if shared is None else shared.astype(np.int64)
+    longest = int(np.diff(bounds).max()), int((np.diff(bounds) + counts).max()) + prefix
+    if prefix or shared is not None:
+        leads = np.append(0, bounds[:-2])
+        parts["keys"], parts["rows"] = seen_keys(bounds[:-1], bounds[1:], leads, counts, prefix)
     there = send(parts, device)
     labelled = None if spans is None else label_rows.placed(spans, there, prefix)
     queries = there.pop("queries")
     keys, rows = there.pop("keys", queries), there.pop("rows", None)
-    documents = Documents(torch.from_numpy(bounds), queries, keys, (longest, longest + prefix), rows)
+    begun = None if shared is None else tuple(shared.tolist())
+    documents = Documents(torch.from_numpy(bounds), queries, keys, longest, rows, begun)
     return Placed(documents=documents, filler=filler, labelled=labelled, **there)
 
 

@@ -3,7 +3,8 @@
 In: hidden states of the label rows, their labels, the model's head. Out: the loss of each row, in float32, with a
 gradient with respect to the hidden states. Only one chunk of logits is alive at any time. What a row's loss does to its
 hidden state is known in the forward pass up to a factor, the gradient that comes back for this row; so the head is read
-once each way, as in `kernels/loss.py`.
+once each way, as in `kernels/loss.py`. As there, a frozen head that is one matrix goes by blocks of the vocabulary on a
+CPU (`frozen_head.py`).
 
 Shapes: L = label rows, W = width, V = vocabulary.
 """
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitune.models.kernels.loss import chunk_rows
+from fitune.models.kernels import frozen_head
+from fitune.models.kernels.frozen_head import Matrix
+from fitune.models.kernels.loss import as_matrix, at_once, chunk_rows
 from fitune.models.kernels.target import of
 
 aten = torch.ops.aten
@@ -38,10 +41,20 @@ def _losses(logits: Tensor, labels: Tensor, *, slope: bool) -> tuple[Tensor, Ten
     return losses, scores
 
 
+def _by_blocks(head: Matrix, rows: int, hidden: Tensor, labels: Tensor, grads: Tensor | None) -> Tensor:
+    """(L,), of a head that is a matrix; grads: (L, W), where the gradient of each is written."""
+    most = at_once(rows, len(head.weight), of(hidden.device))
+    return frozen_head.losses(head, hidden, labels, most, grad=grads).float()
+
+
 class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: nn.Module, rows: int, hidden: Tensor, labels: Tensor) -> Tensor:
-        found, grads = hidden.new_empty(len(labels), dtype=torch.float32), torch.empty_like(hidden)
+        grads, matrix = torch.empty_like(hidden), as_matrix(head, hidden, gradient=True)
+        if matrix is not None:
+            ctx.save_for_backward(grads)
+            return _by_blocks(matrix, rows, hidden.detach(), labels, grads)
+        found = hidden.new_empty(len(labels), dtype=torch.float32)
         for here, part, label in _chunks(rows, hidden, labels):
             with torch.enable_grad():
                 leaf = part.requires_grad_()
@@ -71,6 +84,9 @@ def row_losses(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int,
     if torch.is_grad_enabled() and hidden.requires_grad:
         made: Tensor = _RowLosses.apply(head, rows, hidden, labels)
         return made
+    matrix = as_matrix(head, hidden, gradient=False)
+    if matrix is not None:
+        return _by_blocks(matrix, rows, hidden.detach(), labels, None)
     found = hidden.new_empty(len(labels), dtype=torch.float32)
     with torch.no_grad():
         for here, part, label in _chunks(rows, hidden, labels):
