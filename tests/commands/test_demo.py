@@ -22,6 +22,7 @@ from fitune.core.records import StepRecord
 from fitune.data import rows, tokenizer
 from fitune.data.store import Rows
 from fitune.engine.checkpoint import RunFolder
+from support import contract
 from support.command import run
 
 ROOT = Path(__file__).parents[2]
@@ -150,3 +151,15 @@ def test_a_demo_that_is_resumed_has_its_before_and_after(short_demo: None, tmp_p
 def test_a_demo_is_resumed_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="which demo"):
         demo.demo(resume=True)
+
+
+def test_in_bf16_the_demo_learns_as_in_fp32(tmp_path: Path) -> None:
+    """The losses of its first steps, and the held-out loss, are within what 16 bits may change."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        output = tmp_path / precision
+        train(demo.config(str(output), precision=precision, max_steps=3))
+        records = RunFolder(output).read_steps()
+        losses[precision] = [*(record.loss for record in records), records[-1].held_out_loss]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=contract.CLOSE["bf16"])
+    assert losses["bf16"] != losses["fp32"]

@@ -76,7 +76,7 @@ def planted_step(monkeypatch: pytest.MonkeyPatch, folder: Path, shape: Any, fp32
     size = trial.widths(shape)
     assert size is not None
     known = json.loads((folder / "rates.json").read_text())
-    known[f"{precision.machine(CPU)}-step-{size.width}x{size.inner}"] = {"fp32": fp32, "bf16": bf16}
+    known[f"{precision.machine(CPU)}-trial-{size.name}"] = {"fp32": fp32, "bf16": bf16}
     (folder / "rates.json").write_text(json.dumps(known))
 
 
@@ -107,7 +107,7 @@ def test_auto_looks_at_a_step_as_narrow_as_the_model(
 def test_a_step_is_measured_once_where_products_are_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted(monkeypatch, tmp_path, fp32=291.0, bf16=2263.0, fp16=1.5)
     shape = GPT2Config(n_embd=48)
-    assert trial.widths(shape) == trial.Widths(48, 192)
+    assert trial.widths(shape) == trial.Widths(48, 192, 12, 50257)
     monkeypatch.setattr(trial, "TOKENS", (20, 30))
     first = precision.choose(CPU, shape)
     assert "a step 48 wide runs at" in first[1]
@@ -122,7 +122,7 @@ def test_a_step_is_measured_once_where_products_are_fast(tmp_path: Path, monkeyp
 def test_a_trial_step_goes_through_any_width(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "TOKENS", (70, 80))
     before = torch.get_rng_state()
-    assert trial.tokens_per_second(trial.Widths(width, 2 * width), dtype) > 0
+    assert trial.tokens_per_second(trial.Widths(width, 2 * width, 3, 300), dtype) > 0
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FASTER = 1.5  # bf16 must be so many times faster than float32 on a CPU to be chosen there
 STEP_FASTER = 1.2  # and a step as narrow as a small model's so many times
-WIDE = 1024  # from this width on a step is its matrix products
+WIDE = 1024  # from this width on a step is its matrix products, and a trial of it takes long
 RATES = "rates.json"  # where they are kept, in the cache
 SLOWER = 0.5  # below this share of float32's rate a precision is worth a warning
 
@@ -128,9 +128,9 @@ def imitated(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def step_rates(device: torch.device, size: trial.Widths) -> dict[str, float]:
-    """Tokens a second of a step through two blocks of a model's widths, in fp32 and bf16; kept likewise."""
+    """Tokens a second of a trial step of a model's sizes, in fp32 and bf16; kept likewise."""
     names = ("fp32", "bf16")
-    key = f"{machine(device)}-step-{size.width}x{size.inner}"
+    key = f"{machine(device)}-trial-{size.name}"
     return _kept(key, names, lambda: {name: trial.tokens_per_second(size, DTYPES[name]) for name in names})
 
 
