@@ -30,6 +30,7 @@ MOMENTS = {
     "checks.datachecks": "data",
     "engine.optim:check": "settings",
     "commands.prepare": "model",
+    "commands.frozen": "model",
     "commands.train:_rehearsed": "start",
     "commands.train_start": "start",
     "commands.train": "start",

@@ -29,8 +29,8 @@ GROUPS: dict[str, tuple[str, ...]] = {  # fields of RunConfig, and what verbs ad
         "bottleneck", "ia3", "peft", "dpo", "ipo", "kto", "orpo", "simpo",
     ),
     "Precision and memory": (
-        "precision", "quant", "storage_dtype", "trainable_dtype", "checkpointing", "offload", "loss_rows", "layout",
-        "device", "gpu", "fit", "force",
+        "precision", "quant", "storage_dtype", "trainable_dtype", "checkpointing", "offload", "frozen_cache",
+        "loss_rows", "layout", "device", "gpu", "fit", "force",
     ),
     "Optimization": (
         "batch_size", "batch_tokens", "accumulation", "epochs", "max_steps", "lr", "warmup", "weight_decay",

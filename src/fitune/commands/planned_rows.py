@@ -31,8 +31,8 @@ from fitune.data.lengths import automatic, choices, summary
 from fitune.data.pairs import Pairs
 from fitune.data.store import in_pairs
 from fitune.data.tokenizer.new_tokens import NewToken, add_tokens
+from fitune.memory import frozen, steps
 from fitune.memory import plan as plans
-from fitune.memory import steps
 
 ASSUMED_LENGTH = 1024  # of a row, where neither data nor max_length say anything
 ESTIMATED = 20_000  # rows whose lengths are estimated; more are alike
@@ -232,9 +232,11 @@ def work_of(request: Request, known: Rows, layout: Layout | None = None) -> plan
         units.supposed() if isinstance(units, Pairs) else units for units in (known.samples, known.held_out)
     )
     loader = make_loader(config, samples, layout)
-    deciding = steps.deciding(loader, config.max_steps or loader.total_steps(config.epochs))
+    total = config.max_steps or loader.total_steps(config.epochs)
+    deciding = steps.deciding(loader, total)
     largest = steps.largest_held_out(laid_out(held_out, layout), config.batch_size)
-    return plans.Work(config, request.model_config, deciding, largest, layout, known.added)
+    epochs = frozen.epochs(config, request.where, loader, total) if known.report is not None else None
+    return plans.Work(config, request.model_config, deciding, largest, layout, known.added, epochs=epochs)
 
 
 def _with_tokenizer(config: RunConfig, tokenizer_folder: Path | None) -> RunConfig:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fitune.checks import guards, leak, modelchecks, preferencechecks, runchecks, stepchecks
 from fitune.checks.findings import raise_refused
-from fitune.commands import reference
+from fitune.commands import frozen, reference
 from fitune.commands.planned_rows import ReadRows, laid_out, make_loader, read, work_of
 from fitune.commands.request import Request
 from fitune.core.blocks import AUTO, named
@@ -126,6 +126,9 @@ def prepare(
     loader, held_out = make_loader(request.config, rows.rows.samples, layout), laid_out(rows.rows.held_out, layout)
     findings += _check_batches(loader)
     raise_refused(findings)
+    plan, tried = frozen.tried(plan, request.config, loaded.model, loader, work.largest)
+    findings += tried
+    raise_refused(tried)
     objective = objectives.of(request.config)
     if isinstance(objective, Preference):
         clock.ends(CHECKS)

@@ -7,11 +7,11 @@ train_end.py (adapter, answers, report).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from fitune.commands import resuming, train_summary
+from fitune.commands import frozen, resuming, train_summary
 from fitune.commands.active_run import ActiveRun, machine_load
 from fitune.commands.prepare import prepare
 from fitune.commands.request import Request, to_train
@@ -29,7 +29,7 @@ from fitune.core.results import Result
 from fitune.engine import integrity
 from fitune.engine.checkpoint import RunFolder, config_text
 from fitune.engine.loading import base_of
-from fitune.engine.step import LossScale
+from fitune.engine.step import Answers, LossScale
 from fitune.engine.step_runner import StepRunner
 from fitune.memory import forget_peak
 from fitune.models import determinism, precision
@@ -133,7 +133,7 @@ def _go(active: ActiveRun, *, resume: bool, again: bool) -> Result:
     active.clock.ends(CHECKS)
     rehearsal = _rehearsed(active, runner, known=going_on and run.has("measured"))
     active.clock.ends(REHEARSAL)
-    with resumable(run):
+    with resumable(run), _below(active, runner):
         if not (going_on and resuming.has_begun(run)):
             begin(active, rehearsal)
         elif resume and run.read_config().model != job.config.model:
@@ -147,6 +147,21 @@ def _runner(active: ActiveRun) -> StepRunner:
     scale = LossScale(LossScale.START if precision.scaled(job.config) else 1.0)
     how = (job.layout, job.config.max_grad_norm, job.source, report)
     return StepRunner(job.tuned.model, *how, scale=scale, objective=job.objective)
+
+
+@contextmanager
+def _below(active: ActiveRun, runner: StepRunner) -> Iterator[None]:
+    """Inside, the runner keeps what frozen blocks give for later epochs, where the plan says so."""
+    job = active.job
+    states = frozen.states(job.plan, job.config, job.loader, active.watch.message)
+    if states is None:
+        yield
+        return
+    try:
+        runner.objective = Answers(states)
+        yield
+    finally:
+        states.close()
 
 
 def _rehearsed(active: ActiveRun, runner: StepRunner, *, known: bool) -> Rehearsal | None:

@@ -54,35 +54,15 @@ from fitune.core.options import (
     path_text,
     quant_group,
 )
+from fitune.core.units import checked_size
 
 LengthPolicy = Literal["split", "cut", "drop", "refuse"]
 TrainOn = Literal["all", "last", "tool-calls"]
 
 
-SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(?:i?B)?\s*", re.IGNORECASE)
-UNITS = {"M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def _size(value: object) -> object:
-    """`20` (GB), `20GB`, `500MB` or `1.5 TB` as text with its unit."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    text = f"{value}GB" if number or (isinstance(value, str) and value.strip().isdecimal()) else value
-    found = SIZE.fullmatch(text) if isinstance(text, str) else None
-    if found is None or not 10**6 <= size_bytes(str(text)) <= 10**15:
-        raise ValueError("a size such as 20GB or 500MB")
-    return f"{found[1]}{found[2].upper()}B"
-
-
-def size_bytes(text: str) -> int:
-    """Bytes of a size that was checked.
-
-    Example:
-        >>> size_bytes("500MB")
-        500000000
-    """
-    found = SIZE.fullmatch(text)
-    assert found is not None
-    return int(float(found[1]) * UNITS[found[2].upper()])
+def _off(value: object) -> object:
+    """What YAML 1.1 makes of off."""
+    return "off" if value is False else value
 
 
 def _block_numbers(value: str) -> str:
@@ -146,7 +126,7 @@ class DataConfig(Options):
     """Folder where prepared data and traced plans are kept for the next run: auto (the system's place for caches, or
     $FITUNE_CACHE), a folder, or none."""
 
-    cache_size: Annotated[str, BeforeValidator(_size)] = "20GB"
+    cache_size: Annotated[str, BeforeValidator(checked_size)] = "20GB"
     """Largest size of the cache (20GB, 500MB): beyond it the entries unused for longest are removed, and named."""
 
     @field_validator("model", "template", "cache", mode="before")
@@ -229,6 +209,10 @@ class RunConfig(DataConfig):
     offload: bool | BlockNumbers = False
     """Keep activations of blocks in main memory beside a GPU until the backward pass needs them: 0-11 of these blocks,
     of recomputed ones their inputs. checkpointing auto sets it where recomputation is not enough, or slower."""
+    frozen_cache: Annotated[Literal["auto", "off", "memory", "disk"], BeforeValidator(_off)] = "auto"
+    """Where hidden states of the lowest blocks, if all of them are frozen (freeze, tail), are kept for later epochs,
+    which begin there: memory, disk (the cache's), off. auto: memory where there is room to spare, else disk. It takes
+    the bytes of a hidden state for each token of the data."""
     lora: LoraOptions = LoraOptions()
     """Settings of the method lora."""
     freeze: FreezeOptions = FreezeOptions()

@@ -57,7 +57,9 @@ class Plan:
     it. budget, spare, fits: of the device, None where nobody said how much there is. closed: the same by closed forms.
     loss_rows: of how many label rows logits are there at once. blocks: of the model. recomputed: of them those that are
     in the backward pass, by number; waiting: those whose activations are in main memory beside a GPU until then, where
-    they take host bytes. more_work: operations of a step that this adds, as a share of those without.
+    they take host bytes. more_work: operations of a step that this adds, as a share of those without. frozen_cache:
+    where hidden states of the lowest frozen_blocks, frozen_bytes of them, are kept for later epochs (memory, disk; off:
+    nowhere). later_work: operations of such an epoch, as a share of the first one's.
     """
 
     model: str
@@ -92,6 +94,10 @@ class Plan:
     waiting: list[int] = field(default_factory=list)
     host: int = 0
     more_work: float = 0.0
+    frozen_cache: str = "off"
+    frozen_blocks: int = 0
+    frozen_bytes: int = 0
+    later_work: float = 1.0
 
     @property
     def spare(self) -> int | None:

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fitune.core.config import LengthPolicy, RunConfig, size_bytes
+from fitune.core.config import LengthPolicy, RunConfig
 from fitune.core.errors import ConfigError, RunFolderError
 from fitune.core.events import Silent, Ticker, Watcher
 from fitune.core.records import Conversation, DataReport, Finding
+from fitune.core.units import size_bytes
 from fitune.data import documents, labels, lengths, rows, templates
 from fitune.data.cache import Cache, default_folder, folder_digest, key
 from fitune.data.encode import Encoder

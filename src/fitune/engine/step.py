@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, cast
@@ -88,10 +89,18 @@ class Objective(Protocol):
         """The sum of a batch's losses."""
 
 
+class Below(Protocol):
+    """Has what frozen blocks gave for rows that were met before (frozen_states.py)."""
+
+    def through(self, model: nn.Module, batch: Batch, placed: Placed) -> AbstractContextManager[None]:
+        """Inside, a forward pass of this batch begins behind those blocks, where it can."""
+
+
 @dataclass(frozen=True)
 class Answers:
-    """Tuning on answers: the cross-entropy of their tokens."""
+    """Tuning on answers: the cross-entropy of their tokens. below: what of the forward pass is known already."""
 
+    below: Below | None = None
     together = False
 
     def of_step(self, model: nn.Module, batches: Sequence[Batch], layout: Layout) -> Answers:
@@ -100,7 +109,7 @@ class Answers:
 
     def loss(self, model: nn.Module, batch: Batch, layout: Layout) -> Loss:
         """See Objective."""
-        return Loss(loss_sum(model, batch, layout))
+        return Loss(loss_sum(model, batch, layout, self.below))
 
 
 SFT = Answers()
@@ -145,13 +154,13 @@ def hidden_states(model: nn.Module, batch: Batch, layout: Layout, placed: Placed
         NotImplementedError: a prefix in another layout than flat.
     """
     placed = placed or place(model, batch, layout)
-    rows = _rows(model, batch, layout, placed)
+    rows = rows_of_all(model, batch, layout, placed)
     if placed.keep is not None:
         return rows[placed.keep]
     return rows[: len(batch.ids)] if placed.filler else rows
 
 
-def _rows(model: nn.Module, batch: Batch, layout: Layout, placed: Placed) -> Tensor:
+def rows_of_all(model: nn.Module, batch: Batch, layout: Layout, placed: Placed) -> Tensor:
     """The last hidden states of all rows that the model works on; of a flat batch also those of what is laid before
     its documents, and of the filler."""
     before = virtual.of(model)
@@ -270,7 +279,7 @@ def label_hidden(model: nn.Module, batch: Batch, layout: Layout = "flat", placed
         with computing(model):
             found = _flat(model, batch, virtual.of(model), there, there.labelled)[: len(there.label_rows)]
     else:
-        found = _rows(model, batch, layout, there)[there.label_rows]
+        found = rows_of_all(model, batch, layout, there)[there.label_rows]
     return found if placed is not None else found[: batch.targets]
 
 
@@ -286,10 +295,11 @@ def last_block_is_ready(model: nn.Module) -> bool:
     return last_block.ready(model, run)
 
 
-def loss_sum(model: nn.Module, batch: Batch, layout: Layout = "flat") -> Tensor:
+def loss_sum(model: nn.Module, batch: Batch, layout: Layout = "flat", below: Below | None = None) -> Tensor:
     """Sum of the cross-entropies of the batch's target tokens, each times its weight, float32."""
     inner, placed = causal_lm(model), place(model, batch, layout)
-    hidden = label_hidden(model, batch, layout, placed)
+    with nullcontext() if below is None else below.through(model, batch, placed):
+        hidden = label_hidden(model, batch, layout, placed)
     with computing(model):
         vocabulary, rows = inner.config.vocab_size, loss_rows(model)
         return label_loss(output_head(model), hidden, placed.labels, vocabulary, placed.weights, rows)

@@ -147,6 +147,20 @@ def per_token(found: Counts, lengths: ArrayLike, labelled: float, *, checkpointi
     return forward + backward + 2 * trained + 4 * new + again
 
 
+def later(found: Counts, lengths: ArrayLike, labelled: float, below: int, *, checkpointing: Blocks = False) -> float:
+    """Operations of a later epoch as a share of those of the first one, where what the lowest blocks give is kept.
+
+    Args:
+        found, lengths, labelled, checkpointing: as for `per_token`.
+        below: how many blocks do not run again; none of them works on label rows alone, or is gone through backward.
+    """
+    sizes = np.asarray(lengths, dtype=np.float64)
+    part = below / max(1.0, found.blocks)
+    attention = 2 * float((sizes**2).sum() / sizes.sum()) * found.attention
+    whole = per_token(found, lengths, labelled, checkpointing=checkpointing)
+    return (whole - part * (2 * found.body + attention)) / whole
+
+
 def seconds(operations: float, tflops: float | None, *, quantized: bool, cpu: bool) -> float | None:
     """Time for so many operations on a device of that rate; None: nobody knows its rate."""
     if not tflops:

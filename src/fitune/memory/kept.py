@@ -37,6 +37,7 @@ from fitune.core.records import Answers, Batch
 from fitune.data.cache import Cache, key
 from fitune.engine.integrity import PLACES
 from fitune.memory import device, heap
+from fitune.memory.frozen import Below
 from fitune.memory.recompute import Sets
 from fitune.memory.usage import Usage
 from fitune.models.kernels import fused
@@ -53,7 +54,8 @@ class Traced:
     """What a trace finds, in bytes and numbers of parameters: the fields of the plan that do not depend on the moment.
 
     allocator: what CUDA's caching allocator makes of it. between: holes in the heap of a CPU process. forms: closed
-    forms of the same. sets: which blocks are recomputed. host: bytes of activations that wait in main memory.
+    forms of the same. sets: which blocks are recomputed. host: bytes of activations that wait in main memory. below:
+    frozen blocks.
     """
 
     usage: Usage
@@ -65,6 +67,7 @@ class Traced:
     loss_rows: int
     sets: Sets
     host: int
+    below: Below
     how: str = "trace"
     why: str = ""
 

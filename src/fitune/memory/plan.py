@@ -28,7 +28,7 @@ from fitune.data.cache import Cache
 from fitune.data.tokenizer.new_tokens import NewToken
 from fitune.engine import objectives, optim
 from fitune.engine.step import LossScale, apply_gradients, held_out, last_block_is_ready, make_gradients
-from fitune.memory import allocator, answers, chunks, depth, device, heap, kept, recompute
+from fitune.memory import allocator, answers, chunks, depth, device, frozen, heap, kept, recompute
 from fitune.memory.closed import closed
 from fitune.memory.counted import shadows
 from fitune.memory.cuda import Cuda
@@ -57,7 +57,8 @@ class Work:
 
     config: resolved. model_config: the model's transformers config. steps: micro-batches of optimizer steps, in order;
     the largest that will come is among them. held_out: the largest batch of an evaluation. added: new tokens. deep:
-    where model_config has fewer blocks than the model that is asked for, the transformers config of that one.
+    where model_config has fewer blocks than the model that is asked for, the transformers config of that one. epochs:
+    of the rows; None: nobody knows them.
     """
 
     config: RunConfig
@@ -67,6 +68,7 @@ class Work:
     layout: Layout = "flat"
     added: Sequence[NewToken] = field(default_factory=list)
     deep: PretrainedConfig | None = None
+    epochs: frozen.Epochs | None = None
 
     @property
     def largest(self) -> Batch:
@@ -262,14 +264,14 @@ def plan(
         outside: bytes beside the tensors, where they are known better than by the calibration.
         cache: where traces are kept, and found again.
     """
-    beside = outside
+    beside = None if outside is None else frozen.without(outside)
 
     def planned(how: recompute.How) -> Plan:
         nonlocal beside
         known = replace(work, config=work.config.model_copy(update=how))
         made = _with_rows(known, partial(_plan, where=where, name=name, outside=beside, cache=cache), where)
         # once: plans that are compared differ by what their settings take, and by that alone
-        beside = {what: size for what, size in made.outside.items() if what != heap.HOLES}
+        beside = {what: size for what, size in frozen.without(made.outside).items() if what != heap.HOLES}
         return made
 
     return fitted(work, where, planned) if work.config.checkpointing == AUTO else planned({})
@@ -311,7 +313,7 @@ def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int
     beside = {**(outside if outside is not None else outside_of(where, config.precision)), **found.between}
     allocated = figures.get("allocated", seen.peak.bytes)
     inside = figures.get("smallest", allocated)
-    return Plan(
+    made = Plan(
         model=name,
         method=config.method,
         precision=config.precision,
@@ -342,6 +344,7 @@ def _plan(work: Work, where: device.Device, name: str, outside: Mapping[str, int
         host=found.host,
         **asdict(found.sets),
     )
+    return frozen.planned(made, config, found.below, work.epochs, where, work.layout)
 
 
 def _question(work: Work, where: device.Device) -> kept.Question:
@@ -359,15 +362,16 @@ def _trace(work: Work, where: device.Device) -> kept.Traced:
     trained = sum(p.numel() for p in trainable(model).values())
     total = sum(quant.numel(p) for p in model.parameters())
     rows, sets = loss_rows(model), recompute.sets(model, work.config, batch)
+    below = frozen.of_model(model, work.config, batch)
     try:
         tracer = deep(model, work, where.target)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         why = f"this model cannot be traced ({reason})"
-        return kept.Traced(_by_forms(forms), {}, {}, forms, trained, total, rows, sets, 0, "closed form", why)
+        return kept.Traced(_by_forms(forms), {}, {}, forms, trained, total, rows, sets, 0, below, "closed form", why)
     figures = _allocator(tracer, where) if where.kind == "cuda" else {}
     between = heap.beside(tracer.events, tracer.course) if where.kind == "cpu" else {}
-    return kept.Traced(usage(tracer), figures, between, forms, trained, total, rows, sets, tracer.host_most)
+    return kept.Traced(usage(tracer), figures, between, forms, trained, total, rows, sets, tracer.host_most, below)
 
 
 def _by_forms(forms: Mapping[str, int]) -> Usage:

@@ -61,6 +61,7 @@ class CausalLM(nn.Module):
     resize_token_embeddings: Callable[..., nn.Embedding]
     set_attn_implementation: Callable[[str], None]
     gradient_checkpointing_enable: Callable[..., None]
+    disable_input_require_grads: Callable[[], None]
     generate: Callable[..., Tensor]
     _weight_conversions: list[object] | None
     save_pretrained: Callable[..., None]

@@ -23,6 +23,7 @@ from fitune.models.kernels.gated import lean_mlps
 from fitune.models.kernels.norm import replace_norms
 from fitune.models.kernels.rotary import turn_in_one
 from fitune.models.offload import Checkpoint, Run
+from fitune.models.parts import first_trained
 from fitune.models.precision import DTYPES
 from fitune.models.switches import recomputed
 
@@ -78,6 +79,10 @@ def checkpoint_blocks(model: nn.Module, family: Family, recomputed_: Blocks, wai
         )
     settings = {"use_reentrant": False, "context_fn": partial(recomputed, inner)}
     inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    if first_trained(model):
+        # embeddings ask for a gradient now, which a reentrant checkpoint needs: frozen blocks would be recomputed, and
+        # gone through backward, for nothing
+        inner.disable_input_require_grads()
     for number, block in enumerate(blocks):
         how: Any = block  # attributes that torch takes for tensors or modules
         how.gradient_checkpointing = number in again or number in away

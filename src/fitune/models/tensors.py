@@ -42,12 +42,23 @@ def finite(tensor: Tensor) -> bool:
     return all(bool(piece.isfinite().all()) for _, piece in pieces(tensor))
 
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Have two tensors the same shape, dtype and bits?"""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    kind = BITS[one.element_size()]
+    return torch.equal(one.contiguous().view(kind), other.contiguous().view(kind))
+
+
 @torch.no_grad()
 def bit_sum(tensor: Tensor) -> int:
     """An exact sum over the bits of a tensor, each number times 1 + its place modulo 1,024, in 64 bits that wrap."""
     total = 0
     for start, piece in pieces(tensor):
-        bits = piece.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[piece.element_size()])
+        bits = piece.view(BITS[piece.element_size()])
         long = bits.to(torch.int64, copy=True)
         long *= torch.arange(start, start + len(long), device=long.device).remainder_(1024).add_(1)
         total += int(long.sum())

@@ -143,7 +143,8 @@ def verdict(plan: Plan) -> str:
 
     Sizes are in MiB or GiB, with their unit.
     """
-    return "; ".join(part for part in (_needs(plan), _fits(plan), _where(plan), _recomputed(plan)) if part)
+    parts = (_needs(plan), _fits(plan), _where(plan), _recomputed(plan), _frozen(plan))
+    return "; ".join(part for part in parts if part)
 
 
 def _needs(plan: Plan) -> str:
@@ -188,6 +189,18 @@ def _recomputed(plan: Plan) -> str:
         size = unit_of(plan).named(plan.host)
         parts.append(f"{' and '.join(what)} in main memory until the backward pass, {size}")
     return "; ".join(parts)
+
+
+def _frozen(plan: Plan) -> str:
+    """Which blocks run in the first epoch alone, what that takes, and what it saves."""
+    if plan.frozen_cache == "off":
+        return ""
+    which = blocks.text(range(plan.frozen_blocks))
+    size, work = unit_of(plan).named(plan.frozen_bytes), percent(plan.later_work, ".0f")
+    where = "in memory" if plan.frozen_cache == "memory" else "on the disk"
+    return (
+        f"{which} run once a row, what they give is kept {where}, {size}: a later epoch takes {work} of the operations"
+    )
 
 
 def percent(share: float, form: str) -> str:
