@@ -109,4 +109,4 @@ class OnDisk:
 
 def _bytes(rows: Tensor) -> memoryview:
     """The memory of contiguous rows."""
-    return memoryview(rows.view(torch.uint8).numpy()).cast("B")
+    return rows.view(torch.uint8).numpy().data.cast("B")

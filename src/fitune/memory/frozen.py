@@ -136,8 +136,8 @@ def dropped(made: Plan) -> Plan:
     """The plan of a run that keeps none after all."""
     outside = without(made.outside)
     less = sum(made.outside.values()) - sum(outside.values())
-    plain = {"frozen_cache": "off", "frozen_blocks": 0, "frozen_bytes": 0, "later_work": 1.0}
-    return replace(made, outside=outside, needed=made.needed - less, **plain)
+    made = replace(made, outside=outside, needed=made.needed - less)
+    return replace(made, frozen_cache="off", frozen_blocks=0, frozen_bytes=0, later_work=1.0)
 
 
 def without(outside: Mapping[str, int]) -> dict[str, int]:

@@ -97,9 +97,9 @@ def _through(blocks: list[_Block], x: Tensor, positions: Tensor) -> Tensor:
     return x.float().square().mean()
 
 
-def _loss(head: nn.Module, hidden: Tensor) -> Tensor:
-    labels = torch.arange(len(hidden)) % head.weight.shape[0]
-    return label_loss(head, hidden, labels, head.weight.shape[0], None, len(hidden))
+def _loss(head: nn.Linear, hidden: Tensor) -> Tensor:
+    labels = torch.arange(len(hidden)) % head.out_features
+    return label_loss(head, hidden, labels, head.out_features, None, len(hidden))
 
 
 class _Block(nn.Module):
@@ -129,4 +129,5 @@ class _Block(nn.Module):
         q, k = apply_rotary_pos_emb(q, k, *self.rotary(x, positions[None]))
         mixed, _ = flat_attention(self, q, k, v, None, cu_seq_lens_q=bounds)
         x = x + self.o(mixed[0].flatten(1))
-        return x + self.mlp(self.behind(x))
+        out: Tensor = x + self.mlp(self.behind(x))
+        return out
