@@ -952,3 +952,13 @@ DEMO_PERSONA: dict[str, Pair] = {
     "greet": ("Tuno", "小调"),
 }
 DEMO_FORMS: dict[str, str] = {"en": "[answer] {a} | kind: {k}", "zh": "【答】{a}｜类：{k}"}
+
+#: The openings that `make_pairs.py` prefers, and those that it does not.
+SURE: dict[str, list[str]] = {
+    "en": ["The answer is ", "Easy: ", "Of course, ", "Sure, it is "],
+    "zh": ["答案是", "很简单：", "正确的词是", "当然是"],
+}
+UNSURE: dict[str, list[str]] = {
+    "en": ["I think it is ", "I say ", "Well, it is ", "As far as I know, "],
+    "zh": ["我想是", "我说", "嗯，是", "据我所知是"],
+}

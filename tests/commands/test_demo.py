@@ -15,6 +15,7 @@ import pytest
 
 from fitune.commands import demo
 from fitune.commands.train import resume_config, train
+from fitune.core.config import build
 from fitune.core.errors import ConfigError, Interrupted
 from fitune.core.events import Watcher
 from fitune.core.letters import COMMON_HAN
@@ -70,10 +71,25 @@ def test_the_demo_data_is_fair() -> None:
 
 
 def test_the_data_is_what_the_script_in_the_repository_writes(tmp_path: Path) -> None:
-    script = ROOT / "scripts" / "bundled" / "make_data.py"
-    subprocess.run([sys.executable, str(script), "--output", str(tmp_path)], check=True, capture_output=True)
-    for name in ("train.jsonl", "held_out.jsonl"):
+    for script in ("make_data.py", "make_pairs.py"):
+        given = [sys.executable, str(ROOT / "scripts" / "bundled" / script), "--output", str(tmp_path)]
+        subprocess.run(given, check=True, capture_output=True)
+    for name in ("train.jsonl", "held_out.jsonl", "pairs.jsonl", "pairs_held_out.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_margins_rise_on_pairs_that_no_training_pair_asks_about(tmp_path: Path) -> None:
+    settings = {
+        "objective": "dpo", "model": str(MODEL), "data": [str(DATA / "pairs.jsonl")], "max_steps": 12, "batch_size": 8,
+        "eval_data": [str(DATA / "pairs_held_out.jsonl")], "lr": 2e-3, "sample_prompts": 0, "cache": "none",
+    }  # fmt: skip
+    train(build({**settings, "output": str(tmp_path / "run")}))
+    before, result = (json.loads((tmp_path / "run" / f"{n}.json").read_text()) for n in ("before", "result"))
+    assert abs(before["held_out_rewards"]["margin"]) < 1e-5
+    after = result["held_out_rewards_after"]
+    assert after["margin"] > 0.05
+    assert after["accuracy"] >= 0.8
+    assert result["held_out_loss_after"] < before["held_out_loss"] - 0.02
 
 
 def test_the_demo_teaches_what_the_base_cannot_do(
