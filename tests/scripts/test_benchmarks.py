@@ -33,6 +33,7 @@ from support.gpu_benchmark import PATH, gpu
 ROOT = Path(__file__).parents[2]
 LEAST, CLOSE = 20 * 2**20, 0.005
 recompute: Any = module("recompute")
+frozen_cache: Any = module("frozen_cache")
 
 
 CARD = gpu.Card("NVIDIA H100 80GB HBM3", "GPU-0", 80 * gpu.GIB, 79 * gpu.GIB, "bf16")
@@ -391,3 +392,33 @@ def test_what_recomputation_costs_is_measured(tmp_path: Path) -> None:
     rows = json.loads(out.read_text(encoding="utf-8"))["methods"]["lora"]
     assert [row["recomputed"] for row in rows] == [[], [0, 1]]
     assert rows[0]["time"] == rows[0]["work"] == 1
+
+
+# ---- what later epochs take behind frozen blocks ----
+
+
+def test_the_table_of_frozen_blocks_is_that_of_its_results() -> None:
+    """And the results are what the text says of them: bits are the same, operations are the planned ones."""
+    record = json.loads((ROOT / "results" / "frozen_cache.json").read_text(encoding="utf-8"))
+    assert frozen_cache.problems(record) == []
+    for language in ("", ".zh-CN"):
+        assert "\n".join(frozen_cache.lines(record)) in (ROOT / "docs" / f"memory{language}.md").read_text(
+            encoding="utf-8"
+        )
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"), [({"same_bits": False}, "other bits"), ({"work": 0.5}, "0.5 of the operations, planned 0.3")]
+)
+def test_a_later_epoch_that_is_not_as_it_should_be_is_found(changed: dict[str, Any], found: str) -> None:
+    row = {"kept": "memory", "same_bits": True, "work": 0.3, "planned_work": 0.3}
+    assert frozen_cache.problems({"methods": {"freeze": [row]}}) == []
+    assert found in frozen_cache.problems({"methods": {"freeze": [{**row, **changed}]}})[0]
+
+
+def test_what_later_epochs_take_is_measured(tmp_path: Path) -> None:
+    """The benchmark on a small model: it compares bits and operations, and finds nothing wrong."""
+    out = tmp_path / "out.json"
+    assert frozen_cache.main(["--blocks", "3", "--rows", "3", "--rounds", "1", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["methods"]["tail"]
+    assert [(row["kept"], row["blocks"]) for row in rows] == [("off", 3), ("memory", 3), ("disk", 3)]
