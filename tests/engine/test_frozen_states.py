@@ -25,7 +25,7 @@ from fitune.engine.step import SFT, Answers, Objective, last_block_is_ready, mak
 from fitune.memory import flops, frozen
 from fitune.models import adapters, families
 from fitune.models.frozen_blocks import below
-from fitune.models.interfaces import CausalLM
+from fitune.models.interfaces import CausalLM, causal_lm
 from fitune.models.parts import trainable
 from fitune.models.prepare import checkpoint_blocks, ready
 from fitune.models.tensors import same_bits
@@ -63,7 +63,7 @@ def tuned(kind: str, precision: str = "fp32", **settings: Any) -> CausalLM:
     if precision == "bf16":
         base = base.to(torch.bfloat16)
     model = adapters.attach(ready(base, precision), build(given))
-    checkpoint_blocks(model, families.of(model), given.get("checkpointing", False))
+    checkpoint_blocks(model, families.of(causal_lm(model)), given.get("checkpointing", False))
     return model.train()
 
 
@@ -85,13 +85,14 @@ def epochs(model: CausalLM, objective: Objective, parts: int = 1) -> list[torch.
 
 def calls(model: CausalLM) -> list[int]:
     """How often the MLP of each block is run, counted from now on."""
-    family = families.of(model)
-    found = [0] * len(family.block_list(model))
+    inner = causal_lm(model)
+    family = families.of(inner)
+    found = [0] * len(family.block_list(inner))
 
     def count(number: int, *_: object) -> None:
         found[number] += 1
 
-    for number, block in enumerate(family.block_list(model)):
+    for number, block in enumerate(family.block_list(inner)):
         block.get_submodule(family.mlp_out).register_forward_hook(partial(count, number))
     return found
 
@@ -302,3 +303,14 @@ def test_a_plan_counts_the_bytes_of_the_states(kind: str, precision: str) -> Non
         wide = adapters.attach(ready(half, "fp32"), build(given))
         states = states_of(wide, batch, 2).states
         assert frozen.of_model(wide, build(given), batch).each == states.shape[2] * states.element_size()
+
+
+def test_lora_on_upper_layers_alone_begins_behind_the_lower_ones() -> None:
+    upper: dict[str, Any] = {"method": "lora", "lora": {"targets": ["layers.2.self_attn.q_proj"]}}
+    expected = epochs(tuned("llama", **upper), SFT)
+    model = tuned("llama", **upper)
+    assert below(model) == 2
+    states = FrozenStates(2, LENGTHS, memory())
+    ran = calls(model)
+    assert same(epochs(model, Answers(states)), expected)
+    assert ran[0] == 3

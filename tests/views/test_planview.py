@@ -14,7 +14,7 @@ from rich.console import Console
 from fitune.core.plan import Compared, Moment, Plan
 from fitune.memory import storage
 from fitune.views import plan as planview
-from fitune.views.plan import CATEGORIES, compare_table, plan_table, plan_tables, verdict
+from fitune.views.plan import CATEGORIES, compare_table, frozen_text, plan_table, plan_tables, verdict
 from fitune.views.plan_drawing import plan_bar, plan_timeline
 from fitune.views.plan_page import page
 from fitune.views.stacked import Course, Layer, Limit, Part, Peak, Span, StackedBar, area_chart, stacked_bars
@@ -323,3 +323,10 @@ def test_layers_are_stacked_to_scale() -> None:
 def test_nothing_to_draw() -> None:
     assert "nothing" in stacked_bars([StackedBar("a", [Part("b", 0, "--line1")])], label="x", unit="MiB")
     assert "nothing" in area_chart(Course([], []), label="x", unit="MiB")
+
+
+def test_a_plan_says_which_blocks_run_once() -> None:
+    text = frozen_text(replace(example(), frozen_cache="disk", frozen_blocks=14, frozen_bytes=3 * MIB, later_work=0.26))
+    assert text.startswith("blocks 0 to 13 run once a row, what they give is kept on the disk, 3")
+    assert text.endswith("a later epoch takes 26 % of the operations")
+    assert frozen_text(example()) == ""

@@ -143,7 +143,7 @@ def verdict(plan: Plan) -> str:
 
     Sizes are in MiB or GiB, with their unit.
     """
-    parts = (_needs(plan), _fits(plan), _where(plan), _recomputed(plan), _frozen(plan))
+    parts = (_needs(plan), _fits(plan), _where(plan), _recomputed(plan), frozen_text(plan))
     return "; ".join(part for part in parts if part)
 
 
@@ -191,7 +191,7 @@ def _recomputed(plan: Plan) -> str:
     return "; ".join(parts)
 
 
-def _frozen(plan: Plan) -> str:
+def frozen_text(plan: Plan) -> str:
     """Which blocks run in the first epoch alone, what that takes, and what it saves."""
     if plan.frozen_cache == "off":
         return ""

@@ -21,6 +21,7 @@ from fitune.core.records import Finding, Kept, LengthChoice, Rewards, StepRecord
 from fitune.core.results import Answered, Check, Evaluation, Overview, QuantizedModel
 from fitune.core.units import MIB
 from fitune.memory import peak_mib
+from fitune.views.plan import frozen_text
 
 MARKS = {"ok": "[green]ok[/]", "fixed": "[cyan]fixed[/]", "warn": "[yellow]warn[/]", "refuse": "[red]refused[/]"}
 
@@ -104,7 +105,8 @@ class Terminal(Watcher):
         budget = "" if plan.budget is None else f" of {plan.budget / MIB:,.0f} MiB"
         how = "" if plan.how == "trace" else ", by closed forms"
         text = f"{plan.needed / MIB:,.0f} MiB expected{budget}{how}; the peak is in the {plan.peak.phase}"
-        self.summary({"memory": text})
+        kept = frozen_text(plan)
+        self.summary({"memory": f"{text}; {kept}" if kept else text})
         if self.verbose:
             parts = {name: count / MIB for name, count in {**plan.peak.parts, **plan.outside}.items()}
             self.message(" + ".join(f"{name} {mib:,.0f}" for name, mib in parts.items() if mib >= 0.5))
