@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fitune.core import blocks
-from fitune.core.plan import Compared, Moment, Plan
+from fitune.core.plan import Compared, Moment, Plan, size_text
 from fitune.core.units import GIB, MIB
 
 
@@ -196,7 +196,7 @@ def frozen_text(plan: Plan) -> str:
     if plan.frozen_cache == "off":
         return ""
     which = blocks.text(range(plan.frozen_blocks))
-    size, work = unit_of(plan).named(plan.frozen_bytes), percent(plan.later_work, ".0f")
+    size, work = size_text(plan.frozen_bytes), percent(plan.later_work, ".0f")
     where = "in memory" if plan.frozen_cache == "memory" else "on the disk"
     return (
         f"{which} run once a row, what they give is kept {where}, {size}: a later epoch takes {work} of the operations"
