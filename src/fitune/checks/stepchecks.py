@@ -25,6 +25,7 @@ from fitune.core.records import Batch, Finding, Layout, Pair, Sample, StepRecord
 from fitune.data.batches import Loader, flat
 from fitune.engine import optim
 from fitune.engine.checkpoint import Loaded, restore_rng, rng_state
+from fitune.engine.parallel import World
 from fitune.engine.step import held_out_loss, loss_sum
 from fitune.engine.step_runner import StepRunner
 from fitune.models.attached import compute_dtype
@@ -157,6 +158,7 @@ def eval_dropout(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
 # ---- the first steps ----
 
 LOOKED_AT = 2**16  # numbers of a gradient that are compared, spread over all of it
+WATCHED = 2  # steps of a process in which what the optimizer gets is checked
 OFF = 1e-3  # relative to the largest: what another order of additions may change
 
 
@@ -194,6 +196,8 @@ def step_equality(runner: StepRunner, optimizer: torch.optim.Optimizer) -> Itera
 
     def used(*_: object) -> None:
         given = {name: _some(p.grad) for name, p in parameters.items() if p.grad is not None}
+        if runner.world.size > 1:
+            sums.update(_of_all(runner.world, sums, given))
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
         found.append(_as_summed(sums, given, float(norm), runner.max_grad_norm, runner.scale.value))
         raise_refused(found[-1:])
@@ -206,6 +210,14 @@ def step_equality(runner: StepRunner, optimizer: torch.optim.Optimizer) -> Itera
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _of_all(world: World, sums: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over all processes, of which some had no rows for a tensor."""
+    mine = [sums[name] if name in sums else torch.zeros_like(gradient) for name, gradient in given.items()]
+    flat = world.added(torch.cat([one.double().reshape(-1) for one in mine]))
+    parts = flat.split([one.numel() for one in mine])
+    return {name: part.view_as(one) for (name, one), part in zip(given.items(), parts, strict=True)}
 
 
 def _as_summed(

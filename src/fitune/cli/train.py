@@ -7,6 +7,7 @@ before it is needed.
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -15,11 +16,13 @@ from cyclopts import Parameter
 from fitune.checks import early
 from fitune.cli.flags import Flags, Given, Json, SetOption, Verbose, console_for, print_json, typed
 from fitune.core import config as settings
-from fitune.core import imports
+from fitune.core import imports, parallel
 from fitune.core.clock import Clock, before_text
 from fitune.core.errors import ConfigError
 from fitune.core.results import Result
 from fitune.views import screen
+
+MOST_WORKERS = 64
 
 
 def train(
@@ -39,11 +42,20 @@ def train(
         str | None,
         Parameter(help="With --fit: the GPU (rtx-4090) or size (24GB) to fit into; planned only, if it is not here."),
     ] = None,
+    workers: Annotated[
+        int,
+        Parameter(
+            help="Processes that share each optimizer step, on this machine. The rows of a step, and what is made "
+            "small, stay the same; each process has the whole model."
+        ),
+    ] = 1,
     verbose: Verbose = False,
     json: Json = False,
     flags: Annotated[Optional[Flags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045  # a model made at run time
 ) -> None:
     """Fine-tune a model on your data."""
+    if _launched(workers):
+        return
     values: Given = settings.read_yaml(config) if config else {}
     values = settings.merge(values, settings.parse_assignments(set_ or []))
     values = settings.merge(values, typed(flags))
@@ -52,6 +64,7 @@ def train(
     with imports.for_good():
         from fitune.commands.train import resume_config
         from fitune.commands.train import train as run_training
+        from fitune.engine.parallel import join
         from fitune.views.terminal import Terminal
 
     console, outside = console_for(json), None
@@ -60,13 +73,44 @@ def train(
         if planned is None:
             return
         checked, outside = planned
+    world = join()
     if checked is None:
         checked = resume_config(values["output"], values)
     watch = Terminal(console, verbose=verbose)
-    result = run_training(checked, resume=resume, watch=watch, outside=outside, clock=Clock(whole=True))
+    result = run_training(checked, resume=resume, watch=watch, outside=outside, clock=Clock(whole=True), world=world)
     _print_result(result, console)
     if json:
         print_json(result.as_dict())
+
+
+def _launched(workers: int) -> bool:
+    """Was everything done by other processes: those that this one started, or, where this one is a later process of a
+    run, by that run?
+
+    Raises:
+        ConfigError: the number of processes is none.
+        SystemExit: they did not end well.
+    """
+    if parallel.rank():
+        with imports.for_good():
+            from fitune.commands.follow import follow
+            from fitune.engine.parallel import join
+
+        follow(join())
+        return True
+    if parallel.size() > 1:
+        parallel.stop_with_parent()
+        return False
+    if not 1 <= workers <= MOST_WORKERS:
+        raise ConfigError(f"--workers: 1 to {MOST_WORKERS} processes", received=str(workers))
+    if workers == 1:
+        return False
+    from fitune.commands.workers import launch
+
+    code = launch(workers, sys.argv[1:])
+    if code:
+        raise SystemExit(code)
+    return True
 
 
 def _checked(values: Given, *, resume: bool, fit: bool, gpu: str | None) -> settings.RunConfig | None:

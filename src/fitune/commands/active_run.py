@@ -22,6 +22,7 @@ from fitune.engine.checkpoint import RunFolder
 from fitune.engine.drawing import Sampling
 from fitune.engine.generation import SIDE_BY_SIDE, answers
 from fitune.engine.out_of_memory import in_fewer
+from fitune.engine.parallel import ALONE, World
 from fitune.engine.step import HeldOut, held_out
 
 
@@ -34,12 +35,14 @@ class ActiveRun:
         job: all that it needs, checked.
         watch: what it reports to.
         clock: counts the seconds of its phases.
+        world: the processes that share its steps.
     """
 
     folder: RunFolder
     job: Job
     watch: Watcher
     clock: Clock
+    world: World = ALONE
 
     @cached_property
     def checks(self) -> CheckLog:

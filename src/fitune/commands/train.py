@@ -11,9 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
+import torch
+
 from fitune.commands import frozen, resuming, train_summary
 from fitune.commands.active_run import ActiveRun, machine_load
-from fitune.commands.prepare import prepare
+from fitune.commands.follow import CONFIG, check_shareable, meet
+from fitune.commands.prepare import Job, prepare
 from fitune.commands.request import Request, to_train
 from fitune.commands.signals import resumable, stop_on_signal
 from fitune.commands.train_end import finish
@@ -29,6 +32,7 @@ from fitune.core.results import Result
 from fitune.engine import integrity
 from fitune.engine.checkpoint import RunFolder, config_text
 from fitune.engine.loading import base_of
+from fitune.engine.parallel import ALONE, World
 from fitune.engine.step import Answers, LossScale
 from fitune.engine.step_runner import StepRunner
 from fitune.memory import forget_peak
@@ -44,6 +48,7 @@ def train(
     watch: Watcher | None = None,
     outside: Mapping[str, int] | None = None,
     clock: Clock | None = None,
+    world: World = ALONE,
 ) -> Result:
     """Run, or go on with, a training.
 
@@ -53,6 +58,7 @@ def train(
         watch: what happens is reported to it.
         outside: bytes beside the tensors, where a plan of this run was shown before: then there is one figure.
         clock: counts the seconds of its phases; None: from now on.
+        world: the processes that share its steps; this one is the first of them.
 
     Raises:
         FituneError: the run was refused, went wrong, or was interrupted (then it is saved).
@@ -63,7 +69,7 @@ def train(
         with full_disk(), ExitStack() as stack:
             request, run = _take_folder(config, stack, watch)
             clock.ends(REQUEST)
-            return _train(_Run(run, request, watch, clock), resume, outside)
+            return _train(_Run(run, request, watch, clock, world), resume, outside)
     finally:
         watch.stop()
 
@@ -90,6 +96,7 @@ class _Run:
     request: Request
     watch: Watcher
     clock: Clock
+    world: World
 
 
 def _train(begun_: _Run, resume: bool, outside: Mapping[str, int] | None) -> Result:
@@ -115,7 +122,19 @@ def _train(begun_: _Run, resume: bool, outside: Mapping[str, int] | None) -> Res
             watch.message(f"{run.path}: this run was begun and not finished: going on with it")
         if resume or again:
             resuming.check_same_inputs(run, job.data_sha256, job.inputs)
-        return _go(ActiveRun(run, job, watch, begun_.clock), resume=resume, again=again)
+        _publish(begun_.world, job)
+        return _go(ActiveRun(run, job, watch, begun_.clock, begun_.world), resume=resume, again=again)
+
+
+def _publish(world: World, job: Job) -> None:
+    """Where there are other processes: what they prepare, which `follow` reads.
+
+    Raises:
+        ConfigError: this run cannot be shared.
+    """
+    if world.size > 1:
+        check_shareable(job)
+        world.publish(CONFIG, job.config.model_dump(mode="json"))
 
 
 def _go(active: ActiveRun, *, resume: bool, again: bool) -> Result:
@@ -133,6 +152,9 @@ def _go(active: ActiveRun, *, resume: bool, again: bool) -> Result:
     active.clock.ends(CHECKS)
     rehearsal = _rehearsed(active, runner, known=going_on and run.has("measured"))
     active.clock.ends(REHEARSAL)
+    if active.world.size > 1:
+        active.world.publish("deterministic", not torch.is_deterministic_algorithms_warn_only_enabled())
+        meet(active.world, job, job.config.model_dump(mode="json"))
     with resumable(run), _below(active, runner):
         if not (going_on and resuming.has_begun(run)):
             begin(active, rehearsal)
@@ -146,14 +168,16 @@ def _runner(active: ActiveRun) -> StepRunner:
     job, report = active.job, active.watch.message
     scale = LossScale(LossScale.START if precision.scaled(job.config) else 1.0)
     how = (job.layout, job.config.max_grad_norm, job.source, report)
-    return StepRunner(job.tuned.model, *how, scale=scale, objective=job.objective)
+    return StepRunner(job.tuned.model, *how, scale=scale, objective=job.objective, world=active.world)
 
 
 @contextmanager
 def _below(active: ActiveRun, runner: StepRunner) -> Iterator[None]:
-    """Inside, the runner keeps what frozen blocks give for later epochs, where the plan says so."""
+    """Inside, the runner keeps what frozen blocks give for later epochs, where the plan says so. Not where processes
+    share the steps: a row goes to another process in another epoch."""
     job = active.job
-    states = frozen.states(job.plan, job.config, job.loader, active.watch.message)
+    alone = active.world.size == 1
+    states = frozen.states(job.plan, job.config, job.loader, active.watch.message) if alone else None
     if states is None:
         yield
         return

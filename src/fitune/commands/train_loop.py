@@ -28,6 +28,7 @@ from fitune.core.files import json_text
 from fitune.core.parse import parse
 from fitune.core.records import Batch, StepRecord
 from fitune.engine import integrity, optim
+from fitune.engine.rewards import FIGURES
 from fitune.engine.step import HeldOut, LossScale, StepResult
 from fitune.engine.step_runner import StepRunner
 from fitune.memory.storage import STATES
@@ -116,6 +117,7 @@ class Training:
         if resume:
             self._restore()
         active.folder.truncate_steps(self.progress.step)
+        self._meet()
         started, bits = self.progress.step, guards.fingerprint(self.model)
         self.model.train()
         since = processor.moment()
@@ -144,7 +146,7 @@ class Training:
             optim.set_learning_rate(self.optimizer, lr)
             self._check_rows(micro_batches)
             with self._watched(progress.step - started):
-                done = self.runner.step(micro_batches, self.optimizer)
+                done = self._step(micro_batches)
             seconds = time.perf_counter() - began
             last = progress.step == self.total
             active.clock.ends(STEPS)
@@ -161,11 +163,29 @@ class Training:
             due = progress.step % active.job.save_every == 0 or last or early or progress.best_step == progress.step
             if self.stopped.is_set() or (due and not progress.bad):
                 self._save()
+            if (early or self.stopped.is_set()) and not last:
+                self.runner.world.end(list(self.parameters.values()), len(FIGURES) if done.rewards else 0)
             if early:
                 active.watch.message(f"stopped early: no better held-out loss in {progress.worse} evaluations")
                 break
             if self.stopped.is_set() and not last:
                 raise interrupted(run, f"stopped after step {progress.step} of {self.total}, saved")
+
+    def _meet(self) -> None:
+        """Where there are other processes: they begin from here."""
+        progress, scale = self.progress, self.runner.scale
+        end = progress.step if progress.patience_is_over(self.config) else self.total
+        how = {"step": progress.step, "end": end, "parts": self.runner.parts, "scale": [scale.value, scale.fine]}
+        self.runner.world.begin(self.parameters, self.optimizer, how)
+
+    def _step(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """One optimizer step; of several processes each takes a share of its rows."""
+        world, loader = self.runner.world, self.active.job.loader
+        if world.size == 1:
+            return self.runner.step(micro_batches, self.optimizer)
+        world.seed(self.config.seed, self.progress.step - 1)
+        mine = loader.share(micro_batches, world.rank, world.size)
+        return self.runner.step(mine, self.optimizer, sum(batch.weight for batch in micro_batches))
 
     def _check_rows(self, micro_batches: Sequence[Batch]) -> None:
         """The first step of a resumed run has the rows that its checkpoint names."""
@@ -175,8 +195,8 @@ class Training:
 
     @contextmanager
     def _watched(self, number: int) -> Iterator[None]:
-        """Inside, each of the first two steps of a process is watched, and refused before it is applied wrongly."""
-        if number > 2:
+        """Inside, each of the first steps of a process is watched, and refused before it is applied wrongly."""
+        if number > stepchecks.WATCHED:
             yield
             return
         with stepchecks.step_equality(self.runner, self.optimizer) as found:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fitune.core.records import Answers, Batch, Pair, Sample, Units
+from fitune.data.sharing import shares
 from fitune.data.store import lengths_of
 
 WINDOW = 50  # micro-batches that are sorted by length together
@@ -198,6 +199,25 @@ class Loader:
                 if start <= number + at < end:
                     yield epoch + (at + 1) / count, [flat(self.samples, rows) for rows in micro]
             number, epoch = number + count, epoch + 1
+
+    def share(self, step: Sequence[Batch], rank: int, ranks: int) -> list[Batch]:
+        """The rows of a step that one of several processes takes, in micro-batches as large as those of the step."""
+        rows = [row for batch in step for row in batch.rows]
+        lengths = lengths_of(self.samples)[rows].tolist()
+        mine = shares(lengths, ranks)[rank]
+        starts, room = [0], self.batch_tokens
+        for at, place in enumerate(mine):
+            if self.batch_tokens is None:
+                full = at - starts[-1] == self.batch_size
+            else:
+                full = lengths[place] > (room or 0) and at > starts[-1]
+            if full:
+                starts.append(at)
+                room = self.batch_tokens
+            if room is not None:
+                room -= lengths[place]
+        groups = [mine[start:end] for start, end in pairwise([*starts, len(mine)])]
+        return [flat(self.samples, [rows[place] for place in group]) for group in groups if group]
 
 
 def in_order(samples: Units, batch_size: int, *, by_length: bool = False) -> Iterator[Batch]:

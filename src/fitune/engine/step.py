@@ -360,14 +360,17 @@ def make_gradients(
     objective: Objective = SFT,
     *,
     on_batch: Callable[[Batch], object] | None = None,
+    weight: float | None = None,
 ) -> Made:
     """The first half of a step: gradients of scale x the objective; no norm yet.
 
     Args:
         model, micro_batches, layout, scale, objective: as for `training_step`.
         on_batch: is called with each micro-batch before work on it begins.
+        weight: of the whole step, where other processes have the rest of it; these may then be none.
     """
-    weight = sum(batch.weight for batch in micro_batches)
+    if weight is None:
+        weight = sum(batch.weight for batch in micro_batches)
     sums, seen = [], []
     with attention(model, FLAT if layout == "flat" else SDPA):  # once for all, not for each micro-batch
         objective = objective.of_step(model, micro_batches, layout)
@@ -379,9 +382,12 @@ def make_gradients(
                 (loss.total * (scale / weight)).backward()
             sums.append(loss.total.detach().double())
             seen += [] if loss.seen is None else [loss.seen]
-    tokens, targets = (sum(sizes) for sizes in zip(*((len(b.ids), b.targets) for b in micro_batches), strict=True))
+    tokens, targets = sum(len(batch.ids) for batch in micro_batches), sum(batch.targets for batch in micro_batches)
     rewards = sum(seen[1:], seen[0]) if seen else None
-    return Made(sum(sums[1:], sums[0]), weight, tokens, targets, rewards)
+    total = (
+        sum(sums[1:], sums[0]) if sums else torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    )
+    return Made(total, weight, tokens, targets, rewards)
 
 
 def apply_gradients(

@@ -24,7 +24,9 @@ from fitune.engine import optim, out_of_memory
 from fitune.engine.checkpoint import restore_rng, rng_state
 from fitune.engine.non_finite import first_non_finite
 from fitune.engine.out_of_memory import SAFE, OutOfMemory, attempt
+from fitune.engine.parallel import ALONE, World
 from fitune.engine.step import SFT, LossScale, Made, Objective, StepResult, apply_gradients, make_gradients
+from fitune.models.parts import trainable
 
 MOST_BAD = 3  # steps in a row that are not finite
 
@@ -50,6 +52,7 @@ class StepRunner:
         scale: of the loss. Gradients that are not finite under it halve it, and the step is repeated: no row is lost,
             and it does not count as a bad step.
         objective: what is made small.
+        world: the processes that share each step.
     """
 
     model: nn.Module
@@ -60,13 +63,17 @@ class StepRunner:
     parts: int = 1
     scale: LossScale = field(default_factory=LossScale)
     objective: Objective = SFT
+    world: World = ALONE
 
-    def step(self, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, weight: float | None = None
+    ) -> StepResult:
         """One optimizer step.
 
         Args:
-            micro_batches: all rows of the step.
+            micro_batches: all rows of the step; of several processes, those of this one.
             optimizer: with its learning rate set.
+            weight: of the whole step, where several processes share it.
 
         Raises:
             TrainingError: a single row does not fit, or the optimizer's states do not.
@@ -74,7 +81,8 @@ class StepRunner:
         start = self.scale.value
         while True:
             before = rng_state()
-            made = self._gradients(micro_batches, optimizer)
+            made = self._gradients(micro_batches, optimizer, weight)
+            made = self.world.summed(made, list(trainable(self.model).values()))
             done = self._apply(made, optimizer)
             if done.finite or not math.isfinite(done.loss) or not self.scale.lower():
                 if not done.finite:
@@ -83,12 +91,14 @@ class StepRunner:
                 return done
             restore_rng(before)
 
-    def _gradients(self, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Made:
+    def _gradients(
+        self, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, weight: float | None
+    ) -> Made:
         """The first half of a step, in as many parts as it takes to fit."""
         before = rng_state()
         while True:
             reached = list(micro_batches[:1])
-            made = attempt(partial(self._make, micro_batches, reached, self.scale.value))
+            made = attempt(partial(self._make, micro_batches, reached, self.scale.value, weight))
             if not isinstance(made, OutOfMemory):
                 return made
             self._forget(optimizer)
@@ -105,9 +115,11 @@ class StepRunner:
                 "the loss stays the same"
             )
 
-    def _make(self, micro_batches: Sequence[Batch], reached: list[Batch], scale: float) -> Made:
-        pieces = self._pieces(micro_batches)
-        return make_gradients(self.model, pieces, self.layout, scale, self.objective, on_batch=reached.append)
+    def _make(
+        self, micro_batches: Sequence[Batch], reached: list[Batch], scale: float, weight: float | None = None
+    ) -> Made:
+        how = (self.layout, scale, self.objective)
+        return make_gradients(self.model, self._pieces(micro_batches), *how, on_batch=reached.append, weight=weight)
 
     def _pieces(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         return [piece for batch in micro_batches for piece in split(batch, self.parts)]

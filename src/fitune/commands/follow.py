@@ -1,0 +1,124 @@
+"""A process of a run that is not process 0: it makes its share of each step, and writes nothing.
+
+In: what process 0 resolved. Out: nothing; it ends with the run. It prepares the same job from the same files (the data
+from the cache, which process 0 has filled), starts from the tensors of process 0, and applies the same updates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+
+from fitune.checks import stepchecks
+from fitune.commands.prepare import Job, prepare
+from fitune.commands.request import to_train
+from fitune.core import parallel
+from fitune.core.config import build
+from fitune.core.errors import ConfigError
+from fitune.core.events import Silent
+from fitune.core.files import json_text
+from fitune.core.plan import size_text
+from fitune.engine import environment, optim
+from fitune.engine.parallel import EndedError, World
+from fitune.engine.step import LossScale
+from fitune.engine.step_runner import StepRunner
+from fitune.models import determinism, methods
+from fitune.models.devices import pick_device
+from fitune.models.parts import trainable
+
+CONFIG = "config"
+
+
+def follow(world: World) -> None:
+    """Take part in a run until it ends.
+
+    Raises:
+        FituneError: this process cannot go on; the others then stop, too.
+    """
+    given = world.published(CONFIG)
+    request = to_train(build(given))
+    request = request.changed(force=True)  # whether it fits was decided before
+    with determinism.exact(pick_device(request.config.device)):
+        job = prepare(request, Silent())
+        determinism.strict(bool(world.published("deterministic")))
+        meet(world, job, given)
+        with_steps(world, job)
+
+
+def check_shareable(job: Job) -> None:
+    """Can several processes share the steps of this run, on this machine?
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    config, here = job.config, parallel.size_here()
+    wrong = []
+    if config.optimizer_in_backward:
+        wrong.append("optimizer_in_backward applies each gradient before those of the other processes are there")
+    if config.objective == "kto":
+        wrong.append("the objective kto compares all rows of a step with each other")
+    if config.frozen_cache in ("memory", "disk"):
+        wrong.append("frozen_cache keeps the states of rows in one process")
+    if job.tuned.device.type == "cuda" and here > torch.cuda.device_count():
+        wrong.append(f"{here} processes on {torch.cuda.device_count()} GPUs")
+    if job.tuned.device.type == "cpu" and not config.force and here * job.plan.needed > (job.plan.budget or math.inf):
+        there = f"{size_text(job.plan.budget or 0)} there"
+        wrong.append(f"each of {here} processes on this machine takes {size_text(job.plan.needed)}, and {there}")
+    if wrong:
+        raise ConfigError(
+            "several processes cannot share the steps of this run",
+            received="; ".join(wrong),
+            fix="fewer --workers, another objective, or without the option that is named",
+        )
+
+
+def meet(world: World, job: Job, given: Mapping[str, object]) -> None:
+    """Connect, and compare what the processes work on.
+
+    Raises:
+        TrainingError: another process has other settings, data, weights or versions.
+    """
+    device = job.tuned.device
+    world.connect(device)
+    about = environment.describe(device)
+    shapes = {name: [*parameter.shape, str(parameter.dtype)] for name, parameter in trainable(job.tuned.model).items()}
+    same = {
+        "settings": given,
+        "data": sorted(job.data_sha256.values()),
+        "model": job.inputs,
+        "versions": [about["python"], about["packages"]],
+        "trained tensors": shapes,
+        "steps": [job.total_steps, len(job.loader.samples), job.layout],
+    }
+    digests = {name: hashlib.sha256(json_text(value).encode()).digest() for name, value in same.items()}
+    world.check_same(digests, device)
+
+
+def with_steps(world: World, job: Job) -> None:
+    """The steps, from where process 0 begins."""
+    config, model = job.config, job.tuned.model
+    parameters = trainable(model)
+    rates = partial(methods.find(config.method).rates, config)
+    optimizer = optim.make(parameters, config, rates)
+    begun = world.begin(parameters, optimizer, {})
+    runner = StepRunner(
+        model, job.layout, config.max_grad_norm, job.source, lambda _: None,
+        parts=begun["parts"], scale=LossScale(*begun["scale"]), objective=job.objective, world=world,
+    )  # fmt: skip
+    model.train()
+    first = begun["step"]
+    try:
+        for number, (_, step) in enumerate(job.loader.steps(first, begun["end"]), first):
+            optim.set_learning_rate(optimizer, optim.learning_rate(number, job.total_steps, job.lr, config.warmup))
+            world.seed(config.seed, number)
+            mine, weight = job.loader.share(step, world.rank, world.size), sum(batch.weight for batch in step)
+            watched = number - first < stepchecks.WATCHED
+            with stepchecks.step_equality(runner, optimizer) if watched else nullcontext():
+                runner.step(mine, optimizer, weight)
+    except EndedError:
+        return

@@ -1,0 +1,163 @@
+"""`fitune train --workers 2`: real processes, one of which dies, is stopped, or loses its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fitune.commands import workers
+from fitune.core import processor
+from support import command, runs, tiny
+
+PATIENCE = 300.0  # seconds, on a busy machine
+SOON = 30.0  # seconds in which the others end
+MANY, FEW = 300, 12  # steps of a run that is stopped, and of one that ends
+
+
+def start(place: Path, output: Path, *more: object) -> subprocess.Popen[str]:
+    """A run of two processes."""
+    model, data = place / "llama", place / "rows.jsonl"
+    if not model.exists():
+        tiny.save("llama", model)
+        tiny.write_rows(data, 40)
+    given = ("--model", model, "--data", data) if "--resume" not in more else ()
+    typed = ("train", *given, "--output", output, "--workers", 2, *more)
+    return subprocess.Popen(
+        [sys.executable, "-m", "fitune", *map(str, typed)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def short(steps: int) -> tuple[object, ...]:
+    return (
+        "--max-steps",
+        steps,
+        "--eval-every",
+        4,
+        "--sample-prompts",
+        0,
+        "--precision",
+        "fp32",
+        "--lora.dropout",
+        0.2,
+    )
+
+
+def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def steps(output: Path) -> int:
+    file = output / "steps.jsonl"
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
+
+
+def _further(output: Path, than: int) -> bool:
+    return steps(output) > than
+
+
+def of_rank(process: subprocess.Popen[str], rank: int) -> int:
+    """The id of one of the processes that this one started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    return next(
+        int(child)
+        for child in children
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    )
+
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+
+
+def test_where_a_process_is_killed_the_others_end_soon_and_it_is_named(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = start(tmp_path, output, *short(MANY))
+    until(lambda: steps(output) > 4, process)
+    os.kill(of_rank(process, 1), signal.SIGKILL)
+    out, _ = process.communicate(timeout=SOON)
+    assert process.returncode, out
+    assert "process 1 of this run was killed by signal 9" in out
+    assert "another process of this run is gone" in out
+    assert "--resume" in out
+
+
+@pytest.mark.full
+def test_a_message_of_process_0_ends_the_others_with_its_exit_code(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path / "llama")
+    (tmp_path / "rows.jsonl").write_text("{}\n", encoding="utf-8")
+    process = start(tmp_path, tmp_path / "run")
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 2, out
+    assert "rows.jsonl" in out
+    assert "process 1" not in out  # it was only waiting
+
+
+@pytest.mark.parametrize("count", [0, -1, 65])
+def test_the_number_of_processes_is_checked(
+    count: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = command.run(["train", "--workers", count], capsys, monkeypatch)
+    assert code == 2
+    assert "--workers: 1 to 64 processes" in err
+
+
+@pytest.mark.full
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(tmp_path, whole, *short(FEW))
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, out
+    for rank in (0, 1):
+        process = start(tmp_path, killed, *short(FEW)) if rank == 0 else start(tmp_path, killed, "--resume")
+        until(partial(_further, killed, steps(killed) + 1), process)
+        os.kill(of_rank(process, rank), signal.SIGKILL)
+        process.communicate(timeout=SOON)
+        assert process.returncode
+    process = start(tmp_path, killed, "--resume")
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, out
+    assert runs.digest(whole) == runs.digest(killed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_of_them_behind_a_checkpoint(stop: signal.Signals, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = start(tmp_path, output, *short(MANY))
+    until(lambda: steps(output) > 2, process)
+    process.send_signal(stop)
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, out
+    assert "saved. Resume with" in out
+
+
+@pytest.mark.full
+def test_where_the_command_itself_is_killed_the_run_saves_and_ends(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = start(tmp_path, output, *short(MANY))
+    until(lambda: steps(output) > 2, process)
+    ids = [of_rank(process, rank) for rank in (0, 1)]
+    process.kill()
+    out, _ = process.communicate(timeout=PATIENCE)  # process 0 has the same terminal: it ends when that one does
+    assert "saved. Resume with" in out
+    end = time.monotonic() + SOON
+    while any(Path(f"/proc/{one}").exists() for one in ids) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{one}").exists() for one in ids)
+
+
+def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "cores", lambda: 7)
+    assert workers._shared(2)["OMP_NUM_THREADS"] == "3"
+    assert workers._shared(9)["OMP_NUM_THREADS"] == "1"

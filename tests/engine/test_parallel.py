@@ -1,0 +1,97 @@
+"""Several processes that share each step make the run of one: two real ones, over gloo on the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fitune.core.parallel import LOOPBACK, STORE
+from support import contract
+
+Names = tuple[str, ...]
+Found = dict[Names, list[dict[str, Any]]]  # what each process says of each case
+
+CHILD = Path(__file__).parents[1] / "support" / "shared_steps.py"
+QUICK: list[Names] = [
+    ("lora-all", "llama", "fp32", "none"),
+    ("full", "llama", "fp32", "none"),
+    ("lora", "llama", "fp32", "nf4"),
+    ("lora", "llama", "fp16", "none"),
+    ("bitfit", "bloom", "fp32", "none"),
+    ("prefix-projected", "qwen2", "fp32", "none"),
+]
+ALL: list[Names] = [
+    (variant, kind, "fp32", "none")
+    for variant in contract.VARIANTS
+    for kind in ("llama", "bloom", "chatglm")
+    if (variant, kind) not in contract.REFUSED
+]
+DIFFERS = ("differs",)  # what they say where one has other data
+CLOSE = {"fp32": 1e-6, "fp16": 1e-3}  # of all trained weights together, and of losses
+
+
+def _child(cases: list[Names], environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, str(CHILD), json.dumps(cases)]
+    whole = {**os.environ, **environment}
+    return subprocess.Popen(command, env=whole, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def shared(cases: list[Names], ranks: int, place: Path) -> Found:
+    """What each process says of each case."""
+    own = {"WORLD_SIZE": str(ranks), STORE: str(place / "store"), "OMP_NUM_THREADS": "1"}
+    if sys.platform in LOOPBACK:
+        own["GLOO_SOCKET_IFNAME"] = LOOPBACK[sys.platform]
+    processes = [_child(cases, {**own, "RANK": str(rank)}) for rank in range(ranks)]
+    found: Found = {}
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=900)
+            assert process.returncode == 0, err[-3000:]
+            for text in out.splitlines():
+                heard = json.loads(text)
+                found.setdefault(tuple(heard.get("case", ["differs"])), []).append(heard)
+    finally:
+        for process in processes:
+            process.kill()
+    return found
+
+
+def check(found: Found, cases: list[Names], ranks: int) -> None:
+    assert list(found) == [*cases, DIFFERS]
+    for case, heard in found.items():
+        if case == DIFFERS:
+            continue
+        assert len(heard) == ranks
+        assert len({one["sha256"] for one in heard}) == 1, case  # all have the same weights, bit for bit
+        for one in heard:
+            assert one["off"] <= CLOSE[case[2]], (case, one["off"])
+            assert one["losses"] == pytest.approx(one["alone"], rel=CLOSE[case[2]]), case
+            attempts = {2} if case[2] == "fp32" else {2, 4}  # of float16 once more with a lower scale
+            assert set(one["collectives"]) <= attempts, case
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return shared(QUICK, 2, tmp_path_factory.mktemp("quick"))
+
+
+def test_two_processes_make_the_weights_of_one(quick: Found) -> None:
+    check(quick, QUICK, 2)
+
+
+def test_a_process_with_other_data_is_named(quick: Found) -> None:
+    for one in quick[DIFFERS]:
+        assert "process 1: another data" in one["differs"]
+        assert "settings" not in one["differs"].partition("fix")[0].partition("received")[2]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_method_is_shared(ranks: int, tmp_path: Path) -> None:
+    check(shared(ALL, ranks, tmp_path), ALL, ranks)

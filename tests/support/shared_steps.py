@@ -1,0 +1,114 @@
+"""One of several processes that make the same steps: `python shared_steps.py CASES`, a JSON list of cases.
+
+A case is a variant of a method, a kind of model, a precision and a quantizer. For each a line of JSON is printed: how
+far the weights are off those that this process alone makes of whole steps, their SHA-256, the losses of both, and the
+collectives of a step.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+from fitune.core import imports  # noqa: E402
+
+with imports.for_good():
+    import torch
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # torch names it in no __all__
+
+    from fitune.checks import stepchecks
+    from fitune.core.errors import TrainingError
+    from fitune.data.batches import Loader
+    from fitune.engine import objectives, optim, parallel
+    from fitune.engine.parallel import ALONE, World
+    from fitune.engine.step import LossScale
+    from fitune.engine.step_runner import StepRunner
+    from fitune.models import adapters, determinism, methods
+    from fitune.models.parts import trainable
+    from support import contract
+
+RATE = 3e-2
+DROPPED = 0.3  # added to what process 1 has at first: it must not matter
+
+
+def main(cases: list[list[str]]) -> None:
+    world = parallel.join()
+    for kind in {kind for _, kind, _, quant in cases if quant != "none"}:
+        contract.folder_of(kind)  # transformers saves nothing in a later process of a group
+    for number, (variant, kind, precision, quant) in enumerate(cases):
+        store = PrefixStore(str(number), world.store)
+        here = World(world.rank, world.size, store, world.local)
+        world.connect(torch.device("cpu"))
+        made = steps(here, variant, kind, precision, quant)
+        print(json.dumps({"case": [variant, kind, precision, quant], "rank": world.rank, **made}), flush=True)
+    try:
+        world.check_same({"settings": bytes(32), "data": bytes([world.rank]) * 32}, torch.device("cpu"))
+    except TrainingError as error:
+        print(json.dumps({"differs": str(error)}), flush=True)
+
+
+def steps(world: World, variant: str, kind: str, precision: str, quant: str) -> dict[str, Any]:
+    """The same two epochs by all processes, and by this one alone."""
+    # not Adam, whose first steps make as much of a gradient's rounding as of a gradient
+    config = contract.config_for(variant, precision, quant=quant, optimizer="sgd")
+    model = adapters.attach(contract.make_base(kind, precision, methods.find(config.method), quant), config)
+    twin = copy.deepcopy(model)
+    if world.rank:
+        with torch.no_grad():
+            for parameter in trainable(model).values():
+                parameter.add_(DROPPED)
+    shared, counted = trained(world, model, config)
+    alone, _ = trained(ALONE, twin, config)
+    ours, theirs = (torch.cat([p.detach().double().flatten() for p in trainable(m).values()]) for m in (model, twin))
+    bits = b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in trainable(model).values())
+    return {
+        "off": float((ours - theirs).norm() / theirs.norm()), "losses": shared, "alone": alone,
+        "sha256": hashlib.sha256(bits).hexdigest(), "collectives": counted,
+    }  # fmt: skip
+
+
+def trained(world: World, model: Any, config: Any) -> tuple[list[float], list[int]]:
+    """Losses, and collectives, of each step."""
+    parameters = trainable(model)
+    optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
+    optim.set_learning_rate(optimizer, RATE)
+    scale = LossScale(LossScale.START if precision_of(config) == "fp16" else 1.0)
+    runner = StepRunner(
+        model, "flat", 1.0, lambda _: None, lambda _: None, scale=scale, objective=objectives.of(config), world=world
+    )
+    rows = [sample for sample in contract.samples() if sample.mask.any()]
+    loader = Loader([*rows, rows[0]], batch_size=2, accumulation=2, seed=0)  # the last step of an epoch has one row
+    world.begin(parameters, optimizer, {})
+    model.train()
+    losses, counted = [], []
+    with determinism.exact(torch.device("cpu")):
+        for number, (_, step) in enumerate(loader.steps(0, 4)):
+            before = world.counted["collectives"]
+            mine, weight = loader.share(step, world.rank, world.size), sum(batch.weight for batch in step)
+            if number == 0:
+                with stepchecks.step_equality(runner, optimizer):
+                    done = runner.step(mine, optimizer, weight)
+            else:
+                done = runner.step(mine, optimizer, weight)
+                counted.append(world.counted["collectives"] - before)
+            losses.append(done.loss)
+    return losses, counted
+
+
+def precision_of(config: Any) -> str:
+    return str(config.precision)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(json.loads(sys.argv[1]))
