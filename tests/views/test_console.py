@@ -36,11 +36,12 @@ def terminal(width: int, *, tty: bool = False, verbose: bool = False) -> tuple[T
     return Terminal(Console(file=file, width=width, force_terminal=tty), verbose=verbose), file
 
 
-def plan() -> Any:
+def plan(frozen_cache: str = "off", blocks: int = 0) -> Any:
     peak = SimpleNamespace(parts={"activations": 2**20}, phase="loss")
     return SimpleNamespace(
-        needed=706 * 2**20, budget=2**34, how="trace", peak=peak, outside={}, notes=["closed forms give 3 MiB"]
-    )
+        needed=706 * 2**20, budget=2**34, how="trace", peak=peak, outside={}, notes=["closed forms give 3 MiB"],
+        frozen_cache=frozen_cache, frozen_blocks=blocks, frozen_bytes=2**20 * blocks, later_work=0.5,
+    )  # fmt: skip
 
 
 def begin(shown: Terminal, findings: list[Finding]) -> None:
@@ -68,6 +69,14 @@ def test_eight_lines_come_before_training(width: int) -> None:
     assert lines[6].split() == ["warnings", "none"]
     assert LONG in lines[7]  # whole, so that it can be copied
     assert all(cell_len(line) <= width for line in lines[:7])
+
+
+def test_blocks_that_run_once_are_named() -> None:
+    for verbose in (False, True):
+        shown, file = terminal(120, verbose=verbose)
+        shown.plan(plan("memory", 14))
+        assert "the peak is in the loss; 14 blocks run once (memory)" in file.getvalue()
+        assert ("a later epoch takes 50 % of the operations" in file.getvalue()) == verbose
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

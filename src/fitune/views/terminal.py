@@ -105,9 +105,12 @@ class Terminal(Watcher):
         budget = "" if plan.budget is None else f" of {plan.budget / MIB:,.0f} MiB"
         how = "" if plan.how == "trace" else ", by closed forms"
         text = f"{plan.needed / MIB:,.0f} MiB expected{budget}{how}; the peak is in the {plan.peak.phase}"
-        kept = frozen_text(plan)
-        self.summary({"memory": f"{text}; {kept}" if kept else text})
+        if plan.frozen_cache != "off":
+            text += f"; {plan.frozen_blocks} blocks run once ({plan.frozen_cache})"
+        self.summary({"memory": text})
         if self.verbose:
+            if kept := frozen_text(plan):
+                self.message(kept)
             parts = {name: count / MIB for name, count in {**plan.peak.parts, **plan.outside}.items()}
             self.message(" + ".join(f"{name} {mib:,.0f}" for name, mib in parts.items() if mib >= 0.5))
             for note in plan.notes:
