@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 LEAST, CLOSE = 20 * 2**20, 0.005
 recompute: Any = module("recompute")
 frozen_cache: Any = module("frozen_cache")
+packed: Any = module("packed")
 
 
 CARD = gpu.Card("NVIDIA H100 80GB HBM3", "GPU-0", 80 * gpu.GIB, 79 * gpu.GIB, "bf16")
@@ -422,3 +423,34 @@ def test_what_later_epochs_take_is_measured(tmp_path: Path) -> None:
     assert frozen_cache.main(["--blocks", "3", "--rows", "3", "--rounds", "1", "--out", str(out)]) == 0
     rows = json.loads(out.read_text(encoding="utf-8"))["methods"]["tail"]
     assert [(row["kept"], row["blocks"]) for row in rows] == [("off", 3), ("memory", 3), ("disk", 3)]
+
+
+# ---- packed weights ----
+
+
+def test_the_table_of_packed_weights_is_that_of_its_results() -> None:
+    """And the results are what the text says: every way gives the same bits, none is faster than what a run does."""
+    record = json.loads((ROOT / "results" / "packed.json").read_text(encoding="utf-8"))
+    assert packed.problems(record) == []
+    for language in ("", ".zh-CN"):
+        text = (ROOT / "docs" / f"performance{language}.md").read_text(encoding="utf-8")
+        assert all(table in text for table in packed.lines(record))
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [({"same_bits": False}, "other bits"), ({"gigabytes_per_second": 9.0}, "nf4, look-up is faster than nf4")],
+)
+def test_a_way_to_plain_weights_that_is_wrong_or_faster_is_found(changed: dict[str, Any], found: str) -> None:
+    rows = [{"way": name, "same_bits": True, "gigabytes_per_second": 8.0} for name in ("nf4", "nf4, look-up")]
+    assert packed.problems({"weights": rows}) == []
+    assert found in packed.problems({"weights": [rows[0], {**rows[1], **changed}]})[0]
+
+
+def test_packed_weights_are_measured(tmp_path: Path) -> None:
+    """The benchmark on a small layer and model: all ways give the same bits, each kind of weights makes its step."""
+    out = tmp_path / "out.json"
+    assert packed.main(["--rounds", "1", "--steps", "1", "--blocks", "1", "--outputs", "128", "--out", str(out)]) == 0
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert all(row["same_bits"] for row in record["weights"])
+    assert [row["weights"] for row in record["steps"]] == ["bf16", "nf4", "int8"]
