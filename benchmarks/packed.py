@@ -38,6 +38,7 @@ from fitune.models import adapters
 from fitune.models.interfaces import CausalLM
 from fitune.models.load import load_model
 from fitune.models.quant import int8, nf4
+from fitune.models.quant.absmax import HIGHEST
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "results" / "packed.json"
@@ -69,7 +70,7 @@ def looked_up(layer: Any, pairs: Tensor) -> Tensor:
 
 def in_pieces(layer: Any, rows: int = 128) -> Tensor:
     """int8, some rows at a time, so that the second pass finds them in the processor's cache."""
-    scales = (layer.scales() / int8.HIGHEST).to(DTYPE)[:, None]
+    scales = (layer.scales() / HIGHEST).to(DTYPE)[:, None]
     made = torch.empty(layer.weight.shape, dtype=DTYPE)
     for one, values, scale in zip(made.split(rows), layer.weight.data.split(rows), scales.split(rows), strict=True):
         one.copy_(values)
@@ -82,7 +83,7 @@ def weights(outputs: int, inputs: int, rounds: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     plain = torch.randn(outputs, inputs) * 0.02
     four = nf4.QUANTIZER.make(plain, QuantOptions(name="nf4"), CPU)
-    eight = int8.QUANTIZER.make(plain, QuantOptions(name="int8"), CPU)
+    eight: Any = int8.QUANTIZER.make(plain, QuantOptions(name="int8"), CPU)
     code = four.weight.quant_state.code.float()
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
     source, there = plain.to(DTYPE), torch.empty(outputs, inputs, dtype=DTYPE)
@@ -92,7 +93,7 @@ def weights(outputs: int, inputs: int, rounds: int) -> list[dict[str, Any]]:
         "nf4, look-up": lambda: looked_up(four, pairs),
         "int8": lambda: eight.plain_weight(DTYPE),
         "int8, in pieces": lambda: in_pieces(eight),
-        "int8, one operation": lambda: eight.weight.data * (eight.scales() / int8.HIGHEST).to(DTYPE)[:, None],
+        "int8, one operation": lambda: eight.weight.data * (eight.scales() / HIGHEST).to(DTYPE)[:, None],
     }
     spent = fastest(ways, rounds)
     same = {name: torch.equal(ways[name](), ways[name.partition(",")[0]]()) for name in ways}
