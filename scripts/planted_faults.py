@@ -45,7 +45,7 @@ from fitune.core.events import Watcher
 from fitune.core.records import Finding
 from fitune.data import batches, pipeline
 from fitune.data.encode import Encoder
-from fitune.engine import optim, step
+from fitune.engine import held_out, optim, step
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.step_runner import StepRunner
 from fitune.models import adapters, load, parts, quant
@@ -364,7 +364,7 @@ def _evaluates_in_training_mode(seam: Seam) -> None:
 
         return made
 
-    seam.everywhere(step.held_out_loss, make)
+    seam.everywhere(held_out.held_out_loss, make)
 
 
 def _saved(change: Callable[[Path], None]) -> Callable[[Seam], None]:

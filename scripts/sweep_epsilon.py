@@ -26,7 +26,8 @@ from fitune.core.records import Batch, Sample
 from fitune.data import tokenizer
 from fitune.data.batches import flat
 from fitune.engine import optim
-from fitune.engine.step import held_out_loss, loss_sum
+from fitune.engine.held_out import held_out_loss
+from fitune.engine.step import loss_sum
 from fitune.models import adapters
 from fitune.models.load import load_model
 from fitune.models.parts import trainable

@@ -12,8 +12,9 @@ import torch
 from fitune.checks import guards, leak, runchecks, savedchecks, stepchecks
 from fitune.core.records import Batch
 from fitune.data.batches import flat
+from fitune.engine.held_out import held_out_loss
 from fitune.engine.non_finite import first_non_finite
-from fitune.engine.step import held_out_loss, hidden_states, loss_sum
+from fitune.engine.step import hidden_states, loss_sum
 from fitune.models import adapters, attached
 from fitune.models.kernels.attention import FLAT
 from fitune.models.kernels.placed import place

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from fitune.commands import workers
 from fitune.core import processor
@@ -110,6 +111,19 @@ def test_the_number_of_processes_is_checked(
     code, _, err = command.run(["train", "--workers", count], capsys, monkeypatch)
     assert code == 2
     assert "--workers: 1 to 64 processes" in err
+
+
+def test_gpus_that_are_not_there_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for given in ("3", "0", "-1", "many"):
+        code, _, err = command.run(["train", f"--gpus={given}"], capsys, monkeypatch)
+        assert code == 2
+        assert "1 to 2 GPUs" in err
+    code, _, err = command.run(["train", "--gpus", "2", "--workers", "2"], capsys, monkeypatch)
+    assert code == 2
+    assert "without --workers" in err
 
 
 @pytest.mark.full

@@ -12,7 +12,8 @@ from transformers import AttentionInterface
 from fitune.checks.leak import packing_leak
 from fitune.core.records import Batch, Layout, Sample
 from fitune.data.batches import flat, rounded
-from fitune.engine.step import held_out_loss, label_hidden, loss_sum, training_step
+from fitune.engine.held_out import held_out_loss
+from fitune.engine.step import label_hidden, loss_sum, training_step
 from fitune.models.kernels import frozen_head
 from fitune.models.kernels import loss as loss_kernel
 from fitune.models.kernels.attention import FLAT

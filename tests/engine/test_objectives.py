@@ -16,8 +16,9 @@ from fitune.core.records import Rewards, Sample
 from fitune.data.batches import flat, split
 from fitune.data.pairs import Pairs
 from fitune.engine import objectives
+from fitune.engine.held_out import held_out
 from fitune.engine.objectives.base import Preference, Scored, log_probabilities
-from fitune.engine.step import held_out, make_gradients
+from fitune.engine.step import make_gradients
 from fitune.models import adapters
 from fitune.models.interfaces import causal_lm
 from fitune.models.kernels import row_losses as kernel

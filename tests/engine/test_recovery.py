@@ -19,7 +19,8 @@ from fitune.core.events import Watcher
 from fitune.data.batches import flat, rounded, split
 from fitune.engine import non_finite, optim, out_of_memory
 from fitune.engine.checkpoint import RunFolder
-from fitune.engine.step import HeldOut, held_out, loss_sum, training_step
+from fitune.engine.held_out import HeldOut, held_out
+from fitune.engine.step import loss_sum, training_step
 from fitune.models.parts import trainable
 from support.contract import samples
 from support.memory_errors import OOM, careful, fails_above, make, runner
@@ -356,12 +357,12 @@ def test_a_held_out_loss_that_runs_out_of_memory_does_not_end_the_run(
 
     real, seen = held_out, list[int]()
 
-    def small(model: Any, batches: Any, layout: Any, objective: Any) -> HeldOut:
+    def small(model: Any, batches: Any, layout: Any, objective: Any, added: Any) -> HeldOut:
         batches = list(batches)
         seen.append(max(len(batch.rows) for batch in batches))
         if seen[-1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, batches, layout, objective)
+        return real(model, batches, layout, objective, added)
 
     given: dict[str, Any] = {
         "model": str(model_folder),

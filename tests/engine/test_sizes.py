@@ -16,7 +16,8 @@ from fitune.core.config import RunConfig, settings_only
 from fitune.core.records import Layout, Sample
 from fitune.data.batches import PARTS, flat, in_order, rounded
 from fitune.engine import step
-from fitune.engine.step import held_out_loss, hidden_states, loss_sum
+from fitune.engine.held_out import held_out_loss
+from fitune.engine.step import hidden_states, loss_sum
 from fitune.memory import device, plan
 from fitune.models import adapters
 from fitune.models.interfaces import causal_lm

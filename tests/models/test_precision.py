@@ -30,7 +30,8 @@ from fitune.core.results import Check
 from fitune.data.batches import flat, in_order
 from fitune.engine import optim
 from fitune.engine.checkpoint import RunFolder
-from fitune.engine.step import LossScale, held_out_loss, hidden_states, loss_sum, training_step
+from fitune.engine.held_out import held_out_loss
+from fitune.engine.step import LossScale, hidden_states, loss_sum, training_step
 from fitune.engine.step_runner import StepRunner
 from fitune.models import adapters, precision, trial
 from fitune.models.kernels.frozen import StoredLinear

@@ -16,7 +16,8 @@ from fitune.data.batches import flat, split
 from fitune.data.encode import Encoder
 from fitune.data.store import Samples, write_samples
 from fitune.data.templates import choose
-from fitune.engine.step import held_out_loss, loss_sum, make_gradients
+from fitune.engine.held_out import held_out_loss
+from fitune.engine.step import loss_sum, make_gradients
 from fitune.models.kernels import loss as loss_kernel
 from support import tiny
 

@@ -16,8 +16,8 @@ from fitune.core.records import Batch, Finding, Layout
 from fitune.data.batches import flat
 from fitune.data.pairs import Pairs
 from fitune.data.store import trained_of
+from fitune.engine.held_out import held_out
 from fitune.engine.objectives.base import Preference, log_probabilities
-from fitune.engine.step import held_out
 from fitune.models.attached import compute_dtype
 from fitune.models.switches import evaluating
 

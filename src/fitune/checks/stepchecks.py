@@ -25,8 +25,9 @@ from fitune.core.records import Batch, Finding, Layout, Pair, Sample, StepRecord
 from fitune.data.batches import Loader, flat
 from fitune.engine import optim
 from fitune.engine.checkpoint import Loaded, restore_rng, rng_state
+from fitune.engine.held_out import held_out_loss
 from fitune.engine.parallel import World
-from fitune.engine.step import held_out_loss, loss_sum
+from fitune.engine.step import loss_sum
 from fitune.engine.step_runner import StepRunner
 from fitune.models.attached import compute_dtype
 from fitune.models.interfaces import causal_lm

@@ -49,12 +49,15 @@ def train(
             "small, stay the same; each process has the whole model."
         ),
     ] = 1,
+    gpus: Annotated[
+        str | None, Parameter(help="As --workers, each process on a GPU of this machine: how many, or all.")
+    ] = None,
     verbose: Verbose = False,
     json: Json = False,
     flags: Annotated[Optional[Flags], Parameter(name="*", consume_multiple=True, negative="")] = None,  # type: ignore[valid-type]  # noqa: UP045  # a model made at run time
 ) -> None:
     """Fine-tune a model on your data."""
-    if _launched(workers):
+    if _launched(workers, gpus):
         return
     values: Given = settings.read_yaml(config) if config else {}
     values = settings.merge(values, settings.parse_assignments(set_ or []))
@@ -83,7 +86,7 @@ def train(
         print_json(result.as_dict())
 
 
-def _launched(workers: int) -> bool:
+def _launched(workers: int, gpus: str | None) -> bool:
     """Was everything done by other processes: those that this one started, or, where this one is a later process of a
     run, by that run?
 
@@ -101,6 +104,8 @@ def _launched(workers: int) -> bool:
     if parallel.size() > 1:
         parallel.stop_with_parent()
         return False
+    if gpus is not None:
+        workers = _on_gpus(gpus, workers)
     if not 1 <= workers <= MOST_WORKERS:
         raise ConfigError(f"--workers: 1 to {MOST_WORKERS} processes", received=str(workers))
     if workers == 1:
@@ -111,6 +116,27 @@ def _launched(workers: int) -> bool:
     if code:
         raise SystemExit(code)
     return True
+
+
+def _on_gpus(gpus: str, workers: int) -> int:
+    """How many processes --gpus starts.
+
+    Raises:
+        ConfigError: there are not so many GPUs.
+    """
+    with imports.for_good():
+        from torch import cuda
+
+    there = cuda.device_count()
+    count = there if gpus == "all" else int(gpus) if gpus.isdecimal() else 0
+    if workers != 1 or not 1 <= count <= there:
+        raise ConfigError(
+            "--gpus: a number of GPUs, or all, without --workers",
+            received=f"--gpus {gpus}" + (f" --workers {workers}" if workers != 1 else ""),
+            expected=f"1 to {there} GPUs" if there else "a CUDA GPU; there is none",
+            fix="--workers N for processes on the CPU" if not there else "fewer GPUs",
+        )
+    return count
 
 
 def _checked(values: Given, *, resume: bool, fit: bool, gpu: str | None) -> settings.RunConfig | None:

@@ -5,8 +5,10 @@ In: a prepared job. Out: held-out losses, sample answers, the load of the machin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import torch
 
@@ -21,9 +23,9 @@ from fitune.engine import environment
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.drawing import Sampling
 from fitune.engine.generation import SIDE_BY_SIDE, answers
+from fitune.engine.held_out import HeldOut, held_out
 from fitune.engine.out_of_memory import in_fewer
 from fitune.engine.parallel import ALONE, World
-from fitune.engine.step import HeldOut, held_out
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,13 @@ class ActiveRun:
         """Takes the checks that are made while it runs."""
         return CheckLog(self.folder, self.watch)
 
-    def held_out(self) -> HeldOut | None:
-        """Loss and rewards of the model as it is now; None: no row is held out."""
-        job = self.job
-        if not job.held_out:
-            return None
-        return in_fewer(
-            lambda rows: held_out(job.tuned.model, in_order(job.held_out, rows), job.layout, job.objective),
-            job.config.batch_size,
-            "held-out rows",
-            self.watch.message,
-        )
+    def held_out(self, *, together: bool = False) -> HeldOut | None:
+        """Loss and rewards of the model as it is now; None: no row is held out.
+
+        Args:
+            together: the other processes of the run do their share of it, too.
+        """
+        return held_out_of(self.job, self.world if together else ALONE, self.watch.message)
 
     def held_out_loss(self) -> float | None:
         """See `held_out`."""
@@ -87,6 +85,19 @@ class ActiveRun:
         warned = any(finding.rule == "machine-load" and finding.level == "warn" for finding in self.job.findings)
         for finding in machine_load(self.job, since):
             self.checks.add(finding, quiet=warned)
+
+
+def held_out_of(job: Job, world: World, report: Callable[[str], None]) -> HeldOut | None:
+    """Loss and rewards of the model as it is now, each process with its share of the rows; None: no row is held out."""
+    if not job.held_out:
+        return None
+    model, shared = job.tuned.model, world.added if world.size > 1 else None
+
+    def measured(rows: int) -> HeldOut:
+        batches = islice(in_order(job.held_out, rows), world.rank, None, world.size)
+        return held_out(model, batches, job.layout, job.objective, shared)
+
+    return in_fewer(measured, job.config.batch_size, "held-out rows", report)
 
 
 def machine_load(job: Job, since: processor.Moment) -> list[Finding]:

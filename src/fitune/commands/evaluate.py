@@ -28,8 +28,8 @@ from fitune.data.encode import Encoder
 from fitune.data.store import Rows, Samples
 from fitune.data.templates.base import kept_date
 from fitune.engine.generation import SIDE_BY_SIDE
+from fitune.engine.held_out import held_out_loss
 from fitune.engine.loading import load
-from fitune.engine.step import held_out_loss
 from fitune.models import attached
 from fitune.models.adapters import disabled
 from fitune.models.attached import compute_dtype

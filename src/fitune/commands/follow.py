@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from fitune.checks import stepchecks
+from fitune.commands.active_run import held_out_of
 from fitune.commands.prepare import Job, prepare
 from fitune.commands.request import to_train
 from fitune.core import parallel
@@ -120,5 +121,7 @@ def with_steps(world: World, job: Job) -> None:
             watched = number - first < stepchecks.WATCHED
             with stepchecks.step_equality(runner, optimizer) if watched else nullcontext():
                 runner.step(mine, optimizer, weight)
+            if (number + 1) % job.eval_every == 0 or number + 1 == job.total_steps:
+                held_out_of(job, world, Silent().message)
     except EndedError:
         return

@@ -28,8 +28,9 @@ from fitune.core.files import json_text
 from fitune.core.parse import parse
 from fitune.core.records import Batch, StepRecord
 from fitune.engine import integrity, optim
+from fitune.engine.held_out import HeldOut
 from fitune.engine.rewards import FIGURES
-from fitune.engine.step import HeldOut, LossScale, StepResult
+from fitune.engine.step import LossScale, StepResult
 from fitune.engine.step_runner import StepRunner
 from fitune.memory.storage import STATES
 from fitune.models import methods
@@ -150,7 +151,8 @@ class Training:
             seconds = time.perf_counter() - began
             last = progress.step == self.total
             active.clock.ends(STEPS)
-            held_out = active.held_out() if progress.step % active.job.eval_every == 0 or last else None
+            due = progress.step % active.job.eval_every == 0 or last
+            held_out = active.held_out(together=True) if due else None
             progress.evaluated(None if held_out is None else held_out.loss)
             active.clock.ends(EVALUATION)
             early = progress.patience_is_over(self.config)

@@ -9,7 +9,7 @@ number of rows in a micro-batch and their lengths never change it; without weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,7 +38,7 @@ from fitune.models.kernels.loss import label_loss
 from fitune.models.kernels.placed import Placed
 from fitune.models.methods import virtual
 from fitune.models.parts import trainable
-from fitune.models.switches import SDPA, attention, computing, evaluating
+from fitune.models.switches import SDPA, attention, computing
 
 
 @dataclass
@@ -413,35 +413,3 @@ def apply_gradients(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return done
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What held-out batches have: the loss as training has it, and the rewards of preferences."""
-
-    loss: float
-    rewards: Rewards | None = None
-
-
-@torch.no_grad()
-def held_out(
-    model: nn.Module, batches: Iterable[Batch], layout: Layout = "flat", objective: Objective = SFT
-) -> HeldOut:
-    """Loss and rewards over held-out batches; the model's mode is left as it was."""
-    total, weight, seen = 0.0, 0.0, torch.zeros(0, dtype=torch.float64)
-    with evaluating(model):
-        if objective.together:
-            batches = list(batches)
-            objective = objective.of_step(model, batches, layout)
-        for batch in batches:
-            found = objective.loss(model, batch, layout)
-            total += found.total.item()
-            weight += batch.weight
-            if found.seen is not None:
-                seen = found.seen.cpu() + (seen if len(seen) else 0)
-    return HeldOut(total / weight, rewards_of(seen.tolist()) if len(seen) else None)
-
-
-def held_out_loss(model: nn.Module, batches: Iterable[Batch], layout: Layout = "flat") -> float:
-    """Loss per target token (or unit of weight) over held-out batches; the model's mode is left as it was."""
-    return held_out(model, batches, layout).loss

@@ -27,7 +27,8 @@ from fitune.data.batches import rounded
 from fitune.data.cache import Cache
 from fitune.data.tokenizer.new_tokens import NewToken
 from fitune.engine import objectives, optim
-from fitune.engine.step import LossScale, apply_gradients, held_out, last_block_is_ready, make_gradients
+from fitune.engine.held_out import held_out
+from fitune.engine.step import LossScale, apply_gradients, last_block_is_ready, make_gradients
 from fitune.memory import allocator, answers, chunks, depth, device, frozen, heap, kept, recompute
 from fitune.memory.closed import closed
 from fitune.memory.counted import shadows
