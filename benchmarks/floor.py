@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.loha import LoHaLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.vera import VeraLayer
 from torch import Tensor, nn
 
@@ -148,7 +149,7 @@ class Needed:
         frozen linear layer    nothing
         factors (IA3, VeRA), DoRA's magnitudes
                                what they are multiplied with
-        LoHa                   its input, and per layer both of its products and their product
+        LoHa of rank r         its input, what is between the products of rank r x r, and their factors
         bottleneck, MLP behind the final norm
                                beside its layers' inputs what goes into its activation
         dropout                a byte of an element; in attention none: what is dropped out is drawn again
@@ -193,7 +194,7 @@ class Needed:
                 yield module.register_forward_hook(self._angles)
             elif isinstance(module, ResidualMLP) or (isinstance(module, Bottleneck) and module.activation != "relu"):
                 yield module.down.register_forward_hook(self._given)
-            elif isinstance(module, (IA3Layer, VeraLayer, LoHaLayer)) or kind == "doralinearlayer":
+            elif isinstance(module, (IA3Layer, VeraLayer, LoHaLayer, DoraLinearLayer)):
                 yield module.register_forward_hook(self._peft)  # type: ignore[union-attr]  # a layer, too
         for block in self.family.block_list(self.inner):
             yield from self._of_block(block)
@@ -243,7 +244,9 @@ class Needed:
             self._keep(args[0])
         elif isinstance(module, LoHaLayer):
             self._keep(args[0])
-            self.more += 3 * module.in_features * module.out_features * self.item
+            rank = next(iter(module.r.values())) ** 2
+            rows = out.numel() // out.shape[-1]
+            self.more += rank * (rows + module.in_features + module.out_features) * self.item
         elif isinstance(module, VeraLayer):
             rank = next(iter(module.r.values()))
             self.more += (out.numel() + out.numel() // out.shape[-1] * rank) * self.item

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedModel
 
 from fitune.core.blocks import AUTO, chosen, named, text
 from fitune.core.config import RunConfig, build
@@ -170,14 +170,18 @@ SETS = [
 
 @pytest.mark.parametrize("changes", SETS, ids=str)
 def test_no_set_of_blocks_takes_less_than_the_first_ones(changes: dict[str, Any]) -> None:
-    """Every set of 4 blocks, of those that the backward pass goes through, traced."""
+    """Every set of 4 blocks, of those that the backward pass goes through, traced. What enters the first of them needs
+    no gradient under LoRA, so that it keeps a hidden state less: so much a set without it may take less."""
     first = 1 if "freeze" in changes else 0
+    spare = 4 * 64 * 3 * 240 if changes["method"] == "lora" else 0
     for count in range(1, 4 - first):
         peaks = {
             numbers: usage(plan.traced(work({**changes, "checkpointing": named(numbers)}, 4))).peak.bytes
             for numbers in combinations(range(first, 4), count)
         }
-        assert min(peaks.values()) == peaks[tuple(range(first, first + count))]
+        first_ones = peaks[tuple(range(first, first + count))]
+        assert first_ones <= min(peaks.values()) + 1.02 * spare  # rows are rounded up
+        assert first_ones == min(size for numbers, size in peaks.items() if first in numbers)
         assert min(peaks.values()) < max(peaks.values())  # and it matters which
 
 
@@ -203,6 +207,17 @@ def test_the_border_is_where_the_backward_pass_ends(variant: str, kind: str, bor
     make_gradients(model, [batch(9, 5)], "flat")
     assert first_trained(model) == min(seen) == border
     assert recompute.able(model, True) == sorted(set(seen))
+    seen.clear()
+    checkpoint_blocks(model, families.of(model), True)
+    make_gradients(model, [batch(9, 5)], "flat")
+    assert min(seen) == border  # also where blocks are recomputed
+
+
+def test_a_frozen_prefix_that_is_differentiated_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers lets what embeddings give require a gradient where blocks are recomputed (planted)."""
+    monkeypatch.setattr(PreTrainedModel, "disable_input_require_grads", lambda model: None)
+    with pytest.raises(AssertionError):
+        test_the_border_is_where_the_backward_pass_ends("tail", "qwen2", 3)
 
 
 # ---- plans that hold ----
@@ -243,12 +258,15 @@ CASES = [
     ("prefix", "bloom", "fp32", "none"),
     ("freeze", "llama", "fp32", "none"),
     ("lora-all", "qwen2", "fp32", "nf4"),
+    ("tail", "gpt2", "fp32", "none"),
+    ("houlsby", "chatglm", "fp32", "none"),
     *(
         pytest.param(variant, kind, "fp32", quant, marks=pytest.mark.full)
         for variant in ("lora", "lora-dora", "full", "prompt", "p-tuning", "houlsby", "ia3", "tail", "freeze-patterns")
         for kind in ("qwen2", "gpt2", "bloom", "chatglm", "gemma2", "phi3")
         for quant in ("none", "int8")
         if (variant, kind) not in contract.REFUSED and (quant == "none" or variant in ("lora", "houlsby", "prompt"))
+        if (variant, kind, quant) not in (("tail", "gpt2", "none"), ("houlsby", "chatglm", "none"))
     ),
 ]
 
@@ -285,9 +303,7 @@ def test_between_none_and_all_plans_hold_and_time_falls(variant: str, kind: str,
         assert found[0] == first[0]
         assert same(found[1], first[1])
         spent.append(executed(partial(gradients, base(), settled, asked)))
-        # torch stops a recomputation when it has what it needs, so a block takes less than its forward pass; in models
-        # as small as these some products that the formula counts are left out
-        assert 0.5 * made.more_work <= spent[-1] / once - 1 <= 1.25 * made.more_work
+        assert spent[-1] / once - 1 == pytest.approx(made.more_work, abs=0.005)
     assert [len(one) for one in sets] == sorted({len(one) for one in sets}, reverse=True)
     assert len(sets) > 1 or variant == "freeze"  # whose only trained block is there in full in its own backward pass
     assert sets[-1] == []

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fitune.models.kernels import apart
 from fitune.models.kernels.apart import Part
-from fitune.models.kernels.attention import How, _mask, attend
+from fitune.models.kernels.attention import attend, causal_mask
+from fitune.models.kernels.written import How
 
 BOUNDS = [0, 7, 8, 40, 75]
 HEADS, KEYS, WIDTH = 4, 2, 12
@@ -26,7 +27,7 @@ def sides(dtype: torch.dtype, queries: int = BOUNDS[-1], prefix: int = 0) -> lis
 
 
 def ours(given: list[Tensor], parts: list[Part], window: int | None = None) -> Tensor:
-    mask = partial(_mask, width=window, device=given[0].device)
+    mask = partial(causal_mask, width=window, device=given[0].device)
     query, key, value, *prefix = given
     return apart.attend(query, key, value, parts, [mask], 0.3, prefix)
 
@@ -94,6 +95,22 @@ def test_keys_that_two_documents_share_give_what_keys_of_their_own_give(
             assert torch.allclose(other, expected, atol=1e-12)
             for mine, theirs in zip(gradients(other, exact), right, strict=True):
                 assert torch.allclose(mine, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("attended", [ours, each])
+def test_queries_behind_all_documents_get_zeros(attended: Any) -> None:
+    """Rows that fill label rows up."""
+    given, parts = sides(torch.float32, 14), [Part(4, 0, 5), Part(6, 9, 20)]
+    fewer = [given[0][:, :, :10].detach().requires_grad_(), *given[1:]]
+    out, expected = attended(given, parts), attended(fewer, parts)
+    assert torch.equal(out[:, :10], expected)
+    assert not out[:, 10:].any()
+    weights = torch.randn(out.shape)
+    query, key, value = torch.autograd.grad((out * weights).sum(), given)
+    fewer_grads = torch.autograd.grad((expected * weights[:, :10]).sum(), fewer)
+    assert not query[:, :, 10:].any()
+    for mine, theirs in zip((query[:, :, :10], key, value), fewer_grads, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_keys_that_no_query_sees_have_no_gradient() -> None:

@@ -203,7 +203,10 @@ def test_saved_is_loaded(state: State) -> None:
         base = make_base(case.kind, case.precision, quant=case.quant)
         theirs = PeftModel.from_pretrained(base, str(state.saved)).eval()
         attached.of(theirs).compute = attached.of(loaded).compute
-        assert torch.equal(logits(theirs), logits(loaded))
+        if "LOHA" in case.variant:  # whose products are made in another order here
+            assert apart(logits(theirs), logits(loaded), case.precision) <= max(state.close, 1e-5)
+        else:
+            assert torch.equal(logits(theirs), logits(loaded))
 
 
 @merged_cases

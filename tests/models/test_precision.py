@@ -17,6 +17,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, LlamaConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import fitune
 from fitune.checks import guards, modelchecks
@@ -34,8 +37,9 @@ from fitune.engine.held_out import held_out_loss
 from fitune.engine.step import LossScale, hidden_states, loss_sum, training_step
 from fitune.engine.step_runner import StepRunner
 from fitune.models import adapters, precision, trial
+from fitune.models.kernels import norm
 from fitune.models.kernels.frozen import StoredLinear
-from fitune.models.kernels.norm import LeanRMSNorm, replace_norms
+from fitune.models.kernels.norm import replace_norms
 from fitune.models.load import load_model
 from fitune.models.parts import trainable
 from fitune.models.prepare import ready
@@ -201,38 +205,45 @@ def test_without_lean_norms_they_would_not_be(monkeypatch: pytest.MonkeyPatch) -
     assert sum(fat.values()) > 1.1 * sum(lean.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_lean_norms_give_the_same_values_and_gradients(dtype: torch.dtype) -> None:
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+NORMS = {
+    LlamaRMSNorm: norm.PLAIN, Olmo2RMSNorm: norm.Form(late=True), Gemma2RMSNorm: norm.Form(late=True, offset=1.0),
+}  # fmt: skip
 
-    norm = LlamaRMSNorm(48, eps=1e-5)
-    nn.init.normal_(norm.weight)
-    norm.weight.data = norm.weight.data.to(dtype)
-    lean = LeanRMSNorm(norm.weight, norm.variance_epsilon)
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lean_norms_give_the_same_values_and_gradients(dtype: torch.dtype, kind: Any) -> None:
+    theirs = kind(48, eps=1e-5)
+    nn.init.normal_(theirs.weight)
+    theirs.weight.data = theirs.weight.data.to(dtype)
+    model = nn.ModuleDict({"norm": deepcopy(theirs)})
+    assert replace_norms(model, dtype) == (1, [])
+    lean: Any = model["norm"]
+    # in float32 there is nothing to round between
+    assert lean.form == (norm.PLAIN if dtype == torch.float32 and not NORMS[kind].offset else NORMS[kind])
     made: list[Any] = []
-    for module in (norm, lean):
+    for module in (theirs, lean):
         x = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-        module.weight.grad = None
         out = module(x)
         (out.float() * torch.linspace(-1, 1, 48)).sum().backward()
         made.append((out, x.grad, module.weight.grad))
     assert torch.equal(made[0][0], made[1][0])
     bound = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    for theirs, mine in zip(made[0][1:], made[1][1:], strict=True):
-        assert (theirs - mine).abs().max() <= bound * theirs.abs().max()
+    for one, mine in zip(made[0][1:], made[1][1:], strict=True):
+        assert (one - mine).abs().max() <= bound * one.abs().max()
 
 
 def test_norms_that_compute_something_else_stay() -> None:
-    class OneMoreRMSNorm(nn.Module):  # Gemma's: 1 + weight
-        def __init__(self) -> None:
+    class OneMoreRMSNorm(nn.Module):
+        def __init__(self, width: int, eps: float = 1e-6) -> None:
             super().__init__()
-            self.weight, self.variance_epsilon = nn.Parameter(torch.zeros(8)), 1e-6
+            self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             wide = x.float()
-            return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)).type_as(x)
+            return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * (2 + self.weight)).type_as(x)
 
-    model = nn.ModuleDict({"norm": OneMoreRMSNorm()})
+    model = nn.ModuleDict({"norm": OneMoreRMSNorm(8)})
     assert replace_norms(model, torch.bfloat16) == (0, ["norm"])
     assert type(model["norm"]) is OneMoreRMSNorm
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fitune.models.kernels import apart, short
-from fitune.models.kernels.attention import How, attend, flat_attention
+from fitune.models.kernels.attention import attend, flat_attention
 from fitune.models.kernels.target import AMPERE, planned
+from fitune.models.kernels.written import How
 
 pytestmark = pytest.mark.unit
 HALF = [torch.bfloat16, torch.float16]

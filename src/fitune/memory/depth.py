@@ -130,7 +130,9 @@ def traced(model: nn.Module, blocks: list[object], model_config: PretrainedConfi
     deep = deepened(low, high, times)
     if deep is None or not _weighs(deep, model):
         return None
-    deep.host_most = high.host_most + times * (high.host_most - low.host_most)
+    for name in ("host_most", "once", "again"):
+        more = getattr(high, name) - getattr(low, name)
+        setattr(deep, name, getattr(high, name) + times * more)
     return deep
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fitune.memory import overrides
+from fitune.memory import overrides, work
 from fitune.memory.operation import Args
 from fitune.memory.shadow import META
 from fitune.models.kernels.target import Target
@@ -45,6 +45,7 @@ class Facts:
         self.inside = overrides.INSIDE.get(self.name)
         self.casts = self.name in CASTS
         self.notes_true = self.name in overrides.NOTED
+        self.work = work.formula(func)
 
 
 def _gives_first(func: OpOverload) -> bool:

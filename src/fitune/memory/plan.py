@@ -39,7 +39,7 @@ from fitune.memory.places import Starting, put_host_apart
 from fitune.memory.shadow import Shadow
 from fitune.memory.sparse import OnPaper
 from fitune.memory.storage import STATES
-from fitune.memory.trace import Blind, Building, Tracer
+from fitune.memory.trace import STEP, Blind, Building, Tracer
 from fitune.memory.usage import Usage, usage
 from fitune.models import adapters, attached, families, methods, precision, quant
 from fitune.models.head import loss_rows, set_loss_rows
@@ -225,7 +225,7 @@ def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = Fa
     with tracer, tracer.inside(model, causal_lm(model).base_model):
         optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
         for micro_batches in work.steps:
-            with tracer.during("step"):
+            with tracer.during(STEP):
                 made = make_gradients(model, micro_batches, work.layout, scale, objective)
             with tracer.during("update"):
                 apply_gradients(model, made, optimizer, config.max_grad_norm, scale)
@@ -370,6 +370,7 @@ def _trace(work: Work, where: device.Device) -> kept.Traced:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         why = f"this model cannot be traced ({reason})"
         return kept.Traced(_by_forms(forms), {}, {}, forms, trained, total, rows, sets, 0, below, "closed form", why)
+    sets = replace(sets, more_work=tracer.again / max(1, tracer.once))
     figures = _allocator(tracer, where) if where.kind == "cuda" else {}
     between = heap.beside(tracer.events, tracer.course) if where.kind == "cpu" else {}
     return kept.Traced(usage(tracer), figures, between, forms, trained, total, rows, sets, tracer.host_most, below)

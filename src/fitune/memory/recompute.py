@@ -8,7 +8,9 @@ the backward pass begins all of them are there, n c + (N - n) K, whichever n the
 the bytes of the blocks below j, all K of block j, recomputed or not, and the gradients of those above it. The blocks
 below j hold least, for every j at once, if the lowest n are the recomputed ones. So no set of n blocks has a lower peak
 than the first n above the border of what is trained, and the choice is a number. (The highest block is the one that it
-helps least to recompute: its K is there again as soon as the loss is.) Blocks below the border keep nothing.
+helps least to recompute: its K is there again as soon as the loss is.) Blocks below the border keep nothing. The one at
+the border may keep a hidden state less than the others, so that a set without it could take so much less; that one is
+not looked for.
 
 How many. The peak falls with n, so the number is between none and all of them; the line through two plans says where to
 look, and the plan itself is asked: the one that is returned fits, and the one with a block less does not.

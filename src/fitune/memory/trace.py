@@ -88,6 +88,7 @@ class Building(_Mode):
 
 HOLDS = (Tensor, list, tuple)  # what may be or hold a tensor among the arguments of an operation
 ON_HOST = -1  # in a block's place: it is not on the device that is planned for
+STEP = "step"  # the phase of a forward and a backward pass
 FAILED = "failed"  # a phase that no plan and no figure covers
 
 
@@ -99,7 +100,8 @@ class Tracer(_Mode):
         real: it measures: nothing is made a shadow.
 
     `events` are (number of a block, bytes), negative where it is freed; `blocks` by that number; `course` says from
-    which event on which phase and region it was.
+    which event on which phase and region it was. `once`, `again`: floating-point operations of the steps; the second of
+    blocks that are recomputed, which is when a module runs in the backward pass.
     """
 
     def __init__(self, target: Target = CPU, *, real: bool = False) -> None:
@@ -110,6 +112,7 @@ class Tracer(_Mode):
         self.course: list[tuple[int, str, str]] = []
         self.phase = self.region = self.module = ""
         self.host = False  # what is made now lies in main memory beside a GPU, and is not counted
+        self.once = self.again = 0
         self.host_most = 0  # bytes of activations that wait there, at most (host.py)
         self.lost: set[int] = set()  # storages of real tensors that a shadow was written into
         self._results = known.results(target, torch.get_default_dtype())
@@ -264,6 +267,16 @@ class Tracer(_Mode):
 
     def _operation(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Any:
         found, of = Arguments(), facts(func)
+        out = self._ran(func, of, found, args, kwargs)
+        if of.work is not None and self.phase == STEP:
+            work = of.work(*args, **kwargs, out_val=out)
+            if self.region == "backward" and self.module:
+                self.again += work
+            else:
+                self.once += work
+        return out
+
+    def _ran(self, func: OpOverload, of: Facts, found: Arguments, args: Args, kwargs: Kwargs) -> Any:
         inner = [found.unwrap(one) if isinstance(one, HOLDS) else one for one in args]
         inner_kwargs = {name: found.unwrap(one) for name, one in kwargs.items()} if kwargs else {}
         if not found.shadows and (self.real or found.reals or not becomes_shadow(func, args, kwargs)):

@@ -21,9 +21,9 @@ from fitune.models.interfaces import CausalLM, causal_lm
 from fitune.models.kernels.frozen import keep_stored
 from fitune.models.kernels.gated import lean_mlps
 from fitune.models.kernels.norm import replace_norms
+from fitune.models.kernels.plain import keep_less
 from fitune.models.kernels.rotary import turn_in_one
 from fitune.models.offload import Checkpoint, Run
-from fitune.models.parts import first_trained
 from fitune.models.precision import DTYPES
 from fitune.models.switches import recomputed
 
@@ -37,9 +37,9 @@ def ready(model: CausalLM, precision: str = "fp32", adapter: str | Path | None =
     attached.of(model).compute = compute = DTYPES[precision]
     if compute == torch.float32:
         keep_stored(model, compute)
-    else:
-        replace_norms(model, compute)
+    replace_norms(model, compute)
     lean_mlps(model)
+    keep_less(model)
     turn_in_one(model)
     if model.config.model_type in families.TABLE:
         families.TABLE[model.config.model_type].make_flat(model)
@@ -79,10 +79,9 @@ def checkpoint_blocks(model: nn.Module, family: Family, recomputed_: Blocks, wai
         )
     settings = {"use_reentrant": False, "context_fn": partial(recomputed, inner)}
     inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    if first_trained(model):
-        # embeddings ask for a gradient now, which a reentrant checkpoint needs: frozen blocks would be recomputed, and
-        # gone through backward, for nothing
-        inner.disable_input_require_grads()
+    # it lets what embeddings give require a gradient, for checkpointing that is reentrant; here that would take the
+    # backward pass through a frozen prefix
+    inner.disable_input_require_grads()
     for number, block in enumerate(blocks):
         how: Any = block  # attributes that torch takes for tensors or modules
         how.gradient_checkpointing = number in again or number in away

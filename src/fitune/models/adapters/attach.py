@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fitune.core.config import RunConfig
 from fitune.models import attached, families, methods
 from fitune.models.interfaces import CausalLM, causal_lm, peft_of
-from fitune.models.kernels import low_rank
+from fitune.models.kernels import low_rank, plain
 from fitune.models.methods import new_tokens
 from fitune.models.precision import DTYPES
 
@@ -33,6 +33,7 @@ def attach(model: CausalLM, config: RunConfig) -> CausalLM:
     new_tokens.train_rows(causal_lm(model))
     _cast_trained(model, DTYPES[config.trainable_dtype])
     _no_copies(model)
+    plain.keep_less(model)
     attached.of(model).copies = low_rank.fuse(model).whole
     return model
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -36,11 +35,12 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from fitune.models.families.chatglm_attention import Prefix, Rotary, SelfAttention, see_their_prompts
 from fitune.models.kernels import apart
 from fitune.models.kernels.flash import Documents
+from fitune.models.kernels.label_rows import LabelRows
 
 LAYERS = 28  # those of the published model: its code reckons with them whatever num_layers is
-Prefix = Sequence[tuple[Tensor, Tensor]]
 
 
 class ChatGLMConfig(PreTrainedConfig):
@@ -98,91 +98,6 @@ def _laid_after(positions: NDArray[np.int64], before: int) -> NDArray[np.int64]:
     return np.concatenate([virtual, positions + np.array([[before], [0]])], axis=1)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, H, T, E / 2), rotated; cos and sin (B, 1, T, E / 2)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-class Rotary(nn.Module):
-    """Angles of both rows of positions, each for half of a head (Su et al. 2021, arXiv:2104.09864)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width  # of the half
-
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """(B, 2, T) to cos and sin (B, 1, T, width) of each row."""
-        steps = torch.arange(0, self.width, 2, dtype=torch.float32, device=positions.device)
-        frequencies = 1.0 / 10000 ** (steps / self.width)
-        angles = positions[..., None].float() * frequencies  # (B, 2, T, width / 2)
-        both = torch.cat([angles, angles], dim=-1)
-        return [(both[:, row, None].cos().to(dtype), both[:, row, None].sin().to(dtype)) for row in (0, 1)]
-
-
-class SelfAttention(nn.Module):
-    """(B, T, W) to (B, T, W)."""
-
-    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.heads, self.layer_idx = config.num_attention_heads, layer_idx
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(
-        self,
-        x: Tensor,
-        angles: list[tuple[Tensor, Tensor]],
-        allowed: Sequence[Tensor | None],
-        parts: Sequence[apart.Part] | None,
-        prefix: Prefix | None,
-        past: Any,
-    ) -> Tensor:
-        """allowed: a mask, or of a flat batch one for each document, True where a token sees another. parts: of a flat
-        batch, its documents."""
-        rows, length, _ = x.shape
-        mixed = self.query_key_value(x).view(rows, length, self.heads, -1).transpose(1, 2)
-        query, key, value = mixed.chunk(3, dim=-1)  # (B, H, T, E)
-        query, key = (
-            torch.cat([_rotate(part, *angle) for part, angle in zip(t.chunk(2, dim=-1), angles, strict=True)], dim=-1)
-            for t in (query, key)
-        )
-        if past is not None:
-            key, value = past.update(key, value, self.layer_idx)
-        ahead = [] if prefix is None else [t.to(key.dtype) for t in prefix[self.layer_idx]]
-        if parts is None:
-            if ahead:
-                key, value = (torch.cat(pair, dim=2) for pair in zip(ahead, (key, value), strict=True))
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[0]).transpose(1, 2)
-        else:
-            mixed = _per_document(query, key, value, parts, allowed, ahead)
-        out: Tensor = self.dense(mixed.flatten(2))
-        return out
-
-
-def _per_document(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    parts: Sequence[apart.Part],
-    allowed: Sequence[Tensor | None],
-    ahead: Sequence[Tensor],
-) -> Tensor:
-    """(1, T, H, E): attention of every document of a flat batch, (1, H, T, E)."""
-    if apart.is_one_function(query, value, 0.0):
-        return apart.attend(query, key, value, parts, [partial(_given, mask) for mask in allowed], None, ahead)
-
-    def call(number: int, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[number])
-
-    return apart.one_by_one(query, key, value, parts, call, ahead)
-
-
-def _given(mask: Tensor | None, *sizes: int) -> Tensor | None:
-    """A mask that is there already."""
-    return mask
-
-
 class MLP(nn.Module):
     """(..., W) to (..., W)."""
 
@@ -208,10 +123,10 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *how: Any) -> Tensor:
+    def forward(self, x: Tensor, *how: Any, **more: Any) -> Tensor:
         """See the module's text."""
         x = self.input_layernorm(x)
-        x = self.post_attention_layernorm(x * self.alpha + self.attention(x, *how))
+        x = self.post_attention_layernorm(x * self.alpha + self.attention(x, *how, **more))
         out: Tensor = x * self.alpha + self.mlp(x)
         return out
 
@@ -289,11 +204,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             allowed = allowed | F.pad(itself, (past, 0))  # padding too: a softmax over nothing would be NaN
         return allowed[:, None]
 
-    def _flat_allowed(self, positions: Tensor, parts: Sequence[apart.Part], before: int, x: Tensor) -> list[Tensor]:
+    def _flat_allowed(
+        self, positions: Tensor, parts: Sequence[apart.Part], before: int, x: Tensor
+    ) -> list[Tensor | None]:
         """Of each document (rows, before + keys): as above, and all of a prefix, and of a prompt that it shares. Rows
-        behind it are no prompt."""
-        made = []
+        behind it are no prompt. None: it has none of its own, so a token sees what is before it."""
+        made: list[Tensor | None] = []
+        prompts = positions[1].cpu().numpy() == 0
         for part in parts:
+            if not prompts[part.first : part.end].any():
+                made.append(None)
+                continue
             count, keys = apart.sizes(part, x)
             seen = torch.ones(count, count, dtype=torch.bool, device=positions.device).tril()
             prompt = F.pad(positions[1, part.first : part.end] == 0, (0, count - part.count))
@@ -328,6 +249,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         prefix: Prefix | None = None,
         documents: Documents | None = None,
+        label_rows: object = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """See the module's text.
@@ -342,6 +264,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             cu_seq_lens_q: (D + 1,) bounds of the documents of a flat batch, B = 1.
             prefix: of each layer keys and values (1, H, k, E) before every document.
             documents: the same documents, with what they share.
+            label_rows: of a flat batch, those that the last block works on (kernels/last_block.py).
         """
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
@@ -356,9 +279,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             allowed = [self._allowed(position_ids, attention_mask, past)]
         else:
             allowed = self._flat_allowed(position_ids[0], parts, 0 if prefix is None else prefix[0][0].shape[2], x)
-        angles = self.rotary(position_ids, x.dtype)
+        how = (allowed, parts, prefix, past_key_values)
+        angles, by_rows = self.rotary(position_ids, x.dtype), label_rows
+        if isinstance(label_rows, LabelRows) and not see_their_prompts(label_rows, position_ids[0, 1]):
+            by_rows = None
         for layer in self.layers:
-            x = layer(x, angles, allowed, parts, prefix, past_key_values)
+            x = layer(x, *how, position_embeddings=angles, label_rows=by_rows)
+        if isinstance(label_rows, LabelRows) and by_rows is None:
+            x = x.index_select(1, label_rows.rows)
         return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(x), past_key_values=past_key_values)
 
 

@@ -91,18 +91,23 @@ def one_by_one(
     call: Call,
     prefix: Sequence[Tensor] = (),  # none, or two of (1, K, k, E)
 ) -> Tensor:
-    """(1, Q, H, E): a call for each document, the prefix in front of its keys."""
+    """(1, Q, H, E): a call for each document, the prefix in front of its keys. Queries behind those of all documents
+    are nobody's: they get zeros."""
+    counts = [part.count for part in parts]
+    more = query.shape[2] - sum(counts)
     # split, not slices: the backward pass of a slice writes zeros for all other documents
-    queries = query.split([part.count for part in parts], dim=2)
+    queries = query.split([*counts, more], dim=2)[:-1]
     keys = zip(*(_keys_of(one, parts) for one in (key, value)), strict=True)
     ahead = prefix[0].shape[2] if prefix else 0
     outputs = []
     for number, (part, one, others) in enumerate(zip(parts, queries, keys, strict=True)):
         length, count = sizes(part, query)
-        sides = [_filled(other, count) for other in others]
+        sides = [filled(other, count) for other in others]
         if prefix:
             sides = [torch.cat(pair, dim=2) for pair in zip(prefix, sides, strict=True)]
-        outputs.append(call(number, _filled(one, length), sides[0], sides[1], ahead + part.ahead)[:, :, : part.count])
+        outputs.append(call(number, filled(one, length), sides[0], sides[1], ahead + part.ahead)[:, :, : part.count])
+    if more:
+        outputs.append(outputs[0].new_zeros(1, query.shape[1], more, value.shape[3]))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
@@ -124,10 +129,24 @@ def sizes(part: Part, query: Tensor) -> tuple[int, int]:
     return length, rows(part.ahead + length, query)
 
 
-def _filled(one: Tensor, size: int, before: int = 0) -> Tensor:
+def filled(one: Tensor, size: int, before: int = 0) -> Tensor:
     """(1, H, L, E), with so many rows before its own, and rows behind them up to a size."""
     behind = size - before - one.shape[2]
     return F.pad(one, (0, 0, before, behind)) if before or behind else one
+
+
+def without_the_rest(given: Sequence[Tensor]) -> list[Tensor]:
+    """What is kept of queries, keys and values. Those that are parts of a larger tensor, which one layer gave, are
+    copied where all of them together are not that tensor (rotary positions have replaced the others): it can go."""
+    parts = [one for one in given if _span(one) > one.numel()]
+    if sum(one.numel() for one in parts) >= max(map(_span, parts), default=0):
+        return list(given)
+    return [one.contiguous() if _span(one) > one.numel() else one for one in given]
+
+
+def _span(one: Tensor) -> int:
+    """Elements from its first to its last, those between its own too."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True))
 
 
 def is_one_function(query: Tensor, value: Tensor, dropout: float) -> bool:
@@ -145,7 +164,7 @@ def attend(
     scale: float | None = None,
     prefix: Sequence[Tensor] = (),  # none, or two of (1, K, k, E)
 ) -> Tensor:
-    """(1, Q, H, E): attention of every document, the prefix in front of its keys.
+    """(1, Q, H, E): attention of every document, the prefix in front of its keys; of queries behind those zeros.
 
     Args:
         masks: one for all documents, or one of each; they are asked once more in the backward pass.
@@ -169,8 +188,10 @@ class _Attention(torch.autograd.Function):
             out[:, call.here] = found[:, :, call.own].transpose(1, 2)
             sums.append(one)
             at += part.count
+        out[:, at:] = 0
         ctx.parts, ctx.masks, ctx.scale, ctx.given = parts, masks, scale, len(given)
-        ctx.save_for_backward(*given, out, *sums)
+        kept = without_the_rest(given[:3]) if any(ctx.needs_input_grad) else given[:3]
+        ctx.save_for_backward(*kept, *given[3:], out, *sums)
         return out
 
     @staticmethod
@@ -181,7 +202,8 @@ class _Attention(torch.autograd.Function):
         made = [torch.empty_like(given[0])]
         made += [torch.empty_like(one) if seen else torch.zeros_like(one) for one in given[1:3]]
         made += [torch.zeros_like(one) for one in given[3:]]
-        at, grad = out.shape[1], grads[0].contiguous()
+        at, grad = sum(part.count for part in ctx.parts), grads[0].contiguous()
+        made[0][:, :, at:] = 0
         for part, mask, one in reversed(list(zip(ctx.parts, ctx.masks, sums, strict=True))):
             at -= part.count
             call = _OneCall.of(part, mask, given, at)
@@ -225,20 +247,20 @@ class _OneCall:
                 lead, length, count = first, before, before - prefix
             else:
                 seen = mask(length, prefix + count, first)
-        sides = [_filled(part.of(one), count) for one in keys]
+        sides = [filled(part.of(one), count) for one in keys]
         if prefix:
             sides = [torch.cat(pair, dim=2) for pair in zip(given[3:], sides, strict=True)]
         if seen is not None and seen.dtype == torch.bool:
             seen = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
         here = slice(at, at + part.count)
         how = {"is_causal": seen is None and length > 1, "attn_mask": seen}
-        sides = [_filled(query[:, :, here], length, lead), *sides]
+        sides = [filled(query[:, :, here], length, lead), *sides]
         return cls([one.float() for one in sides] if wide else sides, here, slice(lead, lead + part.count), how)
 
     def as_queries(self, one: Tensor) -> Tensor:
         """(1, H, L, E) of what stands beside a document's own queries."""
         query = self.sides[0]
-        return _filled(one, query.shape[2], self.own.start).to(query.dtype)
+        return filled(one, query.shape[2], self.own.start).to(query.dtype)
 
     def put(self, made: Sequence[Tensor], found: Sequence[Tensor], part: Part, *, added: bool) -> None:
         """Gradients of a document, to their places among those of all; added: to what stands there."""

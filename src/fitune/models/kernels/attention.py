@@ -10,8 +10,7 @@ Shapes: B = 1, H = query heads, K = key/value heads, T = tokens of all documents
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -23,8 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fitune.models import attached
 from fitune.models.interfaces import CausalLM
-from fitune.models.kernels import apart, flash, short, target
+from fitune.models.kernels import apart, flash, short, target, written
 from fitune.models.kernels.label_rows import Ahead, Behind, KeysAndValues
+from fitune.models.kernels.written import How
 
 FLAT = "fitune_flat"
 
@@ -51,7 +51,7 @@ def flat_attention(
     Args:
         cu_seq_lens_q: (D + 1,) bounds of the documents, on the CPU, so that slicing by them never waits for a GPU.
         sliding_window: a token sees this many tokens, itself included.
-        softcap: scores are bent to stay below it (Gemma 2); SDPA cannot do that, so it is written out.
+        softcap: scores are bent to stay below it (Gemma 2); SDPA cannot do that, so it is written out (`written.py`).
         prefix: of each layer, keys and values (1, K, k, E) that stand before every document (prefix-tuning).
         s_aux: (H,) a score of every head for seeing nothing (gpt-oss); written out too.
         documents: the bounds as one call for all documents needs them; without, there is a call for each.
@@ -90,10 +90,15 @@ def _attended(
 ) -> Tensor:
     """(1, Q, H, E): all documents in one call, or in a call for each."""
     if documents is not None and _refusal(query, how.dropout, how.softcap, how.sinks) is None:
-        return flash.attend(query, key, value, documents, how.scaling, how.window, prefix)
+        count = sum(part.count for part in parts)
+        out = flash.attend(query.narrow(2, 0, count), key, value, documents, how.scaling, how.window, prefix)
+        more = query.shape[2] - count  # queries behind those of all documents are nobody's
+        return F.pad(out, (0, 0, 0, 0, 0, more)) if more else out
     ahead = [] if prefix is None else [one.to(query.dtype) for one in prefix]
+    mask = partial(causal_mask, width=how.window, device=query.device)
+    if written.suits(query, how):
+        return written.attend(query, key, value, parts, partial(_seen, mask), how, ahead)
     if how.softcap is None and how.sinks is None and apart.is_one_function(query, value, how.dropout):
-        mask = partial(_mask, width=how.window, device=query.device)
         return apart.attend(query, key, value, parts, [mask], how.scaling, ahead)
     return apart.one_by_one(query, key, value, parts, lambda number, q, k, v, first: attend(q, k, v, how, first), ahead)
 
@@ -127,26 +132,15 @@ def chosen(model: CausalLM, dtype: torch.dtype) -> str:
     return "one call for all documents (FlashAttention)" if why is None else f"a call for each document: {why}"
 
 
-@dataclass(frozen=True)
-class How:
-    """See `flat_attention`."""
-
-    dropout: float
-    scaling: float | None
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, how: How, ahead: int | None = None) -> Tensor:
     """Attention of one document, (1, H, L, E), to its keys and values, (1, K, S, E), of which so many stand before that
     of the first query; None: queries are the last L of S."""
     length, keys = query.shape[2], key.shape[2]
     ahead = keys - length if ahead is None else ahead
     if how.softcap is not None or how.sinks is not None:
-        mask = _mask(length, keys, ahead, how.window, query.device, always=True)
-        return _written_out(query, key, value, mask, how)
-    mask = _mask(length, keys, ahead, how.window, query.device)
+        mask = causal_mask(length, keys, ahead, how.window, query.device, always=True)
+        return written.of_one(query, key, value, mask, how)
+    mask = causal_mask(length, keys, ahead, how.window, query.device)
     if mask is None and not how.dropout and query.shape[-1] == value.shape[-1] and short.suits(query, keys):
         return short.attend(query, key, value, how.scaling)
     shared = query.shape[1] != key.shape[1]
@@ -165,30 +159,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, how: How, ahead: int | Non
     )
 
 
-def _written_out(
-    query: Tensor,  # (1, H, L, E)
-    key: Tensor,  # (1, K, S, E)
-    value: Tensor,
-    mask: Tensor | None,
-    how: How,
-) -> Tensor:
-    """Attention in its parts: (1, H, L, E)."""
-    groups = query.shape[1] // key.shape[1]
-    keys, values = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ keys.transpose(-1, -2) * (how.scaling or query.shape[-1] ** -0.5)
-    if how.softcap is not None:
-        scores = torch.tanh(scores / how.softcap) * how.softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if how.sinks is not None:
-        column = how.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
-        weights = torch.cat([scores, column], dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
-    else:
-        weights = scores.softmax(dim=-1, dtype=torch.float32)
-    return F.dropout(weights.to(query.dtype), how.dropout) @ values
+def _seen(mask: Callable[..., Tensor | None], *sizes: int) -> Tensor:
+    """A mask that is always there."""
+    found = mask(*sizes, always=True)
+    assert found is not None
+    return found
 
 
-def _mask(
+def causal_mask(
     length: int, keys: int, ahead: int, width: int | None, device: torch.device, *, always: bool = False
 ) -> Tensor | None:
     """(length, keys): which keys a token sees: those up to its own, before which `ahead` stand for the first token;

@@ -18,7 +18,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fitune.models.kernels.attention import How, attend
+from fitune.models.kernels.attention import attend
+from fitune.models.kernels.written import How
 
 CACHED = "fitune_cached"
 ROOM = 64  # rows by which a cache grows: its copies cost a sixty-fourth of what attention reads

@@ -35,8 +35,8 @@ class LabelRows:
         rows: (L,) of the model's rows, rounded up as `placed.Placed` has them.
         parts: queries and keys of each document with labels.
         documents: the same for one call for all documents; its `order` says which rows its keys are.
-        taken: (Q,) which label row each query is of; None: they are the label rows.
-        back: (L,) which query each label row has; None: they are the queries.
+        taken: (Q,) which label row each query is of; None: the label rows are the queries, and behind them nobody's.
+        back: (L,) which query each label row has; None: as for taken.
     """
 
     rows: Tensor
@@ -47,9 +47,7 @@ class LabelRows:
 
     def queries(self, query: Tensor) -> Tensor:
         """(1, H, Q, E) of those of the label rows, (1, H, L, E)."""
-        if self.taken is not None:
-            return query.index_select(2, self.taken)
-        return query.narrow(2, 0, sum(part.count for part in self.parts))
+        return query if self.taken is None else query.index_select(2, self.taken)
 
     def of_queries(self, out: Tensor) -> Tensor:
         """(1, L, H, E) of what attention gives for the queries, (1, Q, H, E)."""
@@ -136,7 +134,6 @@ def arrays(found: Spans, rows: NDArray[np.integer], filler: int, prefix: int) ->
     between = len(queries) > len(rows)
     if between:
         made["taken"] = np.searchsorted(rows, queries, side="right") - 1
-    if between or filler:
         made["back"] = np.append(np.searchsorted(queries, rows), np.zeros(filler, np.int64))
     return made
 

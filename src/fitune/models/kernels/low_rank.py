@@ -24,7 +24,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fitune.models.kernels import fused, target
+from fitune.models.kernels import dora, fused, loha, target
 from fitune.models.kernels.frozen import Frozen
 
 ALIGNED = 64  # elements: where the copy of a weight begins
@@ -175,9 +175,12 @@ _CLASSES: dict[type, type] = {}
 
 
 def fuse(model: nn.Module) -> Copies:
-    """Give the LoRA layers of a model this forward, one instance at a time; what they share."""
+    """Give the LoRA layers of a model this forward, one instance at a time, and those of its relatives theirs; what
+    LoRA's layers share."""
     copies = Copies()
     for module in model.modules():
+        dora.keep_once(module)
+        loha.in_cheap_order(module)
         kind = type(module)
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
             if kind not in _CLASSES.values():
