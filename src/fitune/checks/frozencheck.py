@@ -19,6 +19,8 @@ from fitune.engine.checkpoint import restore_rng, rng_state
 from fitune.engine.frozen_states import FrozenStates, states_of
 from fitune.engine.state_store import InMemory
 from fitune.engine.step import label_hidden, place
+from fitune.models import families
+from fitune.models.interfaces import causal_lm
 from fitune.models.switches import training
 from fitune.models.tensors import same_bits
 
@@ -53,6 +55,8 @@ def refusal(model: nn.Module, samples: Units, batches: Sequence[NDArray[np.integ
         batches: rows of some micro-batches, the largest among them.
         count: of the frozen blocks.
     """
+    if unlike := families.of(causal_lm(model)).partial:
+        return f"this model's blocks {unlike}, and experts compute as many rows together as a batch sends them"
     before = rng_state()
     try:
         with training(model):
