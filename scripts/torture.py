@@ -14,6 +14,7 @@ cores (`--minutes 4 --seed 5`: 502 s).
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import platform
@@ -42,13 +43,18 @@ Case = Callable[[int], tuple[str, Verdict]]
 
 def warm() -> None:
     """Import what every child needs, so that none has to; nothing is computed here, so forking stays safe."""
-    import bitsandbytes  # noqa: F401
-    import peft  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from fitune.core import imports, quiet
 
-    from fitune.cli import main as cli  # noqa: F401
+    atexit.register(quiet.at_the_end)
+    with imports.for_good():  # as the command does it
+        import bitsandbytes  # noqa: F401
+        import peft  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+        from fitune.cli import main as cli  # noqa: F401
+        from fitune.commands import chat, evaluate, merge, train  # noqa: F401
 
     torch.set_num_threads(1)
 

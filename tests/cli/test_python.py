@@ -245,13 +245,18 @@ def test_python_is_silent_unless_asked_and_asks_nothing_of_the_network(
         "assert logging.is_progress_bar_enabled() and logging.get_verbosity() == logging.WARNING\n"
         "warnings.warn('mine')\n"
         "fitune.train(**{**given, 'output': given['output'] + '-2', 'verbose': True})\n"
+        "import atexit\nfrom fitune.cli import main as cli\nfrom fitune.core import quiet\n"
+        "atexit.register(quiet.at_the_end)\nsys.stderr = sys.stdout\n"  # as __main__ does; and a command may report
+        "sys.argv = ['fitune', 'chat', run.run, '--max-tokens', '3']\n"
+        "try:\n    cli.main()\nexcept SystemExit as done:\n    assert not done.code\n"
+        "assert asked == []\n"
     )
     values = {**settings, "data": long, "output": str(tmp_path / "run"), "checkpointing": True}
     import os
 
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(values)], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code, json.dumps(values)], input="one\n", capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     silent, _, asked = done.stdout.partition("model  ")

@@ -197,6 +197,7 @@ def test_a_second_signal_stops_at_once_and_the_run_goes_on(
     assert digest(run) == digest(unbroken)
 
 
+@pytest.mark.full  # a process more; the quick run has kills of forked ones (scripts/test_torture.py)
 def test_a_killed_process_resumes_to_the_same_bits(
     unbroken: Path, model_folder: Path, data: Path, tmp_path: Path
 ) -> None:

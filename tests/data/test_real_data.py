@@ -1,6 +1,6 @@
 """Real data with real tokenizers, on tiny random models: every file is trained on for a few steps.
 
-The quick run has every file and every tokenizer at least once, of each file 150 rows; `make test-full` has each with
+The quick run has every file and every tokenizer at least once, of each file 60 rows; `make test-full` has each with
 each, whole.
 """
 
@@ -39,7 +39,7 @@ FILES: dict[str, dict[str, Any]] = {
     "glaive_toolcall_en_demo.json": {},
     "dpo_zh_demo.json": {},
 }
-SHARE: dict[str, Any] = {} if os.environ.get("FITUNE_TESTS") == "full" else {"take": [150]}
+SHARE: dict[str, Any] = {} if os.environ.get("FITUNE_TESTS") == "full" else {"take": [60]}
 TOKENIZERS = {"llama2": 32000, "qwen2": 151936, "gpt2": 50257, "chatglm1": 130528, "chatglm2": 65024}
 HAS_TOOLS = ("qwen", "chatglm3")
 QUICK = {

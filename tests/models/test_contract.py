@@ -48,7 +48,8 @@ from support.contract import (
 
 # The quick run tries every method on one model of each build (rotary, Conv1D, ALiBi, two streams), further variants of
 # it (FURTHER) on the first two, and all on nf4 (WHOLE); elsewhere FEW, one for each part of a model that a method goes
-# on.
+# on. What a family may do otherwise with blocks that are frozen or with embeddings is tried on those of WHOLE, and on
+# gemma2, which scales its embeddings.
 FURTHER = (
     "freeze-tensors", "freeze-patterns", "tail-interleaved", "tail-mlp", "prompt-random", "p-tuning-lstm",
     "prefix-projected", "pfeiffer", "parallel", "lora-dora", "lora-pissa", "peft:LOHA",
@@ -57,7 +58,8 @@ WHOLE = {
     ("fp32", "none"): ("llama", "gpt2", "bloom", "chatglm"),
     ("fp32", "nf4"): ("llama",),
 }
-FEW = ("freeze", "lora-all", "prefix", "tail", "houlsby", "prompt")
+FEW = ("lora-all", "prefix", "tail", "houlsby")
+ALSO = {("freeze", "gemma2"), ("prompt", "gemma2")}
 # On quantized weights: why not. None of these needs the weights to be read.
 NOT_QUANTIZED = {
     ("full", "any"): "weights that are quantized, and those have no gradient",
@@ -91,6 +93,7 @@ def combinations() -> Iterator[tuple[Case, bool]]:
         for precision, quant in (("fp32", "none"), *QUICK):
             few = variant in FEW and kind in QUICK.get((precision, quant), KINDS)
             builds = WHOLE.get((precision, quant), ())
+            few |= (variant, kind) in ALSO and (precision, quant) == ("fp32", "none")
             quick = few or kind in (builds[:2] if variant in FURTHER else builds)
             if quick or whole:
                 yield Case(variant, kind, precision, quant), quick

@@ -261,7 +261,7 @@ def test_a_prompt_begins_as_its_words(model_folder: Path) -> None:
 
 # ---- whole runs ----
 
-STEPS = {"max_steps": 5, "batch_size": 4, "save_every": 2, "eval_every": 5, "lr": 1e-2, "sample_prompts": 1}
+STEPS = {"max_steps": 4, "batch_size": 4, "save_every": 2, "eval_every": 4, "lr": 1e-2, "sample_prompts": 0}
 
 
 def settings(variant: str, model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
@@ -269,10 +269,22 @@ def settings(variant: str, model: Path, data: Path, output: Path, **changes: Any
     return {**values, **VARIANTS[variant], **changes}
 
 
-# what a checkpoint holds: weights of the model itself, new layers, new biases, virtual tokens, an encoder of them, keys
-# and values, our own modules, and of LoRA what saves something else than it trains; VeRA's frozen matrices come from a
-# seed
-RESUMED = ("full", "tail", "bitfit-add", "prompt", "p-tuning", "prefix", "houlsby", "lora-pissa", "peft:VERA")
+# what a checkpoint holds: weights of the model itself, all or some, factors on activations, new layers, new biases,
+# virtual tokens, an encoder of them, keys and values, our own modules, and of LoRA what saves something else than it
+# trains; VeRA's frozen matrices come from a seed
+RESUMED = (
+    "full",
+    "freeze",
+    "ia3",
+    "tail",
+    "bitfit-add",
+    "prompt",
+    "p-tuning",
+    "prefix",
+    "houlsby",
+    "lora-pissa",
+    "peft:VERA",
+)
 
 
 @pytest.mark.parametrize(
@@ -595,7 +607,7 @@ def test_rows_leave_room_for_virtual_tokens(tmp_path: Path) -> None:
     rows = [{"prompt": "two plus " * 200, "completion": "five"} for _ in range(8)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = train(build(settings("prompt", model, data, tmp_path / "run", max_length=251)))
-    assert done.steps == 5
+    assert done.steps == 4
     with pytest.raises(ConfigError, match="above what the model can hold"):
         train(build(settings("prompt", model, data, tmp_path / "other", max_length=252)))
 

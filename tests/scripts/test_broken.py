@@ -4,8 +4,8 @@ lost without being counted."""
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from fitune.commands.inspect import inspect
+from fitune.core.config import build
+from fitune.core.errors import FituneError
 from support import tiny
 from support.command import run
 
@@ -51,14 +54,12 @@ def test_broken_data_costs_one_message_or_a_counted_skip(
         assert "Traceback" not in err
         assert len(err) < 20_000
         assert not output.exists()
-    code, out, err = run(["inspect", path, "--model", model_folder, "--json"], capsys, monkeypatch)
-    assert "Traceback" not in err
+    asked = build({"data": [str(path)], "model": str(model_folder)})
     if case.good is None:
-        assert code == 2
-        assert case.name in err
+        with pytest.raises(FituneError, match=re.escape(case.name)):
+            inspect(asked)
         return
-    assert code == 0, err
-    rows = json.loads(out)["rows"]
+    rows = inspect(asked).rows
     assert (rows["read"], rows["bad"]) == (case.good + case.bad, case.bad)
     assert rows["kept"] + rows["dropped"] == case.good
 

@@ -33,6 +33,14 @@ def good(record: dict) -> bool:
     return not record["bad"] and all(kind["tried"] for kind in record["counts"].values())
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the script forks")
+def test_two_killed_runs_end_as_those_that_were_not(tmp_path: Path) -> None:
+    """LoRA and full tuning, one killed inside a save."""
+    record = torture(tmp_path, "--kinds", "kill", "--minutes", "0.1", "--seed", "11", "--workers", "1")
+    assert record["counts"]["kill"] == {"tried": 2, "equal": 2}, record["bad"]
+    assert record["kills_inside_a_save"] >= 1
+
+
 @pytest.mark.full
 def test_a_few_of_each_kind(tmp_path: Path) -> None:
     record = torture(tmp_path, "--minutes", "0.1", "--seed", "11", "--workers", "1")
