@@ -92,9 +92,12 @@ def test_margins_rise_on_pairs_that_no_training_pair_asks_about(tmp_path: Path) 
     assert result["held_out_loss_after"] < before["held_out_loss"] - 0.02
 
 
+@pytest.mark.parametrize("epochs", [3.0, pytest.param(demo.COMMON["epochs"], marks=pytest.mark.full)])
 def test_the_demo_teaches_what_the_base_cannot_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    epochs: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In the quick run after half of it."""
+    monkeypatch.setattr(demo, "COMMON", {**demo.COMMON, "epochs": epochs})
     code, out, error = run(["demo", "--json", "--output", tmp_path / "run"], capsys, monkeypatch)
     assert code == 0, error
     result = json.loads(out.splitlines()[-1])
@@ -125,8 +128,14 @@ def test_a_second_demo_takes_a_new_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A demo of a few steps that answers a few prompts."""
+def short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo of a few steps on a few rows that answers a few prompts."""
+    shutil.copytree(MODEL, tmp_path / "bundled" / "model")
+    (tmp_path / "bundled" / "data").mkdir()
+    for name in ("train.jsonl", "held_out.jsonl"):
+        lines = (DATA / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / "bundled" / "data" / name).write_text("".join(lines[:24]), encoding="utf-8")
+    monkeypatch.setattr(demo, "bundled", lambda: tmp_path / "bundled")
     short = {"max_steps": 4, "save_every": 2, "eval_every": 4, "batch_size": 2, "sample_tokens": 4}
     monkeypatch.setattr(demo, "COMMON", {**demo.COMMON, **short})
     monkeypatch.setattr(demo, "ALL", 3)
