@@ -171,7 +171,7 @@ def test_experts_and_hybrids_get_the_probes_decision_and_train_with_lora(kind: s
                 adapters.attach(model, config_for(variant))
     merged = fitune.merge(run, tmp_path / "merged")
     # merging rounds each weight once more, and a recurrent layer adds up what that makes different
-    assert merged.merge_error <= max(5e-5, 3 * rounded_once_more(run))
+    assert merged.merge_error <= 5e-5 or merged.merge_error <= 3 * rounded_once_more(run)
     again = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32).eval()
     ids = torch.arange(5, 30)[None]
     with torch.no_grad():

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -152,10 +152,39 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 def fetch(server: Server, home: Path, *arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
     """`fitune download` in a process of its own, with the server in the hubs' place."""
+    done = _process(server, home, ["-m", "fitune", "download", "--json", *arguments], environment)
+    return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
+
+
+EACH = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from fitune.cli import main as cli
+found = []
+for name in sys.argv[1:]:
+    sys.argv, code = ["fitune", "download", "--json", name], 0
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as error:
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = done.code or 0
+    found.append([code, error.getvalue()])
+print(json.dumps(found))
+"""
+
+
+def fetch_each(server: Server, home: Path, *names: str) -> list[tuple[int, str]]:
+    """`fitune download` of several models, one after the other in one process: exit codes and messages."""
+    done = _process(server, home, ["-c", EACH, *names], {})
+    assert done.returncode == 0, done.stderr
+    return [(code, error) for code, error in json.loads(done.stdout)]
+
+
+def _process(
+    server: Server, home: Path, words: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
     env = {
         **os.environ, "HF_ENDPOINT": server.address, "MODELSCOPE_ENDPOINT": server.address, "HF_HOME": str(home / "hf"),
         "FITUNE_CACHE": str(home / "cache" / "data"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **environment,
     }  # fmt: skip
-    command = [sys.executable, "-m", "fitune", "download", "--json", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
-    return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, timeout=240)
