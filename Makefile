@@ -22,7 +22,8 @@ demo: install
 unit: bytecode
 	$(TEST) -m "unit and not full"
 
-test: lint types bytecode
+test: bytecode
+	$(MAKE) -j2 lint types
 	$(TEST)
 
 fmt: install

@@ -19,10 +19,18 @@ from fitune.models.load import load_model
 from support import tiny
 
 IDS = torch.randint(5, 300, (1, 12), generator=torch.Generator().manual_seed(0))
+QUICK = {("llama", "auto"), ("qwen2", "all-linear"), ("gpt2", "all-linear")}
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
-@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+# quick: a head of its own, a tied one, and layers that are Conv1D
+RUNS = [
+    pytest.param(kind, targets, marks=[] if (kind, targets) in QUICK else pytest.mark.full)
+    for kind in ("llama", "qwen2", "gpt2")
+    for targets in ("auto", "all-linear")
+]
+
+
+@pytest.mark.parametrize(("kind", "targets"), RUNS)
 def test_peft_loads_what_fitune_trained(kind: str, targets: str, tmp_path: Path) -> None:
     model = tiny.save(kind, tmp_path / "model")
     data = tiny.write_rows(tmp_path / "rows.jsonl", 20)
