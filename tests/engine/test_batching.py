@@ -195,9 +195,9 @@ def test_a_worker_refuses_what_is_too_much_and_survives_an_error(monkeypatch: py
         with pytest.raises(Full):
             worker.submit(batcher, [request() for _ in range(3)])
         worker.submit(batcher, [request()])
-        assert done.acquire(timeout=60)
+        assert done.acquire(timeout=500)
         monkeypatch.setattr(Batcher, "step", step)
         worker.submit(batcher, [request()])
-        assert done.acquire(timeout=60)
+        assert done.acquire(timeout=500)
         assert worker.open == 0
     assert [end.reason for end in ends] == ["failed", "length"]

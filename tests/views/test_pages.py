@@ -136,7 +136,7 @@ def measured(pages: dict[str, str], folder: Path, width: int) -> dict[str, Any]:
         f"--user-data-dir={folder / 'profile'}",
     ]
     command += ["--window-size=1400,1000", "--dump-dom", wrapper.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     found = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stderr[-2000:]
     values: dict[str, Any] = json.loads(html.unescape(found[1]))
