@@ -25,6 +25,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -286,6 +287,17 @@ def parsed() -> argparse.Namespace:
     return args
 
 
+def no_bf16(rate: Mapping[str, Any]) -> str | None:
+    """Why nothing is measured in bf16; None: it is.
+
+    Args:
+        rate: of square products in fp32 and bf16, as systems/rate.py measures them.
+    """
+    if rate["bf16"] is None:
+        return "this processor has no instructions for it"
+    return None if rate["bf16"] > rate["fp32"] else "a product is not faster in it here"
+
+
 def main() -> int:
     """See the module's text."""
     args = parsed()
@@ -307,9 +319,11 @@ def main() -> int:
         bench.python(one.driver)
     kept = read(args.out)["runs"] if args.add and args.out and args.out.exists() else []
     made: list[dict[str, Any]] = []
-    if "bf16" in args.precisions and not bench.run("rate", "fitune", {"device": args.device}, "rate")["bf16"]:
-        args.precisions.remove("bf16")
-        print("no bf16: this processor has no instructions for it", flush=True)
+    if "bf16" in args.precisions:
+        why = no_bf16(bench.run("rate", "fitune", {"device": args.device}, "rate"))
+        if why:
+            args.precisions.remove("bf16")
+            print(f"no bf16: {why}", flush=True)
     for shape in args.shapes:
         for precision in args.precisions:
             setting = Setting(shape, precision, args.warm + args.steps, args.warm, device=args.device)

@@ -250,3 +250,11 @@ def test_another_learning_rate_is_a_difference(compared: dict[str, Any], tmp_pat
     rounds[0]["losses"] = planted["losses"]
     results.judge(other)
     assert other["systems"]["fitune"]["why"].startswith("the loss of step 2 differs by")
+
+
+@pytest.mark.parametrize(
+    ("bf16", "why"),
+    [(None, "this processor has no instructions for it"), (8.9e9, "a product is not faster in it here"), (9.1e9, None)],
+)
+def test_bf16_is_measured_where_its_products_are_faster(bf16: float | None, why: str | None) -> None:
+    assert against.no_bf16({"fp32": 9e9, "bf16": bf16}) == why
