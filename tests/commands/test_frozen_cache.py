@@ -40,9 +40,9 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     gathered, made = FrozenStates._gathered, FrozenStates.__init__
 
-    def init(self: FrozenStates, *given: Any) -> None:
+    def init(self: FrozenStates, *given: Any, **named: Any) -> None:
         found.append(0)
-        made(self, *given)
+        made(self, *given, **named)
 
     def counted(self: FrozenStates, *given: Any) -> Any:
         there = gathered(self, *given)

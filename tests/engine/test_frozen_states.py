@@ -213,6 +213,19 @@ def test_blocks_that_changed_meanwhile_end_the_run() -> None:
         make_gradients(model, [batch], "flat", objective=objective)
 
 
+def test_states_that_nobody_asked_for_are_dropped_where_they_differ_at_first() -> None:
+    messages: list[str] = []
+    states, model = FrozenStates(2, LENGTHS, memory(), messages.append, asked=False), tuned("llama")
+    batch = flat(samples(), range(6))
+    make_gradients(model, [batch], "flat", objective=Answers(states))
+    with torch.no_grad():
+        next(iter(model.parameters())).add_(1e-3)
+    found = make_gradients(model, [batch], "flat", objective=Answers(states))
+    assert states.off
+    assert messages == ["states of frozen blocks are not kept any longer: they have other bits in another batch"]
+    assert torch.equal(found.total, make_gradients(model, [batch], "flat").total)
+
+
 def test_of_each_epoch_a_batch_is_compared() -> None:
     states, model, batch = FrozenStates(2, LENGTHS, memory()), tuned("llama"), flat(samples(), range(6))
     ran = calls(model)

@@ -61,4 +61,5 @@ def states(plan: Plan, config: RunConfig, loader: Loader, report: Callable[[str]
             return OnDisk(place, width, dtype)
         return InMemory(total, width, dtype)
 
-    return None if plan.frozen_cache == "off" else FrozenStates(plan.frozen_blocks, lengths, make, report)
+    asked = config.frozen_cache != "auto"
+    return None if plan.frozen_cache == "off" else FrozenStates(plan.frozen_blocks, lengths, make, report, asked=asked)

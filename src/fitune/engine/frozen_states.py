@@ -45,6 +45,8 @@ class FrozenStates:
         lengths: of all rows that may come, in tokens.
         make: makes the place where they are kept.
         report: is called with one line where keeping them ends early.
+        asked: they were asked for, so a run ends where they turn out wrong; else it goes on without, if none was given
+            out before.
     """
 
     def __init__(
@@ -53,8 +55,11 @@ class FrozenStates:
         lengths: Sequence[int] | NDArray[np.integer],
         make: MakeStore,
         report: Callable[[str], None] = lambda text: None,
+        *,
+        asked: bool = True,
     ) -> None:
         self.count, self._make, self._report = count, make, report
+        self._strict = asked  # from the first row that is given out on
         self._bounds = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
         self._there = np.zeros(len(lengths), np.bool_)
         self._store: Store | None = None
@@ -80,9 +85,12 @@ class FrozenStates:
                 yield
             return
         if self._unchecked <= 0:
-            self._check(model, batch, there)
+            if not self._are_those_of(model, batch, there):
+                yield
+                return
             self._unchecked = max(len(self._there), EACH)
         self._unchecked -= len(batch.rows)
+        self._strict = True
         with given(model, self.count, there):
             yield
 
@@ -120,16 +128,21 @@ class FrozenStates:
             out[len(batch.ids) :] = out[which]
         return Output(out[None].to(device, non_blocking=True), self._form.others)
 
-    def _check(self, model: nn.Module, batch: Batch, there: Output) -> None:
-        """Raises TrainingError where the blocks give something else now."""
+    def _are_those_of(self, model: nn.Module, batch: Batch, there: Output) -> bool:
+        """Does the model give the same now? If not, nothing is kept any longer, or TrainingError is raised."""
         now = states_of(model, batch, self.count).states[0, : len(batch.ids)]
-        if not same_bits(now, there.states[0, : len(batch.ids)]):
+        if same_bits(now, there.states[0, : len(batch.ids)]):
+            return True
+        if self._strict:
             raise TrainingError(
                 "the states of frozen blocks that were kept are not those that the model gives now",
                 received=f"other bits for some of the rows {', '.join(map(str, batch.rows[:8]))}",
                 expected="the same bits in every batch",
                 fix="--frozen-cache off, and begin anew",
             )
+        self._report("states of frozen blocks are not kept any longer: they have other bits in another batch")
+        self.close()
+        return False
 
     def close(self) -> None:
         """Keep nothing from here on."""
