@@ -1,30 +1,53 @@
 """Parts of a transformer that keep more for the backward pass than they need, as one operation each.
 
 GELU by tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415), where transformers writes it as eight operations (GPT-2,
-Phi): torch's own keeps its input alone, and reads it once. Dropout on a CPU: torch's keeps a number of the input's
-dtype for each element; here a byte is kept. The draws are torch's, so its values and gradients are, too, bit for bit.
+Phi): its input is kept alone, and torch's own operation gives the gradient; values are transformers', bit for bit.
+Dropout on a CPU: torch's keeps a number of the input's dtype for each element; here a byte is kept. The draws are
+torch's, so its values and gradients are, too, bit for bit.
 
 Shapes: x (...).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from fitune.models.kernels import target
 
 
-class TanhGELU(nn.Module):
+class _TanhGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        return plain(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grads[0], x, approximate="tanh"), None
+
+
+class LeanGELU(NewGELUActivation):  # type: ignore[misc]  # transformers has no types
     """(...) to (...)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """See the module's text."""
-        return F.gelu(input, approximate="tanh")
+        out: Tensor = _TanhGELU.apply(input, super().forward)
+        return out
+
+
+class LeanFastGELU(FastGELUActivation):  # type: ignore[misc]  # transformers has no types
+    """(...) to (...)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See the module's text."""
+        out: Tensor = _TanhGELU.apply(input, super().forward)
+        return out
 
 
 class _Dropped(torch.autograd.Function):
@@ -53,7 +76,7 @@ class ByteDropout(nn.Dropout):
 
 
 STANDS_FOR: dict[type[nn.Module], type[nn.Module]] = {
-    NewGELUActivation: TanhGELU, FastGELUActivation: TanhGELU, nn.Dropout: ByteDropout,
+    NewGELUActivation: LeanGELU, FastGELUActivation: LeanFastGELU, nn.Dropout: ByteDropout,
 }  # fmt: skip
 
 
