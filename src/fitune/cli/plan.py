@@ -37,6 +37,10 @@ class Target:
     tokenizer: Annotated[
         Path | None, Parameter(help="Tokenizer folder, to count tokens where the model itself is not here.")
     ] = None
+    workers: Annotated[
+        int,
+        Parameter(help="Processes that will share each step, as for train: the plan is of the one that takes most."),
+    ] = 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,10 @@ class Question:
     def arguments(self) -> Given:
         """As the Python functions take it."""
         tokenizer = str(self.target.tokenizer) if self.target.tokenizer is not None else None
-        return {"model": self.model, "data": self.data, "gpu": self.target.gpu, "tokenizer": tokenizer, **self.given}
+        target: dict[str, object] = {"gpu": self.target.gpu, "tokenizer": tokenizer}
+        if self.target.workers != 1:
+            target["workers"] = self.target.workers
+        return {"model": self.model, "data": self.data, **target, **self.given}
 
 
 def plan(
@@ -98,6 +105,7 @@ def plan(
         figures = _proof(console) if instead.prove else _calibration(console)
     else:
         question = _question(model, target, settings.merge(settings.parse_assignments(set_ or []), typed(flags)))
+        _check_workers(question, instead)
         if instead.verify:
             figures = _verified(question, html, console)
         elif "method" not in question.given and question.data:
@@ -122,6 +130,18 @@ def _question(model: str | None, target: Target, given: Given) -> Question:
         *early.each(early.adapter, given.get("adapter")),
     )
     return Question(model, target, {name: value for name, value in given.items() if name not in ("model", "data")})
+
+
+def _check_workers(question: Question, instead: Instead) -> None:
+    """Raises ConfigError where what is asked is for one process."""
+    workers = question.target.workers
+    if workers < 1:
+        raise ConfigError("--workers: 1 or more processes", received=str(workers))
+    if workers > 1 and (instead.verify or ("method" not in question.given and question.data)):
+        raise ConfigError(
+            "--workers: advice, and --verify, are for one process", received=f"--workers {workers}",
+            fix="name a --method: then the plan is of one of the processes",
+        )  # fmt: skip
 
 
 def _planned(question: Question, html: Path | None, console: Screen) -> dict[str, object]:

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -43,7 +44,8 @@ def follow(world: World) -> None:
     """
     given = world.published(CONFIG)
     request = to_train(build(given))
-    request = request.changed(force=True)  # whether it fits was decided before
+    # whether it fits was decided before
+    request = replace(request.changed(force=True), processes=world.size)
     with determinism.exact(pick_device(request.config.device)):
         job = prepare(request, Silent())
         determinism.strict(bool(world.published("deterministic")))

@@ -26,6 +26,7 @@ def plan(
     gpu: str | None = None,
     tokenizer: str | Path | None = None,
     watch: Watcher | None = None,
+    workers: int = 1,
     **settings: Any,
 ) -> plans.Plan:
     """What a run would take.
@@ -36,12 +37,13 @@ def plan(
         gpu: a size (24GB), a GPU (rtx-4090), this-machine. Default: this machine.
         tokenizer: a tokenizer folder, for a model that is not here.
         watch: progress is reported to it.
+        workers: processes that share each step; the plan is of the one that takes most.
         settings: as for `train`.
 
     Raises:
         FituneError: settings, model, data or device that cannot be.
     """
-    return answer(model, data=data, gpu=gpu, tokenizer=tokenizer, watch=watch, **settings).plan
+    return answer(model, data=data, gpu=gpu, tokenizer=tokenizer, watch=watch, workers=workers, **settings).plan
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,14 @@ def answer(
     gpu: str | None = None,
     tokenizer: str | Path | None = None,
     watch: Watcher | None = None,
+    workers: int = 1,
     **settings: Any,
 ) -> Answer:
     """As `plan`, with what it was made of, so that nobody who asks on reads the data or traces the model again."""
     sources = [data] if isinstance(data, (str, Path)) else list(data)
     settings = {name: _plain(value) for name, value in settings.items()}
     request = to_plan(str(model), data=[_plain(source) for source in sources], gpu=gpu, settings=settings)
+    request = replace(request, processes=workers)
     known = rows_of(request, tokenizer, watch or Silent())
     made = plans.plan(work_of(request, known), request.where, name=request.name)
     notes = [known.note] if known.note else []

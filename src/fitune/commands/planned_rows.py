@@ -233,10 +233,12 @@ def work_of(request: Request, known: Rows, layout: Layout | None = None) -> plan
     )
     loader = make_loader(config, samples, layout)
     total = config.max_steps or loader.total_steps(config.epochs)
-    deciding = steps.deciding(loader, total)
+    deciding = steps.deciding(loader, total, request.processes)
     largest = steps.largest_held_out(laid_out(held_out, layout), config.batch_size)
     epochs = frozen.epochs(config, request.where, loader, total) if known.report is not None else None
-    return plans.Work(config, request.model_config, deciding, largest, layout, known.added, epochs=epochs)
+    return plans.Work(
+        config, request.model_config, deciding, largest, layout, known.added, epochs=epochs, processes=request.processes
+    )
 
 
 def _with_tokenizer(config: RunConfig, tokenizer_folder: Path | None) -> RunConfig:

@@ -45,7 +45,7 @@ class Request:
 
     config: checked, with absolute paths of the data, and a precision in place of auto. model_config: the model's
     transformers config. folder: of the model, where it is on this machine. name: of the model, for people. where: the
-    device that it is to fit on.
+    device that it is to fit on. processes: that share each step; each is to fit.
     """
 
     config: RunConfig
@@ -53,6 +53,7 @@ class Request:
     folder: Path | None
     name: str
     where: devices.Device
+    processes: int = 1
 
     @property
     def method(self) -> methods.Method:

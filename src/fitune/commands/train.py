@@ -68,6 +68,7 @@ def train(
     try:
         with full_disk(), ExitStack() as stack:
             request, run = _take_folder(config, stack, watch)
+            request = replace(request, processes=world.size)
             clock.ends(REQUEST)
             return _train(_Run(run, request, watch, clock, world), resume, outside)
     finally:

@@ -202,22 +202,28 @@ class Loader:
 
     def share(self, step: Sequence[Batch], rank: int, ranks: int) -> list[Batch]:
         """The rows of a step that one of several processes takes, in micro-batches as large as those of the step."""
-        rows = [row for batch in step for row in batch.rows]
+        rows = np.array([row for batch in step for row in batch.rows], np.int64)
+        return [flat(self.samples, mine) for mine in self.shares(rows, ranks)[rank]]
+
+    def shares(self, rows: NDArray[np.int64], ranks: int) -> list[list[NDArray[np.int64]]]:
+        """For each process the micro-batches, as arrays of rows, that it takes of a step."""
         lengths = lengths_of(self.samples)[rows].tolist()
-        mine = shares(lengths, ranks)[rank]
-        starts, room = [0], self.batch_tokens
-        for at, place in enumerate(mine):
-            if self.batch_tokens is None:
-                full = at - starts[-1] == self.batch_size
-            else:
-                full = lengths[place] > (room or 0) and at > starts[-1]
+        return [[rows[group] for group in self._groups(mine, lengths)] for mine in shares(lengths, ranks)]
+
+    def _groups(self, mine: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """These places in a step, in micro-batches."""
+        groups: list[list[int]] = []
+        tokens = 0
+        for place in mine:
+            tokens += lengths[place]
+            full = len(groups[-1]) == self.batch_size if groups else True
+            if self.batch_tokens is not None:
+                full = not groups or tokens > self.batch_tokens
             if full:
-                starts.append(at)
-                room = self.batch_tokens
-            if room is not None:
-                room -= lengths[place]
-        groups = [mine[start:end] for start, end in pairwise([*starts, len(mine)])]
-        return [flat(self.samples, [rows[place] for place in group]) for group in groups if group]
+                groups.append([])
+                tokens = lengths[place]
+            groups[-1].append(place)
+        return groups
 
 
 def in_order(samples: Units, batch_size: int, *, by_length: bool = False) -> Iterator[Batch]:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -184,23 +184,10 @@ class World:
             raise EndedError
         at = len(sums) + 1 + len(parameters)
         trained = [p for p, found in zip(parameters, small[len(sums) + 1 : at].tolist(), strict=True) if found]
-        self._sum_gradients(trained)
+        in_one_buffer(trained, partial(self._reduce, what="the gradients of a step"))
         _, tokens, targets, total, *_ = small
         rewards = None if made.seen is None else small[at:]
         return replace(made, total=total, tokens=int(tokens), targets=int(targets), seen=rewards)
-
-    def _sum_gradients(self, trained: Sequence[nn.Parameter]) -> None:
-        """One buffer of all of them; each gradient is dropped once it is in it."""
-        device = trained[0].device
-        flat = torch.zeros(sum(p.numel() for p in trained), dtype=torch.float32, device=device)
-        parts = flat.split([p.numel() for p in trained])
-        for parameter, part in zip(trained, parts, strict=True):
-            if parameter.grad is not None:
-                part.copy_(parameter.grad.reshape(-1))
-                parameter.grad = None
-        self._reduce(flat, "the gradients of a step")
-        for parameter, part in zip(trained, parts, strict=True):
-            parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
     def added(self, numbers: Tensor) -> Tensor:
         """The sum of these numbers over all processes, which must all ask."""
@@ -236,6 +223,20 @@ class World:
                 received=" ".join(str(error).split())[:200],
                 fix="look at what it wrote last; the run goes on from its last checkpoint with --resume",
             ) from error
+
+
+def in_one_buffer(trained: Sequence[nn.Parameter], exchange: Callable[[Tensor], object]) -> None:
+    """Exchange the gradients of these parameters in one buffer of float32, and put them back; those in float32 stay in
+    it. A parameter without one has zeros there."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    flat = torch.empty(sum(p.numel() for p in trained), dtype=torch.float32, device=trained[0].device)
+    torch.cat([gradient.reshape(-1) for gradient in gradients], out=flat)
+    del gradients
+    for parameter in trained:
+        parameter.grad = None
+    exchange(flat)
+    for parameter, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
 
 ALONE = World()

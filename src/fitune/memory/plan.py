@@ -28,6 +28,7 @@ from fitune.data.cache import Cache
 from fitune.data.tokenizer.new_tokens import NewToken
 from fitune.engine import objectives, optim
 from fitune.engine.held_out import held_out
+from fitune.engine.parallel import in_one_buffer
 from fitune.engine.step import LossScale, apply_gradients, last_block_is_ready, make_gradients
 from fitune.memory import allocator, answers, chunks, depth, device, frozen, heap, kept, recompute
 from fitune.memory.closed import closed
@@ -59,7 +60,7 @@ class Work:
     config: resolved. model_config: the model's transformers config. steps: micro-batches of optimizer steps, in order;
     the largest that will come is among them. held_out: the largest batch of an evaluation. added: new tokens. deep:
     where model_config has fewer blocks than the model that is asked for, the transformers config of that one. epochs:
-    of the rows; None: nobody knows them.
+    of the rows; None: nobody knows them. processes: that share each step, of which this is the one that takes most.
     """
 
     config: RunConfig
@@ -70,6 +71,7 @@ class Work:
     added: Sequence[NewToken] = field(default_factory=list)
     deep: PretrainedConfig | None = None
     epochs: frozen.Epochs | None = None
+    processes: int = 1
 
     @property
     def largest(self) -> Batch:
@@ -228,6 +230,8 @@ def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = Fa
             with tracer.during(STEP):
                 made = make_gradients(model, micro_batches, work.layout, scale, objective)
             with tracer.during("update"):
+                if work.processes > 1:
+                    in_one_buffer([p for p in parameters.values() if p.grad is not None], lambda _: None)
                 apply_gradients(model, made, optimizer, config.max_grad_norm, scale)
             for states in optimizer.state.values():
                 for value in states.values():

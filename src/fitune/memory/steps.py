@@ -24,20 +24,23 @@ LOOK = 200_000  # steps that are looked through; a run of more repeats itself
 RECURRENT = ("linear_attention", "recurrent", "mamba", "conv")  # layers that carry a state from token to token
 
 
-def deciding(loader: Loader, total: int) -> list[list[Batch]]:
+def deciding(loader: Loader, total: int, processes: int = 1) -> list[list[Batch]]:
     """A row of the first step, so that the optimizer has states; and a step with the largest micro-batches: of those
     that come first in their step, and of those that meet gradients. A run of a single step has no states before it.
 
     Args:
         loader: gives the steps.
         total: how many there are.
+        processes: that share each step; it is decided for the one that takes most.
     """
     lengths = lengths_of(loader.samples).astype(np.int64)
     short: list[NDArray[np.int64]] = []
     ahead: list[NDArray[np.int64]] = []
     behind: list[NDArray[np.int64]] = []  # with the one before it
     alone = met = -1  # their sizes
-    for step in islice(_steps(loader), min(total, LOOK)):
+    for step in islice(_of_each(loader, processes), processes * min(total, LOOK)):
+        if not step:
+            continue
         sizes = [_size(lengths[rows], padded=loader.by_length) for rows in step]
         short = short or [step[0][:1]]
         if sizes[0] > alone:
@@ -47,6 +50,12 @@ def deciding(loader: Loader, total: int) -> list[list[Batch]]:
             met, behind = sizes[largest], step[largest - 1 : largest + 1]
     best = [*ahead, *behind[-1:]] if alone > met else behind
     return [[flat(loader.samples, rows) for rows in step] for step in ((short, best) if total > 1 else (best,))]
+
+
+def _of_each(loader: Loader, processes: int) -> Iterator[list[NDArray[np.int64]]]:
+    """The steps, or what each process takes of them."""
+    for step in _steps(loader):
+        yield from [step] if processes == 1 else loader.shares(np.concatenate(step), processes)
 
 
 def _size(lengths: NDArray[np.int64], *, padded: bool) -> int:
