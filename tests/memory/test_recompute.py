@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,7 @@ from support import contract, tiny
 from support.measured import batch, executed, really
 
 BLOCKS, CLOSE = 6, 0.005
+BUDGETS = 5 if os.environ.get("FITUNE_TESTS") == "full" else 3
 DEVICE = Device("a machine", "cpu", None)
 HERE = Price(None, apart=False, main=None)
 
@@ -277,7 +279,7 @@ def test_between_none_and_all_plans_hold_and_time_falls(variant: str, kind: str,
     """Of budgets from the least to the most that is of use: each plan fits, and is what is allocated; the more there
     is the fewer operations are executed; losses and gradients are the same, bit for bit."""
     config = contract.config_for(variant, precision, quant=quant, checkpointing=AUTO)
-    asked = plan.Work(config, tiny.make_model(kind).config, [[batch(9, 5)], [batch(*[240] * 12)]])
+    asked = plan.Work(config, tiny.make_model(kind).config, [[batch(9, 5)], [batch(*[240] * 6)]])
 
     def base() -> Any:
         return contract.make_base(kind, precision, methods.find(config.method), quant)
@@ -291,7 +293,7 @@ def test_between_none_and_all_plans_hold_and_time_falls(variant: str, kind: str,
     spent: list[int] = []
     without = resolved(asked, none)
     first, once = gradients(base(), without, asked), executed(lambda: gradients(base(), without, asked))
-    for budget in np.linspace(least.needed, none.needed, 4):
+    for budget in np.linspace(least.needed, none.needed, BUDGETS):
         made = on(budget, asked)
         assert made.fits
         if made.recomputed in sets:
