@@ -170,6 +170,15 @@ def test_a_model_that_needs_a_prompt_for_each_answer_trains_the_same(
     assert apart[0].loss == pytest.approx(before[0].loss, abs=1e-6)
 
 
+def test_padded_rows_have_a_prompt_each(unbroken: Path, model_folder: Path, pairs: Path, tmp_path: Path) -> None:
+    """As models have them whose layers carry a state from token to token."""
+    before = RunFolder(unbroken).read_steps()
+    train(build(settings(model_folder, pairs, tmp_path / "run", layout="padded", max_steps=1, eval_every=1)))
+    apart = RunFolder(tmp_path / "run").read_steps()
+    assert "shared-prompt" not in (tmp_path / "run" / "data.json").read_text()
+    assert apart[0].loss == pytest.approx(before[0].loss, abs=1e-6)
+
+
 def test_only_rows_that_are_met_are_given_to_the_reference() -> None:
     steps = [[np.array([4, 2])], [np.array([1, 0])], [np.array([3])]]
     assert reference.met(steps, 2).tolist() == [0, 1, 2, 4]
