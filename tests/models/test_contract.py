@@ -47,13 +47,14 @@ from support.contract import (
 )
 
 # The quick run tries every method on one model of each build (rotary, Conv1D, ALiBi, two streams), further variants of
-# it (FURTHER) on the first two, and all on nf4 (WHOLE); elsewhere FEW, one for each part of a model that a method goes
-# on. What a family may do otherwise with blocks that are frozen or with embeddings is tried on those of WHOLE, and on
-# gemma2, which scales its embeddings.
+# it (FURTHER) on the first two, and on nf4 all but those that go beside the weights in another form (WHOLE, BESIDE);
+# elsewhere FEW, one for each part of a model that a method goes on. What a family may do otherwise with blocks that are
+# frozen or with embeddings is tried on those of WHOLE, and on gemma2, which scales its embeddings.
 FURTHER = (
     "freeze-tensors", "freeze-patterns", "tail-interleaved", "tail-mlp", "prompt-random", "p-tuning-lstm",
     "prefix-projected", "pfeiffer", "parallel", "lora-dora", "lora-pissa", "peft:LOHA",
 )  # fmt: skip
+BESIDE = ("tail-interleaved", "tail-mlp", "prompt-random", "p-tuning-lstm", "prefix-projected", "pfeiffer", "parallel")
 WHOLE = {
     ("fp32", "none"): ("llama", "gpt2", "bloom", "chatglm"),
     ("fp32", "nf4"): ("llama",),
@@ -94,6 +95,8 @@ def combinations() -> Iterator[tuple[Case, bool]]:
             few = variant in FEW and kind in QUICK.get((precision, quant), KINDS)
             builds = WHOLE.get((precision, quant), ())
             few |= (variant, kind) in ALSO and (precision, quant) == ("fp32", "none")
+            if quant != "none" and variant in BESIDE:  # other forms of what goes beside the weights
+                builds = ()
             quick = few or kind in (builds[:2] if variant in FURTHER else builds)
             if quick or whole:
                 yield Case(variant, kind, precision, quant), quick
