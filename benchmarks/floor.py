@@ -331,7 +331,8 @@ def main() -> None:
         commit = run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         written = {
             "command": "python benchmarks/floor.py results/floor.json --jobs 2",
-            "date": datetime.now(UTC).date().isoformat(), "commit": commit, "precision": given.precision, "bounds": {"executed": MOST_EXECUTED, "saved": MOST_SAVED},
+            "date": datetime.now(UTC).date().isoformat(), "commit": commit, "precision": given.precision,
+            "bounds": {"executed": MOST_EXECUTED, "saved": MOST_SAVED},
             "machine": {"cores": os.cpu_count(), "processor": platform.machine()},
             "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")}, "pairs": table,
         }  # fmt: skip

@@ -24,6 +24,17 @@ def test_a_step_works_no_more_than_its_floor(variant: str, kind: str) -> None:
     assert found.saved <= floor.MOST_SAVED * found.needed
 
 
+KEPT_LESS = [("full", "gemma2"), ("lora-dora", "gpt2"), ("peft:LOHA", "llama"), ("lora", "chatglm"), ("freeze", "phi3")]
+
+
+@pytest.mark.parametrize(("variant", "kind"), KEPT_LESS)
+def test_parts_that_keep_less_keep_no_more_than_their_floor(variant: str, kind: str) -> None:
+    """Norms, soft caps, dropout, GELU, DoRA, LoHa, one layer for queries, keys and values."""
+    found = floor.measure(variant, kind)
+    assert found.executed <= floor.MOST_EXECUTED * found.floor
+    assert found.saved <= floor.MOST_SAVED * found.needed
+
+
 def test_work_on_rows_without_a_label_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     before = floor.measure("lora", "llama")
     monkeypatch.setattr(step, "last_block_is_ready", lambda model: False)
