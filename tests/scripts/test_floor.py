@@ -17,6 +17,10 @@ RECORD = Path(__file__).parents[2] / "results" / "floor.json"
 FIVE = [("lora", "llama"), ("prefix", "llama"), ("bitfit", "qwen2"), ("ia3", "glm"), ("p-tuning", "llama")]
 
 
+# dropout on GPT-2's weights takes whole squares, and its code wants as many rows back as it gave
+ABOVE = {"tail-mlp on gpt2"}
+
+
 @pytest.mark.parametrize(("variant", "kind"), FIVE)
 def test_a_step_works_no_more_than_its_floor(variant: str, kind: str) -> None:
     found = floor.measure(variant, kind)
@@ -62,5 +66,4 @@ def test_the_record_holds_every_pair_and_names_what_is_above() -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     names = {f"{variant} on {kind}" for variant, kind in floor.pairs()}
     assert set(record["pairs"]) == names
-    above = {name for name, found in record["pairs"].items() if found["executed/floor"] > record["bounds"]["executed"]}
-    assert len(above) <= 0.1 * len(names)
+    assert {name for name, found in record["pairs"].items() if floor.over(found)} <= ABOVE
