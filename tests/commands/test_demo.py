@@ -178,6 +178,7 @@ def test_a_demo_is_resumed_by_name(tmp_path: Path) -> None:
         demo.demo(resume=True)
 
 
+@pytest.mark.full
 def test_in_bf16_the_demo_learns_as_in_fp32(tmp_path: Path) -> None:
     """The losses of its first steps, and the held-out loss, are within what 16 bits may change."""
     losses = {}

@@ -352,7 +352,8 @@ def test_a_fault_is_refused_with_its_place(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says what a process holds: /proc/self/smaps_rollup")
-@pytest.mark.parametrize("kind", ["f32", pytest.param("q8_0", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
 def test_shards_are_streamed(kind: str, tmp_path: Path) -> None:
     """Of a model in shards no more than two of its tensors is in memory, whatever the model: measured as the memory
     that the process takes beyond what it had, in a process of its own."""

@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +83,7 @@ def of_rank(process: subprocess.Popen[str], rank: int) -> int:
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
 
+@pytest.mark.full
 def test_where_a_process_is_killed_the_others_end_soon_and_it_is_named(tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = start(tmp_path, output, *short(MANY))
@@ -169,6 +172,60 @@ def test_where_the_command_itself_is_killed_the_run_saves_and_ends(tmp_path: Pat
     while any(Path(f"/proc/{one}").exists() for one in ids) and time.monotonic() < end:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{one}").exists() for one in ids)
+
+
+def in_place_of_fitune(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """The processes run this Python code, not the command."""
+    start = subprocess.Popen
+
+    def other(command: list[str], **more: Any) -> Any:
+        return start([sys.executable, "-c", code], **more)
+
+    monkeypatch.setattr(subprocess, "Popen", other)
+
+
+HALF = "import os, sys, time; rank = os.environ['RANK']"  # what each of them begins with
+
+
+@pytest.mark.parametrize(
+    ("code", "ended", "heard"),
+    [
+        ("sys.exit(0)", 0, ""),
+        ("sys.exit(3 if rank == '0' else 0)", 3, ""),
+        (
+            "print('the last words'); sys.exit(7 if rank == '1' else 0)",
+            7,
+            "process 1 of this run ended with exit code 7",
+        ),
+        (
+            "rank == '1' and os.kill(os.getpid(), 9); time.sleep(0.1); sys.exit(2)",
+            2,
+            "process 1 of this run was killed by",
+        ),
+        ("rank == '1' and sys.exit(5); time.sleep(60)", 1, "process 1 of this run ended with exit code 5"),
+    ],
+)
+def test_how_the_others_end(
+    code: str, ended: int, heard: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_place_of_fitune(monkeypatch, f"{HALF}; {code}")
+    monkeypatch.setattr(workers, "GRACE", 0.5)
+    began = time.monotonic()
+    assert workers.launch(2, ["train"]) == ended
+    assert time.monotonic() - began < SOON
+    err = capfd.readouterr().err
+    assert heard in err
+    assert ("the last words" in err) == ("last words" in code)
+
+
+def test_a_signal_goes_to_process_0_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = "\nfor _ in range(200):\n    time.sleep(0.05)\n    os.path.exists(place) and sys.exit(0)\nsys.exit(1)"
+    place = f"place = {str(tmp_path / 'saved')!r}; import signal"
+    code = f"{place}; signal.signal(signal.SIGTERM, lambda *_: open(place, 'w'))"
+    in_place_of_fitune(monkeypatch, f"{HALF}; {code} if rank == '0' else None{wait}")
+    threading.Timer(1.5, lambda: signal.raise_signal(signal.SIGTERM)).start()
+    assert workers.launch(2, ["train"]) == 0
+    assert (tmp_path / "saved").exists()
 
 
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,7 @@ def test_what_does_not_repeat_is_not_believed() -> None:
     assert depth.deepened(low, high, out - 1) is None
 
 
+@pytest.mark.full
 def test_a_miss_traces_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model with 24 blocks two small ones for each question; and its weights are counted once for each method."""
     traced: Counter[int] = Counter()

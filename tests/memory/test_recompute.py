@@ -257,9 +257,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 CASES = [
     ("full", "llama", "fp32", "none"),
-    ("prefix", "bloom", "fp32", "none"),
+    pytest.param("prefix", "bloom", "fp32", "none", marks=pytest.mark.full),
     ("freeze", "llama", "fp32", "none"),
-    ("lora-all", "qwen2", "fp32", "nf4"),
+    pytest.param("lora-all", "qwen2", "fp32", "nf4", marks=pytest.mark.full),
     ("tail", "gpt2", "fp32", "none"),
     ("houlsby", "chatglm", "fp32", "none"),
     *(

@@ -345,7 +345,7 @@ def test_a_wheel_that_cannot_be_had_is_named_and_so_is_too_much(
 
 
 def test_figures_of_the_documents_are_those_of_the_results() -> None:
-    """Tokens a second, shares, launches and milliseconds of docs/gpu.md, in both languages."""
+    """Tokens a second, shares and milliseconds of docs/gpu.md, in both languages."""
     root = SCRIPTS.parent
     rows: list[dict[str, Any]] = []
     for path in sorted((root / "results" / "gpu").glob("2026-11-27-*.jsonl")):
@@ -353,7 +353,6 @@ def test_figures_of_the_documents_are_those_of_the_results() -> None:
     rates = {f"{row['tokens_per_second']:,}" for row in rows if row["section"] == "throughput" and "ms" in row
              and "launches" not in row}  # fmt: skip
     shares = {f"{row['share_of_peak']:.1%}".replace("%", " %") for row in rows if "share_of_peak" in row}
-    launches = {f"{row['launches']:,}" for row in rows if "launches" in row}
     took = {f"{row['ms']:.0f}" for row in rows if row["section"] == "throughput" and "ms" in row}
     for name in ("gpu.md", "gpu.zh-CN.md"):
         text = (root / "docs" / name).read_text(encoding="utf-8")
@@ -362,8 +361,7 @@ def test_figures_of_the_documents_are_those_of_the_results() -> None:
             line for line in part.splitlines() if line.startswith("| ") and ("tokens/s" in line or "token/秒" in line)
         ]
         found = [number for line in lines for number in re.findall(r"\d+,\d{3}", line.split("|")[2])]
-        assert len(found) == 6
+        assert len(found) == 8
         assert set(found) <= rates
         assert set(re.findall(r"\b[345]\d\.\d %", part)) <= shares
-        assert set(re.findall(r"([\d,]+)(?: launches| in (?=16)| 次)", part)) & launches
         assert set(re.findall(r"(\d+) (?:ms|毫秒)", part)) <= took

@@ -161,7 +161,7 @@ def test_dropout_in_an_evaluation_is_seen_before_anything_is_learned(monkeypatch
     batch = flat([s for s in samples() if len(s) > 2], [0])
     before = {name: p.detach().clone() for name, p in trainable(model).items()}
     assert stepchecks.eval_dropout(model, batch, "flat").level == "ok"
-    monkeypatch.setattr("fitune.engine.step.evaluating", lambda model: nullcontext())
+    monkeypatch.setattr("fitune.engine.held_out.evaluating", lambda model: nullcontext())
     assert stepchecks.eval_dropout(model.train(), batch, "flat").level == "refuse"
     assert all(torch.equal(p, before[name]) for name, p in trainable(model).items())
     assert np.isfinite(float(next(iter(before.values())).abs().max()))
