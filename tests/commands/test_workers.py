@@ -191,6 +191,7 @@ HALF = "import os, sys, time; rank = os.environ['RANK']"  # what each of them be
     ("code", "ended", "heard"),
     [
         ("sys.exit(0)", 0, ""),
+        ("rank == '1' and time.sleep(60)", 0, ""),  # process 0 had nothing to do, and the other waits for it
         ("sys.exit(3 if rank == '0' else 0)", 3, ""),
         (
             "print('the last words'); sys.exit(7 if rank == '1' else 0)",
@@ -210,6 +211,7 @@ def test_how_the_others_end(
 ) -> None:
     in_place_of_fitune(monkeypatch, f"{HALF}; {code}")
     monkeypatch.setattr(workers, "GRACE", 0.5)
+    monkeypatch.setattr(workers, "DONE", 0.5)
     began = time.monotonic()
     assert workers.launch(2, ["train"]) == ended
     assert time.monotonic() - began < SOON

@@ -26,6 +26,7 @@ from fitune.core import processor
 from fitune.core.parallel import LOOPBACK, PARENT, STORE
 
 GRACE = 15.0  # seconds in which the others may find out by themselves that one is gone
+DONE = 2.0  # seconds for the others once process 0 has ended well
 FORCE = 5.0  # seconds between the wish and the force to end
 LAST = 12  # lines of what a process wrote last
 LOOK = 0.1  # seconds between two looks at the processes
@@ -65,9 +66,11 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         workers = [_start(rank, count, arguments, Path(place)) for rank in range(count)]
         with _passed_on(workers[0].process):
             first = _wait(workers)
-            _finish(workers)
+            _finish(workers, GRACE if first else DONE)
         if first is not None and first.rank:
             sys.stderr.write(f"{first.end()}\n")
+        if first is None:
+            return 0  # whatever was left of the others, as where the run was finished before, was ended
         codes = [worker.process.returncode for worker in workers]
         return next((code if code > 0 else 1 for code in codes if code), 0)
 
@@ -127,9 +130,9 @@ def _wait(workers: Sequence[_Worker]) -> _Worker | None:
         time.sleep(LOOK)
 
 
-def _finish(workers: Sequence[_Worker]) -> None:
+def _finish(workers: Sequence[_Worker], grace: float) -> None:
     """Those that are left end by themselves soon, or are ended."""
-    for seconds, stop in ((GRACE, None), (FORCE, signal.SIGTERM), (None, signal.SIGKILL)):
+    for seconds, stop in ((grace, None), (FORCE, signal.SIGTERM), (None, signal.SIGKILL)):
         for worker in workers:
             if stop is not None and worker.code is None:
                 worker.process.send_signal(stop)
