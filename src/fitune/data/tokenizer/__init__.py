@@ -218,8 +218,9 @@ def _batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         shortest = min(texts, key=len)[: long.AROUND]
         expected = _ids(tokenizer, shortest, literal=False)  # and the settings of the backend are those of this call
         if _bare(backend, [shortest]) == [expected]:
-            if max(len(text) for text in texts) > long.LONG and long.separable(tokenizer.get_vocab()):
-                return [_in_parts(backend, text) for text in texts]
+            if max(len(text) for text in texts) > long.LONG:
+                joints = long.Joints(tokenizer.get_vocab())
+                return [_in_parts(backend, text, joints) for text in texts]
             return _bare(backend, texts)
     found = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
     return list(found["input_ids"])
@@ -229,7 +230,7 @@ def _bare(backend: Any, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def _in_parts(backend: Any, text: str) -> list[int]:
+def _in_parts(backend: Any, text: str, joints: long.Joints) -> list[int]:
     front = _bare(backend, ["\n"])[0]
 
     def first(part: str) -> list[int]:
@@ -239,7 +240,7 @@ def _in_parts(backend: Any, text: str) -> list[int]:
         ids = first("\n" + part)
         return ids[len(front) :] if ids[: len(front)] == front else []
 
-    return [one for ids in long.parts(text, first, later) for one in ids]
+    return [one for ids in long.parts(text, joints, first, later) for one in ids]
 
 
 def _ids(tokenizer: Tokenizer, text: str, literal: bool) -> list[int]:
