@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from fitune.core.errors import ConfigError
 from fitune.core.parallel import LOOPBACK, STORE
+from fitune.engine import parallel
 from support import contract
 
 Names = tuple[str, ...]
@@ -95,3 +97,12 @@ def test_a_process_with_other_data_is_named(quick: Found) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_method_is_shared(ranks: int, tmp_path: Path) -> None:
     check(shared(ALL, ranks, tmp_path), ALL, ranks)
+
+
+def test_processes_that_cannot_meet_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for name in (STORE, "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="not where they meet"):
+        parallel.join()

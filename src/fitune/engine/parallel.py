@@ -26,7 +26,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]  # torch names them in no __all__
 from torch.distributed.rendezvous import rendezvous
 
-from fitune.core.errors import TrainingError
+from fitune.core.errors import ConfigError, TrainingError
 from fitune.core.parallel import STORE
 from fitune.engine import optim
 from fitune.engine.step import Made
@@ -253,5 +253,13 @@ def join() -> World:
         torch.cuda.set_device(local % torch.cuda.device_count())
     if STORE in os.environ:
         return World(rank, size, FileStore(os.environ[STORE], size), local)
-    store, _, _ = next(rendezvous("env://"))
+    try:
+        store, _, _ = next(rendezvous("env://"))
+    except ValueError as error:
+        raise ConfigError(
+            "RANK and WORLD_SIZE say that this is one of several processes, but not where they meet",
+            received=str(error).partition(":")[2].strip() or str(error),
+            expected="MASTER_ADDR and MASTER_PORT too, as torchrun sets them",
+            fix="start it with torchrun or --workers; or unset RANK and WORLD_SIZE",
+        ) from error
     return World(rank, size, store, local)
