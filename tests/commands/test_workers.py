@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,7 +93,9 @@ def test_where_a_process_is_killed_the_others_end_soon_and_it_is_named(tmp_path:
     out, _ = process.communicate(timeout=SOON)
     assert process.returncode, out
     assert "process 1 of this run was killed by signal 9" in out
-    assert "another process of this run is gone" in out
+    assert "process 1 of this run is gone" in out
+    assert "rank-1.log ends with" in out
+    assert re.search(r"  step \d+\n", out)  # what it wrote last
     assert "--resume" in out
 
 
@@ -157,6 +160,41 @@ def test_a_signal_stops_all_of_them_behind_a_checkpoint(stop: signal.Signals, tm
     out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, out
     assert "saved. Resume with" in out
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "fitune")
+
+
+@pytest.mark.full
+def test_under_torchrun_all_leave_behind_the_same_step(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    start(tmp_path, output, "--max-steps", 0).communicate(timeout=PATIENCE)  # refused: it makes the model and the rows
+    typed = (*TORCHRUN, "train", "--model", tmp_path / "llama", "--data", tmp_path / "rows.jsonl", "--output", output)
+    process = subprocess.Popen(
+        [*map(str, typed), *map(str, short(MANY))], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    until(lambda: steps(output) > 2, process)
+    process.send_signal(signal.SIGTERM)  # the launcher sends it to both
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert "saved. Resume with" in out
+    done = steps(output)
+    assert (output / "checkpoints" / f"step-{done:06d}").is_dir()
+    for rank in (0, 1):
+        made = (output / "logs" / f"rank-{rank}.log").read_text(encoding="utf-8").split()
+        assert int(made[-1]) - done in (0, 1)  # the exchange in which the others learn of it counts as a step
+
+
+@pytest.mark.full
+def test_under_torchrun_a_finished_run_ends_for_all(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = start(tmp_path, output, *short(FEW))
+    assert process.wait(PATIENCE) == 0
+    done = subprocess.run(
+        [*map(str, (*TORCHRUN, "train", "--resume", "--output", output))],
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "this run is finished" in done.stdout + done.stderr
 
 
 @pytest.mark.full

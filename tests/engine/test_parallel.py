@@ -34,7 +34,7 @@ ALL: list[Names] = [
     for kind in ("llama", "bloom", "chatglm")
     if (variant, kind) not in contract.REFUSED
 ]
-DIFFERS = ("differs",)  # what they say where one has other data
+DIFFERS, GIVEN, LATE = ("differs",), ("given",), ("late",)  # what they say beside the cases
 CLOSE = {"fp32": 1e-6, "fp16": 1e-3}  # of all trained weights together, and of losses
 
 
@@ -46,7 +46,7 @@ def _child(cases: list[Names], environment: dict[str, str]) -> subprocess.Popen[
 
 def shared(cases: list[Names], ranks: int, place: Path) -> Found:
     """What each process says of each case."""
-    own = {"WORLD_SIZE": str(ranks), STORE: str(place / "store"), "OMP_NUM_THREADS": "1"}
+    own = {"WORLD_SIZE": str(ranks), STORE: str(place / "store"), "OMP_NUM_THREADS": "1", "RUN": str(place)}
     if sys.platform in LOOPBACK:
         own["GLOO_SOCKET_IFNAME"] = LOOPBACK[sys.platform]
     processes = [_child(cases, {**own, "RANK": str(rank)}) for rank in range(ranks)]
@@ -65,10 +65,9 @@ def shared(cases: list[Names], ranks: int, place: Path) -> Found:
 
 
 def check(found: Found, cases: list[Names], ranks: int) -> None:
-    assert list(found) == [*cases, DIFFERS]
-    for case, heard in found.items():
-        if case == DIFFERS:
-            continue
+    assert list(found) == [*cases, DIFFERS, GIVEN, *([LATE] if ranks == 2 else [])]
+    for case in cases:
+        heard = found[case]
         assert len(heard) == ranks
         assert len({one["sha256"] for one in heard}) == 1, case  # all have the same weights, bit for bit
         for one in heard:
@@ -91,6 +90,17 @@ def test_a_process_with_other_data_is_named(quick: Found) -> None:
     for one in quick[DIFFERS]:
         assert "process 1: another data" in one["differs"]
         assert "settings" not in one["differs"].partition("fix")[0].partition("received")[2]
+
+
+def test_each_process_gets_what_all_give(quick: Found) -> None:
+    assert [one["given"] for one in quick[GIVEN]] == [[0, 1], [0, 1]]
+
+
+def test_a_late_process_is_named_with_its_stack(quick: Found) -> None:
+    waited, late = sorted(quick[LATE], key=lambda one: one["rank"])
+    assert "process 1 of this run is gone, or late by more than 0.0333333 minutes: step 7" in waited["late"]
+    assert "keep_the_others_waiting" in waited["late"]
+    assert "process 1 of this run is gone" in late["late"]  # this one: the other had given up by then
 
 
 @pytest.mark.full

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from fitune.core import imports  # noqa: E402
 
 with imports.for_good():
     import torch
+    from torch import distributed
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # torch names it in no __all__
 
     from fitune.checks import stepchecks
@@ -52,9 +54,34 @@ def main(cases: list[list[str]]) -> None:
         made = steps(here, variant, kind, precision, quant)
         print(json.dumps({"case": [variant, kind, precision, quant], "rank": world.rank, **made}), flush=True)
     try:
-        world.check_same({"settings": bytes(32), "data": bytes([world.rank]) * 32}, torch.device("cpu"))
+        world.check_same({"settings": bytes(32), "data": bytes([world.rank]) * 32})
     except TrainingError as error:
         print(json.dumps({"differs": str(error)}), flush=True)
+    given = world.gathered({"rank": world.rank, "padding": "x" * world.rank}, "a test")
+    print(json.dumps({"case": ["given"], "given": [one["rank"] for one in given]}), flush=True)
+    if world.size == 2:
+        print(json.dumps({"case": ["late"], "rank": world.rank, "late": late(world)}), flush=True)
+
+
+def late(world: World) -> str:
+    """What is said where process 1 does not come."""
+    distributed.destroy_process_group()
+    here = World(world.rank, world.size, PrefixStore("late", world.store))
+    here.connect(torch.device("cpu"), 2.0 / 60)
+    here.log_to(Path(os.environ["RUN"]), all_of_it=False)
+    here.seed(0, 6)
+    here.added(torch.ones(1))
+    if world.rank:
+        keep_the_others_waiting()
+    try:
+        here.added(torch.ones(1))
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def keep_the_others_waiting() -> None:
+    time.sleep(4)
 
 
 def steps(world: World, variant: str, kind: str, precision: str, quant: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fitune.core import processor
 from fitune.core.clock import Clock
 from fitune.core.events import Watcher
 from fitune.core.records import Conversation, Finding
-from fitune.data.batches import in_order
+from fitune.data.batches import in_order, split
 from fitune.engine import environment
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.drawing import Sampling
@@ -26,6 +26,7 @@ from fitune.engine.generation import SIDE_BY_SIDE, answers
 from fitune.engine.held_out import HeldOut, held_out
 from fitune.engine.out_of_memory import in_fewer
 from fitune.engine.parallel import ALONE, World
+from fitune.models import adapters, methods
 
 
 @dataclass(frozen=True)
@@ -51,33 +52,17 @@ class ActiveRun:
         """Takes the checks that are made while it runs."""
         return CheckLog(self.folder, self.watch)
 
-    def held_out(self, *, together: bool = False) -> HeldOut | None:
-        """Loss and rewards of the model as it is now; None: no row is held out.
-
-        Args:
-            together: the other processes of the run do their share of it, too.
-        """
-        return held_out_of(self.job, self.world if together else ALONE, self.watch.message)
-
-    def held_out_loss(self) -> float | None:
-        """See `held_out`."""
-        found = self.held_out()
-        return None if found is None else found.loss
+    def held_out(self) -> HeldOut | None:
+        """Loss and rewards of the model as it is now; None: no row is held out. Each process does its share."""
+        return held_out_of(self.job, self.world, self.watch.message)
 
     def sample_rows(self) -> list[Conversation]:
         """The held-out rows whose prompts are answered before and after."""
-        return self.job.held_out_rows[: self.job.config.sample_prompts]
+        return sample_rows(self.job)
 
     def sample_answers(self) -> list[str]:
-        """The greedy answers of the model as it is now, one for each of `sample_rows`."""
-        asked = [row.question() for row in self.sample_rows()]
-        sampling = Sampling(max_new_tokens=self.job.config.sample_tokens)
-
-        def answered(rows: int) -> list[str]:
-            some = (asked[start : start + rows] for start in range(0, len(asked), rows))
-            return [text for questions in some for text in answers(self.job.tuned, questions, sampling)]
-
-        return in_fewer(answered, SIDE_BY_SIDE, "prompts answered", self.watch.message)
+        """The greedy answers of the model as it is now, one for each of `sample_rows`. Each process does its share."""
+        return answers_of(self.job, self.world, self.watch.message)
 
     def check_machine_load(self, since: processor.Moment) -> None:
         """Keep whether the processor was free while the run went on. It is reported only once: not again where it was
@@ -94,10 +79,49 @@ def held_out_of(job: Job, world: World, report: Callable[[str], None]) -> HeldOu
     model, shared = job.tuned.model, world.added if world.size > 1 else None
 
     def measured(rows: int) -> HeldOut:
-        batches = islice(in_order(job.held_out, rows), world.rank, None, world.size)
-        return held_out(model, batches, job.layout, job.objective, shared)
+        mine = islice(in_order(job.held_out, job.config.batch_size), world.rank, None, world.size)
+        pieces = (piece for batch in mine for piece in split(batch, -(-len(batch.rows) // rows)))
+        return held_out(model, pieces, job.layout, job.objective, shared)
 
     return in_fewer(measured, job.config.batch_size, "held-out rows", report)
+
+
+def sample_rows(job: Job) -> list[Conversation]:
+    """The held-out rows whose prompts are answered before and after."""
+    return job.held_out_rows[: job.config.sample_prompts]
+
+
+def answers_of(job: Job, world: World, report: Callable[[str], None]) -> list[str]:
+    """The greedy answers of the model as it is now to the questions of `sample_rows`, of which each process answers
+    some."""
+    questions = [row.question() for row in sample_rows(job)]
+    mine = questions[world.rank :: world.size]
+    sampling = Sampling(max_new_tokens=job.config.sample_tokens)
+
+    def answered(rows: int) -> list[str]:
+        some = (mine[start : start + rows] for start in range(0, len(mine), rows))
+        return [text for asked in some for text in answers(job.tuned, asked, sampling)]
+
+    of_all = world.gathered(in_fewer(answered, SIDE_BY_SIDE, "prompts answered", report), "sample answers")
+    return [of_all[at % world.size][at // world.size] for at in range(len(questions))]
+
+
+@dataclass(frozen=True)
+class Before:
+    """Before the first step: of the base model, of the model with what will be trained, and answers of the base."""
+
+    base: HeldOut | None
+    start: HeldOut | None
+    answers: list[str]
+
+
+def measured_before(job: Job, world: World, report: Callable[[str], None]) -> Before:
+    """Held-out losses and sample answers before the first step; each process does its share."""
+    start = held_out_of(job, world, report)
+    with adapters.disabled(job.tuned.model):
+        same = methods.find(job.config.method).same_at_start
+        base = start if same else held_out_of(job, world, report)
+        return Before(base, start, answers_of(job, world, report))
 
 
 def machine_load(job: Job, since: processor.Moment) -> list[Finding]:

@@ -16,9 +16,10 @@ from functools import partial
 import torch
 
 from fitune.checks import stepchecks
-from fitune.commands.active_run import held_out_of
+from fitune.commands.active_run import answers_of, held_out_of, measured_before
 from fitune.commands.prepare import Job, prepare
 from fitune.commands.request import to_train
+from fitune.commands.signals import passed_on
 from fitune.core import parallel
 from fitune.core.config import build
 from fitune.core.errors import ConfigError
@@ -26,6 +27,7 @@ from fitune.core.events import Silent
 from fitune.core.files import json_text
 from fitune.core.plan import size_text
 from fitune.engine import environment, optim
+from fitune.engine.checkpoint import RunFolder
 from fitune.engine.parallel import EndedError, World
 from fitune.engine.step import LossScale
 from fitune.engine.step_runner import StepRunner
@@ -43,6 +45,9 @@ def follow(world: World) -> None:
         FituneError: this process cannot go on; the others then stop, too.
     """
     given = world.published(CONFIG)
+    if given is None:
+        return  # the run was over before its first step
+    world.log_to(RunFolder(str(given["output"])).path, all_of_it=True)
     request = to_train(build(given))
     # whether it fits was decided before
     request = replace(request.changed(force=True), processes=world.size)
@@ -87,7 +92,7 @@ def meet(world: World, job: Job, given: Mapping[str, object]) -> None:
         TrainingError: another process has other settings, data, weights or versions.
     """
     device = job.tuned.device
-    world.connect(device)
+    world.connect(device, job.config.collective_timeout)
     about = environment.describe(device)
     shapes = {name: [*parameter.shape, str(parameter.dtype)] for name, parameter in trainable(job.tuned.model).items()}
     same = {
@@ -99,11 +104,25 @@ def meet(world: World, job: Job, given: Mapping[str, object]) -> None:
         "steps": [job.total_steps, len(job.loader.samples), job.layout],
     }
     digests = {name: hashlib.sha256(json_text(value).encode()).digest() for name, value in same.items()}
-    world.check_same(digests, device)
+    world.check_same(digests)
+    world.spread(trainable(job.tuned.model))
 
 
 def with_steps(world: World, job: Job) -> None:
-    """The steps, from where process 0 begins."""
+    """What process 0 does, from its first evaluation to the last answer: this process has a share of each."""
+    report = Silent().message
+    if world.decided()["anew"]:
+        measured_before(job, world, report)
+    if not _steps(world, job):
+        return
+    if world.decided()["again"]:  # the best weights, where they are not the last ones
+        world.spread(trainable(job.tuned.model))
+        held_out_of(job, world, report)
+    answers_of(job, world, report)
+
+
+def _steps(world: World, job: Job) -> bool:
+    """The steps, from where process 0 begins; is the run finished behind them?"""
     config, model = job.config, job.tuned.model
     parameters = trainable(model)
     rates = partial(methods.find(config.method).rates, config)
@@ -116,14 +135,16 @@ def with_steps(world: World, job: Job) -> None:
     model.train()
     first = begun["step"]
     try:
-        for number, (_, step) in enumerate(job.loader.steps(first, begun["end"]), first):
-            optim.set_learning_rate(optimizer, optim.learning_rate(number, job.total_steps, job.lr, config.warmup))
-            world.seed(config.seed, number)
-            mine, weight = job.loader.share(step, world.rank, world.size), sum(batch.weight for batch in step)
-            watched = number - first < stepchecks.WATCHED
-            with stepchecks.step_equality(runner, optimizer) if watched else nullcontext():
-                runner.step(mine, optimizer, weight)
-            if (number + 1) % job.eval_every == 0 or number + 1 == job.total_steps:
-                held_out_of(job, world, Silent().message)
-    except EndedError:
-        return
+        with passed_on(world.now.wish):
+            for number, (_, step) in enumerate(job.loader.steps(first, begun["end"]), first):
+                optim.set_learning_rate(optimizer, optim.learning_rate(number, job.total_steps, job.lr, config.warmup))
+                world.seed(config.seed, number)
+                mine, weight = job.loader.share(step, world.rank, world.size), sum(batch.weight for batch in step)
+                watched = number - first < stepchecks.WATCHED
+                with stepchecks.step_equality(runner, optimizer) if watched else nullcontext():
+                    runner.step(mine, optimizer, weight)
+                if (number + 1) % job.eval_every == 0 or number + 1 == job.total_steps:
+                    held_out_of(job, world, Silent().message)
+    except EndedError as ended:
+        return ended.finished
+    return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,10 +34,30 @@ def stop_on_signal(watch: Watcher) -> Iterator[threading.Event]:
         stopped.set()
         watch.stopping()
 
+    with _handled(handle):
+        yield stopped
+
+
+@contextmanager
+def passed_on(wish: threading.Event) -> Iterator[None]:
+    """Inside, the first of these signals is a wish to stop, which process 0 of a run learns in the next exchange: a
+    launcher sends them to all processes, and no one may leave the others in the middle of a step."""
+
+    def handle(number: int, frame: object) -> None:
+        if wish.is_set():
+            raise KeyboardInterrupt
+        wish.set()
+
+    with _handled(handle):
+        yield
+
+
+@contextmanager
+def _handled(handle: Callable[[int, object], None]) -> Iterator[None]:
     numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     before = {n: signal.signal(n, handle) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
-        yield stopped
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

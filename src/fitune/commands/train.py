@@ -73,6 +73,7 @@ def train(
             return _train(_Run(run, request, watch, clock, world), resume, outside)
     finally:
         watch.stop()
+        world.publish_once(CONFIG, None)  # where it ended before: the others have nothing to do
 
 
 def _take_folder(config: RunConfig, stack: ExitStack, watch: Watcher) -> tuple[Request, RunFolder]:
@@ -135,7 +136,8 @@ def _publish(world: World, job: Job) -> None:
     """
     if world.size > 1:
         check_shareable(job)
-        world.publish(CONFIG, job.config.model_dump(mode="json"))
+        world.log_to(RunFolder(str(job.config.output)).path, all_of_it=False)
+        world.publish_once(CONFIG, job.config.model_dump(mode="json"))
 
 
 def _go(active: ActiveRun, *, resume: bool, again: bool) -> Result:
@@ -156,8 +158,10 @@ def _go(active: ActiveRun, *, resume: bool, again: bool) -> Result:
     if active.world.size > 1:
         active.world.publish("deterministic", not torch.is_deterministic_algorithms_warn_only_enabled())
         meet(active.world, job, job.config.model_dump(mode="json"))
+    anew = not (going_on and resuming.has_begun(run))
+    active.world.decided({"anew": anew})
     with resumable(run), _below(active, runner):
-        if not (going_on and resuming.has_begun(run)):
+        if anew:
             begin(active, rehearsal)
         elif resume and run.read_config().model != job.config.model:
             integrity.replace(run, "config.yaml", config_text(job.config))  # the base model was moved
@@ -207,6 +211,9 @@ def _rehearsed(active: ActiveRun, runner: StepRunner, *, known: bool) -> Rehears
     return rehearsal
 
 
+OF_THIS = ("force", "collective_timeout")  # settings of this stretch of a run that goes on
+
+
 def resume_config(output: str, given: Mapping[str, object]) -> RunConfig:
     """The settings of a run that is to go on.
 
@@ -223,7 +230,7 @@ def resume_config(output: str, given: Mapping[str, object]) -> RunConfig:
     moved = given.get("model")
     base = stored.model if run.has("result") else base_of(run, stored, None if moved is None else str(moved))
     stored = stored.model_copy(
-        update={"output": output, "model": base, "force": bool(given.get("force", stored.force))}
+        update={"output": output, "model": base, **{name: given[name] for name in OF_THIS if name in given}}
     )
     # the run has them resolved, and its data is checked by its SHA-256; where prepared data is kept, and whether a run
     # that may not fit is tried, decides nothing

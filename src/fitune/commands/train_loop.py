@@ -134,7 +134,10 @@ class Training:
         active.checks.add(stepchecks.steps_applied(self.optimizer, active.folder.read_steps()))
         whole_run = 2 * (self.progress.step - started) > self.progress.step  # near the end the learning rate may be 0
         active.checks.add(guards.frozen_intact(bits, self.model, active.job.lr if whole_run else 0, "at the end"))
-        return self._back_to_best() if self.with_best else active.folder.read_steps()[-1].held_out_loss
+        if self.with_best:
+            return self._back_to_best()
+        active.world.decided({"again": False})
+        return active.folder.read_steps()[-1].held_out_loss
 
     def _loop(self, started: int, bits: guards.Bits) -> None:
         """The steps from `started` on. bits: of all parameters before them."""
@@ -152,7 +155,7 @@ class Training:
             last = progress.step == self.total
             active.clock.ends(STEPS)
             due = progress.step % active.job.eval_every == 0 or last
-            held_out = active.held_out(together=True) if due else None
+            held_out = active.held_out() if due else None
             progress.evaluated(None if held_out is None else held_out.loss)
             active.clock.ends(EVALUATION)
             early = progress.patience_is_over(self.config)
@@ -162,11 +165,14 @@ class Training:
             if progress.step == started + 2 and done.finite:
                 active.checks.add(guards.frozen_intact(bits, self.model, lr))
             progress.bad = self.runner.check_finite(done, micro_batches, progress.bad, run.newest_name())
+            if self.runner.world.now.wish.is_set():  # another process was asked to stop
+                self.stopped.set()
             due = progress.step % active.job.save_every == 0 or last or early or progress.best_step == progress.step
             if self.stopped.is_set() or (due and not progress.bad):
                 self._save()
             if (early or self.stopped.is_set()) and not last:
-                self.runner.world.end(list(self.parameters.values()), len(FIGURES) if done.rewards else 0)
+                rewards = len(FIGURES) if done.rewards else 0
+                self.runner.world.end(list(self.parameters.values()), rewards, finished=early)
             if early:
                 active.watch.message(f"stopped early: no better held-out loss in {progress.worse} evaluations")
                 break
@@ -244,10 +250,18 @@ class Training:
     def _back_to_best(self) -> float | None:
         """Put the weights with the best held-out loss back; that loss, measured again where they were read back."""
         step, loss = self.progress.best_step, self.progress.best_loss
-        if step is None or loss is None or step == self.progress.step:
+        here = step is None or loss is None or step == self.progress.step
+        self.active.world.decided({"again": not here})
+        if step is None or loss is None or here:
             return loss
-        best = resuming.Best(step, loss, compute_dtype(self.model), measure=self.active.held_out_loss)
+        best = resuming.Best(step, loss, compute_dtype(self.model), measure=self._again)
         return resuming.back_to_best(self.active.checks, self.parameters, best)
+
+    def _again(self) -> float | None:
+        """The held-out loss of the weights as they are now, which the other processes get first."""
+        self.active.world.spread(self.parameters)
+        found = self.active.held_out()
+        return None if found is None else found.loss
 
 
 def _record(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fitune.checks import runchecks, textchecks
 from fitune.checks.findings import raise_refused
-from fitune.commands.active_run import ActiveRun
+from fitune.commands.active_run import ActiveRun, measured_before
 from fitune.commands.prepare import Job
 from fitune.core.config import RunConfig
 from fitune.core.files import write_atomic
@@ -27,7 +27,7 @@ from fitune.memory.closed import state_bytes
 from fitune.memory.counted import count
 from fitune.memory.trace import Tracer
 from fitune.memory.usage import usage
-from fitune.models import adapters, determinism, hub, methods
+from fitune.models import determinism, hub
 from fitune.models.interfaces import causal_lm
 from fitune.models.kernels.target import of
 from fitune.models.parts import trainable
@@ -164,12 +164,9 @@ def _plan(job: Job) -> dict[str, object]:
 def _measure_before(active: ActiveRun) -> float | None:
     """Held-out losses and sample answers before the first step; the loss of the base model, where it is that of
     answers."""
-    job = active.job
-    before = active.held_out()
-    with adapters.disabled(job.tuned.model):
-        base = before if methods.find(job.config.method).same_at_start else active.held_out()
-        answers = active.sample_answers()
+    measured = measured_before(active.job, active.world, active.watch.message)
+    before, base = measured.start, measured.base
     losses = {"base_held_out_loss": base and base.loss, "held_out_loss": before and before.loss}
     rewards = {} if before is None or before.rewards is None else {"held_out_rewards": asdict(before.rewards)}
-    active.folder.write("before", {**losses, **rewards, "answers": answers})
+    active.folder.write("before", {**losses, **rewards, "answers": measured.answers})
     return base.loss if base is not None and base.rewards is None else None

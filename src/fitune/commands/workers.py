@@ -24,11 +24,11 @@ from pathlib import Path
 from fitune.commands.signals import NAMES
 from fitune.core import processor
 from fitune.core.parallel import LOOPBACK, PARENT, STORE
+from fitune.core.ranklog import last_of
 
 GRACE = 15.0  # seconds in which the others may find out by themselves that one is gone
 DONE = 2.0  # seconds for the others once process 0 has ended well
 FORCE = 5.0  # seconds between the wish and the force to end
-LAST = 12  # lines of what a process wrote last
 LOOK = 0.1  # seconds between two looks at the processes
 
 
@@ -48,8 +48,8 @@ class _Worker:
         """How it ended, and its last words."""
         code = self.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log else []
-        return "\n".join([f"process {self.rank} of this run {how}", *(f"  {line}" for line in lines[-LAST:])])
+        lines = last_of(self.log) if self.log else []
+        return "\n".join([f"process {self.rank} of this run {how}", *(f"  {line}" for line in lines)])
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:

@@ -13,10 +13,12 @@ from pathlib import Path
 from fitune.core.config import build, read_yaml
 from fitune.core.errors import FituneError, RunFolderError
 from fitune.core.files import LOCK, expand, read_summed
+from fitune.core.ranklog import FOLDER
 from fitune.core.scratch import OURS
 
 RUNS = Path("runs")  # where runs lie that were given no --output
 CONFIG, SEAL, RESULT = "config.yaml", "seal.json", "result.json"
+LOG = re.compile(r"rank-\d+\.log")
 GIVEN = re.compile(r".+-[0-9a-f]{8}\.jsonl")  # rows that Python gave, copied before the settings are written
 
 
@@ -57,6 +59,8 @@ def _is_free(folder: Path) -> bool:
 def _of_a_start(path: Path) -> bool:
     if path.name == LOCK or OURS.fullmatch(path.name):
         return True
+    if path.name == FOLDER and path.is_dir():
+        return all(LOG.fullmatch(one.name) for one in path.iterdir())
     inside = [*path.iterdir()] if path.name in ("checkpoints", "data") and path.is_dir() else [path]
     return all(path.name == "data" and (GIVEN.fullmatch(one.name) or OURS.fullmatch(one.name)) for one in inside)
 

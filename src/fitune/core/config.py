@@ -292,6 +292,8 @@ class RunConfig(DataConfig):
     """Longest of these answers, in tokens."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+    collective_timeout: float = Field(default=10, gt=0, le=60 * 24)
+    """Minutes that a process of several waits for the others, in each exchange; one that is later is named."""
     force: bool = False
     """Run even where the plan does not fit, or where epsilon is too small for weights trained in float16."""
 

@@ -33,8 +33,12 @@ END = ("adapter", "answers.json", "result.json", "steps.jsonl", "checks.json")
 MODEL = ("config.yaml", "template.json", "data.json", "tokenizer", "adapter")  # a run's model is made of these
 FOLDERS = ("tokenizer", "adapter")
 FREE = ("README.md",)  # the model card is the user's to edit
-# settings that may change when a run goes on: places of files, where states wait, whether what may not fit is tried
-PLACES = ("output", "model", "data", "eval_data", "adapter", "cache", "cache_size", "frozen_cache", "force")
+# settings that may change when a run goes on: places of files, where states wait, whether what may not fit is tried,
+# how long processes wait for each other
+PLACES = (
+    "output", "model", "data", "eval_data", "adapter", "cache", "cache_size", "frozen_cache", "force",
+    "collective_timeout",
+)  # fmt: skip
 TENSORS = "the base's tensors"  # the sums of the base's files, among the inputs in data.json
 Sum = dict[str, int | str]  # bytes and SHA-256 of a file
 

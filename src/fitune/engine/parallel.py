@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property, partial
+from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -28,16 +31,36 @@ from torch.distributed.rendezvous import rendezvous
 
 from fitune.core.errors import ConfigError, TrainingError
 from fitune.core.parallel import STORE
+from fitune.core.ranklog import RankLog
 from fitune.engine import optim
 from fitune.engine.step import Made
 
-MINUTES = 30.0  # that a process waits for the others: process 0 evaluates and saves meanwhile
-LONG = 60 * 24.0  # minutes that it waits before the first step: process 0 prepares the data, and evaluates the base
+LONG = 60 * 24.0  # minutes that a process waits for what process 0 resolves: it may prepare data meanwhile
 DIGEST = 32  # bytes
+DUMP = 0.75  # of the minutes that others wait: then a process that is late writes its stack into its log
+AT_ONCE = 0.2  # seconds: an exchange that fails so soon was given up before
+HEARD = 5.0  # seconds in which the processes that are there say so, once one is not
+GOES_ON, STOPPED, FINISHED = 0, 1, 2  # what process 0 says of the run, in the sums of a step
 
 
 class EndedError(Exception):
-    """Process 0 has ended the run."""
+    """Process 0 has ended the run. finished: it has its result, and is not to go on later."""
+
+    def __init__(self, finished: bool) -> None:
+        super().__init__()
+        self.finished = finished
+
+
+@dataclass
+class Now:
+    """Where a process stands. step: it makes. exchange: it comes to, with the others. minutes: that it waits for them.
+    wish: somebody asked one of them to stop. log: of this one."""
+
+    step: int = 0
+    exchange: int = 0
+    minutes: float = 10.0
+    wish: Event = field(default_factory=Event)
+    log: RankLog | None = None
 
 
 @dataclass(frozen=True)
@@ -45,13 +68,14 @@ class World:
     """The processes of a run, seen from one of them.
 
     rank: this one. size: how many. store: where they leave what others read. local: the number of this process on its
-    machine.
+    machine. now: where it stands.
     """
 
     rank: int = 0
     size: int = 1
     store: Any = None
     local: int = 0
+    now: Now = field(default_factory=Now)
 
     @cached_property
     def counted(self) -> dict[str, int]:
@@ -65,38 +89,45 @@ class World:
         if self.size > 1:
             self.store.set(name, json.dumps(value))
 
+    def publish_once(self, name: str, value: object) -> None:
+        """The same, unless something is there."""
+        with suppress(RuntimeError):  # where the store is gone, so are they
+            if self.size > 1 and not self.store.check([name]):
+                self.publish(name, value)
+
     def published(self, name: str) -> Any:
         """What process 0 left, once it is there."""
         self.store.wait([name], timedelta(minutes=LONG))
         return json.loads(self.store.get(name))
 
-    def connect(self, device: torch.device) -> None:
-        """Connect the processes: NCCL between GPUs, else gloo."""
+    def connect(self, device: torch.device, minutes: float = 10.0) -> None:
+        """Connect the processes: gloo, and NCCL between GPUs for what lies there.
+
+        Args:
+            device: of the model.
+            minutes: that each waits for the others, in each exchange.
+        """
+        self.now.minutes = minutes
         if self.size > 1 and not distributed.is_initialized():
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            wait = timedelta(minutes=MINUTES)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             distributed.init_process_group(
                 backend, store=PrefixStore("group", self.store), rank=self.rank, world_size=self.size,
-                timeout=wait,
+                timeout=timedelta(minutes=minutes),
             )  # fmt: skip
 
-    def check_same(self, digests: Mapping[str, bytes], device: torch.device) -> None:
+    def check_same(self, digests: Mapping[str, bytes]) -> None:
         """Do all processes have the same settings, data, weights, versions?
 
         Args:
             digests: SHA-256 of each, by its name; the same names everywhere.
-            device: of the model.
 
         Raises:
             TrainingError: names the processes that differ from process 0, and in what.
         """
         if self.size == 1:
             return
-        mine = torch.tensor(list(b"".join(digests.values())), dtype=torch.uint8, device=device)
-        all_: list[Tensor] = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._together("comparing settings and inputs"):
-            distributed.all_gather(all_, mine)
-        rows = torch.stack(all_).cpu().view(self.size, len(digests), DIGEST)
+        mine = torch.tensor(list(b"".join(digests.values())), dtype=torch.uint8)
+        rows = torch.stack(self._gathered(mine, "comparing settings and inputs")).view(self.size, len(digests), DIGEST)
         wrong = [
             f"process {rank}: another {name}"
             for rank in range(1, self.size)
@@ -132,8 +163,7 @@ class World:
             self.publish("begin", {"states": form, "scalars": scalars, "progress": dict(progress)})
         begun = self.published("begin")
         device = next(iter(parameters.values())).device
-        for parameter in parameters.values():
-            self._broadcast(parameter.data)
+        self.spread(parameters)
         for name, (dtype, shape) in begun["states"].items():
             one = tensors[name].to(device) if self.rank == 0 else torch.empty(
                 shape, dtype=getattr(torch, dtype), device=device
@@ -144,6 +174,12 @@ class World:
             optim.load_state(optimizer, parameters, tensors, begun["scalars"])
         progress_: dict[str, Any] = begun["progress"]
         return progress_
+
+    def spread(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Give all processes the trained tensors of process 0."""
+        if self.size > 1:
+            for parameter in parameters.values():
+                self._broadcast(parameter.data)
 
     def _broadcast(self, tensor: Tensor) -> None:
         with self._together("starting from the same weights"):
@@ -157,6 +193,9 @@ class World:
     def seed(self, seed: int, step: int) -> None:
         """Random numbers of this process in this step: they follow from both, so that a resumed run has them again."""
         if self.size > 1:
+            self.now.step = step + 1
+            if self.now.log is not None:
+                self.now.log.line(f"step {step + 1}")
             (drawn,) = np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)
             torch.manual_seed(int(drawn) >> 1)
 
@@ -174,20 +213,22 @@ class World:
         """
         if self.size == 1:
             return made
-        device = made.total.device
-        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float64, device=device)
-        sums = torch.tensor([0, made.tokens, made.targets], dtype=torch.float64, device=device)
-        seen = made.total.new_empty(0) if made.seen is None else made.seen
-        small = torch.cat([sums, made.total[None], there, seen.to(device)])
+        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float64)
+        sums = torch.tensor([GOES_ON, self.now.wish.is_set(), made.tokens, made.targets], dtype=torch.float64)
+        seen = there[:0] if made.seen is None else made.seen.cpu()
+        small = torch.cat([sums, made.total.cpu()[None], there, seen])  # over gloo, which says so when one is late
         self._reduce(small, "the losses of a step")
-        if small[0] > 0:
-            raise EndedError
+        if small[0] != GOES_ON:
+            raise EndedError(finished=int(small[0]) == FINISHED)
+        if small[1] > 0:
+            self.now.wish.set()
         at = len(sums) + 1 + len(parameters)
         trained = [p for p, found in zip(parameters, small[len(sums) + 1 : at].tolist(), strict=True) if found]
         in_one_buffer(trained, partial(self._reduce, what="the gradients of a step"))
-        _, tokens, targets, total, *_ = small
-        rewards = None if made.seen is None else small[at:]
-        return replace(made, total=total, tokens=int(tokens), targets=int(targets), seen=rewards)
+        tokens, targets, total = small[2:5]
+        device = made.total.device
+        rewards = None if made.seen is None else small[at:].to(device)
+        return replace(made, total=total.to(device), tokens=int(tokens), targets=int(targets), seen=rewards)
 
     def added(self, numbers: Tensor) -> Tensor:
         """The sum of these numbers over all processes, which must all ask."""
@@ -195,17 +236,59 @@ class World:
             self._reduce(numbers, "a check of a step")
         return numbers
 
-    def end(self, parameters: Sequence[nn.Parameter], rewards: int = 0) -> None:
+    def end(self, parameters: Sequence[nn.Parameter], rewards: int = 0, *, finished: bool) -> None:
         """Process 0 ends the run before its last step: the others find it in the sums of the next.
 
         Args:
             parameters: what is trained.
             rewards: numbers that an objective on preferences has in these sums.
+            finished: the run has its result.
         """
         if self.size > 1:
-            small = torch.zeros(4 + len(parameters) + rewards, dtype=torch.float64, device=parameters[0].device)
-            small[0] = 1
+            small = torch.zeros(5 + len(parameters) + rewards, dtype=torch.float64)
+            small[0] = FINISHED if finished else STOPPED
             self._reduce(small, "the end of the run")
+
+    # ---- what is shared out beside the steps ----
+
+    def gathered(self, value: object, what: str) -> list[Any]:
+        """What each process gives, by their numbers; all get it.
+
+        Args:
+            value: JSON.
+            what: they do, for people.
+        """
+        if self.size == 1:
+            return [value]
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        counts = [int(one) for one in self._gathered(torch.tensor([len(mine)]), what)]
+        padded = torch.zeros(max(counts), dtype=torch.uint8)
+        padded[: len(mine)] = mine
+        found = zip(self._gathered(padded, what), counts, strict=True)
+        return [json.loads(bytes(one[:count].tolist())) for one, count in found]
+
+    def _gathered(self, mine: Tensor, what: str) -> list[Tensor]:
+        found: list[Tensor] = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._together(what):
+            distributed.all_gather(found, mine)
+        return found
+
+    def decided(self, value: object = None) -> Any:
+        """What process 0 gives; JSON."""
+        return self.gathered(value if self.rank == 0 else None, "what process 0 decides")[0]
+
+    # ---- one that is late, or gone ----
+
+    def log_to(self, run: Path, *, all_of_it: bool) -> None:
+        """Write into the run folder from here on which step is made, and the stack of a process that is late.
+
+        Args:
+            run: the folder.
+            all_of_it: also what this process prints.
+        """
+        if self.size > 1:
+            self.now.log = RankLog(run, self.rank, all_of_it=all_of_it)
+            self.now.log.line(f"process {self.rank} of {self.size}, id {os.getpid()}")
 
     def _reduce(self, tensor: Tensor, what: str) -> None:
         self.counted["collectives"] += 1
@@ -215,14 +298,50 @@ class World:
 
     @contextmanager
     def _together(self, what: str) -> Iterator[None]:
+        now = self.now
+        now.exchange += 1
+        if now.log is not None:
+            now.log.in_time()
+        since = time.monotonic()
         try:
             yield
         except RuntimeError as error:
-            raise TrainingError(
-                f"another process of this run is gone, or late by more than {MINUTES:g} minutes: {what}",
-                received=" ".join(str(error).split())[:200],
-                fix="look at what it wrote last; the run goes on from its last checkpoint with --resume",
-            ) from error
+            missing = self._missing(time.monotonic() - since)
+            raise self._is_missing(missing, what, " ".join(str(error).split())) from error
+        if now.log is not None:
+            now.log.write_stack_after(DUMP * 60 * now.minutes)
+
+    def _is_missing(self, missing: Sequence[int], what: str, error: str) -> TrainingError:
+        """The processes that have not come to an exchange, with what their logs end with."""
+        who = " and ".join(f"process {rank}" for rank in missing) or "another process"
+        verb = "are" if len(missing) > 1 else "is"
+        ends = [self.now.log.end_of(rank) for rank in missing] if self.now.log is not None else []
+        step = f"step {self.now.step}, " if self.now.step else ""
+        return TrainingError(
+            f"{who} of this run {verb} gone, or late by more than {self.now.minutes:g} minutes: {step}{what}",
+            received="\n".join([error[:200], *ends]),
+            fix="the run goes on from its last checkpoint with --resume; where a process is only slow, a longer "
+            "--collective-timeout",
+        )
+
+    def _missing(self, waited: float) -> list[int]:
+        """Those that did not come to the exchange in which this process waited: they do not say within a few seconds
+        that it failed for them, too; or, where others waited until they gave up, it failed as they came. None where
+        nobody knows."""
+        key = f"waited-{self.now.exchange}-"
+        seconds: dict[int, float] = {}
+        with suppress(RuntimeError, AssertionError):  # the store itself may be gone
+            self.store.set(f"{key}{self.rank}", str(waited))
+            distributed.destroy_process_group()  # those that wait for this one find out, too
+            end = time.monotonic() + HEARD
+            while len(seconds) < self.size and time.monotonic() < end:
+                there = [rank for rank in range(self.size) if self.store.check([f"{key}{rank}"])]
+                seconds = {rank: float(self.store.get(f"{key}{rank}")) for rank in there}
+                time.sleep(0.05)
+            gave_up = max(seconds.values()) > 0.9 * 60 * self.now.minutes
+            came = [rank for rank, waited in seconds.items() if not gave_up or waited > AT_ONCE]
+            return [rank for rank in range(self.size) if rank not in came]
+        return []
 
 
 def in_one_buffer(trained: Sequence[nn.Parameter], exchange: Callable[[Tensor], object]) -> None:
