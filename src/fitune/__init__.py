@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         quantize,
         serve,
         train,
+        ui,
     )
     from fitune.core.errors import FituneError
 
@@ -79,6 +80,7 @@ __all__ = [
     "quantize",
     "serve",
     "train",
+    "ui",
 ]
 
 

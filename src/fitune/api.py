@@ -42,6 +42,7 @@ MODULES = {
     "Tuned": "models.load", "Watcher": "core.events", "convert": "commands.convert", "download": "models.hub",
     "export": "commands.export", "load_model": "models.load", "merge": "commands.merge",
     "quantize": "commands.quantize", "serve": "commands.serve",
+    "ui": "commands.ui",
 }  # fmt: skip
 __all__ = sorted([*MODULES, "advise", "evaluate", "generate", "inspect", "load", "plan", "train"])
 

@@ -1,4 +1,4 @@
-"""Verbs that use a model, as they are typed: chat, serve, eval.
+"""Verbs that use a model, as they are typed: chat, serve, eval, and the page in the browser, ui.
 
 In: what was typed. Out: answers, or a table of scores and one JSON object. No torch before it is needed.
 """
@@ -6,6 +6,7 @@ In: what was typed. Out: answers, or a table of scores and one JSON object. No t
 from __future__ import annotations
 
 import sys
+import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -147,6 +148,41 @@ def serve(
         loading=asdict(loading),
         report=screen.Screen(stderr=True).write_line,
     )
+
+
+def ui(
+    *,
+    port: Annotated[int, Parameter(help="Port on this machine; 0 takes a free one.")] = 8010,
+    runs: Annotated[str, Parameter(help="Folder of the run folders; uploads and exports lie in it too.")] = "runs",
+    folder: Annotated[
+        list[str] | None,
+        Parameter(
+            negative="", consume_multiple=True, help="Further folders whose models and data may be chosen in the page."
+        ),
+    ] = None,
+    upload_mib: Annotated[int, Parameter(help="Largest upload, in MiB.")] = 1024,
+    open_: Annotated[bool, Parameter(name="--open", negative="", help="Open the page in the browser.")] = False,
+    check: Annotated[
+        bool, Parameter(negative="", help="Start, let the page's server answer its own requests, and stop.")
+    ] = False,
+) -> None:
+    """Open a page in the browser: choose, plan, train, compare, chat, export; on this machine alone."""
+    if not 0 <= port < 65536 or upload_mib < 1:
+        raise ConfigError(
+            "ui: a setting is out of range",
+            received=f"port {port}, upload-mib {upload_mib}",
+            expected="port 0 to 65535, upload-mib >= 1",
+        )
+    with imports.for_good():
+        from fitune.commands import ui as pages
+
+    report = screen.Screen(stderr=True).write_line
+    started = webbrowser.open if open_ else None
+    if check:
+        for line in pages.check(runs=runs):
+            report(line)
+        return
+    pages.ui(port=port, runs=runs, folders=folder or (), upload_mib=upload_mib, report=report, started=started)
 
 
 def _lines() -> Iterator[str]:

@@ -23,11 +23,19 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 @dataclass(frozen=True)
 class Rules:
     """Who may ask. hosts: names by which the server is called; none: any. key: of the API; none: no key is needed.
-    body: most bytes of a request."""
+    body: most bytes of a request; uploads: of one that is a file, sent by PUT; 0: none are taken."""
 
     hosts: Sequence[str] = LOOPBACK
     key: str | None = None
     body: int = 1 << 20
+    uploads: int = 0
+
+    def most(self, method: str) -> int:
+        """Bytes that the body of a request may have."""
+        return self.uploads if method == "PUT" and self.uploads else self.body
+
+
+KINDS = {"POST": "application/json", "PUT": "application/octet-stream"}  # what a browser sends to nobody unasked
 
 
 class Guard:
@@ -46,7 +54,7 @@ class Guard:
         except Refused as refused:
             await refused.response()(scope, receive, send)
             return
-        await self.app(scope, _bounded(receive, self.rules.body), send)
+        await self.app(scope, _bounded(receive, self.rules.most(scope["method"])), send)
 
     def _check(self, headers: Headers, method: str) -> None:
         host = _name(headers.get("host", ""))
@@ -54,7 +62,7 @@ class Guard:
             expected = ", ".join(self.rules.hosts)
             raise Refused(403, f"the Host header names another server: {host[:80]!r}; expected: {expected}")
         origin = headers.get("origin")
-        if origin is not None and self.rules.hosts and (urlsplit(origin).hostname or "") not in self.rules.hosts:
+        if origin is not None and self.rules.hosts and _name(origin.partition("://")[2]) not in self.rules.hosts:
             raise Refused(403, f"a page of another site may not call this server: Origin {origin[:80]!r}")
         key = self.rules.key
         if key is not None:
@@ -63,13 +71,13 @@ class Guard:
                 raise Refused(
                     401, "wrong or missing API key; expected: Authorization: Bearer KEY", code="invalid_api_key"
                 )
-        if method == "POST":
+        if method == "POST" or (method == "PUT" and self.rules.uploads):
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                raise Refused(415, f"a body of type {kind[:80]!r}; expected: application/json")
+            if kind != KINDS[method]:
+                raise Refused(415, f"a body of type {kind[:80]!r}; expected: {KINDS[method]}")
             length = headers.get("content-length", "0")
-            if not length.isdigit() or int(length) > self.rules.body:
-                raise _too_large(self.rules.body)
+            if not length.isdigit() or int(length) > self.rules.most(method):
+                raise _too_large(self.rules.most(method))
 
 
 def _name(host: str) -> str:

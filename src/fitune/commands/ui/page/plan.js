@@ -1,0 +1,173 @@
+// Task two: the bar of memory, which follows the settings.
+import { $, api, bytes, command, count, el, say, table } from './api.js';
+import { choose, chosen, wanted, whenChosen } from './state.js';
+import { t } from './texts.js';
+
+const LENGTHS = ['auto', 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768];
+const RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256];
+const SIZES = [6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 192];
+const COLOURS = ['#2f6fdb', '#7aa5ec', '#d9622b', '#e8a07f', '#8b5cc7', '#1d9a6c', '#c9a227', '#6b7a90', '#3f8fa8', '#a14d6f', '#9aa3af', '#b9a48c', '#5d7f4a'];
+
+let facts, last, waiting, asked = 0;
+
+export function start(given) {
+  facts = given.choices;
+  whenChosen(soon);
+  $('advise').addEventListener('click', advise);
+}
+
+export function texts() { controls(); if (last) draw(last); }
+export function shown() { soon(); }
+
+// Sliders and lists; each writes one setting, or takes it out where it is what fitune has by itself.
+function fields() {
+  const names = list => list.map(one => [one, one]);
+  return [
+    pick('method', names(facts.methods.map(one => one.name)), facts.defaults.method),
+    slide('rank', RANKS, () => chosen.settings.lora?.rank ?? facts.defaults.rank,
+      value => set('lora', value === facts.defaults.rank ? undefined : { ...chosen.settings.lora, rank: value }),
+      () => (chosen.settings.method ?? facts.defaults.method) === 'lora'),
+    slide('batch_size', range(1, 64), () => chosen.settings.batch_size ?? facts.defaults.batch_size, value => set('batch_size', value)),
+    slide('accumulation', range(1, 64), () => chosen.settings.accumulation ?? 1, value => set('accumulation', value === 1 ? undefined : value)),
+    slide('max_length', LENGTHS, () => chosen.settings.max_length ?? 'auto', value => set('max_length', value === 'auto' ? undefined : value)),
+    pick('quant', names(facts.quantizers), 'none'),
+    pick('checkpointing', [['false', t('off')], ['true', t('on')], ['auto', 'auto']], 'false', value => value === 'auto' ? 'auto' : value === 'true'),
+    pick('precision', names(['auto', 'bf16', 'fp16', 'fp32']), 'auto'),
+    pick('optimizer', names(facts.optimizers), facts.defaults.optimizer),
+    gpu(),
+    slide('gpu_size', SIZES, () => Number(/^(\d+)GB$/.exec(chosen.gpu ?? '')?.[1] ?? 24), value => choose({ gpu: `${value}GB` }),
+      () => /^\d+GB$/.test(chosen.gpu ?? ''), value => `${value} GB`),
+  ];
+}
+
+const range = (from, to) => Array.from({ length: to - from + 1 }, (_, n) => from + n);
+
+export function set(name, value) {
+  const settings = { ...chosen.settings };
+  if (value === undefined) delete settings[name]; else settings[name] = value;
+  choose({ settings });
+}
+
+function field(name, control, output) {
+  control.id = `set-${name}`;
+  return el('div', { className: 'field' }, el('label', { htmlFor: control.id }, t(`set_${name}`)), control, output ?? el('span'));
+}
+
+function slide(name, values, now, change, active = () => true, text = String) {
+  const output = el('output', {});
+  const at = values.reduce((best, one, n) => Math.abs(Number(one) - Number(now())) < Math.abs(Number(values[best]) - Number(now())) ? n : best,
+    Math.max(0, values.indexOf(now())));
+  const control = el('input', { type: 'range', min: 0, max: values.length - 1, step: 1, value: at, disabled: !active() });
+  const write = () => {
+    output.textContent = text(values[control.value]);
+    control.setAttribute('aria-valuetext', text(values[control.value]));
+  };
+  control.addEventListener('input', () => { write(); change(values[Number(control.value)]); });
+  write();
+  return field(name, control, output);
+}
+
+function pick(name, options, usual, read = value => value) {
+  const now = String(chosen.settings[name] ?? usual);
+  const control = el('select', {}, ...options.map(([value, text]) => el('option', { value, selected: value === now }, text)));
+  control.addEventListener('change', () => { set(name, control.value === usual ? undefined : read(control.value)); controls(); $(`set-${name}`).focus(); });
+  return field(name, control);
+}
+
+function gpu() {
+  const now = /^\d+GB$/.test(chosen.gpu ?? '') ? 'size' : chosen.gpu ?? '';
+  const options = [['', t('this_machine')], ['size', t('by_size')], ...facts.gpus.map(one => [one.name, `${one.name} (${Math.round(one.mib / 1024)} GB)`])];
+  const control = el('select', {}, ...options.map(([value, text]) => el('option', { value, selected: value === now }, text)));
+  control.addEventListener('change', () => {
+    choose({ gpu: control.value === 'size' ? '24GB' : control.value || null });
+    controls();
+    $('set-gpu').focus();
+  });
+  return field('gpu', control);
+}
+
+function controls() { $('controls').replaceChildren(...fields()); }
+
+// The estimate by closed forms follows at once, the traced plan as soon as the settings rest.
+function soon() {
+  if ($('plan').hidden) return;
+  clearTimeout(waiting);
+  if (!chosen.model) { $('bar').replaceChildren(); return say($('plan-message'), t('choose_model')); }
+  waiting = setTimeout(() => ask(true), 40);
+}
+
+async function ask(quick) {
+  const mine = ++asked;
+  try {
+    const found = await api('plan', { ...wanted(), quick });
+    if (mine !== asked || found.superseded) return;
+    say($('plan-message'), '');
+    draw(found);
+    if (quick) waiting = setTimeout(() => ask(false), 150);
+  } catch (error) {
+    if (mine !== asked) return;
+    last = null;
+    $('bar').replaceChildren();
+    command($('plan-command'), '');
+    say($('plan-message'), error.message);
+  }
+}
+
+function draw(found) {
+  last = found;
+  const whole = Math.max(found.needed, found.budget ?? 0);
+  const parts = Object.entries(found.parts).filter(([, size]) => size > 0);
+  const exact = found.how === 'trace';
+  const bar = el('div', { className: `bar ${exact ? '' : 'estimate'}`, role: 'img',
+    ariaLabel: `${t('needed')} ${bytes(found.needed)}${found.budget ? `, ${t('there_are')} ${bytes(found.budget)}` : ''}` },
+    ...parts.map(([name, size]) => {
+      const part = el('i', { title: `${name}: ${bytes(size)}` });
+      part.style.width = `${100 * size / whole}%`;
+      part.style.background = colour(name, found.parts);
+      return part;
+    }));
+  if (found.budget) {
+    const limit = el('span', { className: 'limit', title: bytes(found.budget) });
+    limit.style.left = `min(${100 * found.budget / whole}%, calc(100% - 3px))`;
+    bar.append(limit);
+  }
+  const verdict = found.fits === null ? '' : found.fits ? t('fits') : t('does_not_fit');
+  $('bar').dataset.how = found.how;
+  $('bar').replaceChildren(
+    el('p', {}, el('b', { className: found.fits === false ? 'bad' : 'good' }, verdict), ` ${bytes(found.needed)}`,
+      found.budget ? ` / ${bytes(found.budget)}` : '', ` · ${found.device} · ${found.precision}`),
+    bar,
+    el('p', { className: 'soft' }, exact ? t('traced') : t('estimate')),
+    table([t('part'), { text: t('memory'), n: true }], parts.map(([name, size]) => [
+      el('span', {}, square(colour(name, found.parts)), name), bytes(size)]), t('memory')),
+    el('p', { className: 'soft' }, `${t('largest_step')}: ${count(found.rows)} ${t('rows')}, ${count(found.tokens)} ${t('tokens')}`,
+      found.trainable ? ` · ${count(found.trainable)} / ${count(found.total)} ${t('trainable')}` : ''),
+    ...found.notes.map(note => el('p', { className: 'soft' }, note)));
+  command($('plan-command'), found.commands.plan);
+}
+
+function square(colour) {
+  const made = el('span', { className: 'key' });
+  made.style.background = colour;
+  return made;
+}
+
+function colour(name, parts) {
+  const at = facts.categories.indexOf(name);
+  const others = Object.keys(parts).filter(one => !facts.categories.includes(one));
+  return COLOURS[(at >= 0 ? at : facts.categories.length + others.indexOf(name)) % COLOURS.length];
+}
+
+function advise() {
+  if (!chosen.model || !chosen.data.length) return say($('advice'), t('choose_both'));
+  return during($('advise'), $('advice'), t('searching'), async () => {
+    const found = await api('advice', wanted());
+    const rows = found.suggestions.map(one => [one.name, bytes(one.needed), one.seconds ? `${count(Math.round(one.seconds))} s` : '–',
+      el('button', { type: 'button', onclick: () => { choose({ settings: one.settings }); controls(); } }, t('use'))]);
+    const place = el('div');
+    command(place, found.command);
+    $('advice').replaceChildren(el('h3', {}, `${t('what_fits')} (${found.where})`),
+      table([{ text: t('method'), t: true }, { text: t('memory'), n: true }, { text: t('epoch_takes'), n: true }, ''], rows, t('what_fits')),
+      ...found.advice.map(text => el('p', { className: 'soft' }, text)), place);
+  });
+}

@@ -1,0 +1,48 @@
+// Every text of the page, in English and Chinese. What checks and errors say is English, as on the command line.
+export const TEXTS = {
+  switch_language: ['Language', '语言'], switch_theme: ['Light or dark', '浅色或深色'], tasks: ['Tasks', '任务'],
+  choose_tab: ['Model and data', '模型与数据'], plan_tab: ['Plan', '规划'], runs_tab: ['Runs', '训练'], chat_tab: ['Chat', '对话'], export_tab: ['Export', '导出'],
+  choose_title: ['Choose a model and data', '选择模型和数据'], plan_title: ['How much memory it takes', '需要多少内存'],
+  runs_title: ['Runs', '训练'], chat_title: ['Talk to base and tuned model', '与基座模型和微调后的模型对话'], export_title: ['Merge, export, download', '合并、导出、下载'],
+  model: ['Model', '模型'], model_hint: ['folder, name of the catalog, or hub id', '目录、目录表中的名称，或 hub id'],
+  data: ['Training data', '训练数据'], data_hint: ['path of a file or folder', '文件或目录的路径'], add: ['Add', '添加'],
+  browse_model: ['Folders…', '浏览目录…'], browse_data: ['Folders…', '浏览目录…'], browse: ['Choose', '选择'], close: ['Close', '关闭'],
+  bundled_model: ['Bundled small model', '自带的小模型'], bundled_data: ['Bundled data', '自带的数据'], chosen_data: ['Chosen data', '已选数据'],
+  drop_here: ['Drop files here: JSON, JSONL, CSV, TSV, Parquet.', '把文件拖到这里：JSON、JSONL、CSV、TSV、Parquet。'], upload: ['Upload…', '上传…'],
+  remove: ['Remove', '移除'], show_rows: ['Show rows', '查看数据行'], how_many: ['rows token by token', '行逐词元显示'],
+  choose_both: ['Choose a model and data first.', '请先选择模型和数据。'], choose_model: ['Choose a model first.', '请先选择模型。'],
+  reading: ['Reading and checking…', '正在读取并检查…'], connection_lost: ['The connection was lost.', '连接已断开。'],
+  kind_folder: ['folder', '目录'], kind_cache: ['in the cache', '缓存中'], kind_bundled: ['bundled', '自带'], kind_catalog: ['catalog, to plan', '目录表，可用于规划'],
+  rows_read: ['rows read', '读取行数'], rows_kept: ['rows kept', '保留行数'], rows_dropped: ['dropped', '丢弃'], rows_bad: ['bad rows', '坏行'],
+  'rows_prompts cut': ['prompts cut', '提示被截断'], 'rows_answers cut': ['answers cut', '回答被截断'], rows_duplicates: ['duplicates', '重复行'],
+  'rows_empty answers': ['empty answers', '空回答'], 'rows_tokens trained': ['tokens trained', '参与训练的词元'], 'rows_max length': ['max length', '最大长度'],
+  'rows_median length': ['median length', '长度中位数'],
+  token_by_token: ['Rows, token by token', '逐词元查看'], trained: ['trained', '参与训练'], border: ['border between prompt and answer', '提示与回答的分界'],
+  checks: ['Checks', '检查'], check: ['check', '检查项'], found: ['found', '结果'], bad_rows: ['bad rows', '坏行'], fix: ['fix', '修复'], lengths: ['Rows by length', '按长度分布'],
+  level_ok: ['passed', '通过'], level_fixed: ['fixed', '已修正'], level_warn: ['warning', '警告'], level_refuse: ['refused', '拒绝'],
+  tokens: ['tokens', '词元'], rows: ['rows', '行'], copy: ['Copy', '复制'], copied: ['Copied', '已复制'], same_command: ['The command that does the same', '等效命令'],
+  set_method: ['Method', '方法'], set_rank: ['LoRA rank', 'LoRA 秩'], set_batch_size: ['Batch size', '批大小'], set_accumulation: ['Accumulation', '梯度累积'],
+  set_max_length: ['Max length', '最大长度'], set_quant: ['Quantizer', '量化'], set_checkpointing: ['Activation checkpointing', '激活检查点'],
+  set_precision: ['Precision', '精度'], set_optimizer: ['Optimizer', '优化器'], set_gpu: ['Fits on', '目标设备'], set_gpu_size: ['GPU memory', '显存'],
+  off: ['off', '关'], on: ['on', '开'], this_machine: ['this machine', '本机'], by_size: ['a GPU of this size', '按显存大小'],
+  fits: ['Fits:', '放得下：'], does_not_fit: ['Does not fit:', '放不下：'], needed: ['needed', '需要'], there_are: ['there are', '可用'],
+  traced: ['Traced: the code that trains, on paper.', '已追踪：训练代码在纸面上执行的结果。'], estimate: ['Estimate by closed forms; the traced plan follows.', '按公式估算；追踪结果随后给出。'],
+  part: ['part', '组成'], memory: ['memory', '内存'], largest_step: ['Largest micro-batch', '最大的微批次'], trainable: ['parameters trained', '个参数参与训练'],
+  what_fits: ['What fits?', '什么放得下？'], searching: ['Looking at methods, precisions and batches; this can take a minute…', '正在比较方法、精度与批大小，可能需要一分钟…'],
+  method: ['method', '方法'], epoch_takes: ['an epoch takes', '每轮用时'], use: ['Use', '采用'],
+};
+
+let at = 0;
+export const language = () => at ? 'zh' : 'en';
+export function setLanguage(name) {
+  at = name === 'zh' ? 1 : 0;
+  document.documentElement.lang = at ? 'zh-CN' : 'en';
+}
+export const t = name => TEXTS[name]?.[at] ?? name;
+
+// Texts, names for screen readers and hints of what stands in index.html.
+export function fill(root) {
+  for (const one of root.querySelectorAll('[data-t]')) one.textContent = t(one.dataset.t);
+  for (const one of root.querySelectorAll('[data-label]')) one.setAttribute('aria-label', t(one.dataset.label));
+  for (const one of root.querySelectorAll('[data-hint]')) one.placeholder = t(one.dataset.hint);
+}

@@ -1,0 +1,221 @@
+"""The page of `fitune ui` in a real browser: by mouse and keyboard, in both languages, on a phone and a screen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fitune.commands import ui
+from support import page as pages
+from support import tiny
+
+pytestmark = pages.needs_browser
+ANSWER = 60_000  # milliseconds that an answer may take on a busy machine
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    tiny.save("llama", folder / "model")
+    tiny.write_rows(folder / "rows.jsonl", 12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(work: Path) -> Iterator[str]:
+    with pages.inside(work), ui.running(ui.roots_of()) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with pages.browser() as found:
+        yield found
+
+
+@pytest.fixture
+def seen(address: str) -> Iterator[pages.Seen]:
+    """What the page must not do, which in the end it did not."""
+    found = pages.Seen(address)
+    yield found
+    assert (found.errors, found.elsewhere) == ([], [])
+
+
+@pytest.fixture
+def page(chromium: Any, seen: pages.Seen) -> Iterator[Any]:
+    """The page as somebody opens it for the first time."""
+    yield from opened(chromium, seen, locale="en-US")
+
+
+@pytest.fixture
+def chinese(chromium: Any, seen: pages.Seen) -> Iterator[Any]:
+    yield from opened(chromium, seen, locale="zh-CN", color_scheme="dark")
+
+
+def opened(chromium: Any, seen: pages.Seen, **how: Any) -> Iterator[Any]:
+    context = chromium.new_context(viewport={"width": 1280, "height": 900}, **how)
+    context.set_default_timeout(ANSWER)
+    page = context.new_page()
+    seen.watch(page)
+    page.goto(seen.address)
+    page.wait_for_selector("html[data-ready]")
+    yield page
+    context.close()
+
+
+def task(page: Any, name: str) -> None:
+    page.click(f"[data-task={name}]")
+
+
+def choose(page: Any, model: str = "model", data: str = "rows.jsonl") -> None:
+    """Name a model and data."""
+    page.fill("#model", model)
+    page.dispatch_event("#model", "change")
+    page.fill("#data-path", data)
+    page.press("#data-path", "Enter")
+
+
+def fits(page: Any) -> None:
+    """Nothing is cut off, and everything that can be used has a name for a screen reader."""
+    for width in (400, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(pages.WIDER) == []
+    assert page.evaluate(pages.NAMELESS) == []
+
+
+def test_model_and_data_are_chosen_and_rows_shown_in_colours(page: Any, work: Path, tmp_path: Path) -> None:
+    own = tiny.write_rows(tmp_path / "my own.jsonl", 3)
+    page.fill("#model", "model")
+    page.set_input_files("#file", str(own))
+    page.wait_for_selector("#data li >> text=my own.jsonl")
+    page.click("#show-rows")
+    page.wait_for_selector(".tokens .t")
+    assert page.locator(".sample").count() == 3
+    colours = {
+        page.eval_on_selector(f".tokens span{kind}", "e => getComputedStyle(e).backgroundColor")
+        for kind in (".t", ":not(.t)")
+    }
+    assert len(colours) == 2
+    assert page.locator(".tokens .b").count() >= 3
+    command = page.text_content("#choose-command pre")
+    assert re.fullmatch(r"fitune inspect 'runs/uploads/my own(-\d+)?.jsonl' --model model", command)
+    assert "passed: bad-row" in page.text_content("#rows")
+    fits(page)
+
+
+def test_a_file_is_dropped_and_another_is_taken_from_its_folder(page: Any) -> None:
+    drop = """() => { const given = new DataTransfer();
+      given.items.add(new File(['{"prompt": "a", "completion": "b"}\\n'], 'dropped.jsonl'));
+      document.getElementById('drop').dispatchEvent(new DragEvent('drop', {dataTransfer: given, bubbles: true})); }"""
+    page.evaluate(drop)
+    page.wait_for_selector("#data li >> text=dropped.jsonl")
+    page.click("#browse-data")
+    page.click("#browser-list >> text=✓ rows.jsonl")
+    page.click("#browse-model")
+    page.click("#browser-list >> text=✓ model")
+    assert page.input_value("#model") == "model"
+    assert page.locator("#data li").count() == 2
+    page.click("#data li >> nth=0 >> button")
+    assert page.locator("#data li").count() == 1
+
+
+def test_a_mistake_is_shown_with_its_fix(page: Any, seen: pages.Seen) -> None:
+    choose(page, data="rows.jsonl")
+    page.fill("#data-path", "/etc/passwd")
+    page.click("#add-data")
+    with page.expect_response("**/api/rows") as answered:
+        page.click("#show-rows")
+    assert answered.value.status == 403
+    page.wait_for_selector("#choose-message .message")
+    assert "outside the folders of this page" in page.text_content("#choose-message")
+    assert len(seen.errors) == 1
+    assert "status of 403" in seen.errors.pop()  # the browser's own line about it
+
+
+def test_the_bar_of_memory_follows_the_sliders(page: Any) -> None:
+    choose(page, model="llama-3.2-1b", data="rows.jsonl")
+    page.click("#data button")
+    task(page, "plan")
+    page.select_option("#set-gpu", "size")
+    needed = []
+    for batch in (1, 64):
+        with page.expect_response("**/api/plan") as first:
+            page.eval_on_selector(
+                "#set-batch_size", f"e => {{ e.value = {batch - 1}; e.dispatchEvent(new Event('input')); }}"
+            )
+        assert first.value.json()["how"] == "closed form"  # the bar follows before the trace
+        page.wait_for_selector("#bar[data-how=trace]")
+        page.wait_for_selector(f"#plan-command pre >> text=--batch-size {batch}")
+        needed.append(page.text_content("#bar b"))
+        assert page.locator("#bar .bar i").count() > 3
+    assert needed == ["Fits:", "Does not fit:"]
+    assert page.text_content("#plan-command pre").startswith("fitune plan llama-3.2-1b --gpu 24GB --batch-size 64")
+    fits(page)
+
+
+def test_everything_goes_by_keyboard(page: Any) -> None:
+    def tab_to(name: str) -> None:
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.id") == name:
+                return
+        raise AssertionError(f"no Tab leads to {name}")
+
+    tab_to("model")
+    page.keyboard.type("model")
+    tab_to("data-path")
+    page.keyboard.type("rows.jsonl")
+    page.keyboard.press("Enter")
+    tab_to("show-rows")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".tokens .t")
+    ring = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert ring == "solid"
+
+
+def test_in_chinese_and_dark(chinese: Any) -> None:
+    assert chinese.get_attribute("html", "lang") == "zh-CN"
+    assert chinese.text_content("[data-task=choose]") == "模型与数据"
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert chinese.evaluate(background) == "rgb(20, 23, 28)"
+    choose(chinese)
+    chinese.click("#show-rows")
+    chinese.wait_for_selector(".tokens .t")
+    assert "参与训练的词元" in chinese.text_content("#rows")
+    fits(chinese)
+    chinese.click("#theme")
+    assert chinese.evaluate(background) == "rgb(251, 251, 250)"
+    chinese.click("#language")
+    assert "tokens trained" in chinese.text_content("#rows")  # what is there changes too
+
+
+def test_no_text_is_missing_in_a_language(page: Any) -> None:
+    missing = page.evaluate(
+        """async () => { const { TEXTS } = await import('./texts.js'), all = Object.entries(TEXTS);
+        return all.filter(([, texts]) => texts.length !== 2 || texts.some(one => !one)).map(([name]) => name); }"""
+    )
+    assert missing == []
+    folder = Path(ui.__file__).parent / "page"
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()) if path.name != "texts.js")
+    used = set(re.findall(r"\bt\('([\w ]+)'\)|data-(?:t|label|hint)=\"(\w+)\"", sources))
+    names = page.evaluate("async () => Object.keys((await import('./texts.js')).TEXTS)")
+    assert {one or other for one, other in used} <= set(names)
+
+
+def test_a_page_that_errs_or_calls_elsewhere_is_seen(chromium: Any, address: str) -> None:
+    planted = chromium.new_page(bypass_csp=True)
+    seen = pages.Seen(address)
+    seen.watch(planted)
+    planted.goto(address)
+    planted.evaluate("() => { console.error('planted'); fetch('http://127.0.0.1:9/x').catch(() => 0); }")
+    planted.evaluate("() => document.body.append(document.createElement('button'))")
+    planted.wait_for_timeout(100)
+    assert "planted" in seen.errors
+    assert seen.elsewhere == ["http://127.0.0.1:9/x"]
+    assert planted.evaluate(pages.NAMELESS) == ["<button></button>"]
+    planted.close()
