@@ -18,7 +18,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fitune import __version__
 from fitune.commands.serve.errors import Refused
 from fitune.commands.serve.guard import Guard, Rules
 from fitune.commands.ui import choose, planned

@@ -50,7 +50,6 @@ async function start() {
   addEventListener('hashchange', () => show(current()));
   try {
     const facts = await api('start');
-    $('version').textContent = facts.version;
     for (const task of Object.values(TASKS)) task.start(facts);
   } catch (error) { say($('choose-message'), error.message); }
   texts();
