@@ -85,13 +85,8 @@ def _routes(desk: Desk) -> dict[str, tuple[str, Handler]]:
     roots = desk.roots
 
     async def start(request: Request) -> Response:
-        more = {
-            "bundled_model": choose.bundled_model(),
-            "samples": choose.samples_of_package(),
-            "choices": planned.choices(),
-        }
-        folders = {"work": str(roots.work), "runs": str(roots.runs)}
-        return answer({"version": __version__, **folders, **more})
+        bundled = {"bundled_model": choose.bundled_model(), "samples": choose.samples_of_package()}
+        return answer({**bundled, "choices": planned.choices()})
 
     async def models(request: Request) -> Response:
         return answer({"models": await run_in_threadpool(choose.models, roots)})
