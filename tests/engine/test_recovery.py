@@ -357,12 +357,12 @@ def test_a_held_out_loss_that_runs_out_of_memory_does_not_end_the_run(
 
     real, seen = held_out, list[int]()
 
-    def small(model: Any, batches: Any, layout: Any, objective: Any, added: Any) -> HeldOut:
+    def small(model: Any, batches: Any, layout: Any, objective: Any, *more: Any) -> HeldOut:
         batches = list(batches)
         seen.append(max(len(batch.rows) for batch in batches))
         if seen[-1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, batches, layout, objective, added)
+        return real(model, batches, layout, objective, *more)
 
     given: dict[str, Any] = {
         "model": str(model_folder),

@@ -1,6 +1,7 @@
 """One of several processes that make the same steps: `python shared_steps.py CASES`, a JSON list of cases.
 
-A case is a variant of a method, a kind of model, a precision and a quantizer. For each a line of JSON is printed: how
+A case is a variant of a method, a kind of model, a precision, a quantizer, and perhaps "shard". For each a line of JSON
+is printed: how
 far the weights are off those that this process alone makes of whole steps, their SHA-256, the losses of both, and the
 collectives of a step.
 """
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,13 @@ with imports.for_good():
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # torch names it in no __all__
 
     from fitune.checks import stepchecks
+    from fitune.commands.sharing_out import share
     from fitune.core.errors import TrainingError
     from fitune.data.batches import Loader
     from fitune.engine import objectives, optim, parallel
+    from fitune.engine.held_out import held_out
     from fitune.engine.parallel import ALONE, World
+    from fitune.engine.shards import share_out
     from fitune.engine.step import LossScale
     from fitune.engine.step_runner import StepRunner
     from fitune.models import adapters, determinism, methods
@@ -45,14 +50,13 @@ DROPPED = 0.3  # added to what process 1 has at first: it must not matter
 
 def main(cases: list[list[str]]) -> None:
     world = parallel.join()
-    for kind in {kind for _, kind, _, quant in cases if quant != "none"}:
+    for kind in {kind for _, kind, _, quant, *_ in cases if quant != "none"}:
         contract.folder_of(kind)  # transformers saves nothing in a later process of a group
-    for number, (variant, kind, precision, quant) in enumerate(cases):
+    for number, case in enumerate(cases):
         store = PrefixStore(str(number), world.store)
         here = World(world.rank, world.size, store, world.local)
         world.connect(torch.device("cpu"))
-        made = steps(here, variant, kind, precision, quant)
-        print(json.dumps({"case": [variant, kind, precision, quant], "rank": world.rank, **made}), flush=True)
+        print(json.dumps({"case": case, "rank": world.rank, **steps(here, *case)}), flush=True)
     try:
         world.check_same({"settings": bytes(32), "data": bytes([world.rank]) * 32})
     except TrainingError as error:
@@ -84,7 +88,7 @@ def keep_the_others_waiting() -> None:
     time.sleep(4)
 
 
-def steps(world: World, variant: str, kind: str, precision: str, quant: str) -> dict[str, Any]:
+def steps(world: World, variant: str, kind: str, precision: str, quant: str, way: str = "") -> dict[str, Any]:
     """The same two epochs by all processes, and by this one alone."""
     # not Adam, whose first steps make as much of a gradient's rounding as of a gradient
     config = contract.config_for(variant, precision, quant=quant, optimizer="sgd")
@@ -94,7 +98,7 @@ def steps(world: World, variant: str, kind: str, precision: str, quant: str) -> 
         with torch.no_grad():
             for parameter in trainable(model).values():
                 parameter.add_(DROPPED)
-    shared, counted = trained(world, model, config)
+    shared, counted = trained(world, model, config, way)
     alone, _ = trained(ALONE, twin, config)
     ours, theirs = (torch.cat([p.detach().double().flatten() for p in trainable(m).values()]) for m in (model, twin))
     bits = b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in trainable(model).values())
@@ -104,31 +108,38 @@ def steps(world: World, variant: str, kind: str, precision: str, quant: str) -> 
     }  # fmt: skip
 
 
-def trained(world: World, model: Any, config: Any) -> tuple[list[float], list[int]]:
+def trained(world: World, model: Any, config: Any, way: str = "") -> tuple[list[float], list[int]]:
     """Losses, and collectives, of each step."""
     parameters = trainable(model)
-    optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
-    optim.set_learning_rate(optimizer, RATE)
+    make = partial(optim.make, config=config, rates=partial(methods.find(config.method).rates, config))
+    optimizer, shards = make(parameters), None
     scale = LossScale(LossScale.START if precision_of(config) == "fp16" else 1.0)
-    runner = StepRunner(
-        model, "flat", 1.0, lambda _: None, lambda _: None, scale=scale, objective=objectives.of(config), world=world
-    )
     rows = [sample for sample in contract.samples() if sample.mask.any()]
     loader = Loader([*rows, rows[0]], batch_size=2, accumulation=2, seed=0)  # the last step of an epoch has one row
-    world.begin(parameters, optimizer, {})
+    if way == "shard":
+        shards, optimizer, _ = share_out(model, world, optimizer, make, {})
+    else:
+        world.begin(parameters, optimizer, {})
+    optim.set_learning_rate(optimizer, RATE)
+    objective = objectives.of(config)
+    runner = StepRunner(
+        model, "flat", 1.0, lambda _: None, lambda _: None, scale=scale, objective=objective, world=world, shards=shards
+    )
     model.train()
     losses, counted = [], []
     with determinism.exact(torch.device("cpu")):
         for number, (_, step) in enumerate(loader.steps(0, 4)):
             before = world.counted["collectives"]
-            mine, weight = loader.share(step, world.rank, world.size), sum(batch.weight for batch in step)
-            if number == 0:
-                with stepchecks.step_equality(runner, optimizer):
-                    done = runner.step(mine, optimizer, weight)
-            else:
-                done = runner.step(mine, optimizer, weight)
+            with stepchecks.step_equality(runner, optimizer) if number == 0 else nullcontext():
+                losses.append(runner.step(*share(step, loader, world, shards, optimizer)).loss)
+            if number:
                 counted.append(world.counted["collectives"] - before)
-            losses.append(done.loss)
+        if shards is not None:
+            held = [held_out(model, [step[0]], "flat", objective).loss]  # gathers, too
+            optimizer.state.clear()
+            shards.whole()
+            held.append(held_out(model, [step[0]], "flat", objective).loss)
+            assert held[0] == held[1], held
     return losses, counted
 
 

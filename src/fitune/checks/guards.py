@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fitune.checks.leak import PROBE_TOKENS
 from fitune.core.records import Batch, Finding, Layout, Sample
@@ -331,7 +332,8 @@ def fingerprint(model: nn.Module) -> Bits:
     for name, layer in quant.layers(model):
         tensors |= {f"{name}|scales {n}": scales for n, scales in enumerate(quant.constants(layer))}
     for name, p in tensors.items():
-        sums[name] = (bit_sum(p.detach()), p.requires_grad)
+        mine = p.to_local() if isinstance(p, DTensor) else p  # of a model in shards, those of this process
+        sums[name] = (bit_sum(mine.detach()), p.requires_grad and bool(mine.numel()))
     return sums
 
 

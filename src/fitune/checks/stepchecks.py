@@ -186,6 +186,11 @@ def step_equality(runner: StepRunner, optimizer: torch.optim.Optimizer) -> Itera
     if isinstance(optimizer, optim.InBackward):
         yield [Finding("step-equality", "ok", "gradients are applied one by one in the backward pass")]
         return
+    if runner.shards is not None:
+        yield [
+            Finding("step-equality", "ok", "the model is in shards: their gradients are summed in the backward pass")
+        ]
+        return
     parameters, sums, latest = trainable(runner.model), dict[str, Tensor](), dict[str, tuple[Tensor, bool]]()
 
     def came(name: str, gradient: Tensor) -> None:  # the output head's comes in chunks: the last counts

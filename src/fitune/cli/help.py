@@ -30,7 +30,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # fields of RunConfig, and what verbs ad
     ),
     "Precision and memory": (
         "precision", "quant", "storage_dtype", "trainable_dtype", "checkpointing", "offload", "frozen_cache",
-        "loss_rows", "layout", "device", "gpu", "workers", "gpus", "collective_timeout", "fit", "force",
+        "loss_rows", "layout", "device", "gpu", "workers", "gpus", "parallel", "collective_timeout", "fit", "force",
     ),
     "Optimization": (
         "batch_size", "batch_tokens", "accumulation", "epochs", "max_steps", "lr", "warmup", "weight_decay",

@@ -26,10 +26,11 @@ from fitune.engine.generation import SIDE_BY_SIDE, answers
 from fitune.engine.held_out import HeldOut, held_out
 from fitune.engine.out_of_memory import in_fewer
 from fitune.engine.parallel import ALONE, World
+from fitune.engine.shards import Shards
 from fitune.models import adapters, methods
 
 
-@dataclass(frozen=True)
+@dataclass
 class ActiveRun:
     """A run that this process works on.
 
@@ -39,6 +40,7 @@ class ActiveRun:
         watch: what it reports to.
         clock: counts the seconds of its phases.
         world: the processes that share its steps.
+        shards: of the model, while it is in some.
     """
 
     folder: RunFolder
@@ -46,6 +48,7 @@ class ActiveRun:
     watch: Watcher
     clock: Clock
     world: World = ALONE
+    shards: Shards | None = None
 
     @cached_property
     def checks(self) -> CheckLog:
@@ -54,7 +57,7 @@ class ActiveRun:
 
     def held_out(self) -> HeldOut | None:
         """Loss and rewards of the model as it is now; None: no row is held out. Each process does its share."""
-        return held_out_of(self.job, self.world, self.watch.message)
+        return held_out_of(self.job, self.world, self.watch.message, in_shards=self.shards is not None)
 
     def sample_rows(self) -> list[Conversation]:
         """The held-out rows whose prompts are answered before and after."""
@@ -72,8 +75,15 @@ class ActiveRun:
             self.checks.add(finding, quiet=warned)
 
 
-def held_out_of(job: Job, world: World, report: Callable[[str], None]) -> HeldOut | None:
-    """Loss and rewards of the model as it is now, each process with its share of the rows; None: no row is held out."""
+def held_out_of(job: Job, world: World, report: Callable[[str], None], *, in_shards: bool = False) -> HeldOut | None:
+    """Loss and rewards of the model as it is now, each process with its share of the rows; None: no row is held out.
+
+    Args:
+        job: of the run.
+        world: its processes.
+        report: is called with one line where fewer rows go side by side.
+        in_shards: the model is; then all processes go through it equally often.
+    """
     if not job.held_out:
         return None
     model, shared = job.tuned.model, world.added if world.size > 1 else None
@@ -81,9 +91,16 @@ def held_out_of(job: Job, world: World, report: Callable[[str], None]) -> HeldOu
     def measured(rows: int) -> HeldOut:
         mine = islice(in_order(job.held_out, job.config.batch_size), world.rank, None, world.size)
         pieces = (piece for batch in mine for piece in split(batch, -(-len(batch.rows) // rows)))
-        return held_out(model, pieces, job.layout, job.objective, shared)
+        return held_out(model, pieces, job.layout, job.objective, shared, idle)
 
+    idle = list(islice(in_order(job.held_out, 1), 1))[: int(in_shards and world.rank >= _batches(job) % world.size > 0)]
+    if in_shards:
+        return measured(job.config.batch_size)
     return in_fewer(measured, job.config.batch_size, "held-out rows", report)
+
+
+def _batches(job: Job) -> int:
+    return -(-len(job.held_out) // job.config.batch_size)
 
 
 def sample_rows(job: Job) -> list[Conversation]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from fitune.checks import stepchecks
 from fitune.commands.active_run import answers_of, held_out_of, measured_before
 from fitune.commands.prepare import Job, prepare
 from fitune.commands.request import to_train
+from fitune.commands.sharing_out import Turn, in_shards, share
 from fitune.commands.signals import passed_on
 from fitune.core import parallel
 from fitune.core.config import build
@@ -26,9 +27,11 @@ from fitune.core.errors import ConfigError
 from fitune.core.events import Silent
 from fitune.core.files import json_text
 from fitune.core.plan import size_text
+from fitune.core.records import Batch
 from fitune.engine import environment, optim
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.parallel import EndedError, World
+from fitune.engine.shards import ELEMENTWISE, share_out
 from fitune.engine.step import LossScale
 from fitune.engine.step_runner import StepRunner
 from fitune.models import determinism, methods
@@ -70,6 +73,10 @@ def check_shareable(job: Job) -> None:
         wrong.append("optimizer_in_backward applies each gradient before those of the other processes are there")
     if config.objective == "kto":
         wrong.append("the objective kto compares all rows of a step with each other")
+    if config.parallel == "shard" and config.optimizer not in ELEMENTWISE:
+        wrong.append(
+            f"optimizer {config.optimizer}, which looks at whole tensors, on shards ({', '.join(ELEMENTWISE)})"
+        )
     if config.frozen_cache in ("memory", "disk"):
         wrong.append("frozen_cache keeps the states of rows in one process")
     if job.tuned.device.type == "cuda" and here > torch.cuda.device_count():
@@ -124,27 +131,50 @@ def with_steps(world: World, job: Job) -> None:
 def _steps(world: World, job: Job) -> bool:
     """The steps, from where process 0 begins; is the run finished behind them?"""
     config, model = job.config, job.tuned.model
-    parameters = trainable(model)
-    rates = partial(methods.find(config.method).rates, config)
-    optimizer = optim.make(parameters, config, rates)
-    begun = world.begin(parameters, optimizer, {})
+    make = partial(optim.make, config=config, rates=partial(methods.find(config.method).rates, config))
+    parameters, shards = trainable(model), None
+    optimizer = make(parameters)
+    if in_shards(config, world):
+        shards, optimizer, begun = share_out(model, world, optimizer, make, {})
+    else:
+        begun = world.begin(parameters, optimizer, {})
     runner = StepRunner(
         model, job.layout, config.max_grad_norm, job.source, lambda _: None,
-        parts=begun["parts"], scale=LossScale(*begun["scale"]), objective=job.objective, world=world,
+        parts=begun["parts"], scale=LossScale(*begun["scale"]), objective=job.objective, world=world, shards=shards,
     )  # fmt: skip
     model.train()
-    first = begun["step"]
     try:
         with passed_on(world.now.wish):
-            for number, (_, step) in enumerate(job.loader.steps(first, begun["end"]), first):
-                optim.set_learning_rate(optimizer, optim.learning_rate(number, job.total_steps, job.lr, config.warmup))
-                world.seed(config.seed, number)
-                mine, weight = job.loader.share(step, world.rank, world.size), sum(batch.weight for batch in step)
-                watched = number - first < stepchecks.WATCHED
+            for number, (_, step) in enumerate(job.loader.steps(begun["step"], begun["end"]), begun["step"]):
+                watched = number - begun["step"] < stepchecks.WATCHED
                 with stepchecks.step_equality(runner, optimizer) if watched else nullcontext():
-                    runner.step(mine, optimizer, weight)
-                if (number + 1) % job.eval_every == 0 or number + 1 == job.total_steps:
-                    held_out_of(job, world, Silent().message)
+                    _step(job, runner, optimizer, number, step)
     except EndedError as ended:
         return ended.finished
+    if shards is not None:
+        optimizer.state.clear()
+        shards.whole()
     return True
+
+
+def _step(job: Job, runner: StepRunner, optimizer: torch.optim.Optimizer, number: int, step: Sequence[Batch]) -> None:
+    """One step, from 0, and what comes after it.
+
+    Raises:
+        EndedError: process 0 has ended the run.
+    """
+    config, world, shards = job.config, runner.world, runner.shards
+    optim.set_learning_rate(optimizer, optim.learning_rate(number, job.total_steps, job.lr, config.warmup))
+    world.seed(config.seed, number)
+    runner.step(*share(step, job.loader, world, shards, optimizer))
+    if (number + 1) % job.eval_every == 0 or number + 1 == job.total_steps:
+        held_out_of(job, world, Silent().message, in_shards=shards is not None)
+    if shards is not None:
+        turn = Turn(**world.decided())
+        if turn.saves:
+            shards.contents(optimizer)
+        if turn.ends:
+            if turn.finished:
+                optimizer.state.clear()
+                shards.whole()
+            raise EndedError(finished=turn.finished)

@@ -18,6 +18,7 @@ from fitune.commands.active_run import ActiveRun, machine_load
 from fitune.commands.follow import CONFIG, check_shareable, meet
 from fitune.commands.prepare import Job, prepare
 from fitune.commands.request import Request, to_train
+from fitune.commands.sharing_out import in_shards
 from fitune.commands.signals import resumable, stop_on_signal
 from fitune.commands.train_end import finish
 from fitune.commands.train_loop import Training
@@ -194,13 +195,17 @@ def _below(active: ActiveRun, runner: StepRunner) -> Iterator[None]:
 
 
 def _rehearsed(active: ActiveRun, runner: StepRunner, *, known: bool) -> Rehearsal | None:
-    """The rehearsal of the largest step; None where it is known from before the run was stopped. In both cases the
+    """The rehearsal of the largest step; None where it is known from before the run was stopped, or where the model
+    will be in shards. In all cases the
     runner splits micro-batches as it found, and algorithms are deterministic where all operations have one."""
     job = active.job
     if known:
         measured = active.folder.read("measured")
         runner.parts = measured["micro_batch_parts"]
         determinism.strict(measured.get("deterministic", True))
+        return None
+    if in_shards(job.config, active.world):  # whole gradients are what shards are there to avoid
+        determinism.strict(job.tuned.device.type == "cpu")
         return None
     rehearsal = rehearse(job, runner)
     determinism.strict(rehearsal.deterministic)
@@ -211,7 +216,7 @@ def _rehearsed(active: ActiveRun, runner: StepRunner, *, known: bool) -> Rehears
     return rehearsal
 
 
-OF_THIS = ("force", "collective_timeout")  # settings of this stretch of a run that goes on
+OF_THIS = ("force", "parallel", "collective_timeout")  # settings of this stretch of a run that goes on
 
 
 def resume_config(output: str, given: Mapping[str, object]) -> RunConfig:

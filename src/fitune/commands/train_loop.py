@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ import torch
 from fitune.checks import guards, stepchecks
 from fitune.commands import resuming
 from fitune.commands.active_run import ActiveRun
+from fitune.commands.sharing_out import Turn, in_shards, share
 from fitune.commands.signals import interrupted
 from fitune.core import processor
 from fitune.core.clock import BEFORE, CHECKPOINTS, EVALUATION, STEPS
@@ -30,6 +31,7 @@ from fitune.core.records import Batch, StepRecord
 from fitune.engine import integrity, optim
 from fitune.engine.held_out import HeldOut
 from fitune.engine.rewards import FIGURES
+from fitune.engine.shards import share_out
 from fitune.engine.step import LossScale, StepResult
 from fitune.engine.step_runner import StepRunner
 from fitune.memory.storage import STATES
@@ -96,8 +98,7 @@ class Training:
         job = self.active.job
         self.config, self.model, self.total = job.config, job.tuned.model, job.total_steps
         self.parameters = trainable(self.model)
-        rates = partial(methods.find(self.config.method).rates, self.config)
-        self.optimizer = optim.make(self.parameters, self.config, rates)
+        self.optimizer = self._make(self.parameters)
         self.progress = Progress()
         self.next_rows: str | None = None  # digest of the rows of the next step, where a checkpoint named them
         self.with_best = self.config.final == "best" or self.config.patience is not None
@@ -134,6 +135,7 @@ class Training:
         active.checks.add(stepchecks.steps_applied(self.optimizer, active.folder.read_steps()))
         whole_run = 2 * (self.progress.step - started) > self.progress.step  # near the end the learning rate may be 0
         active.checks.add(guards.frozen_intact(bits, self.model, active.job.lr if whole_run else 0, "at the end"))
+        self._whole()
         if self.with_best:
             return self._back_to_best()
         active.world.decided({"again": False})
@@ -168,11 +170,14 @@ class Training:
             if self.runner.world.now.wish.is_set():  # another process was asked to stop
                 self.stopped.set()
             due = progress.step % active.job.save_every == 0 or last or early or progress.best_step == progress.step
-            if self.stopped.is_set() or (due and not progress.bad):
+            saves, ends = self.stopped.is_set() or (due and not progress.bad), early or self.stopped.is_set()
+            if self.runner.shards is not None:  # the others gather, and begin no step that this one does not
+                self.runner.world.decided(Turn(saves, ends and not last, finished=early).as_dict())
+            if saves:
                 self._save()
-            if (early or self.stopped.is_set()) and not last:
+            if self.runner.shards is None and ends and not last:
                 rewards = len(FIGURES) if done.rewards else 0
-                self.runner.world.end(list(self.parameters.values()), rewards, finished=early)
+                self.runner.world.end(self.runner.summed, rewards, finished=early)
             if early:
                 active.watch.message(f"stopped early: no better held-out loss in {progress.worse} evaluations")
                 break
@@ -184,7 +189,22 @@ class Training:
         progress, scale = self.progress, self.runner.scale
         end = progress.step if progress.patience_is_over(self.config) else self.total
         how = {"step": progress.step, "end": end, "parts": self.runner.parts, "scale": [scale.value, scale.fine]}
-        self.runner.world.begin(self.parameters, self.optimizer, how)
+        world = self.runner.world
+        if in_shards(self.config, world):
+            shards, self.optimizer, _ = share_out(self.model, world, self.optimizer, self._make, how)
+            self.runner.shards = self.active.shards = shards
+        else:
+            world.begin(self.parameters, self.optimizer, how)
+
+    def _make(self, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return optim.make(parameters, self.config, partial(methods.find(self.config.method).rates, self.config))
+
+    def _whole(self) -> None:
+        """Every process has the whole model again, where it was in shards."""
+        if self.runner.shards is not None:
+            self.optimizer.state.clear()
+            self.runner.shards.whole()
+            self.runner.shards = self.active.shards = None
 
     def _step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """One optimizer step; of several processes each takes a share of its rows."""
@@ -192,8 +212,7 @@ class Training:
         if world.size == 1:
             return self.runner.step(micro_batches, self.optimizer)
         world.seed(self.config.seed, self.progress.step - 1)
-        mine = loader.share(micro_batches, world.rank, world.size)
-        return self.runner.step(mine, self.optimizer, sum(batch.weight for batch in micro_batches))
+        return self.runner.step(*share(micro_batches, loader, world, self.runner.shards, self.optimizer))
 
     def _check_rows(self, micro_batches: Sequence[Batch]) -> None:
         """The first step of a resumed run has the rows that its checkpoint names."""
@@ -224,7 +243,11 @@ class Training:
             scale=self.runner.scale,
             next_rows=stepchecks.next_rows(self.active.job.loader, progress.step),
         )
-        run.save(progress.step, self.parameters, self.optimizer, asdict(saved))
+        if self.runner.shards is None:
+            run.save(progress.step, self.parameters, self.optimizer, asdict(saved))
+        else:
+            trained, states, scalars = self.runner.shards.contents(self.optimizer)
+            run.save(progress.step, trained, (states, scalars), asdict(saved))
         run.prune(self.config.keep_last, progress.best_step, progress.step)
         self.active.clock.ends(CHECKPOINTS)
 

@@ -292,6 +292,9 @@ class RunConfig(DataConfig):
     """Longest of these answers, in tokens."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+    parallel: Literal["auto", "replicate", "shard"] = "auto"
+    """What each of several processes holds: the whole model (replicate), or its part of every block's weights,
+    gradients and states (shard). auto: the whole, where that fits."""
     collective_timeout: float = Field(default=10, gt=0, le=60 * 24)
     """Minutes that a process of several waits for the others, in each exchange; one that is later is named."""
     force: bool = False

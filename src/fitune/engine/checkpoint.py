@@ -206,18 +206,24 @@ class RunFolder:
     def save(
         self,
         step: int,
-        parameters: Mapping[str, torch.nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer | tuple[Mapping[str, Tensor], Mapping[str, object]],
         state: Mapping[str, object],
     ) -> Path:
         """Write a checkpoint after `step` optimizer steps, completely or not at all.
+
+        Args:
+            step: the number of the last one.
+            parameters: what is trained.
+            optimizer: of these; or its states and other values, as `optim.state_tensors` names them.
+            state: of the run; JSON.
 
         Raises:
             RunFolderError: the disk is full, or the folder cannot be written; earlier checkpoints stay.
         """
         final = self.checkpoint(step)
         temporary = self.checkpoints / f"{TEMPORARY}{final.name}"
-        tensors, scalars = optim.state_tensors(optimizer, parameters)
+        tensors, scalars = optimizer if isinstance(optimizer, tuple) else optim.state_tensors(optimizer, parameters)
         with disk(self.checkpoints):
             self._clean()
             temporary.mkdir()
@@ -226,7 +232,7 @@ class RunFolder:
                     {name: p.detach().cpu().contiguous() for name, p in parameters.items()},
                     temporary / "trainable.safetensors",
                 )
-                save_file(tensors, temporary / "optimizer.safetensors")
+                save_file(dict(tensors), temporary / "optimizer.safetensors")
                 save_file(rng_state(), temporary / "rng.safetensors")
                 text = as_json({"step": step, "optimizer": scalars, **state})
                 (temporary / "state.json").write_text(text, encoding="utf-8")

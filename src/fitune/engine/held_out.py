@@ -33,12 +33,14 @@ def held_out(
     layout: Layout = "flat",
     objective: Objective = SFT,
     added: Callable[[Tensor], Tensor] | None = None,
+    idle: Iterable[Batch] = (),
 ) -> HeldOut:
     """Loss and rewards over held-out batches; the model's mode is left as it was.
 
     Args:
         model, batches, layout, objective: of the run.
         added: sums over all processes, where others have the rest of the batches.
+        idle: go through the model for nothing.
     """
     device = next(model.parameters()).device
     sums = torch.zeros(2 + len(FIGURES), dtype=torch.float64, device=device)
@@ -52,6 +54,8 @@ def held_out(
             sums[1] += batch.weight
             if found.seen is not None:
                 sums[2:] += found.seen
+        for batch in idle:
+            objective.loss(model, batch, layout)
     total, weight, *seen = (sums if added is None else added(sums)).tolist()
     return HeldOut(total / weight, rewards_of(seen) if any(seen) else None)
 

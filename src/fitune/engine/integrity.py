@@ -37,7 +37,7 @@ FREE = ("README.md",)  # the model card is the user's to edit
 # how long processes wait for each other
 PLACES = (
     "output", "model", "data", "eval_data", "adapter", "cache", "cache_size", "frozen_cache", "force",
-    "collective_timeout",
+    "parallel", "collective_timeout",
 )  # fmt: skip
 TENSORS = "the base's tensors"  # the sums of the base's files, among the inputs in data.json
 Sum = dict[str, int | str]  # bytes and SHA-256 of a file

@@ -287,7 +287,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def state_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
     """The optimizer's state as tensors named `parameter|key`, to be written at once, and its other values. States on a
     CPU are not copied: a second copy of all would be the peak memory of full tuning."""

@@ -168,7 +168,7 @@ class World:
             one = tensors[name].to(device) if self.rank == 0 else torch.empty(
                 shape, dtype=getattr(torch, dtype), device=device
             )  # fmt: skip
-            self._broadcast(one)
+            self.broadcast(one)
             tensors[name] = one
         if self.rank:
             optim.load_state(optimizer, parameters, tensors, begun["scalars"])
@@ -179,9 +179,10 @@ class World:
         """Give all processes the trained tensors of process 0."""
         if self.size > 1:
             for parameter in parameters.values():
-                self._broadcast(parameter.data)
+                self.broadcast(parameter.data)
 
-    def _broadcast(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor) -> None:
+        """Give all processes the values that process 0 has."""
         with self._together("starting from the same weights"):
             whole = tensor.contiguous()
             distributed.broadcast(whole, 0)
@@ -224,7 +225,8 @@ class World:
             self.now.wish.set()
         at = len(sums) + 1 + len(parameters)
         trained = [p for p, found in zip(parameters, small[len(sums) + 1 : at].tolist(), strict=True) if found]
-        in_one_buffer(trained, partial(self._reduce, what="the gradients of a step"))
+        if trained:
+            in_one_buffer(trained, partial(self._reduce, what="the gradients of a step"))
         tokens, targets, total = small[2:5]
         device = made.total.device
         rewards = None if made.seen is None else small[at:].to(device)

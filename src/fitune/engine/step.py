@@ -361,6 +361,7 @@ def make_gradients(
     *,
     on_batch: Callable[[Batch], object] | None = None,
     weight: float | None = None,
+    idle: Sequence[Batch] = (),
 ) -> Made:
     """The first half of a step: gradients of scale x the objective; no norm yet.
 
@@ -368,6 +369,7 @@ def make_gradients(
         model, micro_batches, layout, scale, objective: as for `training_step`.
         on_batch: is called with each micro-batch before work on it begins.
         weight: of the whole step, where other processes have the rest of it; these may then be none.
+        idle: go through the model for nothing, as often as other processes have more of the step.
     """
     if weight is None:
         weight = sum(batch.weight for batch in micro_batches)
@@ -382,6 +384,8 @@ def make_gradients(
                 (loss.total * (scale / weight)).backward()
             sums.append(loss.total.detach().double())
             seen += [] if loss.seen is None else [loss.seen]
+        for batch in idle:
+            (objective.loss(model, batch, layout).total * 0.0).backward()
     tokens, targets = sum(len(batch.ids) for batch in micro_batches), sum(batch.targets for batch in micro_batches)
     rewards = sum(seen[1:], seen[0]) if seen else None
     total = (
@@ -390,20 +394,42 @@ def make_gradients(
     return Made(total, weight, tokens, targets, rewards)
 
 
+class Parts(Protocol):
+    """Has what is trained in parts, of which this process holds some (shards.py)."""
+
+    def gradients(self) -> list[nn.Parameter]:
+        """The optimizer's tensors, with their gradients."""
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Of the gradients of all parts."""
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+
+
 def apply_gradients(
-    model: nn.Module, made: Made, optimizer: torch.optim.Optimizer, max_grad_norm: float, scale: float = 1.0
+    model: nn.Module,
+    made: Made,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    scale: float = 1.0,
+    parts: Parts | None = None,
 ) -> StepResult:
     """The second half of a step: take off the scale, clip and update; or drop gradients that are not finite. Loss and
-    norm are read together, the only time in a step that the CPU waits for a GPU."""
+    norm are read together, the only time in a step that the CPU waits for a GPU. parts: where the model is in some."""
+    parameters = list(trainable(model).values()) if parts is None else parts.gradients()
     if scale != 1:
-        for parameter in trainable(model).values():
+        for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(scale)
     if isinstance(optimizer, InBackward):
         taken, _ = optimizer.taken()
         size = made.total.new_tensor(taken)
+    elif parts is not None:
+        size = parts.norm(parameters).to(made.total.device)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm or float("inf"), size.float())
     else:
-        size = torch.nn.utils.clip_grad_norm_(trainable(model).values(), max_grad_norm or float("inf")).double()
+        size = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf")).double()
     figures = [made.total[None], size[None], *([] if made.seen is None else [made.seen])]
     total, norm, *seen = (float(one) for one in torch.cat(figures).cpu())
     finite = math.isfinite(total) and math.isfinite(norm)
@@ -412,4 +438,6 @@ def apply_gradients(
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if parts is not None:
+        parts.drop()
     return done

@@ -25,6 +25,7 @@ from fitune.engine.checkpoint import restore_rng, rng_state
 from fitune.engine.non_finite import first_non_finite
 from fitune.engine.out_of_memory import SAFE, OutOfMemory, attempt
 from fitune.engine.parallel import ALONE, World
+from fitune.engine.shards import Shards
 from fitune.engine.step import SFT, LossScale, Made, Objective, StepResult, apply_gradients, make_gradients
 from fitune.models.parts import trainable
 
@@ -53,6 +54,7 @@ class StepRunner:
             and it does not count as a bad step.
         objective: what is made small.
         world: the processes that share each step.
+        shards: of the model, where it is shared out, too.
     """
 
     model: nn.Module
@@ -64,9 +66,19 @@ class StepRunner:
     scale: LossScale = field(default_factory=LossScale)
     objective: Objective = SFT
     world: World = ALONE
+    shards: Shards | None = None
+
+    @property
+    def summed(self) -> list[nn.Parameter]:
+        """What is trained, of which each process has all of the gradients."""
+        return list(trainable(self.model).values()) if self.shards is None else self.shards.outside
 
     def step(
-        self, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, weight: float | None = None
+        self,
+        micro_batches: Sequence[Batch],
+        optimizer: torch.optim.Optimizer,
+        weight: float | None = None,
+        idle: Sequence[Batch] = (),
     ) -> StepResult:
         """One optimizer step.
 
@@ -74,6 +86,7 @@ class StepRunner:
             micro_batches: all rows of the step; of several processes, those of this one.
             optimizer: with its learning rate set.
             weight: of the whole step, where several processes share it.
+            idle: micro-batches that go through the model for nothing.
 
         Raises:
             TrainingError: a single row does not fit, or the optimizer's states do not.
@@ -81,8 +94,8 @@ class StepRunner:
         start = self.scale.value
         while True:
             before = rng_state()
-            made = self._gradients(micro_batches, optimizer, weight)
-            made = self.world.summed(made, list(trainable(self.model).values()))
+            made = self._gradients(micro_batches, optimizer, weight, idle)
+            made = self.world.summed(made, self.summed)
             done = self._apply(made, optimizer)
             if done.finite or not math.isfinite(done.loss) or not self.scale.lower():
                 if not done.finite:
@@ -92,19 +105,24 @@ class StepRunner:
             restore_rng(before)
 
     def _gradients(
-        self, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, weight: float | None
+        self,
+        micro_batches: Sequence[Batch],
+        optimizer: torch.optim.Optimizer,
+        weight: float | None,
+        idle: Sequence[Batch],
     ) -> Made:
         """The first half of a step, in as many parts as it takes to fit."""
         before = rng_state()
         while True:
             reached = list(micro_batches[:1])
-            made = attempt(partial(self._make, micro_batches, reached, self.scale.value, weight))
+            made = attempt(partial(self._make, micro_batches, reached, self.scale.value, weight, idle))
             if not isinstance(made, OutOfMemory):
                 return made
             self._forget(optimizer)
-            if isinstance(optimizer, optim.InBackward):
+            if isinstance(optimizer, optim.InBackward) or self.shards is not None:
+                how = "optimizer_in_backward" if self.shards is None else "the model in shards"
                 raise TrainingError(
-                    "out of memory; with optimizer_in_backward a step cannot be repeated",
+                    f"out of memory; with {how} a step cannot be repeated",
                     received=made.message,
                     fix="a smaller --batch-size; the last checkpoint is good",
                 )
@@ -116,10 +134,16 @@ class StepRunner:
             )
 
     def _make(
-        self, micro_batches: Sequence[Batch], reached: list[Batch], scale: float, weight: float | None = None
+        self,
+        micro_batches: Sequence[Batch],
+        reached: list[Batch],
+        scale: float,
+        weight: float | None = None,
+        idle: Sequence[Batch] = (),
     ) -> Made:
         how = (self.layout, scale, self.objective)
-        return make_gradients(self.model, self._pieces(micro_batches), *how, on_batch=reached.append, weight=weight)
+        pieces = self._pieces(micro_batches)
+        return make_gradients(self.model, pieces, *how, on_batch=reached.append, weight=weight, idle=idle)
 
     def _pieces(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         return [piece for batch in micro_batches for piece in split(batch, self.parts)]
@@ -136,7 +160,8 @@ class StepRunner:
         return max(len(piece.rows) for piece in self._pieces(micro_batches))
 
     def _apply(self, made: Made, optimizer: torch.optim.Optimizer) -> StepResult:
-        done = attempt(partial(apply_gradients, self.model, made, optimizer, self.max_grad_norm, self.scale.value))
+        how = (self.max_grad_norm, self.scale.value, self.shards)
+        done = attempt(partial(apply_gradients, self.model, made, optimizer, *how))
         if not isinstance(done, OutOfMemory):
             return done
         self._forget(optimizer)
@@ -204,7 +229,10 @@ class StepRunner:
             return 0
         if bad + 1 < MOST_BAD:
             return bad + 1
-        first, rows = first_non_finite(self.model, micro_batches, self.layout)
+        if self.shards is None:
+            first, rows = first_non_finite(self.model, micro_batches, self.layout)
+        else:  # which takes all processes
+            first, rows = "not looked for in shards", tuple(row for batch in micro_batches for row in batch.rows)
         places = ", ".join(str(self.source(row)) for row in rows[:8])
         raise TrainingError(
             f"{MOST_BAD} steps in a row were not finite, so the run stops; none of them was applied",

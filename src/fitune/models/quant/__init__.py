@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +157,15 @@ def constants(layer: Frozen) -> list[Tensor]:
     """The scales of a quantized layer."""
     name = next(name for name in NAMES if find_spec("bitsandbytes") and isinstance(layer, find(name).base))
     return find(name).constants(layer)
+
+
+def keep_apart(layer: Frozen) -> None:
+    """Keep at a quantized layer how its weight is packed: the weight may be taken away, and come back as bytes."""
+    weight, held = layer.weight, cast(Any, layer)
+    if hasattr(weight, "quant_state"):
+        held.quant_state = weight.quant_state
+    elif getattr(held.state, "SCB", None) is None:
+        held.state.SCB = weight.SCB
 
 
 def numel(parameter: Tensor) -> int:

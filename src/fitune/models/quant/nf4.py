@@ -70,12 +70,18 @@ def single_scales(numbers: Tensor, code: Tensor, outer: Tensor, mean: Tensor, bl
 
 # ---- packed layers to plain weights ----
 
+
+def _packing(layer: Any) -> Any:
+    """How a weight is packed: bitsandbytes keeps that at the weight, or at the layer, where the weight is gathered."""
+    return getattr(layer.weight, "quant_state", None) or layer.quant_state
+
+
 PIECE = 2**16  # weights that the exact way looks up at once
 
 
 def by_kernel(layer: Frozen, dtype: torch.dtype, shape: torch.Size | None = None) -> Tensor:
     """bitsandbytes' kernel, as it calls it, or on the same weights in another shape; no float32 copy is made."""
-    state = copy(layer.weight.quant_state)
+    state = copy(_packing(layer))
     state.dtype, state.shape = dtype, shape or state.shape
     weight: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, state)
     return weight
@@ -83,7 +89,7 @@ def by_kernel(layer: Frozen, dtype: torch.dtype, shape: torch.Size | None = None
 
 def by_blocks(layer: Frozen, dtype: torch.dtype) -> Tensor:
     """The same kernel on rows of one block each: where a block's scale stands depends on no row's length then."""
-    state = layer.weight.quant_state
+    state = _packing(layer)
     blocks, rest = divmod(state.shape.numel(), state.blocksize)
     if rest:
         return exact(layer, dtype)
@@ -92,7 +98,7 @@ def by_blocks(layer: Frozen, dtype: torch.dtype) -> Tensor:
 
 def exact(layer: Frozen, dtype: torch.dtype) -> Tensor:
     """What the numbers and scales stand for, looked up by torch alone; some eight times slower than a kernel."""
-    state = layer.weight.quant_state
+    state = _packing(layer)
     made = torch.empty(state.shape.numel(), dtype=dtype, device=layer.weight.device)
     for start, values, _ in _looked_up(layer):
         made[start : start + len(values)] = values
@@ -101,7 +107,7 @@ def exact(layer: Frozen, dtype: torch.dtype) -> Tensor:
 
 def _looked_up(layer: Frozen) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(where it begins, weights, the scale of each) a piece at a time, in float32."""
-    state, packed = layer.weight.quant_state, layer.weight.data.reshape(-1).view(torch.uint8)
+    state, packed = _packing(layer), layer.weight.data.reshape(-1).view(torch.uint8)
     count, block = state.shape.numel(), state.blocksize
     code = state.code.float()
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)  # of a byte the high half comes first
@@ -132,7 +138,7 @@ class Nf4Linear(trust.Checked, bnb.nn.Linear4bit):
 
     def kind(self) -> Kind:
         """Shape and settings."""
-        state = self.weight.quant_state
+        state = _packing(self)
         setting = f"blocks of {state.blocksize}{', double' if state.nested else ''}"
         return Kind(state.quant_type, tuple(state.shape), setting)
 
@@ -142,7 +148,7 @@ class Nf4Linear(trust.Checked, bnb.nn.Linear4bit):
 
     def watched(self) -> list[tuple[str, trust.Way]]:
         """Not used here, but by transformers and PEFT; rows of odd length have no kernel."""
-        return [("bitsandbytes' kernel", by_kernel)] if self.weight.quant_state.shape[-1] % 2 == 0 else []
+        return [("bitsandbytes' kernel", by_kernel)] if _packing(self).shape[-1] % 2 == 0 else []
 
     def weight_error(self, way: trust.Way, dtype: torch.dtype) -> float | None:
         """How far off a way is, relative to the exact weight's norm; None where no weight is further off than rounding
@@ -160,7 +166,7 @@ class Nf4Linear(trust.Checked, bnb.nn.Linear4bit):
 
     def fused_product(self, x: Tensor) -> Tensor:
         """bitsandbytes' product."""
-        product: Tensor = bnb.matmul_4bit(x, self.weight.t(), quant_state=self.weight.quant_state)
+        product: Tensor = bnb.matmul_4bit(x, self.weight.t(), quant_state=_packing(self))
         return product
 
 
@@ -239,7 +245,7 @@ class Nf4(Quantizer):
 
     def constants(self, layer: Frozen) -> list[Tensor]:
         """See Quantizer."""
-        state = layer.weight.quant_state
+        state = _packing(layer)
         return [state.absmax, *([state.state2.absmax] if state.nested else [])]
 
     def bytes_per_weight(self, options: QuantOptions) -> float:

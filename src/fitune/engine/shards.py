@@ -1,0 +1,223 @@
+"""A model whose blocks are shared out: each process keeps its part of their weights, gradients and states.
+
+In: a whole model, the same in every process. Out: the same steps, on shards. torch's FSDP2 (`fully_shard`, a group for
+each block; Zhao et al. 2023, arXiv:2304.11277) gathers the weights of a block before its forward and its backward pass,
+and gives each process its part of the sum of their gradients; frozen weights travel in the dtype that they are kept in.
+What is not in a block (embedding, last norm, head) is whole in every process. The optimizer works on plain tensors that
+share their memory with the shards, so any one whose update of a number needs nothing of the others can be used.
+
+All processes must go through the model equally often: those that have fewer micro-batches take some for nothing
+(`idle`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from fitune.core.records import Batch
+from fitune.data.batches import split
+from fitune.engine import optim
+from fitune.engine.parallel import World
+from fitune.models import attached, families, quant
+from fitune.models.interfaces import causal_lm
+from fitune.models.parts import trainable
+
+ELEMENTWISE = ("adamw", "adamw-foreach", "sgd", "lion")  # optimizers that update each number by itself
+HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Was:
+    """A module before it was shared out."""
+
+    module: nn.Module
+    kind: type[nn.Module]
+    hooks: Mapping[str, Any]
+
+
+@dataclass
+class Shards:
+    """The shards of a model.
+
+    Args:
+        model: is shared out; it stays so until `whole`.
+        world: the processes.
+    """
+
+    model: nn.Module
+    world: World
+    local: dict[str, nn.Parameter] = field(default_factory=dict)  # what the optimizer of this process updates
+
+    def __post_init__(self) -> None:
+        for _, layer in quant.layers(self.model):
+            quant.keep_apart(layer)
+        self.copies, attached.of(self.model).copies = attached.of(self.model).copies, nullcontext
+        inner = causal_lm(self.model)
+        blocks = list(families.of(inner).block_list(inner))
+        inside = {id(p) for block in blocks for p in block.parameters()}
+        outside = {p for p in inner.base_model.parameters() if id(p) not in inside}
+        self.parameters = [
+            (module, name, parameter)
+            for block in blocks
+            for module in block.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
+        self.was = [_Was(m, type(m), {n: vars(m)[n].copy() for n in HOOKS}) for m in (*blocks, inner.base_model)]
+        for block in blocks:
+            fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
+        fully_shard(inner.base_model, mesh=self.mesh, ignored_params=outside)
+        for _, _, parameter in self.parameters:
+            parameter.data = parameter.data.new_empty(0)
+        for was in self.was:
+            module = cast(FSDPModule, was.module)
+            module.set_gradient_divide_factor(1.0)  # the loss is divided by the weight of the whole step
+            module.set_force_sum_reduction_for_comms(True)
+        self.local = {
+            name: nn.Parameter(p.to_local().detach()) if isinstance(p, DTensor) else p
+            for name, p in trainable(self.model).items()
+        }
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """All processes, in one row."""
+        return init_device_mesh(next(causal_lm(self.model).parameters()).device.type, (self.world.size,))
+
+    @property
+    def outside(self) -> list[nn.Parameter]:
+        """What is trained and whole in every process."""
+        return [p for p in trainable(self.model).values() if not isinstance(p, DTensor)]
+
+    # ---- a step ----
+
+    def idle(self, mine: Sequence[Batch], step: Sequence[Batch], most: int) -> list[Batch]:
+        """What this process takes through the model for nothing, so that it does so as often as the others.
+
+        Args:
+            mine: its micro-batches of a step.
+            step: those of all.
+            most: how many the process with most has.
+        """
+        row = split(step[0], len(step[0].rows))[0]
+        return [row] * (most - len(mine))
+
+    def gradients(self) -> list[nn.Parameter]:
+        """The optimizer's tensors, with the gradients of the step that was made."""
+        for name, parameter in trainable(self.model).items():
+            if isinstance(parameter, DTensor):
+                mine = self.local[name]
+                mine.data = parameter.to_local().detach()  # FSDP may have moved it before its first step
+                mine.grad = None if parameter.grad is None else cast(DTensor, parameter.grad).to_local()
+                parameter.grad = None
+        return list(self.local.values())
+
+    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Of all gradients, float64, the same in every process."""
+        whole = {id(p) for p in self.outside}
+        squares = [(id(p) in whole, p.grad.double().square().sum()) for p in parameters if p.grad is not None]
+        zero = torch.zeros((), dtype=torch.float64)
+        shards = sum((s.cpu() for outside, s in squares if not outside), zero)
+        shards = self.world.added(shards[None].clone())[0]
+        return (shards + sum((s.cpu() for outside, s in squares if outside), zero)).sqrt()
+
+    def drop(self) -> None:
+        """Forget all gradients."""
+        for parameter in (*self.local.values(), *trainable(self.model).values()):
+            parameter.grad = None
+
+    # ---- whole tensors ----
+
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
+        """This process's part of a tensor that is as large as the named parameter; the tensor itself, where that is in
+        no block, or where it is of another size."""
+        parameter = trainable(self.model)[name]
+        if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+            return whole
+        parts = whole.chunk(self.world.size)
+        mine = parts[self.world.rank] if self.world.rank < len(parts) else whole[:0]
+        return mine.clone()
+
+    def gathered(self, name: str, mine: Tensor) -> Tensor:
+        """The whole of what `part_of` gave the part of; every process must ask."""
+        parameter = trainable(self.model)[name]
+        if not isinstance(parameter, DTensor) or mine.shape != parameter.to_local().shape:
+            return mine
+        there = mine.to(parameter.device)
+        shared = DTensor.from_local(
+            there, self.mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+        return shared.full_tensor().detach()
+
+    def contents(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
+        """What a checkpoint holds: what is trained, and the optimizer's states, whole, and its other values. Every
+        process must ask; process 0 gets it, the others nothing. One tensor at a time is gathered, and moved to the
+        CPU."""
+        trained = {name: self._kept(name, p.detach()) for name, p in self.local.items()}
+        tensors, scalars = optim.state_tensors(optimizer, self.local)
+        states = {name: self._kept(name.rpartition("|")[0], one) for name, one in tensors.items()}
+        return trained, states, scalars
+
+    def _kept(self, name: str, mine: Tensor) -> Tensor:
+        whole = self.gathered(name, mine)
+        return whole.cpu() if self.world.rank == 0 else whole[:0] if whole.ndim else whole
+
+    @torch.no_grad()
+    def whole(self) -> None:
+        """Every process has the whole model again, as it was before but for what was trained."""
+        for module, name, parameter in self.parameters:
+            parameter.data = cast(DTensor, module._parameters[name]).full_tensor().detach()
+            module._parameters[name] = parameter
+        attached.of(self.model).copies = self.copies
+        for was in self.was:
+            was.module.__class__ = was.kind
+            for name, hooks in was.hooks.items():
+                vars(was.module)[name].clear()
+                vars(was.module)[name].update(hooks)
+
+
+def share_out(
+    model: nn.Module,
+    world: World,
+    optimizer: torch.optim.Optimizer,
+    make: Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer],
+    progress: Mapping[str, Any],
+) -> tuple[Shards, torch.optim.Optimizer, dict[str, Any]]:
+    """Share out a model, from where process 0 stands.
+
+    Args:
+        model: whole; the same in all processes but for what is trained.
+        world: the processes.
+        optimizer: of process 0 with its states.
+        make: the run's optimizer of some tensors.
+        progress: numbers, of process 0; JSON.
+
+    Returns:
+        The shards, their optimizer with the states of process 0, and the progress of process 0.
+    """
+    parameters = trainable(model)
+    world.spread(parameters)
+    tensors, scalars = optim.state_tensors(optimizer, parameters) if world.rank == 0 else ({}, {})
+    forms = {name: [str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in tensors.items()}
+    begun = world.decided({"states": forms, "scalars": scalars, "progress": dict(progress)})
+    optimizer.state.clear()
+    shards = Shards(model, world)
+    mine = {}
+    for name, (dtype, shape) in begun["states"].items():
+        whole = tensors.pop(name) if world.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
+        world.broadcast(whole)
+        mine[name] = shards.part_of(name.rpartition("|")[0], whole)
+    made = make(shards.local)
+    optim.load_state(made, shards.local, mine, begun["scalars"])
+    return shards, made, begun["progress"]
