@@ -11,6 +11,8 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fitune import quant as quant
+    from fitune import show as show
     from fitune.api import (
         Advised,
         Converted,
@@ -77,8 +79,10 @@ __all__ = [
     "load_model",
     "merge",
     "plan",
+    "quant",
     "quantize",
     "serve",
+    "show",
     "train",
     "ui",
 ]
@@ -91,6 +95,8 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name == "FituneError":
         return import_module("fitune.core.errors").FituneError
+    if name in ("quant", "show"):  # modules of their own; `import fitune` alone loads neither
+        return import_module(f"fitune.{name}")
     if name in __all__:
         return getattr(import_module("fitune.api"), name)
     raise AttributeError(f"module 'fitune' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Verbs that look at something, as they are typed: inspect, methods, doctor.
+"""Verbs that look at something, as they are typed: inspect, template, methods, doctor.
 
 In: what was typed. Out: tables in the terminal, a page, one JSON object. Nothing here loads torch before it is needed.
 """
@@ -64,6 +64,26 @@ def inspect(
     if html is not None:
         write_atomic(html, page(seen))
         console.write_line(f"page {html}")
+    if json:
+        print_json(seen.as_dict())
+
+
+def template(
+    model: Annotated[str, Parameter(help="Model folder or hub id; tokenizer files are enough.")],
+    *,
+    template: Annotated[str, Parameter(help="Which template, as for train.")] = "auto",
+    question: Annotated[str | None, Parameter(help="The question in the examples.")] = None,
+    answer: Annotated[str | None, Parameter(help="The answer in the examples.")] = None,
+    json: Json = False,
+) -> None:
+    """Show a model's prompts: template, roles, token ids, what is trained, and what ends an answer."""
+    early.template(template)
+    with imports.for_good():
+        from fitune.commands.template import ANSWER, QUESTION, show
+        from fitune.commands.template import template as look
+
+    seen = look(model, template, question=question or QUESTION, answer=answer or ANSWER)
+    show(seen, console_for(json))
     if json:
         print_json(seen.as_dict())
 

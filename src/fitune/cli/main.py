@@ -33,8 +33,8 @@ app = App(
 )
 app.register_install_completion_command(help="Let the shell complete verbs and flags; prints what it writes.")
 for verb in (
-    train.demo, train.train, look.inspect, use.chat, use.serve, use.ui, models.merge, models.reseal, models.download,
-    models.convert, models.export, models.quantize, plan.plan, look.doctor, look.methods,
+    train.demo, train.train, look.inspect, look.template, use.chat, use.serve, use.ui, models.merge, models.reseal,
+    models.download, models.convert, models.export, models.quantize, plan.plan, look.doctor, look.methods,
 ):  # fmt: skip
     app.command(verb)
 app.command(use.evaluate, name="eval")

@@ -16,6 +16,7 @@ from fitune.cli.flags import Given, Json, SetOption, check_page, console_for, op
 from fitune.core import config as settings
 from fitune.core import imports
 from fitune.core.errors import ConfigError
+from fitune.core.plan import Plan
 from fitune.core.units import MIB
 from fitune.views.screen import Screen
 
@@ -41,6 +42,9 @@ class Target:
         int,
         Parameter(help="Processes that will share each step, as for train: the plan is of the one that takes most."),
     ] = 1
+    explain: Annotated[
+        bool, Parameter(negative="", help="Show old rules of thumb beside the plan, and how far off they are.")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def _planned(question: Question, html: Path | None, console: Screen) -> dict[str
     for note in made.notes:
         console.print(note, style="yellow", markup=False, highlight=False)
     console.print(verdict(made), markup=False, highlight=False)
-    figures = made.as_dict()
+    figures = {**made.as_dict(), **_explained(made, question, console)}
     if made.fits is False:
         from fitune.commands.savers import what_helps
 
@@ -196,7 +200,19 @@ def _advised(question: Question, html: Path | None, console: Screen) -> dict[str
     if html is not None:
         write_atomic(html, page(found))
         console.write_line(f"page {html}")
-    return found.as_dict()
+    return {**found.as_dict(), **_explained(found.suggestions[0].plan, question, console)}
+
+
+def _explained(plan: Plan, question: Question, console: Screen) -> dict[str, object]:
+    """Old rules beside a plan, where they were asked for."""
+    if not question.target.explain:
+        return {}
+    from fitune.memory.rules import rules
+    from fitune.views.plan import rules_table
+
+    rows = rules(plan)
+    console.print(rules_table(rows))
+    return {"rules": [row.as_dict() for row in rows]}
 
 
 def _verified(question: Question, html: Path | None, console: Screen) -> dict[str, object]:

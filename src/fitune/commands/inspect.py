@@ -20,7 +20,6 @@ from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from fitune.checks import datachecks
 from fitune.core import letters
@@ -34,9 +33,8 @@ from fitune.data.tokenizer.new_tokens import add_tokens
 from fitune.models.locate import locate
 from fitune.views.charts import NARROW, WIDE, Bar, bar_chart
 from fitune.views.pages import render
-from fitune.views.screen import visible
 from fitune.views.terminal import LENGTHS, findings_table, length_rows, lengths_table, pairs
-from fitune.views.tokens import CHINESE, TokenizerView, TokenView, token_views, tokenizer_view
+from fitune.views.tokens import CHINESE, TokenizerView, TokenView, coloured, token_views, tokenizer_view
 
 BINS = 24
 MOST_EXAMPLES = 5  # groups of equal rows that are shown
@@ -297,7 +295,7 @@ def show(seen: Inspection, console: Console, *, ids: bool = False) -> None:
     console.print(_tokenizer_table(seen.tokenizers))
     for sample in seen.samples:
         console.print(f"[bold]{escape(sample.source)}[/]  (green: trained; ▶ the border between prompt and answer)")
-        console.print(_coloured(sample.tokens, ids=ids), soft_wrap=True)
+        console.print(coloured(sample.tokens, ids=ids), soft_wrap=True)
 
 
 def _bad_table(bad: Sequence[tuple[str, int, str]]) -> Table:
@@ -341,18 +339,6 @@ def _tokenizer_rows(views: Sequence[TokenizerView]) -> list[tuple[str, list[str]
         ("one token, several characters", [" ".join(v.several_characters) or "none seen" for v in views]),
         ("one character, several tokens", [" ".join(v.several_tokens) or "none seen" for v in views]),
     ]
-
-
-def _coloured(tokens: Sequence[TokenView], *, ids: bool) -> Text:
-    text = Text()
-    for number, token in enumerate(tokens):
-        if token.border:
-            text.append("▶", style="bold yellow")
-        shade = ("black on green", "black on bright_green") if token.trained else ("", "on grey23")
-        text.append(visible(token.text), style=shade[number % 2])
-        if ids:
-            text.append(f"{token.ids}", style="dim")
-    return text
 
 
 def page(seen: Inspection) -> str:

@@ -18,6 +18,7 @@ from rich.table import Table
 from fitune.core import blocks
 from fitune.core.plan import Compared, Moment, Plan, size_text
 from fitune.core.units import GIB, MIB
+from fitune.memory.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -291,4 +292,19 @@ def compare_table(rows: Sequence[Compared]) -> Table:
         percent = f"{100 * (predicted - measured) / measured:+z.1f}" if measured else "-"
         sizes = (f"{predicted / MIB:,.1f}", f"{measured / MIB:,.1f}", f"{off:+z,.1f}")
         table.add_row(escape(row.what), *sizes, percent)
+    return table
+
+
+def rules_table(rows: Sequence[Rule]) -> Table:
+    """Rules of thumb beside the plan."""
+    table = Table(title="old rules beside this plan, MiB", title_justify="left", box=None, pad_edge=False)
+    for name in ("rule", "as it counts"):
+        table.add_column(name, overflow="fold")
+    for name in ("gives", "plan", "off"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        sizes = (f"{row.bytes / MIB:,.0f}", f"{row.planned / MIB:,.0f}", f"{row.off:+.0%}")
+        table.add_row(row.name, row.how, *sizes)
+    table.caption = "They know no lengths and no activations; the plan counts both."
+    table.caption_justify = "left"
     return table

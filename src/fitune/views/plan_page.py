@@ -45,7 +45,7 @@ def page(plan: Plan) -> str:
         verdict=verdict(plan).replace(" %", "\N{NO-BREAK SPACE}%"),
         level="" if plan.fits is None else "ok" if plan.fits else "refuse",
         bars=[_bars(plan, width) for width in (WIDE, NARROW)],
-        timeline=[_area(plan, width) for width in (WIDE, NARROW)] if len(plan.timeline) > 1 else [],
+        timeline=[over_time(plan, width) for width in (WIDE, NARROW)] if len(plan.timeline) > 1 else [],
         grid=grid(plan),
         looks=LOOKS,
         held=_held(plan),
@@ -91,10 +91,19 @@ def needed_bars(plans: Mapping[str, Plan], width: int, *, label: str) -> str:
         width: of the drawing.
         label: what it shows, for those who cannot see it.
     """
+    return bars_of({name: needed_parts(plan) for name, plan in plans.items()}, plans, width, label=label)
+
+
+def bars_of(parts: Mapping[str, Mapping[str, int]], plans: Mapping[str, Plan], width: int, *, label: str) -> str:
+    """The same of some of their parts, by the plans' names."""
     first = next(iter(plans.values()))
+    most = max(sum(sizes.values()) for sizes in parts.values())
     unit = max((unit_of(plan) for plan in plans.values()), key=lambda one: one.size)
-    bars = [_bar(name, needed_parts(plan), unit, strong=plan is first) for name, plan in plans.items()]
-    return stacked_bars(bars, label=label, unit=unit.name, form=unit.form, limit=_limit(first, unit), width=width)
+    limit = _limit(first, unit)
+    if limit is not None and limit.value * unit.size > 20 * most:  # so far away that the bars could not be seen
+        limit = None
+    bars = [_bar(name, sizes, unit, strong=name == next(iter(parts))) for name, sizes in parts.items()]
+    return stacked_bars(bars, label=label, unit=unit.name, form=unit.form, limit=limit, width=width)
 
 
 def _bars(plan: Plan, width: int) -> str:
@@ -105,16 +114,18 @@ def _bars(plan: Plan, width: int) -> str:
     return stacked_bars(bars, label=label, unit=unit.name, form=unit.form, limit=_limit(plan, unit), width=width)
 
 
-def _area(plan: Plan, width: int) -> str:
+def over_time(plan: Plan, width: int, *, tensors: bool = False) -> str:
+    """What is held over the course of a run, by category, as a drawing of that width; tensors: those alone."""
     unit, points = unit_of(plan), plan.timeline
-    stacks = [{**stack_of(point.parts), OUTSIDE: outside_of(plan)} for point in points]
+    beside = {} if tensors else {OUTSIDE: outside_of(plan)}
+    stacks = [{**stack_of(point.parts), **beside} for point in points]
     layers = [Layer(name, [s[name] / unit.size for s in stacks], look_of(name).variable) for name in stacks[0]]
     at = [point.at for point in points]
-    totals = [sum(stack.values()) - stack[OUTSIDE] for stack in stacks]
+    totals = [sum(stack.values()) - stack.get(OUTSIDE, 0) for stack in stacks]
     top = max(range(len(totals)), key=totals.__getitem__)
     peak = Peak(at[top], totals[top] / unit.size, f"peak of tensors {unit.named(plan.peak.bytes)}")
     return area_chart(
-        Course(layers, at, _spans(points), _limit(plan, unit), peak),
+        Course(layers, at, _spans(points), None if tensors else _limit(plan, unit), peak),
         label="memory over the course of the run, by category",
         unit=unit.name,
         form=unit.form,

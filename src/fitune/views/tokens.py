@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.text import Text
+
 from fitune.core.letters import ALL_HAN
 from fitune.core.records import Sample
 from fitune.data.tokenizer import coverage
+from fitune.views.screen import visible
 
 CHINESE = re.compile(f"[{ALL_HAN}]")
 MOST_PIECES = 8  # a character needs at most this many tokens
@@ -67,6 +70,22 @@ def token_views(tokenizer: Any, sample: Sample) -> list[TokenView]:
         views.append(TokenView(ids[at:end], text, mask[at], border=mask[at] and at > 0 and not mask[at - 1]))
         at = end
     return views
+
+
+def coloured(tokens: Sequence[TokenView], *, ids: bool) -> Text:
+    """The tokens in two shades in turn, green where they are trained, with a mark before an answer.
+
+    ids: with their numbers.
+    """
+    text = Text()
+    for number, token in enumerate(tokens):
+        if token.border:
+            text.append("▶", style="bold yellow")
+        shade = ("black on green", "black on bright_green") if token.trained else ("", "on grey23")
+        text.append(visible(token.text), style=shade[number % 2])
+        if ids:
+            text.append(f"{token.ids}", style="dim")
+    return text
 
 
 def _text_behind(tokenizer: Any, before: list[int], ids: list[int]) -> str:

@@ -1,0 +1,93 @@
+"""Rounding to few bits by hand, as fitune and bitsandbytes do it: for lessons and for looking at a weight.
+
+    from fitune import quant
+    quant.absmax([0.1, -0.3, 0.25, 0.15, -0.05]).values    # [42, -127, 106, 64, -21]
+
+In: numbers, or a tensor. Out: a record of what is stored, what comes back, and the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fitune.core.quiet import quietly
+from fitune.views import cells
+
+__all__ = ["Rounded", "absmax", "nf4", "nf4_values"]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Numbers in few bits: `values` are stored, with a scale for all (or of each block); `back` is what they stand
+    for; `error` is the largest difference."""
+
+    given: NDArray[np.float64]
+    values: list[int]
+    scales: list[float]
+    back: NDArray[np.float64]
+
+    @property
+    def error(self) -> float:
+        """The largest difference between what was given and what comes back."""
+        return float(np.abs(self.given - self.back).max(initial=0.0))
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, list[object]]] = [
+            ("given", [f"{x:.4g}" for x in self.given]),
+            ("stored", [*self.values]),
+            ("back", [f"{x:.4g}" for x in self.back]),
+        ]
+        scale = ", ".join(f"{one:.6g}" for one in self.scales)
+        note = cells.caption(f"scale {scale}; largest error {self.error:.3g}")
+        return cells.cell(cells.table([str(n) for n in range(len(self.values))], rows), note)
+
+
+@quietly
+def absmax(values: Sequence[float] | Any) -> Rounded:
+    """int8 by the largest value (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339): q = round(127 x / max|x|).
+
+    Args:
+        values: numbers, or a tensor of any shape, which is taken flat.
+    """
+    import torch
+
+    from fitune.models.quant import absmax as reference
+
+    given = torch.as_tensor(values, dtype=torch.float64).flatten()
+    stored, scale = reference.quantize(given)
+    back = reference.dequantize(stored, scale)
+    return Rounded(given.numpy(), stored.tolist(), [float(scale)], back.numpy())
+
+
+@quietly
+def nf4_values() -> list[float]:
+    """The sixteen values of NormalFloat (QLoRA, Dettmers et al. 2023, arXiv:2305.14314): quantiles of the normal
+    distribution, from -1 to 1."""
+    from fitune.models.quant.nf4 import quantiles
+
+    found: list[float] = quantiles().tolist()
+    return found
+
+
+@quietly
+def nf4(values: Sequence[float] | Any) -> Rounded:
+    """4 bits: the number of the nearest of the sixteen values, and a scale for each block of 64.
+
+    Args:
+        values: numbers, or a tensor of any shape, which is taken flat.
+    """
+    import torch
+
+    from fitune.models.quant.nf4 import plain, quantiles, reference
+
+    given = torch.as_tensor(values, dtype=torch.float32).flatten()
+    table = quantiles()
+    numbers, scales = reference(given, table)
+    back = plain(numbers, scales, table, given.shape)
+    stored = numbers.flatten()[: len(given)].tolist()
+    return Rounded(given.double().numpy(), stored, scales.tolist(), back.double().numpy())
