@@ -116,5 +116,5 @@ def test_old_rules_stand_beside_a_plan(
     assert whole["bytes"] == 16 * total
     assert split["bytes"] == 2 * (total - trained) + 16 * trained
     assert all(one["off"] == pytest.approx(one["bytes"] / seen["needed"] - 1) for one in seen["rules"])
-    assert "old rules beside this plan" in err
+    assert "rules of thumb beside this plan" in err
     assert [one.planned for one in rules(fitune.plan(MODEL, method="full", max_length=32, gpu="8GB"))].count(0) == 0

@@ -43,7 +43,7 @@ class Target:
         Parameter(help="Processes that will share each step, as for train: the plan is of the one that takes most."),
     ] = 1
     explain: Annotated[
-        bool, Parameter(negative="", help="Show old rules of thumb beside the plan, and how far off they are.")
+        bool, Parameter(negative="", help="Show rules of thumb beside the plan, and how far off they are.")
     ] = False
 
 
@@ -204,7 +204,7 @@ def _advised(question: Question, html: Path | None, console: Screen) -> dict[str
 
 
 def _explained(plan: Plan, question: Question, console: Screen) -> dict[str, object]:
-    """Old rules beside a plan, where they were asked for."""
+    """Rules of thumb beside a plan, where they were asked for."""
     if not question.target.explain:
         return {}
     from fitune.memory.rules import rules

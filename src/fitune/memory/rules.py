@@ -1,4 +1,4 @@
-"""The old rules by which people guess what a run takes, beside its plan.
+"""The rules of thumb by which people guess what a run takes, beside its plan.
 
 In: a plan. Out: what each rule says, and how far that is from what the plan needs. None of them looks at the length of
 rows or at activations; they are taught, so they are shown with their error.

@@ -297,7 +297,7 @@ def compare_table(rows: Sequence[Compared]) -> Table:
 
 def rules_table(rows: Sequence[Rule]) -> Table:
     """Rules of thumb beside the plan."""
-    table = Table(title="old rules beside this plan, MiB", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="rules of thumb beside this plan, MiB", title_justify="left", box=None, pad_edge=False)
     for name in ("rule", "as it counts"):
         table.add_column(name, overflow="fold")
     for name in ("gives", "plan", "off"):
