@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,9 @@ from typing import Any
 import pytest
 
 from fitune.commands import ui
+from fitune.commands.ui.processes import Processes
 from support import page as pages
-from support import tiny
+from support import page_runs, tiny
 
 pytestmark = pages.needs_browser
 ANSWER = 60_000  # milliseconds that an answer may take on a busy machine
@@ -19,10 +24,7 @@ ANSWER = 60_000  # milliseconds that an answer may take on a busy machine
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("work")
-    tiny.save("llama", folder / "model")
-    tiny.write_rows(folder / "rows.jsonl", 12)
-    return folder
+    return page_runs.workplace(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,7 @@ def test_model_and_data_are_chosen_and_rows_shown_in_colours(page: Any, work: Pa
     fits(page)
 
 
+@pytest.mark.full
 def test_a_file_is_dropped_and_another_is_taken_from_its_folder(page: Any) -> None:
     drop = """() => { const given = new DataTransfer();
       given.items.add(new File(['{"prompt": "a", "completion": "b"}\\n'], 'dropped.jsonl'));
@@ -124,6 +127,7 @@ def test_a_file_is_dropped_and_another_is_taken_from_its_folder(page: Any) -> No
     assert page.locator("#data li").count() == 1
 
 
+@pytest.mark.full
 def test_a_mistake_is_shown_with_its_fix(page: Any, seen: pages.Seen) -> None:
     choose(page, data="rows.jsonl")
     page.fill("#data-path", "/etc/passwd")
@@ -138,26 +142,131 @@ def test_a_mistake_is_shown_with_its_fix(page: Any, seen: pages.Seen) -> None:
 
 
 def test_the_bar_of_memory_follows_the_sliders(page: Any) -> None:
-    choose(page, model="llama-3.2-1b", data="rows.jsonl")
-    page.click("#data button")
+    choose(page)
     task(page, "plan")
     page.select_option("#set-gpu", "size")
+    slide = "(e, at) => { e.value = at; e.dispatchEvent(new Event('input')); }"
     needed = []
     for batch in (1, 64):
         with page.expect_response("**/api/plan") as first:
-            page.eval_on_selector(
-                "#set-batch_size", f"e => {{ e.value = {batch - 1}; e.dispatchEvent(new Event('input')); }}"
-            )
+            page.eval_on_selector("#set-batch_size", slide, batch - 1)
         assert first.value.json()["how"] == "closed form"  # the bar follows before the trace
         page.wait_for_selector("#bar[data-how=trace]")
         page.wait_for_selector(f"#plan-command pre >> text=--batch-size {batch}")
-        needed.append(page.text_content("#bar b"))
+        needed.append(page.text_content("#bar tr:has-text('activations') td.n"))
         assert page.locator("#bar .bar i").count() > 3
-    assert needed == ["Fits:", "Does not fit:"]
-    assert page.text_content("#plan-command pre").startswith("fitune plan llama-3.2-1b --gpu 24GB --batch-size 64")
+    assert needed[0] != needed[1]
+    assert page.text_content("#bar b") == "Fits:"
+    assert page.text_content("#plan-command pre").startswith(
+        "fitune plan model --data rows.jsonl --gpu 24GB --batch-size 64"
+    )
     fits(page)
 
 
+def test_a_run_is_begun_watched_and_paused(
+    page: Any, seen: pages.Seen, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, signals = [], []
+    monkeypatch.setattr(Processes, "start", lambda self, name, arguments: begun.append(list(arguments)))
+    monkeypatch.setattr(os, "kill", lambda process, number: signals.append(process))
+    choose(page)
+    task(page, "train")
+    page.fill("#train-max_steps", "30")
+    page.fill("#train-name", "live")
+    with page_runs.under_way(work, "other") as step:
+        step(1, 3.0)
+        page.click("#begin")
+        page.wait_for_selector("#train-command pre")
+        assert begun == [shlex.split(page.text_content("#train-command pre"))[1:]]
+        assert begun[0][-4:] == ["--max-steps", "30", "--output", "runs/live"]
+        page.wait_for_selector("#live-message .message >> text=nothing is there")  # no process, so no run
+        assert "status of 404" in seen.errors.pop()
+        page.evaluate("location.hash = 'train/other'")
+        page.wait_for_selector("#live-state >> text=running")
+        for number in range(2, 7):
+            step(number, 3.0 / number)
+        page.wait_for_selector("#live-numbers >> text=0.5000")  # it follows by itself
+        for metric in ("loss", "lr", "speed"):
+            assert page.locator(f"#curve-{metric} polyline").count() >= 1
+        page.click("#act-pause")
+        page.wait_for_selector("#live-command pre >> text=kill")
+        fits(page)
+    page.wait_for_selector("#act-resume:not([hidden])")
+    assert signals == [os.getpid()]
+    assert page.text_content("#live-state") == "stopped, can go on"
+    shutil.rmtree(work / "runs" / "other")
+
+
+def test_runs_stand_in_a_table_and_their_curves_in_one_picture(page: Any) -> None:
+    task(page, "runs")
+    page.wait_for_selector("#together polyline >> nth=1")
+    assert page.locator("#runs-table tbody tr").count() == 2
+    differences = page.locator("#differences tbody tr")
+    assert differences.count() == 1
+    assert differences.text_content().startswith("lr")
+    page.select_option("#metric", "held_out")
+    page.wait_for_selector("#together circle")
+    page.uncheck("#runs-table input >> nth=0")
+    page.wait_for_function("document.querySelectorAll('#together polyline').length === 1")
+    fits(page)
+
+
+@pytest.mark.full
+def test_a_curve_zooms_and_shows_its_values(page: Any) -> None:
+    task(page, "runs")
+    page.wait_for_selector("#together polyline >> nth=1")
+    box = page.locator("#together svg").bounding_box()
+    points = "document.querySelector('#together polyline').points.length"
+    whole = page.evaluate(points)
+    page.mouse.move(box["x"] + box["width"] * 0.1, box["y"] + 50)
+    page.wait_for_selector("#together .legend small >> text=step 1")
+    page.mouse.move(box["x"] + box["width"] * 0.55, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.99, box["y"] + 60)
+    page.mouse.up()
+    assert page.evaluate(points) < whole
+    page.click("#together button >> text=Whole")
+    assert page.evaluate(points) == whole
+    page.focus("#together svg")
+    for key in ("ArrowRight", "+"):
+        page.keyboard.press(key)
+    assert page.evaluate(points) < whole
+    page.keyboard.press("Escape")
+    assert page.evaluate(points) == whole
+
+
+def test_base_and_tuned_model_answer_side_by_side(page: Any) -> None:
+    task(page, "chat")
+    page.select_option("#chat-run", "first")
+    page.fill("#longest", "8")
+    page.fill("#question", "one plus two")
+    page.press("#question", "Enter")
+    page.wait_for_selector("#ask:not([aria-busy])")
+    sides = [page.text_content(f"#side-{side} .assistant") for side in ("base", "tuned")]
+    assert sides[0]
+    assert sides[0] != sides[1]
+    assert page.text_content("#chat-command pre") == "fitune chat runs/first --compare"
+    left, right = (page.locator(f"#side-{side}").bounding_box() for side in ("base", "tuned"))
+    assert left["x"] + left["width"] <= right["x"]
+    fits(page)
+
+
+def test_an_adapter_is_downloaded_and_a_merge_begun(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+    monkeypatch.setattr(Processes, "start", lambda self, name, arguments: begun.append(list(arguments)))
+    task(page, "export")
+    page.select_option("#export-run", "first")
+    with page.expect_download() as download:
+        page.click("#export-adapter a")
+    assert download.value.suggested_filename == "first-adapter.zip"
+    assert zipfile.is_zipfile(download.value.path())
+    page.click("#export-start")
+    page.wait_for_selector("#export-command pre >> text=first-merge-1")
+    assert begun == [["merge", "runs/first", "--output", "runs/exports/first-merge-1"]]
+    fits(page)
+
+
+@pytest.mark.full
 def test_everything_goes_by_keyboard(page: Any) -> None:
     def tab_to(name: str) -> None:
         for _ in range(60):
@@ -192,19 +301,6 @@ def test_in_chinese_and_dark(chinese: Any) -> None:
     assert chinese.evaluate(background) == "rgb(251, 251, 250)"
     chinese.click("#language")
     assert "tokens trained" in chinese.text_content("#rows")  # what is there changes too
-
-
-def test_no_text_is_missing_in_a_language(page: Any) -> None:
-    missing = page.evaluate(
-        """async () => { const { TEXTS } = await import('./texts.js'), all = Object.entries(TEXTS);
-        return all.filter(([, texts]) => texts.length !== 2 || texts.some(one => !one)).map(([name]) => name); }"""
-    )
-    assert missing == []
-    folder = Path(ui.__file__).parent / "page"
-    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()) if path.name != "texts.js")
-    used = set(re.findall(r"\bt\('([\w ]+)'\)|data-(?:t|label|hint)=\"(\w+)\"", sources))
-    names = page.evaluate("async () => Object.keys((await import('./texts.js')).TEXTS)")
-    assert {one or other for one, other in used} <= set(names)
 
 
 def test_a_page_that_errs_or_calls_elsewhere_is_seen(chromium: Any, address: str) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -22,66 +22,17 @@ from fitune.commands.ui.settings import Wanted, inside
 from fitune.core.errors import FituneError
 from support import page as pages
 from support import tiny
+from support.page import Asked, Site, post, put
 
 SEED, COUNT = 20, 200
 SECRET = "nobody may read this"
-MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request: as the page makes it, but for what is changed."""
-
-    method: str
-    path: str  # behind the token
-    body: bytes | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    token: str | None = None
-
-
-@dataclass(frozen=True)
-class Site:
-    """A server, and the folders that it may show."""
-
-    address: str
-    work: Path
-    outside: Path
-
-    def answer(self, asked: Asked) -> tuple[int, bytes]:
-        """Status and body."""
-        parts = urlsplit(self.address)
-        connection = HTTPConnection(str(parts.hostname), parts.port, timeout=60)
-        prefix = parts.path if asked.token is None else asked.token
-        try:
-            connection.putrequest(asked.method, prefix + asked.path, skip_host="Host" in asked.headers)
-            length = {} if asked.body is None else {"Content-Length": str(len(asked.body))}
-            for name, value in {**length, **asked.headers}.items():
-                connection.putheader(name, value)
-            connection.endheaders(asked.body if len(asked.body or b"") <= MIB else None)
-            answered = connection.getresponse()
-            return answered.status, answered.read()
-        finally:
-            connection.close()
-
-    def json(self, path: str, body: object | None = None) -> Any:
-        """The answer to what the page asks."""
-        asked = Asked("GET", path) if body is None else post(path, body)
-        status, text = self.answer(asked)
-        assert status == 200, text
-        return json.loads(text)
-
-
-def post(path: str, body: object) -> Asked:
-    return Asked("POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-
-
-def put(name: str, content: bytes = b'{"prompt": "a", "completion": "b"}\n') -> Asked:
-    return Asked("PUT", f"api/upload?name={quote(name)}", content, {"Content-Type": "application/octet-stream"})
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Site]:
-    work, outside = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("outside")
+    work = tmp_path_factory.mktemp("work")
+    outside = work.parent / "outside"
+    outside.mkdir()
     (outside / "secret.jsonl").write_text(json.dumps({"prompt": SECRET, "completion": SECRET}) + "\n")
     (work / ".hidden").mkdir()
     (work / ".hidden" / "secret.jsonl").write_text((outside / "secret.jsonl").read_text())
@@ -90,7 +41,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterat
     (work / "model").symlink_to(model_folder)
     tiny.write_rows(work / "rows.jsonl", 12)
     with pages.inside(work), ui.running(ui.roots_of(folders=[model_folder]), upload_mib=2) as address:
-        yield Site(address, work, outside)
+        yield Site(address, work)
 
 
 # ---- what the page does ----
@@ -190,7 +141,14 @@ def traversal(draw: random.Random, site: Site) -> Asked:
 
 def absolute(draw: random.Random, site: Site) -> Asked:
     path = draw.choice(
-        ["/etc/passwd", "/", "/proc/self/environ", str(site.outside), str(site.outside / "secret.jsonl"), "/root"]
+        [
+            "/etc/passwd",
+            "/",
+            "/proc/self/environ",
+            str(site.work.parent / "outside"),
+            str(site.work.parent / "outside" / "secret.jsonl"),
+            "/root",
+        ]
     )
     return draw.choice(
         [Asked("GET", f"api/files?path={quote(path)}"), post("api/rows", {"model": "model", "data": [path]})]
@@ -355,3 +313,22 @@ def test_a_command_is_what_was_asked() -> None:
     assert planned.plan_command(wanted) == (
         "fitune plan llama-3.2-1b --data 'a b.jsonl' --gpu 24GB --quant nf4 --lora.rank 4"
     )
+
+
+PAGE = Path(ui.__file__).parent / "page"
+TEXT = re.compile(r"(?:'([\w -]+)'|(\w+)): \['((?:[^'\\]|\\.)*)', '((?:[^'\\]|\\.)*)'\]")
+
+
+def test_no_text_is_missing_in_a_language() -> None:
+    source = (PAGE / "texts.js").read_text(encoding="utf-8")
+    texts = {quoted or name: (english, chinese) for quoted, name, english, chinese in TEXT.findall(source)}
+    assert len(texts) == source.count("['") > 150
+    assert [name for name, each in texts.items() if not all(each)] == []
+    assert [
+        name for name, (english, _) in texts.items() if re.search("[\u4e00-\u9fff]", english) and name != "language"
+    ] == []
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(PAGE.iterdir()) if path.name != "texts.js")
+    used = re.findall(r"\bt\('([\w -]+)'\)|data-(?:t|label|hint)=\"(\w+)\"", sources)
+    assert {one or other for one, other in used} <= set(texts)
+    made = set(re.findall(r"\bt\(`(\w+_)\$\{", sources))
+    assert all(any(name.startswith(start) for name in texts) for start in made)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 import pytest
 
@@ -73,3 +77,58 @@ def browser() -> Iterator[Any]:
             yield started
         finally:
             started.close()
+
+
+# ---- its server, without a browser ----
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: as the page makes it, but for what is changed."""
+
+    method: str
+    path: str  # behind the token
+    body: bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    token: str | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A page's server, and the folder that it stands in."""
+
+    address: str
+    work: Path
+
+    def answer(self, asked: Asked) -> tuple[int, bytes]:
+        """Status and body."""
+        parts = urlsplit(self.address)
+        connection = HTTPConnection(str(parts.hostname), parts.port, timeout=60)
+        prefix = parts.path if asked.token is None else asked.token
+        try:
+            connection.putrequest(asked.method, prefix + asked.path, skip_host="Host" in asked.headers)
+            length = {} if asked.body is None else {"Content-Length": str(len(asked.body))}
+            for name, value in {**length, **asked.headers}.items():
+                connection.putheader(name, value)
+            connection.endheaders(asked.body if len(asked.body or b"") <= MIB else None)
+            answered = connection.getresponse()
+            return answered.status, answered.read()
+        finally:
+            connection.close()
+
+    def json(self, path: str, body: object | None = None) -> Any:
+        """The answer to what the page asks."""
+        asked = Asked("GET", path) if body is None else post(path, body)
+        status, text = self.answer(asked)
+        assert status == 200, text
+        return json.loads(text)
+
+
+def post(path: str, body: object) -> Asked:
+    return Asked("POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+
+def put(name: str, content: bytes = b'{"prompt": "a", "completion": "b"}\n') -> Asked:
+    return Asked("PUT", f"api/upload?name={quote(name)}", content, {"Content-Type": "application/octet-stream"})

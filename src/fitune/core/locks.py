@@ -159,6 +159,17 @@ def holder(folder: Path) -> str | None:
         os.close(handle)
 
 
+def process(folder: Path) -> int | None:
+    """The process of this machine that works in the folder; None: none does, or one of another machine."""
+    if holder(folder) is None:
+        return None
+    try:
+        found = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        return int(found["pid"]) if found["host"] == platform.node() and int(found["pid"]) > 0 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def check(folder: Path) -> None:
     """Raises InUseError where another process works in the folder."""
     if holder(folder) is not None:

@@ -3,10 +3,12 @@
 In: folders. Out: a server on this machine alone, until it is stopped. The page holds nothing: runs are processes of
 their own, and what they did lies in their run folders.
 
-    choose.py    a model, data, rows       door.py      the token of the address
-    planned.py   memory, as settings move  paths.py     what the page may look at
-    settings.py  what is asked for         app.py       the paths
-    self_test.py `--check`               page/        what the browser loads
+    choose.py     a model, data, rows        app.py        the paths
+    planned.py    memory, as settings move   door.py       the token of the address
+    runs.py       runs, alone and together   paths.py      what the page may look at
+    talk.py       chat                       settings.py   what is asked for
+    hand_over.py  exports and downloads      processes.py  runs and exports in their own processes
+    page/         what the browser loads     self_test.py  `--check`
 """
 
 from __future__ import annotations

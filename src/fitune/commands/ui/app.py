@@ -9,21 +9,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import resources
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from fitune.commands.serve.errors import Refused
 from fitune.commands.serve.guard import Guard, Rules
-from fitune.commands.ui import choose, planned
+from fitune.commands.ui import choose, hand_over, planned, runs, talk
 from fitune.commands.ui.door import Door
-from fitune.commands.ui.paths import UPLOADS, Roots, keep
+from fitune.commands.ui.paths import LOGS, UPLOADS, Roots, keep
+from fitune.commands.ui.processes import Processes
 from fitune.commands.ui.settings import Wanted, inside, read
+from fitune.commands.ui.talk import Talk
 from fitune.core.errors import FituneError, Problems
 from fitune.core.files import as_json
 
@@ -42,6 +46,16 @@ class Desk:
     roots: Roots
     torch: threading.Lock = field(default_factory=threading.Lock)
     newest: int = 0
+
+    @cached_property
+    def talk(self) -> Talk:
+        """The model that talks."""
+        return Talk(self.torch)
+
+    @cached_property
+    def processes(self) -> Processes:
+        """Processes of their own."""
+        return Processes(self.roots.runs / LOGS, self.roots.work)
 
     async def alone(self, work: Callable[[], dict[str, object]], *, latest: bool = False) -> Response:
         """What the work gives, while nobody else works.
@@ -70,7 +84,8 @@ def answer(value: Mapping[str, object]) -> Response:
 def page_files() -> dict[str, tuple[bytes, str]]:
     """The page's files by name, with their kinds."""
     found = {}
-    for file in resources.files("fitune.commands.ui").joinpath("page").iterdir():
+    own = resources.files("fitune.commands.ui").joinpath("page").iterdir()
+    for file in [*own, resources.files("fitune.views.pages").joinpath("chart.js")]:
         kind = KINDS.get(f".{file.name.rpartition('.')[2]}")
         if kind is not None:
             found[file.name] = (file.read_bytes(), kind)
@@ -118,6 +133,82 @@ def _routes(desk: Desk) -> dict[str, tuple[str, Handler]]:
     }  # fmt: skip
 
 
+def _of_runs(desk: Desk) -> dict[str, tuple[str, Handler]]:
+    """The paths of runs below /api/, with their methods."""
+    roots, processes = desk.roots, desk.processes
+
+    async def listed(request: Request) -> Response:
+        return answer({"runs": await run_in_threadpool(runs.listed, roots, processes)})
+
+    async def shown(request: Request) -> Response:
+        return answer(await run_in_threadpool(runs.shown, request.query_params.get("run", ""), roots, processes))
+
+    async def steps(request: Request) -> Response:
+        name, start = request.query_params.get("run", ""), request.query_params.get("from", "0")
+        if not start.isdecimal() or len(start) > 15:
+            raise Refused(400, f"from: {start[:20]!r}; expected: a number of bytes", param="from")
+        return answer(await run_in_threadpool(runs.steps, name, roots, int(start)))
+
+    async def begin(request: Request) -> Response:
+        allowed = inside(await read(request, runs.Begun), roots)
+        return answer(await run_in_threadpool(runs.begin, allowed, roots, processes))
+
+    async def act(request: Request) -> Response:
+        asked = await read(request, runs.Act)
+        return answer(await run_in_threadpool(runs.act, asked, roots, processes))
+
+    async def report(request: Request) -> Response:
+        page = roots.run(request.query_params.get("run", "")) / "report.html"
+        if not page.is_file():
+            raise Refused(404, "this run has no report yet", param="run")
+        return Response(page.read_bytes(), media_type="text/html", headers={"Content-Security-Policy": ALONE})
+
+    return {
+        "runs": ("GET", listed), "run": ("GET", shown), "steps": ("GET", steps), "begin": ("POST", begin),
+        "act": ("POST", act), "report": ("GET", report),
+    }  # fmt: skip
+
+
+def _of_results(desk: Desk) -> dict[str, tuple[str, Handler]]:
+    """The paths of what is done with finished runs below /api/, with their methods."""
+    roots, processes = desk.roots, desk.processes
+
+    async def chat(request: Request) -> Response:
+        asked = await read(request, talk.Question)
+        folder = roots.run(asked.run)
+        return StreamingResponse(talk.stream(desk.talk, asked, folder), media_type="application/x-ndjson")
+
+    async def drop(request: Request) -> Response:
+        await run_in_threadpool(desk.talk.drop)
+        return answer({})
+
+    async def exports(request: Request) -> Response:
+        return answer({"exports": await run_in_threadpool(hand_over.listed, roots, processes)})
+
+    async def export(request: Request) -> Response:
+        asked = await read(request, hand_over.Handed)
+        return answer(await run_in_threadpool(hand_over.hand_over, asked, roots, processes))
+
+    async def download(request: Request) -> Response:
+        path = hand_over.downloaded(request.query_params.get("path", ""), roots)
+        if path.is_file():
+            return FileResponse(path, filename=path.name)
+        name = f"{path.parent.name}-{path.name}" if path.name == "adapter" else path.name
+        headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(name)}.zip"}
+        return StreamingResponse(hand_over.zipped(path), media_type="application/zip", headers=headers)
+
+    return {
+        "chat": ("POST", chat), "drop": ("POST", drop), "exports": ("GET", exports), "export": ("POST", export),
+        "download": ("GET", download),
+    }  # fmt: skip
+
+
+# a page of a run folder: it may draw, and can neither call this server nor be taken for its page
+ALONE = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+)
+
+
 def _file(content: bytes, kind: str) -> Handler:
     async def file(request: Request) -> Response:
         return Response(content, media_type=kind)
@@ -153,9 +244,9 @@ def app_of(desk: Desk, *, token: str, rules: Rules) -> Guard:
         token: of the address.
         rules: who may ask.
     """
-    files = page_files()
+    files, paths = page_files(), {**_routes(desk), **_of_runs(desk), **_of_results(desk)}
     routes = [Route(f"/{name}", _file(*file)) for name, file in files.items()]
     routes.append(Route("/", _file(*files["index.html"])))
-    routes += [Route(f"/api/{path}", handler, methods=[method]) for path, (method, handler) in _routes(desk).items()]
+    routes += [Route(f"/api/{path}", handler, methods=[method]) for path, (method, handler) in paths.items()]
     handlers = {Refused: _refused, FituneError: _problem, HTTPException: _http_error, Exception: _failed}
     return Guard(Door(Starlette(routes=routes, exception_handlers=handlers), token), rules)

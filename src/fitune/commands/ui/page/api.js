@@ -72,7 +72,7 @@ export function table(heads, rows, label) {
   return el('div', { className: 'scroll' }, el('table', { ariaLabel: label ?? '' },
     el('thead', {}, el('tr', {}, ...heads.map(head => el('th', { scope: 'col', className: head.n ? 'n' : '' }, head.text ?? head)))),
     el('tbody', {}, ...rows.map(cells => el('tr', {}, ...cells.map((cell, at) =>
-      el('td', { className: heads[at].n ? 'n' : heads[at].t ? 't' : '' }, cell instanceof Node ? cell : String(cell ?? ''))))))));
+      el('td', { className: heads[at].n ? 'n' : heads[at].t ? 't' : heads[at].k ? 'k' : '' }, cell instanceof Node ? cell : String(cell ?? ''))))))));
 }
 
 export const count = value => value === null || value === undefined ? '–' : value.toLocaleString('en-US');

@@ -1,10 +1,14 @@
 // The frame of the page: tasks as tabs, language, light and dark.
 import { $, api, el, say } from './api.js';
 import { fill, language, setLanguage, t } from './texts.js';
+import * as chatting from './chat.js';
 import * as choosing from './choose.js';
+import * as exporting from './export.js';
 import * as planning from './plan.js';
+import * as runs from './runs.js';
+import * as training from './train.js';
 
-const TASKS = { choose: choosing, plan: planning };
+const TASKS = { choose: choosing, plan: planning, train: training, runs, chat: chatting, export: exporting };
 const dark = matchMedia('(prefers-color-scheme:dark)');
 
 function stored(name) { try { return localStorage.getItem(`fitune-${name}`); } catch { return null; } }
@@ -23,7 +27,7 @@ function show(name) {
     if (button.dataset.task === name) button.setAttribute('aria-current', 'page');
     else button.removeAttribute('aria-current');
   }
-  TASKS[name].shown?.();
+  TASKS[name].shown?.(location.hash.split('/')[1]);
 }
 
 function texts() {
