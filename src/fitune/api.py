@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fitune.checks import early
-from fitune.core import imports, names
+from fitune.core import imports, names, quiet
 from fitune.core.clock import Clock
 from fitune.core.config import RunConfig, read_yaml
 from fitune.core.config import merge as merged
@@ -50,7 +50,8 @@ __all__ = sorted([*MODULES, "advise", "evaluate", "generate", "inspect", "load",
 def __getattr__(name: str) -> Any:
     if name not in MODULES:
         raise AttributeError(f"module 'fitune.api' has no attribute {name!r}")
-    found = getattr(imports.module(f"fitune.{MODULES[name]}"), name)
+    open_ = imports.module if MODULES[name].startswith("core.") else quiet.module  # records need none of the libraries
+    found = getattr(open_(f"fitune.{MODULES[name]}"), name)
     return found if isinstance(found, type) else quietly(found)
 
 
@@ -207,7 +208,7 @@ def plan(
         FituneError: settings, model, data or device that cannot be.
     """
     model, there, settings = _question(model, data, tokenizer, settings)
-    make = quietly(imports.module("fitune.commands.plan").plan)
+    make = quietly(quiet.module("fitune.commands.plan").plan)
     made: Plan = make(model, data=there, gpu=gpu, tokenizer=tokenizer, watch=watch, **settings)
     return made
 
@@ -240,7 +241,7 @@ def advise(
     model, there, settings = _question(model, data, tokenizer, settings)
     if not there:
         raise ConfigError("advise: with which data?", expected="paths or rows", fix='data=["rows.jsonl"]')
-    search = quietly(imports.module("fitune.commands.advise").advise)
+    search = quietly(quiet.module("fitune.commands.advise").advise)
     found: Advised = search(model, data=there, gpu=gpu, tokenizer=tokenizer, watch=watch, **settings)
     return found
 
@@ -305,7 +306,7 @@ def inspect(
         lambda: early.template(str(settings.get("template", "auto"))),
     )
     checked = build({**settings, "model": str(model), "data": there})
-    look = quietly(imports.module("fitune.commands.inspect").inspect)
+    look = quietly(quiet.module("fitune.commands.inspect").inspect)
     seen: Inspection = look(checked, samples=samples, tokenizers=[str(one) for one in compare], watch=watch)
     return seen
 
@@ -347,7 +348,7 @@ def load(
     early.together(
         lambda: early.run_or_model(run_or_model), lambda: early.template(template), *early.each(early.folder, model)
     )
-    open_ = quietly(imports.module("fitune.engine.loading").load)
+    open_ = quietly(quiet.module("fitune.engine.loading").load)
     how = {"device": device, "template": template, "precision": precision, "quant": quant}
     tuned: Tuned = open_(run_or_model, model=model, **how)
     return tuned
@@ -407,5 +408,5 @@ def evaluate(run_or_model: str | Path, data: Data, **how: Any) -> Evaluation:
     cache = _cache("auto")
     there = _paths(given.sources(data, "data", cache))
     early.together(lambda: early.run_or_model(run_or_model), *early.each(early.data, *there))
-    found: Evaluation = quietly(imports.module("fitune.commands.evaluate").evaluate)(run_or_model, there, **how)
+    found: Evaluation = quietly(quiet.module("fitune.commands.evaluate").evaluate)(run_or_model, there, **how)
     return found

@@ -234,6 +234,10 @@ def test_python_is_silent_unless_asked_and_asks_nothing_of_the_network(
         "def refuse(*arguments, **named):\n    asked.append(arguments)\n    raise OSError('no network')\n"
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
         "import fitune\ngiven = json.loads(sys.argv[1])\n"
+        "fitune.plan(given['model'], method='lora', max_length=32)\n"  # imports bitsandbytes, which complains
+        "try:\n    fitune.merge(given['output'] + '-none', given['output'] + '-merged')\n"
+        "except fitune.FituneError as error:\n    assert 'no such folder' in str(error), error\n"
+        "else:\n    raise AssertionError\n"
         "run = fitune.train(**given)\n"
         "fitune.generate(run.run, 'one', max_new_tokens=3)\n"
         "fitune.evaluate(run.run, given['data'][:3], max_new_tokens=3)\n"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib import import_module
+from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 from fitune.core.imports import loading
@@ -102,6 +103,12 @@ def quiet() -> Iterator[None]:
                 hub.enable_progress_bars()
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def module(name: str) -> ModuleType:
+    """The module of that name, imported in `quiet`: bitsandbytes complains while it is imported."""
+    with quiet():
+        return import_module(name)
 
 
 def quietly(function: Callable[P, T]) -> Callable[P, T]:

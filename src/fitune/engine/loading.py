@@ -119,8 +119,10 @@ def finished(run: RunFolder, reads: Sequence[str] = integrity.MODEL, missing: Se
         missing: those of them that need not be there.
 
     Raises:
-        RunFolderError: it is not finished, or one of these files was changed.
+        RunFolderError: it is none, it is not finished, or one of these files was changed.
     """
+    if not run.path.is_dir():
+        raise RunFolderError(f"{run.path}: no such folder", expected="a finished run's folder (--output of train)")
     warned = integrity.check(run, reads, missing=missing)
     if warned is not None:
         kernel_faults.warn_once(f"warning: {warned.text}; {warned.fix}")
