@@ -5,6 +5,7 @@ In: what was typed. Out: tables in the terminal, a page, one JSON object. Nothin
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Optional
@@ -14,7 +15,9 @@ from cyclopts import Parameter
 from fitune.checks import early
 from fitune.cli.flags import DataFlags, Json, SetOption, check_page, console_for, print_json, typed
 from fitune.core import config as settings
-from fitune.core import imports
+from fitune.core import imports, parallel
+from fitune.core.errors import ConfigError
+from fitune.core.results import Check
 
 
 @dataclass(frozen=True)
@@ -117,17 +120,55 @@ def doctor(
         bool,
         Parameter(negative="", help="Remove prepared data that no run in progress uses, and print its size."),
     ] = False,
+    gpus: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            help="Can the GPUs of this machine make a run together: NCCL, peer access, speed of an all-reduce.",
+        ),
+    ] = False,
+    workers: Annotated[
+        int, Parameter(help="With --gpus: processes; 0: one for each GPU, two where there is none.")
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Check whether this machine can fine-tune; exit code 1 where something is broken, with its fix."""
     if clean:
         _clean(json)
         return
+    if gpus:
+        _together(workers, json)
+        return
     with imports.for_good():
         from fitune.commands.doctor import doctor as examine
-        from fitune.views.terminal import doctor_table
 
-    found = examine()
+    _print_checks(examine(), json)
+
+
+def _together(workers: int, json: bool) -> None:
+    """What `doctor --gpus` finds, in processes of their own, of which the first prints it."""
+    with imports.for_good():
+        from torch import cuda
+
+        from fitune.commands.doctor_gpus import examine
+        from fitune.commands.workers import launch
+        from fitune.engine.parallel import join
+
+    if parallel.size() == 1:
+        count = workers or max(2, cuda.device_count())
+        if not 2 <= count <= parallel.MOST:
+            raise ConfigError(f"--workers: 2 to {parallel.MOST} processes", received=str(count))
+        if code := launch(count, sys.argv[1:]):
+            raise SystemExit(code)
+        return
+    found = examine(join())
+    if parallel.rank() == 0:
+        _print_checks(found, json)
+
+
+def _print_checks(found: list[Check], json: bool) -> None:
+    from fitune.views.terminal import doctor_table
+
     console_for(json).print(doctor_table(found))
     broken = [check for check in found if check.level == "broken"]
     if json:

@@ -22,8 +22,6 @@ from fitune.core.errors import ConfigError
 from fitune.core.results import Result
 from fitune.views import screen
 
-MOST_WORKERS = 64
-
 
 def train(
     *,
@@ -106,8 +104,8 @@ def _launched(workers: int, gpus: str | None) -> bool:
         return False
     if gpus is not None:
         workers = _on_gpus(gpus, workers)
-    if not 1 <= workers <= MOST_WORKERS:
-        raise ConfigError(f"--workers: 1 to {MOST_WORKERS} processes", received=str(workers))
+    if not 1 <= workers <= parallel.MOST:
+        raise ConfigError(f"--workers: 1 to {parallel.MOST} processes", received=str(workers))
     if workers == 1:
         return False
     from fitune.commands.workers import launch

@@ -209,6 +209,8 @@ def _prompts(rows: ReadRows, loaded: _Loaded, layout: Layout) -> tuple[ReadRows,
 def _as_planned(request: Request, plan: plans.Plan, loaded: _Loaded) -> Request:
     """What the plan chose, in the settings and on the model."""
     chosen: dict[str, object] = {"loss_rows": plan.loss_rows}
+    if plan.parallel:
+        chosen["parallel"] = plan.parallel
     if request.config.checkpointing == AUTO:
         chosen |= {"checkpointing": named(plan.recomputed), "offload": named(plan.waiting)}
     request = request.changed(**chosen)

@@ -45,11 +45,14 @@ class _Worker:
         return self.process.poll()
 
     def end(self) -> str:
-        """How it ended, and its last words."""
+        """How it ended."""
         code = self.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        lines = last_of(self.log) if self.log else []
-        return "\n".join([f"process {self.rank} of this run {how}", *(f"  {line}" for line in lines)])
+        return f"process {self.rank} of this run {how}"
+
+    def last(self) -> list[str]:
+        """Its last words."""
+        return [f"  {line}" for line in last_of(self.log)] if self.log else []
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
@@ -67,8 +70,11 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         with _passed_on(workers[0].process):
             first = _wait(workers)
             _finish(workers, GRACE if first else DONE)
-        if first is not None and first.rank:
-            sys.stderr.write(f"{first.end()}\n")
+        if first is not None and (first.rank or first.process.returncode < 0):
+            heard = (
+                first if first.rank else workers[1]
+            )  # process 0 writes to the terminal; another has heard of its end
+            sys.stderr.write("\n".join([first.end(), *heard.last()]) + "\n")
         if first is None:
             return 0  # whatever was left of the others, as where the run was finished before, was ended
         codes = [worker.process.returncode for worker in workers]

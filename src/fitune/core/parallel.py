@@ -12,6 +12,7 @@ import threading
 
 STORE = "FITUNE_STORE"  # a file through which the processes of one machine meet
 PARENT = "FITUNE_PARENT"  # set: the process that started this one holds its input open
+MOST = 64  # processes of a run that one command starts
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # by sys.platform
 
 

@@ -59,7 +59,8 @@ class Plan:
     in the backward pass, by number; waiting: those whose activations are in main memory beside a GPU until then, where
     they take host bytes. more_work: operations of a step that this adds, as a share of those without. frozen_cache:
     where hidden states of the lowest frozen_blocks, frozen_bytes of them, are kept for later epochs (memory, disk; off:
-    nowhere). later_work: operations of such an epoch, as a share of the first one's.
+    nowhere). later_work: operations of such an epoch, as a share of the first one's. parallel: of one of several
+    processes, does it have the whole model (replicate), or its part (shard)?
     """
 
     model: str
@@ -98,6 +99,7 @@ class Plan:
     frozen_blocks: int = 0
     frozen_bytes: int = 0
     later_work: float = 1.0
+    parallel: str = ""
 
     @property
     def spare(self) -> int | None:

@@ -30,7 +30,7 @@ from fitune.engine import objectives, optim
 from fitune.engine.held_out import held_out
 from fitune.engine.parallel import in_one_buffer
 from fitune.engine.step import LossScale, apply_gradients, last_block_is_ready, make_gradients
-from fitune.memory import allocator, answers, chunks, depth, device, frozen, heap, kept, recompute
+from fitune.memory import allocator, answers, chunks, depth, device, frozen, heap, kept, recompute, sharded
 from fitune.memory.closed import closed
 from fitune.memory.counted import shadows
 from fitune.memory.cuda import Cuda
@@ -277,7 +277,7 @@ def plan(
         made = _with_rows(known, partial(_plan, where=where, name=name, outside=beside, cache=cache), where)
         # once: plans that are compared differ by what their settings take, and by that alone
         beside = {what: size for what, size in frozen.without(made.outside).items() if what != heap.HOLES}
-        return made
+        return sharded.chosen(made, known.config, known.processes, lambda: without_values(known))
 
     return fitted(work, where, planned) if work.config.checkpointing == AUTO else planned({})
 

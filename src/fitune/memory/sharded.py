@@ -1,0 +1,145 @@
+"""What one of several processes takes that has its part of the model: estimated from the plan of one that has it whole.
+
+In: a plan, the sizes of a model's blocks, the number of processes. Out: the plan of one of them. At each moment of a
+step the weights, gradients and states of blocks count as its part of them (engine/shards.py), and beside them:
+
+    forward     three blocks: the one at work, the buffer that it came in, and the buffer of the next one
+    backward    two blocks, the one at work and the next one; and all gradients of the one at work, twice
+    checkpoint  on a CPU, of process 0: what is trained and its states, whole again
+
+Before the first step and after the last the model is whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from fitune.core.config import RunConfig
+from fitune.core.plan import Holding, Moment, Plan, Point, size_text
+from fitune.engine.shards import ELEMENTWISE
+from fitune.memory.storage import GRADIENTS, OTHER, STATES, TRAINABLE, WEIGHTS
+from fitune.models import families
+from fitune.models.interfaces import causal_lm
+from fitune.models.parts import trainable
+
+IN_SHARDS = ("forward", "loss", "backward", "update", "evaluation", "checkpoint")
+GATHERED = {"forward": 3, "evaluation": 3, "backward": 2}  # blocks
+
+
+def able(config: RunConfig) -> bool:
+    """Can a run with these settings be in shards?"""
+    waits = config.offload or config.frozen_cache in ("memory", "disk")
+    return config.optimizer in ELEMENTWISE and not config.optimizer_in_backward and not waits
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Bytes. frozen, trained: weights in blocks. largest: of all weights of a block. gradients: of the block that has
+    most of them. share: of all that is trained, what is in blocks."""
+
+    frozen: int
+    trained: int
+    largest: int
+    gradients: int
+    share: float
+
+
+def blocks_of(model: nn.Module) -> Blocks:
+    """The sizes of a model's blocks, on meta or real."""
+    inner = causal_lm(model)
+    frozen = trained = largest = gradients = 0
+    for block in families.of(inner).block_list(inner):
+        sizes = {id(p): p.numel() * p.element_size() for p in block.parameters()}
+        mine = sum(sizes[id(p)] for p in block.parameters() if p.requires_grad)
+        frozen, trained = frozen + sum(sizes.values()) - mine, trained + mine
+        largest, gradients = max(largest, sum(sizes.values())), max(gradients, mine)
+    every = sum(p.numel() * p.element_size() for p in trainable(model).values())
+    return Blocks(frozen, trained, largest, gradients, trained / max(1, every))
+
+
+def chosen(plan: Plan, config: RunConfig, processes: int, model: Callable[[], nn.Module]) -> Plan:
+    """The plan of one of several processes: with the whole model, where that fits or is asked for; else in shards.
+
+    Args:
+        plan: of one that has the whole model.
+        config: asks for a way.
+        processes: how many; those on CPUs share main memory.
+        model: makes it, on meta.
+    """
+    way, here = config.parallel, processes if plan.device == "cpu" else 1
+    if processes == 1:
+        return plan
+    whole = replace(plan, parallel="replicate")
+    fits = plan.budget is None or here * plan.needed <= plan.budget
+    if way == "replicate" or not able(config) or (way == "auto" and fits):
+        return whole
+    parts = planned(plan, blocks_of(model()), processes)
+    return parts if way == "shard" or parts.needed < plan.needed else whole
+
+
+def planned(plan: Plan, blocks: Blocks, processes: int) -> Plan:
+    """The plan of one of so many processes.
+
+    Args:
+        plan: of one that has the whole model, and its rows of each step.
+        blocks: of the model.
+        processes: how many.
+    """
+    course = [replace(point, parts=_parts(point, blocks, processes, plan.device)) for point in plan.timeline]
+    tops: dict[str, dict[str, int]] = {}
+    for point in course:
+        if sum(point.parts.values()) > sum(tops.get(point.phase, {}).values()):
+            tops[point.phase] = point.parts
+    for moment in plan.phases:
+        whole = {name: size for name, size in moment.parts.items() if name not in (STATES, GRADIENTS)}
+        if moment.phase == "evaluation" and sum(whole.values()) > sum(tops.get(moment.phase, {}).values()):
+            tops[moment.phase] = whole  # before the first step
+    phases = [Moment(m.phase, sum(tops[m.phase].values()), tops[m.phase]) for m in plan.phases if m.phase in tops]
+    peak = max(phases, key=lambda moment: moment.bytes)
+    note = (
+        f"one of {processes} processes, in shards: estimated from the trace of a whole model; a part of its blocks "
+        f"({size_text(blocks.frozen + blocks.trained)}) is there, and at most {size_text(3 * blocks.largest)} gathered"
+    )
+    return replace(
+        plan,
+        parallel="shard",
+        phases=phases,
+        peak=peak,
+        largest=[Holding(name, 1, size) for name, size in peak.parts.items()],
+        timeline=course,
+        allocated=peak.bytes,
+        reserved=None,
+        reserved_expandable=None,
+        smallest=None,
+        needed=peak.bytes + sum(plan.outside.values()),
+        notes=[*plan.notes, note],
+    )
+
+
+def _parts(point: Point, blocks: Blocks, processes: int, device: str) -> dict[str, int]:
+    """What is there at a moment."""
+    phase, parts = point.phase, point.parts
+    if phase not in IN_SHARDS:
+        return dict(parts)
+    left = 1 - 1 / processes
+    found = Counter(parts)
+    gradients = blocks.share * parts.get(GRADIENTS, 0)
+    states = blocks.share * parts.get(STATES, 0)
+    found[WEIGHTS] -= int(blocks.frozen * left)
+    found[TRAINABLE] -= int(blocks.trained * left)
+    found[STATES] -= int(states * left)
+    found[GRADIENTS] -= int(gradients * left)
+    found[OTHER] += GATHERED.get(phase, 0) * blocks.largest
+    if phase == "backward":
+        found[GRADIENTS] += 2 * blocks.gradients
+    if phase == "update":  # the buffer in which they are exchanged has only what is in no block
+        exchanged = min(found[OTHER], blocks.trained)
+        found[OTHER] -= exchanged
+        found[GRADIENTS] += 0 if gradients else exchanged // processes
+    if phase == "checkpoint" and device == "cpu":
+        found[OTHER] += int(blocks.trained + states)
+    return {name: size for name, size in found.items() if size > 0}

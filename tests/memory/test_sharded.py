@@ -1,0 +1,80 @@
+"""The plan of a process that has its part of the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fitune.core.config import RunConfig
+from fitune.core.plan import Moment, Plan, Point
+from fitune.memory import sharded
+from fitune.memory.sharded import Blocks, blocks_of, chosen, planned
+from support import tiny
+
+pytestmark = pytest.mark.unit
+
+BLOCKS = Blocks(frozen=800, trained=80, largest=110, gradients=10, share=0.5)
+PARTS = {"frozen weights": 1000, "trainable weights": 160, "gradients": 100, "optimizer states": 320, "temporaries": 90}
+PHASES = ("load", "forward", "backward", "update", "checkpoint")
+
+
+def whole(budget: int | None = None) -> Plan:
+    points = [Point(at / 4, phase, dict(PARTS)) for at, phase in enumerate(PHASES)]
+    phases = [Moment(point.phase, sum(PARTS.values()), dict(PARTS)) for point in points]
+    return Plan(
+        "m", "lora", "fp32", "none", "cpu", None, "trace", "", 8, 1, 8, 160, 1160, phases, phases[0], [], points,
+        sum(PARTS.values()), None, None, None, {"outside": 5}, sum(PARTS.values()) + 5, budget, {},
+    )  # fmt: skip
+
+
+def config(**given: object) -> RunConfig:
+    return RunConfig(model="m", data=["d.jsonl"], **given)  # type: ignore[arg-type]  # as a test needs them
+
+
+def test_a_process_has_its_part_of_the_blocks_and_what_is_gathered() -> None:
+    made = planned(whole(), BLOCKS, 4)
+    parts = {moment.phase: moment.parts for moment in made.phases}
+    assert parts["load"] == PARTS  # the model is whole
+    assert parts["forward"] == {
+        "frozen weights": 1000 - 600, "trainable weights": 160 - 60, "gradients": 100 - 37,
+        "optimizer states": 320 - 120, "temporaries": 90 + 3 * 110,
+    }  # fmt: skip
+    assert parts["backward"]["temporaries"] == 90 + 2 * 110
+    assert parts["backward"]["gradients"] == 100 - 37 + 2 * 10
+    assert parts["update"]["temporaries"] == 90 - 80  # what is in blocks is in no buffer
+    assert parts["checkpoint"]["temporaries"] == 90 + 80 + 160  # whole, of process 0
+    assert made.needed == made.peak.bytes + 5
+    assert made.parallel == "shard"
+
+
+def test_the_whole_model_stays_where_it_fits() -> None:
+    model = tiny.make_model("llama")
+    assert chosen(whole(10_000), config(), 1, lambda: model).parallel == ""
+    assert chosen(whole(10_000), config(), 2, lambda: model).parallel == "replicate"
+    assert chosen(whole(10_000), config(parallel="shard"), 2, lambda: model).parallel == "shard"
+    assert (
+        chosen(whole(10_000), config(parallel="shard", optimizer="adafactor"), 2, lambda: model).parallel == "replicate"
+    )
+    assert chosen(whole(100), config(parallel="replicate"), 2, lambda: model).parallel == "replicate"
+
+
+def test_where_all_of_them_do_not_fit_it_goes_into_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded, "blocks_of", lambda model: replace(BLOCKS, largest=1, gradients=1))
+    found = whole(2 * whole().needed - 1)  # of a CPU, whose processes share it
+    found = replace(found, phases=found.phases[1:3], timeline=found.timeline[1:3])
+    assert chosen(found, config(), 2, torch.nn.Module).parallel == "shard"
+    assert chosen(replace(found, device="cuda"), config(), 2, torch.nn.Module).parallel == "replicate"
+
+
+def test_the_sizes_of_blocks_are_those_of_the_model() -> None:
+    model = tiny.make_model("llama")
+    inside = [p for name, p in model.named_parameters() if ".layers." in name]
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is one for one in inside))
+    found = blocks_of(model)
+    assert found.trained == sum(p.numel() * p.element_size() for p in inside)
+    assert found.frozen == 0
+    assert found.share == 1
+    assert found.largest == found.gradients == found.trained // model.config.num_hidden_layers
