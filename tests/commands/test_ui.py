@@ -303,6 +303,37 @@ def test_in_chinese_and_dark(chinese: Any) -> None:
     assert "tokens trained" in chinese.text_content("#rows")  # what is there changes too
 
 
+def test_a_report_zooms_in_the_dark_and_without_a_server(chromium: Any, work: Path) -> None:
+    address = (work / "runs" / "first" / "report.html").as_uri()
+    context = chromium.new_context(color_scheme="dark", viewport={"width": 400, "height": 900})
+    page, seen = context.new_page(), pages.Seen(address)
+    seen.watch(page)
+    page.goto(address)
+    page.wait_for_selector(".curves polyline")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)"
+    assert not page.is_visible(".drawn")
+    box = page.locator(".curves svg").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 60)
+    values = page.locator(".curves .legend").first.text_content()
+    assert re.search(rf"training [\d.]+ step {page_runs.STEPS} *held-out [\d.]+ step {page_runs.STEPS}", values)
+    points = "document.querySelector('.curves polyline').points.length"
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 60)
+    page.mouse.up()
+    assert page.evaluate(points) < page_runs.STEPS
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert (seen.errors, seen.elsewhere) == ([], [])
+    context.close()
+
+
+def test_a_report_is_drawn_where_no_script_runs(chromium: Any, work: Path) -> None:
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((work / "runs" / "first" / "report.html").as_uri())
+    assert page.is_visible(".drawn svg >> nth=0")
+    context.close()
+
+
 def test_a_page_that_errs_or_calls_elsewhere_is_seen(chromium: Any, address: str) -> None:
     planted = chromium.new_page(bypass_csp=True)
     seen = pages.Seen(address)

@@ -28,6 +28,7 @@ from fitune.memory.search import Candidate
 from fitune.views import advice as adviceview
 from fitune.views import plan_page, report, run_records
 from fitune.views.charts import Bar, Series, bar_chart, line_chart, log_ticks, thinned
+from fitune.views.differences import marked
 from fitune.views.pages import linked
 from fitune.views.stacked import Part, StackedBar, stacked_bars
 from support import tiny
@@ -174,7 +175,12 @@ def test_a_page_that_does_not_fit_is_found(tmp_path: Path) -> None:
 
 def test_pages_stand_alone(pages: dict[str, str]) -> None:
     for name, page in pages.items():
-        assert not re.search(r"<script|<link|<img|@import|url\(|src=", page), name
+        assert not re.search(r"<script[^>]*src|<link|<img|@import|url\(|src=", page), name
+        scripts = re.findall(r"<script[^>]*>(.*?)</script>", page, re.DOTALL)
+        assert len(scripts) == (name == "report")
+        for script in scripts:  # it draws, and asks nobody for anything
+            assert not re.search(r"\b(fetch|import|XMLHttpRequest|WebSocket|EventSource|sendBeacon|eval)\b", script)
+            assert set(re.findall(r"https?://[^'\"]+", script)) == {"http://www.w3.org/2000/svg"}
         for target in re.findall(r'href="([^"]+)"', page):
             assert target.startswith("https://") or not re.match(r"[a-z]+:|/", target), f"{name}: {target}"
 
@@ -218,6 +224,42 @@ def test_the_report_has_both_scales_and_no_card_twice(pages: dict[str, str], fin
     assert not report._wide([3.0, 2.5, 1.9])
     assert not report._wide([3.0, 0.0])
     assert not report._wide([])
+
+
+# ---- before and after ----
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        ("one two three", "one 2 three", ("one <del>two</del> three", "one <ins>2</ins> three")),
+        ("首都是米拉", "首都是北京", ("首都是<del>米拉</del>", "首都是<ins>北京</ins>")),
+        ("same", "same", ("same", "same")),
+        ("", "new", ("", "new")),
+        ("a <b> c", "a <b> d", ("a &lt;b&gt; <del>c</del>", "a &lt;b&gt; <ins>d</ins>")),
+        ("nothing in common", "整个不同", ("nothing in common", "整个不同")),
+    ],
+)
+def test_what_differs_between_two_answers_is_marked(before: str, after: str, shown: tuple[str, str]) -> None:
+    assert tuple(map(str, marked(before, after))) == shown
+
+
+def test_marks_take_nothing_away() -> None:
+    before, after = "The <capital> of Norland & co. 是米拉。" * 9, "The capital of Norland 是 Mira。" * 9
+    for text, found in zip((before, after), marked(before, after), strict=True):
+        assert html.unescape(re.sub(r"</?(?:del|ins)>", "", str(found))) == text
+    long = " ".join(map(str, range(3000)))
+    assert marked(long, long + " x")[1] == long + " x"  # too long to be compared
+
+
+def test_the_script_holds_the_numbers_and_cannot_be_ended_by_them() -> None:
+    curves = report.Curves("</script><b>", [Series("x", [(1, 1.5), (2, math.nan), (3, 2.123456789)])], [])
+    script = str(report._script([curves], log=True))
+    assert "</script>" not in script
+    [numbers] = re.findall(r"^const CURVES = (.*);$", script, re.MULTILINE)
+    [chart] = json.loads(numbers)["charts"]
+    assert chart["title"] == "</script><b>"
+    assert chart["series"][0]["points"] == [[1, 1.5], [3, 2.12346]]
 
 
 # ---- charts ----

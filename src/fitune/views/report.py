@@ -1,4 +1,5 @@
-"""A run folder as one page: report.html, self-contained (no script, font or picture from elsewhere).
+"""A run folder as one page: report.html, self-contained (no script, font or picture from elsewhere). Its curves are
+drawn where no script runs, too.
 
 In: the files of a run folder. Out: the page. It can be made again from the folder at any time.
 """
@@ -6,10 +7,14 @@ In: the files of a run folder. Out: the page. It can be made again from the fold
 from __future__ import annotations
 
 import inspect
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 
 import yaml
+from markupsafe import Markup
 
 from fitune.core.clock import WHAT, Phase, before_steps
 from fitune.core.config import RunConfig
@@ -20,12 +25,14 @@ from fitune.core.records import Rewards, StepRecord
 from fitune.core.results import Answered, Result
 from fitune.core.units import MIB
 from fitune.engine.checkpoint import RunFolder
-from fitune.views.charts import NARROW, WIDE, Series, line_chart
+from fitune.views.charts import NARROW, WIDE, Series, line_chart, thinned
+from fitune.views.differences import marked
 from fitune.views.pages import render
 from fitune.views.run_records import Measured, ModelParts, read
 from fitune.views.terminal import LENGTHS, length_rows, parameters
 
 WIDE_RANGE = 30  # of losses, largest to smallest
+MOST_COLUMNS = 4_000  # of a curve that is zoomed in the page
 
 
 FILES = {  # of a run folder, and what a reader finds in them
@@ -158,8 +165,32 @@ def _seconds(phases: Sequence[Phase]) -> list[PhaseRow]:
     return [PhaseRow(name, what, f"{seconds:,.2f}", f"{cpu:,.2f}") for name, what, seconds, cpu in rows]
 
 
-def _charts(records: Sequence[StepRecord], before: float | None) -> dict[str, object]:
-    """Loss, on both scales, learning rate, and what there is of preferences, each for a screen and for a phone."""
+@dataclass(frozen=True)
+class Curves:
+    """Lines of one picture. drawn: for a screen and for a phone, where no script runs; log: the same on that scale."""
+
+    title: str
+    series: Sequence[Series]
+    drawn: Sequence[str]
+    log: Sequence[str] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        """For the script that draws them again, with values under the pointer."""
+        lines = [
+            {"name": one.name, "colour": f"var({one.colour})", "marks": one.marks, "points": _rounded(one)}
+            for one in self.series
+        ]
+        return {"title": self.title, "series": lines}
+
+
+def _rounded(series: Series) -> list[tuple[float, float]]:
+    """Points for the script: six digits, and of many no more than it shows when it is zoomed far in."""
+    points = thinned([point for point in series.points if math.isfinite(point[1])], MOST_COLUMNS)
+    return [(x, float(f"{y:.6g}")) for x, y in points]
+
+
+def _charts(records: Sequence[StepRecord], before: float | None, unit: str) -> list[Curves]:
+    """Loss, on both scales, what there is of preferences, and the learning rate."""
     held_out = [(float(r.step), r.held_out_loss) for r in records if r.held_out_loss is not None]
     held_out = held_out if before is None else [(0.0, before), *held_out]
     losses = [
@@ -174,9 +205,18 @@ def _charts(records: Sequence[StepRecord], before: float | None) -> dict[str, ob
             for width in (WIDE, NARROW)
         ]
 
-    loss, log = drawn(losses, "loss"), drawn(losses, "loss", log=True)
-    preferences = [(title, drawn(series, "", 150)) for title, series in _of_preferences(records).items()]
-    return {"loss": loss, "loss_log": log, "rates": drawn(rates, "learning rate", 110), "preferences": preferences}
+    return [
+        Curves(f"Loss per {unit}", losses, drawn(losses, "loss"), drawn(losses, "loss", log=True)),
+        *(Curves(title, some, drawn(some, "", 150)) for title, some in _of_preferences(records).items()),
+        Curves("Learning rate", rates, drawn(rates, "learning rate", 110)),
+    ]
+
+
+def _script(charts: Sequence[Curves], *, log: bool) -> Markup:
+    """The script of the page and the numbers that it draws; nothing in them can end it."""
+    numbers = json.dumps({"log": log, "charts": [one.as_dict() for one in charts]}, separators=(",", ":"))
+    code = files("fitune.views.pages").joinpath("chart.js").read_text(encoding="utf-8")
+    return Markup(f"{code}\nconst CURVES = {numbers.replace('<', chr(92) + 'u003c')};")  # noqa: S704  # ours
 
 
 def _of_preferences(records: Sequence[StepRecord]) -> dict[str, list[Series]]:
@@ -214,16 +254,19 @@ def write(run: RunFolder) -> None:
     """
     found, config = read(run), run.read_config()
     result = found.result
+    charts = _charts(found.steps, result.held_out_loss_before, "row" if config.wanted != "answers" else "target token")
+    log_first = _wide([record.loss for record in found.steps if record.applied])
     page = render(
         "report",
         title=f"fitune: {config.method} on {config.model.replace(chr(92), '/').rpartition('/')[2]}",
         subtitle=result.run,
         about=_about(config),
         numbers=_numbers(result),
-        **_charts(found.steps, result.held_out_loss_before),
-        unit="row" if config.wanted != "answers" else "target token",
-        log_first=_wide([record.loss for record in found.steps if record.applied]),
-        answers=found.answers,
+        charts=charts,
+        script=_script(charts, log=log_first),
+        style=Markup(files("fitune.views.pages").joinpath("chart.css").read_text(encoding="utf-8")),  # noqa: S704  # ours
+        log_first=log_first,
+        answers=[(answer, *marked(answer.before, answer.after)) for answer in found.answers],
         score=_score(found.answers),
         memory=_memory(found.plan, found.measured, result.peak_memory_mib),
         cuda=found.plan.device == "cuda",

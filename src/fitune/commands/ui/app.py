@@ -85,7 +85,8 @@ def page_files() -> dict[str, tuple[bytes, str]]:
     """The page's files by name, with their kinds."""
     found = {}
     own = resources.files("fitune.commands.ui").joinpath("page").iterdir()
-    for file in [*own, resources.files("fitune.views.pages").joinpath("chart.js")]:
+    shared = (resources.files("fitune.views.pages").joinpath(name) for name in ("chart.js", "chart.css"))
+    for file in [*own, *shared]:
         kind = KINDS.get(f".{file.name.rpartition('.')[2]}")
         if kind is not None:
             found[file.name] = (file.read_bytes(), kind)

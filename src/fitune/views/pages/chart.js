@@ -141,7 +141,10 @@ export class Chart {
       const y = this.height_of(mark);
       parts.push(svg('line', { class: 'grid', x1: this.left, x2: end, y1: y, y2: y }), svg('text', { x: this.left - 5, y: y + 4, 'text-anchor': 'end' }, text(mark)));
     }
-    for (const mark of across) parts.push(svg('text', { x: this.place_of(mark), y: floor + 17, 'text-anchor': 'middle' }, text(mark)));
+    for (const mark of across) {
+      const x = Math.min(this.place_of(mark), this.width - LETTER * text(mark).length / 2 - 2);
+      parts.push(svg('text', { x, y: floor + 17, 'text-anchor': 'middle' }, text(mark)));
+    }
     for (const one of this.seen) {
       const points = thinned(one.points, Math.round(this.room)).map(([x, y]) => `${this.place_of(x).toFixed(1)},${this.height_of(y).toFixed(1)}`);
       parts.push(svg('polyline', { points: points.join(' '), fill: 'none', stroke: one.colour, 'stroke-width': 1.7, 'stroke-linejoin': 'round' }));
