@@ -36,7 +36,7 @@ lint: install
 	$(BIN)/lint-imports
 
 types: install
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(WORKERS)
 
 test-full: bytecode
 	mkdir -p build

@@ -14,15 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +26,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import recorded
 from fitune.core.config import build
 from fitune.core.records import Batch, Sample
 from fitune.core.units import MIB
@@ -165,22 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.table:
         print("\n".join(lines(json.loads((given.out or OUT).read_text(encoding="utf-8")))))
         return 0
+    command = f"python benchmarks/frozen_cache.py --rounds {given.rounds} --blocks {given.blocks}"
     record = {
-        "command": f"python benchmarks/frozen_cache.py --rounds {given.rounds} --blocks {given.blocks}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": {
-            "cores": os.cpu_count(), "processor": platform.machine(), "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+        **recorded.where(command, "torch", "transformers"),
         "methods": {name: measured(name, given.blocks, given.rows, given.rounds) for name in METHODS},
     }  # fmt: skip
-    print("\n".join(lines(record)))
-    if given.out:
-        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    wrong = problems(record)
-    print("\n".join(wrong))
-    return int(bool(wrong))
+    return recorded.finish(record, lines(record), problems(record), given.out)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import recorded
 from fitune.core.config import build
 from fitune.core.options import QuantOptions
 from fitune.engine.step import make_gradients
@@ -177,18 +174,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n\n".join(lines(json.loads((given.out or OUT).read_text(encoding="utf-8")))))
         return 0
     capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    command = f"python benchmarks/packed.py --rounds {given.rounds} --steps {given.steps}"
+    begun = recorded.where(command, "torch", "bitsandbytes", "transformers")
+    begun["machine"] |= {"bf16": bool(capability.get("avx512_bf16")), "amx": bool(capability.get("amx_bf16"))}
     record = {
-        "command": f"python benchmarks/packed.py --rounds {given.rounds} --steps {given.steps}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": {
-            "cores": os.cpu_count(), "processor": platform.machine(), "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(), "bf16": bool(capability.get("avx512_bf16")),
-            "amx": bool(capability.get("amx_bf16")),
-        },
-        "versions": {name: metadata.version(name) for name in ("torch", "bitsandbytes", "transformers")},
+        **begun,
         "weights": weights(given.outputs, INPUTS, given.rounds),
         "steps": steps(given.blocks, given.steps),
-    }  # fmt: skip
+    }
     print("\n\n".join(lines(record)))
     if given.out:
         given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

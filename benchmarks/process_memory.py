@@ -20,8 +20,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -145,23 +143,15 @@ def main() -> int:
 
 
 def _record(args: argparse.Namespace, found: list[dict[str, Any]]) -> dict[str, Any]:
-    import torch
+    import recorded
 
     small = f" --small {Path(args.small).name}" if args.small else ""
     small += " --as-found" if args.as_found else ""
-    return {
-        "command": f"python benchmarks/process_memory.py --steps {args.steps}{small}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "C library": os.confstr("CS_GNU_LIBC_VERSION") if processor.glibc() else platform.system(),
-        },
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
-        "runs": found,
-    }
+    command = f"python benchmarks/process_memory.py --steps {args.steps}{small}"
+    record = recorded.where(command, "torch", "transformers", "peft", "bitsandbytes")
+    library = os.confstr("CS_GNU_LIBC_VERSION") if processor.glibc() else platform.system()
+    record["machine"]["C library"] = library
+    return {**record, "runs": found}
 
 
 if __name__ == "__main__":

@@ -222,10 +222,11 @@ def test_verbose_prints_what_the_report_has(
     arguments = ["train", "--model", model_folder, "--data", data_file, data_file, "--output", tmp_path / "run"]
     code, out, _ = run([*arguments, "--max-steps", 1, "--sample-prompts", 0, "--verbose"], capsys, monkeypatch)
     assert code == 0
-    for part in ("80 read (80 messages)", "trainable of", "tokens trained", "<|end|>", "embedding", "float32"):
+    read = f"{2 * tiny.DATA_ROWS} read ({2 * tiny.DATA_ROWS} messages)"
+    for part in (read, "trainable of", "tokens trained", "<|end|>", "embedding", "float32"):
         assert part in out
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    for part in ("80 read (80 messages)", "tokens trained", "&lt;|end|&gt;", "embedding", "float32"):
+    for part in (read, "tokens trained", "&lt;|end|&gt;", "embedding", "float32"):
         assert part in page
 
 

@@ -295,6 +295,7 @@ def test_names_of_others_are_keywords_too(settings: dict[str, Any], tmp_path: Pa
     assert run.run == str(tmp_path / "run")
 
 
+@pytest.mark.full  # the command line's is in the quick run
 def test_python_advises_and_trains_with_what_fits(settings: dict[str, Any], tmp_path: Path) -> None:
     asked = {"model": settings["model"], "data": ROWS, "method": "lora", "max_length": 64}
     asked |= {"quant": "none", "checkpointing": True}  # fewer ways to look through

@@ -575,6 +575,7 @@ def test_settings_that_are_given_are_not_left_to_a_plan() -> None:
     assert found[0]["checkpointing"] is True
 
 
+@pytest.mark.full  # test_recompute has the plans
 def test_a_fit_that_recomputes_names_its_blocks(tmp_path: Path) -> None:
     """And typed, the command has the plan that was shown."""
     rows = tmp_path / "rows.jsonl"

@@ -92,12 +92,10 @@ def test_margins_rise_on_pairs_that_no_training_pair_asks_about(tmp_path: Path) 
     assert result["held_out_loss_after"] < before["held_out_loss"] - 0.02
 
 
-@pytest.mark.parametrize("epochs", [3.0, pytest.param(demo.COMMON["epochs"], marks=pytest.mark.full)])
+@pytest.mark.full  # half a minute; CI runs it after `make test`
 def test_the_demo_teaches_what_the_base_cannot_do(
-    epochs: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the quick run after half of it."""
-    monkeypatch.setattr(demo, "COMMON", {**demo.COMMON, "epochs": epochs})
     code, out, error = run(["demo", "--json", "--output", tmp_path / "run"], capsys, monkeypatch)
     assert code == 0, error
     result = json.loads(out.splitlines()[-1])

@@ -387,8 +387,8 @@ def test_rows_are_as_long_as_the_tokenizer_says(model_folder: Path, data_file: P
     made = planned(model_folder, data=[data_file], max_length="auto", batch_size=38)
     words = tokenizer.load(model_folder)
     assert made.notes == []
-    assert made.rows == 38  # all that are trained: two of forty are held out
-    counts = [len(words.apply_chat_template(row["messages"])["input_ids"]) for row in tiny.rows(40)]
+    assert made.rows == tiny.DATA_ROWS - 1  # all that are trained: one is held out
+    counts = [len(words.apply_chat_template(row["messages"])["input_ids"]) for row in tiny.rows(tiny.DATA_ROWS)]
     assert 0 < sum(counts) - made.tokens <= 2 * max(counts)
 
 
@@ -403,7 +403,7 @@ def test_without_a_tokenizer_lengths_are_estimated_and_that_is_reported(
     bare: Path, model_folder: Path, data_file: Path
 ) -> None:
     made = planned(bare, data=[data_file], max_length="auto")
-    assert "no tokenizer at hand (--tokenizer FOLDER): lengths of 40 rows are estimated" in made.notes[0]
+    assert f"no tokenizer at hand (--tokenizer FOLDER): lengths of {tiny.DATA_ROWS} rows are estimated" in made.notes[0]
     known = planned(bare, data=[data_file], max_length="auto", tokenizer=model_folder)
     assert known.notes == []
     assert known.tokens == planned(model_folder, data=[data_file], max_length="auto").tokens

@@ -180,7 +180,7 @@ def test_every_file_that_is_read_is_fingerprinted(model_folder: Path, data_file:
     made = job({"data": [str(data_file), {"path": str(folder), "weight": 2}]}, model_folder, tmp_path)
     assert list(made.data_sha256) == [str(data_file), str(folder / "a.jsonl"), str(folder / "b.jsonl")]
     assert made.report.rows == made.report.kept + made.report.held_out
-    assert made.report.notes[-1].startswith("weights: 46 rows to train on become ")
+    assert made.report.notes[-1].startswith("weights: 23 rows to train on become ")
 
 
 def test_no_copy_of_a_held_out_row_is_trained(model_folder: Path, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_bad_held_out_rows_are_listed_too(model_folder: Path, data_file: Path, t
         file.write('{"prompt": "a"}\n')
     config = {"data": [str(data_file)], "eval_data": [str(held_out)], "skip_bad": True}
     report = job(config, model_folder, tmp_path).report
-    assert (report.rows, report.skipped_bad) == (40, 1)
+    assert (report.rows, report.skipped_bad) == (tiny.DATA_ROWS, 1)
     assert report.skipped == [f"{held_out}:5:completion: missing (a row of prompt/completion)"]
 
 

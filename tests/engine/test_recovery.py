@@ -105,6 +105,7 @@ print(json.dumps({"messages": [t for t in watch.messages if "memory" in t], "los
 """
 
 
+@pytest.mark.full  # two trainings at a limit
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_real_limit_on_memory(model_folder: Path, tmp_path: Path) -> None:
     """The operating system refuses the allocation; the run goes on in smaller pieces to the same losses."""
@@ -112,7 +113,7 @@ def test_a_real_limit_on_memory(model_folder: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"what is {n}?", "completion": "two plus three is five " * 12} for n in range(64)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {
-        "model": str(model_folder), "data": [str(data)], "batch_size": 60, "max_steps": 2, "val_rows": 4,
+        "model": str(model_folder), "data": [str(data)], "batch_size": 60, "max_steps": 1, "val_rows": 4,
         "sample_prompts": 0, "method": "full", "lr": 1e-4, "precision": "fp32",
     }  # fmt: skip
     # what the checks before the first step used must go back to the system, or the heap's free room holds the step
@@ -321,15 +322,22 @@ def test_a_run_stops_early_and_ends_with_its_best_weights(model_folder: Path, da
     assert found[-2:] == [loss for loss in found[-2:] if loss >= min(found)]
     best = train(build({**values, "output": str(tmp_path / "best"), "final": "best", "max_steps": done.steps + 2}))
     assert best.held_out_loss_after == min(losses_of(tmp_path / "best"))
-    last = train(build({**values, "output": str(tmp_path / "last"), "max_steps": done.steps + 2}))
-    assert last.held_out_loss_after == losses_of(tmp_path / "last")[-1]
-    ends_best = losses_of(tmp_path / "last")[-1] == min(losses_of(tmp_path / "last"))
-    assert (digest(tmp_path / "best") == digest(tmp_path / "last")) == ends_best
     broken = tmp_path / "broken"
     with pytest.raises(Crash):
         train(build({**values, "output": str(broken), "patience": 2}), watch=CrashAt(done.steps - 1))
     train(resume_config(str(broken), {}), resume=True)
     assert digest(broken) == digest(tmp_path / "run")
+
+
+@pytest.mark.full
+def test_a_run_ends_with_its_best_weights_only_where_asked(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    values = {"model": str(model_folder), "data": [str(data_file)], "max_steps": 8, "eval_every": 2, "batch_size": 4,
+              "lr": 0.3, "warmup": 0.0, "sample_prompts": 0}  # fmt: skip
+    best = train(build({**values, "output": str(tmp_path / "best"), "final": "best"}))
+    last = train(build({**values, "output": str(tmp_path / "last")}))
+    found = losses_of(tmp_path / "last")
+    assert (best.held_out_loss_after, last.held_out_loss_after) == (min(found), found[-1])
+    assert (digest(tmp_path / "best") == digest(tmp_path / "last")) == (found[-1] == min(found))
 
 
 def test_an_evaluation_that_does_not_fit_goes_over_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:

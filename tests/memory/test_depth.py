@@ -56,9 +56,12 @@ def work(way: str, target: Target, shape: Any = SHAPE) -> plan.Work:
 
 def ways() -> list[Any]:
     """Every way on a target or both; the quick run has both for LoRA, and takes turns for the others: of the methods
-    that add to each block one, of blocks that are recomputed the first few, of states in fewer numbers Adafactor's, and
-    of those with virtual tokens the one that has some in each block."""
-    alike = ("lora, without dropout", "lora, all but a few", "full, 8-bit states", "p-tuning", "prompt", "ia3")
+    that add to each block one, of blocks that are recomputed every second one and the first few, of states in fewer
+    numbers Adafactor's, and of those with virtual tokens the one that has some in each block."""
+    alike = (
+        "lora, without dropout", "lora, checkpointing", "lora, a few blocks", "lora, all but a few",
+        "lora, in main memory", "full, 8-bit states", "p-tuning", "prompt", "ia3",
+    )  # fmt: skip
     some = {(way, target) for way, target in zip(WAYS, (CPU, AMPERE) * len(WAYS), strict=False) if way not in alike}
     some |= {("lora", CPU), ("lora", AMPERE), ("full, in the backward pass", AMPERE), (EVERY_SECOND, CPU)}
     some |= {("lora, in main memory", AMPERE)}

@@ -260,8 +260,8 @@ CASES = [
     pytest.param("prefix", "bloom", "fp32", "none", marks=pytest.mark.full),
     ("freeze", "llama", "fp32", "none"),
     pytest.param("lora-all", "qwen2", "fp32", "nf4", marks=pytest.mark.full),
-    ("tail", "gpt2", "fp32", "none"),
-    ("houlsby", "chatglm", "fp32", "none"),
+    pytest.param("tail", "gpt2", "fp32", "none", marks=pytest.mark.full),
+    pytest.param("houlsby", "chatglm", "fp32", "none", marks=pytest.mark.full),
     *(
         pytest.param(variant, kind, "fp32", quant, marks=pytest.mark.full)
         for variant in ("lora", "lora-dora", "full", "prompt", "p-tuning", "houlsby", "ia3", "tail", "freeze-patterns")

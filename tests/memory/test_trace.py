@@ -31,12 +31,11 @@ from support.measured import batch
 
 LEAST, CLOSE = 10 * 2**20, 0.005
 QUICK = {
-    ("lora", "llama", "fp32", "none"), ("lora", "llama", "bf16", "none"), ("lora-all", "qwen2", "bf16", "nf4"),
+    ("lora", "llama", "bf16", "none"), ("lora-all", "qwen2", "bf16", "nf4"),
     ("full", "gpt2", "fp32", "none"), ("freeze", "llama", "bf16", "none"), ("tail", "qwen2", "fp32", "none"),
-    ("prefix", "bloom", "fp32", "none"), ("prompt", "glm", "fp32", "none"), ("p-tuning-lstm", "llama", "fp32", "none"),
+    ("prefix", "bloom", "fp32", "none"), ("p-tuning-lstm", "llama", "fp32", "none"),
     ("houlsby", "chatglm", "fp32", "none"), ("lora-dora", "llama", "fp32", "nf4"), ("ia3", "gemma2", "fp32", "none"),
-    ("bitfit", "opt", "bf16", "none"), ("lora", "gpt2", "fp32", "int8"), ("peft:VERA", "mistral", "fp32", "none"),
-    ("lora-pissa", "phi3", "fp32", "none"), ("lora", "bloom", "fp16", "none"),
+    ("bitfit", "opt", "bf16", "none"), ("lora", "gpt2", "fp32", "int8"), ("lora", "bloom", "fp16", "none"),
 }  # fmt: skip
 PRECISIONS = [("fp32", "none"), *contract.QUICK]
 

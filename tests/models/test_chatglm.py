@@ -358,7 +358,8 @@ def test_wrong_numbers_of_answers_and_other_templates_are_refused() -> None:
         Encoder(tiny.make_tokenizer(), TABLE["alpaca"]).samples(to_conversation(row, Source("f", 1)))
 
 
-def test_a_first_chatglm_learns_to_fill_gaps_and_to_chat(tmp_path: Path) -> None:
+@pytest.mark.parametrize("methods", [["lora"], pytest.param(["prefix", "prompt"], marks=pytest.mark.full)])
+def test_a_first_chatglm_learns_to_fill_gaps_and_to_chat(methods: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     tiny.make_model("chatglm").save_pretrained(str(folder))
     span_tokenizer().save_pretrained(str(folder))
@@ -369,7 +370,7 @@ def test_a_first_chatglm_learns_to_fill_gaps_and_to_chat(tmp_path: Path) -> None
         {"prompt": "the capital", "completion": "is Mira"},
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows * 12))
-    for method in ("lora", "prefix", "prompt"):
+    for method in methods:
         more: dict[str, Any] = {"lr": 0.3, "max_steps": 60}
         if method == "lora":  # the answers themselves
             more = {"lr": 1e-2, "max_steps": 100, "lora": {"targets": "all-linear"}}
@@ -378,6 +379,8 @@ def test_a_first_chatglm_learns_to_fill_gaps_and_to_chat(tmp_path: Path) -> None
             output=str(tmp_path / method), batch_size=6, sample_prompts=0, **more,
         )  # fmt: skip
         assert done.last_loss < 0.7 * done.first_loss
+    if "lora" not in methods:
+        return
     tuned = fitune.load(tmp_path / "lora")
     assert fitune.generate(tuned, "the capital") == "is Mira"
     assert fitune.generate(tuned, "the [MASK] of [MASK]") == "capital[MASK]Norland"

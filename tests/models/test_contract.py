@@ -48,8 +48,8 @@ from support.contract import (
 
 # The quick run tries every method on one model of each build (rotary, Conv1D, ALiBi, two streams), further variants of
 # it (FURTHER) on the first two, and on nf4 all but those that go beside the weights in another form (WHOLE, BESIDE);
-# elsewhere FEW, one for each part of a model that a method goes on. What a family may do otherwise with blocks that are
-# frozen or with embeddings is tried on those of WHOLE, and on gemma2, which scales its embeddings.
+# elsewhere FEW, two in turn of one for each part of a model that a method goes on. What a family may do otherwise with
+# blocks that are frozen or with embeddings is tried on those of WHOLE, and on gemma2, which scales its embeddings.
 FURTHER = (
     "freeze-tensors", "freeze-patterns", "tail-interleaved", "tail-mlp", "prompt-random", "p-tuning-lstm",
     "prefix-projected", "pfeiffer", "parallel", "lora-dora", "lora-pissa", "peft:LOHA",
@@ -59,7 +59,7 @@ WHOLE = {
     ("fp32", "none"): ("llama", "gpt2", "bloom", "chatglm"),
     ("fp32", "nf4"): ("llama",),
 }
-FEW = ("lora-all", "prefix", "tail", "houlsby")
+FEW = (("lora-all", "tail"), ("prefix", "houlsby"))  # in turn
 ALSO = {("freeze", "gemma2"), ("prompt", "gemma2")}
 # On quantized weights: why not. None of these needs the weights to be read.
 NOT_QUANTIZED = {
@@ -90,9 +90,9 @@ def refused() -> Iterator[Any]:
 
 def combinations() -> Iterator[tuple[Case, bool]]:
     whole = os.environ.get("FITUNE_TESTS") == "full"  # `make test-full`; else these would only be collected
-    for variant, kind in product(VARIANTS, KINDS):
+    for variant, (number, kind) in product(VARIANTS, enumerate(KINDS)):
         for precision, quant in (("fp32", "none"), *QUICK):
-            few = variant in FEW and kind in QUICK.get((precision, quant), KINDS)
+            few = variant in FEW[number % 2] and kind in QUICK.get((precision, quant), KINDS)
             builds = WHOLE.get((precision, quant), ())
             few |= (variant, kind) in ALSO and (precision, quant) == ("fp32", "none")
             if quant != "none" and variant in BESIDE:  # other forms of what goes beside the weights

@@ -311,7 +311,7 @@ def test_a_moved_base_is_named_and_given(moved: tuple[Path, Path], data_file: Pa
         use(model=new)
     with pytest.raises(RunFolderError, match="no such folder"):
         fitune.train(resume=True, output=str(run))
-    assert fitune.evaluate(run, [str(data_file)], model=new, answer=False).rows == 40
+    assert fitune.evaluate(run, [str(data_file)], model=new, answer=False).rows == tiny.DATA_ROWS
     assert fitune.generate(run, "hi", model=new, max_new_tokens=2) == fitune.generate(
         fitune.load(run, model=new), "hi", max_new_tokens=2
     )

@@ -332,6 +332,7 @@ def test_a_record_is_whole_after_every_row(tmp_path: Path, capsys: pytest.Captur
     assert "good" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     command = [sys.executable, str(PATH), "--output", str(output)]
@@ -385,6 +386,7 @@ def test_a_result_that_is_not_as_it_should_be_is_found(changed: dict[str, Any], 
     assert found in recompute.problems({"methods": {"lora": rows}})[0]
 
 
+@pytest.mark.full
 def test_what_recomputation_costs_is_measured(tmp_path: Path) -> None:
     """The benchmark on a small model: it compares bits, plans and operations, and finds nothing wrong."""
     out = tmp_path / "out.json"
@@ -417,6 +419,7 @@ def test_a_later_epoch_that_is_not_as_it_should_be_is_found(changed: dict[str, A
     assert found in frozen_cache.problems({"methods": {"freeze": [{**row, **changed}]}})[0]
 
 
+@pytest.mark.full
 def test_what_later_epochs_take_is_measured(tmp_path: Path) -> None:
     """The benchmark on a small model: it compares bits and operations, and finds nothing wrong."""
     out = tmp_path / "out.json"
@@ -447,6 +450,7 @@ def test_a_way_to_plain_weights_that_is_wrong_or_faster_is_found(changed: dict[s
     assert found in packed.problems({"weights": [rows[0], {**rows[1], **changed}]})[0]
 
 
+@pytest.mark.full
 def test_packed_weights_are_measured(tmp_path: Path) -> None:
     """The benchmark on a small layer and model: all ways give the same bits, each kind of weights makes its step."""
     out = tmp_path / "out.json"

@@ -118,4 +118,4 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data_file(tmp_path: Path) -> Path:
-    return tiny.write_rows(tmp_path / "rows.jsonl", 40)
+    return tiny.write_rows(tmp_path / "rows.jsonl", tiny.DATA_ROWS)

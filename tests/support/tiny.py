@@ -197,6 +197,9 @@ def save(kind: str, folder: Path) -> Path:
     return folder
 
 
+DATA_ROWS = 16  # of the file that the fixture `data_file` writes
+
+
 def rows(count: int) -> list[dict[str, Any]]:
     """Questions with answers of different lengths, in two languages."""
     made = []
