@@ -30,21 +30,23 @@ if TYPE_CHECKING:
     from fitune.core.plan import Plan as Plan
     from fitune.core.results import Evaluation as Evaluation
     from fitune.core.results import Result as Result
+    from fitune.core.verdict import Verdict as Verdict
     from fitune.memory.advice import Advised as Advised
     from fitune.models.load import Tuned as Tuned
 
 # what is passed on as it is, by the modules that have it; loaded when it is first used
 MODULES = {
     "Advised": "memory.advice", "Converted": "commands.convert", "Downloaded": "models.hub",
-    "Evaluation": "core.results",
-    "Exported": "commands.export", "Inspection": "commands.inspect", "Merged": "commands.merge", "Plan": "core.plan",
+    "Evaluation": "core.results", "Exported": "commands.export", "Inspection": "commands.inspect",
+    "Merged": "commands.merge", "Plan": "core.plan",
     "QuantizedModel": "core.results", "Result": "core.results", "StepRecord": "core.records",
-    "Tuned": "models.load", "Watcher": "core.events", "convert": "commands.convert", "download": "models.hub",
-    "export": "commands.export", "load_model": "models.load", "merge": "commands.merge",
+    "Tuned": "models.load", "Verdict": "core.verdict", "Watcher": "core.events",
+    "convert": "commands.convert", "download": "models.hub", "export": "commands.export", "load_model": "models.load",
+    "merge": "commands.merge",
     "quantize": "commands.quantize", "serve": "commands.serve",
     "ui": "commands.ui",
 }  # fmt: skip
-__all__ = sorted([*MODULES, "advise", "evaluate", "generate", "inspect", "load", "plan", "train"])
+__all__ = sorted([*MODULES, "advise", "evaluate", "generate", "inspect", "load", "plan", "train", "verdict"])
 
 
 def __getattr__(name: str) -> Any:
@@ -409,4 +411,34 @@ def evaluate(run_or_model: str | Path, data: Data, **how: Any) -> Evaluation:
     there = _paths(given.sources(data, "data", cache))
     early.together(lambda: early.run_or_model(run_or_model), *early.each(early.data, *there))
     found: Evaluation = quietly(quiet.module("fitune.commands.evaluate").evaluate)(run_or_model, there, **how)
+    return found
+
+
+def verdict(runs: str | Path | Sequence[str | Path], data: Data = (), *, checks: Data = None, **how: Any) -> Verdict:
+    """Is what was tuned better than its base, and what did it forget? Row by row, with intervals and exact tests.
+
+    Args:
+        runs: a run folder, or several side by side.
+        data: held-out rows, as for `train`; none: those that each run held out.
+        checks: rows that the base answers and the tuned model should still answer; None: those of the bundled model,
+            where it is the base.
+        how: kind, take, answer, max_new_tokens, skip_bad, columns: see `fitune.commands.verdict.Judging`; model,
+            device, precision, quant: as for `load`; watch.
+
+    Raises:
+        FituneError: a run or the data cannot be used.
+
+    Example:
+        >>> fitune.verdict("runs/first", checks="general.jsonl").runs[0].forgot
+    """
+    several = [runs] if isinstance(runs, (str, Path)) else list(runs)
+    cache = _cache("auto")
+    held_out = _paths(given.sources(data, "data", cache)) if _is_given(data) else []
+    general = None if checks is None else _paths(given.sources(checks, "checks", cache))
+    early.together(*early.each(early.run_or_model, *several), *early.each(early.data, *held_out, *(general or [])))
+    loading = {name: how.pop(name) for name in ("model", "device", "precision", "quant") if name in how}
+    watch = how.pop("watch", None)
+    module = imports.module("fitune.commands.verdict")
+    judging = module.Judging(held_out, general, **how)
+    found: Verdict = quietly(module.verdict)(several, judging, loading=loading, watch=watch)
     return found

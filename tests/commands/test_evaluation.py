@@ -18,9 +18,12 @@ from fitune.commands.demo import bundled
 from fitune.commands.evaluate import evaluate
 from fitune.commands.scores import Judged, bleu4, exact_match, rouge_l, scores_of
 from fitune.commands.train import train
+from fitune.commands.verdict import Judging, knows, verdict
 from fitune.core.config import build
 from fitune.core.errors import FituneError
+from fitune.core.options import DataSource
 from fitune.core.records import Conversation, Finding, Message, ToolCall
+from fitune.core.verdict import Verdict
 from fitune.data import tokenizer
 from fitune.data.encode import Encoder
 from fitune.data.templates import choose
@@ -28,7 +31,7 @@ from fitune.models import families
 from fitune.models.kernels import frozen_head
 from fitune.models.kernels import loss as loss_kernel
 from fitune.models.load import Tuned
-from support import tiny
+from support import command, tiny
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +275,85 @@ def test_thinking_models_are_evaluated_whole(
     assert json.loads(out)["scores"]["exact_match"] == 1.0
     assert json.loads(out)["scores"]["thought_match"] == 1.0
     assert "thought match" in err
+
+
+# ---- verdicts ----
+
+
+def _verdict(runs: list[Path], **how: Any) -> Verdict:
+    return verdict(runs, Judging(max_new_tokens=4, **how))
+
+
+def test_a_verdict_compares_row_by_row_what_eval_measures_together(run: Path) -> None:
+    """The same losses as eval has, of the rows that the run held out; kinds by a column, else by language."""
+    held_out = str(run.parent / "held_out.jsonl")
+    measured = evaluate(run, [held_out], answer=False)
+    found = _verdict([run], answer=False).runs[0]
+    section, general = found.sections
+    loss = section.kinds[0].changes[0]
+    assert measured.base is not None
+    assert (loss.base, loss.tuned) == pytest.approx((measured.base.loss, measured.scores.loss), abs=1e-6)
+    assert loss.low < loss.difference < loss.high < 0
+    assert (loss.better, section.outcome, section.kinds[0].rows) == (9, "better", 9)
+    assert "no general checks" in general.note
+
+
+def test_kinds_of_rows_and_general_checks_of_ones_own(run: Path, tmp_path: Path) -> None:
+    rows = [{**row, "kind": "even" if n % 2 == 0 else "odd"} for n, row in enumerate(tiny.rows(8))]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sources = [DataSource(path=str(data))]
+    found = _verdict([run, run], data=sources, checks=sources)
+    for one in found.runs:
+        assert [kind.name for kind in one.sections[0].kinds] == ["all", "even", "odd"]
+        assert [change.name for change in one.sections[1].kinds[0].changes] == ["loss", "exact match", "known"]
+        assert one.sections[1].decides == ("loss",)  # a random base knows nothing
+    assert found.together is not None
+    assert found.together.sections[0].kinds == found.runs[0].sections[0].kinds
+    assert json.loads(json.dumps(found.as_dict()))["runs"][1]["run"] == str(run)
+
+
+def test_a_verdict_on_the_command_line(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model_folder: Path
+) -> None:
+    code, out, err = command.run(["eval", run, run, "--verdict", "--loss-only", "--json"], capsys, monkeypatch)
+    assert code == 0
+    assert json.loads(out)["together"]["sections"][0]["outcome"] == "better"
+    assert "side by side" in err
+    for wrong, text in (
+        (["eval", run, "--checks", run.parent / "rows.jsonl"], "--checks without --verdict"),
+        (["eval", run], "--data F"),
+        (["eval", run, run, "--data", run.parent / "rows.jsonl"], "several models"),
+        (["eval", model_folder, "--verdict"], "compares a run with its base"),
+    ):
+        code, _, err = command.run(wrong, capsys, monkeypatch)
+        assert code == 2
+        assert text in err
+
+
+def test_held_out_rows_of_changed_data_are_refused(run: Path) -> None:
+    """Whoever changed the training data changed which rows were held out: some of them may have been trained."""
+    rows = run.parent / "rows.jsonl"
+    before = rows.read_bytes()
+    try:
+        rows.write_bytes(before + before.splitlines(keepends=True)[0])
+        with pytest.raises(FituneError, match="rows that it held out are not known"):
+            _verdict([run], answer=False)
+    finally:
+        rows.write_bytes(before)
+
+
+@pytest.mark.unit
+def test_an_answer_is_known_however_it_is_wrapped() -> None:
+    for expected, answer, known in (
+        ("Northhill.", "[answer] northhill | kind: capital", True),
+        ("北山城。", "【答】北山城｜类：首都", True),
+        ("12.", "The sum is 12", True),
+        ("12.", "112", False),
+        ("12.", "12.5", False),
+        ("5", "-5", False),
+        ("art", "The start", False),
+        ("猫", "cat猫dog", False),
+        ("", "anything", False),
+    ):
+        assert knows(Judged("", expected, answer)) is known, (expected, answer)

@@ -214,25 +214,74 @@ class Answers:
     samples: Annotated[int, Parameter(help="Rows to show, with the base model's and the tuned model's answers.")] = 5
 
 
-def evaluate(
-    run: Annotated[str, Parameter(help="Run folder, model folder or hub id.")],
-    *,
-    data: Annotated[list[str], Parameter(consume_multiple=True, help="Held-out data: files, folders or hub ids.")],
+@dataclass(frozen=True)
+class Measured:
+    """What eval measures on."""
+
+    data: Annotated[
+        list[str] | None,
+        Parameter(
+            consume_multiple=True,
+            help="Held-out data: files, folders or hub ids. [default: with --verdict the rows that the run held out]",
+        ),
+    ] = None
     take: Annotated[
         int | None, Parameter(help="Rows to use of each source, drawn with a fixed seed. [default: all]")
-    ] = None,
+    ] = None
     map_: Annotated[
         list[str] | None,
         Parameter(name="--map", consume_multiple=True, negative="", help="What columns mean: content=prompt ..."),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Whether eval compares a run with its base, and on what beside the held-out rows."""
+
+    verdict: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            help="Compare each run with its base, row by row: better, no difference shown or worse, with intervals and "
+            "exact tests, and what was forgotten.",
+        ),
+    ] = False
+    checks: Annotated[
+        list[str] | None,
+        Parameter(
+            consume_multiple=True,
+            negative="",
+            help="With --verdict: rows that the base answers and the tuned model should still answer. [default: those "
+            "of the bundled model, where it is the base]",
+        ),
+    ] = None
+    kind: Annotated[
+        str, Parameter(help="With --verdict: the column that names the kind of a row; without it, by language.")
+    ] = "kind"
+
+
+def evaluate(
+    runs: Annotated[list[str], Parameter(help="Run folder, model folder or hub id; with --verdict several runs.")],
+    *,
+    measured: Annotated[Optional[Measured], Parameter(name="*")] = None,  # noqa: UP045
+    judged: Annotated[Optional[Judged], Parameter(name="*")] = None,  # noqa: UP045
     answers: Annotated[Optional[Answers], Parameter(name="*")] = None,  # noqa: UP045
     loading: Annotated[Optional[Loading], Parameter(name="*")] = None,  # noqa: UP045
     json: Json = False,
 ) -> None:
-    """Measure a run beside its base model, or a model: loss, perplexity, exact match, BLEU-4, ROUGE-L."""
+    """Measure a run beside its base model, or a model: loss, perplexity, exact match, BLEU-4, ROUGE-L; or --verdict."""
+    measured, judged = measured or Measured(), judged or Judged()
     answers, loading = answers or Answers(), loading or Loading()
-    columns = dict(pair("map", text) for text in map_ or [])
-    early.together(*loading.check(run), *early.each(early.data, *data))
+    columns = dict(pair("map", text) for text in measured.map_ or [])
+    data = measured.data or []
+    early.together(
+        lambda: _check_measured(runs, measured, judged),
+        *(check for run in runs for check in loading.check(run)),
+        *early.each(early.data, *data, *(judged.checks or [])),
+    )
+    if judged.verdict:
+        _verdict(runs, (measured, judged, answers, loading), columns, json=json)
+        return
     with imports.for_good():
         from fitune.commands.evaluate import evaluate as run_evaluation
         from fitune.views.terminal import Terminal, answers_table, scores_table
@@ -240,9 +289,9 @@ def evaluate(
     console = console_for(json)
     with Terminal(console) as watch:
         found = run_evaluation(
-            run,
+            runs[0],
             data,
-            take=take,
+            take=measured.take,
             answer=not answers.loss_only,
             max_new_tokens=answers.max_new_tokens,
             samples=answers.samples,
@@ -254,5 +303,59 @@ def evaluate(
     if found.samples:
         console.print(answers_table(found.samples, base=found.base is not None))
     console.print(scores_table(found))
+    if json:
+        print_json(found.as_dict())
+
+
+def _check_measured(runs: list[str], measured: Measured, judged: Judged) -> None:
+    """Raises ConfigError where what was typed does not go together."""
+    if judged.verdict:
+        return
+    if judged.checks is not None:
+        raise ConfigError("--checks without --verdict", fix="add --verdict, or give the rows as --data")
+    if not measured.data:
+        raise ConfigError(
+            "eval: no data", fix="give held-out rows: --data F; or compare a run with its base: --verdict"
+        )
+    if len(runs) > 1:
+        raise ConfigError(
+            "eval: several models at once", received=", ".join(runs), expected="one; with --verdict several runs"
+        )
+
+
+def _verdict(
+    runs: list[str],
+    how: tuple[Measured, Judged, Answers, Loading],
+    columns: dict[str, str],
+    *,
+    json: bool,
+) -> None:
+    """eval --verdict."""
+    with imports.for_good():
+        from fitune.commands.verdict import Judging, verdict
+        from fitune.core.options import DataSource
+        from fitune.views.terminal import Terminal
+        from fitune.views.verdict import shown
+
+    measured, judged, answers, loading = how
+    if loading.template != "auto":
+        raise ConfigError("--template with --verdict: a run brings its own", fix="leave --template out")
+    loaded = {name: value for name, value in asdict(loading).items() if name != "template"}
+    data, checks = ([DataSource(path=one) for one in some or ()] for some in (measured.data, judged.checks))
+    judging = Judging(
+        data,
+        None if judged.checks is None else checks,
+        judged.kind,
+        measured.take,
+        not answers.loss_only,
+        answers.max_new_tokens,
+        answers.skip_bad,
+        columns,
+    )
+    console = console_for(json)
+    with Terminal(console) as watch:
+        found = verdict(runs, judging, loading=loaded, watch=watch)
+    for part in shown(found):
+        console.print(part, highlight=False)
     if json:
         print_json(found.as_dict())

@@ -319,13 +319,19 @@ def _split(desk: _Desk, written: _Written, encoder: Encoder) -> _Split:
             held_out=len(others.samples.rows),
         )
         return _Split(np.arange(count), np.arange(len(others.samples.rows)), whole, others.samples, report)
+    chosen = held_out_of(config, count)
+    report = replace(report, held_out=int(chosen.sum()))
+    return _Split(np.flatnonzero(~chosen), np.flatnonzero(chosen), whole, whole, report)
+
+
+def held_out_of(config: RunConfig, count: int) -> NDArray[np.bool_]:
+    """(count,): which rows of the training data a run without eval_data holds out; the seed alone decides."""
     wanted = min(config.val_rows, round(config.val_share * count))
     if config.val_share and count > 1:
         wanted = max(1, wanted)
     chosen = np.zeros(count, np.bool_)
     chosen[np.random.default_rng([config.seed, 2**31]).permutation(count)[:wanted]] = True
-    report = replace(report, held_out=wanted)
-    return _Split(np.flatnonzero(~chosen), np.flatnonzero(chosen), whole, whole, report)
+    return chosen
 
 
 def _written(desk: _Desk, loaded: rows.Loaded, encoder: Encoder) -> _Written:

@@ -1,18 +1,21 @@
 """The loss, and the rewards of preferences, on rows that are not trained.
 
 In: a model, held-out batches, an objective. Out: the loss as training has it: per target token, per unit of weight, or
-per row of preferences.
+per row of preferences; or that of each sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fitune.core.records import Batch, Layout, Rewards
+from fitune.core.records import Answers, Batch, Layout, Rewards
+from fitune.engine.objectives.base import log_probabilities
 from fitune.engine.rewards import FIGURES, rewards_of
 from fitune.engine.step import SFT, Objective
 from fitune.models.switches import evaluating
@@ -63,3 +66,24 @@ def held_out(
 def held_out_loss(model: nn.Module, batches: Iterable[Batch], layout: Layout = "flat") -> float:
     """Loss per target token (or unit of weight) over held-out batches; the model's mode is left as it was."""
     return held_out(model, batches, layout).loss
+
+
+def losses(model: nn.Module, batches: Iterable[Batch], layout: Layout, count: int) -> NDArray[np.float64]:
+    """(count,): the summed loss of each sample's target tokens; 0 where it has none. Weights of tokens do not count.
+
+    Args:
+        model: the model; its mode is left as it was.
+        batches: of samples, whose numbers are `rows`.
+        layout: how documents go through it.
+        count: how many samples there are.
+    """
+    found = np.zeros(count, np.float64)
+    with evaluating(model):
+        for batch in batches:
+            of = np.searchsorted(batch.bounds, batch.label_rows, side="right") - 1
+            there = np.unique(of)  # samples that have a target
+            answers = Answers(np.searchsorted(there, of), np.zeros(len(there), np.float32))
+            if len(there):
+                each = log_probabilities(model, replace(batch, answers=answers), layout)
+                found[np.array(batch.rows)[there]] = -each.double().cpu().numpy()
+    return found
