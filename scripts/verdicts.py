@@ -4,7 +4,7 @@
 questions, or to all; a learning rate that breaks the model; one answer to everything; the persona alone; a single row;
 answers that stop after their first character. 20 others, each with a seed of its own, are tuned on plain right answers,
 such as the base gives already, so nothing is lost. A verdict must name what was planted, and no clean run may be called
-worse. The record has a row for each.
+worse. `results/verdicts.json` has a row for each.
 """
 
 from __future__ import annotations
