@@ -66,8 +66,9 @@ class Section:
 STAGES = (
     (Section("machine", 60),),
     (Section("kernels", 115), Section("resume", 115), Section("memory", 115)),
-    (Section("throughput", 95),),
-    (Section("runs", 105),),
+    (Section("throughput", 85),),
+    (Section("parallel", 25),),
+    (Section("runs", 90),),
     (Section("capped", 105),),
 )
 SECTIONS = tuple(itertools.chain(*STAGES))

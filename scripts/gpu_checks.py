@@ -344,6 +344,7 @@ def _digest(run: Run) -> str:
 def main() -> int:
     """See the module's text."""
     import gpu_figures  # noqa: F401  # registers its sections
+    import gpu_parallel  # noqa: F401  # as well
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="+", choices=SECTIONS)

@@ -198,6 +198,14 @@ def test_under_torchrun_a_finished_run_ends_for_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(7200)
+def test_sixty_kills_of_random_processes_end_well() -> None:
+    script = Path(__file__).parents[2] / "scripts" / "kill_ranks.py"
+    done = subprocess.run([sys.executable, str(script), "--kills", "60"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.full
 def test_where_the_command_itself_is_killed_the_run_saves_and_ends(tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = start(tmp_path, output, *short(MANY))

@@ -113,6 +113,13 @@ def test_every_method_is_shared(ranks: int, tmp_path: Path) -> None:
     check(shared(ALL, ranks, tmp_path), ALL, ranks)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_method_goes_into_shards(ranks: int, tmp_path: Path) -> None:
+    cases = [(*case, "shard") for case in ALL]
+    check(shared(cases, ranks, tmp_path), cases, ranks)
+
+
 def test_processes_that_cannot_meet_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fitune
+from fitune.commands.advise import advise
 from fitune.core.records import Sample
 from fitune.data.batches import Loader
 from fitune.memory import plan, steps
@@ -54,6 +55,19 @@ def test_the_command_plans_for_a_process(
     )
     assert shared.needed < alone.needed
     data = tiny.write_rows(tmp_path / "rows.jsonl", 20)
-    code, _, err = command.run(["plan", model, "--data", data, "--workers", 2], capsys, monkeypatch)
-    assert code == 2
-    assert "name a --method" in err
+    for typed in (["--workers", 0], ["--workers", 2, "--gpus", 2], ["--workers", 2, "--verify"]):
+        code, _, err = command.run(["plan", model, "--data", data, *typed], capsys, monkeypatch)
+        assert code == 2, typed
+        assert "process" in err
+
+
+def test_the_advice_is_for_each_of_the_processes(tmp_path: Any) -> None:
+    model, data = tiny.save("llama", tmp_path / "llama"), tiny.write_rows(tmp_path / "rows.jsonl", 20)
+    found = advise(str(model), data=[str(data)], gpu="24GB", workers=4, only_best=True, method="lora", batch_size=8)
+    best = found.suggestions[0]
+    assert best.micro_batch == 2  # of 8 rows of a step
+    assert best.accumulation == 4
+    assert best.plan.parallel == "replicate"
+    assert found.command.endswith("--gpus 4")
+    (one,) = [one for one in found.advice if one.about == "processes"]
+    assert "each of 4 processes has the whole model, and about 2 of the 8 rows" in one.text

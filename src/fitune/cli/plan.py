@@ -42,9 +42,17 @@ class Target:
         int,
         Parameter(help="Processes that will share each step, as for train: the plan is of the one that takes most."),
     ] = 1
+    gpus: Annotated[
+        Optional[int], Parameter(help="As --workers: GPUs that will share each step, each as large as --gpu says.")  # noqa: UP045
+    ] = None
     explain: Annotated[
         bool, Parameter(negative="", help="Show rules of thumb beside the plan, and how far off they are.")
     ] = False
+
+    @property
+    def processes(self) -> int:
+        """That will share each step."""
+        return self.workers if self.gpus is None else self.gpus
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,8 @@ class Question:
         """As the Python functions take it."""
         tokenizer = str(self.target.tokenizer) if self.target.tokenizer is not None else None
         target: dict[str, object] = {"gpu": self.target.gpu, "tokenizer": tokenizer}
-        if self.target.workers != 1:
-            target["workers"] = self.target.workers
+        if self.target.processes != 1:
+            target["workers"] = self.target.processes
         return {"model": self.model, "data": self.data, **target, **self.given}
 
 
@@ -138,14 +146,12 @@ def _question(model: str | None, target: Target, given: Given) -> Question:
 
 def _check_workers(question: Question, instead: Instead) -> None:
     """Raises ConfigError where what is asked is for one process."""
-    workers = question.target.workers
-    if workers < 1:
-        raise ConfigError("--workers: 1 or more processes", received=str(workers))
-    if workers > 1 and (instead.verify or ("method" not in question.given and question.data)):
-        raise ConfigError(
-            "--workers: advice, and --verify, are for one process", received=f"--workers {workers}",
-            fix="name a --method: then the plan is of one of the processes",
-        )  # fmt: skip
+    workers, target = question.target.processes, question.target
+    if workers < 1 or (target.gpus is not None and target.workers != 1):
+        given = f"--workers {target.workers}" + ("" if target.gpus is None else f" --gpus {target.gpus}")
+        raise ConfigError("--workers, or --gpus: 1 or more processes", received=given)
+    if workers > 1 and instead.verify:
+        raise ConfigError("--verify is for one process", received=f"{workers} processes", fix="leave --verify out")
 
 
 def _planned(question: Question, html: Path | None, console: Screen) -> dict[str, object]:

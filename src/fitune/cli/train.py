@@ -161,7 +161,7 @@ def _fitted(
         from fitune.views.terminal import Terminal
 
     with Terminal(console) as watch:
-        found = fit(values, gpu=gpu, watch=watch)
+        found = fit(values, gpu=gpu, watch=watch, workers=parallel.size())
     show_fit(found.advised, console)
     if found.advised.here:
         return found.config, found.outside

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fitune.commands.exact import (
@@ -34,6 +35,7 @@ from fitune.core.options import DataSource
 from fitune.core.plan import Plan, size_text
 from fitune.memory import search
 from fitune.memory.advice import Advised, Suggestion
+from fitune.memory.sharded import budget_of
 
 SHOWN = 3  # suggestions
 NEAREST = 3  # ways that are planned exactly where none fits by arithmetic
@@ -41,13 +43,14 @@ NEAREST = 3  # ways that are planned exactly where none fits by arithmetic
 
 def advise(
     model: str, *, data: Sequence[object], gpu: str | None = None, tokenizer: str | None = None,
-    watch: Watcher | None = None, only_best: bool = False, **settings: Any,
+    watch: Watcher | None = None, only_best: bool = False, workers: int = 1, **settings: Any,
 ) -> Advised:  # fmt: skip
     """Search, settle and explain.
 
     Args:
         model, data, gpu, tokenizer, watch: as for `fitune.plan`.
         only_best: one suggestion is planned exactly, and no memory savers beside it.
+        workers: processes that share each step; what is suggested fits into each.
         settings: that are to stay; batch_size and accumulation stay as their product.
 
     Raises:
@@ -60,7 +63,7 @@ def advise(
             expected="batch_size, the rows of an optimizer step",
             fix="leave --batch-tokens out; `fitune plan` with --method and `fitune train` without --fit take it",
         )
-    request = to_plan(model, data=data, gpu=gpu, settings=settings)
+    request = replace(to_plan(model, data=data, gpu=gpu, settings=settings), processes=workers)
     if too_small := below_all(request.where):
         raise too_small
     of_domain = domain(request)  # first: it runs the model, and what the process holds afterwards is beside every plan
@@ -84,10 +87,10 @@ def advise(
     best = suggestions[0]
     return Advised(
         model=request.name,
-        command=_command(model, data, best),
+        command=_command(model, data, best) + _together(request),
         where=request.where.name,
         here=request.where.here,
-        budget=request.where.budget or 0,
+        budget=best.plan.budget or 0,
         combinations=found.combinations,
         suggestions=suggestions,
         candidates=[one for one in found.candidates if one not in refuted],
@@ -107,8 +110,15 @@ def _searched(exactly: Exact, settings: Mapping[str, object], watch: Watcher) ->
     shorter = [n for n in shorter_lengths(exactly) if "max_length" not in settings]
     stays = {k: v for k, v in settings.items() if k not in ("batch_size", "accumulation", "max_length")}
     request, lengths = exactly.request, [rows.max_length, *shorter]
+    budget = budget_of(request.where.budget, request.where.kind, request.processes)
     found = search.search(
-        stays, request.model_config, exactly.largest, labelled(rows), request.where, lengths, progress
+        stays,
+        request.model_config,
+        exactly.largest,
+        labelled(rows),
+        replace(request.where, budget=budget),
+        lengths,
+        progress,
     )
     ticker.end()
     return found
@@ -130,15 +140,16 @@ def _best(candidates: Sequence[search.Candidate], config: RunConfig) -> list[sea
 def settle(exactly: Exact, candidate: search.Candidate) -> Suggestion | None:
     """A candidate with the largest micro-batch that fits by exact plans, and as many of them for each optimizer step as
     give the rows that were asked for. None: not one row fits after all."""
-    config = exactly.request.config
+    config, processes = exactly.request.config, exactly.request.processes
     wanted = min(len(exactly.rows.samples), config.batch_size * config.accumulation)
+    most = min(config.batch_size, -(-wanted // processes))  # rows that a process has of a step
     alone = bool(candidate.settings.get("optimizer_in_backward", config.optimizer_in_backward))  # no accumulation then
     settings = {**candidate.settings, "max_length": min(candidate.max_length, exactly.rows.max_length)}
     # the arithmetic is some 4 % off; and which rows meet is chance
     likely = 2 * candidate.batch_size + 1
     sizes = {
         batch: {**settings, "batch_size": batch, "accumulation": 1 if alone else wanted // batch}
-        for batch in parts(wanted, config.batch_size, every=alone)
+        for batch in parts(wanted, most, every=alone)
         if batch <= likely
     }
     found = _fitting(exactly, candidate, sizes)
@@ -244,6 +255,13 @@ def _command(model: str, data: Sequence[object], best: Suggestion) -> str:
         model = str(path.parent)
     files = " ".join(shlex.quote(_path(source)) for source in data)
     return f"fitune train --model {shlex.quote(model)} --data {files} {flags(best.settings)}"
+
+
+def _together(request: Request) -> str:
+    """How several processes are started."""
+    if request.processes == 1:
+        return ""
+    return f" --{'gpus' if request.where.kind == 'cuda' else 'workers'} {request.processes}"
 
 
 def _path(source: object) -> str:

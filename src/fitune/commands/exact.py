@@ -116,7 +116,9 @@ class Exact:
         other = self.with_settings(settings)
         quantized, cpu = other.config.quant.name != "none", other.where.kind == "cpu"
         rate = search.rate_of(other.where, other.config.precision)
-        return seconds(self.work(settings), rate, quantized=quantized, cpu=cpu)
+        found = seconds(self.work(settings), rate, quantized=quantized, cpu=cpu)
+        # processes on CPUs share the cores that the rate is of
+        return found if found is None or cpu else found / other.processes
 
     def time(self, settings: Mapping[str, object]) -> float:
         """Of an epoch, in units that are the same for all settings on this device."""

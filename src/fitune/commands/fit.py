@@ -30,19 +30,20 @@ class Fitted:
     advised: Advised
 
 
-def fit(values: Mapping[str, Any], *, gpu: str | None = None, watch: Watcher | None = None) -> Fitted:
+def fit(values: Mapping[str, Any], *, gpu: str | None = None, watch: Watcher | None = None, workers: int = 1) -> Fitted:
     """The best settings that fit beside those that are given; the rows of an optimizer step stay as many.
 
     Args:
         values: the fields of RunConfig, model and data among them.
         gpu: a size (24GB) or a GPU (rtx-4090). Default: this machine.
         watch: what is reported to.
+        workers: processes that share each step.
 
     Raises:
         FituneError: a setting is wrong, or nothing fits.
     """
     checked = build(values)
     given = {name: value for name, value in values.items() if name not in NOT_ASKED}
-    found = advise(checked.model, data=checked.data, gpu=gpu, watch=watch, only_best=True, **given)
+    found = advise(checked.model, data=checked.data, gpu=gpu, watch=watch, only_best=True, workers=workers, **given)
     best = found.suggestions[0]
     return Fitted(build(merge(values, best.settings)), best.plan.outside, found)

@@ -7,7 +7,6 @@ from the cache, which process 0 has filled), starts from the tensors of process 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,7 +25,6 @@ from fitune.core.config import build
 from fitune.core.errors import ConfigError
 from fitune.core.events import Silent
 from fitune.core.files import json_text
-from fitune.core.plan import size_text
 from fitune.core.records import Batch
 from fitune.engine import environment, optim
 from fitune.engine.checkpoint import RunFolder
@@ -81,9 +79,6 @@ def check_shareable(job: Job) -> None:
         wrong.append("frozen_cache keeps the states of rows in one process")
     if job.tuned.device.type == "cuda" and here > torch.cuda.device_count():
         wrong.append(f"{here} processes on {torch.cuda.device_count()} GPUs")
-    if job.tuned.device.type == "cpu" and not config.force and here * job.plan.needed > (job.plan.budget or math.inf):
-        there = f"{size_text(job.plan.budget or 0)} there"
-        wrong.append(f"each of {here} processes on this machine takes {size_text(job.plan.needed)}, and {there}")
     if wrong:
         raise ConfigError(
             "several processes cannot share the steps of this run",

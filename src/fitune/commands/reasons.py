@@ -24,6 +24,8 @@ def reasons(exactly: Exact, best: Suggestion) -> Iterator[Advice]:
     yield _against_the_machine(exactly, best)
     yield _rules_of_thumb(exactly, best)
     yield _longest_row(exactly, best)
+    if exactly.request.processes > 1:
+        yield _together(exactly, best)
 
 
 def _tokens_against_parameters(exactly: Exact, best: Suggestion) -> Advice:
@@ -39,6 +41,17 @@ def _tokens_against_parameters(exactly: Exact, best: Suggestion) -> Advice:
     text += ": it can be tried" if tokens >= total else f", {_rounded(total / max(1, tokens))} times too few"
     text += f"; {best.name} trains {trained:,} parameters, {_rounded(tokens / max(1, trained))} tokens for each"
     return Advice("data", text, {"tokens": tokens, "parameters": total, "trainable": trained})
+
+
+def _together(exactly: Exact, best: Suggestion) -> Advice:
+    """What several processes have each."""
+    count, made = exactly.request.processes, best.plan
+    rows = best.micro_batch * best.accumulation
+    has = "its part of the model's blocks" if made.parallel == "shard" else "the whole model"
+    cpu = exactly.request.where.kind == "cpu"
+    time = "they share its cores" if cpu else f"an epoch takes 1/{count} of the time of one, and what they exchange"
+    text = f"each of {count} processes has {has}, and about {rows / count:.3g} of the {rows} rows of a step; {time}"
+    return Advice("processes", text, {"processes": count, "parallel": made.parallel, "rows_of_each": rows / count})
 
 
 def _rounded(value: float) -> str:

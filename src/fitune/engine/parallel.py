@@ -68,7 +68,7 @@ class World:
     """The processes of a run, seen from one of them.
 
     rank: this one. size: how many. store: where they leave what others read. local: the number of this process on its
-    machine. now: where it stands.
+    machine. now: where it stands. measured: a single process goes through the exchanges as one of several would.
     """
 
     rank: int = 0
@@ -76,6 +76,12 @@ class World:
     store: Any = None
     local: int = 0
     now: Now = field(default_factory=Now)
+    measured: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Is this the only process, which exchanges nothing?"""
+        return self.size == 1 and not self.measured
 
     @cached_property
     def counted(self) -> dict[str, int]:
@@ -86,13 +92,13 @@ class World:
 
     def publish(self, name: str, value: object) -> None:
         """Leave something for the others; JSON."""
-        if self.size > 1:
+        if not self.alone:
             self.store.set(name, json.dumps(value))
 
     def publish_once(self, name: str, value: object) -> None:
         """The same, unless something is there."""
         with suppress(RuntimeError):  # where the store is gone, so are they
-            if self.size > 1 and not self.store.check([name]):
+            if not self.alone and not self.store.check([name]):
                 self.publish(name, value)
 
     def published(self, name: str) -> Any:
@@ -108,7 +114,7 @@ class World:
             minutes: that each waits for the others, in each exchange.
         """
         self.now.minutes = minutes
-        if self.size > 1 and not distributed.is_initialized():
+        if not self.alone and not distributed.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             distributed.init_process_group(
                 backend, store=PrefixStore("group", self.store), rank=self.rank, world_size=self.size,
@@ -124,7 +130,7 @@ class World:
         Raises:
             TrainingError: names the processes that differ from process 0, and in what.
         """
-        if self.size == 1:
+        if self.alone:
             return
         mine = torch.tensor(list(b"".join(digests.values())), dtype=torch.uint8)
         rows = torch.stack(self._gathered(mine, "comparing settings and inputs")).view(self.size, len(digests), DIGEST)
@@ -155,7 +161,7 @@ class World:
         Returns:
             The progress of process 0.
         """
-        if self.size == 1:
+        if self.alone:
             return dict(progress)
         tensors, scalars = optim.state_tensors(optimizer, parameters) if self.rank == 0 else ({}, {})
         if self.rank == 0:
@@ -177,7 +183,7 @@ class World:
 
     def spread(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Give all processes the trained tensors of process 0."""
-        if self.size > 1:
+        if not self.alone:
             for parameter in parameters.values():
                 self.broadcast(parameter.data)
 
@@ -193,7 +199,7 @@ class World:
 
     def seed(self, seed: int, step: int) -> None:
         """Random numbers of this process in this step: they follow from both, so that a resumed run has them again."""
-        if self.size > 1:
+        if not self.alone:
             self.now.step = step + 1
             if self.now.log is not None:
                 self.now.log.line(f"step {step + 1}")
@@ -212,7 +218,7 @@ class World:
             EndedError: process 0 has ended the run.
             TrainingError: another process is gone.
         """
-        if self.size == 1:
+        if self.alone:
             return made
         there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float64)
         sums = torch.tensor([GOES_ON, self.now.wish.is_set(), made.tokens, made.targets], dtype=torch.float64)
@@ -234,7 +240,7 @@ class World:
 
     def added(self, numbers: Tensor) -> Tensor:
         """The sum of these numbers over all processes, which must all ask."""
-        if self.size > 1:
+        if not self.alone:
             self._reduce(numbers, "a check of a step")
         return numbers
 
@@ -246,7 +252,7 @@ class World:
             rewards: numbers that an objective on preferences has in these sums.
             finished: the run has its result.
         """
-        if self.size > 1:
+        if not self.alone:
             small = torch.zeros(5 + len(parameters) + rewards, dtype=torch.float64)
             small[0] = FINISHED if finished else STOPPED
             self._reduce(small, "the end of the run")
@@ -260,7 +266,7 @@ class World:
             value: JSON.
             what: they do, for people.
         """
-        if self.size == 1:
+        if self.alone:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         counts = [int(one) for one in self._gathered(torch.tensor([len(mine)]), what)]
@@ -288,7 +294,7 @@ class World:
             run: the folder.
             all_of_it: also what this process prints.
         """
-        if self.size > 1:
+        if not self.alone:
             self.now.log = RankLog(run, self.rank, all_of_it=all_of_it)
             self.now.log.line(f"process {self.rank} of {self.size}, id {os.getpid()}")
 

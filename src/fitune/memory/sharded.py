@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from fitune.core import parallel
 from fitune.core.config import RunConfig
 from fitune.core.plan import Holding, Moment, Plan, Point, size_text
 from fitune.engine.shards import ELEMENTWISE
@@ -70,15 +71,19 @@ def chosen(plan: Plan, config: RunConfig, processes: int, model: Callable[[], nn
         processes: how many; those on CPUs share main memory.
         model: makes it, on meta.
     """
-    way, here = config.parallel, processes if plan.device == "cpu" else 1
     if processes == 1:
         return plan
-    whole = replace(plan, parallel="replicate")
-    fits = plan.budget is None or here * plan.needed <= plan.budget
-    if way == "replicate" or not able(config) or (way == "auto" and fits):
+    whole = replace(plan, parallel="replicate", budget=budget_of(plan.budget, plan.device, processes))
+    if config.parallel == "replicate" or not able(config) or (config.parallel == "auto" and whole.fits is not False):
         return whole
-    parts = planned(plan, blocks_of(model()), processes)
-    return parts if way == "shard" or parts.needed < plan.needed else whole
+    parts = planned(whole, blocks_of(model()), processes)
+    return parts if config.parallel == "shard" or parts.needed < plan.needed else whole
+
+
+def budget_of(budget: int | None, device: str, processes: int) -> int | None:
+    """Bytes that there are for one of so many processes; those of one machine share its main memory."""
+    here = parallel.size_here() if parallel.size() > 1 else processes
+    return budget if budget is None or device != "cpu" else budget // here
 
 
 def planned(plan: Plan, blocks: Blocks, processes: int) -> Plan:
