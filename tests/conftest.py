@@ -10,6 +10,7 @@ from support import cpu_seconds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pictures", metavar="FOLDER", help="the page's pictures for the documentation go into FOLDER")
     parser.addoption("--cpu-seconds", metavar="FILE", help="write the CPU seconds of each test and file to FILE")
 
 

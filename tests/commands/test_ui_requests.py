@@ -258,9 +258,28 @@ def usual(draw: random.Random) -> Asked:
                         post("api/plan", {"model": "model", "quick": True})])  # fmt: skip
 
 
+def wrong_run(draw: random.Random, site: Site) -> Asked:
+    """Runs that are none, and files of others as downloads."""
+    path = draw.choice(
+        ["../outside", "..", "/etc", "model", "../../etc/passwd", "runs", "linked", "a/../../outside", "x\0y", "."]
+    )
+    named = quote(path)
+    kinds = [
+        Asked("GET", f"api/run?run={named}"), Asked("GET", f"api/steps?run={named}&from=0"),
+        Asked("GET", f"api/report?run={named}"), Asked("GET", f"api/download?path={named}"),
+        Asked("GET", f"api/download?path=runs/uploads/{named}"), Asked("GET", "api/steps?run=x&from=-1"),
+        post("api/act", {"run": path, "action": draw.choice(["pause", "stop", "resume", "remove"])}),
+        post("api/begin", {"model": "model", "data": ["rows.jsonl"], "name": path}),
+        post("api/begin", {"model": "model", "data": ["rows.jsonl"], "settings": {"output": path}}),
+        post("api/export", {"run": path, "to": draw.choice(["merge", "gguf", "shell"])}),
+        post("api/chat", {"run": path, "messages": [{"role": "user", "content": "x"}]}),
+    ]  # fmt: skip
+    return draw.choice(kinds)
+
+
 KINDS: list[Callable[[random.Random, Site], Asked]] = [
     traversal, absolute, link, other_host, other_origin, other_site, no_token, huge, bad_name, wrong_kind, wrong_method,
-    wrong_body,
+    wrong_body, wrong_run,
 ]  # fmt: skip
 
 

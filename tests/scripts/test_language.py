@@ -18,7 +18,9 @@ from fitune.cli import main as cli
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "src" / "fitune").rglob("*.py"))
 DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("README*.md")), ROOT / "ARCHITECTURE.md"]
-PAGES = sorted((ROOT / "src" / "fitune" / "views" / "pages").glob("*.jinja"))
+PAGES = sorted((ROOT / "src" / "fitune" / "views" / "pages").iterdir())
+PAGES = [path for path in PAGES if path.suffix in (".jinja", ".js")]
+PAGES += sorted((ROOT / "src" / "fitune" / "commands" / "ui" / "page").glob("*.[hj]*"))
 RULED_OUT = {  # a pattern, and what is said in its place
     r"\bmend(s|ed|ing)?\b": "fix",
     r"\bsaid aloud\b": "printed, or reported",

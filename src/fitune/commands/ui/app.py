@@ -24,7 +24,7 @@ from fitune.commands.serve.errors import Refused
 from fitune.commands.serve.guard import Guard, Rules
 from fitune.commands.ui import choose, hand_over, planned, runs, talk
 from fitune.commands.ui.door import Door
-from fitune.commands.ui.paths import LOGS, UPLOADS, Roots, keep
+from fitune.commands.ui.paths import EXPORTS, LOGS, UPLOADS, Roots, keep
 from fitune.commands.ui.processes import Processes
 from fitune.commands.ui.settings import Wanted, inside, read
 from fitune.commands.ui.talk import Talk
@@ -102,7 +102,7 @@ def _routes(desk: Desk) -> dict[str, tuple[str, Handler]]:
 
     async def start(request: Request) -> Response:
         bundled = {"bundled_model": choose.bundled_model(), "samples": choose.samples_of_package()}
-        return answer({**bundled, "choices": planned.choices()})
+        return answer({**bundled, "choices": planned.choices(), "exports": f"{roots.shown(roots.runs)}/{EXPORTS}"})
 
     async def models(request: Request) -> Response:
         return answer({"models": await run_in_threadpool(choose.models, roots)})

@@ -41,7 +41,7 @@ class Processes:
         log = self.log(name)
         with disk(self.logs, "free some space"):
             log.parent.mkdir(parents=True, exist_ok=True)
-            file = log.open("wb")
+            file = log.open("ab")  # a run that goes on writes behind what it wrote before
         # -P: no module of the working folder takes the place of one of Python's
         command = [sys.executable, "-P", "-m", "fitune", *arguments]
         with file, self.lock:

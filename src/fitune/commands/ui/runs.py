@@ -99,8 +99,8 @@ def act(asked: Act, roots: Roots, processes: Processes) -> dict[str, object]:
         Refused: there is no such run, or nothing to do.
         InUseError: another process works in its folder.
     """
-    if asked.action != "resume" and processes.works(asked.run) and not (roots.runs / asked.run).is_dir():
-        processes.end(asked.run)  # it has not begun yet
+    if asked.action != "resume" and processes.works(asked.run) and locks.holder(roots.runs / asked.run) is None:
+        processes.end(asked.run)  # it only loads, and has done nothing yet
         return {"run": asked.run, "command": ""}
     folder = roots.run(asked.run)
     if asked.action == "resume":
@@ -118,7 +118,7 @@ def act(asked: Act, roots: Roots, processes: Processes) -> dict[str, object]:
 def _end(process: int, *, at_once: bool) -> None:
     """A first signal lets the step in progress end and be saved, a second one ends the run at once."""
     for _ in range(1 + at_once):
-        with suppress(ProcessLookupError):
+        with suppress(OSError):  # it has ended already
             os.kill(process, signal.SIGTERM)
 
 
@@ -147,7 +147,8 @@ def starting(name: str, processes: Processes) -> dict[str, object]:
 
 def _row(name: str, roots: Roots, processes: Processes) -> dict[str, object]:
     run = RunFolder(roots.runs / name)
-    row: dict[str, object] = {"name": name, "state": state_of(run.path, begins=processes.works(name))}
+    row: dict[str, object] = {"name": name, "path": roots.shown(run.path)}
+    row["state"] = state_of(run.path, begins=processes.works(name))
     try:
         config = run.read_config()
         row |= {"model": Path(config.model).name, "method": config.method, "quant": config.quant.name}
@@ -186,7 +187,6 @@ def shown(name: str, roots: Roots, processes: Processes) -> dict[str, object]:
     process, config = locks.process(folder), run.read_config()
     return {
         **_row(name, roots, processes),
-        "path": path,
         "log": processes.tail(name),
         "settings": flat(config.model_dump(mode="json")),
         "total": config.max_steps,

@@ -75,6 +75,8 @@ export function table(heads, rows, label) {
       el('td', { className: heads[at].n ? 'n' : heads[at].t ? 't' : heads[at].k ? 'k' : '' }, cell instanceof Node ? cell : String(cell ?? ''))))))));
 }
 
+// A path as a shell takes it.
+export const quoted = path => /^[\w@%+=:,./-]+$/.test(path) ? path : `'${path.replaceAll("'", `'"'"'`)}'`;
 export const count = value => value === null || value === undefined ? '–' : value.toLocaleString('en-US');
 export function bytes(value) {
   const mib = value / 2 ** 20;

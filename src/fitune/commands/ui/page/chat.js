@@ -1,5 +1,5 @@
 // Task five: base and tuned model answer the same question, side by side.
-import { $, Problem, api, command, during, el, say } from './api.js';
+import { $, Problem, api, command, during, el, quoted, say } from './api.js';
 import { t } from './texts.js';
 
 const SIDES = ['base', 'tuned'];
@@ -13,6 +13,7 @@ export function start() {
   $('forget').addEventListener('click', forget);
   $('unload').addEventListener('click', event => during(event.currentTarget, $('chat-message'), '', async () => { await api('drop', {}); }));
   $('chat-run').addEventListener('change', () => { forget(); same(); });
+  $('temperature').addEventListener('change', same);
 }
 
 export function texts() {
@@ -32,8 +33,8 @@ export async function shown() {
 }
 
 function same() {
-  const run = $('chat-run').value, warm = Number($('temperature').value);
-  command($('chat-command'), run ? `fitune chat runs/${run} --compare${warm ? ` --temperature ${warm}` : ''}` : '');
+  const run = runs.find(one => one.name === $('chat-run').value)?.path, warm = Number($('temperature').value);
+  command($('chat-command'), run ? `fitune chat ${quoted(run)} --compare${warm ? ` --temperature ${warm}` : ''}` : '');
 }
 
 function forget() {

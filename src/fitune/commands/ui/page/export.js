@@ -1,11 +1,12 @@
 // Task six: merge, export and download.
-import { $, api, bytes, command, during, el, say, table } from './api.js';
+import { $, api, bytes, command, during, el, quoted, say, table } from './api.js';
 import { t } from './texts.js';
 
 const KINDS = ['merge', 'gguf', 'gguf-lora', 'ollama', 'vllm'];
-let timer;
+let timer, runs = [], folder;
 
-export function start() {
+export function start(facts) {
+  folder = facts.exports;
   $('export-start').addEventListener('click', begin);
   for (const name of ['export-run', 'export-to', 'export-type']) $(name).addEventListener('change', shape);
 }
@@ -19,7 +20,8 @@ export function texts() {
 
 export async function shown() {
   try {
-    const runs = (await api('runs')).runs.filter(one => one.state === 'finished'), before = $('export-run').value;
+    const before = $('export-run').value;
+    runs = (await api('runs')).runs.filter(one => one.state === 'finished');
     $('export-run').replaceChildren(...runs.map(one => el('option', { value: one.name, selected: one.name === before }, one.name)));
     say($('export-message'), runs.length ? '' : t('no_finished'), 'busy');
     shape();
@@ -28,12 +30,13 @@ export async function shown() {
 }
 
 function shape() {
-  const run = $('export-run').value, to = $('export-to').value, type = $('export-type').value;
+  const run = runs.find(one => one.name === $('export-run').value), to = $('export-to').value, type = $('export-type').value;
   $('export-type').disabled = ['merge', 'vllm'].includes(to);
-  $('export-adapter').replaceChildren(...(run ? [el('a', { className: 'button', href: `api/download?path=${encodeURIComponent(`runs/${run}/adapter`)}`, download: '' }, t('download_adapter'))] : []));
-  const output = `runs/exports/${run.replaceAll('/', '-')}-${to}`;
-  command($('export-command'), !run ? '' : to === 'merge' ? `fitune merge runs/${run} --output ${output}`
-    : `fitune export runs/${run} --to ${to}${type !== 'auto' && to !== 'vllm' ? ` --type ${type}` : ''} --output ${output}${to.startsWith('gguf') ? '.gguf' : ''}`);
+  $('export-adapter').replaceChildren(...(run ? [el('a', { className: 'button', href: `api/download?path=${encodeURIComponent(`${run.path}/adapter`)}`, download: '' }, t('download_adapter'))] : []));
+  if (!run) return command($('export-command'), '');
+  const output = quoted(`${folder}/${run.name.replaceAll('/', '-')}-${to}-1${to.startsWith('gguf') ? '.gguf' : ''}`);
+  command($('export-command'), to === 'merge' ? `fitune merge ${quoted(run.path)} --output ${output}`
+    : `fitune export ${quoted(run.path)} --to ${to}${type !== 'auto' && to !== 'vllm' ? ` --type ${type}` : ''} --output ${output}`);
 }
 
 function begin() {

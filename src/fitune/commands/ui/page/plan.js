@@ -1,7 +1,7 @@
 // Task two: the bar of memory, which follows the settings.
 import { $, api, bytes, command, count, el, say, table } from './api.js';
 import { choose, chosen, wanted, whenChosen } from './state.js';
-import { t } from './texts.js';
+import { partName, t } from './texts.js';
 
 const LENGTHS = ['auto', 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768];
 const RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256];
@@ -23,6 +23,7 @@ export function shown() { soon(); }
 function fields() {
   const names = list => list.map(one => [one, one]);
   return [
+    pick('objective', names(facts.objectives), 'sft'),
     pick('method', names(facts.methods.map(one => one.name)), facts.defaults.method),
     slide('rank', RANKS, () => chosen.settings.lora?.rank ?? facts.defaults.rank,
       value => set('lora', value === facts.defaults.rank ? undefined : { ...chosen.settings.lora, rank: value }),
@@ -116,12 +117,12 @@ async function ask(quick) {
 function draw(found) {
   last = found;
   const whole = Math.max(found.needed, found.budget ?? 0);
-  const parts = Object.entries(found.parts).filter(([, size]) => size > 0);
+  const parts = Object.entries(found.parts).filter(([, size]) => size >= 512);
   const exact = found.how === 'trace';
   const bar = el('div', { className: `bar ${exact ? '' : 'estimate'}`, role: 'img',
     ariaLabel: `${t('needed')} ${bytes(found.needed)}${found.budget ? `, ${t('there_are')} ${bytes(found.budget)}` : ''}` },
     ...parts.map(([name, size]) => {
-      const part = el('i', { title: `${name}: ${bytes(size)}` });
+      const part = el('i', { title: `${partName(name)}: ${bytes(size)}` });
       part.style.width = `${100 * size / whole}%`;
       part.style.background = colour(name, found.parts);
       return part;
@@ -139,7 +140,7 @@ function draw(found) {
     bar,
     el('p', { className: 'soft' }, exact ? t('traced') : t('estimate')),
     table([t('part'), { text: t('memory'), n: true }], parts.map(([name, size]) => [
-      el('span', {}, square(colour(name, found.parts)), name), bytes(size)]), t('memory')),
+      el('span', {}, square(colour(name, found.parts)), partName(name)), bytes(size)]), t('memory')),
     el('p', { className: 'soft' }, `${t('largest_step')}: ${count(found.rows)} ${t('rows')}, ${count(found.tokens)} ${t('tokens')}`,
       found.trainable ? ` · ${count(found.trainable)} / ${count(found.total)} ${t('trainable')}` : ''),
     ...found.notes.map(note => el('p', { className: 'soft' }, note)));

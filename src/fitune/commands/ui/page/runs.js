@@ -1,5 +1,5 @@
 // Task four: all runs in a table, several curves in one picture, settings side by side.
-import { $, api, command, count, el, figure, say, table } from './api.js';
+import { $, api, command, count, el, figure, quoted, say, table } from './api.js';
 import { Chart } from './chart.js';
 import { curves, more } from './train.js';
 import { t } from './texts.js';
@@ -73,6 +73,6 @@ async function compare() {
     $('differences').replaceChildren(found.length < 2 ? '' : different.length
       ? table([t('setting'), ...found.map(run => ({ text: run.name, t: true }))], different.map(name => [name, ...found.map(run => text(run.settings[name]))]), t('differences'))
       : el('p', { className: 'soft' }, t('no_differences')));
-    command($('runs-command'), found.length ? `fitune eval ${found[0].path} --data HELD_OUT.jsonl` : '');
+    command($('runs-command'), found.length ? `fitune eval ${quoted(found[0].path)} --data HELD_OUT.jsonl` : '');
   } catch (error) { say($('runs-message'), error.message); }
 }

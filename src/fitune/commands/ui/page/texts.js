@@ -21,7 +21,7 @@ export const TEXTS = {
   checks: ['Checks', '检查'], check: ['check', '检查项'], found: ['found', '结果'], bad_rows: ['bad rows', '坏行'], fix: ['fix', '修复'], lengths: ['Rows by length', '按长度分布'],
   level_ok: ['passed', '通过'], level_fixed: ['fixed', '已修正'], level_warn: ['warning', '警告'], level_refuse: ['refused', '拒绝'],
   tokens: ['tokens', '词元'], rows: ['rows', '行'], copy: ['Copy', '复制'], copied: ['Copied', '已复制'], same_command: ['The command that does the same', '等效命令'],
-  set_method: ['Method', '方法'], set_rank: ['LoRA rank', 'LoRA 秩'], set_batch_size: ['Batch size', '批大小'], set_accumulation: ['Accumulation', '梯度累积'],
+  set_objective: ['Objective', '目标'], set_method: ['Method', '方法'], set_rank: ['LoRA rank', 'LoRA 秩'], set_batch_size: ['Batch size', '批大小'], set_accumulation: ['Accumulation', '梯度累积'],
   set_max_length: ['Max length', '最大长度'], set_quant: ['Quantizer', '量化'], set_checkpointing: ['Activation checkpointing', '激活检查点'],
   set_precision: ['Precision', '精度'], set_optimizer: ['Optimizer', '优化器'], set_gpu: ['Fits on', '目标设备'], set_gpu_size: ['GPU memory', '显存'],
   off: ['off', '关'], on: ['on', '开'], this_machine: ['this machine', '本机'], by_size: ['a GPU of this size', '按显存大小'],
@@ -52,12 +52,20 @@ export const TEXTS = {
   numbers: ['Numbers', '数值类型'], make: ['Make it', '开始生成'], download_adapter: ['Download the adapter', '下载适配器'], download: ['Download', '下载'], size: ['size', '大小'],
 };
 
+// Parts of memory, by the names that plans give them.
+const PARTS = {
+  'frozen weights': '冻结的权重', 'quantization constants': '量化常数', 'trainable weights': '可训练的权重', gradients: '梯度', 'optimizer states': '优化器状态',
+  activations: '激活值', 'logits and loss': 'logits 与损失', 'dequantized and cast weights': '反量化与转换的权重', temporaries: '临时张量', 'CUDA context': 'CUDA 上下文',
+  fragmentation: '碎片', 'Python, torch and data': 'Python、torch 与数据', 'kernels, threads and buffers': '内核、线程与缓冲区', 'holes in the heap': '堆中的空洞',
+};
+
 let at = 0;
 export const language = () => at ? 'zh' : 'en';
 export function setLanguage(name) {
   at = name === 'zh' ? 1 : 0;
   document.documentElement.lang = at ? 'zh-CN' : 'en';
 }
+export const partName = name => at && PARTS[name] || name;
 export const t = name => TEXTS[name]?.[at] ?? name;
 
 // Texts, names for screen readers and hints of what stands in index.html.
