@@ -284,7 +284,7 @@ def test_what_is_not_known_is_refused_by_name_in_every_verb(tmp_path: Path) -> N
     both_ways = save(T5ForConditionalGeneration(t5), tmp_path / "t5")
     for folder, message in (
         (other, "model_type 'paligemma' takes more than text, and its language model is not one"),
-        (both_ways, "model_type 't5' is no causal language model"),
+        (both_ways, "model_type 't5' is an encoder and a decoder"),
     ):
         for name in VERBS:
             with pytest.raises((ModelError, Problems)) as caught:

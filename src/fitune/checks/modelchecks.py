@@ -6,13 +6,15 @@ In: a model, its family, what the method is to train. Out: Findings.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from fitune.core.records import Finding
-from fitune.models import quant
+from fitune.models import attached, quant
 from fitune.models.families import Family
+from fitune.models.interfaces import CausalLM
 from fitune.models.parts import trainable
 
 
@@ -21,6 +23,28 @@ def family_found(family: Family) -> Finding:
     if not family.found:
         return Finding("family", "ok", f"{family.model_type}: {family.describe()}")
     return Finding("family", "warn", f"{family.model_type} is not in the table; by its names: {family.describe()}")
+
+
+def layers_with_state(model: CausalLM) -> list[Finding]:
+    """Layers that carry a state from token to token run on one document of a flat batch after the other, and by which
+    code.
+
+    Returns:
+        The finding in a list; empty for a model that has none.
+    """
+    known = attached.of(model).alone
+    if known is None:
+        return []
+    fast = [name for name in KERNELS if find_spec(name) is not None]
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    code = f"kernels of {', '.join(fast)}" if fast and on_gpu else "transformers' plain torch code"
+    missing = f"; on a GPU {', '.join(KERNELS.values())} would be faster" if not fast else ""
+    text = f"{', '.join(known.kinds)}: one document of a flat batch after the other, by {code}{missing}"
+    return [Finding("state-layers", "ok", text)]
+
+
+# packages whose kernels transformers takes for such layers on a GPU, and what they are installed as
+KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d", "mamba_ssm": "mamba-ssm"}
 
 
 def trainable_set(model: Any, expected: Mapping[str, int] | None, dtype: torch.dtype = torch.float32) -> Finding:

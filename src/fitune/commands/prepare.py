@@ -254,7 +254,7 @@ def _check_weights(request: Request, loaded: _Loaded, probe: Batch, layout: Layo
     ]
     if quant.name_of(loaded.base) != "none":
         dtypes.append(kernel_faults.finding(quant.faults(loaded.base)))
-    towers = families.towers.finding(loaded.base)
+    towers = [*families.towers.finding(loaded.base), *modelchecks.layers_with_state(loaded.base)]
     return [modelchecks.family_found(loaded.family), *towers, intact, loaded.unchanged, *sets, *dtypes]
 
 

@@ -28,7 +28,7 @@ from fitune.memory.counted import count
 from fitune.memory.trace import Tracer
 from fitune.memory.usage import usage
 from fitune.models import determinism, hub
-from fitune.models.interfaces import causal_lm
+from fitune.models.interfaces import causal_lm, decoder
 from fitune.models.kernels.target import of
 from fitune.models.parts import trainable
 from fitune.models.switches import training
@@ -94,7 +94,7 @@ def _rehearse_once(job: Job, runner: StepRunner, lacking: str = "") -> Rehearsal
     count(model, tracer)
     tracer.at("")
     states = int(job.trainable * state_bytes(job.config))
-    inside = tracer.inside(model, causal_lm(model).base_model)
+    inside = tracer.inside(model, decoder(causal_lm(model)))
     with training(model), tracer, inside, _dropping(model, job.config):
         runner.rehearse(job.work.steps[-1], states, tracer)
     tracer.close()

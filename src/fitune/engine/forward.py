@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fitune.models.attached import compute_dtype
 from fitune.models.head import output_head
-from fitune.models.interfaces import causal_lm
+from fitune.models.interfaces import causal_lm, decoder
 from fitune.models.kernels.cached import CACHED, Cache, Turn
 from fitune.models.methods import virtual
 from fitune.models.switches import attention, computing, evaluating
@@ -88,7 +88,7 @@ class Forward:
     ) -> Tensor:
         inner = causal_lm(self.model)
         with computing(self.model):
-            hidden = inner.base_model(
+            hidden = decoder(inner)(
                 **inputs, position_ids=positions[None], turns=turns, use_cache=False
             ).last_hidden_state[0]
             for turn in turns:

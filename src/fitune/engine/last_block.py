@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,8 +89,10 @@ def _right(way: ByRows, inner: CausalLM, family: families.Family, run: Run) -> b
         samples.append(Sample(ids.astype(np.int32), np.isin(np.arange(length), LABELLED)))
     batch = flat(samples, range(len(samples)))
     try:
-        with torch.no_grad(), evaluating(inner), _alone(inner, family):
-            expected, found = run(inner, batch, False), run(inner, batch, True)
+        with torch.no_grad(), evaluating(inner):
+            first = _takes_tuples(inner, family, batch, run)
+            with _alone(inner, family, first=first):
+                expected, found = run(inner, batch, False), run(inner, batch, True)
     except Exception as error:  # whatever a model's own code says to a call that it does not know
         if is_out_of_memory(error):
             raise
@@ -100,12 +103,45 @@ def _right(way: ByRows, inner: CausalLM, family: families.Family, run: Run) -> b
     return bool((found.float() - expected.float()).abs().max() <= TOLERANCE[compute_dtype(inner)] * scale)
 
 
+def _takes_tuples(inner: CausalLM, family: families.Family, batch: Batch, run: Run) -> bool:
+    """Does the model's code not take hidden states as a block gives them here? Then the last block is tried first."""
+    try:
+        with _alone(inner, family, first=False):
+            run(inner, batch, False)
+    except Exception as error:  # as above
+        if is_out_of_memory(error):
+            raise
+        return True
+    return False
+
+
+class _Through(nn.Module):
+    """A block that gives what it gets, and has all else of the one in whose place it stands."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        vars(self)["own"] = block
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever the model's code asks a block for."""
+        return getattr(vars(self)["own"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(1, T, W), as it came."""
+        return hidden_states
+
+
 @contextmanager
-def _alone(inner: CausalLM, family: families.Family) -> Iterator[None]:
-    """Inside, the model has its last block alone."""
+def _alone(inner: CausalLM, family: families.Family, *, first: bool) -> Iterator[None]:
+    """Inside, the last block alone does something.
+
+    Args:
+        first: it is the first one, too; else it stands in its place, where the model's code may give it other things.
+    """
     parent, _, leaf = family.blocks.rpartition(".")
     blocks, holder = family.block_list(inner), inner.get_submodule(parent)
-    setattr(holder, leaf, nn.ModuleList([blocks[-1]]))
+    before = [] if first else [_Through(block) for block in blocks[:-1]]
+    setattr(holder, leaf, nn.ModuleList([*before, blocks[-1]]))
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from fitune.engine.rewards import rewards_of
 from fitune.models import attached
 from fitune.models.configs import longest_row
 from fitune.models.head import loss_rows, output_head
-from fitune.models.interfaces import CausalLM, causal_lm
+from fitune.models.interfaces import CausalLM, causal_lm, decoder
 from fitune.models.kernels import placed as placing
 from fitune.models.kernels.attention import FLAT
 from fitune.models.kernels.flash import seen_keys
@@ -190,12 +190,12 @@ def _flat(
         rows = torch.cat([cast(Tensor, before.embeddings).to(embedded.dtype), embedded])
         inputs = {"inputs_embeds": rows.index_select(0, cast(Tensor, placed.order))[None]}
     positions, bounds = placed.positions, placed.documents.bounds
-    if hasattr(inner.base_model, "flat_positions"):  # a model that makes its positions from the ids, ChatGLM's first
+    if hasattr(decoder(inner), "flat_positions"):  # a model that makes its positions from the ids, ChatGLM's first
         laid = 0 if placed.order is None or before is None else before.count
         positions = placed.repeated(_by_model(inner, placed.ids[: len(batch.ids)], batch, laid))
     documents = {"cu_seq_lens_q": bounds, "documents": placed.documents, KEYWORD: labelled}
     with attention(model, FLAT, placed.documents, None if before is None else before.prefix, labelled):
-        out: Tensor = inner.base_model(
+        out: Tensor = decoder(inner)(
             **inputs, position_ids=positions[None], **documents, use_cache=False
         ).last_hidden_state[0]
     return out
@@ -204,10 +204,10 @@ def _flat(
 def _by_model(inner: CausalLM, ids: Tensor, batch: Batch, laid: int) -> Tensor:
     """(2, T + D x laid): the positions of a flat batch, by a model that makes them from the ids of whole documents."""
     if batch.shared is None:
-        return inner.base_model.flat_positions(ids, batch.bounds.tolist(), laid)
+        return decoder(inner).flat_positions(ids, batch.bounds.tolist(), laid)
     starts, leads, shared = batch.bounds[:-1], np.append(0, batch.bounds[:-2]), batch.shared
     bounds, rows = seen_keys(starts, batch.bounds[1:], leads, shared, 0)
-    whole = inner.base_model.flat_positions(ids[torch.from_numpy(rows).to(ids.device)], bounds.tolist(), laid)
+    whole = decoder(inner).flat_positions(ids[torch.from_numpy(rows).to(ids.device)], bounds.tolist(), laid)
     inside = np.concatenate([np.arange(count + laid) for count in batch.lengths])
     own = inside >= np.repeat(np.where(shared > 0, shared + laid, 0), batch.lengths + laid)
     return whole[:, torch.from_numpy(np.flatnonzero(own)).to(ids.device)]
@@ -235,7 +235,7 @@ def _separate(model: nn.Module, batch: Batch, before: virtual.Virtual | None, id
     places = _own_positions(inner, ids, batch, skip)
     if not padded:
         outs = [
-            inner.base_model(**{name: one[None]}, use_cache=False, **place).last_hidden_state[0]
+            decoder(inner)(**{name: one[None]}, use_cache=False, **place).last_hidden_state[0]
             for one, place in zip(documents, places, strict=True)
         ]
         return torch.cat([out[skip:] for out in outs])
@@ -249,7 +249,7 @@ def _separate(model: nn.Module, batch: Batch, before: virtual.Virtual | None, id
     if places[0]:
         padded_places = [F.pad(p["position_ids"], (0, width - p["position_ids"].shape[-1])) for p in places]
         extra = {"position_ids": torch.cat(padded_places)}
-    states: Tensor = inner.base_model(**{name: rows}, attention_mask=mask, use_cache=False, **extra).last_hidden_state
+    states: Tensor = decoder(inner)(**{name: rows}, attention_mask=mask, use_cache=False, **extra).last_hidden_state
     real = mask.bool()
     real[:, :skip] = False
     return states[real]
@@ -262,9 +262,9 @@ def _width(inner: PreTrainedModel, longest: int) -> int:
 
 def _own_positions(inner: PreTrainedModel, ids: Tensor, batch: Batch, before: int) -> list[dict[str, Tensor]]:
     """Of each document its positions (1, 2, L), for a model that makes them from the ids; nothing for others."""
-    if not hasattr(inner.base_model, "flat_positions"):
+    if not hasattr(decoder(inner), "flat_positions"):
         return [{} for _ in pairwise(batch.bounds)]
-    each = [inner.base_model.flat_positions(one, [0, len(one)], before) for one in _documents(ids, batch)]
+    each = [decoder(inner).flat_positions(one, [0, len(one)], before) for one in _documents(ids, batch)]
     return [{"position_ids": one[None]} for one in each]
 
 

@@ -14,7 +14,7 @@ from fitune.engine.forward import Forward, answering
 from fitune.engine.out_of_memory import is_out_of_memory
 from fitune.models import attached
 from fitune.models.attached import compute_dtype
-from fitune.models.interfaces import Config, causal_lm
+from fitune.models.interfaces import Config, causal_lm, decoder
 from fitune.models.switches import SDPA, attention, computing, evaluating
 
 ROWS = 8
@@ -35,7 +35,7 @@ def tile(model: nn.Module) -> int:
 
 def _tried(model: nn.Module) -> int:
     inner = causal_lm(model)
-    if attached.of(model).flat is not None or hasattr(inner.base_model, "flat_positions"):
+    if attached.of(model).flat is not None or hasattr(decoder(inner), "flat_positions"):
         return 0  # ALiBi, a prompt that attends both ways: their attention is their own
     if _rope_depends_on_length(inner.config):
         return 0

@@ -15,6 +15,7 @@ from fitune.core.records import Batch
 from fitune.engine.forward import PIECE
 from fitune.engine.generation import SIDE_BY_SIDE
 from fitune.engine.trial import ROWS
+from fitune.models import sizes
 from fitune.models.kernels.cached import rooms
 from fitune.models.precision import DTYPES
 
@@ -39,10 +40,8 @@ def bytes_taken(config: RunConfig, model_config: PretrainedConfig, held_out: Bat
         return 0
     prompt = int(held_out.lengths.max(initial=0))
     item, width = DTYPES[config.precision].itemsize, model_config.hidden_size
-    heads = model_config.num_attention_heads
-    groups = getattr(model_config, "num_key_value_heads", None) or heads
-    each = 2 * groups * (getattr(model_config, "head_dim", None) or width // heads) * item  # of a token in a block
-    inner = getattr(model_config, "intermediate_size", None) or getattr(model_config, "ffn_dim", None) or 4 * width
+    each = 2 * sizes.key_width(model_config) * item  # of a token in a block
+    inner = sizes.inner_width(model_config)
     blocks, whole = model_config.num_hidden_layers, prompt + config.sample_tokens - 1  # the last one goes nowhere
     piece = min(prompt, PIECE)
     norms = 8 * width if on_gpu and item < 4 else 0  # which compute in float32: on a GPU an allowance, not measured

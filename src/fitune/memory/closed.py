@@ -27,13 +27,12 @@ from fitune.core.blocks import chosen
 from fitune.core.config import RunConfig
 from fitune.engine import optim
 from fitune.memory import storage
-from fitune.models import families, quant
+from fitune.models import families, quant, sizes
 from fitune.models.head import loss_rows
 from fitune.models.interfaces import causal_lm
 from fitune.models.kernels import fused
 from fitune.models.kernels.loss import at_once
 from fitune.models.kernels.target import CPU, Target, planned
-from fitune.models.methods.prefix import key_width
 from fitune.models.parts import first_trained, trainable
 from fitune.models.precision import DTYPES
 
@@ -101,10 +100,9 @@ def _per_token(model: nn.Module, config: RunConfig, model_config: PretrainedConf
 def _block(block: nn.Module, model_config: PretrainedConfig) -> float:
     """Numbers that a block keeps of a token."""
     width = model_config.hidden_size
-    inner = getattr(model_config, "intermediate_size", None) or getattr(model_config, "n_inner", None) or 4 * width
-    heads = model_config.num_attention_heads
-    queries = heads * (getattr(model_config, "head_dim", None) or width // heads)
-    kept = 2 * width + 2 * queries + 2 * key_width(model_config) + 2 * inner + 2 * heads
+    inner, heads = sizes.inner_width(model_config), sizes.heads(model_config)
+    queries = heads * sizes.head_width(model_config)
+    kept = 2 * width + 2 * queries + 2 * sizes.key_width(model_config) + 2 * inner + 2 * heads
     trained = [name for name, p in block.named_parameters() if p.requires_grad]
     attention = any(re.search(r"q_proj|k_proj|v_proj|query|c_attn|qkv", name) for name in trained)
     output = any(re.search(r"down_proj|fc2|dense_4h|c_proj", name) for name in trained)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fitune.core.blocks import Blocks, chosen
 from fitune.core.config import RunConfig
-from fitune.models import attached, families, quant
+from fitune.models import attached, families, quant, sizes
 from fitune.models.interfaces import CausalLM, causal_lm
 from fitune.models.kernels.last_block import layers
 from fitune.models.methods.base import is_linear
@@ -73,8 +73,7 @@ def counts(model: nn.Module, config: RunConfig) -> Counts:
     }
     new = _new(model)
     model_config = inner.config
-    each = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
-    heads = model_config.num_attention_heads * each
+    heads = sizes.heads(model_config) * sizes.head_width(model_config)
     trained = trainable(model)
     matrices = {id(p): float(p.numel()) for p in new.values() if p.ndim == 2}
     last = _by_rows(inner, family)

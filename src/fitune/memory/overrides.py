@@ -104,11 +104,25 @@ def _svd(target: Target, x: Tensor, *rest: Any, **how: Any) -> Any:
     return (u, s, vh.mT.contiguous().mT) if target.kind == "cpu" else (u, s, vh)
 
 
+def _grouped(
+    target: Target, first: Tensor, second: Tensor, offsets: Tensor | None = None, *more: Any, **how: Any
+) -> Tensor:
+    """Products of the rows of each expert with its matrix. On meta torch takes bf16 alone, its kernels float32 too."""
+    if first.ndim == 2 and second.ndim == 2:
+        assert offsets is not None  # rows of both are those of the experts, one after the other
+        shape = [len(offsets), first.shape[0], second.shape[1]]
+    else:
+        groups = [first.shape[0]] if first.ndim == second.ndim else []
+        shape = [*groups, first.shape[-2], second.shape[-1]]
+    return first.new_empty(shape, dtype=how.get("out_dtype") or first.dtype)
+
+
 # Operations that meta does in another way: (target, args, kwargs) -> outputs.
 STANDS_IN: dict[Operation, Operation] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.mkldnn_rnn_layer.default: _lstm,
     aten._linalg_svd.default: _svd,
+    aten._grouped_mm.default: _grouped,
 }
 
 

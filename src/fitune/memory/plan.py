@@ -44,7 +44,7 @@ from fitune.memory.trace import STEP, Blind, Building, Tracer
 from fitune.memory.usage import Usage, usage
 from fitune.models import adapters, attached, families, methods, precision, quant
 from fitune.models.head import loss_rows, set_loss_rows
-from fitune.models.interfaces import CausalLM, causal_lm
+from fitune.models.interfaces import CausalLM, causal_lm, decoder
 from fitune.models.kernels.target import CPU, Target
 from fitune.models.load import outline
 from fitune.models.methods import new_tokens
@@ -224,7 +224,7 @@ def go(model: CausalLM, work: Work, tracer: Tracer | Blind, *, on_gpu: bool = Fa
     model.train()
     parameters = trainable(model)
     scale = LossScale.START if precision.scaled(config) else 1.0
-    with tracer, tracer.inside(model, causal_lm(model).base_model):
+    with tracer, tracer.inside(model, decoder(causal_lm(model))):
         optimizer = optim.make(parameters, config, partial(methods.find(config.method).rates, config))
         for micro_batches in work.steps:
             with tracer.during(STEP):

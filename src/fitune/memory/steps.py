@@ -11,7 +11,7 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from fitune.core.config import RunConfig
 from fitune.core.options import Wanted
@@ -19,9 +19,10 @@ from fitune.core.records import Batch, Layout, Sample, Units
 from fitune.data.batches import Loader, flat, in_order, rounded
 from fitune.data.pairs import Pairs
 from fitune.data.store import documents_of, in_pairs, lengths_of
+from fitune.models import families
+from fitune.models.switches import has_own_attention
 
 LOOK = 200_000  # steps that are looked through; a run of more repeats itself
-RECURRENT = ("linear_attention", "recurrent", "mamba", "conv")  # layers that carry a state from token to token
 
 
 def deciding(loader: Loader, total: int, processes: int = 1) -> list[list[Batch]]:
@@ -129,8 +130,10 @@ def made_up(rows: int, length: int, vocabulary: int, labels: int | None = None, 
 
 
 def likely_layout(wanted: str, model_config: PretrainedConfig) -> Layout:
-    """The layout that a run will have, before the model is there to be probed: flat, but for recurrent layers."""
+    """The layout that a run will have, before the model is there to be probed: flat, but where transformers lets nobody
+    put another attention into the model, and no family of ours does."""
     if wanted != "auto":
         return cast(Layout, wanted)  # a setting of these names
-    kinds = getattr(model_config, "layer_types", None) or ()
-    return "padded" if any(kind in RECURRENT for kind in kinds) else "flat"
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    own = kind is not None and has_own_attention(kind) and model_config.model_type not in families.TABLE
+    return "padded" if own else "flat"

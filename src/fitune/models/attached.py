@@ -40,6 +40,19 @@ class FlatState:
 
 
 @dataclass
+class Alone:
+    """What the layers with a state of one model share. kinds: names of their classes. documents: of the flat batch that
+    goes through (kernels/flash.py); None: none does."""
+
+    kinds: list[str]
+    documents: object = None
+
+    def __deepcopy__(self, memo: object) -> Alone:
+        """A copied block belongs to the same model."""
+        return self
+
+
+@dataclass
 class Attached:
     """What fitune knows of a model that it loaded or tuned.
 
@@ -50,8 +63,9 @@ class Attached:
     turned off. loss_rows: label rows whose logits a loss computes at once; None: what vocabulary and device suggest.
     tile: answers that go through it side by side; 0: none; None: not tried yet. label_rows: can its last block work on
     label rows alone, and how; None: not tried yet. flat: shared by the attention modules
-    of a model whose blocks hand no keywords through (BLOOM). copies: a context inside of which no weight changes, so
-    that LoRA's are cast once for all layers (kernels/low_rank.py). waits: what its blocks have in main memory beside a
+    of a model whose blocks hand no keywords through (BLOOM). alone: shared by its layers with a state
+    (kernels/alone.py). copies: a context inside of which no weight changes, so that LoRA's are cast once for all layers
+    (kernels/low_rank.py). waits: what its blocks have in main memory beside a
     GPU (offload.py). attentions: of each attention that it was switched to, what it set in which config.
     """
 
@@ -67,6 +81,7 @@ class Attached:
     tile: int | None = None
     label_rows: ByRows | None = None
     flat: FlatState | None = None
+    alone: Alone | None = None
     copies: Callable[[], AbstractContextManager[None]] = nullcontext
     waits: Waits = field(default_factory=lambda: Waits(Host()))
     attentions: dict[str, list[tuple[Any, str]]] = field(default_factory=dict)

@@ -26,6 +26,7 @@ from fitune.data.fitting import NO_LIMIT
 from fitune.models import families, weights
 from fitune.models import quant as quants
 from fitune.models.families import original, towers
+from fitune.models.sizes import largest
 
 MOST_OF_LIST = 10_000  # entries of a list in a config.json that are looked at
 # Keys of config.json that choose code to run (CVE-2026-4372 is one of them). Who trains chooses, not the folder.
@@ -177,12 +178,21 @@ def config_of(values: Mapping[str, object]) -> Any:
     Raises:
         ModelError: a ChatGLM that differs from the published ones; no causal LM, and none inside that is known.
     """
-    plain = {name: value for name, value in values.items() if name not in CODE_KEYS}
+    plain = {name: _plain(value) for name, value in values.items() if name not in CODE_KEYS}
     original_ = plain["model_type"] == original.TYPE
     found = original.config_of(plain) if original_ else CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
     config = found if original_ else towers.language_config(found)
     _check_sizes(config)
     return config
+
+
+def _plain(value: object) -> object:
+    """A value of config.json with its infinite numbers, which transformers writes as objects."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity"):
+            return float(value["__float__"])
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 # the most that a size may be: many times that of any published model
@@ -203,7 +213,7 @@ MOST_OF_OTHERS = 10**10  # no size of a model, whatever it counts, has so many
 
 def _check_sizes(config: object) -> None:
     """transformers takes any number, and fails later in its own way, or never ends."""
-    found = {name: getattr(config, name, None) for name in SIZES}
+    found = {name: largest(config, name) for name in SIZES}
     wrong = [
         f"{name} {shorten(size, 40)} (expected: 1 to {SIZES[name]:,})"
         for name, size in found.items()

@@ -82,6 +82,12 @@ class Peft(CausalLM):
     _is_prompt_learning: bool
 
 
+def decoder(inner: CausalLM) -> Decoder:
+    """A transformers model without its head; Llama 4's class says by a wrong name where that stands."""
+    found: Any = inner.base_model
+    return cast(Decoder, inner.get_submodule("model") if found is inner else found)
+
+
 def peft_of(model: nn.Module) -> Peft | None:
     """PEFT's wrapper, typed; None: the model has none."""
     return cast(Peft, model) if hasattr(model, "get_base_model") else None

@@ -18,6 +18,7 @@ from fitune.core.errors import ModelError
 from fitune.models import adapters, attached, families
 from fitune.models.family import Family
 from fitune.models.interfaces import CausalLM, causal_lm
+from fitune.models.kernels import alone
 from fitune.models.kernels.frozen import keep_stored
 from fitune.models.kernels.gated import lean_mlps
 from fitune.models.kernels.norm import replace_norms
@@ -45,9 +46,9 @@ def ready(model: CausalLM, precision: str = "fp32", adapter: str | Path | None =
         families.TABLE[model.config.model_type].make_flat(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    with suppress(ModelError):  # whoever needs it gets the error
+        alone.put_into(model, families.of(model))
     if adapter is not None:
-        with suppress(ModelError):  # whoever needs it gets the error
-            families.of(model)
         model = adapters.put(model, Path(adapter))
     return model.eval()
 

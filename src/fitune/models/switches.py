@@ -36,21 +36,27 @@ def attention(
         model: with or without a method's wrapper.
         name: FLAT for flat batches, SDPA for rows; a model whose scores SDPA cannot compute takes transformers' own
             code ("eager").
-        documents, prefix, label_rows: of a flat batch, for models whose blocks hand no keywords through (BLOOM).
+        documents, prefix, label_rows: of a flat batch, for models whose blocks hand no keywords through (BLOOM), and
+            for layers with a state.
 
     Raises:
-        ModelError: the model keeps its own attention.
+        ModelError: the model keeps its own attention, and that knows no flat batches.
     """
     inner = causal_lm(model)
-    flat = of(inner).flat
+    flat, alone = of(inner).flat, of(inner).alone
     before = inner.config._attn_implementation
     kept = None if flat is None else (flat.documents, flat.prefix, flat.label_rows)
+    kept_alone = None if alone is None else alone.documents
     try:
+        if alone is not None:
+            alone.documents = documents if name == FLAT else None
         _switch(inner, flat, name, documents, prefix)
         if flat is not None:
             flat.label_rows = label_rows
         yield
     finally:
+        if alone is not None:
+            alone.documents = kept_alone
         if flat is not None and kept is not None:
             flat.documents, flat.prefix, flat.label_rows = kept
             inner.config._attn_implementation = before
@@ -63,6 +69,8 @@ def _switch(inner: CausalLM, flat: FlatState | None, name: str, documents: objec
         flat.documents, flat.prefix = documents, None if prefix is None else list(prefix)
         inner.config._attn_implementation = FLAT if name == FLAT else "eager"
         return
+    if name == SDPA and has_own_attention(type(inner)):
+        return  # rows go through it as they are
     if name == SDPA and not getattr(type(inner), "_supports_sdpa", True):
         name = "eager"
     _set(inner, name)
@@ -73,7 +81,7 @@ def _switch(inner: CausalLM, flat: FlatState | None, name: str, documents: objec
 def _set(inner: CausalLM, name: str) -> None:
     """Switch the attention, once by transformers, which goes through all modules for it; from then on by what that has
     set in the configs. A step switches twice."""
-    if inner.config._attn_implementation == name:
+    if inner.config._attn_implementation == name or has_own_attention(type(inner)):
         return
     known = of(inner).attentions
     if name in known and known[name][0][0] is inner.config:
@@ -85,6 +93,13 @@ def _set(inner: CausalLM, name: str) -> None:
         models = (module.config for module in inner.modules() if isinstance(module, PreTrainedModel))
         configs = {id(config): config for model in models for config in _with_inner(model)}
         known[name] = [(config, config._attn_implementation) for config in configs.values()]
+
+
+def has_own_attention(kind: type) -> bool:
+    """Is the attention of a class of models written into its blocks, so that no other can be put in its place? Then it
+    has no flat batches; rows go through as they are."""
+    asked = getattr(kind, "_can_set_attn_implementation", None)
+    return asked is not None and not asked()
 
 
 def _with_inner(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
@@ -109,8 +124,9 @@ def recomputed(model: nn.Module) -> tuple[AbstractContextManager[None], Abstract
     """For activation checkpointing: contexts of a block's forward pass (it is there already) and of its recomputation
     in the backward pass, when the attention may have been switched back."""
     inner = causal_lm(model)
-    flat = of(inner).flat
+    flat, alone = of(inner).flat, of(inner).alone
     handed = (None, None, None) if flat is None else (flat.documents, flat.prefix, flat.label_rows)
+    handed = handed if alone is None else (alone.documents, None, None)
     return nullcontext(), attention(inner, inner.config._attn_implementation, *handed)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fitune.core.errors import ModelError
 from fitune.core.records import Finding
@@ -57,6 +58,12 @@ def language_config(whole: Any) -> Any:
     kind = whole.model_type
     text = whole.get_text_config(decoder=True)
     more = any(getattr(whole, name, None) is not None for name in ("text_config", "vision_config", "audio_config"))
+    if kind not in TABLE and (what := _no_decoder(whole)):
+        raise ModelError(
+            f"model_type {kind!r} is {what}, and fitune tunes decoders of text: models that continue it",
+            received=", ".join(getattr(whole, "architectures", None) or []) or None,
+            fix="take a model that continues text: llama, qwen3, gemma3, glm4, ...",
+        )
     if kind not in TABLE and not more and type(whole) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return whole
     if kind not in TABLE and more:
@@ -83,6 +90,41 @@ def language_config(whole: Any) -> Any:
     if type(made) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"model_type {kind!r}: its language model, {made.model_type!r}, is no causal language model")
     return made
+
+
+# what else has a class for causal models in transformers, by the ends of those types' names
+OTHERS = {
+    "_assistant": "a draft model, which reads the hidden states of another one",
+    "moshi": "a model of sound and text together",
+    "musicgen": "a model of sound",
+    "musicgen_melody": "a model of sound",
+    "trocr": "the decoder of a model that reads images",
+    "cohere_compass_text": "a model of embeddings",
+    "blt": "a model of bytes in patches, with three stacks of blocks",
+    "cpmant": "a model with prompts of its own before every text",
+    "reformer": "a model whose rows must all have the one length that its positions are made for",
+}
+
+
+ENCODERS = ("encoder_layers", "num_encoder_layers")  # settings of those that have an encoder beside the decoder
+
+
+def _no_decoder(whole: Any) -> str:
+    """What a config describes where that is no decoder of text; empty where it is, or may be.
+
+    Encoders have a class for causal models, too: with `is_decoder` they are one. Which they are when published is what
+    their config says.
+    """
+    kind = whole.model_type
+    if (other := next((what for end, what in OTHERS.items() if kind.endswith(end)), None)) is not None:
+        return other
+    if getattr(whole, "is_encoder_decoder", False) or any(hasattr(whole, name) for name in ENCODERS):
+        return "an encoder and a decoder"
+    masked = hasattr(whole, "add_cross_attention") or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    both_ways = (getattr(whole, "is_decoder", None) is False and masked) or getattr(whole, "attn_type", None) == "bi"
+    if both_ways or getattr(whole, "causal", None) is False:
+        return "an encoder, whose tokens see those behind them"
+    return ""
 
 
 def _causal(text: Any, tower: Tower) -> Any:

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fitune.models import attached
-from fitune.models.interfaces import CausalLM
+from fitune.models import attached, sizes
+from fitune.models.interfaces import CausalLM, decoder
 from fitune.models.kernels import apart, flash, short, target, written
 from fitune.models.kernels.label_rows import Ahead, Behind, KeysAndValues
 from fitune.models.kernels.written import How
@@ -118,9 +118,9 @@ def chosen(model: CausalLM, dtype: torch.dtype) -> str:
     config, device = model.config, next(model.parameters()).device
     if attached.of(model).flat is not None:
         return "a call for each document: ALiBi"
-    if hasattr(model.base_model, "flat_positions"):
+    if hasattr(decoder(model), "flat_positions"):
         return "a call for each document: a prompt that attends both ways"
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = sizes.head_width(config)
     why = flash.refusal(
         target.of(device),
         width,

@@ -94,7 +94,7 @@ def replace_norms(model: nn.Module, compute: torch.dtype) -> tuple[int, list[str
     replaced, left = 0, []
     for name, module in [*_norms(model)]:
         weight, eps = getattr(module, "weight", None), _eps(module)
-        form = _form(type(module), compute)  # type: ignore[arg-type]  # a class: mypy takes it for its instances
+        form = _form_of(module, compute) if isinstance(weight, nn.Parameter) else None
         if form is None or eps is None or not isinstance(weight, nn.Parameter) or len([*module.parameters()]) != 1:
             left.append(name)
             continue
@@ -117,11 +117,27 @@ def _eps(module: nn.Module) -> float | None:
 
 
 WIDTH, EPS = 64, 1e-3  # of the trial
+EPSILON = ("eps", "epsilon")  # ends of its names
+
+
+def _form_of(module: nn.Module, compute: torch.dtype) -> Form | None:
+    """How a norm computes; None: as nothing here does, or with settings that its class was not tried with."""
+    found = _form(type(module), compute)  # type: ignore[arg-type]  # a class: mypy takes it for its instances
+    return found[0] if found is not None and found[1] == _settings(module) else None
+
+
+def _settings(module: nn.Module) -> dict[str, object]:
+    """What an instance was made with, but for its epsilon; its own width is called so."""
+    width = module.get_parameter("weight").numel()
+    plain = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    kept = {name: value for name, value in plain.items() if isinstance(value, (bool, int, float, str, type(None)))}
+    return {name: "width" if value == width else value for name, value in kept.items() if not name.endswith(EPSILON)}
 
 
 @cache
-def _form(kind: Any, compute: torch.dtype) -> Form | None:
-    """How a class of norms computes, by trying one of its instances; None: as nothing here does."""
+def _form(kind: Any, compute: torch.dtype) -> tuple[Form, dict[str, object]] | None:
+    """How a class of norms computes, by trying one of its instances, and the settings of that; None: as nothing here
+    does."""
     with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
         try:
             module: Any = kind(WIDTH, eps=EPS)
@@ -134,4 +150,5 @@ def _form(kind: Any, compute: torch.dtype) -> Form | None:
         if _eps(module) != EPS:
             return None
         lean = (LeanRMSNorm(module.weight, EPS, form) for form in FORMS)
-        return next((one.form for one in lean if torch.equal(one(trial), expected)), None)
+        form = next((one.form for one in lean if torch.equal(one(trial), expected)), None)
+        return None if form is None else (form, _settings(module))

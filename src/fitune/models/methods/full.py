@@ -1,6 +1,7 @@
 """Full tuning: every parameter of the base.
 
-In: a model. Out: the same, all of it trainable in float32 (16 bytes a parameter with gradient and Adam's states).
+In: a model. Out: the same, all of it trainable in float32 (16 bytes a parameter with gradient and Adam's states). An
+indexer, which chooses the keys of sparse attention (DeepSeek-V3.2), stays as it is: no gradient comes through a choice.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Full(Method):
         return model
 
     def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
-        """All of them; a tied head counts once."""
-        return {name: p.numel() for name, p in model.named_parameters()}
+        """All of them but those of indexers; a tied head counts once."""
+        return {name: p.numel() for name, p in model.named_parameters() if ".indexer." not in name}
 
     def quant_problem(self, model: CausalLM, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
         """It trains every weight."""

@@ -10,8 +10,9 @@ import torch
 from peft import PrefixTuningConfig, get_peft_model
 
 from fitune.core.config import RunConfig
+from fitune.models import sizes
 from fitune.models.families import Family
-from fitune.models.interfaces import CausalLM, Config, Peft
+from fitune.models.interfaces import CausalLM, Peft
 from fitune.models.methods.virtual import ENCODER, VirtualTokens, in_float32
 
 START = 0.1  # spread at the start: at PEFT's 1.0 the values drown what the attention says
@@ -46,7 +47,7 @@ class Prefix(VirtualTokens):
     def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
         """tokens x layers x 2 x key heads x head width; projected: tokens x that width, and the MLP's two layers."""
         options = config.prefix
-        keys = key_width(model.config)
+        keys = sizes.key_width(model.config)
         layers = model.config.num_hidden_layers
         if not options.projection:
             return {f"{ENCODER}.embedding.weight": options.tokens * layers * 2 * keys}
@@ -63,13 +64,6 @@ class Prefix(VirtualTokens):
     def rates(self, config: RunConfig, name: str) -> float:
         """A projection learns at the rates of networks, not of vectors."""
         return 0.1 if config.prefix.projection else 1.0
-
-
-def key_width(config: Config) -> int:
-    """Key heads x head width."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(heads * width)
 
 
 def _width(model: CausalLM) -> int:
