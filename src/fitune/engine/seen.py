@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fitune.core.records import Batch, Layout
 from fitune.engine.step import hidden_states, place
 from fitune.models import families
-from fitune.models.interfaces import causal_lm
+from fitune.models.interfaces import causal_lm, decoder
 
 TRIES = 4  # other embeddings that each token is given: with one alone a weight may be too small to be seen
 
@@ -26,7 +26,7 @@ TRIES = 4  # other embeddings that each token is given: with one alone a weight 
 def positions(model: nn.Module, batch: Batch) -> NDArray[np.int64]:
     """(rows of positions, T): one row in most models; ChatGLM-6B has two, places and block positions."""
     inner = causal_lm(model)
-    own = getattr(inner.base_model, "flat_positions", None)
+    own = getattr(decoder(inner), "flat_positions", None)
     if own is None:
         return batch.positions[None].astype(np.int64)
     ids = torch.from_numpy(batch.ids).to(next(inner.parameters()).device)
