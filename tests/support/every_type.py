@@ -165,8 +165,9 @@ def small(kind: type[PretrainedConfig]) -> dict[str, Any]:
         found["num_key_value_heads"] = found["num_attention_heads"]
     inner: Any
     for name, inner in kind.sub_configs.items():
+        sized: Any = inner
         if inner is not PretrainedConfig and dataclasses.is_dataclass(inner):
-            found[name] = {**small(inner), **OWN.get(inner.model_type, {})}
+            found[name] = {**small(sized), **OWN.get(sized.model_type, {})}
     return found
 
 
