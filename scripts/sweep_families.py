@@ -1,7 +1,7 @@
 """Every causal model type of the installed transformers, tuned: the table in docs/models.md.
 
     python scripts/sweep_families.py OUT.json                      # all types, each in three ways
-    python scripts/sweep_families.py OUT.json --only mamba llama   # these; others in OUT.json stay as they are
+    python scripts/sweep_families.py OUT.json --only mamba llama   # these; all else in OUT.json stays as it is
     python scripts/sweep_families.py OUT.json --ways lora --jobs 2
     python scripts/sweep_families.py --table                       # results/families.json as the page has it
     python scripts/sweep_families.py --table --write               # puts it there
@@ -73,7 +73,7 @@ def all_of(kinds: list[str], ways: list[str], jobs: int, found: dict[str, dict[s
                 why = f"the process ended by itself ({os.waitstatus_to_exitcode(status)})"
                 row = asdict(sweep.failed(kind, why))
             print(sweep.line(row), flush=True)
-            found[kind] = row
+            found[kind] = sweep.merged(found.get(kind), row)
             sweep.write(found, target)
 
 
@@ -103,7 +103,8 @@ def main() -> None:
     if asked.out is None:
         parser.error("OUT.json, or --table")
     sweep.warm()
-    found = sweep.read(asked.out) if asked.out.is_file() and asked.only != list(every_type.TYPES) else {}
+    part = asked.only != list(every_type.TYPES) or asked.ways != list(sweep.WAYS)
+    found = sweep.read(asked.out) if asked.out.is_file() and part else {}
     all_of(asked.only, asked.ways, asked.jobs, found, asked.out)
 
 

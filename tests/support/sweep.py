@@ -216,6 +216,14 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['type']} [{row['kind']}] {row['layout']} {'; '.join(ways)}"
 
 
+def merged(there: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the ways of one from before that were not tried now; what goes by lora stays where that was not."""
+    if there is None:
+        return row
+    ways = {name: way for name in WAYS if (way := row["ways"].get(name) or there["ways"].get(name)) is not None}
+    return {**(row if "lora" in row["ways"] else there), "ways": ways}
+
+
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """The rows of a results file, by type."""
     return {row["type"]: row for row in json.loads(path.read_text(encoding="utf-8"))["types"]}

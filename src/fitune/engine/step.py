@@ -30,6 +30,7 @@ from fitune.models import attached
 from fitune.models.configs import longest_row
 from fitune.models.head import loss_rows, output_head
 from fitune.models.interfaces import CausalLM, causal_lm, decoder
+from fitune.models.kernels import dynamic_rope
 from fitune.models.kernels import placed as placing
 from fitune.models.kernels.attention import FLAT
 from fitune.models.kernels.flash import seen_keys
@@ -234,10 +235,10 @@ def _separate(model: nn.Module, batch: Batch, before: virtual.Virtual | None, id
     documents = list(_documents(ids, batch)) if before is None else _embedded(inner, ids, batch, before)
     places = _own_positions(inner, ids, batch, skip)
     if not padded:
-        outs = [
-            decoder(inner)(**{name: one[None]}, use_cache=False, **place).last_hidden_state[0]
-            for one, place in zip(documents, places, strict=True)
-        ]
+        outs = []
+        for one, place in zip(documents, places, strict=True):
+            dynamic_rope.reset(inner)
+            outs.append(decoder(inner)(**{name: one[None]}, use_cache=False, **place).last_hidden_state[0])
         return torch.cat([out[skip:] for out in outs])
     rows = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
     ones = [torch.ones(len(one), dtype=torch.long, device=ids.device) for one in documents]

@@ -40,13 +40,18 @@ CODE_KEYS = (
 
 
 def longest_row(model_config: Any, virtual_tokens: int = 0) -> int:
-    """The most tokens that a row may have; NO_LIMIT, less the virtual ones, where the model names no limit.
+    """The most tokens that a row may have; NO_LIMIT, less the virtual ones, where the model names no limit. Scaled
+    positions reach as far as their scaling says.
 
     Args:
         model_config: the transformers config of the model.
         virtual_tokens: those that the method puts before every row, which take positions too.
     """
-    return (getattr(model_config, "max_position_embeddings", None) or NO_LIMIT) - virtual_tokens
+    own = getattr(model_config, "max_position_embeddings", None) or NO_LIMIT
+    rope = getattr(model_config, "rope_parameters", None) or {}
+    kind, start = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+    start = own if kind == "dynamic" else start if kind in ("yarn", "longrope") else None
+    return max(own, int(start * (rope.get("factor") or 1)) if start else 0) - virtual_tokens
 
 
 def read_config(folder: Path) -> Any:
