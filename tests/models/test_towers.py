@@ -32,7 +32,7 @@ from fitune.models import weights
 from fitune.models.configs import read_config
 from fitune.models.families import towers
 from fitune.models.load import load_model, outline
-from support import tiny
+from support import every_type, tiny
 from support.contract import IDS, apart, logits
 
 TEXT = {
@@ -80,11 +80,19 @@ WHOLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "video_llava": ({**TEXT, "model_type": "llama"}, CLIP),
     "vipllava": ({**TEXT, "model_type": "llama"}, CLIP),
 }
+# made from their own config classes; of EXPERTS the files hold each expert, the model all of a block in one tensor
+EXPERTS = ("aria", "qwen3_5_moe", "qwen4_exp")
+MADE = (
+    "deepseek_vl", "exaone4_5", "gemma4", "gemma4_unified", "idefics2", "janus", "lighton_ocr", "llama4", "minicpmv4_6",
+    "ovis2", "video_llama_3", *EXPERTS,
+)  # fmt: skip
 FEW = ("gemma3", "qwen2_5_vl")
 
 
 def make(kind: str, **more: Any) -> Any:
     """A random model of that kind, eyes and all."""
+    if kind in MADE:
+        return every_type.whole_of(kind, **more)
     text, eye = WHOLE[kind]
     config = CONFIG_MAPPING[kind](text_config=dict(text), vision_config=dict(eye), **more)
     torch.manual_seed(0)
@@ -115,10 +123,15 @@ def text_logits(model: Any) -> torch.Tensor:
 
 
 def test_every_kind_of_the_table_is_tried() -> None:
-    assert set(WHOLE) == set(towers.TABLE)
+    assert {*WHOLE, *MADE} == set(towers.TABLE)
 
 
-@pytest.mark.parametrize("kind", WHOLE)
+def every() -> list[Any]:
+    rare = [kind for kind in MADE if kind not in ("gemma4", "llama4")]
+    return [*WHOLE, "gemma4", "llama4", *(pytest.param(kind, marks=pytest.mark.full) for kind in rare)]
+
+
+@pytest.mark.parametrize("kind", every())
 def test_the_language_model_gives_the_logits_of_the_whole_one(kind: str, tmp_path: Path) -> None:
     folder = save(whole(kind), tmp_path / "model")
     mine = load_model(folder)
@@ -131,7 +144,7 @@ def test_the_language_model_gives_the_logits_of_the_whole_one(kind: str, tmp_pat
     assert not any("vision" in name or "visual" in name for name in mine.state_dict())
     # merging finds the place of every tensor
     there = {towers.language_name(name) for name, _ in weights.tensors(folder)}
-    assert mine.state_dict().keys() - {"lm_head.weight"} <= there
+    assert kind in EXPERTS or mine.state_dict().keys() - {"lm_head.weight"} <= there
 
 
 @pytest.mark.parametrize("kind", FEW)
@@ -144,7 +157,7 @@ def test_the_head_is_tied_as_in_the_whole_model(kind: str, tied: bool, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(FEW[0], marks=pytest.mark.full), FEW[1]]
+    "kind", [*(pytest.param(kind, marks=pytest.mark.full) for kind in (FEW[0], "gemma4", "llama4")), FEW[1]]
 )  # quick: positions of three axes
 def test_every_verb_works_on_the_language_model(kind: str, tmp_path: Path) -> None:
     folder, data = save(whole(kind), tmp_path / "model"), tiny.write_rows(tmp_path / "rows.jsonl", 20)
@@ -161,7 +174,9 @@ def test_every_verb_works_on_the_language_model(kind: str, tmp_path: Path) -> No
     run = train(build({**settings, "output": str(tmp_path / "run")})).run
     found = {one["rule"]: one for one in json.loads((Path(run) / "data.json").read_text())["findings"]}
     assert found["language-model"]["level"] == "fixed"
-    assert found["packing-leak"]["text"].startswith("flat batches")
+    chunked = kind == "llama4"  # attention in chunks from the start of a row, which a flat batch does not have
+    assert found["packing-leak"]["text"].startswith("flat batches") or chunked
+    close = 1e-4 if kind in MADE else 1e-5  # heads of 512: a merge rounds each weight once more
 
     # PEFT puts the saved adapter on the whole model, and on its language model alone
     tuned = fitune.load(run)
@@ -170,21 +185,21 @@ def test_every_verb_works_on_the_language_model(kind: str, tmp_path: Path) -> No
     assert apart(text_logits(theirs), after, "fp32") <= 1e-5
     assert (after - text_logits(whole(kind))).abs().max() > 1e-3
     adapted = {name for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
-    assert len(adapted) == 6
+    assert len(adapted) == (4 if chunked else 6)  # of two blocks, or three; Gemma 4 has four, which share values
     assert all(".language_model." in name for name in adapted)
     assert isinstance(fitune.generate(run, "Hello"), str)
     assert fitune.evaluate(run, [str(data)], answer=False).scores.loss > 0
 
     # merged it is the whole model again: the tower bit for bit, the language model tuned
     done = merge(run, tmp_path / "merged")
-    assert done.merge_error <= 1e-5
+    assert done.merge_error <= close
     assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
     again = AutoModelForImageTextToText.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32)
-    assert apart(text_logits(again), after, "fp32") <= 1e-5
-    others = {n: p for n, p in again.named_parameters() if ".language_model." not in n and "lm_head" not in n}
+    assert apart(text_logits(again), after, "fp32") <= close
+    others = {n: p for n, p in again.named_parameters() if "language_model." not in n and "lm_head" not in n}
     assert len(others) > 10
     assert all(torch.equal(p, dict(whole(kind).named_parameters())[n]) for n, p in others.items())
-    assert apart(logits(load_model(tmp_path / "merged")), after, "fp32") <= 1e-5
+    assert apart(logits(load_model(tmp_path / "merged")), after, "fp32") <= close
 
     # an adapter is gone on from, and one that PEFT made on the whole model is taken
     train(build({**settings, "adapter": run, "output": str(tmp_path / "on")}))

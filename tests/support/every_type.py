@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from support import tiny
@@ -175,12 +175,42 @@ def model_of(kind: str, seed: int = 0) -> Any:
     """A random model of a type, in transformers' class for causal models; nothing in it is zero from the start, so that
     whatever is tuned has an effect."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(kind)).eval()
+    return filled(AutoModelForCausalLM.from_config(config_of(kind)).eval())
+
+
+def filled(model: Any) -> Any:
+    """The same, its biases and whatever is zero random."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or not parameter.any():
                 parameter.normal_(std=0.1)
     return model
+
+
+# sizes of what sees and hears in models that take more than text
+EYE: dict[str, Any] = {
+    "image_size": 28, "patch_size": 14, "depth": 2, "num_hidden_layers": 2, "hidden_size": 32, "embed_dim": 32,
+    "out_hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "num_heads": 4,
+    "head_dim": 8, "spatial_merge_size": 2, "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0],
+    "num_position_embeddings": 16, "position_embedding_size": 16, "projection_dim": 32, "vision_output_dim": 32,
+    "projector_input_dim": 32, "projector_output_dim": 32, "pooling_kernel_size": 1,
+}  # fmt: skip
+
+
+def whole_of(kind: str, **more: Any) -> Any:
+    """A random model of a type that takes images too, eyes and all, in transformers' class for it."""
+    usual: Any = CONFIG_MAPPING[kind]()
+    text: Any = type(usual.get_text_config(decoder=True))
+    settings: dict[str, Any] = {
+        "text_config": {**small(text), **OWN.get(text.model_type, {}), "model_type": text.model_type}
+    }
+    seeing = getattr(usual, "vision_config", None) or usual.sub_configs["vision_config"]()
+    sizes = {name: size for name, size in EYE.items() if name in seeing.to_dict()}
+    settings["vision_config"] = {**sizes, "model_type": seeing.model_type}
+    if getattr(usual, "audio_config", None) is not None:
+        settings["audio_config"] = None
+    torch.manual_seed(0)
+    return filled(AutoModelForImageTextToText.from_config(CONFIG_MAPPING[kind](**settings, **more)).eval())
 
 
 def default_values(kind: str) -> dict[str, Any]:

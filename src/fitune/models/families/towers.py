@@ -29,10 +29,13 @@ from fitune.models.interfaces import CausalLM
 TABLE: dict[str, Tower] = {
     **dict.fromkeys(("gemma3", "internvl", "lfm2_vl", "llava", "llava_next", "llava_onevision", "mistral3"), Tower()),
     **dict.fromkeys(("llava_next_video", "qwen3_5", "video_llava", "vipllava"), Tower()),
+    **dict.fromkeys(("aria", "deepseek_vl", "exaone4_5", "gemma4", "gemma4_unified", "janus", "lighton_ocr"), Tower()),
+    **dict.fromkeys(("minicpmv4_6", "ovis2", "qwen3_5_moe", "qwen4_exp", "video_llama_3"), Tower()),
+    "llama4": Tower("language_model.model"),
     "glm4v": Tower(like="glm4"),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), Tower(like="qwen2")),
     "qwen3_vl": Tower(like="qwen3"),
-    **dict.fromkeys(("idefics3", "smolvlm"), Tower("model.text_model")),
+    **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), Tower("model.text_model")),
 }
 # how files call the language model: as the whole model's class does, or as published before transformers 5
 PREFIXES = ("model.language_model.", "language_model.model.", "model.text_model.", "model.language_model.model.")
