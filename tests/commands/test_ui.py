@@ -123,8 +123,10 @@ def test_a_file_is_dropped_and_another_is_taken_from_its_folder(page: Any) -> No
     page.click("#browser-list >> text=✓ model")
     assert page.input_value("#model") == "model"
     assert page.locator("#data li").count() == 2
-    page.click("#data li >> nth=0 >> button")
+    page.click("#data li >> nth=0 >> button[aria-label^=Remove]")
     assert page.locator("#data li").count() == 1
+    page.click("#data button[aria-label^='Hold out']")
+    assert page.text_content("#data li span") == "rows.jsonl (held out)"
 
 
 @pytest.mark.full
@@ -175,10 +177,14 @@ def test_a_run_is_begun_watched_and_paused(
     page.fill("#train-name", "live")
     with page_runs.under_way(work, "other") as step:
         step(1, 3.0)
+        page.fill("#train-more", "warmup=0.1 lora.alpha=32")
+        page.dispatch_event("#train-more", "change")
+        page.wait_for_selector("#train-command pre >> text=--warmup 0.1")
+        shown = page.text_content("#train-command pre")
         page.click("#begin")
-        page.wait_for_selector("#train-command pre")
-        assert begun == [shlex.split(page.text_content("#train-command pre"))[1:]]
-        assert begun[0][-4:] == ["--max-steps", "30", "--output", "runs/live"]
+        page.wait_for_selector("#live-name")
+        assert begun == [shlex.split(shown)[1:]]
+        assert shown.endswith("--max-steps 30 --warmup 0.1 --lora.alpha 32 --output runs/live")
         page.wait_for_selector("#live-message .message >> text=nothing is there")  # no process, so no run
         assert "status of 404" in seen.errors.pop()
         page.evaluate("location.hash = 'train/other'")
@@ -301,6 +307,19 @@ def test_in_chinese_and_dark(chinese: Any) -> None:
     assert chinese.evaluate(background) == "rgb(251, 251, 250)"
     chinese.click("#language")
     assert "tokens trained" in chinese.text_content("#rows")  # what is there changes too
+
+
+@pytest.mark.full
+def test_what_fits_is_searched_and_used(page: Any) -> None:
+    choose(page)
+    task(page, "plan")
+    page.select_option("#set-gpu", "size")
+    page.click("#advise")
+    page.click("#advice button >> nth=0", timeout=4 * ANSWER)
+    page.wait_for_selector("#plan-command pre >> text=--method")
+    assert page.text_content("#advice .command pre").startswith("fitune plan model --data rows.jsonl --gpu 24GB")
+    page.wait_for_selector("#bar[data-how=trace]")
+    fits(page)
 
 
 def test_a_report_zooms_in_the_dark_and_without_a_server(chromium: Any, work: Path) -> None:

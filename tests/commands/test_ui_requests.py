@@ -20,12 +20,15 @@ from fitune.commands.ui import planned, self_test
 from fitune.commands.ui.paths import Roots, file_name
 from fitune.commands.ui.settings import Wanted, inside
 from fitune.core.errors import FituneError
+from support import command, tiny
 from support import page as pages
-from support import tiny
 from support.page import Asked, Site, post, put
 
 SEED, COUNT = 20, 200
 SECRET = "nobody may read this"
+
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="links and paths of POSIX")
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,25 @@ def test_the_self_test_passes_and_finds_a_planted_fault(site: Site, monkeypatch:
     monkeypatch.setattr(self_test, "questions", lambda: iter([asked]))
     with pytest.raises(FituneError, match="a planted fault is answered with status 200"):
         self_test.passed(site.address)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--check"], 0, "passed: a plan (200)"),
+        (["--port", "70000"], 2, "expected: port 0 to 65535"),
+        (["--folder", "nowhere"], 2, "received: nowhere"),
+    ],
+)
+def test_the_command(
+    arguments: list[str], code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    found, _, error = command.run(["ui", *arguments], capsys, monkeypatch)
+    assert found == code
+    assert text in error
+    assert list(tmp_path.iterdir()) == []  # nothing is written before somebody asks for it
 
 
 # ---- what nobody may do ----
@@ -351,3 +373,20 @@ def test_no_text_is_missing_in_a_language() -> None:
     assert {one or other for one, other in used} <= set(texts)
     made = set(re.findall(r"\bt\(`(\w+_)\$\{", sources))
     assert all(any(name.startswith(start) for name in texts) for start in made)
+
+
+def not_imported(source: str, helpers: str) -> set[str]:
+    """Helpers of api.js that a module of the page calls without importing them."""
+    exported = re.findall(r"^export (?:async )?(?:const|function|class) ([\w$]+)", helpers, re.MULTILINE)
+    imported = {
+        one.strip() for part in re.findall(r"^import \{([^}]*)\}", source, re.MULTILINE) for one in part.split(",")
+    }
+    called = {one for one in exported if re.search(rf"(?<![\w$'])(?<![^.]\.){re.escape(one)}\(", source)}
+    return called - imported
+
+
+def test_modules_of_the_page_import_what_they_call() -> None:
+    sources = {path.name: path.read_text(encoding="utf-8") for path in PAGE.glob("*.js")}
+    helpers = sources.pop("api.js")
+    assert {name: found for name, source in sources.items() if (found := not_imported(source, helpers))} == {}
+    assert not_imported(sources["plan.js"].replace("during, ", ""), helpers) == {"during"}

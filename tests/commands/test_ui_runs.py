@@ -21,6 +21,8 @@ from support import page as pages
 from support import page_runs
 from support.page import Asked, Site, post
 
+POSIX = pytest.mark.skipif(os.name == "nt", reason="links and paths of POSIX")
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
@@ -75,6 +77,15 @@ def test_a_run_begins_by_the_command_that_is_shown(site: Site, started: list[tup
     assert site.json("api/begin", {**wanted, "name": "mine"})["run"] == "mine"
 
 
+def test_the_command_is_shown_before_it_runs(site: Site) -> None:
+    wanted = {"model": "model", "data": ["rows.jsonl"], "eval_data": ["rows.jsonl"], "settings": {"lora": {"rank": 4}}}
+    found = site.json("api/command", {**wanted, "more": "lora.alpha=32 epochs=1", "name": "mine"})["command"]
+    assert found == (
+        "fitune train --model model --data rows.jsonl --eval-data rows.jsonl --lora.rank 4 --lora.alpha 32 --epochs 1 "
+        "--output runs/mine"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -83,6 +94,9 @@ def test_a_run_begins_by_the_command_that_is_shown(site: Site, started: list[tup
         ({"data": []}, "data"),
         ({"settings": {"batch_size": 0, "lr": -1}}, "batch_size: wrong value"),
         ({"settings": {"method": "lora", "force": True, "output": "x"}}, "no setting of this page"),
+        ({"more": "output=x"}, "no setting of this page"),
+        ({"more": "warmup"}, "key=value"),
+        ({"more": "'"}, "further settings"),
     ],
 )
 def test_a_run_that_cannot_be_does_not_begin(
@@ -126,7 +140,8 @@ def test_a_process_of_its_own_and_its_log(site: Site, tmp_path: Path) -> None:
     processes = Processes(tmp_path / "logs", tmp_path)
     processes.start("one", ["reseal", "nowhere"])
     process = processes.started["one"]
-    assert os.getpgid(process.pid) != os.getpgid(0)  # what ends the page's server does not end it
+    if os.name != "nt":
+        assert os.getpgid(process.pid) != os.getpgid(0)  # what ends the page's server does not end it
     assert process.wait(120) == 2
     assert "nowhere" in processes.tail("one")
     assert processes.code("one") == 2
@@ -192,6 +207,7 @@ def test_an_adapter_and_a_file_are_downloaded(site: Site) -> None:
     assert [one["name"] for one in site.json("api/exports")["exports"]] == ["a.gguf"]
 
 
+@POSIX
 @pytest.mark.parametrize(
     "path",
     ["runs", "runs/first", "runs/first/config.yaml", "runs/exports", "rows.jsonl", "model", "runs/exports/link",
@@ -206,6 +222,7 @@ def test_nothing_else_is_downloaded(site: Site, path: str) -> None:
     (exports / "link").unlink()
 
 
+@POSIX
 def test_a_link_in_an_adapter_does_not_come_along(site: Site) -> None:
     link = site.work / "runs" / "second" / "adapter" / "link.json"
     link.symlink_to(site.work / "rows.jsonl")

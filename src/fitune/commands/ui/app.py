@@ -150,6 +150,10 @@ def _of_runs(desk: Desk) -> dict[str, tuple[str, Handler]]:
             raise Refused(400, f"from: {start[:20]!r}; expected: a number of bytes", param="from")
         return answer(await run_in_threadpool(runs.steps, name, roots, int(start)))
 
+    async def preview(request: Request) -> Response:
+        allowed = inside(await read(request, runs.Begun), roots)
+        return answer({"command": await run_in_threadpool(runs.preview, allowed, roots, processes)})
+
     async def begin(request: Request) -> Response:
         allowed = inside(await read(request, runs.Begun), roots)
         return answer(await run_in_threadpool(runs.begin, allowed, roots, processes))
@@ -165,8 +169,8 @@ def _of_runs(desk: Desk) -> dict[str, tuple[str, Handler]]:
         return Response(page.read_bytes(), media_type="text/html", headers={"Content-Security-Policy": ALONE})
 
     return {
-        "runs": ("GET", listed), "run": ("GET", shown), "steps": ("GET", steps), "begin": ("POST", begin),
-        "act": ("POST", act), "report": ("GET", report),
+        "runs": ("GET", listed), "run": ("GET", shown), "steps": ("GET", steps), "command": ("POST", preview),
+        "begin": ("POST", begin), "act": ("POST", act), "report": ("GET", report),
     }  # fmt: skip
 
 

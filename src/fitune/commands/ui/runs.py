@@ -16,6 +16,7 @@ import signal
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from pydantic import Field
 from fitune.checks import early
 from fitune.commands.serve.errors import Refused
 from fitune.commands.ui.paths import Roots
-from fitune.commands.ui.planned import train_arguments
+from fitune.commands.ui.planned import train_arguments, train_command
 from fitune.commands.ui.processes import Processes
 from fitune.commands.ui.settings import Form, Wanted, command
 from fitune.core import locks
@@ -56,14 +57,19 @@ def begin(wanted: Begun, roots: Roots, processes: Processes) -> dict[str, object
         FituneError: all that is wrong with it, as far as it can be seen before torch is loaded.
     """
     name = free_name(roots, processes, wanted.name or default_name(wanted), given=bool(wanted.name))
-    output = roots.shown(roots.runs / name)
     evaluated = {"eval_data": wanted.eval_data} if wanted.eval_data else {}
     early.checked(
         {**wanted.settings, "model": wanted.model, "data": wanted.data, **evaluated, "output": str(roots.runs / name)}
     )
-    arguments = train_arguments(wanted, output)
+    arguments = train_arguments(wanted, roots.shown(roots.runs / name))
     processes.start(name, arguments)
     return {"run": name, "command": command(*arguments)}
+
+
+def preview(wanted: Begun, roots: Roots, processes: Processes) -> str:
+    """The command that would start it."""
+    name = wanted.name or free_name(roots, processes, default_name(wanted), given=False)
+    return train_command(wanted, roots.shown(roots.runs / name))
 
 
 def default_name(wanted: Wanted) -> str:
@@ -149,6 +155,14 @@ def _row(name: str, roots: Roots, processes: Processes) -> dict[str, object]:
     run = RunFolder(roots.runs / name)
     row: dict[str, object] = {"name": name, "path": roots.shown(run.path)}
     row["state"] = state_of(run.path, begins=processes.works(name))
+    result = run.path / "result.json"
+    return row | _facts(run.path, result.stat().st_mtime_ns if result.is_file() else None)
+
+
+@lru_cache(4096)
+def _facts(folder: Path, finished: int | None) -> dict[str, object]:
+    """What the table shows of a run; read once, until it is finished anew (by the time of its result)."""
+    run, row = RunFolder(folder), dict[str, object]()
     try:
         config = run.read_config()
         row |= {"model": Path(config.model).name, "method": config.method, "quant": config.quant.name}
@@ -185,6 +199,7 @@ def shown(name: str, roots: Roots, processes: Processes) -> dict[str, object]:
     folder = roots.run(name)
     run, path = RunFolder(folder), roots.shown(folder)
     process, config = locks.process(folder), run.read_config()
+    plan = run.read("plan") if run.has("plan") else {}
     return {
         **_row(name, roots, processes),
         "log": processes.tail(name),
@@ -192,8 +207,8 @@ def shown(name: str, roots: Roots, processes: Processes) -> dict[str, object]:
         "total": config.max_steps,
         "epochs": config.epochs,
         "held_out_before": _held_out_before(run),
-        "planned": {key: run.read("plan").get(key) for key in ("needed", "budget")} if run.has("plan") else {},
-        "memory": _resident(process),
+        "planned": {key: plan.get(key) for key in ("needed", "budget", "device")},
+        "memory": _resident(process) if plan.get("device") == "cpu" else None,  # of a GPU this process sees nothing
         "findings": [asdict(one) for one in _findings(run)],
         "answers": [one.as_dict() for one in run_records.answers_of(run)],
         "report": run.report.is_file(),

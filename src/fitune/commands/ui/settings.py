@@ -16,7 +16,7 @@ from starlette.requests import Request
 from fitune.commands.serve.errors import Refused
 from fitune.commands.ui.paths import Roots
 from fitune.core import as_flags
-from fitune.core.config import RunConfig
+from fitune.core.config import RunConfig, merge, parse_assignments
 
 PATHS = ("model", "data", "eval_data", "output", "adapter", "cache", "cache_size", "template")
 TAKEN = frozenset(RunConfig.model_fields) - set(PATHS)
@@ -29,13 +29,15 @@ class Form(BaseModel):
 
 
 class Wanted(Form):
-    """A model, data and settings, as most tasks take them. gpu: what a plan is for."""
+    """A model, data and settings, as most tasks take them. gpu: what a plan is for. more: further settings as they are
+    typed behind --set; they win."""
 
     model: str = Field(min_length=1, max_length=4096)
     data: list[str] = Field(default=[], max_length=100)
     eval_data: list[str] = Field(default=[], max_length=100)
     gpu: str | None = Field(default=None, max_length=100)
     settings: dict[str, Any] = {}
+    more: str = Field(default="", max_length=4096)
 
 
 F = TypeVar("F", bound=Form)
@@ -64,12 +66,19 @@ def inside(wanted: W, roots: Roots) -> W:
 
     Raises:
         Refused: a path is outside, or a setting is none that the page takes.
+        ConfigError: further settings that are no settings.
     """
-    for name in wanted.settings:
+    try:
+        settings = merge(wanted.settings, parse_assignments(shlex.split(wanted.more)))
+    except ValueError as error:
+        raise Refused(400, f"further settings: {error}", param="more") from None
+    for name in settings:
         if name not in TAKEN:
             raise Refused(400, f"{name[:80]}: no setting of this page", param="settings")
     return wanted.model_copy(
         update={
+            "settings": settings,
+            "more": "",
             "model": roots.model(wanted.model),
             "data": [roots.shown(roots.path(one)) for one in wanted.data],
             "eval_data": [roots.shown(roots.path(one)) for one in wanted.eval_data],

@@ -1,6 +1,6 @@
 // Task one: a model, data, and the rows as they will be trained.
 import { $, api, command, count, during, el, say, share, table, upload } from './api.js';
-import { choose, chosen, whenChosen } from './state.js';
+import { choose, chosen, wanted, whenChosen } from './state.js';
 import { t } from './texts.js';
 
 let facts, found;
@@ -22,22 +22,25 @@ export function start(given) {
   whenChosen(drawChosen);
   drawChosen();
   api('models').then(answer => {
-    $('models').replaceChildren(...answer.models.map(one => el('option', { value: one.name }, kind(one))));
+    $('models').replaceChildren(...answer.models.map(one => el('option', { value: one.name }, named(one))));
   }).catch(error => say($('choose-message'), error.message));
 }
 
 export function texts() { drawChosen(); if (found) draw(); }
 
-const kind = one => `${t(`kind_${one.kind}`)}${one.parameters ? `, ${(one.parameters / 1e9).toFixed(1)}B` : ''}`;
+const named = one => `${t(`kind_${one.kind}`)}${one.parameters ? `, ${(one.parameters / 1e9).toFixed(1)}B` : ''}`;
 
 function setModel(name) { $('model').value = name; choose({ model: name }); }
-function addData(path) { if (path && !chosen.data.includes(path)) choose({ data: [...chosen.data, path] }); }
+function addData(path) { if (path && !chosen.data.includes(path) && !chosen.evalData.includes(path)) choose({ data: [...chosen.data, path] }); }
 function typed() { addData($('data-path').value.trim()); $('data-path').value = ''; }
 
+// Training data, and held-out data, of which each can become the other.
 function drawChosen() {
-  $('data').replaceChildren(...chosen.data.map(path => el('li', {}, el('span', {}, path), el('button', {
-    type: 'button', ariaLabel: `${t('remove')} ${path}`,
-    onclick: () => choose({ data: chosen.data.filter(one => one !== path) }) }, '×'))));
+  const button = (text, label, action) => el('button', { type: 'button', ariaLabel: label, title: label, onclick: action }, text);
+  const line = (path, from, to, label) => el('li', {}, el('span', {}, path, from === 'evalData' ? el('b', { className: 'soft' }, ` ${t('held_out_data')}`) : ''), el('span', { className: 'nowrap row' },
+    button('⇄', `${t(label)} ${path}`, () => choose({ [from]: chosen[from].filter(one => one !== path), [to]: [...chosen[to], path] })),
+    button('×', `${t('remove')} ${path}`, () => choose({ [from]: chosen[from].filter(one => one !== path) }))));
+  $('data').replaceChildren(...chosen.data.map(path => line(path, 'data', 'evalData', 'hold_out')), ...chosen.evalData.map(path => line(path, 'evalData', 'data', 'train_on')));
 }
 
 function dropping(place) {
@@ -59,7 +62,7 @@ async function send(files) {
   $('file').value = '';
 }
 
-async function browse(path, wanted, take) {
+async function browse(path, kind, take) {
   try {
     const { path: here, entries } = await api(`files?path=${encodeURIComponent(path)}`);
     $('browser-path').textContent = here;
@@ -67,9 +70,9 @@ async function browse(path, wanted, take) {
     const done = name => { take(name); $('browser').close(); };
     const up = here.replace(/[/\\][^/\\]*$/, '');
     $('browser-list').replaceChildren(
-      ...(up && up !== here ? [go('..', () => browse(up, wanted, take))] : []),
-      ...entries.filter(one => one.kind !== 'run' && (one.kind !== 'data' || wanted === 'data')).map(one =>
-        one.kind === wanted ? go(`✓ ${one.name}`, () => done(one.path)) : go(`${one.name}/`, () => browse(one.path, wanted, take))));
+      ...(up && up !== here ? [go('..', () => browse(up, kind, take))] : []),
+      ...entries.filter(one => one.kind !== 'run' && (one.kind !== 'data' || kind === 'data')).map(one =>
+        one.kind === kind ? go(`✓ ${one.name}`, () => done(one.path)) : go(`${one.name}/`, () => browse(one.path, kind, take))));
     if (!$('browser').open) $('browser').showModal();
   } catch (error) { say($('choose-message'), error.message); $('browser').close(); }
 }
@@ -78,9 +81,8 @@ function rows() {
   if (!chosen.model || !chosen.data.length) return say($('choose-message'), t('choose_both'));
   $('rows').replaceChildren();
   return during($('show-rows'), $('choose-message'), t('reading'), async () => {
-    const { model, data, settings } = chosen;
     found = null;
-    found = await api('rows', { model, data, settings, samples: Number($('samples').value) || 4 });
+    found = await api('rows', { ...wanted(), samples: Number($('samples').value) || 4 });
     say($('choose-message'), '');
     draw();
   });

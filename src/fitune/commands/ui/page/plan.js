@@ -1,5 +1,5 @@
 // Task two: the bar of memory, which follows the settings.
-import { $, api, bytes, command, count, el, say, table } from './api.js';
+import { $, api, bytes, command, count, during, el, say, table } from './api.js';
 import { choose, chosen, wanted, whenChosen } from './state.js';
 import { partName, t } from './texts.js';
 
@@ -100,7 +100,7 @@ function soon() {
 async function ask(quick) {
   const mine = ++asked;
   try {
-    const found = await api('plan', { ...wanted(), quick });
+    const found = await api('plan', { ...wanted(), gpu: chosen.gpu, quick });
     if (mine !== asked || found.superseded) return;
     say($('plan-message'), '');
     draw(found);
@@ -162,7 +162,7 @@ function colour(name, parts) {
 function advise() {
   if (!chosen.model || !chosen.data.length) return say($('advice'), t('choose_both'));
   return during($('advise'), $('advice'), t('searching'), async () => {
-    const found = await api('advice', wanted());
+    const found = await api('advice', { ...wanted(), gpu: chosen.gpu });
     const rows = found.suggestions.map(one => [one.name, bytes(one.needed), one.seconds ? `${count(Math.round(one.seconds))} s` : '–',
       el('button', { type: 'button', onclick: () => { choose({ settings: one.settings }); controls(); } }, t('use'))]);
     const place = el('div');

@@ -1,7 +1,7 @@
 // Task four: all runs in a table, several curves in one picture, settings side by side.
 import { $, api, command, count, el, figure, quoted, say, table } from './api.js';
 import { Chart } from './chart.js';
-import { curves, more } from './train.js';
+import { curves, read } from './train.js';
 import { t } from './texts.js';
 
 const METRICS = ['loss', 'held_out', 'lr', 'speed'];
@@ -54,7 +54,7 @@ async function one(name) {
   if (!kept[name]) {
     const place = { next: 0, steps: [] };
     const found = await api(`run?run=${encodeURIComponent(name)}`);
-    await more(place, name);
+    await read(place, name);
     kept[name] = { ...found, steps: place.steps };
   }
   return kept[name];

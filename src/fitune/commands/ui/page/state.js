@@ -5,7 +5,7 @@ function kept() {
   try { return JSON.parse(sessionStorage.getItem(KEY)) ?? {}; } catch { return {}; }
 }
 
-export const chosen = { model: '', data: [], settings: {}, gpu: null, ...kept() };
+export const chosen = { model: '', data: [], evalData: [], settings: {}, more: '', gpu: null, ...kept() };
 const listeners = [];
 
 export const whenChosen = listener => listeners.push(listener);
@@ -17,4 +17,4 @@ export function choose(changes) {
 }
 
 // What the server is asked with; settings that are as fitune has them by itself are left out.
-export const wanted = () => ({ model: chosen.model, data: chosen.data, gpu: chosen.gpu, settings: chosen.settings });
+export const wanted = () => ({ model: chosen.model, data: chosen.data, eval_data: chosen.evalData, settings: chosen.settings, more: chosen.more });

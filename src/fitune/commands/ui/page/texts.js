@@ -30,6 +30,7 @@ export const TEXTS = {
   part: ['part', '组成'], memory: ['memory', '内存'], largest_step: ['Largest micro-batch', '最大的微批次'], trainable: ['parameters trained', '个参数参与训练'],
   what_fits: ['What fits?', '什么放得下？'], searching: ['Looking at methods, precisions and batches; this can take a minute…', '正在比较方法、精度与批大小，可能需要一分钟…'],
   method: ['method', '方法'], epoch_takes: ['an epoch takes', '每轮用时'], use: ['Use', '采用'],
+  further: ['Further settings', '更多设置'], held_out_data: ['(held out)', '（验证）'], hold_out: ['Hold out', '改作验证数据'], train_on: ['Train on', '改作训练数据'],
   name: ['Name', '名称'], name_hint: ['by model and method', '按模型和方法'], set_epochs: ['Epochs', '轮数'], set_max_steps: ['Most steps', '最多步数'],
   set_lr: ['Learning rate', '学习率'], set_eval_every: ['Steps between evaluations', '评估间隔步数'], set_seed: ['Seed', '随机种子'],
   start_run: ['Start', '开始训练'], starting: ['Checking, and starting a process…', '正在检查并启动进程…'],

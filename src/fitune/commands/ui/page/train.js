@@ -3,11 +3,11 @@ import { $, api, bytes, command, count, during, el, figure, say } from './api.js
 import { Chart } from './chart.js';
 import { findings } from './choose.js';
 import { set } from './plan.js';
-import { chosen, wanted, whenChosen } from './state.js';
+import { choose, chosen, wanted, whenChosen } from './state.js';
 import { t } from './texts.js';
 
 const METRICS = ['loss', 'lr', 'speed'];
-let facts, run = '', timer, follow;
+let facts, run = '', timer, follow, previewing;
 
 export function start(given) {
   facts = given.choices;
@@ -31,28 +31,36 @@ function number(name, usual, how) {
 function form() {
   const name = el('input', { id: 'train-name', placeholder: t('name_hint'), autocomplete: 'off' });
   name.value = $('train-name')?.value ?? '';
+  name.addEventListener('change', summary);
+  const more = el('input', { id: 'train-more', placeholder: 'lora.alpha=32 warmup=0.1', autocomplete: 'off', spellcheck: false, value: chosen.more });
+  more.addEventListener('change', () => choose({ more: more.value.trim() }));
   const rate = facts.methods.find(one => one.name === (chosen.settings.method ?? facts.defaults.method))?.lr;
   $('train-form').replaceChildren(
     el('div', { id: 'train-summary', className: 'soft' }),
     el('div', { className: 'field' }, el('label', { htmlFor: 'train-name' }, t('name')), name, el('span')),
     number('epochs', facts.defaults.epochs, { min: 0.01, step: 'any' }), number('max_steps', '', { min: 1 }),
     number('lr', rate ?? '', { min: 0, step: 'any' }), number('eval_every', '', { min: 1 }), number('seed', facts.defaults.seed, { min: 0 }),
+    el('div', { className: 'field' }, el('label', { htmlFor: 'train-more' }, t('further')), more, el('span')),
     el('button', { type: 'button', id: 'begin', className: 'main', onclick: begin }, t('start_run')));
   summary();
 }
 
 function summary() {
   if (!$('train-summary')) return;
-  const settings = Object.entries(chosen.settings).map(([name, value]) => `${name} ${typeof value === 'object' ? JSON.stringify(value) : value}`);
-  $('train-summary').textContent = chosen.model && chosen.data.length
-    ? [chosen.model, chosen.data.join(', '), ...settings].join(' · ') : t('choose_both');
+  const both = chosen.model && chosen.data.length;
+  $('train-summary').textContent = both ? [chosen.model, ...chosen.data].join(' · ') : t('choose_both');
+  if ($('train').hidden) return;
+  clearTimeout(previewing);
+  if (!both) return command($('train-command'), '');
+  previewing = setTimeout(() => api('command', { ...wanted(), name: $('train-name').value.trim() })
+    .then(found => { command($('train-command'), found.command); say($('train-message'), ''); })
+    .catch(error => say($('train-message'), error.message)), 100);
 }
 
 function begin() {
   if (!chosen.model || !chosen.data.length) return say($('train-message'), t('choose_both'));
   return during($('begin'), $('train-message'), t('starting'), async () => {
-    const { model, data, settings } = wanted();
-    const found = await api('begin', { model, data, settings, name: $('train-name').value.trim() });
+    const found = await api('begin', { ...wanted(), name: $('train-name').value.trim() });
     say($('train-message'), '');
     $('train-name').value = '';
     command($('train-command'), found.command);
@@ -85,7 +93,7 @@ async function watch() {
   try {
     const found = await api(`run?run=${encodeURIComponent(run)}`);
     if (mine !== follow) return;
-    if (found.path) await more(mine);
+    if (found.path) await read(mine);
     if (mine !== follow) return;
     draw(found, mine);
     if (['running', 'starting'].includes(found.state)) timer = setTimeout(watch, 1000);
@@ -96,7 +104,7 @@ async function watch() {
   }
 }
 
-export async function more(place, name = run) {
+export async function read(place, name = run) {
   for (let again = true; again;) {
     let found;
     try { found = await api(`steps?run=${encodeURIComponent(name)}&from=${place.next}`); } catch { return; }
