@@ -25,7 +25,9 @@ if TYPE_CHECKING:
         QuantizedModel,
         Result,
         StepRecord,
+        Tracker,
         Tuned,
+        Verdict,
         Watcher,
         advise,
         convert,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         serve,
         train,
         ui,
+        verdict,
     )
     from fitune.core.errors import FituneError
 
@@ -65,7 +68,9 @@ __all__ = [
     "QuantizedModel",
     "Result",
     "StepRecord",
+    "Tracker",
     "Tuned",
+    "Verdict",
     "Watcher",
     "__version__",
     "advise",
@@ -85,6 +90,7 @@ __all__ = [
     "show",
     "train",
     "ui",
+    "verdict",
 ]
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from fitune.core.plan import Plan as Plan
     from fitune.core.results import Evaluation as Evaluation
     from fitune.core.results import Result as Result
+    from fitune.core.tracking import Callback
+    from fitune.core.tracking import Tracker as Tracker
     from fitune.core.verdict import Verdict as Verdict
     from fitune.memory.advice import Advised as Advised
     from fitune.models.load import Tuned as Tuned
@@ -40,7 +42,7 @@ MODULES = {
     "Evaluation": "core.results", "Exported": "commands.export", "Inspection": "commands.inspect",
     "Merged": "commands.merge", "Plan": "core.plan",
     "QuantizedModel": "core.results", "Result": "core.results", "StepRecord": "core.records",
-    "Tuned": "models.load", "Verdict": "core.verdict", "Watcher": "core.events",
+    "Tracker": "core.tracking", "Tuned": "models.load", "Verdict": "core.verdict", "Watcher": "core.events",
     "convert": "commands.convert", "download": "models.hub", "export": "commands.export", "load_model": "models.load",
     "merge": "commands.merge",
     "quantize": "commands.quantize", "serve": "commands.serve",
@@ -69,6 +71,7 @@ def train(
     verbose: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
     watch: Watcher | None = None,
+    callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> Result:
     """Fine-tune a model.
@@ -82,6 +85,8 @@ def train(
         on_step: is called with the record of each optimizer step. What it raises ends the run; the checkpoints that
             are there stay whole, and `resume` goes on from the newest.
         watch: what the run reports to; see `fitune.Watcher`.
+        callbacks: follow the run beside the trackers of `track`: objects with `start`, `log` or `end`, see
+            `fitune.Tracker`, or functions of a step and its figures; in threads of their own, so they end nothing.
         settings: the fields of RunConfig: model, data, method, output, ... `data` and `eval_data` are paths, or rows:
             a list of dicts, a `datasets.Dataset`, a data frame, or anything that yields dicts. Rows are kept in the
             run's folder, so that it can be resumed.
@@ -102,7 +107,7 @@ def train(
         raise ConfigError("resume: which run?", expected="output, the run folder")
     if resume and fit:
         raise ConfigError("fit with resume: a resumed run keeps its settings", fix="leave fit out")
-    report = _Reports(verbose, on_step, watch)
+    report = _Reports(verbose, on_step, watch, callbacks)
     if resume:
         early.resumed(settings["output"])
         return _resume({name: value for name, value in settings.items() if name not in ROWS}, report)
@@ -119,6 +124,7 @@ class _Reports:
     verbose: bool
     on_step: Callable[[StepRecord], None] | None
     watch: Watcher | None
+    callbacks: Sequence[Callback] = ()
     clock: Clock = field(default_factory=Clock)
 
     def watcher(self) -> Watcher:
@@ -139,7 +145,7 @@ def _resume(settings: Settings, report: _Reports) -> Result:
         from fitune.commands.train import train as run
 
     config = resume_config(settings["output"], dict(settings))
-    return run(config, resume=True, watch=report.watcher(), clock=report.clock)
+    return run(config, resume=True, watch=report.watcher(), clock=report.clock, callbacks=report.callbacks)
 
 
 @quietly
@@ -150,11 +156,11 @@ def _begin(settings: Settings, fit: bool, report: _Reports) -> Result:
 
     watch = report.watcher()
     if not fit:
-        return run(build(settings), watch=watch, clock=report.clock)
+        return run(build(settings), watch=watch, clock=report.clock, callbacks=report.callbacks)
     from fitune.commands.fit import fit as fitted
 
     found = fitted(settings, watch=watch)
-    return run(found.config, watch=watch, outside=found.outside, clock=report.clock)
+    return run(found.config, watch=watch, outside=found.outside, clock=report.clock, callbacks=report.callbacks)
 
 
 ROWS = ("data", "eval_data")

@@ -311,6 +311,8 @@ def test_kinds_of_rows_and_general_checks_of_ones_own(run: Path, tmp_path: Path)
     assert found.together is not None
     assert found.together.sections[0].kinds == found.runs[0].sections[0].kinds
     assert json.loads(json.dumps(found.as_dict()))["runs"][1]["run"] == str(run)
+    again = fitune.verdict(run, [str(data)], checks=[str(data)], max_new_tokens=4)
+    assert again.runs[0].sections == found.runs[0].sections
 
 
 def test_a_verdict_on_the_command_line(

@@ -38,7 +38,8 @@ GROUPS: dict[str, tuple[str, ...]] = {  # fields of RunConfig, and what verbs ad
     ),
     "Output and checks": (
         "output", "resume", "config", "set", "eval_every", "save_every", "patience", "final", "keep_last",
-        "sample_prompts", "sample_tokens", "verify", "explain", "calibrate", "prove", "html", "verbose", "json",
+        "sample_prompts", "sample_tokens", "track", "track_project", "verify", "explain", "calibrate", "prove", "html",
+        "verbose", "json",
     ),
 }  # fmt: skip
 FIRST: dict[str, tuple[str, ...]] = {  # what most runs need; other verbs show all that they have

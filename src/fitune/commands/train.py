@@ -7,9 +7,10 @@ train_end.py (adapter, answers, report).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -25,11 +26,12 @@ from fitune.commands.train_loop import Training
 from fitune.commands.train_start import Rehearsal, begin, rehearse
 from fitune.core import begun, locks, processor
 from fitune.core.clock import CHECKS, REHEARSAL, REQUEST, START, Clock
-from fitune.core.config import RunConfig, build, merge
+from fitune.core.config import RunConfig, build, merge, settings_only
 from fitune.core.errors import ConfigError
 from fitune.core.events import Silent, Watcher
 from fitune.core.files import full_disk
 from fitune.core.results import Result
+from fitune.core.tracking import Callback, Tracker, as_tracker, tracked
 from fitune.engine import integrity
 from fitune.engine.checkpoint import RunFolder, config_text
 from fitune.engine.loading import base_of
@@ -39,6 +41,7 @@ from fitune.engine.step_runner import StepRunner
 from fitune.memory import forget_peak
 from fitune.models import determinism, precision
 from fitune.models.devices import pick_device
+from fitune.views import trackers
 from fitune.views.run_records import result_of
 
 
@@ -50,6 +53,7 @@ def train(
     outside: Mapping[str, int] | None = None,
     clock: Clock | None = None,
     world: World = ALONE,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Run, or go on with, a training.
 
@@ -60,6 +64,7 @@ def train(
         outside: bytes beside the tensors, where a plan of this run was shown before: then there is one figure.
         clock: counts the seconds of its phases; None: from now on.
         world: the processes that share its steps; this one is the first of them.
+        callbacks: trackers of the caller's own, beside those of the settings.
 
     Raises:
         FituneError: the run was refused, went wrong, or was interrupted (then it is saved).
@@ -71,6 +76,8 @@ def train(
             request, run = _take_folder(config, stack, watch)
             request = replace(request, processes=world.size)
             clock.ends(REQUEST)
+            settings = request.config.model_dump(mode="json")
+            watch = stack.enter_context(tracked(run.path, _trackers(request.config, callbacks), settings, watch))
             return _train(_Run(run, request, watch, clock, world), resume, outside)
     finally:
         watch.stop()
@@ -89,6 +96,12 @@ def _take_folder(config: RunConfig, stack: ExitStack, watch: Watcher) -> tuple[R
                 raise
             continue  # another run took the name that was free
         return request, run
+
+
+def _trackers(config: RunConfig, callbacks: Sequence[Callback]) -> dict[str, Callable[[], Tracker]]:
+    """What makes each tracker of a run, by name."""
+    mine = {f"callback {n}": partial(as_tracker, one) for n, one in enumerate(callbacks, 1)}
+    return {**trackers.made(config.track), **mine}
 
 
 @dataclass(frozen=True)
@@ -216,7 +229,8 @@ def _rehearsed(active: ActiveRun, runner: StepRunner, *, known: bool) -> Rehears
     return rehearsal
 
 
-OF_THIS = ("force", "parallel", "collective_timeout")  # settings of this stretch of a run that goes on
+# settings of this stretch of a run that goes on
+OF_THIS = ("force", "parallel", "collective_timeout", "track", "track_project")
 
 
 def resume_config(output: str, given: Mapping[str, object]) -> RunConfig:
@@ -234,8 +248,9 @@ def resume_config(output: str, given: Mapping[str, object]) -> RunConfig:
     stored = run.read_config()
     moved = given.get("model")
     base = stored.model if run.has("result") else base_of(run, stored, None if moved is None else str(moved))
+    here = settings_only({name: given[name] for name in OF_THIS if name in given})
     stored = stored.model_copy(
-        update={"output": output, "model": base, **{name: given[name] for name in OF_THIS if name in given}}
+        update={"output": output, "model": base, **{name: getattr(here, name) for name in OF_THIS if name in given}}
     )
     # the run has them resolved, and its data is checked by its SHA-256; where prepared data is kept, and whether a run
     # that may not fit is tried, decides nothing

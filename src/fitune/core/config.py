@@ -49,6 +49,7 @@ from fitune.core.options import (
     QuantOptions,
     SimpoOptions,
     TailOptions,
+    TrackerName,
     Wanted,
     listed,
     path_text,
@@ -290,6 +291,11 @@ class RunConfig(DataConfig):
     """Held-out prompts that are answered before and after, for the report."""
     sample_tokens: int = Field(default=64, ge=1, le=MOST_BATCH)
     """Longest of these answers, in tokens."""
+    track: Annotated[list[TrackerName], BeforeValidator(listed)] = []
+    """Trackers that the run is shown in, several at once: tensorboard, trackio, wandb, swanlab, mlflow. What they write
+    on this machine lies in the run folder; the run never waits for them."""
+    track_project: str = "fitune"
+    """The project that trackers file the run under."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
     parallel: Literal["auto", "replicate", "shard"] = "auto"

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fitune.core.errors import Collector, ConfigError
-from fitune.core.options import ROWS
+from fitune.core.options import ROWS, TrackerName
 
 T = TypeVar("T")
 
@@ -43,6 +43,7 @@ SAME: dict[str, str] = _each(
         "checkpointing": "gradient_checkpointing use_gradient_checkpointing activation_checkpointing",
         "offload": "activation_offloading enable_activation_offloading",
         "seed": "random_state random_seed",
+        "track_project": "wandb_project swanlab_project",
         "eval_every": "eval_steps",
         "save_every": "save_steps",
         "patience": "early_stopping_patience",
@@ -82,6 +83,7 @@ MEANS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     **dict.fromkeys(("quantization_bit", "quant_bits", "quantize_bits"), BITS),
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "scheduler"), COSINE),
     **dict.fromkeys(("stage", "rlhf_type", "rl"), OBJECTIVE),
+    "report_to": {"none": {}, **{name: {"track": [name]} for name in get_args(TrackerName)}},
     "do_train": {"true": {}},
     **dict.fromkeys(("train_on_inputs", "train_on_prompt", "packing", "sample_packing", "neat_packing"), NOT_SO),
     **dict.fromkeys(("trust_remote_code", "overwrite_output_dir", "push_to_hub"), NOT_SO),
@@ -164,7 +166,8 @@ INSTEAD: dict[str, str] = _each(
         "--resume --output RUN": "resume_from_checkpoint",
         "another --output: nothing is overwritten": "overwrite_output_dir",
         OUT + "every step is logged (steps.jsonl in the run folder, and report.html)": "logging_steps logging_strategy "
-        "logging_first_step logging_dir plot_loss report_to use_wandb use_swanlab wandb_project wandb_name",
+        "logging_first_step logging_dir plot_loss wandb_name",
+        "--track tensorboard, trackio, wandb, swanlab or mlflow; several at once": "report_to use_wandb use_swanlab",
         "--output, the run folder": "run_name",
         OUT + "nothing leaves this machine": "push_to_hub hub_model_id",
         "--model, the model's folder or hub id": "model_name",

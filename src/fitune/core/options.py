@@ -141,6 +141,7 @@ class Ia3Options(Options):
     """Linear layers that are scaled: auto (keys, values and the MLP's output layer), or names."""
 
 
+TrackerName = Literal["tensorboard", "trackio", "wandb", "swanlab", "mlflow"]  # as their packages are named
 Objective = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"]
 Wanted = Literal["answers", "pairs", "labels"]
 # what each objective needs of a row: its answers, two answers to one prompt, or answers that are marked as good or bad
@@ -274,5 +275,5 @@ AnySource = Annotated[
 
 
 def listed(value: object) -> object:
-    """One number stands for a list of one."""
-    return [value] if isinstance(value, (int, float)) else value
+    """One number, or one text, stands for a list of one."""
+    return [value] if isinstance(value, (int, float, str)) else value

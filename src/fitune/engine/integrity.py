@@ -34,10 +34,10 @@ MODEL = ("config.yaml", "template.json", "data.json", "tokenizer", "adapter")  #
 FOLDERS = ("tokenizer", "adapter")
 FREE = ("README.md",)  # the model card is the user's to edit
 # settings that may change when a run goes on: places of files, where states wait, whether what may not fit is tried,
-# how long processes wait for each other
+# how long processes wait for each other, who follows the run
 PLACES = (
     "output", "model", "data", "eval_data", "adapter", "cache", "cache_size", "frozen_cache", "force",
-    "parallel", "collective_timeout",
+    "parallel", "collective_timeout", "track", "track_project",
 )  # fmt: skip
 TENSORS = "the base's tensors"  # the sums of the base's files, among the inputs in data.json
 Sum = dict[str, int | str]  # bytes and SHA-256 of a file

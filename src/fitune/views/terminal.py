@@ -7,6 +7,7 @@ JSON; everything here goes to standard error when that is wanted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from itertools import groupby
 
 from rich.console import Console
@@ -32,12 +33,14 @@ class Terminal(Watcher):
     """Shows a run with rich: eight lines, then one bar. As a context it leaves no bar behind, whatever happens inside.
 
     Args:
-        console: where to; on something that is no terminal a line now and then takes the place of the bar.
+        console: where to; on what is neither a terminal nor a notebook a line now and then takes the place of the bar.
         verbose: print all settings, parameters, dtypes and checks too; the report has them anyway.
     """
 
     def __init__(self, console: Console, *, verbose: bool = False) -> None:
         self.console, self.verbose = console, verbose
+        # what can draw a line anew: a terminal, or a notebook with the widgets that rich needs for that
+        self.live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
         self.bar: Progress | None = None
         self.task = TaskID(0)
         self.done = self.tokens = self.total = 0
@@ -119,7 +122,7 @@ class Terminal(Watcher):
     def progress(self, what: str, done: int, total: int | None) -> None:
         """See Watcher."""
         finished = done == total
-        if not self.console.is_terminal or (finished and self.preparing is None):
+        if not self.live or (finished and self.preparing is None):
             return
         if self.preparing is None:
             bar = BarColumn(self._bar_width())
@@ -140,7 +143,7 @@ class Terminal(Watcher):
     def start(self, total: int, done: int, device: str) -> None:
         """See Watcher."""
         self.total, self.done, self.device = total, done, device
-        if self.console.is_terminal:
+        if self.live:
             bar = BarColumn(self._bar_width())
             columns = (TextColumn("{task.completed}/{task.total}"), bar, TextColumn("{task.description}", markup=False))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=False)

@@ -1,0 +1,50 @@
+"""Weights & Biases.
+
+In: the events of a run. Out: its metrics, in the run folder until `wandb sync` takes them where WANDB_MODE=offline, or
+nobody is logged in here; else at wandb.ai or $WANDB_BASE_URL. A run that goes on keeps its id.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from fitune.core.tracking import TrackedRun, Tracker
+
+
+class Wandb(Tracker):
+    """See Tracker."""
+
+    def start(self, run: TrackedRun) -> str:
+        """See Tracker."""
+        os.environ.setdefault("WANDB_SILENT", "true")  # the terminal is fitune's
+        import wandb
+
+        run.folder.mkdir(parents=True, exist_ok=True)
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        name = run.id or secrets.token_hex(4)
+        self.run: Any = wandb.init(
+            project=run.project,
+            name=run.name,
+            dir=str(run.folder),
+            config=dict(run.settings),
+            id=name,
+            resume="allow",
+            mode=mode,
+        )
+        return name
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """See Tracker."""
+        self.run.log(dict(figures), step=step)
+
+    def end(self, ok: bool) -> None:
+        """See Tracker."""
+        self.run.finish(exit_code=0 if ok else 1)
+
+
+def make() -> Tracker:
+    """The tracker."""
+    return Wandb()
