@@ -345,6 +345,7 @@ def test_a_report_zooms_in_the_dark_and_without_a_server(chromium: Any, work: Pa
     context.close()
 
 
+@pytest.mark.full
 def test_a_report_is_drawn_where_no_script_runs(chromium: Any, work: Path) -> None:
     context = chromium.new_context(java_script_enabled=False)
     page = context.new_page()

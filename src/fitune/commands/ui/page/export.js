@@ -53,7 +53,7 @@ function begin() {
 async function list() {
   clearTimeout(timer);
   const { exports: found } = await api('exports');
-  $('exports').replaceChildren(...(found.length ? [table([{ text: t('name'), t: true }, t('state'), { text: t('size'), n: true }, '', { text: t('log'), t: true }],
+  $('exports').replaceChildren(...(found.length ? [table([{ text: t('name'), t: true }, { text: t('state'), k: true }, { text: t('size'), n: true }, { text: '', k: true }, { text: t('log'), t: true }],
     found.map(one => [one.name, el('span', { className: one.state === 'failed' ? 'bad' : '' }, t(`state_${one.state}`)), one.bytes ? bytes(one.bytes) : '–',
       one.state === 'finished' && one.path ? el('a', { href: `api/download?path=${encodeURIComponent(one.path)}`, download: '', ariaLabel: `${t('download')} ${one.name}` }, t('download')) : '',
       el('details', { open: one.state === 'failed' }, el('summary', {}, t('log')), el('pre', { className: 'log' }, one.log))]), t('export_title'))] : []));
