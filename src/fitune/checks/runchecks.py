@@ -67,10 +67,13 @@ def base_loaded(model: PreTrainedModel, folder: Path) -> Finding:
             left += 1
             continue
         if layer in packed and leaf == "weight":
-            if mine[own].dtype == value.dtype and not value.is_floating_point():
+            same = mine[own].dtype == value.dtype
+            if same and not value.is_floating_point():
                 continue  # a folder that is packed already
-            there = _row(packed[layer], value.shape)
-            unlike = there is None or float((there - value.float()).norm()) > UNLIKE * float(value.float().norm())
+            there = mine[own].cpu()[: len(value)] if same and value.itemsize == 1 else _row(packed[layer], value.shape)
+            unlike = there is None or float((there.float() - value.float()).norm()) > UNLIKE * float(
+                value.float().norm()
+            )
         elif mine[own].shape[1:] != value.shape[1:]:
             left += 1  # laid out otherwise by the loader
             continue

@@ -26,6 +26,7 @@ from fitune.data.fitting import NO_LIMIT
 from fitune.models import families, weights
 from fitune.models import quant as quants
 from fitune.models.families import original, towers
+from fitune.models.quant.stored import Stored
 from fitune.models.sizes import largest
 
 MOST_OF_LIST = 10_000  # entries of a list in a config.json that are looked at
@@ -66,19 +67,29 @@ def read_config(folder: Path) -> Any:
     check_generation(folder / "generation_config.json")
     config = read_config_file(path)
     if getattr(config, "quantization_config", None) is not None:
-        _check_packed(folder)
+        _look_at_packed(folder, config)
     return config
 
 
-def _check_packed(folder: Path) -> None:
-    """Raises ModelError where config.json describes packed weights, and the files hold plain ones."""
+def _look_at_packed(folder: Path, config: Any) -> None:
+    """Of weights that others packed, which layers are, goes into the config.
+
+    Raises:
+        ModelError: config.json describes packed weights, and the files hold plain ones.
+    """
     there = [file for file in weights.files(folder) if file.is_file() and file.suffix == ".safetensors"]
     if there and not weights.broken(folder):
         names = [name for file in there for name in weights.names(file)]
-        if not any(".quant_state." in name or name.endswith((".SCB", ".absmax")) for name in names):
+        method = quantized_as(config).name
+        marks = quants.packing(method).marks if method in quants.STORED else (".SCB", ".absmax")
+        marked = [name for name in names if name.endswith(marks)]
+        if method in quants.STORED and marked:
+            there_ = {"layers": sorted({name.rpartition(".")[0] for name in marked}), "scales": weights.scales(there)}
+            config.quantization_config = {**_values(config), FOUND: there_}
+        if not marked and not any(".quant_state." in name for name in names):
             raise ModelError(
                 f"{folder / 'config.json'}: names a quantization, and the weights beside it are not quantized",
-                received="quantization_config of bitsandbytes",
+                received=f"quantization_config of {'bitsandbytes' if method in quants.NAMES else method}",
                 expected="weights with their scales, or no quantization_config",
                 fix="take quantization_config out; --quant nf4 or int8 quantizes while loading",
             )
@@ -255,16 +266,27 @@ def _check_numbers(path: Path, values: Mapping[str, object]) -> None:
 
 
 def _check_quantized(folder: Path, found: object) -> None:
-    """A folder may hold a model quantized by bitsandbytes; what others pack cannot be read."""
-    if found is not None and (not isinstance(found, dict) or found.get("quant_method") != "bitsandbytes"):
-        kind = found.get("quant_method") if isinstance(found, dict) else found
+    """A folder may hold a model quantized by bitsandbytes, or packed in one of the ways that are known."""
+    if found is None:
+        return
+    kind = found.get("quant_method") if isinstance(found, dict) else found
+    if isinstance(found, dict) and isinstance(kind, str) and kind in quants.STORED:
+        try:
+            quants.packing(kind).check(found)
+        except ModelError as error:
+            error.what = f"{folder}: holds a model quantized by {kind}; {error.what}"
+            raise
+        return
+    if kind != "bitsandbytes":
         raise ModelError(
             f"{folder}: holds a model quantized by {kind}",
-            expected="weights in fp32, bf16 or fp16, or quantized by bitsandbytes",
+            received=shorten(found, 600),
+            expected=f"weights in fp32, bf16 or fp16, or quantized by bitsandbytes, {', '.join(quants.STORED)}",
             fix="take the original model, with --quant nf4 or int8 if it is to be small",
         )
 
 
+FOUND = "found"  # what was found in a folder's files, beside its quantization_config
 STORAGES: dict[str, Literal["fp32", "bf16", "fp16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -273,12 +295,21 @@ def quantized_as(config: object) -> QuantOptions:
     found = getattr(config, "quantization_config", None)
     if found is None:
         return QuantOptions()
-    values = found if isinstance(found, dict) else found.to_dict()
+    values = _values(config)
     try:
+        if values.get("quant_method") in quants.STORED:
+            plain = {name: value for name, value in values.items() if name != FOUND}
+            return Stored(name=values["quant_method"], values=plain, **values.get(FOUND, {}))
         return _packed(values)
     except ValidationError as error:
         wrong = "; ".join(f"{one['loc'][-1]} {shorten(one['input'], 40)}: {one['msg']}" for one in error.errors())
         raise ModelError("config.json: quantization_config has wrong values", received=wrong) from None
+
+
+def _values(config: Any) -> dict[str, Any]:
+    found = config.quantization_config
+    values: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    return values
 
 
 def _packed(values: Mapping[str, Any]) -> QuantOptions:

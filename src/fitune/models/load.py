@@ -7,6 +7,7 @@ config.json is read in configs.py, and adapters are put on by adapters/.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fitune.models.interfaces import CausalLM, Config
 from fitune.models.locate import locate
 from fitune.models.precision import DTYPES
 from fitune.models.prepare import ready
+from fitune.models.quant.stored import Reading, Stored
 
 
 @dataclass
@@ -93,9 +95,14 @@ def load_model(
         quants.find(options.name)  # an error where bitsandbytes is missing
         # the values must not depend on the precision of the run: a merge, in float32, must find the same ones
         settings["dtype"], settings["device_map"] = weights.stored_dtype(path), {"": device}
+    spare: tuple[str, ...] = ()
+    if isinstance(options, Stored):
+        settings["quantization_config"], spare = quants.reading(options), quants.packing(options.name).spare
     elif torch.device(device).type == "cuda":
         settings["device_map"] = {"": device}  # each tensor goes there as it is read: main memory never holds the model
-    model = _read_strict(path, config, settings)
+    model = _read_strict(path, config, settings, spare)
+    if isinstance(options, Stored):
+        model.config.quantization_config = config.quantization_config  # type: ignore[attr-defined]  # not the loader's
     attached.of(model).tower = towers.of(path)
     if options.name == "none":
         model = model.to(device)
@@ -127,8 +134,8 @@ def outline(config: Config, *, precision: str, quant: QuantOptions = quants.PLAI
     return ready(model, precision)
 
 
-def _read_strict(path: Path, config: Config, settings: Mapping[str, object]) -> CausalLM:
-    """transformers' model with every tensor of its files.
+def _read_strict(path: Path, config: Config, settings: Mapping[str, object], spare: tuple[str, ...] = ()) -> CausalLM:
+    """transformers' model with every tensor of its files, but those whose names end as these spare ones do.
 
     Raises:
         ModelError: it cannot be read, or its tensors are not those that config.json describes.
@@ -137,12 +144,15 @@ def _read_strict(path: Path, config: Config, settings: Mapping[str, object]) -> 
         model, info = _read(path, config, settings)
     except Exception as error:  # safetensors, shapes, memory: each is reported as it is
         raise ModelError(f"{path}: cannot be loaded", received=" ".join(str(error).split())[:400]) from error
-    load_strict(path, info)
+    load_strict(path, info, spare)
     return model
 
 
 def _read(path: Path, config: Config, settings: Mapping[str, Any]) -> tuple[CausalLM, dict[str, Any]]:
     """transformers' model, and what it says of missing and left-over tensors."""
+    if isinstance(settings.get("quantization_config"), Reading):
+        config = deepcopy(config)  # packed by others: transformers would look for their library
+        del config.quantization_config  # type: ignore[attr-defined]  # of packed models alone
     settings = {**settings, "config": config, "output_loading_info": True}
     if is_original(path):
         # tensors are mapped, not read: each is copied, and quantized, when its turn comes
@@ -185,7 +195,7 @@ def _adopt(model: CausalLM, name: str, precision: str, storage: str) -> None:
 HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 
 
-def load_strict(path: Path, info: Mapping[str, Any]) -> None:
+def load_strict(path: Path, info: Mapping[str, Any], spare: tuple[str, ...] = ()) -> None:
     """Every tensor of the model is in the weights, in its shape, and every tensor of the weights has its place.
 
     Raises:
@@ -197,7 +207,7 @@ def load_strict(path: Path, info: Mapping[str, Any]) -> None:
             f"{path}: {len(missing)} tensors are not in the weights (they would be random)",
             received=", ".join(missing[:5]),
         )
-    left = [name for name in left if not name.endswith(HARMLESS)]
+    left = [name for name in left if not name.endswith((*HARMLESS, *spare))]
     if left or info.get("mismatched_keys"):
         wrong = left or [str(one) for one in info["mismatched_keys"]]
         raise ModelError(

@@ -6,7 +6,8 @@ layers hold; the plain model that they stand for. bitsandbytes is imported only 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fitune.core.errors import ConfigError, did_you_mean
 from fitune.core.options import QuantOptions
@@ -24,11 +26,15 @@ from fitune.models.interfaces import CausalLM
 from fitune.models.kernel_faults import Fault
 from fitune.models.kernels.frozen import Frozen
 from fitune.models.quant import trust
+from fitune.models.quant.stored import PackedLinear, Reading, Stored
 
 if TYPE_CHECKING:
     from fitune.models.quant.base import Quantizer
+    from fitune.models.quant.stored import Packing
 
 NAMES = ("int8", "nf4")
+# as published by others, by the quant_method of their config.json: the file here
+STORED = {"gptq": "gptq", "awq": "awq", "fp8": "fp8", "compressed-tensors": "compressed_tensors"}
 PLAIN = QuantOptions()
 
 
@@ -38,6 +44,8 @@ def find(name: str) -> Quantizer:
     Raises:
         ConfigError: there is none, or bitsandbytes is not installed.
     """
+    if name in STORED:
+        return packing(name)
     if name not in NAMES:
         raise ConfigError(f"unknown quantizer {name!r}", fix=did_you_mean(name, NAMES))
     if find_spec("bitsandbytes") is None:
@@ -50,6 +58,12 @@ def find(name: str) -> Quantizer:
             received=" ".join(str(error).split())[:300],
             fix="pip install --force-reinstall bitsandbytes; without it --quant none works",
         ) from error
+    return found
+
+
+def packing(name: str) -> Packing:
+    """How a folder of that quant_method is packed."""
+    found: Packing = import_module(f"fitune.models.quant.{STORED[name]}").QUANTIZER
     return found
 
 
@@ -79,7 +93,9 @@ def planned(model: CausalLM, options: QuantOptions) -> list[str]:
     """
     if options.name == "none":
         return []
-    linear = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    linear = [name for name, _ in _linear(model)]
+    if isinstance(options, Stored):
+        return [name for name in _as_stored(linear, options) if name not in head_name(model)]
     if isinstance(options, Packed):
         left = HfQuantizer.get_modules_to_not_convert(model, options.left_out, model._keep_in_fp32_modules)
         return [name for name in linear if should_convert_module(name, left) and name not in head_name(model)]
@@ -97,6 +113,29 @@ def planned(model: CausalLM, options: QuantOptions) -> list[str]:
     return [name for name in linear if name not in skipped]
 
 
+def _as_stored(linear: Sequence[str], options: Stored) -> list[str]:
+    """Of these layers those that a folder holds packed, its output head with them."""
+    if options.layers is not None:
+        there = set(options.layers)
+        return [name for name in linear if name in there]
+    left = packing(options.name).left_out(options.values)
+    patterns = [re.compile(one.removeprefix("re:")) for one in left if one.startswith("re:")]
+    return [
+        name
+        for name in linear
+        if not any(f".{one}." in f".{name}." for one in left) and not any(one.match(name) for one in patterns)
+    ]
+
+
+def reading(options: Stored) -> QuantizationConfigMixin:
+    """What transformers' loader is given for a folder that others packed."""
+    return Reading(lambda model: _lay_out(model, _as_stored([name for name, _ in _linear(model)], options), options))
+
+
+def _linear(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+
+
 def is_quantized(module: object) -> TypeGuard[Frozen]:
     """Is this a linear layer in few bits?"""
     return hasattr(module, "source_cls") and isinstance(module, Frozen)
@@ -111,7 +150,7 @@ def adopt(model: CausalLM, name: str, compute: torch.dtype) -> None:
     """Give every layer of bitsandbytes in a model the one path, by kernels that were found right for its layers."""
     quantizer = find(name)
     for path, module in list(model.named_modules()):
-        if isinstance(module, quantizer.base) and type(module.weight) is nn.Parameter:
+        if isinstance(module, quantizer.base) and type(module.weight) is nn.Parameter and name not in STORED:
             _replace(model, path, _unpacked(module))  # a head tied to an embedding, which is never packed
         elif isinstance(module, quantizer.base):
             quantizer.adopt(module, compute)
@@ -139,13 +178,18 @@ def faults(model: CausalLM) -> list[Fault]:
 
 def empty(model: CausalLM, options: QuantOptions) -> None:
     """Make the linear layers of a model on meta what they would be once loaded quantized, without values."""
+    _lay_out(model, planned(model, options), options)
+    if not isinstance(options, Stored):
+        setattr(model, "is_loaded_in_8bit" if options.name == "int8" else "is_loaded_in_4bit", True)
+
+
+def _lay_out(model: CausalLM, names: Sequence[str], options: QuantOptions) -> None:
     quantizer = find(options.name)
-    for name in planned(model, options):
+    for name in names:
         layer = model.get_submodule(name)
         made = quantizer.empty(layer, options)
         made.bias, made.source_cls = layer.bias, type(layer)
         _replace(model, name, made)
-    setattr(model, "is_loaded_in_8bit" if options.name == "int8" else "is_loaded_in_4bit", True)
 
 
 def name_of(model: CausalLM) -> str:
@@ -155,6 +199,8 @@ def name_of(model: CausalLM) -> str:
 
 def constants(layer: Frozen) -> list[Tensor]:
     """The scales of a quantized layer."""
+    if isinstance(layer, PackedLinear):
+        return list(layer.buffers(recurse=False))
     name = next(name for name in NAMES if find_spec("bitsandbytes") and isinstance(layer, find(name).base))
     return find(name).constants(layer)
 
@@ -171,7 +217,9 @@ def keep_apart(layer: Frozen) -> None:
 def numel(parameter: Tensor) -> int:
     """How many weights a parameter holds, packed or not."""
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(state.shape.numel())
+    if state is not None:
+        return int(state.shape.numel())
+    return int(getattr(parameter, "stands_for", parameter.numel()))
 
 
 def plain_layer(layer: Frozen, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,15 @@ def _header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         header: dict[str, object] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     return header
+
+
+def scales(files_: Iterable[Path]) -> str:
+    """The dtype of the scales of packed layers in safetensors files."""
+    for file in files_:
+        for name, entry in _header(file).items():
+            if name.endswith(("scales", "weight_scale", "weight_scale_inv")) and entry["dtype"] in FLOATS:
+                return str(FLOATS[entry["dtype"]]).removeprefix("torch.")
+    return "float16"
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -1,0 +1,194 @@
+"""Tiny folders in the formats in which others publish quantized models, written by the formats' descriptions, a number
+at a time, and the weights that they stand for.
+
+In: a kind of tiny.py, the name of a packing. Out: a folder, and a plain model with the same values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from support import tiny
+
+Ints = NDArray[np.int64]
+Tensors = dict[str, Tensor]
+
+
+def into_ints(values: Ints, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """(n, m) unsigned numbers to (n, m x bits / 32) int32, the n-th lowest bits those of column order[n]."""
+    per = 32 // bits
+    made = np.zeros((values.shape[0], values.shape[1] // per), np.uint64)
+    for row in range(made.shape[0]):
+        for column in range(made.shape[1]):
+            for n in range(per):
+                number = int(values[row, column * per + (order[n] if order else n)])
+                made[row, column] |= np.uint64(number << (bits * n))
+    return torch.from_numpy(made.astype(np.uint32).view(np.int32).copy())
+
+
+@dataclass(frozen=True)
+class Packing:
+    """config: its quantization_config. pack: of a weight (out, in) its tensors, and what they stand for, in float32."""
+
+    config: dict[str, Any]
+    pack: Callable[[Tensor, np.random.Generator], tuple[Tensors, Tensor]]
+
+
+def _scales(weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype, highest: int) -> Tensor:
+    generator = torch.Generator().manual_seed(weight.shape[0])
+    return (float(weight.abs().max()) / highest * (1 + torch.rand(shape, generator=generator))).to(dtype)
+
+
+def gptq(bits: int, group: int, v2: bool = False, ordered: bool = False) -> Packing:
+    """GPTQ: along the inputs, zero points less one."""
+
+    def pack(weight: Tensor, random: np.random.Generator) -> tuple[Tensors, Tensor]:
+        outputs, inputs = weight.shape
+        groups = 1 if group == -1 else inputs // group
+        numbers = random.integers(0, 2**bits, (inputs, outputs))
+        zeros = random.integers(0, 2**bits, (groups, outputs))
+        of = np.arange(inputs) // (inputs // groups)
+        of = random.permutation(of) if ordered else of
+        scales = _scales(weight, (groups, outputs), torch.float16, 2**bits)
+        stored = zeros if v2 else (zeros - 1) % 2**bits
+        plain = (torch.from_numpy(numbers - zeros[of]).float() * scales.float()[of]).T
+        packed = {
+            "qweight": into_ints(numbers.T, bits).T.contiguous(),
+            "qzeros": into_ints(stored, bits),
+            "scales": scales,
+            "g_idx": torch.from_numpy(of.astype(np.int32)),
+        }
+        return packed, plain
+
+    form = {"checkpoint_format": "gptq_v2"} if v2 else {}
+    return Packing({"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": ordered, **form}, pack)
+
+
+def awq(group: int) -> Packing:
+    """AWQ's gemm: along the outputs, in its order."""
+
+    def pack(weight: Tensor, random: np.random.Generator) -> tuple[Tensors, Tensor]:
+        outputs, inputs = weight.shape
+        numbers, zeros = random.integers(0, 16, (inputs, outputs)), random.integers(0, 16, (inputs // group, outputs))
+        scales = _scales(weight, (inputs // group, outputs), torch.float16, 16)
+        of, order = np.arange(inputs) // group, (0, 2, 4, 6, 1, 3, 5, 7)
+        plain = (torch.from_numpy(numbers - zeros[of]).float() * scales.float()[of]).T
+        return {"qweight": into_ints(numbers, 4, order), "qzeros": into_ints(zeros, 4, order), "scales": scales}, plain
+
+    return Packing({"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}, pack)
+
+
+def _compressed(form: str, weights: dict[str, Any], ignore: list[str]) -> dict[str, Any]:
+    how = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False, **weights}
+    group = {"targets": ["Linear"], "weights": how, "input_activations": None}
+    found = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
+    return {**found, "config_groups": {"group_0": group}, "ignore": ignore, "kv_cache_scheme": None}
+
+
+def compressed_ints(bits: int, group: int, symmetric: bool, ordered: bool = False) -> Packing:
+    """compressed-tensors' packed ints: along the inputs, zero points along the outputs, all less the lowest value."""
+
+    def pack(weight: Tensor, random: np.random.Generator) -> tuple[Tensors, Tensor]:
+        outputs, inputs = weight.shape
+        low, groups = 2 ** (bits - 1), inputs // group
+        numbers = random.integers(-low, low, (outputs, inputs))
+        zeros = np.zeros((outputs, groups), np.int64) if symmetric else random.integers(-low, low, (outputs, groups))
+        of = np.arange(inputs) // group
+        of = random.permutation(of) if ordered else of
+        scales = _scales(weight, (outputs, groups), torch.bfloat16, low)
+        packed = {
+            "weight_packed": into_ints(numbers + low, bits),
+            "weight_scale": scales,
+            "weight_shape": torch.tensor([outputs, inputs]),
+        }
+        if not symmetric:
+            packed["weight_zero_point"] = into_ints((zeros + low).T, bits).T.contiguous()
+        if ordered:
+            packed["weight_g_idx"] = torch.from_numpy(of.astype(np.int32))
+        return packed, torch.from_numpy(numbers - zeros[:, of]).float() * scales.float()[:, of]
+
+    how = {"num_bits": bits, "symmetric": symmetric, "strategy": "group", "group_size": group}
+    actorder = {"actorder": "group"} if ordered else {}
+    return Packing(_compressed("pack-quantized", {**how, **actorder}, ["lm_head"]), pack)
+
+
+def compressed_plain(kind: str, strategy: str) -> Packing:
+    """compressed-tensors' int8 and FP8, a number a byte."""
+
+    def pack(weight: Tensor, random: np.random.Generator) -> tuple[Tensors, Tensor]:
+        outputs, inputs = weight.shape
+        shape = {"channel": (outputs, 1), "tensor": (1,), "block": (-(-outputs // 16), -(-inputs // 16))}[strategy]
+        scales = _scales(weight, shape, torch.bfloat16, 127)
+        if kind == "int":
+            numbers = torch.from_numpy(random.integers(-128, 128, (outputs, inputs)).astype(np.int8))
+        else:
+            numbers = (weight / float(weight.abs().max()) * 400).to(torch.float8_e4m3fn)
+        wide = scales.float()
+        if strategy == "block":
+            wide = wide.repeat_interleave(16, 0)[:outputs].repeat_interleave(16, 1)[:, :inputs]
+        return {"weight": numbers, "weight_scale": scales}, numbers.float() * wide
+
+    block = {"block_structure": [16, 16]} if strategy == "block" else {}
+    form = "int-quantized" if kind == "int" else "float-quantized"
+    return Packing(_compressed(form, {"type": kind, "strategy": strategy, **block}, ["re:.*lm_head"]), pack)
+
+
+def fp8(block: int) -> Packing:
+    """FP8 as DeepSeek and Qwen3 publish it."""
+
+    def pack(weight: Tensor, random: np.random.Generator) -> tuple[Tensors, Tensor]:
+        outputs, inputs = weight.shape
+        scales = _scales(weight, (-(-outputs // block), -(-inputs // block)), torch.float32, 448)
+        numbers = (weight / float(weight.abs().max()) * 448).to(torch.float8_e4m3fn)
+        wide = scales.repeat_interleave(block, 0)[:outputs].repeat_interleave(block, 1)[:, :inputs]
+        return {"weight": numbers, "weight_scale_inv": scales}, numbers.float() * wide
+
+    config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+    return Packing({**config, "modules_to_not_convert": ["lm_head"]}, pack)
+
+
+KINDS: dict[str, Packing] = {
+    "gptq-4": gptq(4, 16),
+    "gptq-8": gptq(8, -1),
+    "gptq-4-ordered-v2": gptq(4, 8, v2=True, ordered=True),
+    "awq": awq(16),
+    "compressed-int4": compressed_ints(4, 16, symmetric=True),
+    "compressed-int4-zeros-ordered": compressed_ints(4, 8, symmetric=False, ordered=True),
+    "compressed-int8": compressed_plain("int", "channel"),
+    "compressed-fp8": compressed_plain("float", "channel"),
+    "compressed-fp8-tensor": compressed_plain("float", "tensor"),
+    "compressed-fp8-block": compressed_plain("float", "block"),
+    "fp8": fp8(24),
+}
+
+
+def published(name: str, folder: Path, kind: str = "llama") -> Any:
+    """Write the folder; a plain model with the values that it stands for."""
+    packing, random = KINDS[name], np.random.default_rng(0)
+    tiny.save(kind, folder)
+    model: Any = tiny.make_model(kind)
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
+    state = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in linear}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    for path, module in linear.items():
+        packed, plain = packing.pack(module.weight.detach(), random)
+        state |= {f"{path}.{part}": tensor for part, tensor in packed.items()}
+        module.weight.data = plain.contiguous()
+    state = {n: t.clone().contiguous() for n, t in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = json.dumps({**values, "quantization_config": packing.config})
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    return model.eval()
