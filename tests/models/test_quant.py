@@ -463,12 +463,12 @@ def test_quantize_writes_what_transformers_and_fitune_load(folder: Path, data_fi
         train(build({"model": str(tmp_path / "nf4"), "data": [str(data_file)], "quant": "int8"}))
 
 
-def test_what_others_pack_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_what_others_pack_without_saying_how_is_refused(folder: Path, tmp_path: Path) -> None:
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(ModelError, match="holds a model quantized by gptq"):
+    with pytest.raises(ModelError, match="holds a model quantized by gptq; quantization_config: bits None"):
         load_model(tmp_path)
 
 

@@ -136,8 +136,8 @@ def whole(values: Mapping[str, Any], name: str, allowed: Iterable[int]) -> int:
     Raises:
         ModelError: it is not.
     """
-    found = values.get(name)
-    if type(found) is not int or found not in (known := list(allowed)):
+    found, known = values.get(name), list(allowed)
+    if type(found) is not int or found not in known:
         raise refuse(values, f"{name} {shorten(found, 40)}", f"{name} one of {', '.join(map(str, known))}")
     return found
 
