@@ -117,7 +117,7 @@ def trained(world: World, model: Any, config: Any, way: str = "") -> tuple[list[
     rows = [sample for sample in contract.samples() if sample.mask.any()]
     loader = Loader([*rows, rows[0]], batch_size=2, accumulation=2, seed=0)  # the last step of an epoch has one row
     if way == "shard":
-        shards, optimizer, _ = share_out(model, world, optimizer, make, {})
+        shards, optimizer, _ = share_out(model, world, make, {})
     else:
         world.begin(parameters, optimizer, {})
     optim.set_learning_rate(optimizer, RATE)

@@ -288,10 +288,12 @@ def row_order(expected: str, step: int, micro_batches: Sequence[Batch]) -> Findi
 
 @torch.no_grad()
 def resume_exact(
-    loaded: Loaded, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    loaded: Loaded, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer | None
 ) -> Finding:
-    """Weights, optimizer states and random numbers, after they were restored, have the checkpoint's bits."""
-    tensors, scalars = optim.state_tensors(optimizer, parameters)
+    """Weights, optimizer states and random numbers, after they were restored, have the checkpoint's bits. Of a model in
+    shards the states are not restored yet."""
+    held = (loaded.optimizer, loaded.optimizer_scalars)
+    tensors, scalars = held if optimizer is None else optim.state_tensors(optimizer, parameters)
     now = rng_state()
     random = {name: state for name, state in loaded.rng.items() if name == "cpu"}
     pairs = [("weights", loaded.trainable, parameters), ("optimizer states", loaded.optimizer, tensors)]

@@ -130,7 +130,7 @@ def _steps(world: World, job: Job) -> bool:
     parameters, shards = trainable(model), None
     optimizer = make(parameters)
     if in_shards(config, world):
-        shards, optimizer, begun = share_out(model, world, optimizer, make, {})
+        shards, optimizer, begun = share_out(model, world, make, {})
     else:
         begun = world.begin(parameters, optimizer, {})
     runner = StepRunner(

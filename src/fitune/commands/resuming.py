@@ -194,13 +194,13 @@ def _best_problem(run: RunFolder, path: Path) -> str:
 
 
 def restore(
-    checks: CheckLog, parameters: Parameters, optimizer: torch.optim.Optimizer, *, with_best: bool
+    checks: CheckLog, parameters: Parameters, optimizer: torch.optim.Optimizer | None, *, with_best: bool
 ) -> Loaded | None:
     """Restore the newest checkpoint that fits, and report it. None: there is none, the run starts anew.
 
     Args:
         checks: of the run, whose seal was checked.
-        parameters, optimizer: get its values.
+        parameters, optimizer: get its values. None: its states are whole in the checkpoint, and will be in parts here.
         with_best: as for `newest`.
 
     Raises:
@@ -215,7 +215,8 @@ def restore(
     loaded = run.load(path)
     checks.add(savedchecks.resume_identity(loaded, parameters, len(run.read_steps())))
     put(loaded, parameters)
-    optim.load_state(optimizer, parameters, loaded.optimizer, loaded.optimizer_scalars)
+    if optimizer is not None:
+        optim.load_state(optimizer, parameters, loaded.optimizer, loaded.optimizer_scalars)
     same = restore_rng(loaded.rng)
     checks.add(stepchecks.resume_exact(loaded, parameters, optimizer))
     checks.add(resume_machine(run, parameters, random=same))

@@ -100,6 +100,7 @@ class Training:
         self.parameters = trainable(self.model)
         self.optimizer = self._make(self.parameters)
         self.progress = Progress()
+        self.states: tuple[dict[str, torch.Tensor], dict[str, object]] = ({}, {})  # whole, of a model in shards
         self.next_rows: str | None = None  # digest of the rows of the next step, where a checkpoint named them
         self.with_best = self.config.final == "best" or self.config.patience is not None
 
@@ -191,7 +192,8 @@ class Training:
         how = {"step": progress.step, "end": end, "parts": self.runner.parts, "scale": [scale.value, scale.fine]}
         world = self.runner.world
         if in_shards(self.config, world):
-            shards, self.optimizer, _ = share_out(self.model, world, self.optimizer, self._make, how)
+            shards, self.optimizer, _ = share_out(self.model, world, self._make, how, self.states)
+            self.states = ({}, {})
             self.runner.shards = self.active.shards = shards
         else:
             world.begin(self.parameters, self.optimizer, how)
@@ -253,8 +255,11 @@ class Training:
 
     def _restore(self) -> None:
         """Go on from the newest checkpoint that fits, where there is one."""
-        loaded = resuming.restore(self.active.checks, self.parameters, self.optimizer, with_best=self.with_best)
+        apart = in_shards(self.config, self.active.world)
+        optimizer = None if apart else self.optimizer
+        loaded = resuming.restore(self.active.checks, self.parameters, optimizer, with_best=self.with_best)
         if loaded is not None:
+            self.states = (loaded.optimizer, loaded.optimizer_scalars) if apart else self.states
             saved = parse(_Saved, loaded.state, str(self.active.folder.checkpoint(loaded.step) / "state.json"))
             self.progress = Progress(loaded.step, *saved.best, worse=saved.worse, bad=saved.bad)
             self.next_rows = saved.next_rows

@@ -26,9 +26,9 @@ from fitune.core import processor
 from fitune.core.parallel import LOOPBACK, PARENT, STORE
 from fitune.core.ranklog import last_of
 
-GRACE = 15.0  # seconds in which the others may find out by themselves that one is gone
+GRACE = 12.0  # seconds in which the others may find out by themselves that one is gone
 DONE = 2.0  # seconds for the others once process 0 has ended well
-FORCE = 5.0  # seconds between the wish and the force to end
+FORCE = 3.0  # seconds between the wish and the force to end
 LOOK = 0.1  # seconds between two looks at the processes
 
 

@@ -39,7 +39,7 @@ LONG = 60 * 24.0  # minutes that a process waits for what process 0 resolves: it
 DIGEST = 32  # bytes
 DUMP = 0.75  # of the minutes that others wait: then a process that is late writes its stack into its log
 AT_ONCE = 0.2  # seconds: an exchange that fails so soon was given up before
-HEARD = 5.0  # seconds in which the processes that are there say so, once one is not
+HEARD = 3.0  # seconds in which the processes that are there say so, once one is not
 GOES_ON, STOPPED, FINISHED = 0, 1, 2  # what process 0 says of the run, in the sums of a step
 
 

@@ -28,6 +28,7 @@ from fitune.core.records import Batch
 from fitune.data.batches import split
 from fitune.engine import optim
 from fitune.engine.parallel import World
+from fitune.engine.step import last_block_is_ready
 from fitune.models import attached, families, quant
 from fitune.models.interfaces import causal_lm
 from fitune.models.parts import trainable
@@ -62,6 +63,7 @@ class Shards:
     local: dict[str, nn.Parameter] = field(default_factory=dict)  # what the optimizer of this process updates
 
     def __post_init__(self) -> None:
+        last_block_is_ready(self.model)  # tried on a model of one block, which must not be taken for the root of all
         for _, layer in quant.layers(self.model):
             quant.keep_apart(layer)
         self.copies, attached.of(self.model).copies = attached.of(self.model).copies, nullcontext
@@ -190,32 +192,30 @@ class Shards:
 def share_out(
     model: nn.Module,
     world: World,
-    optimizer: torch.optim.Optimizer,
     make: Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer],
     progress: Mapping[str, Any],
+    states: tuple[Mapping[str, Tensor], Mapping[str, object]] = ({}, {}),
 ) -> tuple[Shards, torch.optim.Optimizer, dict[str, Any]]:
     """Share out a model, from where process 0 stands.
 
     Args:
         model: whole; the same in all processes but for what is trained.
         world: the processes.
-        optimizer: of process 0 with its states.
         make: the run's optimizer of some tensors.
         progress: numbers, of process 0; JSON.
+        states: whole, in main memory, and other values of the optimizer, as a checkpoint has them; of process 0.
 
     Returns:
         The shards, their optimizer with the states of process 0, and the progress of process 0.
     """
-    parameters = trainable(model)
-    world.spread(parameters)
-    tensors, scalars = optim.state_tensors(optimizer, parameters) if world.rank == 0 else ({}, {})
+    world.spread(trainable(model))
+    tensors, scalars = states
     forms = {name: [str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in tensors.items()}
     begun = world.decided({"states": forms, "scalars": scalars, "progress": dict(progress)})
-    optimizer.state.clear()
     shards = Shards(model, world)
     mine = {}
     for name, (dtype, shape) in begun["states"].items():
-        whole = tensors.pop(name) if world.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
+        whole = tensors[name] if world.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
         world.broadcast(whole)
         mine[name] = shards.part_of(name.rpartition("|")[0], whole)
     made = make(shards.local)

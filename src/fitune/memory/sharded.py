@@ -3,8 +3,9 @@
 In: a plan, the sizes of a model's blocks, the number of processes. Out: the plan of one of them. At each moment of a
 step the weights, gradients and states of blocks count as its part of them (engine/shards.py), and beside them:
 
-    forward     three blocks: the one at work, the buffer that it came in, and the buffer of the next one
-    backward    two blocks, the one at work and the next one; and all gradients of the one at work, twice
+    forward     two blocks: the one at work, and the buffer that it came in
+    backward    two blocks, the one at work and the buffer of the next one; all gradients of the block at work, and
+                those of the one before it in the buffer that they are summed from
     checkpoint  on a CPU, of process 0: what is trained and its states, whole again
 
 Before the first step and after the last the model is whole.
@@ -28,7 +29,7 @@ from fitune.models.interfaces import causal_lm
 from fitune.models.parts import trainable
 
 IN_SHARDS = ("forward", "loss", "backward", "update", "evaluation", "checkpoint")
-GATHERED = {"forward": 3, "evaluation": 3, "backward": 2}  # blocks
+GATHERED = {"forward": 2, "evaluation": 2, "backward": 2}  # blocks
 
 
 def able(config: RunConfig) -> bool:
@@ -107,7 +108,7 @@ def planned(plan: Plan, blocks: Blocks, processes: int) -> Plan:
     peak = max(phases, key=lambda moment: moment.bytes)
     note = (
         f"one of {processes} processes, in shards: estimated from the trace of a whole model; a part of its blocks "
-        f"({size_text(blocks.frozen + blocks.trained)}) is there, and at most {size_text(3 * blocks.largest)} gathered"
+        f"({size_text(blocks.frozen + blocks.trained)}) is there, and at most {size_text(2 * blocks.largest)} gathered"
     )
     return replace(
         plan,
@@ -137,10 +138,13 @@ def _parts(point: Point, blocks: Blocks, processes: int, device: str) -> dict[st
     found[WEIGHTS] -= int(blocks.frozen * left)
     found[TRAINABLE] -= int(blocks.trained * left)
     found[STATES] -= int(states * left)
-    found[GRADIENTS] -= int(gradients * left)
     found[OTHER] += GATHERED.get(phase, 0) * blocks.largest
-    if phase == "backward":
-        found[GRADIENTS] += 2 * blocks.gradients
+    if phase == "backward":  # gloo gathers into a buffer of its own before the block begins
+        found[OTHER] = max(found[OTHER], (3 if device == "cpu" else 2) * blocks.largest)
+        done = int(gradients // max(1, blocks.gradients)) * blocks.gradients
+        found[GRADIENTS] += min(done, blocks.gradients)
+        gradients = done
+    found[GRADIENTS] -= int(gradients * left)
     if phase == "update":  # the buffer in which they are exchanged has only what is in no block
         exchanged = min(found[OTHER], blocks.trained)
         found[OTHER] -= exchanged
