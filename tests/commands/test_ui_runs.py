@@ -223,6 +223,18 @@ def test_nothing_else_is_downloaded(site: Site, path: str) -> None:
 
 
 @POSIX
+def test_a_link_to_a_run_elsewhere_is_none(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text((site.work / "runs" / "first" / "config.yaml").read_text())
+    link = site.work / "runs" / "linked"
+    link.symlink_to(tmp_path)
+    try:
+        assert "linked" not in {one["name"] for one in site.json("api/runs")["runs"]}
+        assert site.answer(Asked("GET", "api/run?run=linked"))[0] == 403
+    finally:
+        link.unlink()
+
+
+@POSIX
 def test_a_link_in_an_adapter_does_not_come_along(site: Site) -> None:
     link = site.work / "runs" / "second" / "adapter" / "link.json"
     link.symlink_to(site.work / "rows.jsonl")

@@ -103,8 +103,10 @@ class Roots:
         return folder
 
     def run_names(self) -> Iterator[str]:
-        """The names of all runs, the newest first."""
-        found = [one.parent for depth in ("*", "*/*") for one in self.runs.glob(f"{depth}/{CONFIG}")]
+        """The names of all runs, the newest first; a link that leads elsewhere is none."""
+        there = Path(os.path.realpath(self.runs))
+        folders = [one.parent for depth in ("*", "*/*") for one in self.runs.glob(f"{depth}/{CONFIG}")]
+        found = [folder for folder in folders if Path(os.path.realpath(folder)).is_relative_to(there)]
         for folder in sorted(found, key=lambda one: one.stat().st_mtime, reverse=True):
             yield folder.relative_to(self.runs).as_posix()
 
