@@ -220,3 +220,23 @@ def test_held_out_loss_does_not_depend_on_the_batches() -> None:
     many = held_out_loss(model, [flat(data, [n]) for n in range(9) if data[n].mask[1:].any()])
     assert abs(one - many) < 1e-5
     assert not model.training
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@torch.no_grad()
+def test_several_documents_stand_behind_the_first_rows_of_one(kind: str) -> None:
+    """A group of answers to one question, between documents that share nothing: as if each were whole."""
+    model = tiny.make_model(kind).eval()
+    ids = np.random.default_rng(0).integers(5, 300, (5, 9))
+    whole = [ids[0], *(np.concatenate([ids[0][:6], one[:3]]) for one in ids[1:4]), ids[4]]
+    own = [whole[0], *(one[6:] for one in whole[1:4]), whole[4]]
+    shared = np.array([0, 6, 6, 6, 0], np.int32)
+    found = []
+    for some, begins in ((whole, None), (own, shared)):
+        bounds = np.concatenate([[0], np.cumsum([len(one) for one in some])]).astype(np.int32)
+        start = np.zeros(5, np.int64) if begins is None else begins
+        positions = np.concatenate([np.arange(n, n + len(one)) for n, one in zip(start, some, strict=True)])
+        rows = (bounds[1:, None] - np.arange(3, 0, -1)).reshape(-1).astype(np.int64)
+        batch = Batch(np.concatenate(some), positions, bounds, rows, rows * 0, tuple(range(5)), shared=begins)
+        found.append(label_hidden(model, batch))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Optional
 
 from cyclopts import Parameter
@@ -235,6 +236,27 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Harness:
+    """Tasks of lm-eval that eval measures on."""
+
+    tasks: Annotated[
+        list[str] | None,
+        Parameter(
+            consume_multiple=True,
+            negative="",
+            help="Tasks of lm-eval, in place of data, for the base and the tuned model. Needs fitune[eval].",
+        ),
+    ] = None
+    task_files: Annotated[
+        str | None, Parameter(help="With --tasks: a folder of task files beside lm-eval's own; they may run code.")
+    ] = None
+    limit: Annotated[int | None, Parameter(help="With --tasks: rows of each task. [default: all]")] = None
+    shots: Annotated[
+        int | None, Parameter(help="With --tasks: examples before each question. [default: as the task says]")
+    ] = None
+
+
+@dataclass(frozen=True)
 class Judged:
     """Whether eval compares a run with its base, and on what beside the held-out rows."""
 
@@ -265,6 +287,7 @@ def evaluate(
     *,
     measured: Annotated[Optional[Measured], Parameter(name="*")] = None,  # noqa: UP045
     judged: Annotated[Optional[Judged], Parameter(name="*")] = None,  # noqa: UP045
+    harness: Annotated[Optional[Harness], Parameter(name="*")] = None,  # noqa: UP045
     answers: Annotated[Optional[Answers], Parameter(name="*")] = None,  # noqa: UP045
     loading: Annotated[Optional[Loading], Parameter(name="*")] = None,  # noqa: UP045
     json: Json = False,
@@ -275,10 +298,13 @@ def evaluate(
     columns = dict(pair("map", text) for text in measured.map_ or [])
     data = measured.data or []
     early.together(
-        lambda: _check_measured(runs, measured, judged),
+        lambda: _check_measured(runs, measured, judged, harness),
         *(check for run in runs for check in loading.check(run)),
         *early.each(early.data, *data, *(judged.checks or [])),
     )
+    if harness is not None and harness.tasks:
+        _tasks(runs[0], harness, loading, json=json)
+        return
     if judged.verdict:
         _verdict(runs, (measured, judged, answers, loading), columns, json=json)
         return
@@ -307,8 +333,31 @@ def evaluate(
         print_json(found.as_dict())
 
 
-def _check_measured(runs: list[str], measured: Measured, judged: Judged) -> None:
+def _tasks(run: str, harness: Harness, loading: Loading, *, json: bool) -> None:
+    """eval --tasks."""
+    with imports.for_good():
+        from fitune.commands.harness import Tasks, on_tasks
+        from fitune.views.terminal import Terminal
+        from fitune.views.verdict import tasks_table
+
+    folder = None if harness.task_files is None else Path(harness.task_files)
+    asked = Tasks(harness.tasks or [], folder, harness.limit, harness.shots)
+    console = console_for(json)
+    with Terminal(console) as watch:
+        found = on_tasks(run, asked, loading=asdict(loading), watch=watch)
+    console.print(tasks_table(found))
+    if json:
+        print_json(found.as_dict())
+
+
+def _check_measured(runs: list[str], measured: Measured, judged: Judged, harness: Harness | None) -> None:
     """Raises ConfigError where what was typed does not go together."""
+    if harness is not None and harness.task_files is not None and not Path(harness.task_files).is_dir():
+        raise ConfigError(f"{harness.task_files}: no such folder", fix="--task-files is a folder of task files")
+    if harness is not None and harness.tasks and (judged.verdict or measured.data or len(runs) > 1):
+        raise ConfigError("--tasks: one model, without --verdict and --data", fix="measure them one after the other")
+    if harness is not None and harness.tasks:
+        return
     if judged.verdict:
         return
     if judged.checks is not None:

@@ -197,8 +197,8 @@ class Batch:
     ids, positions: (T,). bounds: (D + 1,), document d is ids[bounds[d]:bounds[d+1]]. label_rows: (L,), the positions
     whose next token is trained; labels: (L,), those next tokens. rows: which samples these are. weights: (L,), of each
     label in the loss; None: 1 for all. answers: of a batch of pairs, whose rows have as many documents each. shared:
-    (D,), so many first rows of the document before it stand before each document, too (0: it begins here); None: of
-    none. The positions of such a document go on behind them.
+    (D,), so many first rows of the nearest document before it that shares none stand before each, too (0: it begins
+    here); None: of none. The positions of such a document go on behind them.
     """
 
     ids: NDArray[np.int64]

@@ -120,6 +120,29 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """A metric of a task of lm-eval, of the base model and of the tuned one, and the standard error of the latter."""
+
+    task: str
+    metric: str
+    base: float | None
+    tuned: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What was measured on tasks of lm-eval; without a base where the model was not tuned."""
+
+    model: str
+    scores: list[TaskScore]
+
+    def as_dict(self) -> Json:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Check:
     """level: ok, warn (works, with a loss), broken."""
 

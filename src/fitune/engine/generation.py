@@ -169,6 +169,23 @@ def most_probable(tuned: Tuned, prompts: Sequence[list[int]], count: int) -> lis
     return _generate(replace(tuned, encoder=encoder), prompts, Sampling(max_new_tokens=count))
 
 
+@torch.no_grad()
+def continued(tuned: Tuned, prompts: Sequence[list[int]], sampling: Sampling, *, base: bool = False) -> list[str]:
+    """Texts behind prompts that no template made, up to a stop token, without special tokens.
+
+    Args:
+        tuned: the model.
+        prompts: ids.
+        sampling: how to draw.
+        base: as the base model, without what was tuned.
+
+    Raises:
+        ModelError: a prompt that is longer than the model can hold.
+    """
+    made = _generate(tuned, prompts, sampling, base=base)
+    return [str(tuned.tokenizer.decode(ids, skip_special_tokens=True)) for ids in made]
+
+
 def read(tuned: Tuned, question: Conversation, text: str) -> Message:
     """An answer without the template's frame, its thought in a field of its own; an unfinished thought has no answer.
 

@@ -33,7 +33,7 @@ from fitune.models.interfaces import CausalLM, causal_lm, decoder
 from fitune.models.kernels import dynamic_rope
 from fitune.models.kernels import placed as placing
 from fitune.models.kernels.attention import FLAT
-from fitune.models.kernels.flash import seen_keys
+from fitune.models.kernels.flash import leads, seen_keys
 from fitune.models.kernels.label_rows import KEYWORD, LabelRows
 from fitune.models.kernels.loss import label_loss
 from fitune.models.kernels.placed import Placed
@@ -206,8 +206,8 @@ def _by_model(inner: CausalLM, ids: Tensor, batch: Batch, laid: int) -> Tensor:
     """(2, T + D x laid): the positions of a flat batch, by a model that makes them from the ids of whole documents."""
     if batch.shared is None:
         return decoder(inner).flat_positions(ids, batch.bounds.tolist(), laid)
-    starts, leads, shared = batch.bounds[:-1], np.append(0, batch.bounds[:-2]), batch.shared
-    bounds, rows = seen_keys(starts, batch.bounds[1:], leads, shared, 0)
+    starts, shared = batch.bounds[:-1], batch.shared
+    bounds, rows = seen_keys(starts, batch.bounds[1:], leads(batch.bounds, shared), shared, 0)
     whole = decoder(inner).flat_positions(ids[torch.from_numpy(rows).to(ids.device)], bounds.tolist(), laid)
     inside = np.concatenate([np.arange(count + laid) for count in batch.lengths])
     own = inside >= np.repeat(np.where(shared > 0, shared + laid, 0), batch.lengths + laid)

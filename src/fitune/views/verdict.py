@@ -1,6 +1,6 @@
-"""A verdict in the terminal: for each kind of rows what changed, by how much, and whether that is shown.
+"""A verdict in the terminal: for each kind of rows what changed, by how much, and whether that is shown; and tasks.
 
-In: a Verdict. Out: tables and lines.
+In: a Verdict, or scores of tasks. Out: tables and lines.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from fitune.core.results import TaskScores
 from fitune.core.verdict import ALL, Change, Kind, Outcome, RunVerdict, Section, Verdict
 from fitune.views.terminal import answers_table
 
@@ -115,3 +116,16 @@ def _decisive(section: Section, kind: Kind) -> Change:
     """The change that the outcome follows from; without one, the first that could decide."""
     deciding = [change for name in section.decides for change in kind.changes if change.name == name]
     return next((change for change in deciding if change.outcome != "no difference shown"), deciding[0])
+
+
+def tasks_table(found: TaskScores) -> Table:
+    """A line for each metric of a task, the base's beside the tuned model's."""
+    table = Table(title="tasks", title_justify="left", box=None, pad_edge=False)
+    with_base = any(one.base is not None for one in found.scores)
+    table.add_column("task", style="cyan", overflow="fold")
+    for name in ("metric", *(["base", "tuned"] if with_base else ["model"]), "standard error"):
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+    for one in found.scores:
+        values = [*(["-" if one.base is None else f"{one.base:.4f}"] if with_base else []), f"{one.tuned:.4f}"]
+        table.add_row(escape(one.task), escape(one.metric), *values, "-" if one.error is None else f"{one.error:.4f}")
+    return table

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,13 +68,14 @@ Call = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]
 
 
 def whole(bounds: Sequence[int], shared: Sequence[int] | None = None) -> list[Part]:
-    """Every document to itself, or behind so many rows of the one before it."""
+    """Every document to itself, or behind so many rows of the nearest one before it that shares none."""
     own = [(start, end) for start, end in pairwise(bounds)]
     if shared is None:
         return [Part(end - start, start, end) for start, end in own]
+    begins = flash.leads(np.array(bounds), np.array(shared)).tolist()
     return [
-        Part(end - start, start, end, bounds[max(0, n - 1)], count)
-        for n, ((start, end), count) in enumerate(zip(own, shared, strict=True))
+        Part(end - start, start, end, lead, count)
+        for (start, end), lead, count in zip(own, begins, shared, strict=True)
     ]
 
 

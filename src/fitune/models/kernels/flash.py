@@ -35,7 +35,7 @@ class Documents:
         queries, keys: (D + 1,) int32 on the model's device; keys have the prefix of every document among them.
         longest: tokens of the longest document, without and with its prefix.
         order: of all keys which row of [prefix; keys] they are; None: they are the rows.
-        shared: (D,), so many first rows of the document before it are keys of each document, too; None: of none.
+        shared: (D,), as Batch has it: so many first rows of a document before it are keys of each, too; None: of none.
     """
 
     bounds: Tensor
@@ -44,6 +44,16 @@ class Documents:
     longest: tuple[int, int]
     order: Tensor | None = None
     shared: tuple[int, ...] | None = None
+
+
+def leads(bounds: NDArray[np.integer], shared: NDArray[np.integer]) -> NDArray[np.int64]:
+    """(D,): of each document where the rows begin that it shares: those of the nearest one before it that shares none.
+
+    Args:
+        bounds: (D + 1,). shared: as Batch has it.
+    """
+    own = np.where(shared > 0, 0, np.arange(len(shared)))
+    return np.asarray(bounds, np.int64)[np.maximum.accumulate(own)]
 
 
 def laid_before(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fitune.models.kernels.apart import Part
-from fitune.models.kernels.flash import Documents, seen_keys
+from fitune.models.kernels.flash import Documents, leads, seen_keys
 
 WORTH = 0.95  # share of rows with a label: above it, picking rows takes longer than what is left out
 KEYWORD = "label_rows"  # of a model's forward: it reaches the last block, and its attention
@@ -112,7 +112,7 @@ def spans(bounds: NDArray[np.integer], rows: NDArray[np.integer], shared: NDArra
     document = np.searchsorted(bounds, rows, side="right") - 1
     labelled, at, counts = np.unique(document, return_index=True, return_counts=True)
     count = np.zeros(len(labelled), np.int64) if shared is None else shared[labelled].astype(np.int64)
-    lead = np.where(count > 0, bounds[np.maximum(labelled, 1) - 1], 0)
+    lead = np.zeros(len(labelled), np.int64) if shared is None else leads(bounds, shared)[labelled]
     first, last = rows[at], rows[at + counts - 1]
     return Spans(*(one.astype(np.int64) for one in (first, last, bounds[labelled], lead, count)))
 

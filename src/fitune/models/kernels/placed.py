@@ -24,7 +24,7 @@ from torch import Tensor
 from fitune.core.records import Batch
 from fitune.data.batches import rounded
 from fitune.models.kernels import label_rows
-from fitune.models.kernels.flash import Documents, laid_before, seen_keys
+from fitune.models.kernels.flash import Documents, laid_before, leads, seen_keys
 from fitune.models.kernels.label_rows import LabelRows
 
 ALIGNED = 8  # bytes at which each part of the buffer begins
@@ -94,8 +94,8 @@ def place(batch: Batch, device: torch.device, *, laid: int = 0, prefix: int = 0,
     counts = np.zeros(len(bounds) - 1, np.int64) if shared is None else shared.astype(np.int64)
     longest = int(np.diff(bounds).max()), int((np.diff(bounds) + counts).max()) + prefix
     if prefix or shared is not None:
-        leads = np.append(0, bounds[:-2])
-        parts["keys"], parts["rows"] = seen_keys(bounds[:-1], bounds[1:], leads, counts, prefix)
+        begins = leads(bounds, counts)
+        parts["keys"], parts["rows"] = seen_keys(bounds[:-1], bounds[1:], begins, counts, prefix)
     there = send(parts, device)
     labelled = None if spans is None else label_rows.placed(spans, there, prefix)
     queries = there.pop("queries")
