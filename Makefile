@@ -4,6 +4,8 @@
 # make unit       the tests that need no process and no training
 # make test       lint, types and all tests but the whole product
 # make test-full  the whole product of methods, families and precisions, and results/test-full.json
+# make lessons    run the lessons of examples/ and compare their figures with the notebooks
+# make docs       the docs site, in build/site; a dead link ends it
 # make fmt        sort imports, fix what ruff can, format
 # make lint       ruff, the format, and which folder imports which
 # make types      mypy in strict mode: sources, tests, scripts, benchmarks
@@ -14,10 +16,18 @@ WORKERS ?= 2
 # PYTHONUTF8: tests read and write text as UTF-8 on Windows too, where Python's default is another; fitune names it itself.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONUTF8=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo unit test test-full fmt lint types bytecode install clean
+.PHONY: demo lessons docs unit test test-full fmt lint types bytecode install clean
 
 demo: install
 	$(BIN)/fitune demo
+
+lessons: install
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/lessons.py
+
+docs: install
+	$(BIN)/python -m pip install --quiet --constraint src/fitune/constraints.txt --editable '.[docs]'
+	$(BIN)/python scripts/site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file build/mkdocs.yml
 
 unit: bytecode
 	$(TEST) -m "unit and not full"

@@ -162,9 +162,9 @@ def print_json(value: Mapping[str, object]) -> None:
     check_written()
 
 
-def check_page(html: Path | None) -> None:
+def check_page(html: Path | None, option: str = "--html") -> None:
     """Whether it can be written is known before the work."""
     if html is not None and html.exists():
-        raise ConfigError(f"{html}: exists; nothing of yours is overwritten", fix="choose another --html")
+        raise ConfigError(f"{html}: exists; nothing of yours is overwritten", fix=f"choose another {option}")
     if html is not None and not html.absolute().parent.is_dir():
         raise ConfigError(f"{html}: no such folder", fix=f"mkdir -p {shlex.quote(str(html.parent))}")

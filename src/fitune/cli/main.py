@@ -38,6 +38,7 @@ for verb in (
 ):  # fmt: skip
     app.command(verb)
 app.command(use.evaluate, name="eval")
+app.command(models.convert_config, name="convert-config")
 
 
 def own_options(verb: str) -> set[str]:

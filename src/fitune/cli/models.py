@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Optional
 from cyclopts import Parameter
 
 from fitune.checks import early
-from fitune.cli.flags import Json, Moved, console_for, print_json
+from fitune.cli.flags import Json, Moved, check_page, console_for, print_json
 from fitune.core import imports, locks, options
 from fitune.core.units import MIB
 
@@ -130,6 +130,29 @@ def convert(
     console_for(json).write_line(text)
     if json:
         print_json(done.as_dict())
+
+
+def convert_config(
+    config: Annotated[Path, Parameter(help="YAML or JSON of LLaMA-Factory, ms-swift or TRL.")],
+    *,
+    output: Annotated[Path | None, Parameter(help="Write the settings to this new file. [default: print them]")] = None,
+    json: Json = False,
+) -> None:
+    """Turn another tool's config into settings for `fitune train --config`, and list what has no place here."""
+    check_page(output, "--output")
+    with imports.for_good():
+        from fitune.commands.convert_config import convert_config as run_convert
+        from fitune.core.files import write_atomic
+
+    done = run_convert(config)
+    console = console_for(json)
+    if output is None:
+        console.print(done.as_yaml(), markup=False, highlight=False, soft_wrap=True)
+    else:
+        write_atomic(output, done.as_yaml())
+        console.write_line(f"settings {output}")
+    if json:
+        print_json({"settings": done.settings, "left_out": done.left_out, "defaults": done.defaults})
 
 
 @dataclass(frozen=True)

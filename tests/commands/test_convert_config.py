@@ -1,0 +1,121 @@
+"""Configs of other tools as settings of fitune: what is carried over, what is left out, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fitune.commands.convert_config import TABLE, WHY, convert_config
+from fitune.core.config import build
+from fitune.core.errors import ConfigError
+from support.command import run
+
+LLAMA_FACTORY = """
+model_name_or_path: Qwen/Qwen2.5-7B-Instruct
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 16
+lora_alpha: 32
+lora_target: all
+quantization_bit: 4
+quantization_type: nf4
+double_quantization: true
+dataset: rows.jsonl,more.jsonl
+template: qwen
+cutoff_len: 2048
+packing: true
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+val_size: 0.1
+resize_vocab: true
+output_dir: saves/qwen
+"""
+SWIFT = {
+    "model": "Qwen/Qwen3-8B", "rlhf_type": "dpo", "train_type": "lora", "dataset": ["pairs.jsonl"], "beta": 0.3,
+    "torch_dtype": "bfloat16", "target_modules": "q_proj,v_proj", "lora_rank": 8, "learning_rate": "1e-4",
+    "deepspeed": "zero2",
+}  # fmt: skip
+TRL = {"model_name_or_path": "m", "dataset_name": "d.jsonl", "use_peft": False, "load_in_8bit": False, "lora_r": 4,
+       "optim": "paged_adamw_8bit", "gradient_checkpointing": True, "lr_scheduler_type": "linear"}  # fmt: skip
+
+
+def converted(values: Any, folder: Path) -> Any:
+    file = folder / ("theirs.yaml" if isinstance(values, str) else "theirs.json")
+    file.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
+    return convert_config(file)
+
+
+def test_a_config_of_llama_factory(tmp_path: Path) -> None:
+    found = converted(LLAMA_FACTORY, tmp_path)
+    assert found.settings == {
+        "model": "Qwen/Qwen2.5-7B-Instruct", "objective": "sft", "method": "lora",
+        "lora": {"rank": 16, "alpha": 32, "targets": "all-linear"}, "data": ["rows.jsonl", "more.jsonl"],
+        "quant": {"name": "nf4", "kind": "nf4", "double": True}, "template": "auto", "max_length": 2048,
+        "batch_size": 2, "accumulation": 8, "lr": 1e-4, "epochs": 3.0, "warmup": 0.1, "precision": "bf16",
+        "val_share": 0.1, "output": "saves/qwen",
+    }  # fmt: skip
+    assert found.left_out == {
+        "template": WHY["template"], "packing": WHY["packing"], "resize_vocab": "fitune has no such setting",
+    }  # fmt: skip
+    assert found.defaults == {}
+    assert yaml.safe_load(found.as_yaml()) == found.settings
+
+
+def test_configs_of_ms_swift_and_trl(tmp_path: Path) -> None:
+    swift = converted(SWIFT, tmp_path)
+    assert swift.settings["dpo"] == {"beta": 0.3}
+    assert swift.settings["lora"] == {"targets": ["q_proj", "v_proj"], "rank": 8}
+    assert swift.settings["lr"] == 1e-4
+    assert "deepspeed" in swift.left_out
+    assert {"epochs", "rows of a micro-batch"} == set(swift.defaults)
+    trl = converted(TRL, tmp_path)
+    assert trl.settings == {
+        "model": "m", "data": ["d.jsonl"], "method": "full", "optimizer": "paged-adamw-8bit", "checkpointing": True,
+    }  # fmt: skip
+    assert trl.left_out == {"lr_scheduler_type": "fitune's learning rate falls as a cosine"}
+    assert "learning rate" in trl.defaults
+
+
+@pytest.mark.parametrize("key", sorted(TABLE))
+def test_what_a_key_becomes_is_a_setting(key: str) -> None:
+    for value in (True, 4, "lora", "cosine", "adamw_torch", "bfloat16", "sft"):
+        try:
+            made = TABLE[key](value) or {}
+        except (TypeError, ValueError):
+            continue
+        for name in made:
+            group, _, rest = name.partition(".")
+            field = build({"model": "m", "data": ["d"]}).__class__.model_fields[group]
+            assert not rest or rest in field.annotation.model_fields  # type: ignore[union-attr]  # of a group of options
+
+
+def test_values_that_are_none_and_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_length"):
+        converted({"model": "m", "cutoff_len": -3}, tmp_path)
+    with pytest.raises(ConfigError, match="no config of LLaMA-Factory"):
+        converted({"colour": "green"}, tmp_path)
+    with pytest.raises(ConfigError, match="no such file"):
+        convert_config(tmp_path / "none.yaml")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs.yaml").write_text(LLAMA_FACTORY)
+    out = tmp_path / "ours.yaml"
+    code, text, err = run(["convert-config", tmp_path / "theirs.yaml", "--output", out, "--json"], capsys, monkeypatch)
+    assert code == 0, err
+    assert json.loads(text)["settings"]["lora"]["rank"] == 16
+    assert yaml.safe_load(out.read_text())["quant"]["name"] == "nf4"
+    code, text, _ = run(["convert-config", tmp_path / "theirs.yaml"], capsys, monkeypatch)
+    assert "# packing was left out" in text
+    code, _, err = run(["convert-config", tmp_path / "theirs.yaml", "--output", out], capsys, monkeypatch)
+    assert code == 2
