@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fitune.core.errors import ConfigError, shorten
 from fitune.core.quiet import quietly
 from fitune.views import cells
 
@@ -54,11 +55,9 @@ def absmax(values: Sequence[float] | Any) -> Rounded:
     Args:
         values: numbers, or a tensor of any shape, which is taken flat.
     """
-    import torch
-
     from fitune.models.quant import absmax as reference
 
-    given = torch.as_tensor(values, dtype=torch.float64).flatten()
+    given = _numbers(values).double()
     stored, scale = reference.quantize(given)
     back = reference.dequantize(stored, scale)
     return Rounded(given.numpy(), stored.tolist(), [float(scale)], back.numpy())
@@ -81,13 +80,30 @@ def nf4(values: Sequence[float] | Any) -> Rounded:
     Args:
         values: numbers, or a tensor of any shape, which is taken flat.
     """
-    import torch
-
     from fitune.models.quant.nf4 import plain, quantiles, reference
 
-    given = torch.as_tensor(values, dtype=torch.float32).flatten()
+    given = _numbers(values).float()
     table = quantiles()
     numbers, scales = reference(given, table)
     back = plain(numbers, scales, table, given.shape)
     stored = numbers.flatten()[: len(given)].tolist()
     return Rounded(given.double().numpy(), stored, scales.tolist(), back.double().numpy())
+
+
+def _numbers(values: Sequence[float] | Any) -> Any:
+    """A flat tensor of finite numbers.
+
+    Raises:
+        ConfigError: there are none, or others.
+    """
+    import torch
+
+    try:
+        given = torch.as_tensor(values, dtype=torch.float64).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError("rounding to few bits", received=shorten(values), expected="numbers, or a tensor") from None
+    if not len(given) or not bool(given.isfinite().all()):
+        raise ConfigError(
+            "rounding to few bits", received=shorten(given.tolist()), expected="one or more finite numbers"
+        )
+    return given

@@ -145,7 +145,8 @@ def mask(data: Any, *, model: str | Path | Tuned, samples: int = 1, **settings: 
 
     Args:
         data: paths or rows, as for `fitune.train`.
-        model: a model folder (tokenizer files are enough), or what `fitune.load` gave: then data are rows.
+        model: a model folder (tokenizer files are enough); or, with rows as data, a run folder or what `fitune.load`
+            gave.
         samples: how many are shown, evenly over the data.
         settings: as for `fitune.inspect`: template, train_on, max_length, ...
 
@@ -205,12 +206,14 @@ def memory(*plans: Plan, tensors: bool = False, **named: Plan) -> Memory:
         named: by the names that are given: `memory(full=..., lora=...)`.
     """
     found = {**{_about(plan): plan for plan in plans}, **named}
-    if not found:
+    if not found or not all(isinstance(plan, Plan) for plan in found.values()):
         raise ConfigError("show.memory: no plan", expected="what fitune.plan gave", fix="show.memory(fitune.plan(...))")
     return Memory(found, tensors)
 
 
 def _about(plan: Plan) -> str:
+    if not isinstance(plan, Plan):
+        return ""
     return " ".join([plan.method, plan.precision, *([] if plan.quant == "none" else [plan.quant])])
 
 
@@ -222,15 +225,23 @@ class _Looked:
 
 def _looked(data: Any, model: str | Path | Tuned, samples: int, settings: dict[str, Any]) -> _Looked:
     """Samples token by token, as a run would encode them."""
+    if isinstance(model, (str, Path)) and (Path(model) / "config.yaml").is_file():  # a run brings its own template
+        model = api.load(model, device="cpu")
     if isinstance(model, (str, Path)):
         seen = api.inspect(data, model=model, samples=samples, **settings)
         return _Looked(seen.template, [sample.tokens for sample in seen.samples])
     if settings:
         raise ConfigError(
-            "settings beside a loaded model, whose template decides", received=", ".join(settings),
+            "settings beside a run or a loaded model, whose template decides", received=", ".join(settings),
             fix="give the model folder as model",
         )  # fmt: skip
     rows: Sequence[Any] = [data] if isinstance(data, Mapping) else data
+    if isinstance(rows, (str, Path)) or any(isinstance(row, (str, Path)) for row in rows):
+        raise ConfigError(
+            "paths beside a run or a loaded model",
+            expected="rows: a list of dicts",
+            fix="give the model folder as model",
+        )
     made = [
         sample
         for number, row in enumerate(rows, 1)

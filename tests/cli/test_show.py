@@ -39,8 +39,34 @@ def test_a_mask_has_ids_and_labels_as_others_write_them() -> None:
     assert (loaded.ids, loaded.labels) == (found.ids, found.labels)
 
 
+def test_a_run_brings_its_own_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = fitune.train(
+        model=MODEL, data=ROWS * 4, output=tmp_path / "run", template="bloom", method="prompt", max_steps=1,
+        val_share=0, sample_prompts=0,
+    )  # fmt: skip
+    assert show.mask(ROWS, model=done.run).template == "bloom"
+    assert show.attention_mask(ROWS[1:], model=done.run).apart  # its virtual tokens are no columns
+    code, out, err = run(["template", done.run], capsys, monkeypatch)
+    assert code == 0, err
+    assert out.startswith("template          bloom")
+    with pytest.raises(ConfigError, match="paths beside a run"):
+        show.mask("rows.jsonl", model=done.run)
+
+
+def test_what_is_no_number_or_no_plan_is_refused() -> None:
+    for wrong in ([], "abc", [float("nan")], [float("inf"), 1.0]):
+        for rounding in (quant.absmax, quant.nf4):
+            with pytest.raises(ConfigError, match="rounding to few bits"):
+                rounding(wrong)
+    nothing: Any = "plan"
+    with pytest.raises(ConfigError, match="no plan"):
+        show.memory(nothing)
+
+
 def test_of_a_loaded_model_the_template_is_its_own() -> None:
-    with pytest.raises(ConfigError, match="settings beside a loaded model"):
+    with pytest.raises(ConfigError, match="settings beside a run"):
         show.mask(ROWS, model=fitune.load(MODEL), template="alpaca")
 
 

@@ -72,7 +72,7 @@ def inspect(
 
 
 def template(
-    model: Annotated[str, Parameter(help="Model folder or hub id; tokenizer files are enough.")],
+    model: Annotated[str, Parameter(help="Model folder or hub id (tokenizer files are enough), or a run folder.")],
     *,
     template: Annotated[str, Parameter(help="Which template, as for train.")] = "auto",
     question: Annotated[str | None, Parameter(help="The question in the examples.")] = None,

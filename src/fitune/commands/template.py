@@ -19,6 +19,7 @@ from fitune.core.records import Conversation, Message, Sample
 from fitune.data import templates
 from fitune.data import tokenizer as tokenizer_folders
 from fitune.data.encode import Encoder
+from fitune.engine.checkpoint import RunFolder
 from fitune.models.locate import locate
 from fitune.views.tokens import TokenView, coloured, token_views
 
@@ -62,16 +63,14 @@ def template(model: str, name: str = "auto", *, question: str = QUESTION, answer
     """The template that a run with this model would take.
 
     Args:
-        model: a model folder (tokenizer files are enough), or a hub id.
+        model: a model folder (tokenizer files are enough), a run folder, or a hub id.
         name: as in `--template`.
         question, answer: what stands in the examples.
 
     Raises:
         FituneError: no tokenizer, an unknown template, or one that needs tokens that are not there.
     """
-    folder = locate(model, only=["tokenizer*", "*.json", "*.model", "*.jinja", "vocab*", "merges*"])
-    tokenizer = tokenizer_folders.load(folder)
-    chosen = templates.choose(name, tokenizer)
+    folder, tokenizer, chosen = _of(model, name)
     encoder = Encoder(tokenizer, chosen)
     stops = [encoder.stop_id, *(one for one in encoder.stop_ids if one != encoder.stop_id)]
     asked, answered = Message("user", question), Message("assistant", answer)
@@ -92,6 +91,18 @@ def template(model: str, name: str = "auto", *, question: str = QUESTION, answer
         begins=_begins(tokenizer, examples[0]),
         examples=examples,
     )
+
+
+def _of(model: str, name: str) -> tuple[Path, Any, templates.Template]:
+    """Folder, tokenizer and template of a model, or of a run, which brings its own."""
+    run = RunFolder(model)
+    if (run.path / "config.yaml").is_file():
+        tokenizer: Any = tokenizer_folders.load(run.tokenizer)
+        own = templates.from_dict(run.read("template"), tokenizer)
+        return run.path, tokenizer, own if name == "auto" else templates.choose(name, tokenizer)
+    folder = locate(model, only=["tokenizer*", "*.json", "*.model", "*.jinja", "vocab*", "merges*"])
+    tokenizer = tokenizer_folders.load(folder)
+    return folder, tokenizer, templates.choose(name, tokenizer)
 
 
 def _begins(tokenizer: Any, example: Example) -> tuple[str, int] | None:
