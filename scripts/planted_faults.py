@@ -36,7 +36,7 @@ from tokenizers.processors import TemplateProcessing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from fitune.commands import demo, resuming
+from fitune.commands import demo, reference, resuming
 from fitune.commands import merge as merging
 from fitune.commands.train import resume_config, train
 from fitune.core.config import build
@@ -57,7 +57,8 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 # Right, and not about the run: other processes on the machine, its kernels; random models, which know no language and
 # do worse than guessing (the bundled one does not); a tiny ChatGLM with a plain tokenizer; a family found by its names.
-ASIDE = {"machine-load", "base-loss", "byte-fallback", "precision", "quant-kernels", "folder", "family"}
+GUESSED = {"base-loss", "template-seen"}
+ASIDE = {*GUESSED, "machine-load", "byte-fallback", "precision", "quant-kernels", "folder", "family"}
 CRASH_AT = 3  # of a run that is resumed; its last checkpoint is of step 2
 
 
@@ -91,6 +92,7 @@ class Fault:
         settings: of the run, beside the common ones.
         base: a kind of tests/support/tiny.py, or one of BASES.
         how: "train"; "resume" plants it when a killed run goes on; "merge" when a finished one is merged.
+        rows: the run's data, a kind of ROWS; without, the common ones.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Fault:
     settings: Mapping[str, Any] = field(default_factory=dict)
     base: str = "llama"
     how: str = "train"
+    rows: str | None = None
 
 
 # ---- how data, batches and templates go wrong ----
@@ -398,12 +401,36 @@ def _merged_twice(seam: Seam) -> None:
     seam.put(merging, "merged", make)
 
 
+# ---- how preferences go wrong ----
+
+
+def _paired(change: Callable[[Any], Any]) -> Callable[[Seam], None]:
+    """Each flat batch in which a prompt stands once for two answers, changed."""
+    return _batch(lambda batch: batch if batch.shared is None else replace(batch, **change(batch)))
+
+
+def _answer_sees_the_other(batch: Any) -> dict[str, Any]:
+    """The rejected one has the first token of the chosen one behind its prompt, too."""
+    return {"shared": batch.shared + (batch.shared > 0)}
+
+
+def _answer_goes_on_behind_the_other(batch: Any) -> dict[str, Any]:
+    """Positions of the rejected one go on from the chosen one, not from their prompt."""
+    moved = np.repeat(np.where(batch.shared > 0, 1, 0), np.diff(batch.bounds))
+    return {"positions": batch.positions + moved}
+
+
+def _another_reference(seam: Seam) -> None:
+    seam.put(reference, "log_probabilities", lambda real: lambda *given: real(*given) + 0.1)
+
+
 def _nothing(*args: Any, **kwargs: Any) -> bool:
     return True
 
 
 DROPOUT = {"lora": {"rank": 4, "dropout": 0.3}}
 NF4 = {"quant": {"name": "nf4"}}
+DPO, ORPO, KTO = ({"objective": name, "lr": 1e-3} for name in ("dpo", "orpo", "kto"))
 FAULTS = [
     Fault("masked EOS", _samples(lambda e, s: _mask(s, -1, False)), ("eos-supervised",)),
     Fault("EOS masked as padding, by its id", _samples(lambda e, s: _mask(s, s.ids == e.tokenizer.pad_token_id, False)),
@@ -455,6 +482,20 @@ FAULTS = [
     Fault("sampler order wrong at resume", _rows_again, ("row-order",), how="resume"),
     Fault("weights not restored at resume", lambda seam: seam.put(resuming, "put", lambda real: _nothing),
           ("resume-exact",), how="resume"),
+    Fault("an answer sees the other one of its pair", _paired(_answer_sees_the_other), ("shared-prompt",),
+          settings=DPO, rows="pairs"),
+    Fault("positions of an answer go on from the other one", _paired(_answer_goes_on_behind_the_other),
+          ("shared-prompt",), settings=DPO, rows="pairs"),
+    Fault("reference of another model", _another_reference, ("preference-start",), settings=DPO, rows="pairs"),
+    Fault("chosen and rejected swapped", lambda seam: None, ("swapped-answers",), settings={**DPO, "batch_size": 8}, rows="swapped",
+          base="bundled"),
+    Fault("one answer twice", lambda seam: None, ("pairs-differ",), settings=DPO, rows="twice"),
+    Fault("answers cut to the same", lambda seam: None, ("pairs-differ",), settings={**DPO, "max_length": 64},
+          rows="prefix"),
+    Fault("chosen answers are the longer ones", lambda seam: None, ("length-bias",), settings=DPO, rows="longer"),
+    Fault("labelled answers of one kind", lambda seam: None, ("both-labels",), settings=KTO, rows="good"),
+    Fault("ORPO on a base model that never saw the template", lambda seam: None, ("template-seen",), settings=ORPO,
+          rows="pairs", base="never-ends"),
 ]  # fmt: skip
 
 # ---- bases ----
@@ -500,14 +541,50 @@ def _swapped_ids(folder: Path) -> Path:
     return folder
 
 
+def _never_ends(folder: Path) -> Path:
+    """The bundled model, to which the token that ends an answer is the least likely of all."""
+    shutil.copytree(demo.bundled() / "model", folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    ends = json.loads((folder / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    embedded = weights["model.embed_tokens.weight"]
+    embedded[ends] = -embedded[ends]
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
 BASES: dict[str, Callable[[Path], Path]] = {
     "pad-is-eos": _pad_is_eos,
     "bos": _bos,
     "small-vocabulary": _small_vocabulary,
     "swapped-ids": _swapped_ids,
     "bundled": lambda folder: demo.bundled() / "model",
+    "never-ends": _never_ends,
 }
-REAL = ("swapped-ids", "bundled")  # on the bundled data, which the bundled model knows
+REAL = ("swapped-ids", "bundled", "never-ends")  # on the bundled data, which the bundled model knows
+
+
+SIDES = ("chosen", "rejected")
+
+
+def _pairs(kind: str) -> list[dict[str, Any]]:
+    """Rows of preferences: right answers of the bundled data before those of other rows, or one of ROWS."""
+    text = (demo.bundled() / "data" / "train.jsonl").read_text(encoding="utf-8")
+    read = [[turn["content"] for turn in json.loads(line)["messages"][:2]] for line in text.splitlines()[:64]]
+    others = [*(answer for _, answer in read[7:]), *(answer for _, answer in read[:7])]
+    both = [(q, right, wrong) for (q, right), wrong in zip(read, others, strict=True) if right != wrong]
+    rows = ({"prompt": q, "chosen": right, "rejected": wrong} for q, right, wrong in both)
+    return [ROWS[kind](n, row) for n, row in enumerate(rows)]
+
+
+ROWS: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
+    "pairs": lambda n, row: row,
+    "swapped": lambda n, row: row | {"chosen": row["rejected"], "rejected": row["chosen"]},
+    "twice": lambda n, row: row | ({"rejected": row["chosen"]} if n % 2 else {}),
+    "prefix": lambda n, row: row | ({side: "and so on " * 60 + row[side] for side in SIDES} if n % 2 else {}),
+    "longer": lambda n, row: row | {"chosen": f"{row['chosen']}, and that is sure"},
+    "good": lambda n, row: {"prompt": row["prompt"], "completion": row["chosen"], "label": True},
+}
 
 
 class Place:
@@ -524,18 +601,23 @@ class Place:
             return BASES[name](folder) if name in BASES else tiny.save(name, folder)
         return folder
 
-    def data(self, base: str) -> list[str]:
+    def data(self, base: str, kind: str | None = None) -> list[str]:
         """Its data."""
+        if kind is not None:
+            file = self.root / f"{kind}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in _pairs(kind)), encoding="utf-8")
+            return [str(file)]
         if base in REAL:
             return [str(demo.bundled() / "data" / "train.jsonl")]
         file = self.root / "rows.jsonl"
         return [str(file if file.exists() else tiny.write_rows(file, 24))]
 
-    def settings(self, base: str, more: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(self, base: str, more: Mapping[str, Any], rows: str | None = None) -> dict[str, Any]:
         """Of a run in a folder of its own."""
         self.count += 1
-        run = {"model": str(self.base(base)), "data": self.data(base), "output": str(self.root / f"run-{self.count}")}
-        return {**run, **SETTINGS, **({"take": [64]} if base in REAL else {}), **more}
+        data, output = self.data(base, rows), str(self.root / f"run-{self.count}")
+        run = {"model": str(self.base(base)), "data": data, "output": output}
+        return {**run, **SETTINGS, **({"take": [64]} if base in REAL and rows is None else {}), **more}
 
 
 # ---- what was found ----
@@ -576,7 +658,7 @@ def outcome(place: Place, fault: Fault) -> Outcome:
     heard, errors = Heard(), []
     with ExitStack() as stack:
         seam = Seam(stack)
-        values = place.settings(fault.base, fault.settings)
+        values = place.settings(fault.base, fault.settings, fault.rows)
         if fault.how == "resume":
             with _ends(Crash):
                 train(build(values), watch=Heard(CRASH_AT))
@@ -651,6 +733,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "new-tokens": {"method": "lora", "lora": {"rank": 4}, "new_tokens": ["等于"]},
     "sgd": {"method": "lora", "lora": {"rank": 4}, "optimizer": "sgd", "lr": 0.1},
     "8bit": {"method": "lora", "lora": {"rank": 4}, "optimizer": "adamw-8bit"},
+    "dpo": DPO,
+    "kto": KTO,
+    "orpo": ORPO,
     "in-backward": {"method": "full", "optimizer_in_backward": True, "accumulation": 1, "max_grad_norm": 0, "lr": 1e-3},
 }
 CLEAN: list[tuple[str, str]] = [
@@ -661,14 +746,15 @@ CLEAN: list[tuple[str, str]] = [
     *((name, "bloom") for name in ("lora", "freeze")),
     *((name, "chatglm") for name in ("lora", "p-tuning")),
     *(("lora", kind) for kind in ("gemma2", "phi3", "opt", "qwen3_moe")),
-    ("lora", "bos"), ("lora", "pad-is-eos"), ("lora", "bundled"),
+    ("lora", "bos"), ("lora", "pad-is-eos"), ("lora", "bundled"), ("dpo", "bundled"), ("orpo", "bundled"),
 ]  # fmt: skip
 
 
 def clean(place: Place, method: str, base: str, **more: Any) -> dict[str, Any]:
     """The row of a clean run: what its checks warned of or refused, all rules but those aside."""
-    aside = ASIDE - ({"base-loss"} if base in REAL else set())
-    found = outcome(place, Fault("", lambda seam: None, (), {**METHODS[method], **more}, base))
+    aside = ASIDE - (GUESSED if base in REAL else set())
+    rows = "pairs" if "objective" in METHODS[method] else None
+    found = outcome(place, Fault("", lambda seam: None, (), {**METHODS[method], **more}, base, rows=rows))
     alarms = [one for one in found.findings if one[1] != "fixed" and one[0] not in aside]
     return {"method": method, "base": base, "alarms": [f"{rule}: {text}" for rule, _, text, _ in alarms]}
 

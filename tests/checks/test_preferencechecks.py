@@ -119,6 +119,9 @@ def test_columns_that_are_the_wrong_way_round_are_suspected() -> None:
     assert "in 0% of 200 pairs" in finding.text
     assert "--map chosen=rejected rejected=chosen" in str(finding.fix)
     assert preferencechecks.swapped_answers(tuned[:6, ::-1]).level == "ok"  # six may be chance
+    twice = np.concatenate([even, np.repeat(even[:, :1], 2, axis=1)])  # one answer twice in half of the pairs
+    assert preferencechecks.swapped_answers(twice).text == preferencechecks.swapped_answers(even).text
+    assert preferencechecks.swapped_answers(twice[200:]).level == "ok"
 
 
 def pairs(last: int) -> Pairs:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from fitune.commands import workers
+from fitune.commands import demo, workers
 from fitune.core import processor
 from support import command, runs, tiny
 
@@ -151,10 +151,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_all_of_them_behind_a_checkpoint(stop: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stop", "objective"), [(signal.SIGTERM, "sft"), (signal.SIGINT, "sft"), (signal.SIGTERM, "kto")]
+)
+def test_a_signal_stops_all_of_them_behind_a_checkpoint(stop: signal.Signals, objective: str, tmp_path: Path) -> None:
+    """Those that make steps of KTO hear of it in the sums before a step, not in those of its losses."""
     output = tmp_path / "run"
-    process = start(tmp_path, output, *short(MANY))
+    data = ("--data", demo.bundled() / "data" / "pairs.jsonl") if objective == "kto" else ()
+    process = start(tmp_path, output, *short(MANY), "--objective", objective, *data)
     until(lambda: steps(output) > 2, process)
     process.send_signal(stop)
     out, _ = process.communicate(timeout=PATIENCE)

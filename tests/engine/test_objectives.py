@@ -26,15 +26,7 @@ from fitune.models.parts import trainable
 from fitune.models.switches import SDPA, attention
 from support import contract, tiny
 from support.flash import flash_by_hand
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "dpo": {"beta": 0.3, "label_smoothing": 0.1},
-    "ipo": {"beta": 0.5},
-    "kto": {"beta": 0.4, "desirable_weight": 2.0, "undesirable_weight": 0.5},
-    "orpo": {"beta": 0.7},
-    "simpo": {"beta": 2.5, "gamma": 0.5},
-}
-LENGTHS = ((9, 14), (5, 4), (20, 11))
+from support.preferred import LENGTHS, SETTINGS, pairs
 
 
 def config_for(name: str, **changes: Any) -> RunConfig:
@@ -45,18 +37,6 @@ def objective_for(name: str) -> Preference:
     found = objectives.of(config_for(name))
     assert isinstance(found, Preference)
     return found
-
-
-def pairs(name: str) -> Pairs:
-    random = np.random.default_rng(1)
-    made = []
-    for chosen, rejected in LENGTHS:
-        prompt = random.integers(5, 300, 3).astype(np.int32)
-        for length in (chosen, rejected):
-            ids = np.concatenate([prompt, random.integers(5, 300, length - 3).astype(np.int32)])
-            made.append(Sample(ids, np.arange(length) >= 3, prompt_length=3, shared=3))
-    reference = random.normal(-40, 5, (len(LENGTHS), 2)).astype(np.float32)
-    return Pairs(made, reference, np.array([True, False, True]) if name == "kto" else None)
 
 
 def once(rows: Pairs) -> Pairs:

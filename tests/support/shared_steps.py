@@ -1,9 +1,8 @@
 """One of several processes that make the same steps: `python shared_steps.py CASES`, a JSON list of cases.
 
-A case is a variant of a method, a kind of model, a precision, a quantizer, and perhaps "shard". For each a line of JSON
-is printed: how
-far the weights are off those that this process alone makes of whole steps, their SHA-256, the losses of both, and the
-collectives of a step.
+A case is a variant of a method, a kind of model, a precision, a quantizer, and perhaps "shard" or an objective. For each
+a line of JSON is printed: how far the weights are off those that this process alone makes of whole steps, their
+SHA-256, the losses of both, and the collectives of a step.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from fitune.core import imports  # noqa: E402
 
 with imports.for_good():
+    import numpy as np
     import torch
     from torch import distributed
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # torch names it in no __all__
@@ -33,18 +34,21 @@ with imports.for_good():
     from fitune.checks import stepchecks
     from fitune.commands.sharing_out import share
     from fitune.core.errors import TrainingError
+    from fitune.core.records import Units
     from fitune.data.batches import Loader
     from fitune.engine import objectives, optim, parallel
     from fitune.engine.held_out import held_out
     from fitune.engine.parallel import ALONE, World
     from fitune.engine.shards import share_out
-    from fitune.engine.step import LossScale
+    from fitune.engine.step import LossScale, Objective
     from fitune.engine.step_runner import StepRunner
     from fitune.models import adapters, determinism, methods
     from fitune.models.parts import trainable
-    from support import contract
+    from support import contract, preferred
 
 RATE = 3e-2
+LENGTHS = ((9, 14), (5, 4), (20, 11), (7, 7), (12, 30))
+FAR = 20  # that the reference is below the model, for KTO's distance not to be 0
 DROPPED = 0.3  # added to what process 1 has at first: it must not matter
 
 
@@ -91,37 +95,39 @@ def keep_the_others_waiting() -> None:
 def steps(world: World, variant: str, kind: str, precision: str, quant: str, way: str = "") -> dict[str, Any]:
     """The same two epochs by all processes, and by this one alone."""
     # not Adam, whose first steps make as much of a gradient's rounding as of a gradient
-    config = contract.config_for(variant, precision, quant=quant, optimizer="sgd")
+    more = {"objective": way, way: preferred.SETTINGS[way]} if way in preferred.SETTINGS else {}
+    config = contract.config_for(variant, precision, quant=quant, optimizer="sgd", **more)
     model = adapters.attach(contract.make_base(kind, precision, methods.find(config.method), quant), config)
     twin = copy.deepcopy(model)
     if world.rank:
         with torch.no_grad():
             for parameter in trainable(model).values():
                 parameter.add_(DROPPED)
-    shared, counted = trained(world, model, config, way)
-    alone, _ = trained(ALONE, twin, config)
+    shared, counted, parts = trained(world, model, config, way)
+    alone, _, _ = trained(ALONE, twin, config)
     ours, theirs = (torch.cat([p.detach().double().flatten() for p in trainable(m).values()]) for m in (model, twin))
     bits = b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in trainable(model).values())
     return {
         "off": float((ours - theirs).norm() / theirs.norm()), "losses": shared, "alone": alone,
-        "sha256": hashlib.sha256(bits).hexdigest(), "collectives": counted,
+        "sha256": hashlib.sha256(bits).hexdigest(), "collectives": counted, "again": parts > 1,
     }  # fmt: skip
 
 
-def trained(world: World, model: Any, config: Any, way: str = "") -> tuple[list[float], list[int]]:
-    """Losses, and collectives, of each step."""
+def trained(world: World, model: Any, config: Any, way: str = "") -> tuple[list[float], list[int], int]:
+    """Losses, and collectives, of each step; in how many parts micro-batches are at the end."""
     parameters = trainable(model)
     make = partial(optim.make, config=config, rates=partial(methods.find(config.method).rates, config))
     optimizer, shards = make(parameters), None
     scale = LossScale(LossScale.START if precision_of(config) == "fp16" else 1.0)
-    rows = [sample for sample in contract.samples() if sample.mask.any()]
-    loader = Loader([*rows, rows[0]], batch_size=2, accumulation=2, seed=0)  # the last step of an epoch has one row
+    loader = Loader(rows_of(config.objective), batch_size=2, accumulation=2, seed=0)
     if way == "shard":
         shards, optimizer, _ = share_out(model, world, make, {})
     else:
         world.begin(parameters, optimizer, {})
     optim.set_learning_rate(optimizer, RATE)
-    objective = objectives.of(config)
+    objective: Any = objectives.of(config)
+    if world.size > 1 and config.objective == "kto":
+        objective = Full(objective, world.rank)
     runner = StepRunner(
         model, "flat", 1.0, lambda _: None, lambda _: None, scale=scale, objective=objective, world=world, shards=shards
     )
@@ -140,7 +146,51 @@ def trained(world: World, model: Any, config: Any, way: str = "") -> tuple[list[
             shards.whole()
             held.append(held_out(model, [step[0]], "flat", objective).loss)
             assert held[0] == held[1], held
-    return losses, counted
+    return losses, counted, runner.parts
+
+
+def rows_of(objective: str) -> Units:
+    """The last step of an epoch has one row, so that a process has none."""
+    if objective != "sft":
+        found = preferred.pairs(objective, LENGTHS)
+        assert found.reference is not None
+        return found.with_reference(found.reference - np.float32(FAR))
+    rows = [sample for sample in contract.samples() if sample.mask.any()]
+    return [*rows, rows[0]]
+
+
+@dataclass
+class Full:
+    """An objective for which memory runs out: in process 0 before the sums of the whole step are known, in process 1
+    between them and the gradients. Each then makes its half of the step again, alone."""
+
+    real: Objective
+    rank: int
+    failed: bool = False
+
+    @property
+    def figures(self) -> int:
+        return self.real.figures
+
+    @property
+    def first(self) -> int:
+        return self.real.first
+
+    def sums(self, model: Any, batch: Any, layout: Any) -> Any:
+        self._runs_out(0, batch)
+        return self.real.sums(model, batch, layout)
+
+    def of_step(self, sums: Any) -> Objective:
+        return replace(self, real=self.real.of_step(sums))
+
+    def loss(self, model: Any, batch: Any, layout: Any) -> Any:
+        self._runs_out(1, batch)
+        return self.real.loss(model, batch, layout)
+
+    def _runs_out(self, rank: int, batch: Any) -> None:
+        if rank == self.rank and not self.failed and len(batch.rows) > 1:
+            self.failed = True
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def precision_of(config: Any) -> str:

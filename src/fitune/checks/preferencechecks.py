@@ -69,7 +69,10 @@ def swapped_answers(means: NDArray[np.floating]) -> Finding:
     Args:
         means: (R, 2), log-probabilities per token of each pair's answers, by the model before training.
     """
+    means = means[means[:, 0] != means[:, 1]]  # one answer twice says nothing
     count = len(means)
+    if not count:
+        return Finding("swapped-answers", "ok", "no pair has two answers that differ")
     share = float((means[:, 0] > means[:, 1]).mean())
     text = f"before training the chosen answer is the likelier one, per token, in {share:.0%} of {count:,} pairs"
     if share < min(SWAPPED, 0.5 - SIGMAS * 0.5 / count**0.5):

@@ -5,19 +5,20 @@ In: a prepared job. Out: held-out losses, sample answers, the load of the machin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from fitune.commands.check_log import CheckLog
 from fitune.commands.prepare import Job
 from fitune.core import processor
 from fitune.core.clock import Clock
 from fitune.core.events import Watcher
-from fitune.core.records import Conversation, Finding
+from fitune.core.records import Batch, Conversation, Finding
 from fitune.data.batches import in_order, split
 from fitune.engine import environment
 from fitune.engine.checkpoint import RunFolder
@@ -27,6 +28,7 @@ from fitune.engine.held_out import HeldOut, held_out
 from fitune.engine.out_of_memory import in_fewer
 from fitune.engine.parallel import ALONE, World
 from fitune.engine.shards import Shards
+from fitune.engine.step import first_sums
 from fitune.models import adapters, methods
 
 
@@ -86,17 +88,26 @@ def held_out_of(job: Job, world: World, report: Callable[[str], None], *, in_sha
     """
     if not job.held_out:
         return None
-    model, shared = job.tuned.model, world.added if world.size > 1 else None
+    model, most, objective = job.tuned.model, job.config.batch_size, job.objective
+    shared = world.added if world.size > 1 else None
+
+    def batches(rows: int) -> Iterator[Batch]:
+        """Of this process; which of them these are does not depend on what fits."""
+        for batch in islice(in_order(job.held_out, most), world.rank, None, world.size):
+            yield from split(batch, -(-len(batch.rows) // rows))
+
+    def sums(rows: int) -> Tensor:
+        return first_sums(objective, model, batches(rows), job.layout)
 
     def measured(rows: int) -> HeldOut:
-        mine = islice(in_order(job.held_out, job.config.batch_size), world.rank, None, world.size)
-        pieces = (piece for batch in mine for piece in split(batch, -(-len(batch.rows) // rows)))
-        return held_out(model, pieces, job.layout, job.objective, shared, idle)
+        return held_out(model, batches(rows), job.layout, objective, shared, idle)
 
     idle = list(islice(in_order(job.held_out, 1), 1))[: int(in_shards and world.rank >= _batches(job) % world.size > 0)]
     if in_shards:
-        return measured(job.config.batch_size)
-    return in_fewer(measured, job.config.batch_size, "held-out rows", report)
+        return measured(most)
+    if objective.first:
+        objective = objective.of_step(world.added(in_fewer(sums, most, "held-out rows", report)))
+    return in_fewer(measured, most, "held-out rows", report)
 
 
 def _batches(job: Job) -> int:

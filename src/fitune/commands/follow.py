@@ -69,8 +69,10 @@ def check_shareable(job: Job) -> None:
     wrong = []
     if config.optimizer_in_backward:
         wrong.append("optimizer_in_backward applies each gradient before those of the other processes are there")
-    if config.objective == "kto":
-        wrong.append("the objective kto compares all rows of a step with each other")
+    if config.objective == "kto" and config.parallel == "shard":
+        wrong.append(
+            "the objective kto on shards: it goes through the model before a step, not equally often everywhere"
+        )
     if config.parallel == "shard" and config.optimizer not in ELEMENTWISE:
         wrong.append(
             f"optimizer {config.optimizer}, which looks at whole tensors, on shards ({', '.join(ELEMENTWISE)})"
@@ -83,7 +85,7 @@ def check_shareable(job: Job) -> None:
         raise ConfigError(
             "several processes cannot share the steps of this run",
             received="; ".join(wrong),
-            fix="fewer --workers, another objective, or without the option that is named",
+            fix="fewer --workers, or without the option that is named",
         )
 
 

@@ -30,7 +30,6 @@ from fitune.core.parse import parse
 from fitune.core.records import Batch, StepRecord
 from fitune.engine import integrity, optim
 from fitune.engine.held_out import HeldOut
-from fitune.engine.rewards import FIGURES
 from fitune.engine.shards import share_out
 from fitune.engine.step import LossScale, StepResult
 from fitune.engine.step_runner import StepRunner
@@ -177,8 +176,7 @@ class Training:
             if saves:
                 self._save()
             if self.runner.shards is None and ends and not last:
-                rewards = len(FIGURES) if done.rewards else 0
-                self.runner.world.end(self.runner.summed, rewards, finished=early)
+                self.runner.world.end(self.runner.summed, self.runner.objective, finished=early)
             if early:
                 active.watch.message(f"stopped early: no better held-out loss in {progress.worse} evaluations")
                 break

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fitune.core.records import Answers, Batch, Layout, Rewards
 from fitune.engine.objectives.base import log_probabilities
 from fitune.engine.rewards import FIGURES, rewards_of
-from fitune.engine.step import SFT, Objective
+from fitune.engine.step import SFT, Objective, first_sums
 from fitune.models.switches import evaluating
 
 
@@ -48,9 +48,9 @@ def held_out(
     device = next(model.parameters()).device
     sums = torch.zeros(2 + len(FIGURES), dtype=torch.float64, device=device)
     with evaluating(model):
-        if objective.together:
+        if objective.first:
             batches = list(batches)
-            objective = objective.of_step(model, batches, layout)
+            objective = objective.of_step(first_sums(objective, model, batches, layout))
         for batch in batches:
             found = objective.loss(model, batch, layout)
             sums[0] += found.total.double()

@@ -2,8 +2,9 @@
 
 In: gradients and loss of each process's share of a step. Out: those of the whole step, the same on all. Frozen weights
 never travel. A step has two collectives: a few float64 numbers (loss, tokens, which tensors have a gradient, whether
-the run ends), and one flat buffer of all gradients in float32. Sums of the same number of processes have the same
-order, so that the same run again gives the same bits.
+the run ends), and one flat buffer of all gradients in float32; before them one more, of two numbers, where the loss
+needs sums over the whole step (KTO). None of them is inside what is repeated when a process runs out of memory. Sums of
+the same number of processes have the same order, so that the same run again gives the same bits.
 
 Process 0 is the run: it writes, prints, evaluates and decides. The others (`commands/follow.py`) get what it resolved,
 start from its tensors, and make their shares of the steps until it ends.
@@ -33,7 +34,7 @@ from fitune.core.errors import ConfigError, TrainingError
 from fitune.core.parallel import STORE
 from fitune.core.ranklog import RankLog
 from fitune.engine import optim
-from fitune.engine.step import Made
+from fitune.engine.step import SFT, Made, Objective
 
 LONG = 60 * 24.0  # minutes that a process waits for what process 0 resolves: it may prepare data meanwhile
 DIGEST = 32  # bytes
@@ -206,6 +207,21 @@ class World:
             (drawn,) = np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)
             torch.manual_seed(int(drawn) >> 1)
 
+    def before(self, sums: Tensor) -> Tensor:
+        """What an objective must know of the whole step before its first gradient, of the sums of each process.
+
+        Raises:
+            EndedError: process 0 has ended the run.
+            TrainingError: another process is gone.
+        """
+        if self.alone:
+            return sums
+        small = torch.cat([torch.tensor([GOES_ON], dtype=torch.float64), sums.cpu()])
+        self._reduce(small, "the sums before a step")
+        if small[0] != GOES_ON:
+            raise EndedError(finished=int(small[0]) == FINISHED)
+        return small[1:].to(sums.device)
+
     def summed(self, made: Made, parameters: Sequence[nn.Parameter]) -> Made:
         """The whole step's loss and gradients, of those of each process.
 
@@ -244,16 +260,17 @@ class World:
             self._reduce(numbers, "a check of a step")
         return numbers
 
-    def end(self, parameters: Sequence[nn.Parameter], rewards: int = 0, *, finished: bool) -> None:
-        """Process 0 ends the run before its last step: the others find it in the sums of the next.
+    def end(self, parameters: Sequence[nn.Parameter], objective: Objective = SFT, *, finished: bool) -> None:
+        """Process 0 ends the run before its last step: the others find it in the first sums of the next.
 
         Args:
             parameters: what is trained.
-            rewards: numbers that an objective on preferences has in these sums.
+            objective: of the run: how many numbers of it are in these sums.
             finished: the run has its result.
         """
         if not self.alone:
-            small = torch.zeros(5 + len(parameters) + rewards, dtype=torch.float64)
+            count = 1 + objective.first if objective.first else 5 + len(parameters) + objective.figures
+            small = torch.zeros(count, dtype=torch.float64)
             small[0] = FINISHED if finished else STOPPED
             self._reduce(small, "the end of the run")
 

@@ -9,7 +9,7 @@ number of rows in a micro-batch and their lengths never change it; without weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,12 +79,19 @@ class Loss:
 
 
 class Objective(Protocol):
-    """What is made small. together: it must see all batches of an evaluation before the first."""
+    """What is made small. figures: how many numbers its rewards are made of. first: of how many numbers it must have
+    the sums over all batches of a step, or of an evaluation, before the first loss; 0: none, or it has them."""
 
-    together: bool
+    @property
+    def figures(self) -> int: ...
+    @property
+    def first(self) -> int: ...
 
-    def of_step(self, model: nn.Module, batches: Sequence[Batch], layout: Layout) -> Objective:
-        """The objective of these batches together."""
+    def sums(self, model: nn.Module, batch: Batch, layout: Layout) -> Tensor:
+        """(first,), float64: what a batch adds to them."""
+
+    def of_step(self, sums: Tensor) -> Objective:
+        """The objective of the batches that have these sums together."""
 
     def loss(self, model: nn.Module, batch: Batch, layout: Layout) -> Loss:
         """The sum of a batch's losses."""
@@ -102,9 +109,13 @@ class Answers:
     """Tuning on answers: the cross-entropy of their tokens. below: what of the forward pass is known already."""
 
     below: Below | None = None
-    together = False
+    figures = first = 0
 
-    def of_step(self, model: nn.Module, batches: Sequence[Batch], layout: Layout) -> Answers:
+    def sums(self, model: nn.Module, batch: Batch, layout: Layout) -> Tensor:
+        """See Objective."""
+        raise NotImplementedError("the loss of answers needs no sums")
+
+    def of_step(self, sums: Tensor) -> Answers:
         """See Objective."""
         return self
 
@@ -353,6 +364,23 @@ class Made:
         return self.total.item() / self.weight
 
 
+def first_sums(
+    objective: Objective,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    layout: Layout,
+    on_batch: Callable[[Batch], object] | None = None,
+) -> Tensor:
+    """(first,), float64: what an objective must know of all these batches before the first loss."""
+    sums = torch.zeros(objective.first, dtype=torch.float64, device=next(model.parameters()).device)
+    with attention(model, FLAT if layout == "flat" else SDPA):
+        for batch in batches:
+            if on_batch is not None:
+                on_batch(batch)
+            sums = sums + objective.sums(model, batch, layout)
+    return sums
+
+
 def make_gradients(
     model: nn.Module,
     micro_batches: Sequence[Batch],
@@ -376,7 +404,8 @@ def make_gradients(
         weight = sum(batch.weight for batch in micro_batches)
     sums, seen = [], []
     with attention(model, FLAT if layout == "flat" else SDPA):  # once for all, not for each micro-batch
-        objective = objective.of_step(model, micro_batches, layout)
+        if objective.first:
+            objective = objective.of_step(first_sums(objective, model, micro_batches, layout, on_batch))
         for batch in micro_batches:
             if on_batch is not None:
                 on_batch(batch)
@@ -388,10 +417,9 @@ def make_gradients(
         for batch in idle:
             (objective.loss(model, batch, layout).total * 0.0).backward()
     tokens, targets = sum(len(batch.ids) for batch in micro_batches), sum(batch.targets for batch in micro_batches)
-    rewards = sum(seen[1:], seen[0]) if seen else None
-    total = (
-        sum(sums[1:], sums[0]) if sums else torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
-    )
+    none = torch.zeros(objective.figures, dtype=torch.float64, device=next(model.parameters()).device)
+    rewards = sum(seen[1:], seen[0]) if seen else none if objective.figures else None
+    total = sum(sums[1:], sums[0]) if sums else none.new_zeros(())
     return Made(total, weight, tokens, targets, rewards)
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fitune.core.errors import TrainingError
 from fitune.core.records import Batch, Layout, Source
@@ -26,9 +26,19 @@ from fitune.engine.non_finite import first_non_finite
 from fitune.engine.out_of_memory import SAFE, OutOfMemory, attempt
 from fitune.engine.parallel import ALONE, World
 from fitune.engine.shards import Shards
-from fitune.engine.step import SFT, LossScale, Made, Objective, StepResult, apply_gradients, make_gradients
+from fitune.engine.step import (
+    SFT,
+    LossScale,
+    Made,
+    Objective,
+    StepResult,
+    apply_gradients,
+    first_sums,
+    make_gradients,
+)
 from fitune.models.parts import trainable
 
+T = TypeVar("T")
 MOST_BAD = 3  # steps in a row that are not finite
 
 
@@ -91,10 +101,10 @@ class StepRunner:
         Raises:
             TrainingError: a single row does not fit, or the optimizer's states do not.
         """
-        start = self.scale.value
+        start, objective = self.scale.value, self._objective(micro_batches, optimizer)
         while True:
             before = rng_state()
-            made = self._gradients(micro_batches, optimizer, weight, idle)
+            made = self._gradients(micro_batches, optimizer, weight, idle, objective)
             made = self.world.summed(made, self.summed)
             done = self._apply(made, optimizer)
             if done.finite or not math.isfinite(done.loss) or not self.scale.lower():
@@ -104,18 +114,41 @@ class StepRunner:
                 return done
             restore_rng(before)
 
+    def _objective(self, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Objective:
+        """That of this step. What it must know of the whole step is added up over all processes here, once: a step's
+        gradients may be made several times, and not equally often in each process."""
+        if not self.objective.first:
+            return self.objective
+
+        def sums(reached: list[Batch]) -> Tensor:
+            pieces = self._pieces(micro_batches)
+            return first_sums(self.objective, self.model, pieces, self.layout, reached.append)
+
+        return self.objective.of_step(self.world.before(self._fitting(sums, micro_batches, optimizer)))
+
     def _gradients(
         self,
         micro_batches: Sequence[Batch],
         optimizer: torch.optim.Optimizer,
         weight: float | None,
         idle: Sequence[Batch],
+        objective: Objective,
     ) -> Made:
-        """The first half of a step, in as many parts as it takes to fit."""
+        """The first half of a step."""
+
+        def made(reached: list[Batch]) -> Made:
+            return self._make(micro_batches, reached, self.scale.value, weight, idle, objective)
+
+        return self._fitting(made, micro_batches, optimizer)
+
+    def _fitting(
+        self, work: Callable[[list[Batch]], T], micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer
+    ) -> T:
+        """Work on micro-batches, in as many parts as it takes to fit; it adds each one that it reaches to a list."""
         before = rng_state()
         while True:
             reached = list(micro_batches[:1])
-            made = attempt(partial(self._make, micro_batches, reached, self.scale.value, weight, idle))
+            made = attempt(partial(work, reached))
             if not isinstance(made, OutOfMemory):
                 return made
             self._forget(optimizer)
@@ -140,8 +173,9 @@ class StepRunner:
         scale: float,
         weight: float | None = None,
         idle: Sequence[Batch] = (),
+        objective: Objective | None = None,
     ) -> Made:
-        how = (self.layout, scale, self.objective)
+        how = (self.layout, scale, objective or self.objective)
         pieces = self._pieces(micro_batches)
         return make_gradients(self.model, pieces, *how, on_batch=reached.append, weight=weight, idle=idle)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fitune.core.options import Options
 from fitune.core.records import Answers, Batch, Layout
+from fitune.engine.rewards import FIGURES
 from fitune.engine.step import Loss, label_hidden, place
 from fitune.models.head import loss_rows, output_head
 from fitune.models.interfaces import causal_lm
@@ -61,13 +62,15 @@ def margin(each: Tensor) -> Tensor:
 class Kind:
     """A preference objective: a row of the table in `__init__.py`.
 
-    losses: (R,) of the scored answers. rewards: (A,) of them. reference: does it need one?
+    losses: (R,) of the scored answers. rewards: (A,) of them. reference: does it need one? distance: does it need that
+    of the model to the reference, over a whole step?
     """
 
     name: str
     losses: Callable[[Scored, Any], Tensor]
     rewards: Callable[[Scored, Any], Tensor]
     reference: bool = True
+    distance: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,25 @@ class Preference:
     kind: Kind
     options: Options
     kl: Tensor | None = None
-    together = True
+    figures = len(FIGURES)
 
-    def of_step(self, model: nn.Module, batches: Sequence[Batch], layout: Layout) -> Preference:
-        """The objective of these micro-batches together: what of it needs no gradient is known before the first one."""
-        found = (_answers(batch).mismatched for batch in batches)
-        others = [batch for batch in found if batch is not None]
-        if not others:
-            return self
+    @property
+    def first(self) -> int:
+        """The sum of log-ratios of answers to other prompts, and how many there are."""
+        return 2 if self.kind.distance and self.kl is None else 0
+
+    def sums(self, model: nn.Module, batch: Batch, layout: Layout) -> Tensor:
+        """See `first`. They need no gradient, so they are known before the first one."""
+        other = _answers(batch).mismatched
+        assert other is not None, "a distance needs answers to other prompts"
         with evaluating(model):
-            sums = [log_probabilities(model, batch, layout) for batch in others]
-        ratios = [one - _reference(batch, one.device) for one, batch in zip(sums, others, strict=True)]
-        return replace(self, kl=torch.cat(ratios).mean().clamp(min=0))
+            found = log_probabilities(model, other, layout)
+        ratios = (found - _reference(other, found.device)).double()
+        return torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])
+
+    def of_step(self, sums: Tensor) -> Preference:
+        """The objective of the batches that have these sums together."""
+        return replace(self, kl=(sums[0] / sums[1]).clamp(min=0).float())
 
     def loss(self, model: nn.Module, batch: Batch, layout: Layout) -> Loss:
         """The sum of the losses of a batch's rows, with a gradient, and what its rewards are made of."""

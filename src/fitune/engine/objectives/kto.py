@@ -28,4 +28,4 @@ def rewards(scored: Scored, options: KtoOptions) -> Tensor:
     return options.beta * scored.ratios
 
 
-KIND = Kind("kto", losses, rewards)
+KIND = Kind("kto", losses, rewards, distance=True)
