@@ -771,29 +771,35 @@ def _worked(task: tuple[str, str, int]) -> dict[str, Any]:
 
 def main(output: Path, only: str | None, workers: int) -> int:
     """All faults and all clean runs; 1 where one was missed, or a clean one warned of."""
+    before = json.loads(output.read_text(encoding="utf-8")) if only is not None and output.exists() else {}
+    known = {row["fault"]: row for row in before.get("faults", [])}
+    passed = {(row["method"], row["base"]): row for row in before.get("clean", [])}
+    faults = [n for n, one in enumerate(FAULTS) if only is None or only in one.name or one.name not in known]
+    cleans = [n for n, one in enumerate(CLEAN) if one not in passed]
     with tempfile.TemporaryDirectory() as root, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        faults = [n for n, fault in enumerate(FAULTS) if only is None or only in fault.name]
-        rows = list(pool.map(_worked, [(root, "fault", n) for n in faults]))
-        cleans = list(pool.map(_worked, [(root, "clean", n) for n in range(len(CLEAN)) if only is None]))
-    if only is not None and output.exists():  # these rows anew, in the record that is there
-        before, anew = json.loads(output.read_text(encoding="utf-8")), {row["fault"]: row for row in rows}
-        rows, cleans = [anew.get(row["fault"], row) for row in before["faults"]], before["clean"]
+        for row in pool.map(_worked, [(root, "fault", n) for n in faults]):
+            known[row["fault"]] = row
+        for row in pool.map(_worked, [(root, "clean", n) for n in cleans]):
+            passed[row["method"], row["base"]] = row
+    return _recorded(output, [known[one.name] for one in FAULTS], [passed[one] for one in CLEAN])
+
+
+def _recorded(output: Path, rows: list[dict[str, Any]], cleans: list[dict[str, Any]]) -> int:
     missed, alarms = [r["fault"] for r in rows if not r["found"]], [r for r in cleans if r["alarms"]]
     print(f"{len(rows) - len(missed)} of {len(rows)} faults found, {len(alarms)} false alarms in {len(cleans)} runs")
-    if rows and cleans:
-        record = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "command": "python scripts/planted_faults.py",
-            "python": platform.python_version(),
-            "packages": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
-            "found": len(rows) - len(missed),
-            "planted": len(rows),
-            "clean_runs": len(cleans),
-            "false_alarms": len(alarms),
-            "faults": rows,
-            "clean": cleans,
-        }
-        output.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    record = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": "python scripts/planted_faults.py",
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+        "found": len(rows) - len(missed),
+        "planted": len(rows),
+        "clean_runs": len(cleans),
+        "false_alarms": len(alarms),
+        "faults": rows,
+        "clean": cleans,
+    }
+    output.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return 1 if missed or alarms else 0
 
 
@@ -806,6 +812,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results/planted_faults.json"))
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--only", help="faults with this in their name; the record keeps its other rows")
+    parser.add_argument(
+        "--only", help="faults with this in their name, and what is new; the record keeps its other rows"
+    )
     given = parser.parse_args()
     sys.exit(main(given.output, given.only, given.workers))
