@@ -1,7 +1,7 @@
 """One of several processes that make the same steps: `python shared_steps.py CASES`, a JSON list of cases.
 
-A case is a variant of a method, a kind of model, a precision, a quantizer, and perhaps "shard" or an objective. For each
-a line of JSON is printed: how far the weights are off those that this process alone makes of whole steps, their
+A case is a variant of a method, a kind of model, a precision, a quantizer, and perhaps "shard" or an objective. For
+each a line of JSON is printed: how far the weights are off those that this process alone makes of whole steps, their
 SHA-256, the losses of both, and the collectives of a step.
 """
 
