@@ -121,7 +121,7 @@ def test_every_method_is_shared(ranks: int, tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_method_goes_into_shards(ranks: int, tmp_path: Path) -> None:
-    cases = [(*case, "shard") for case in ALL]
+    cases = [(*case, "shard") for case in [*ALL, ("lora", "llama", "fp32", "int8")]]
     check(shared(cases, ranks, tmp_path), cases, ranks)
 
 
