@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,22 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from fitune.checks import leak, modelchecks
+from fitune.checks import guards, leak, modelchecks
 from fitune.core.errors import ModelError
 from fitune.core.records import Sample
 from fitune.data.batches import flat
-from fitune.engine.step import hidden_states
-from fitune.models import attached, families
+from fitune.engine.step import hidden_states, training_step
+from fitune.models import adapters, attached, families
 from fitune.models.configs import config_of
 from fitune.models.families import towers
 from fitune.models.interfaces import decoder
 from fitune.models.kernels import alone
 from fitune.models.kernels.norm import LeanRMSNorm, replace_norms
+from fitune.models.parts import trainable
 from fitune.models.prepare import ready
 from fitune.models.switches import rows_attention
 from support import every_type, sweep
+from support.contract import config_for
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results" / "families.json"
@@ -33,13 +36,14 @@ ROWS = sweep.read(RESULTS)
 TUNED = [kind for kind, row in ROWS.items() if row["ways"]["lora"]["outcome"] == "trains"]
 # of each kind of structure one: experts, latent attention, an attention of their own, fused projections, parallel and
 # shared blocks, states and convolutions of each sort, keys that are chosen, other heads, shared keys and values
-QUICK = {
+QUICK = {  # of the types that are tuned
     "llama4_text", "deepseek_v3", "minicpm3", "gptj", "falcon", "mpt", "codegen", "dbrx", "jetmoe", "openai-gpt",
     "modernbert-decoder", "gemma3n_text", "gemma4_text", "cohere2_moe", "longcat_flash", "mamba", "mamba2", "bamba",
     "falcon_h1", "jamba", "kimi_linear", "lfm2", "minimax", "nemotron_h", "qwen3_5_text", "recurrent_gemma", "rwkv",
     "xlstm", "zamba", "zaya", "deepseek_v32", "inkling_text", "granitemoehybrid", "hrm_text", "hyperclovax", "ctrl",
     "beam", "gpt_neo", "stablelm", "olmo_hybrid", "xglm",
 }  # fmt: skip
+KEPT = ("outcome", "resumes", "loads", "merges")  # of a way, what the sweep must find again
 STATES = ["mamba2", "qwen3_5_text", "kimi_linear", "lfm2", "falcon_h1", "recurrent_gemma", "xlstm"]
 
 
@@ -48,12 +52,28 @@ def samples() -> list[Sample]:
     random = np.random.default_rng(5)
     return [
         Sample(random.integers(5, 300, length).astype(np.int32), np.arange(length) >= length // 2)
-        for length in (19, 7, 26)
+        for length in (44, 31, 9)
     ]
 
 
 def some(kinds: list[str]) -> list[Any]:
     return [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.full) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", some(TUNED))
+def test_a_type_is_tuned_in_the_layout_of_the_table(kind: str) -> None:
+    model: Any = adapters.attach(ready(every_type.model_of(kind)), config_for("lora"))
+    layout, found = leak.packing_leak(model, samples())
+    assert found.level in ("ok", "fixed")
+    assert layout == ROWS[kind]["layout"]
+    probe = flat(samples(), [0, 1, 2])
+    assert guards.grad_reaches(model, probe, layout).level == "ok"
+    before = {name: p.detach().clone() for name, p in trainable(model).items()}
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=1.0)
+    model.train()
+    done = training_step(model, [probe], optimizer, 1.0, layout)
+    assert done.finite
+    assert any(not torch.equal(p, before[name]) for name, p in trainable(model).items())
 
 
 @torch.no_grad()
@@ -82,6 +102,15 @@ def test_a_family_without_such_layers_has_none() -> None:
     model: Any = ready(every_type.model_of("llama"))
     assert not modelchecks.layers_with_state(model)
     assert not list(alone.stateful(model, families.of(model)))
+
+
+@pytest.mark.parametrize("kind", ["afmoe", "deepseek_v32"])
+def test_full_tuning_leaves_out_what_only_chooses(kind: str) -> None:
+    model: Any = adapters.attach(ready(every_type.model_of(kind)), config_for("full"))
+    left_out = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert left_out
+    assert all(".indexer." in name or name.endswith("expert_bias") for name in left_out)
+    assert guards.grad_reaches(model, flat(samples(), [0, 1, 2]), "documents").level == "ok"
 
 
 @pytest.mark.parametrize("kind", every_type.NO_DECODERS)
@@ -122,3 +151,27 @@ def test_a_norm_with_a_setting_of_its_own_is_left_as_it_is() -> None:
     assert replace_norms(model, torch.float32) == (1, ["grouped"])
     assert isinstance(model["plain"], LeanRMSNorm)
     assert model["grouped"] is grouped
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", every_type.TYPES)
+def test_the_results_are_what_the_sweep_finds(kind: str, tmp_path: Path) -> None:
+    there = ROWS[kind]
+    found = asdict(sweep.swept(kind, tmp_path, list(there["ways"])))
+    for name, way in there["ways"].items():
+        now = found["ways"][name]
+        assert {key: now[key] for key in KEPT} == {key: way[key] for key in KEPT}, now["why"]
+    assert found["layout"] == there["layout"]
+
+
+def test_no_type_fails_and_nearly_every_decoder_trains() -> None:
+    """What results/families.json says; each type of the installed transformers is in it."""
+    assert set(ROWS) == set(every_type.TYPES)
+    failed = [kind for kind, row in ROWS.items() if any(way["outcome"] == "failed" for way in row["ways"].values())]
+    assert not failed
+    decoders = [row for row in ROWS.values() if row["kind"] == "decoder"]
+    assert sum(row["ways"]["lora"]["outcome"] == "trains" for row in decoders) >= 0.95 * len(decoders)
+
+
+def test_the_page_has_the_table_of_the_results() -> None:
+    assert "\n".join(sweep.table(ROWS)) in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")

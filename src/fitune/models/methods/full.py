@@ -1,15 +1,20 @@
 """Full tuning: every parameter of the base.
 
-In: a model. Out: the same, all of it trainable in float32 (16 bytes a parameter with gradient and Adam's states). An
-indexer, which chooses the keys of sparse attention (DeepSeek-V3.2), stays as it is: no gradient comes through a choice.
+In: a model. Out: the same, all of it trainable in float32 (16 bytes a parameter with gradient and Adam's states). What
+only chooses stays as it is, since no gradient comes through a choice: the indexer of sparse attention (DeepSeek-V3.2),
+the biases that balance experts.
 """
 
 from __future__ import annotations
+
+import re
 
 from fitune.core.config import RunConfig
 from fitune.models.families import Family
 from fitune.models.interfaces import CausalLM
 from fitune.models.methods.base import Method, Quantized, train_only, trains_quantized
+
+CHOOSES = re.compile(r"\.indexer\.|expert_bias$|score_correction_bias$")  # names of such parameters
 
 
 class Full(Method):
@@ -27,8 +32,8 @@ class Full(Method):
         return model
 
     def expected(self, model: CausalLM, family: Family, config: RunConfig) -> dict[str, int]:
-        """All of them but those of indexers; a tied head counts once."""
-        return {name: p.numel() for name, p in model.named_parameters() if ".indexer." not in name}
+        """All of them but those that only choose; a tied head counts once."""
+        return {name: p.numel() for name, p in model.named_parameters() if not CHOOSES.search(name)}
 
     def quant_problem(self, model: CausalLM, family: Family, config: RunConfig, quantized: Quantized) -> str | None:
         """It trains every weight."""
