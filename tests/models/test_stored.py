@@ -23,7 +23,7 @@ from fitune.models.load import load_model, outline
 from support import packings, tiny
 
 IDS = torch.arange(5, 25)[None]
-QUICK = ("gptq-4", "awq", "compressed-int4-zeros-ordered", "compressed-fp8", "fp8")
+QUICK = ("gptq-4", "fp8")  # the values of all are compared above
 NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in packings.KINDS]
 
 
