@@ -205,7 +205,9 @@ def step_equality(runner: StepRunner, optimizer: torch.optim.Optimizer) -> Itera
         if runner.world.size > 1:
             sums.update(_of_all(runner.world, sums, given))
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-        found.append(_as_summed(sums, given, float(norm), runner.max_grad_norm, runner.scale.value))
+        rounding = max(torch.finfo(p.dtype).eps for p in parameters.values())
+        how = (float(norm), runner.max_grad_norm, runner.scale.value, max(OFF, 2 * rounding))
+        found.append(_as_summed(sums, given, *how))
         raise_refused(found[-1:])
 
     hooks = [p.register_hook(partial(came, name)) for name, p in parameters.items()]
@@ -227,9 +229,15 @@ def _of_all(world: World, sums: Mapping[str, Tensor], given: Mapping[str, Tensor
 
 
 def _as_summed(
-    sums: Mapping[str, Tensor], given: Mapping[str, Tensor], norm: float, max_norm: float, scale: float
+    sums: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    norm: float,
+    max_norm: float,
+    scale: float,
+    most: float = OFF,
 ) -> Finding:
-    """What the optimizer gets is the sums times one factor, that of clipping."""
+    """What the optimizer gets is the sums times one factor, that of clipping. most: relative, that rounding changes;
+    gradients of 16 bits are rounded after each addition."""
     rule = "step-equality"
     if not given or sums.keys() != given.keys():
         return Finding(rule, "refuse", f"{len(sums)} tensors got a gradient, the optimizer has {len(given)}", OURS)
@@ -239,12 +247,12 @@ def _as_summed(
     factor = sum(float((s.double() * given[name].double()).sum()) for name, s in sums.items()) / squares
     largest = max(float(g.abs().max()) for g in given.values())
     off = max(float((given[name] - factor * s).abs().max()) for name, s in sums.items()) / max(largest, 1e-30)
-    if off > OFF:
+    if off > most:
         text = f"what the optimizer gets is not the sum of the micro-batches' gradients: {off:.1e} off"
         return Finding(rule, "refuse", text, OURS)
     clipped = factor * scale
-    fits = abs(clipped - 1) <= OFF if not max_norm or norm < max_norm * (1 - OFF) else clipped <= 1 + OFF
-    if not fits or (max_norm and norm > max_norm * (1 + OFF)):
+    fits = abs(clipped - 1) <= most if not max_norm or norm < max_norm * (1 - most) else clipped <= 1 + most
+    if not fits or (max_norm and norm > max_norm * (1 + most)):
         text = f"gradients of norm {norm:.3g} were multiplied by {clipped:.4g}; the highest norm is {max_norm:g}"
         return Finding(rule, "refuse", text, OURS)
     how = "" if abs(clipped - 1) <= OFF else f", clipped once by {clipped:.3g}"
