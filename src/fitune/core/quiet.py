@@ -107,7 +107,7 @@ def quiet() -> Iterator[None]:
 
 def module(name: str) -> ModuleType:
     """The module of that name, imported in `quiet`: bitsandbytes complains while it is imported."""
-    with quiet():
+    with quiet(), loading():
         return import_module(name)
 
 
