@@ -46,7 +46,7 @@ def test_what_is_to_be_typed_instead_is_there() -> None:
 
     from fitune.cli import main as cli
 
-    flags = {f"--{name.replace('_', '-')}" for name in RunConfig.model_fields} | {"--resume"}
+    flags = {f"--{name.replace('_', '-')}" for name in RunConfig.model_fields} | {"--resume", "--gpus"}
     for name, info in RunConfig.model_fields.items():
         if isinstance(info.default, Options):
             flags |= {f"--{name}.{one}".replace("_", "-") for one in type(info.default).model_fields}
@@ -115,7 +115,7 @@ def test_what_means_something_else_says_what_to_type(values: dict[str, Any], par
 
 def test_all_names_of_others_are_reported_at_once() -> None:
     with pytest.raises(Problems) as caught:
-        names.flags(["--logging_steps", "10", "--report-to", "wandb", "--lr", "1", "--warmup-steps=3"], "train")
+        names.flags(["--logging_steps", "10", "--report-to", "comet", "--lr", "1", "--warmup-steps=3"], "train")
     assert len(caught.value.problems) == 3
 
 

@@ -119,13 +119,24 @@ def test_a_family_names_parts_that_are_there(kind: str) -> None:
     assert family.blocks in found.text
 
 
-def test_a_model_whose_names_say_nothing_is_refused_with_what_is_missing() -> None:
+def test_of_a_model_whose_names_say_nothing_the_blocks_are_found_and_their_parts_are_not() -> None:
     model = tiny.make_model("llama")
     for block in model.model.layers:
         block.something = block.self_attn
         del block.self_attn
     model.config.model_type = "strange"
-    with pytest.raises(ModelError, match="its names do not show the attention of a block"):
+    found = families.of(model)
+    assert (found.blocks, found.final_norm, found.lora_targets) == ("model.layers", "model.norm", ("q_proj", "v_proj"))
+    with pytest.raises(ConfigError, match="have parts by other names"):
+        found.whole("houlsby")
+
+
+def test_a_model_without_a_list_of_blocks_is_refused_with_what_is_missing() -> None:
+    model = tiny.make_model("llama")
+    model.model.blocks = torch.nn.ModuleDict({str(n): block for n, block in enumerate(model.model.layers)})
+    del model.model.layers
+    model.config.model_type = "strange"
+    with pytest.raises(ModelError, match="does not show the list of transformer blocks"):
         families.of(model)
 
 

@@ -199,8 +199,10 @@ INSTEAD: dict[str, str] = _each(
         "--prompt.tokens, --p-tuning.tokens or --prefix.tokens": "num_virtual_tokens",
         "--prefix.tokens": "pre_seq_len",
         "--prefix.projection": "prefix_projection",
-        OUT + "a run has one device": "deepspeed fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap local_rank "
-        "ddp_timeout ddp_find_unused_parameters",
+        "--gpus N; --parallel shard where one of them has no room for the whole": "deepspeed fsdp fsdp_config "
+        "fsdp_transformer_layer_cls_to_wrap",
+        "--collective-timeout MINUTES": "ddp_timeout",
+        OUT + "whoever starts the processes says it": "local_rank ddp_find_unused_parameters",
         OUT + "code in a model folder is never run": "trust_remote_code",
         "--device": "device_map",
         "--device cpu": "use_cpu no_cuda",
