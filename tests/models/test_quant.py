@@ -26,6 +26,7 @@ from fitune.engine.step import loss_sum
 from fitune.memory.trace import Tracer
 from fitune.models import adapters, precision
 from fitune.models import quant as quants
+from fitune.models.configs import without_weights
 from fitune.models.kernels import target
 from fitune.models.kernels.frozen import Frozen
 from fitune.models.load import load_model
@@ -516,3 +517,15 @@ def test_nothing_is_kept_of_what_goes_through_a_frozen_layer(folder: Path) -> No
     assert not [t.shape for t in kept if t.numel() in plain and id(t) not in own and t.ndim == 2 and t.shape[0] > 40]
     assert isinstance(model.model.layers[0].self_attn.q_proj, Frozen)
     assert math.isfinite(float(loss_sum(ready(model), flat(samples(), range(5)))))
+
+
+def test_layers_whose_weight_the_model_reads_itself_stay_plain() -> None:
+    """Mamba multiplies by the weight of its step sizes, Gemma 3n by a matrix of 16 numbers: packed, it is bytes."""
+    from transformers import MambaConfig
+
+    shape = MambaConfig(vocab_size=300, hidden_size=32, state_size=4, num_hidden_layers=1, time_step_rank=4)
+    found = {name.rpartition(".")[2] for name in quants.planned(without_weights(shape), quant_options("nf4"))}
+    assert found == {"in_proj", "x_proj", "out_proj"}
+    tiny_layer: Any = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Linear(8, 16))
+    tiny_layer.get_output_embeddings = lambda: None
+    assert quants.planned(tiny_layer, quant_options("nf4")) == ["1"]

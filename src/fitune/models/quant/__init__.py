@@ -67,6 +67,10 @@ def packing(name: str) -> Packing:
     return found
 
 
+SMALL = 64  # weights of a layer that stays plain: a block of NF4
+DIRECT = ("dt_proj", "classifier")  # layers whose weight the model reads itself: Mamba's step sizes, LongCat's router
+
+
 def head_name(model: CausalLM) -> list[str]:
     """The output head's name, which is never quantized, in a list; empty where there is no head."""
     head = model.get_output_embeddings()
@@ -99,7 +103,7 @@ def planned(model: CausalLM, options: QuantOptions) -> list[str]:
     if isinstance(options, Packed):
         left = HfQuantizer.get_modules_to_not_convert(model, options.left_out, model._keep_in_fp32_modules)
         return [name for name in linear if should_convert_module(name, left) and name not in head_name(model)]
-    skipped = set(head_name(model))
+    skipped = {*head_name(model), *_plain(model)}
     for wanted in options.skip:
         hits = {name for name in linear if f".{wanted}." in f".{name}."}
         if not hits:
@@ -111,6 +115,13 @@ def planned(model: CausalLM, options: QuantOptions) -> list[str]:
             )
         skipped |= hits
     return [name for name in linear if name not in skipped]
+
+
+def _plain(model: CausalLM) -> Iterator[str]:
+    """Layers that stay plain unasked: tiny ones (Gemma 3n computes with such a weight itself), and those of DIRECT."""
+    for name, layer in _linear(model):
+        if cast(Tensor, layer.weight).numel() <= SMALL or name.rpartition(".")[2] in DIRECT:
+            yield name
 
 
 def _as_stored(linear: Sequence[str], options: Stored) -> list[str]:
