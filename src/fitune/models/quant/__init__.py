@@ -71,6 +71,9 @@ SMALL = 64  # weights of a layer that stays plain: a block of NF4
 DIRECT = ("dt_proj", "classifier")  # layers whose weight the model reads itself: Mamba's step sizes, LongCat's router
 
 
+RESCALED = ("rwkv",)  # models that divide their weights while they answer
+
+
 def head_name(model: CausalLM) -> list[str]:
     """The output head's name, which is never quantized, in a list; empty where there is no head."""
     head = model.get_output_embeddings()
@@ -97,6 +100,12 @@ def planned(model: CausalLM, options: QuantOptions) -> list[str]:
     """
     if options.name == "none":
         return []
+    if getattr(getattr(model, "config", None), "model_type", "") in RESCALED:
+        raise ConfigError(
+            f"quant {options.name}: this model divides its own weights while it answers, and packed ones cannot be",
+            received=model.config.model_type,
+            fix="--quant none",
+        )
     linear = [name for name, _ in _linear(model)]
     if isinstance(options, Stored):
         return [name for name in _as_stored(linear, options) if name not in head_name(model)]
