@@ -255,7 +255,8 @@ def test_rewards_are_means_over_all_pairs_however_they_are_cut() -> None:
     found = held_out(model, [whole], "flat", objective)
     parts = held_out(model, split(whole, 3), "flat", objective)
     assert isinstance(found.rewards, Rewards)
-    assert vars(parts.rewards) == pytest.approx(vars(found.rewards))
+    # a margin is the difference of float32 sums some fifty times as large
+    assert vars(parts.rewards) == pytest.approx(vars(found.rewards), abs=1e-5)
     with torch.no_grad():
         sums = plain_sums(model, list(rows.samples)).view(-1, 2)
     assert rows.reference is not None
