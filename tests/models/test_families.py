@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 import fitune
 from fitune.checks import modelchecks
-from fitune.commands.merge import _probe, _relative
 from fitune.commands.train import train
 from fitune.core.config import build
 from fitune.core.errors import ConfigError
@@ -27,6 +26,7 @@ from fitune.models.parts import trainable
 from fitune.models.prepare import ready
 from support import tiny
 from support.contract import config_for
+from support.rounding import rounded_once_more
 from support.stops import Crash, StopAt, crash
 
 WHOLE = [*tiny.FAMILIES, *tiny.MORE, *tiny.UNKNOWN]
@@ -137,21 +137,6 @@ def test_ignoring_the_soft_cap_would_be_noticed() -> None:
             if getattr(module, "attn_logit_softcapping", None):
                 module.attn_logit_softcapping = None
         assert (hidden_states(model, flat(rows, [0, 1]), "flat") - capped).abs().max() > 1e-2
-
-
-@torch.no_grad()
-def rounded_once_more(run: Path, times: int = 8) -> float:
-    """How far the logits move, relative to the largest, where each weight moves by half of its last bit at random."""
-    tuned, worst = fitune.load(run), 0.0
-    ids = _probe(tuned.encoder)
-    before = tuned.model(input_ids=ids).logits
-    kept = {name: weight.clone() for name, weight in tuned.model.named_parameters()}
-    for seed in range(times):
-        random = torch.Generator().manual_seed(seed)
-        for name, weight in tuned.model.named_parameters():
-            weight.copy_(kept[name] * (1 + (torch.rand(weight.shape, generator=random) - 0.5) * 2**-23))
-        worst = max(worst, _relative(tuned.model(input_ids=ids).logits, before))
-    return worst
 
 
 @pytest.mark.parametrize("kind", [*tiny.PARTIAL, "stablelm"])

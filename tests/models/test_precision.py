@@ -34,7 +34,8 @@ from fitune.data.batches import flat, in_order
 from fitune.engine import optim
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.held_out import held_out_loss
-from fitune.engine.step import LossScale, hidden_states, loss_sum, training_step
+from fitune.engine.loss_scale import LossScale
+from fitune.engine.step import hidden_states, loss_sum, training_step
 from fitune.engine.step_runner import StepRunner
 from fitune.models import adapters, precision, trial
 from fitune.models.kernels import norm

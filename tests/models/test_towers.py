@@ -34,6 +34,7 @@ from fitune.models.families import towers
 from fitune.models.load import load_model, outline
 from support import every_type, tiny
 from support.contract import IDS, apart, logits
+from support.rounding import rounded_once_more
 
 TEXT = {
     "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -176,7 +177,6 @@ def test_every_verb_works_on_the_language_model(kind: str, tmp_path: Path) -> No
     assert found["language-model"]["level"] == "fixed"
     chunked = kind == "llama4"  # attention in chunks from the start of a row, which a flat batch does not have
     assert found["packing-leak"]["text"].startswith("flat batches") or chunked
-    close = 1e-4 if kind in MADE else 1e-5  # heads of 512: a merge rounds each weight once more
 
     # PEFT puts the saved adapter on the whole model, and on its language model alone
     tuned = fitune.load(run)
@@ -192,6 +192,7 @@ def test_every_verb_works_on_the_language_model(kind: str, tmp_path: Path) -> No
 
     # merged it is the whole model again: the tower bit for bit, the language model tuned
     done = merge(run, tmp_path / "merged")
+    close = 1e-5 if kind not in MADE else max(1e-5, 3 * rounded_once_more(Path(run)))  # wide heads show each rounding
     assert done.merge_error <= close
     assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
     again = AutoModelForImageTextToText.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32)

@@ -38,9 +38,10 @@ with imports.for_good():
     from fitune.data.batches import Loader
     from fitune.engine import objectives, optim, parallel
     from fitune.engine.held_out import held_out
+    from fitune.engine.loss_scale import LossScale
     from fitune.engine.parallel import ALONE, World
     from fitune.engine.shards import share_out
-    from fitune.engine.step import LossScale, Objective
+    from fitune.engine.step import Objective
     from fitune.engine.step_runner import StepRunner
     from fitune.models import adapters, determinism, methods
     from fitune.models.parts import trainable

@@ -28,9 +28,9 @@ from fitune.core.files import json_text
 from fitune.core.records import Batch
 from fitune.engine import environment, optim
 from fitune.engine.checkpoint import RunFolder
+from fitune.engine.loss_scale import LossScale
 from fitune.engine.parallel import EndedError, World
 from fitune.engine.shards import ELEMENTWISE, share_out
-from fitune.engine.step import LossScale
 from fitune.engine.step_runner import StepRunner
 from fitune.models import determinism, methods
 from fitune.models.devices import pick_device

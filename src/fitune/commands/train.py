@@ -35,8 +35,9 @@ from fitune.core.tracking import Callback, Tracker, as_tracker, tracked
 from fitune.engine import integrity
 from fitune.engine.checkpoint import RunFolder, config_text
 from fitune.engine.loading import base_of
+from fitune.engine.loss_scale import LossScale
 from fitune.engine.parallel import ALONE, World
-from fitune.engine.step import Answers, LossScale
+from fitune.engine.step import Answers
 from fitune.engine.step_runner import StepRunner
 from fitune.memory import forget_peak
 from fitune.models import determinism, precision

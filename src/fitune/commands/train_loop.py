@@ -30,8 +30,9 @@ from fitune.core.parse import parse
 from fitune.core.records import Batch, StepRecord
 from fitune.engine import integrity, optim
 from fitune.engine.held_out import HeldOut
+from fitune.engine.loss_scale import LossScale
 from fitune.engine.shards import share_out
-from fitune.engine.step import LossScale, StepResult
+from fitune.engine.step import StepResult
 from fitune.engine.step_runner import StepRunner
 from fitune.memory.storage import STATES
 from fitune.models import methods

@@ -22,20 +22,12 @@ from fitune.core.records import Batch, Layout, Source
 from fitune.data.batches import split
 from fitune.engine import optim, out_of_memory
 from fitune.engine.checkpoint import restore_rng, rng_state
+from fitune.engine.loss_scale import LossScale
 from fitune.engine.non_finite import first_non_finite
 from fitune.engine.out_of_memory import SAFE, OutOfMemory, attempt
 from fitune.engine.parallel import ALONE, World
 from fitune.engine.shards import Shards
-from fitune.engine.step import (
-    SFT,
-    LossScale,
-    Made,
-    Objective,
-    StepResult,
-    apply_gradients,
-    first_sums,
-    make_gradients,
-)
+from fitune.engine.step import SFT, Made, Objective, StepResult, apply_gradients, first_sums, make_gradients
 from fitune.models.parts import trainable
 
 T = TypeVar("T")

@@ -28,8 +28,9 @@ from fitune.data.cache import Cache
 from fitune.data.tokenizer.new_tokens import NewToken
 from fitune.engine import objectives, optim
 from fitune.engine.held_out import held_out
+from fitune.engine.loss_scale import LossScale
 from fitune.engine.parallel import in_one_buffer
-from fitune.engine.step import LossScale, apply_gradients, last_block_is_ready, make_gradients
+from fitune.engine.step import apply_gradients, last_block_is_ready, make_gradients
 from fitune.memory import allocator, answers, chunks, depth, device, frozen, heap, kept, recompute, sharded
 from fitune.memory.closed import closed
 from fitune.memory.counted import shadows

@@ -85,21 +85,14 @@ def load_model(
     weights.check(path)
     if wrong := weights.broken(path):
         raise ModelError(f"{path}: {'; '.join(wrong[:5])}", fix="download the model again")
-    options = quantized_as(config)
-    settings: dict[str, Any] = {"dtype": DTYPES[precision if storage == "auto" else storage]}
     wanted = quant_options(quant) if isinstance(quant, str) else quant
-    if options.name == "none" and wanted.name != "none":
-        options = wanted
-        settings["quantization_config"] = _quantizing(config, options, precision)
-    if options.name != "none":
-        quants.find(options.name)  # an error where bitsandbytes is missing
-        # the values must not depend on the precision of the run: a merge, in float32, must find the same ones
-        settings["dtype"], settings["device_map"] = weights.stored_dtype(path), {"": device}
-    spare: tuple[str, ...] = ()
-    if isinstance(options, Stored):
-        settings["quantization_config"], spare = quants.reading(options), quants.packing(options.name).spare
-    elif torch.device(device).type == "cuda":
+    options = quantized_as(config)
+    options = wanted if options.name == "none" else options
+    settings: dict[str, Any] = {"dtype": DTYPES[precision if storage == "auto" else storage]}
+    settings |= _quantized(path, config, options, precision, device)
+    if not isinstance(options, Stored) and torch.device(device).type == "cuda":
         settings["device_map"] = {"": device}  # each tensor goes there as it is read: main memory never holds the model
+    spare = quants.packing(options.name).spare if isinstance(options, Stored) else ()
     model = _read_strict(path, config, settings, spare)
     if isinstance(options, Stored):
         model.config.quantization_config = config.quantization_config  # type: ignore[attr-defined]  # not the loader's
@@ -112,6 +105,20 @@ def load_model(
         quants.dequantize(model, DTYPES[precision])
         quants.forget(model)
     return ready(model, precision, adapter)
+
+
+def _quantized(path: Path, config: Config, options: QuantOptions, precision: str, device: str) -> dict[str, Any]:
+    """What transformers' loader must know of a model in few bits; nothing of a plain one."""
+    if options.name == "none":
+        return {}
+    quants.find(options.name)  # an error where bitsandbytes is missing
+    # the values must not depend on the precision of the run: a merge, in float32, must find the same ones
+    settings: dict[str, Any] = {"dtype": weights.stored_dtype(path), "device_map": {"": device}}
+    if isinstance(options, Stored):
+        settings["quantization_config"] = quants.reading(options)
+    elif quantized_as(config).name == "none":  # else the folder has packed values of bitsandbytes
+        settings["quantization_config"] = _quantizing(config, options, precision)
+    return settings
 
 
 def outline(config: Config, *, precision: str, quant: QuantOptions = quants.PLAIN, storage: str = "auto") -> CausalLM:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fitune.core.options import QuantOptions
-from fitune.models.quant.stored import PIECE, PackedLinear, Packing, Parts, Stored, fields, refuse, whole
+from fitune.models.quant.stored import PIECE, Packing, Parts, Renamed, Stored, fields, refuse, whole
 
 BITS, PER = 4, 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -25,18 +25,13 @@ def numbers(packed: Tensor) -> Tensor:
     return found[..., [ORDER.index(column) for column in range(PER)]].flatten(1)
 
 
-class AwqLinear(PackedLinear):
+class AwqLinear(Renamed):
     """See the module's text."""
 
     packed = "qweight"
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
-
-    @property
-    def weight(self) -> Any:  # type: ignore[override]  # a tensor of another name
-        """Packed."""
-        return self.qweight
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
         """See Frozen; some inputs at a time."""

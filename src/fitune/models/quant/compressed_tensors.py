@@ -18,7 +18,7 @@ from torch import Tensor
 from fitune.core.options import QuantOptions
 from fitune.models.quant.base import sizes
 from fitune.models.quant.fp8 import FLOAT8, scaled
-from fitune.models.quant.stored import PackedLinear, Packing, Parts, Stored, fields, refuse
+from fitune.models.quant.stored import PackedLinear, Packing, Parts, Renamed, Stored, fields, refuse
 
 PACKED = "pack-quantized"
 FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized")
@@ -82,16 +82,11 @@ class CompressedLinear(PackedLinear):
         return torch.arange(self.in_features, device=self.weight_scale.device) // size
 
 
-class IntsLinear(CompressedLinear):
+class IntsLinear(Renamed, CompressedLinear):
     """Several numbers in an int."""
 
     packed = "weight_packed"
     weight_packed: Tensor
-
-    @property
-    def weight(self) -> Any:  # type: ignore[override]  # a tensor of another name
-        """Packed."""
-        return self.weight_packed
 
     def numbers(self, first: int, last: int) -> Tensor:
         """See CompressedLinear."""

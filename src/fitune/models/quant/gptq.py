@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from fitune.core.options import QuantOptions
-from fitune.models.quant.stored import PIECE, PackedLinear, Packing, Parts, Stored, fields, refuse, whole
+from fitune.models.quant.stored import PIECE, Packing, Parts, Renamed, Stored, fields, refuse, whole
 
 BITS = (2, 4, 8)  # 3 bits go over the borders of their ints
 FORMATS = {"gptq": 1, "gptq_v2": 0}  # what is taken off the zero points
 
 
-class GptqLinear(PackedLinear):
+class GptqLinear(Renamed):
     """See the module's text."""
 
     packed = "qweight"
@@ -29,11 +29,6 @@ class GptqLinear(PackedLinear):
     qzeros: Tensor
     scales: Tensor
     g_idx: Tensor
-
-    @property
-    def weight(self) -> Any:  # type: ignore[override]  # a tensor of another name
-        """Packed."""
-        return self.qweight
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
         """See Frozen. Packed along the inputs, so some of them at a time."""

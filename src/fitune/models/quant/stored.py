@@ -81,6 +81,15 @@ class PackedLinear(Frozen, nn.Linear):
         return made
 
 
+class Renamed(PackedLinear):
+    """One whose packed values have another name than `weight`."""
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]  # a tensor of another name
+        """Packed."""
+        return getattr(self, self.packed)
+
+
 class Packing(Quantizer):
     """A format in which others publish quantized models."""
 
