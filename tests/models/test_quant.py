@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from pathlib import Path
@@ -26,15 +27,14 @@ from fitune.engine.step import loss_sum
 from fitune.memory.trace import Tracer
 from fitune.models import adapters, precision
 from fitune.models import quant as quants
-from fitune.models.configs import without_weights
 from fitune.models.kernels import target
 from fitune.models.kernels.frozen import Frozen
 from fitune.models.load import load_model
 from fitune.models.prepare import ready
-from fitune.models.quant import absmax, nf4, trust
+from fitune.models.quant import absmax, direct, nf4, trust
 from fitune.models.quant.int8 import Int8Linear
 from fitune.models.weights import stored_dtype
-from support import tiny
+from support import every_type, tiny
 from support.contract import IDS, config_for, gradients, logits, samples
 from support.peak import _peak
 
@@ -519,13 +519,24 @@ def test_nothing_is_kept_of_what_goes_through_a_frozen_layer(folder: Path) -> No
     assert math.isfinite(float(loss_sum(ready(model), flat(samples(), range(5)))))
 
 
-def test_layers_whose_weight_the_model_reads_itself_stay_plain() -> None:
-    """Mamba multiplies by the weight of its step sizes, Gemma 3n by a matrix of 16 numbers: packed, it is bytes."""
-    from transformers import MambaConfig
+@pytest.mark.parametrize(
+    ("kind", "plain", "packed"),
+    [
+        ("mamba", {"dt_proj", "x_proj", "out_proj"}, {"in_proj"}),  # the last two by its kernel for a GPU
+        ("gemma3n_text", {"correction_coefs", "prediction_coefs"}, {"q_proj", "down_proj"}),
+        ("rwkv", {"output", "value"}, {"key", "receptance"}),
+        ("qwen3", set(), {"q_proj", "down_proj"}),
+        ("bloom", set(), {"dense", "dense_4h_to_h"}),
+    ],
+)
+def test_layers_whose_weight_the_model_reads_itself_stay_plain(kind: str, plain: set[str], packed: set[str]) -> None:
+    """Found in the model's source: packed, it would read bytes."""
+    found = {name.rpartition(".")[2] for name in quants.planned(every_type.model_of(kind), quant_options("nf4"))}
+    assert packed <= found
+    assert not plain & found
 
-    shape = MambaConfig(vocab_size=300, hidden_size=32, state_size=4, num_hidden_layers=1, time_step_rank=4)
-    found = {name.rpartition(".")[2] for name in quants.planned(without_weights(shape), quant_options("nf4"))}
-    assert found == {"in_proj", "x_proj", "out_proj"}
-    tiny_layer: Any = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Linear(8, 16))
-    tiny_layer.get_output_embeddings = lambda: None
-    assert quants.planned(tiny_layer, quant_options("nf4")) == ["1"]
+
+def test_what_is_read_of_a_weight_is_told_from_facts_about_it() -> None:
+    source = "class A:\n def __init__(self):\n  self.a.weight.zero_()\n"
+    source += " def forward(self, x):\n  x = x.to(self.b.weight.dtype)\n  return x @ self.c.weight.T + self.norm.bias"
+    assert set(direct._read(ast.parse(source))) == {"c"}

@@ -21,11 +21,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fitune.core.errors import ConfigError, did_you_mean
 from fitune.core.options import QuantOptions
-from fitune.models import attached
+from fitune.models import attached, families
 from fitune.models.interfaces import CausalLM
 from fitune.models.kernel_faults import Fault
 from fitune.models.kernels.frozen import Frozen
-from fitune.models.quant import trust
+from fitune.models.quant import direct, trust
 from fitune.models.quant.stored import PackedLinear, Reading, Stored
 
 if TYPE_CHECKING:
@@ -67,13 +67,6 @@ def packing(name: str) -> Packing:
     return found
 
 
-SMALL = 64  # weights of a layer that stays plain: a block of NF4
-DIRECT = ("dt_proj", "classifier")  # layers whose weight the model reads itself: Mamba's step sizes, LongCat's router
-
-
-RESCALED = ("rwkv",)  # models that divide their weights while they answer
-
-
 def head_name(model: CausalLM) -> list[str]:
     """The output head's name, which is never quantized, in a list; empty where there is no head."""
     head = model.get_output_embeddings()
@@ -100,19 +93,16 @@ def planned(model: CausalLM, options: QuantOptions) -> list[str]:
     """
     if options.name == "none":
         return []
-    if getattr(getattr(model, "config", None), "model_type", "") in RESCALED:
-        raise ConfigError(
-            f"quant {options.name}: this model divides its own weights while it answers, and packed ones cannot be",
-            received=model.config.model_type,
-            fix="--quant none",
-        )
     linear = [name for name, _ in _linear(model)]
     if isinstance(options, Stored):
         return [name for name in _as_stored(linear, options) if name not in head_name(model)]
     if isinstance(options, Packed):
         left = HfQuantizer.get_modules_to_not_convert(model, options.left_out, model._keep_in_fp32_modules)
         return [name for name in linear if should_convert_module(name, left) and name not in head_name(model)]
-    skipped = {*head_name(model), *_plain(model)}
+    skipped = set(head_name(model))
+    if model.config.model_type not in families.TABLE:  # those are tried in few bits, and read no weight that way
+        read = direct.read_by_itself(model)
+        skipped |= {name for name in linear if name.rpartition(".")[2] in read}
     for wanted in options.skip:
         hits = {name for name in linear if f".{wanted}." in f".{name}."}
         if not hits:
@@ -124,13 +114,6 @@ def planned(model: CausalLM, options: QuantOptions) -> list[str]:
             )
         skipped |= hits
     return [name for name in linear if name not in skipped]
-
-
-def _plain(model: CausalLM) -> Iterator[str]:
-    """Layers that stay plain unasked: tiny ones (Gemma 3n computes with such a weight itself), and those of DIRECT."""
-    for name, layer in _linear(model):
-        if cast(Tensor, layer.weight).numel() <= SMALL or name.rpartition(".")[2] in DIRECT:
-            yield name
 
 
 def _as_stored(linear: Sequence[str], options: Stored) -> list[str]:
