@@ -26,6 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork has none of its parent's threads, and would wait for them
+
 from support import every_type, sweep  # noqa: E402  # the path of the tests comes first
 
 RESULTS, PAGE = ROOT / "results" / "families.json", ROOT / "docs" / "models.md"

@@ -536,7 +536,7 @@ def test_layers_whose_weight_the_model_reads_itself_stay_plain(kind: str, plain:
     assert not plain & found
 
 
-def test_what_is_read_of_a_weight_is_told_from_facts_about_it() -> None:
+def test_facts_about_a_weight_are_not_its_values() -> None:
     source = "class A:\n def __init__(self):\n  self.a.weight.zero_()\n"
     source += " def forward(self, x):\n  x = x.to(self.b.weight.dtype)\n  return x @ self.c.weight.T + self.norm.bias"
     assert set(direct._read(ast.parse(source))) == {"c"}
