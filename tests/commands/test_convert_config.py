@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fitune.commands.convert_config import BESIDE, convert_config
+from fitune.commands.convert_config import BESIDE, WHY, convert_config
 from fitune.core.config import build
 from fitune.core.errors import ConfigError
 from support.command import run
@@ -92,14 +92,28 @@ def test_what_a_key_becomes_is_a_setting() -> None:
         value = 2 if key in ("save_total_limit", "freeze_trainable_layers") else value
         value = ["<a>"] if key == "add_tokens" else value
         assert build({"model": "m", "data": ["d"], **(change(value) or {})})
+    assert set(WHY) <= set(BESIDE)
     assert BESIDE["val_size"](200) is None
     assert BESIDE["freeze_trainable_layers"](-2) is None
     assert BESIDE["loss_type"]("hinge") is None
 
 
+def test_numbers_as_text_and_what_means_something_else(tmp_path: Path) -> None:
+    given = {"stage": "kto", "pref_beta": "0.2", "dataset": "a,b", "val_size": 200, "lora_rank": "8", "use_dora": True}
+    found = converted(given, tmp_path)
+    assert found.settings == {
+        "objective": "kto", "data": ["a", "b"], "lora": {"rank": 8, "dora": True}, "kto": {"beta": 0.2},
+    }  # fmt: skip
+    assert found.left_out == {"val_size": f"200: {WHY['val_size']}"}
+
+
 def test_values_that_are_none_and_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_length"):
         converted({"model": "m", "cutoff_len": -3}, tmp_path)
+    for key in ("val_size", "save_total_limit", "freeze_trainable_layers"):
+        for wrong in ("many", None, [1]):
+            with pytest.raises(ConfigError, match=f"{key}: wrong value"):
+                converted({"model": "m", key: wrong}, tmp_path)
     with pytest.raises(ConfigError, match="no config of LLaMA-Factory"):
         converted({"colour": "green"}, tmp_path)
     with pytest.raises(ConfigError, match="no such file"):

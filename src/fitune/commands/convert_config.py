@@ -55,6 +55,13 @@ BESIDE: dict[str, Callable[[Any], dict[str, Any] | None]] = {  # their value to 
     **dict.fromkeys(("pref_loss", "loss_type"), _objective),
     "pure_bf16": lambda value: {"precision": "bf16", "trainable_dtype": "bf16"} if value else {},
 }
+WHY = {
+    **dict.fromkeys(
+        ("val_size", "split_dataset_ratio"), "a number of rows: --val-share is a share, --val-rows its most"
+    ),
+    "freeze_trainable_layers": "fitune trains the last blocks: --freeze.blocks N, or --freeze.patterns",
+    **dict.fromkeys(("pref_loss", "loss_type"), "no objective of fitune"),
+}
 BETA = ("beta", "pref_beta")  # of the objective, whichever that is
 
 
@@ -101,9 +108,12 @@ def convert_config(path: str | Path) -> ConvertedConfig:
         left_out[name] = "fitune has no such setting" if known is None else str(known.fix).removeprefix(names.OUT)
     for key, change in BESIDE.items():
         if key in given:
-            made = change(given[key])
+            try:
+                made = change(given[key])
+            except (TypeError, ValueError):
+                raise ConfigError(f"{key}: wrong value", received=shorten(given[key])) from None
             if made is None:
-                left_out[key] = f"{shorten(given[key])} means nothing here"
+                left_out[key] = f"{shorten(given[key])}: {WHY[key]}"
             found = settings.merge(found, made or {})
     return _checked(_with_beta(found, given), left_out)
 
@@ -142,10 +152,23 @@ def _checked(found: dict[str, Any], left_out: dict[str, str]) -> ConvertedConfig
         if isinstance(kept.get(name), str):
             kept[name] = [kept[name]]
     defaults = settings.build({"model": "-", "data": ["-"], **kept})
+    kept = _as_built(kept, defaults)
     missing = {what: _value(defaults, name) for name, what in DECIDING.items() if not _is_set(kept, name)}
     if defaults.method != "lora":
         missing.pop(DECIDING["lora.rank"], None)
     return ConvertedConfig(kept, left_out, missing)
+
+
+def _as_built(found: Mapping[str, Any], built: Any) -> dict[str, Any]:
+    """Numbers that stood as text, as numbers."""
+    out: dict[str, Any] = {}
+    for name, value in found.items():
+        read = getattr(built, name)
+        if isinstance(value, Mapping) and not isinstance(read, Mapping):
+            out[name] = _as_built(value, read)
+        else:
+            out[name] = read if isinstance(value, str) and isinstance(read, (bool, int, float)) else value
+    return out
 
 
 def _is_set(found: Mapping[str, Any], name: str) -> bool:
