@@ -58,7 +58,7 @@ def test_the_phases_of_a_run_add_up_to_it(model_folder: Path, data_file: Path, t
     assert [phase.name for phase in result.phases] == came
     total = sum(phase.seconds for phase in result.phases)
     # what is not in it: the report, the seal and the end of the process
-    assert 0 < total < whole
+    assert 0.5 * whole < total < whole
     assert json.loads(done.stdout)["phases"] == [vars(phase) for phase in result.phases]
     assert clock.before_text(result.phases).partition(":")[0] in done.stderr
     assert result.seconds < {phase.name: phase.seconds for phase in result.phases}[clock.STEPS]

@@ -113,7 +113,7 @@ def test_a_real_limit_on_memory(model_folder: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"what is {n}?", "completion": "two plus three is five " * 12} for n in range(64)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {
-        "model": str(model_folder), "data": [str(data)], "batch_size": 60, "max_steps": 1, "val_rows": 4,
+        "model": str(model_folder), "data": [str(data)], "batch_size": 60, "max_steps": 2, "val_rows": 4,
         "sample_prompts": 0, "method": "full", "lr": 1e-4, "precision": "fp32",
     }  # fmt: skip
     # what the checks before the first step used must go back to the system, or the heap's free room holds the step

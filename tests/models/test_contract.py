@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -88,11 +88,18 @@ def refused() -> Iterator[Any]:
             yield pytest.param(case, id=str(case), marks=[] if quick else pytest.mark.full)
 
 
+def few_of(kind: str, kinds: Sequence[str]) -> tuple[str, ...]:
+    """Of FEW those that are tried on a model: two in turn; all where no other model is."""
+    if kind not in kinds:
+        return ()
+    return (*FEW[0], *FEW[1]) if len(kinds) == 1 else FEW[kinds.index(kind) % 2]
+
+
 def combinations() -> Iterator[tuple[Case, bool]]:
     whole = os.environ.get("FITUNE_TESTS") == "full"  # `make test-full`; else these would only be collected
-    for variant, (number, kind) in product(VARIANTS, enumerate(KINDS)):
+    for variant, kind in product(VARIANTS, KINDS):
         for precision, quant in (("fp32", "none"), *QUICK):
-            few = variant in FEW[number % 2] and kind in QUICK.get((precision, quant), KINDS)
+            few = variant in few_of(kind, QUICK.get((precision, quant), KINDS))
             builds = WHOLE.get((precision, quant), ())
             few |= (variant, kind) in ALSO and (precision, quant) == ("fp32", "none")
             if quant != "none" and variant in BESIDE:  # other forms of what goes beside the weights
