@@ -25,7 +25,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +33,7 @@ from typing import Any
 
 import against_results as results
 from fitune.core import processor as processors
+from fitune.core.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = ROOT / "benchmarks" / "systems"
@@ -197,8 +198,9 @@ def install(name: str, folder: Path) -> Path:
 
 def compare(
     bench: Bench, setting: Setting, systems: list[System], args: argparse.Namespace, where: dict[str, Any]
-) -> dict[str, Any]:
-    """All systems in one setting.
+) -> Iterator[dict[str, Any]]:
+    """All systems in one setting; after each round what is known by then, so that a run that is ended keeps the rounds
+    before.
 
     Args:
         bench: where they run.
@@ -238,8 +240,8 @@ def compare(
             print(f"{name} {which} {results.line(one.name, made)}", flush=True)
         if not counting:
             found["rates"].append(bench.run("rate", "fitune", {"device": setting.device}, f"{name}-rate"))
-    results.judge(found)
-    return found
+        results.judge(found)
+        yield found
 
 
 def commit() -> str:
@@ -265,6 +267,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="measured steps")
     parser.add_argument("--warm", type=int, default=2, help="steps before them")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--no-count", dest="count", action="store_false", help="do not count operations")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=processors.cores())
@@ -326,12 +329,13 @@ def main() -> int:
             print(f"no bf16: {why}", flush=True)
     for shape in args.shapes:
         for precision in args.precisions:
-            setting = Setting(shape, precision, args.warm + args.steps, args.warm, device=args.device)
-            made.append(compare(bench, setting, systems, args, where(args)))
-            names = {results.title(run) for run in made}
-            record = {"runs": [*(run for run in kept if results.title(run) not in names), *made]}
-            if args.out:
-                args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            setting = Setting(shape, precision, args.warm + args.steps, args.warm, args.batch, device=args.device)
+            for so_far in compare(bench, setting, systems, args, where(args)):
+                names = {results.title(run) for run in (*made, so_far)}
+                record = {"runs": [*(run for run in kept if results.title(run) not in names), *made, so_far]}
+                if args.out:
+                    write_json(args.out, record)
+            made.append(so_far)
     print("\n".join(results.lines({"runs": made})))
     return int(any(not run["systems"].get(FITUNE, {"counted": True})["counted"] for run in made))
 
@@ -351,7 +355,8 @@ def where(args: argparse.Namespace) -> dict[str, Any]:
 
 def asked(args: argparse.Namespace) -> str:
     """The command that makes the same again on any machine: no paths of this one."""
-    numbers = [f"--{name} {getattr(args, name)}" for name in ("rounds", "steps", "warm", "threads", "reference")]
+    named = ("rounds", "steps", "warm", "batch", "device", "threads", "reference")
+    numbers = [f"--{name} {getattr(args, name)}" for name in named]
     lists = [f"--{name} {' '.join(getattr(args, name))}" for name in ("shapes", "precisions", "systems")]
     return " ".join(["python benchmarks/against.py", *lists, *numbers])
 

@@ -64,12 +64,12 @@ class Section:
 # Those of a stage run side by side, where cores allow it: they mostly wait for processes to start and for plans. What
 # shows most stands first, for a machine that is taken away early.
 STAGES = (
-    (Section("machine", 60),),
+    (Section("machine", 75),),
     (Section("kernels", 115), Section("resume", 115), Section("memory", 115)),
-    (Section("throughput", 85),),
-    (Section("parallel", 25),),
-    (Section("runs", 90),),
-    (Section("capped", 105),),
+    (Section("throughput", 80),),
+    (Section("parallel", 40),),
+    (Section("runs", 80),),
+    (Section("capped", 90),),
 )
 SECTIONS = tuple(itertools.chain(*STAGES))
 CORES = 8  # from which on stages run side by side

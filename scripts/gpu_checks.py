@@ -146,28 +146,26 @@ def machine(here: Here) -> None:
         here.say(f"attention: {name}", passed, seconds_of_new_lengths=lengths, kernels=kernels)
     refused = fused.refusal(target.of(device))
     here.say("fused kernels", here.dry or refused is None, **({"why": refused} if refused else {}))
-    here.say("seconds of a start", True, **starts(here))
     checks = fitune(here, "doctor", good=(0, 1))["checks"]
     wrong = [f"{one['name']}: {one['text']}"[:160] for one in checks if one["level"] != "ok"]
     broken = any(one["level"] == "broken" for one in checks)  # a CUDA build of torch where no GPU is, in a dry run
     here.say("doctor", here.dry or not broken, checks=len(checks), not_ok=wrong)
+    starts(here)
 
 
-def starts(here: Here) -> dict[str, float]:
-    """Seconds of a new process that imports torch, one that uses the device, one that imports what training needs, and
-    one of fitune that only says its version."""
+def starts(here: Here) -> None:
+    """Say the seconds of a new process that imports torch, of one that uses the device, of one that imports what
+    training needs, and of one of fitune that only says its version."""
     parts = {
         "torch": ["-c", "import torch"],
         "device": ["-c", f"import torch; a = torch.ones(64, 64, device={here.device!r}); (a @ a).sum().item()"],
         "training": ["-c", "import fitune.commands.train"],
         "version": ["-m", "fitune", "--version"],
     }
-    found: dict[str, float] = {}
     for name, words in parts.items():
         began = time.perf_counter()
         subprocess.run([sys.executable, *words], capture_output=True, env=environment(), timeout=PATIENCE, check=True)
-        found[name] = round(time.perf_counter() - began, 2)
-    return found
+        here.say(f"seconds of a start: {name}", True, seconds=round(time.perf_counter() - began, 2))
 
 
 def attention_of(device: Any, *, own: bool) -> tuple[list[str], list[float]]:

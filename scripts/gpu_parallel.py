@@ -35,6 +35,7 @@ def parallel(here: Here) -> None:
     device = pick_device(here.device)
     world = World(store=_store(here), measured=True)
     world.connect(device)
+    here.say("a group of one", True, backend=torch.distributed.get_backend())
     try:
         plain = Stepping(here, device)
         shared = copy.deepcopy(plain)
@@ -85,7 +86,8 @@ class Stepping:
             "precision": "fp32" if here.dry else "bf16",
         })  # fmt: skip
         torch.manual_seed(0)
-        made = LlamaForCausalLM(LlamaConfig(**(TINY if here.dry else BIG), attn_implementation="sdpa"))
+        with device:  # filling half a billion random numbers on the processor takes longer than all that is measured
+            made = LlamaForCausalLM(LlamaConfig(**(TINY if here.dry else BIG), attn_implementation="sdpa"))
         base = made.to(device, torch.float32 if here.dry else torch.bfloat16).requires_grad_(False)
         self.model: Any = adapters.attach(base, config).train()
         self.parameters = trainable(self.model)

@@ -211,7 +211,14 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         rounds=1, count=True, tokenizer=bundled() / "model", data=bundled() / "data" / "train.jsonl"
     )
     setting = against.Setting("tiny", "fp32", steps=2, warm=1, batch=4)
-    made: dict[str, Any] = against.compare(bench(tmp_path_factory.mktemp("against")), setting, systems, args, WHERE)
+    known = [
+        copy.deepcopy(so_far)
+        for so_far in against.compare(bench(tmp_path_factory.mktemp("against")), setting, systems, args, WHERE)
+    ]
+    # what is written behind the first round, and behind the process that counts
+    assert [one["systems"]["fitune"]["counts"] is not None for one in known] == [False, True]
+    assert all(system["counted"] for system in known[0]["systems"].values())
+    made: dict[str, Any] = known[-1]
     return made
 
 

@@ -2,7 +2,8 @@
 
 In: an operation and its arguments. Out: how many it takes: torch's own formulas (torch.utils.flop_counter), and for
 attention on a CPU, of which it has none: a causal kernel leaves out what lies above the diagonal, half of the square, a
-masked one computes all of it.
+masked one computes all of it. Before torch 2.13 its formulas of attention refuse keys and values of fewer heads than
+the queries have, which the kernels themselves take: they are asked with as many heads.
 """
 
 from __future__ import annotations
@@ -40,10 +41,37 @@ ON_CPU: dict[Any, Formula] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
 }
+# Kernels of CUDA: at which argument queries, keys and values begin, and which dimension of theirs is that of the heads
+FUSED = {
+    aten._scaled_dot_product_flash_attention: (0, 1),
+    aten._scaled_dot_product_flash_attention_backward: (1, 1),
+    aten._scaled_dot_product_efficient_attention: (0, 1),
+    aten._scaled_dot_product_efficient_attention_backward: (1, 1),
+    aten._scaled_dot_product_cudnn_attention: (0, 1),
+    aten._scaled_dot_product_cudnn_attention_backward: (1, 1),
+    aten._flash_attention_forward: (0, -2),
+    aten._flash_attention_backward: (1, -2),
+    aten._efficient_attention_forward: (0, -2),
+    aten._efficient_attention_backward: (1, -2),
+}
+
+
+def _of_all_heads(torchs: Formula, first: int, heads: int) -> Formula:
+    """torch's formula of attention, asked with keys and values of as many heads as the queries have."""
+
+    def asked(*args: Any, **more: Any) -> int:
+        query, many = args[first], list(args)
+        for at in (first + 1, first + 2):
+            shape = list(args[at].shape)
+            shape[heads] = query.shape[heads]
+            many[at] = torch.empty(shape, device="meta")
+        return torchs(*many, **more)
+
+    return asked
 
 
 def formula(func: OpOverload) -> Formula | None:
     """Of an operation; None: it counts for nothing beside products."""
     packet = func._overloadpacket
     found: Formula | None = ON_CPU.get(packet) or flop_registry.get(packet)
-    return found
+    return _of_all_heads(found, *FUSED[packet]) if found is not None and packet in FUSED else found

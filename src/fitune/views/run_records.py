@@ -98,9 +98,11 @@ def answers_of(run: RunFolder) -> list[Answered]:
 
 
 def versions_of(run: RunFolder) -> Mapping[str, str]:
-    """The versions of the packages that it ran with, by name."""
+    """The versions of the packages that it ran with, by name; without those that were not installed: fitune itself may
+    be run from its sources."""
     there = run.read("environment").get("packages", {}) if run.has("environment") else {}
-    return parse(dict[str, str], there, _file(run, "environment"))
+    found = parse(dict[str, str | None], there, _file(run, "environment"))
+    return {name: version for name, version in found.items() if version is not None}
 
 
 def _file(run: RunFolder, name: str) -> str:
