@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.overrides import TorchFunctionMode
 
 from fitune.core.records import Batch
 from fitune.data.batches import split
@@ -38,6 +39,18 @@ HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )  # fmt: skip
+
+
+class _WithoutGradient(TorchFunctionMode):
+    """Inside, nobody asks for gradients of packed bytes, which have none: torch before 2.12 does so of every shard that
+    it makes, and takes it back on the next line."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.requires_grad_ and not args[0].is_floating_point():
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -78,9 +91,10 @@ class Shards:
             for name, parameter in module.named_parameters(recurse=False)
         ]
         self.was = [_Was(m, type(m), {n: vars(m)[n].copy() for n in HOOKS}) for m in (*blocks, inner.base_model)]
-        for block in blocks:
-            fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
-        fully_shard(inner.base_model, mesh=self.mesh, ignored_params=outside)
+        with _WithoutGradient():
+            for block in blocks:
+                fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
+            fully_shard(inner.base_model, mesh=self.mesh, ignored_params=outside)
         for _, _, parameter in self.parameters:
             parameter.data = parameter.data.new_empty(0)
         for was in self.was:
