@@ -7,7 +7,9 @@ one buffer over NCCL; and the model in shards (FSDP2). Steps with and without it
 from __future__ import annotations
 
 import copy
+import os
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -16,6 +18,7 @@ from gpu_figures import TINY
 
 MOST = 0.01  # share of a step that the exchanges may take
 TURNS, WARM = 24, 4
+MINUTES = 1.0  # that a collective may take: one that hangs ends the section with its name
 BIG = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "vocab_size": 32_000,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
@@ -28,15 +31,20 @@ def parallel(here: Here) -> None:
     step in shards gives the same gradients."""
     import torch
 
+    from fitune.core.parallel import LOOPBACK
     from fitune.engine.parallel import ALONE, World
     from fitune.engine.shards import Shards
     from fitune.models.devices import pick_device
 
     device = pick_device(here.device)
+    if sys.platform in LOOPBACK:  # gloo would look the machine's name up, which waits where there is no network
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])
     world = World(store=_store(here), measured=True)
-    world.connect(device)
-    here.say("a group of one", True, backend=torch.distributed.get_backend())
+    world.connect(device, MINUTES)
     try:
+        here.say("gloo in a group of one", world.added(torch.ones(1)).item() == 1.0)
+        there = world.added(torch.ones(1, device=device))
+        here.say("a group of one", there.item() == 1.0, backend=torch.distributed.get_backend())
         plain = Stepping(here, device)
         shared = copy.deepcopy(plain)
         seconds: dict[str, list[float]] = {"alone": [], "exchanging": []}

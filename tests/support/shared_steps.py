@@ -93,10 +93,11 @@ def keep_the_others_waiting() -> None:
     time.sleep(4)
 
 
-def steps(world: World, variant: str, kind: str, precision: str, quant: str, way: str = "") -> dict[str, Any]:
+def steps(world: World, variant: str, kind: str, precision: str, quant: str, *ways: str) -> dict[str, Any]:
     """The same two epochs by all processes, and by this one alone."""
     # not Adam, whose first steps make as much of a gradient's rounding as of a gradient
-    more = {"objective": way, way: preferred.SETTINGS[way]} if way in preferred.SETTINGS else {}
+    preferences = [way for way in ways if way in preferred.SETTINGS]
+    more = {key: value for way in preferences for key, value in (("objective", way), (way, preferred.SETTINGS[way]))}
     config = contract.config_for(variant, precision, quant=quant, optimizer="sgd", **more)
     model = adapters.attach(contract.make_base(kind, precision, methods.find(config.method), quant), config)
     twin = copy.deepcopy(model)
@@ -104,7 +105,7 @@ def steps(world: World, variant: str, kind: str, precision: str, quant: str, way
         with torch.no_grad():
             for parameter in trainable(model).values():
                 parameter.add_(DROPPED)
-    shared, counted, parts = trained(world, model, config, way)
+    shared, counted, parts = trained(world, model, config, in_shards="shard" in ways)
     alone, _, _ = trained(ALONE, twin, config)
     ours, theirs = (torch.cat([p.detach().double().flatten() for p in trainable(m).values()]) for m in (model, twin))
     bits = b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in trainable(model).values())
@@ -114,20 +115,20 @@ def steps(world: World, variant: str, kind: str, precision: str, quant: str, way
     }  # fmt: skip
 
 
-def trained(world: World, model: Any, config: Any, way: str = "") -> tuple[list[float], list[int], int]:
+def trained(world: World, model: Any, config: Any, *, in_shards: bool = False) -> tuple[list[float], list[int], int]:
     """Losses, and collectives, of each step; in how many parts micro-batches are at the end."""
     parameters = trainable(model)
     make = partial(optim.make, config=config, rates=partial(methods.find(config.method).rates, config))
     optimizer, shards = make(parameters), None
     scale = LossScale(LossScale.START if precision_of(config) == "fp16" else 1.0)
     loader = Loader(rows_of(config.objective), batch_size=2, accumulation=2, seed=0)
-    if way == "shard":
+    if in_shards:
         shards, optimizer, _ = share_out(model, world, make, {})
     else:
         world.begin(parameters, optimizer, {})
     optim.set_learning_rate(optimizer, RATE)
     objective: Any = objectives.of(config)
-    if world.size > 1 and config.objective == "kto":
+    if world.size > 1 and config.objective == "kto" and not in_shards:
         objective = Full(objective, world.rank)
     runner = StepRunner(
         model, "flat", 1.0, lambda _: None, lambda _: None, scale=scale, objective=objective, world=world, shards=shards

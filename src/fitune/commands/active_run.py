@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from fitune.engine.parallel import ALONE, World
 from fitune.engine.shards import Shards
 from fitune.engine.step import first_sums
 from fitune.models import adapters, methods
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -97,17 +100,19 @@ def held_out_of(job: Job, world: World, report: Callable[[str], None], *, in_sha
             yield from split(batch, -(-len(batch.rows) // rows))
 
     def sums(rows: int) -> Tensor:
-        return first_sums(objective, model, batches(rows), job.layout)
+        return first_sums(objective, model, batches(rows), job.layout, idle=idle)
 
     def measured(rows: int) -> HeldOut:
         return held_out(model, batches(rows), job.layout, objective, shared, idle)
 
     idle = list(islice(in_order(job.held_out, 1), 1))[: int(in_shards and world.rank >= _batches(job) % world.size > 0)]
-    if in_shards:
-        return measured(most)
+
+    def fitting(work: Callable[[int], T]) -> T:
+        return work(most) if in_shards else in_fewer(work, most, "held-out rows", report)
+
     if objective.first:
-        objective = objective.of_step(world.added(in_fewer(sums, most, "held-out rows", report)))
-    return in_fewer(measured, most, "held-out rows", report)
+        objective = objective.of_step(world.added(fitting(sums)))
+    return fitting(measured)
 
 
 def _batches(job: Job) -> int:

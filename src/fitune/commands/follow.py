@@ -69,8 +69,6 @@ def check_shareable(job: Job) -> None:
     wrong = []
     if config.optimizer_in_backward:
         wrong.append("optimizer_in_backward applies each gradient before those of the other processes are there")
-    if config.objective == "kto" and config.parallel == "shard":
-        wrong.append("the objective kto on shards: it needs sums over a whole step before its gradients")
     if config.parallel == "shard" and config.optimizer not in ELEMENTWISE:
         wrong.append(
             f"optimizer {config.optimizer}, which looks at whole tensors, on shards ({', '.join(ELEMENTWISE)})"

@@ -343,14 +343,18 @@ def first_sums(
     batches: Iterable[Batch],
     layout: Layout,
     on_batch: Callable[[Batch], object] | None = None,
+    idle: Iterable[Batch] = (),
 ) -> Tensor:
-    """(first,), float64: what an objective must know of all these batches before the first loss."""
+    """(first,), float64: what an objective must know of all these batches before the first loss. idle: go through the
+    model for nothing."""
     sums = torch.zeros(objective.first, dtype=torch.float64, device=next(model.parameters()).device)
     with attention(model, FLAT if layout == "flat" else SDPA):
         for batch in batches:
             if on_batch is not None:
                 on_batch(batch)
             sums = sums + objective.sums(model, batch, layout)
+        for batch in idle:
+            objective.sums(model, batch, layout)
     return sums
 
 

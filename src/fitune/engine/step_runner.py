@@ -93,7 +93,7 @@ class StepRunner:
         Raises:
             TrainingError: a single row does not fit, or the optimizer's states do not.
         """
-        start, objective = self.scale.value, self._objective(micro_batches, optimizer)
+        start, objective = self.scale.value, self._objective(micro_batches, optimizer, idle)
         while True:
             before = rng_state()
             made = self._gradients(micro_batches, optimizer, weight, idle, objective)
@@ -106,7 +106,9 @@ class StepRunner:
                 return done
             restore_rng(before)
 
-    def _objective(self, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Objective:
+    def _objective(
+        self, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, idle: Sequence[Batch]
+    ) -> Objective:
         """That of this step. What it must know of the whole step is added up over all processes here, once: a step's
         gradients may be made several times, and not equally often in each process."""
         if not self.objective.first:
@@ -114,7 +116,7 @@ class StepRunner:
 
         def sums(reached: list[Batch]) -> Tensor:
             pieces = self._pieces(micro_batches)
-            return first_sums(self.objective, self.model, pieces, self.layout, reached.append)
+            return first_sums(self.objective, self.model, pieces, self.layout, reached.append, idle)
 
         return self.objective.of_step(self.world.before(self._fitting(sums, micro_batches, optimizer)))
 
