@@ -3,10 +3,12 @@
     python scripts/lessons.py                 # execute all, and compare their figures with the notebooks that are there
     python scripts/lessons.py 00_data 07_nf4  # these
     python scripts/lessons.py --write         # and write the notebooks anew
+    python scripts/lessons.py --links         # only their links and first cells: for the repository of pyproject.toml
 
 A source is a Python file in jupytext's percent format: cells of Markdown (English and Chinese below each other) and of
-code. Outputs keep what cells print and draw, not what libraries complain about on standard error. Figures drift where a
-number in an output is more than DRIFT off, or a word is another one.
+code. Where a notebook runs in Colab its first cell of code installs fitune. Outputs keep what cells print and draw, not
+what libraries complain about on standard error. Figures drift where a number in an output is more than DRIFT off, or a
+word is another one.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import re
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -26,6 +29,13 @@ SOURCES, NOTEBOOKS = ROOT / "examples" / "lessons", ROOT / "examples"
 DRIFT = 0.25  # of a figure that a training on another CPU gives; counts and plans are far nearer
 NEAR_ZERO = 0.06  # losses and shares below this are compared as they stand
 NUMBER = re.compile(r"(?<![A-Za-z0-9_])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+INSTALL = """# Colab has no fitune yet; anywhere else this cell does nothing.
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "git+https://github.com/{}"], check=True)"""
+COLAB = re.compile(r"https://colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/(examples/\w+\.ipynb)")
 LOOSE = "merged into plain weights|plain weights: largest"  # rounding errors: only their size counts
 
 
@@ -34,11 +44,36 @@ def names() -> list[str]:
     return sorted(path.stem for path in SOURCES.glob("[0-9]*.py"))
 
 
+def repository() -> str:
+    """Where this repository lies on GitHub, as owner/name: the one place that says so."""
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return str(whole["tool"]["fitune"]["github"])
+
+
+def linked(text: str) -> str:
+    """A text with its links to Colab for this repository."""
+    return COLAB.sub(lambda found: found[0].replace(f"/{found[1]}/", f"/{repository()}/", 1), text)
+
+
+def relink() -> None:
+    """Write the links of examples/README.md, and the first cell of each notebook, without executing anything."""
+    import nbformat
+
+    page = NOTEBOOKS / "README.md"
+    page.write_text(linked(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in names():
+        there = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        there.cells[1].source = parsed(name).cells[1].source
+        nbformat.write(there, NOTEBOOKS / f"{name}.ipynb")
+
+
 def parsed(name: str) -> Any:
     """A lesson's source as a notebook without outputs."""
     import jupytext
+    import nbformat.v4
 
     notebook = jupytext.read(SOURCES / f"{name}.py")
+    notebook.cells.insert(1, nbformat.v4.new_code_cell(INSTALL.format(repository())))  # behind the title
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
@@ -112,7 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lessons", nargs="*", choices=[[], *names()], help="default: all")
     parser.add_argument("--write", action="store_true", help="write the notebooks, whatever their figures were")
+    parser.add_argument("--links", action="store_true", help="write links and first cells, and execute nothing")
     given = parser.parse_args(arguments)
+    if given.links:
+        relink()
+        return 0
     wrong = []
     for name in given.lessons or names():
         began = time.perf_counter()

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -136,3 +137,18 @@ def test_the_install_lines_are_those_of_the_constraints() -> None:
         assert len(versions) == 2
         assert all(f"\n{version}\n" in pinned for version in versions)
         assert "--constraint src/fitune/constraints.txt" in text
+    module = script("install_sizes")
+    for page, head in zip(module.PAGES, module.HEADS, strict=True):
+        text = page.read_text(encoding="utf-8")
+        assert module.replaced(page, head) == text
+        assert {f"\n{version}\n" in pinned for version in re.findall(r"`pip install (torch==[\d.]+)", text)} == {True}
+    assert module.sizes((ROOT / "README.md").as_uri()) == ((size := (ROOT / "README.md").stat().st_size), 2 * size)
+
+
+def test_the_size_of_a_wheel_is_read_without_unpacking_it(tmp_path: Path) -> None:
+    module = script("install_sizes")
+    wheel = tmp_path / "a b.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("a/__init__.py", "x = 1\n" * 1000)
+    assert module.sizes(wheel.as_uri()) == (wheel.stat().st_size, 6000)
+    assert wheel.stat().st_size < 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,30 @@ def test_texts_stand_in_two_languages_and_end_on_a_gpu(name: str) -> None:
     whole = "".join(cell.source for cell in notebook(name).cells)
     for model in ("llama-3.2-1b", "qwen3-8b", "bloom-1b4-zh", "chatglm3-6b"):
         assert model in whole.lower(), model
+
+
+def test_every_notebook_has_its_link_for_colab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each link's notebook is there; and another repository is written into all of them from one place."""
+    page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    found = lessons.COLAB.findall(page)
+    assert sorted(Path(path).stem for _, path in found) == NAMES
+    assert all((ROOT / path).is_file() for _, path in found)
+    assert {owner for owner, _ in found} == {lessons.repository()}
+    assert page.count("colab.research.google.com") == len(NAMES)
+    monkeypatch.setattr(lessons, "repository", lambda: "some.one/a-fork")
+    assert {owner for owner, _ in lessons.COLAB.findall(lessons.linked(page))} == {"some.one/a-fork"}
+    assert "git+https://github.com/some.one/a-fork" in lessons.parsed(NAMES[0]).cells[1].source
+    assert lessons.stale(NAMES[0]) != []
+
+
+def test_the_first_cell_installs_in_colab_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr("subprocess.run", lambda command, **_: called.append(command))
+    exec(lessons.parsed(NAMES[0]).cells[1].source, {})
+    assert called == []
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    exec(lessons.parsed(NAMES[0]).cells[1].source, {})
+    assert [command[1:4] for command in called] == [["-m", "pip", "install"]]
 
 
 @pytest.mark.parametrize("about", SHOWN)
