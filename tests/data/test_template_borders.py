@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,20 @@ CALL_STOP = (
     "{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}"
 )
 
+# texts as JSON in ASCII alone
+ASCII = (
+    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content | tojson(ensure_ascii=true) }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}"
+)
+# no header for an answer that is to come, and no place for a thought
+BARE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+# texts are lists of parts, as in models that take images
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}:{% if m.content[0].type == 'image' %}<|image|>{% endif %}"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+)
+
 ROME, OSLO = (f'<tool_call>clock {{"city": "{city}"}}</tool_call>' for city in ("Rome", "Oslo"))
 CASES: dict[str, tuple[str, tuple[Message, ...], list[tuple[str, str]]]] = {
     "another end of the last result": (
@@ -168,6 +183,21 @@ CASES: dict[str, tuple[str, tuple[Message, ...], list[tuple[str, str]]]] = {
         (USER, CALL, RESULT, TIME),
         [("Write an action.<eos><|start|><|assistant|>", f"\nAction: {ROME}\n<eos>"), ("Write an action.<eos><|start|><|assistant|>", "It is five.<eos>")],
     ),
+    "a special token typed into a text that is written in ASCII": (
+        ASCII,
+        (Message("user", "What is <|end|>?"), Message("assistant", "<|end|> ends it.")),
+        [('user<|message|>"What is <|end|>?"<|end|><|start|>assistant<|message|>', '"<|end|> ends it."<|end|>')],
+    ),
+    "a thought behind the header that an answer brings along": (
+        BARE,
+        (USER, replace(ANSWER, thought="Clear.")),
+        [("Sky?<|im_end|>\n", "<|im_start|>assistant\n<think>\nClear.\n</think>\n\nBlue.<|im_end|>")],
+    ),
+    "texts as parts": (
+        PARTS,
+        (SYSTEM, USER, ANSWER, USER, MORE),
+        [("system:Be brief.<|im_end|>\n<|im_start|>user:Sky?<|im_end|>\n<|im_start|>assistant:", "Blue.<|im_end|>"), ("assistant:", "Or grey.<|im_end|>")],
+    ),
     "a call that ends in a token of its own": (
         CALL_STOP,
         (USER, CALL, RESULT, TIME),
@@ -197,6 +227,28 @@ def test_an_answer_is_its_own_text_and_its_stop(name: str) -> None:
     assert [labels.wrong(encoder, row, sample, some) for sample, some in zip(samples, each, strict=True)] == [""] * len(
         samples
     )
+
+
+def test_a_template_with_texts_as_parts_is_handed_over(tmp_path: Path) -> None:
+    tokenizer = kinds.make_tokenizer(PARTS)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    found = handover.hand_over(tmp_path, tokenizer, of_tokenizer(tokenizer))
+    assert found.proof.holds, found.proof
+    assert found.parts
+
+
+@pytest.mark.parametrize(
+    ("jinja", "reason"),
+    [
+        ("{% include 'base.jinja' %}" + BARE, "include, line 1"),
+        ("{% import 'parts.jinja' as parts %}" + BARE, "import, line 1"),
+        (BARE.replace("{{ m.role }}", "{{ [m.role, 'x'] | random }}"), "filter random"),
+    ],
+)
+def test_prompts_that_are_not_of_the_templates_text_alone_are_refused(jinja: str, reason: str) -> None:
+    encoder = encoder_of(jinja)
+    with pytest.raises(FituneError, match=reason):
+        encoder.samples(Conversation((USER, ANSWER), Source("f", 1), "messages"))
 
 
 def test_calls_that_the_template_counts_are_no_wrong_labels() -> None:

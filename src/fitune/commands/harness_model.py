@@ -22,6 +22,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fitune.core.events import Ticker, Watcher
 from fitune.core.records import Batch, Layout
+from fitune.data.templates.base import in_parts
+from fitune.data.templates.jinja import of_tokenizer
 from fitune.engine.drawing import Sampling
 from fitune.engine.generation import SIDE_BY_SIDE, continued
 from fitune.engine.step import label_hidden, place
@@ -71,6 +73,8 @@ class FlatLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation, by the tokenizer's own template."""
+        if of_tokenizer(self.tokenizer).in_parts:
+            chat_history = [in_parts(message) for message in chat_history]
         how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how))
 

@@ -99,7 +99,8 @@ def _use(handed: Handover, kind: Kind, base: str) -> str:
         lines = ["from peft import PeftModel", *lines]
         load = f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), folder)'
     lines += ['folder = "."  # this folder', "tokenizer = AutoTokenizer.from_pretrained(folder)", load]
-    messages = 'messages = [{"role": "user", "content": "Hello"}]'
+    content = '[{"type": "text", "text": "Hello"}]' if handed.parts else '"Hello"'
+    messages = f'messages = [{{"role": "user", "content": {content}}}]'
     stops = "" if kind == "model" else f", eos_token_id={handed.stop_ids}"
     if handed.written:
         made = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'

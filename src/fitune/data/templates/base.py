@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from fitune.core.errors import ConfigError, DataError, shorten
 from fitune.core.records import Message, Segment, ToolCall
@@ -183,3 +183,9 @@ def refuse_tools(name: str, messages: Sequence[Message], tools: Tools) -> None:
         raise no_place_for_tools(name, "tool calls")
     if any(m.role == "tool" for m in messages):
         raise no_place_for_tools(name, "tool results")
+
+
+def in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose text is a list of parts, as servers send it where a template reads nothing else."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message

@@ -15,6 +15,13 @@ from jinja2.environment import Environment, Template
 from fitune.data.templates.sandbox import MOST_SOURCE, WRITES, Counting, Runaway
 
 
+class Unsure(Exception):
+    """A template whose prompts are not its own text's alone: what is trained would not be what is served."""
+
+
+READS_FILES = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+
+
 class _Code(CodeGenerator):
     """Generated code that counts."""
 
@@ -76,6 +83,7 @@ def counted(environment: Environment, source: str) -> Template:
 
     Raises:
         Runaway: the text is longer than any template's.
+        Unsure: it reads other files, or draws at random.
         jinja2.TemplateError: it is no Jinja.
     """
     if len(source) > MOST_SOURCE:
@@ -91,6 +99,12 @@ def counted(environment: Environment, source: str) -> Template:
     made.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
     made.begin(len(source))
     tree = made._parse(source, None, None)
+    if (reads := tree.find(READS_FILES)) is not None:
+        raise Unsure(
+            f"reads another file, and a tokenizer has none ({type(reads).__name__.lower()}, line {reads.lineno})"
+        )
+    if any(one.name == "random" for one in tree.find_all(nodes.Filter)):
+        raise Unsure("draws at random (its filter random)")
     for loop in tree.find_all(nodes.For):
         loop.iter = nodes.Filter(loop.iter, "_iterated", [], [], None, None, lineno=loop.lineno, environment=made)
     made.filters["_iterated"] = made.iterated

@@ -250,9 +250,17 @@ class Dialogue:
                 fix="--template chatml with the thought in the content, or leave the thoughts out of the data",
             )
         mark = self.renderer.marks.wrapped(thought, turn)
-        text = thoughts.behind(prompt, text, mark, answer, self.renderer.thought_style)
+        header = self._own_header(text, turn)
+        text = header + thoughts.behind(
+            prompt + header, text.removeprefix(header), mark, answer, self.renderer.thought_style
+        )
         self._check_answer(text, turn, thought, answer)
         return text
+
+    def _own_header(self, text: str, turn: int) -> str:
+        """The header of an answer that brings its own, because the template writes none for one that is to come."""
+        header = "" if self._header else text[: start(text, turn) or 0]
+        return header if _TAG.search(header) and thoughts.tags_in(header) is None else ""
 
     def _other_header(self, prompt: str, whole: str, turn: int) -> str:
         """The answer in a rendering that does not begin with its prompt: what stands behind what both have."""

@@ -150,6 +150,11 @@ class ChatTemplate:
         return set().union(*(renderer.reads for renderer in self._renderers.values()))
 
     @property
+    def in_parts(self) -> bool:
+        """Does it read texts as lists of parts alone?"""
+        return self._renderers["default"].reads_parts
+
+    @property
     def moves_system(self) -> bool:
         """Do system texts stand in the first user's turn?"""
         return self._renderers["default"].moves_system

@@ -19,6 +19,7 @@ from fitune.data.tokenizer.interface import Tokenizer
 
 OPEN, TURN, CLOSE, BREAK = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"  # OPEN 12 TURN a text of message 12 CLOSE
 _MARKS = re.compile(f"{OPEN}[0-9]+{TURN}|[{CLOSE}{BREAK}]")
+_ESCAPED = re.compile(r"\\u(fdd[0-3])")
 _OPENED = re.compile(f"{OPEN}([0-9]+){TURN}")
 
 
@@ -139,6 +140,11 @@ def _with_turns(segments: Sequence[Segment], last: int, role: Callable[[int], st
 def unmarked(text: str) -> str:
     """Without any marks."""
     return _MARKS.sub("", text)
+
+
+def shown(text: str) -> str:
+    """A rendering whose marks are characters again, where the template wrote texts as JSON in ASCII alone."""
+    return _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text) if _ESCAPED.search(text) else text
 
 
 def turns(text: str) -> set[int]:

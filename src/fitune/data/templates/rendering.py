@@ -18,9 +18,9 @@ from typing import Any, Literal
 from fitune.core.errors import ConfigError, DataError, RunawayError, shorten
 from fitune.core.records import Message, ToolCall
 from fitune.data.templates import thoughts
-from fitune.data.templates.base import Tools, arguments, joined
-from fitune.data.templates.counted import counted
-from fitune.data.templates.marks import Marks
+from fitune.data.templates.base import Tools, arguments, in_parts, joined
+from fitune.data.templates.counted import Unsure, counted
+from fitune.data.templates.marks import Marks, shown
 from fitune.data.templates.sandbox import Runaway
 from fitune.data.tokenizer import single_id
 from fitune.data.tokenizer.interface import Tokenizer
@@ -110,22 +110,24 @@ class Renderer:
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, generate: bool) -> str:
         if self._broken is not None:
             raise self._broken
+        if self.reads_parts:
+            messages = [in_parts(message) for message in messages]
+        return self._rendered(messages, tools, generate)
+
+    def _rendered(self, messages: list[dict[str, Any]], tools: list[Any] | None, generate: bool) -> str:
         compiled = self._compiled
-        compiled.environment.begin(sum(len(message.get("content") or "") for message in messages))
+        compiled.environment.begin(sum(len(str(message.get("content") or "")) for message in messages))
         try:
-            return str(
-                compiled.render(
-                    **{
-                        **self.tokenizer.special_tokens_map,
-                        DATED: self._today,
-                        **self.options,
-                        "messages": messages,
-                        "tools": tools,
-                        "documents": None,
-                        "add_generation_prompt": generate,
-                    }
-                )
-            )
+            values = {
+                **self.tokenizer.special_tokens_map,
+                DATED: self._today,
+                **self.options,
+                "messages": messages,
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": generate,
+            }
+            return shown(str(compiled.render(values)))
         except Runaway as error:
             raise self._runaway(error) from None
         except Exception as error:  # a template may fail in any way that Python can
@@ -150,6 +152,20 @@ class Renderer:
         return self._formats
 
     @cached_property
+    def reads_parts(self) -> bool:
+        """Does the template read texts as lists of parts alone, as those of models that take images do?"""
+
+        def asked(content: object) -> bool:
+            try:
+                return ASKED in self._rendered([{"role": "user", "content": content}], None, True)
+            except RunawayError:
+                raise
+            except ConfigError:
+                return False
+
+        return not asked(ASKED) and asked(in_parts({"content": ASKED})["content"])
+
+    @cached_property
     def _compiled(self) -> Any:
         # transformers' own environment: sandboxed, with its filters; it has no public way to hand in a date
         from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -158,6 +174,12 @@ class Renderer:
             return counted(_compile_jinja_template("").environment, self.jinja)
         except Runaway as error:
             raise self._runaway(error) from None
+        except Unsure as error:
+            raise ConfigError(
+                f"the tokenizer's own chat template {error}{self._of}",
+                expected="one text, which gives the same prompt for the same conversation, here and where it is served",
+                fix=OTHER,
+            ) from None
         except Exception as error:
             raise ConfigError(
                 f"the tokenizer's own chat template is no Jinja template{self._of}",

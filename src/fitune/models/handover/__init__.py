@@ -17,7 +17,7 @@ from typing import Any
 from fitune.core.files import write_atomic
 from fitune.core.untrusted import read_json
 from fitune.data.encode import Encoder
-from fitune.data.templates import Template
+from fitune.data.templates import ChatTemplate, Template
 from fitune.data.templates.as_jinja import KINDS
 from fitune.data.templates.base import kept_date
 from fitune.models import adapters
@@ -43,6 +43,7 @@ class Handover:
         exceptions: texts that get other ids all the same.
         date: what to know of the date that the template writes.
         pieces: is there a PIECES file, with the ids of training.
+        parts: does the template read texts as lists of parts alone.
     """
 
     template: str
@@ -54,6 +55,7 @@ class Handover:
     exceptions: list[str] = field(default_factory=list)
     pieces: bool = False
     date: str = ""
+    parts: bool = False
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -150,8 +152,9 @@ def hand_over(folder: Path, tokenizer: Any, template: Template, stops_of_base: A
         own.save_pretrained(str(folder))
     pieces = (jinja is None or bool(proof.without)) and proofs.write_pieces(folder, encoder, plain)
     exceptions = proofs.exceptions(jinja, plain, encoder) if jinja is not None else []
+    parts = isinstance(template, ChatTemplate) and template.in_parts
     return Handover(
-        template.name, stops, ids, jinja is not None, proof, reason, exceptions, pieces, kept_date(template)
+        template.name, stops, ids, jinja is not None, proof, reason, exceptions, pieces, kept_date(template), parts
     )
 
 

@@ -15,7 +15,7 @@ from fitune.core.records import Conversation, Message
 from fitune.data.encode import Encoder
 from fitune.data.templates import ChatTemplate, PieceTemplate, thoughts
 from fitune.data.templates.as_jinja import Frame, as_jinja, quoted
-from fitune.data.templates.base import arguments, joined
+from fitune.data.templates.base import arguments, in_parts, joined
 from fitune.data.templates.rendering import SAID
 from fitune.models.handover.conversations import CONVERSATIONS, EDGES, LEAST, TOOL, talk
 
@@ -122,11 +122,14 @@ def rendered(
     jinja: Jinja, plain: Any, conversation: Conversation, encoder: Encoder, *, tokenize: bool = True, **how: Any
 ) -> Any:
     """What transformers makes of a conversation by a chat template: ids, or a text; None: the template refuses it."""
-    in_place = isinstance(encoder.template, PieceTemplate)
+    template = encoder.template
+    in_place = isinstance(template, PieceTemplate)
+    parts = isinstance(template, ChatTemplate) and template.in_parts
+    messages = [as_message(m, context=in_place) for m in conversation.messages]
     plain.chat_template = jinja  # of several, transformers takes the one for tools where there are some
     try:
         return plain.apply_chat_template(
-            [as_message(m, context=in_place) for m in conversation.messages],
+            [in_parts(message) for message in messages] if parts else messages,
             tools=[dict(tool) for tool in conversation.tools] or None,
             add_generation_prompt=conversation.messages[-1].role != "assistant",
             tokenize=tokenize,
