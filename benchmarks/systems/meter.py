@@ -206,25 +206,54 @@ class Nowhere:
 
 def attention_formulas() -> dict[Any, Any]:
     """torch's counter has no formula for attention on a CPU. A causal kernel leaves out the blocks above the diagonal,
-    so half of the square counts; a masked one computes all of it."""
+    so half of the square counts; a masked one computes all of it. Before torch 2.13 its formulas refuse keys and values
+    of fewer heads than the queries have, which kernels take: they are asked with as many heads."""
     import torch
-    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+    from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
     def forward(
         query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, *rest: Any, **more: Any
     ) -> int:
-        return int(sdpa_flop_count(query, key, value)) // (2 if causal else 1)
+        return int(sdpa_flop_count(query, *of_all_heads(query, key, value))) // (2 if causal else 1)
 
     def backward(
         grad: Any, query: Any, key: Any, value: Any, out: Any, log: Any, dropout: float, causal: bool, **more: Any
     ) -> int:
-        return int(sdpa_backward_flop_count(grad, query, key, value)) // (2 if causal else 1)
+        return int(sdpa_backward_flop_count(grad, query, *of_all_heads(query, key, value))) // (2 if causal else 1)
+
+    def asked(formula: Any, first: int, heads: int) -> Any:
+        def count(*args: Any, **more: Any) -> int:
+            many, (query, *others) = list(args), (args[at].shape for at in range(first, first + 3))
+            for at, shape in enumerate(of_all_heads(query, *others, heads=heads), first + 1):
+                many[at] = torch.empty(shape, device="meta")
+            return int(formula(*many, **more))
+
+        count._get_raw = True  # type: ignore[attr-defined]  # torch's mark of a formula that takes tensors
+        return count
 
     aten = torch.ops.aten
+    names = {packet: str(packet) for packet in flop_registry}
     return {
+        **{
+            packet: asked(
+                flop_registry[packet],
+                first=1 if name.endswith("_backward") else 0,
+                heads=1 if "scaled_dot_product" in name else -2,
+            )
+            for packet, name in names.items()
+            if name.startswith("aten.") and "attention" in name
+        },
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
+
+
+def of_all_heads(query: Any, *others: Any, heads: int = 1) -> list[list[int]]:
+    """Shapes of keys and values with as many heads as the queries have; heads: which dimension they are."""
+    found = [list(shape) for shape in others]
+    for shape in found:
+        shape[heads] = query[heads]
+    return found
 
 
 class Saved:

@@ -23,7 +23,7 @@ from fitune.models.adapters import attach
 from fitune.models.kernels.cached import Cache
 from fitune.models.load import Tuned
 from fitune.models.switches import SDPA, attention, evaluating
-from support import tiny
+from support import elsewhere, tiny
 
 PROMPTS = [[7, 9, 30, 200, 11], [5] * 40, [33, 34, 35], list(range(20, 90)), [250], [9, 7, 30, 201], [120, 121] * 9]
 TOKENS = 6
@@ -107,7 +107,8 @@ EXPECTED = {
 def test_methods_answer_side_by_side_too(method: str, settings: dict[str, Any]) -> None:
     tuned = tuned_of("llama", method, **settings)
     together = answered(tuned, PROMPTS)
-    assert attached.of(tuned.model).tile == trial.ROWS
+    # elsewhere the bits of LoRA's narrow products may depend on a row's neighbours (AMX), and the trial finds it
+    assert attached.of(tuned.model).tile in ((trial.ROWS, 1) if elsewhere.than_measured("torch") else (trial.ROWS,))
     assert together == [answered(tuned, [prompt])[0] for prompt in PROMPTS]
     assert [ids(one) for one in together] == [generated(tuned, prompt) for prompt in PROMPTS]
 

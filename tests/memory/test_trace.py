@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import product
@@ -79,6 +80,15 @@ def test_what_is_planned_is_what_is_allocated(variant: str, kind: str, precision
     there = really(config, kind, work, quant)
     assert there >= LEAST
     assert expected == pytest.approx(there, rel=CLOSE), f"{expected / there - 1:+.3%}"
+
+
+def test_layers_that_are_dropped_at_random_are_planned_for() -> None:
+    """OPT drops whole blocks while it is trained, if it is asked to: a step may have all of them."""
+    config, asked = contract.config_for("bitfit"), [[batch(9, 5)], [batch(*[24] * 25)]]
+    always, sometimes = (copy.deepcopy(tiny.make_model("opt").config) for _ in range(2))
+    always.layerdrop, sometimes.layerdrop = 0.0, 0.5
+    whole, found = (most(predicted(plan.Work(config, shape, asked))) for shape in (always, sometimes))
+    assert whole <= found <= 1.001 * whole  # that one number more is drawn
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from fitune.models.kernels.attention import attend, causal_mask
 from fitune.models.kernels.written import How
 
 BOUNDS = [0, 7, 8, 40, 75]
+ALONE = 7  # the row of the document that has one token
 HEADS, KEYS, WIDTH = 4, 2, 12
 
 
@@ -51,7 +52,12 @@ def test_its_bits_are_those_of_a_call_for_each_document(dtype: torch.dtype, wind
     given, parts = sides(dtype), apart.whole(BOUNDS)
     one, other = ours(given, parts, window), each(given, parts, window)
     assert torch.equal(one, other)
-    for mine, theirs in zip(gradients(one, given), gradients(other, given), strict=True):
+    for number, (mine, theirs) in enumerate(zip(gradients(one, given), gradients(other, given), strict=True)):
+        if number < 2 and dtype == torch.bfloat16:
+            # a token that sees itself alone: nothing of its query and key, and what rounding leaves of that depends on
+            # the kernel's sizes where the processor has AMX (here they are 1 and 32)
+            assert max(float(side[:, :, ALONE].detach().abs().max()) for side in (mine, theirs)) <= 1e-6
+            mine[:, :, ALONE] = theirs[:, :, ALONE]
         assert torch.equal(mine, theirs)
 
 

@@ -144,6 +144,8 @@ def test_what_is_refused_is_refused_with_its_reason(case: Case) -> None:
         assert reason is None or "those have no gradient" in reason
     elif reason is not None:
         assert str(refusal(case)) in reason
+    elif case.variant.startswith("peft:") and case.quant != "none":  # PEFT 0.18 has more layers of quantized weights
+        assert State(case).trained() is not None
     else:
         with pytest.raises(ConfigError, match=REFUSED[case.variant, case.kind]):
             State(case).start()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING
 
@@ -57,7 +58,14 @@ def samples() -> list[Sample]:
 
 
 def some(kinds: list[str]) -> list[Any]:
-    return [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.full) for kind in kinds]
+    full = {kind: pytest.mark.full for kind in kinds if kind not in QUICK}
+    return [pytest.param(kind, marks=[*there(kind), *([full[kind]] if kind in full else [])]) for kind in kinds]
+
+
+def there(kind: str) -> list[pytest.MarkDecorator]:
+    """A test of a type that the installed transformers does not know yet skips."""
+    known = kind in CONFIG_MAPPING
+    return [] if known else [pytest.mark.skip(reason=f"transformers {transformers.__version__} has no {kind}")]
 
 
 @pytest.mark.parametrize("kind", some(TUNED))
@@ -113,7 +121,7 @@ def test_full_tuning_leaves_out_what_only_chooses(kind: str) -> None:
     assert guards.grad_reaches(model, flat(samples(), [0, 1, 2]), "documents").level == "ok"
 
 
-@pytest.mark.parametrize("kind", every_type.NO_DECODERS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=there(kind)) for kind in every_type.NO_DECODERS])
 def test_what_is_no_decoder_of_text_is_refused_by_what_it_is(kind: str) -> None:
     if kind in towers.TABLE:
         pytest.skip("its language model is tuned")
@@ -166,7 +174,10 @@ def test_the_results_are_what_the_sweep_finds(kind: str, tmp_path: Path) -> None
 
 def test_no_type_fails_and_nearly_every_decoder_trains() -> None:
     """What results/families.json says; each type of the installed transformers is in it."""
-    assert set(ROWS) == set(every_type.TYPES)
+    assert set(every_type.TYPES) <= set(ROWS)
+    swept = json.loads(RESULTS.read_text(encoding="utf-8"))["transformers"]
+    if transformers.__version__ == swept:
+        assert set(ROWS) == set(every_type.TYPES)
     failed = [kind for kind, row in ROWS.items() if any(way["outcome"] == "failed" for way in row["ways"].values())]
     assert not failed
     decoders = [row for row in ROWS.values() if row["kind"] == "decoder"]

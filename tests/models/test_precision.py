@@ -538,9 +538,13 @@ def test_low_precision_keeps_the_gain_on_a_real_model(how: dict, shared: Path, t
 # ---- doctor ----
 
 
+# a torch built for a GPU, on a machine that has none, is what doctor calls broken
+IDLE = ["gpu"] if torch.version.cuda and not torch.cuda.is_available() else []
+
+
 def test_doctor_finds_this_machine_well() -> None:
     found = {check.name: check for check in doctor.doctor()}
-    assert not [check for check in found.values() if check.level == "broken"], found
+    assert [check.name for check in found.values() if check.level == "broken"] == IDLE, found
     assert "forward and backward" in found["nf4"].text
     assert "fp16" in found["matrix products"].text
     assert {"python", "torch", "transformers", "memory", "bf16", "int8", "disk"} <= set(found)
@@ -552,8 +556,8 @@ def test_doctor_is_an_exit_code_and_one_json_object(
 ) -> None:
     """A bitsandbytes that cannot be imported is found by a step that is really made."""
     code, out, error = command(["doctor", "--json"], capsys, monkeypatch)
-    assert code == 0, error
-    assert json.loads(out)["ok"] is True
+    assert code == len(IDLE), error
+    assert json.loads(out)["ok"] is not bool(IDLE)
     (tmp_path / "bitsandbytes").mkdir()
     (tmp_path / "bitsandbytes" / "__init__.py").write_text("raise ImportError('libcudart.so.12: cannot open')\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

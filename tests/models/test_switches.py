@@ -11,7 +11,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from fitune.models import attached
 from fitune.models.kernels.attention import FLAT
-from fitune.models.switches import SDPA, attention
+from fitune.models.prepare import ready
+from fitune.models.switches import SDPA, attention, for_rows
 from support import tiny
 
 
@@ -71,3 +72,20 @@ def test_a_copy_of_a_model_switches_its_own_configs() -> None:
         assert held(twin)[""] == FLAT
         assert held(model)[""] != FLAT
     assert attached.of(twin).attentions[FLAT][0][0] is twin.config
+
+
+def test_scores_that_are_bent_are_never_sdpas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a class of models names SDPA, which leaves them as they are: Gemma 2's of transformers 5.17."""
+    model: Any = tiny.make_model("gemma2")
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad(), attention(model, "eager"):
+        expected = model(input_ids=ids).logits
+    monkeypatch.setattr(type(model), "_supports_sdpa", True)
+    model.set_attn_implementation(SDPA)
+    ready(model)
+    for name in (SDPA, "eager", SDPA):
+        with torch.no_grad(), attention(model, name):
+            assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-5)
+    assert for_rows(tiny.make_model("llama")) == SDPA

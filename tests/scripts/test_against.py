@@ -177,17 +177,33 @@ def test_what_is_saved_for_backward_is_counted_by_storage_until_it_is_let_go() -
     assert weight.grad is not None
 
 
-def test_attention_of_a_cpu_is_counted() -> None:
-    q = torch.ones(1, 2, 8, 4, requires_grad=True)
+@pytest.mark.parametrize("heads", [2, 1])
+def test_attention_of_a_cpu_is_counted(heads: int) -> None:
+    """As many heads of keys and values as of queries, or fewer."""
+    q, k = torch.ones(1, 2, 8, 4, requires_grad=True), torch.ones(1, heads, 8, 4, requires_grad=True)
     from torch.utils.flop_counter import FlopCounterMode
 
     whole = 2 * 2 * 8 * 8 * 4 * 2  # two products of 8 x 8 x 4 in each of two heads
     for causal, share in ((False, 1), (True, 2)):
         with FlopCounterMode(display=False, custom_mapping=meter.attention_formulas()) as counter:
-            out = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=causal)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=causal, enable_gqa=True)
             assert counter.get_total_flops() == whole // share
             out.sum().backward()
         assert counter.get_total_flops() == (whole + whole * 5 // 2) // share
+
+
+def test_attention_of_a_gpu_with_fewer_heads_of_keys_is_counted_as_with_all() -> None:
+    """torch's own formulas refuse it before torch 2.13."""
+    formulas, aten = meter.attention_formulas(), torch.ops.aten
+    q, many, few = (torch.empty(1, heads, 8, 4, device="meta") for heads in (8, 8, 2))
+    whole = 2 * 2 * 8 * 8 * 4 * 8
+    for keys in (many, few):
+        assert formulas[aten._scaled_dot_product_flash_attention](q, keys, keys, out_val=None) == whole
+        there = formulas[aten._scaled_dot_product_flash_attention_backward](q, q, keys, keys, q, q, out_val=None)
+        assert there == whole * 5 // 2
+    rows = [one.transpose(1, 2)[0] for one in (q, few, few)]
+    bounds = torch.tensor([0, 8], dtype=torch.int32)
+    assert formulas[aten._flash_attention_forward](*rows, bounds, bounds, 8, 8, out_val=None) == whole
 
 
 def test_rows_of_like_length_go_through_the_model_together() -> None:

@@ -6,10 +6,12 @@ import atexit
 import shutil
 import tempfile
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import peft
 import torch
 
 from fitune.core.config import RunConfig, build
@@ -19,6 +21,7 @@ from fitune.engine import optim
 from fitune.engine.step import loss_sum, training_step
 from fitune.models import adapters, families, methods
 from fitune.models.load import load_model
+from fitune.models.methods import prefix
 from fitune.models.parts import trainable
 from fitune.models.precision import DTYPES
 from fitune.models.prepare import ready
@@ -64,6 +67,9 @@ REFUSED = {
     ("tail-interleaved", "chatglm"): "the residual stream passes a norm",
     ("peft:LOHA", "gpt2"): "PEFT does not take it",  # no Conv1D
 }
+if tuple(int(number) for number in peft.__version__.split(".")[:2]) < prefix.MISPLACED:
+    MISPLACED = product(("prefix", "prefix-projected"), ("gemma2", "gemma3"))
+    REFUSED |= dict.fromkeys(MISPLACED, "puts a prefix into the wrong layers")
 
 
 KINDS = [*tiny.FAMILIES, "llama-tied", *tiny.MORE, *tiny.UNKNOWN]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,15 @@ NO_DECODERS: dict[str, str] = {
 }  # fmt: skip
 
 
+# what a config class may want before it has values: transformers 5.17's of MusicGen has no defaults of these
+PARTS: dict[str, Any] = {
+    "text_encoder": {"model_type": "t5"},
+    "audio_encoder": {"model_type": "encodec"},
+    "decoder": {},
+}
+WANTED = {"musicgen": PARTS, "musicgen_melody": PARTS}
+
+
 def config_of(kind: str) -> PretrainedConfig:
     """The small config of a type."""
     return CONFIG_MAPPING[kind](**{**small(CONFIG_MAPPING[kind]), **OWN.get(kind, {})})
@@ -215,9 +225,9 @@ def whole_of(kind: str, **more: Any) -> Any:
 
 def default_values(kind: str) -> dict[str, Any]:
     """What config.json of a type says where all is as its class has it; a draft model's class has no such."""
-    own = CONFIG_MAPPING[kind]
+    own: Any = CONFIG_MAPPING[kind]
     draft = NO_DECODERS.get(kind) == "draft model"
-    found = {"text_config": PLAIN_LAYERS} if draft else own().to_dict()
+    found = {"text_config": PLAIN_LAYERS} if draft else own(**deepcopy(WANTED.get(kind, {}))).to_dict()
     return json.loads(json.dumps(found, default=str)) | {"model_type": kind}
 
 

@@ -26,8 +26,10 @@ SUPPOSED: dict[Operation, Operation] = {
 
 
 # How many elements of a mask are true, where its history shows it without a value: none is infinite or not a number,
-# and a mask that was zeros has as many as were scattered into it. A shape that such a mask decides follows from it.
+# and a mask that was zeros has as many as were scattered into it. A shape that such a mask decides follows from it. A
+# number that was drawn is not below the probability of dropping a layer (Fan et al. 2020, arXiv:1909.11556): all run.
 TRUE = "fitune_true"
+DRAWN = "fitune_drawn"
 KEEP_TRUE = {
     f"aten::{name}"
     for name in ("_to_copy", "alias", "any", "bitwise_or", "clone", "detach", "eq", "expand", "logical_or", "reshape",
@@ -42,7 +44,7 @@ def true_of(tensor: Any) -> int | None:
 
 
 # What note_true looks at.
-NOTED = KEEP_TRUE | {f"aten::{name}" for name in ("isinf", "isnan", "ne", "scatter", "scatter_")}
+NOTED = KEEP_TRUE | {f"aten::{name}" for name in ("isinf", "isnan", "lt", "ne", "rand", "scatter", "scatter_")}
 
 
 def note_true(name: str, args: Args, out: Any) -> None:
@@ -57,6 +59,10 @@ def note_true(name: str, args: Args, out: Any) -> None:
         found = 0
     elif name in ("aten::scatter", "aten::scatter_"):
         found = args[2].numel()
+    elif name == "aten::lt" and hasattr(first, DRAWN):
+        found = 0
+    elif name == "aten::rand" and out.numel() == 1:
+        setattr(out, DRAWN, True)
     if found is not None:
         setattr(out, TRUE, found)
 

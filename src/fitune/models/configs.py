@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -145,7 +146,7 @@ def read_config_file(path: Path) -> Any:
         code = "it works only with Python code from its folder, which fitune never runs"
         raise ModelError(
             f"{path}: model_type {kind!r} is unknown to transformers",
-            received=code if "auto_map" in values else None,
+            received=code if "auto_map" in values else f"transformers {transformers.__version__}; later ones know more",
             fix=_nearest(kind),
         )
     _check_quantized(path.parent, values.get("quantization_config"))

@@ -26,7 +26,7 @@ from fitune.models.kernels.plain import keep_less
 from fitune.models.kernels.rotary import turn_in_one
 from fitune.models.offload import Checkpoint, Run
 from fitune.models.precision import DTYPES
-from fitune.models.switches import recomputed
+from fitune.models.switches import recomputed, written_out
 
 
 def ready(model: CausalLM, precision: str = "fp32", adapter: str | Path | None = None) -> CausalLM:
@@ -42,6 +42,7 @@ def ready(model: CausalLM, precision: str = "fp32", adapter: str | Path | None =
     lean_mlps(model)
     keep_less(model)
     turn_in_one(model)
+    written_out(model)
     if model.config.model_type in families.TABLE:
         families.TABLE[model.config.model_type].make_flat(model)
     for parameter in model.parameters():

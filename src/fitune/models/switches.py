@@ -71,8 +71,8 @@ def _switch(inner: CausalLM, flat: FlatState | None, name: str, documents: objec
         return
     if name == SDPA and has_own_attention(type(inner)):
         return  # rows go through it as they are
-    if name == SDPA and not getattr(type(inner), "_supports_sdpa", True):
-        name = "eager"
+    if name == SDPA:
+        name = for_rows(inner)
     _set(inner, name)
     if inner.config._attn_implementation != name:  # some models only warn
         raise ModelError(f"{type(inner).__name__}: its attention cannot be replaced", expected=f"attention {name!r}")
@@ -93,6 +93,19 @@ def _set(inner: CausalLM, name: str) -> None:
         models = (module.config for module in inner.modules() if isinstance(module, PreTrainedModel))
         configs = {id(config): config for model in models for config in _with_inner(model)}
         known[name] = [(config, config._attn_implementation) for config in configs.values()]
+
+
+def for_rows(inner: CausalLM) -> str:
+    """SDPA, or transformers' own code where SDPA cannot compute the scores. Classes of models name no SDPA then;
+    Gemma 2's of transformers 5.17 does, and its scores are left unbent without a word."""
+    bent = getattr(inner.config, "attn_logit_softcapping", None) is not None
+    return SDPA if getattr(type(inner), "_supports_sdpa", True) and not bent else "eager"
+
+
+def written_out(inner: CausalLM) -> None:
+    """Give a model whose scores SDPA cannot compute the attention that can, for all that calls it as it is."""
+    if inner.config._attn_implementation == SDPA:
+        _set(inner, for_rows(inner))
 
 
 def has_own_attention(kind: type) -> bool:

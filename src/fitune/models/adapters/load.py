@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from fitune.core.errors import ModelError
@@ -28,7 +28,7 @@ from fitune.models.adapters.files import (
 from fitune.models.adapters.save import for_language_model
 from fitune.models.interfaces import CausalLM, causal_lm, peft_of
 from fitune.models.kernels import low_rank
-from fitune.models.methods import new_tokens
+from fitune.models.methods import new_tokens, prefix
 from fitune.models.weights import safe
 
 
@@ -37,6 +37,7 @@ def put(model: CausalLM, folder: Path) -> CausalLM:
 
     Raises:
         ModelError: the folder holds no adapter, or one for another model.
+        ConfigError: it is a prefix, and the PEFT that is installed cannot use it on this model.
     """
     own, peft = (folder / OWN_CONFIG).is_file(), (folder / PEFT_CONFIG).is_file()
     if not (own or peft) or not (folder / WEIGHTS).is_file():
@@ -69,6 +70,8 @@ def _put_own(model: CausalLM, folder: Path) -> CausalLM:
 
 
 def _put_peft(model: CausalLM, folder: Path) -> CausalLM:
+    if read_settings(folder / PEFT_CONFIG).get("peft_type") == PeftType.PREFIX_TUNING:
+        prefix.placed(model)
     try:
         wrapped: CausalLM = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
     except Exception as error:  # PEFT raises many kinds; each is reported as it is

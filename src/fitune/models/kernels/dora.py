@@ -42,23 +42,25 @@ class LeanDora(DoraLinearLayer):  # type: ignore[misc]  # PEFT has no types
         self,
         x: Tensor,
         *,
-        lora_A: nn.Module,  # noqa: N803  # PEFT's names
-        lora_B: nn.Module,  # noqa: N803
+        lora_A: nn.Linear,  # noqa: N803  # PEFT's names
+        lora_B: nn.Linear,  # noqa: N803
         scaling: float,
         base_layer: Layer,
         base_result: Tensor | None = None,
-        adapter_name: str = "default",
+        **others: Any,
     ) -> Tensor:
-        """What DoRA adds to the base's output; behind dropout, PEFT's own forward."""
+        """What DoRA adds to the base's output; behind dropout, PEFT's own forward. What else it is given is for that
+        (PEFT 0.18 gives nothing, later ones the adapter's name)."""
         if base_result is None:
             plain: Tensor = super().forward(
-                x, lora_A=lora_A, lora_B=lora_B, scaling=scaling, base_layer=base_layer, adapter_name=adapter_name
+                x, lora_A=lora_A, lora_B=lora_B, scaling=scaling, base_layer=base_layer, **others
             )
             return plain
         with torch.no_grad():  # the norm counts as a constant (section 4.3 of the paper)
-            change = self.get_lora_weight(lora_A=lora_A, lora_B=lora_B, adapter_name=adapter_name).to(x.dtype)
+            # through the layers, as PEFT does: FSDP may hold their weights
+            change = lora_B(lora_A(torch.eye(x.shape[-1], device=x.device, dtype=lora_A.weight.dtype))).T.to(x.dtype)
             weight = dequantize_module_weight(base_layer).to(x.dtype)
-            norm = self.get_weight_norm(weight=weight, lora_weight=change, scaling=scaling, adapter_name=adapter_name)
+            norm = self.get_weight_norm(weight=weight, lora_weight=change, scaling=scaling)
             del change, weight
         bias = base_layer.bias
         base = base_result if bias is None else base_result - bias

@@ -6,15 +6,18 @@ In: a model. Out: the model as PEFT wraps it. With grouped-query attention there
 
 from __future__ import annotations
 
+import peft
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 
 from fitune.core.config import RunConfig
+from fitune.core.errors import ConfigError
 from fitune.models import sizes
 from fitune.models.families import Family
 from fitune.models.interfaces import CausalLM, Peft
 from fitune.models.methods.virtual import ENCODER, VirtualTokens, in_float32
 
+MISPLACED = (0, 20)  # before this version PEFT takes keys and values of one layer of a Gemma for those of all layers
 START = 0.1  # spread at the start: at PEFT's 1.0 the values drown what the attention says
 
 
@@ -29,6 +32,7 @@ class Prefix(VirtualTokens):
 
     def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
+        placed(model)
         options = config.prefix
         wrapped: Peft = get_peft_model(
             model,
@@ -64,6 +68,23 @@ class Prefix(VirtualTokens):
     def rates(self, config: RunConfig, name: str) -> float:
         """A projection learns at the rates of networks, not of vectors."""
         return 0.1 if config.prefix.projection else 1.0
+
+
+def placed(model: CausalLM) -> None:
+    """A prefix gets into the layers of this model, with the PEFT that is installed.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    kind = model.config.model_type
+    version = tuple(int(number) for number in peft.__version__.split(".")[:2])
+    if version < MISPLACED and ("gemma2" in kind or "gemma3_text" in kind):
+        raise ConfigError(
+            f"prefix: this PEFT puts a prefix into the wrong layers of {kind}",
+            received=f"peft {peft.__version__}",
+            expected="peft 0.20 or later",
+            fix='pip install "peft>=0.20", or another --method (prompt, lora)',
+        )
 
 
 def _width(model: CausalLM) -> int:
