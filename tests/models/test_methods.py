@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,7 +32,6 @@ from fitune.engine.step import hidden_states, loss_sum
 from fitune.models import adapters, families, methods
 from fitune.models.configs import config_of, without_weights
 from fitune.models.load import load_model
-from fitune.models.methods import prefix
 from fitune.models.parts import groups
 from fitune.models.prepare import ready
 from fitune.models.switches import SDPA, attention
@@ -386,10 +386,10 @@ def test_an_adapter_of_another_rank_is_refused(model_folder: Path, tmp_path: Pat
 
 def test_a_prefix_that_peft_puts_into_wrong_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT before 0.20, of Gemma 2 and 3: attached, and as an adapter that a later PEFT made."""
-    monkeypatch.setattr(prefix.peft, "__version__", "0.20.0")
+    monkeypatch.setattr(peft, "__version__", "0.20.0")
     adapters.save(adapters.attach(ready(tiny.make_model("gemma2")), config_for("prefix")), tmp_path)
     ready(tiny.make_model("gemma2"), adapter=tmp_path)
-    monkeypatch.setattr(prefix.peft, "__version__", "0.19.1")
+    monkeypatch.setattr(peft, "__version__", "0.19.1")
     with pytest.raises(ConfigError, match="wrong layers of gemma2") as caught:
         adapters.attach(ready(tiny.make_model("gemma2")), config_for("prefix"))
     assert "peft 0.19.1" in str(caught.value)
