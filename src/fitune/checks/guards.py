@@ -87,7 +87,7 @@ def nan_hidden(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
         with torch.no_grad():
             fine = finite(hidden_states(model, batch, layout))
         packed = {
-            id(layer.weight) for _, layer in quant.layers(model)
+            id(layer.weight) for _, layer in quant.packed(model)
         }  # their bits are not floats, whatever the dtype says
         bad = [
             n for n, p in model.named_parameters() if p.is_floating_point() and id(p) not in packed and not finite(p)
@@ -329,7 +329,7 @@ def fingerprint(model: nn.Module) -> Bits:
     """For each parameter an exact sum over its bits, and whether it is trained."""
     sums = {}
     tensors: dict[str, Tensor] = dict(model.named_parameters())
-    for name, layer in quant.layers(model):
+    for name, layer in quant.packed(model):
         tensors |= {f"{name}|scales {n}": scales for n, scales in enumerate(quant.constants(layer))}
     for name, p in tensors.items():
         mine = p.to_local() if isinstance(p, DTensor) else p  # of a model in shards, those of this process

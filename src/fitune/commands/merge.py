@@ -21,6 +21,7 @@ from fitune.checks.findings import raise_refused
 from fitune.core.config import RunConfig
 from fitune.core.errors import FituneError, RunFolderError
 from fitune.core.files import check_new, disk, expand, whole_folder
+from fitune.core.options import QuantOptions
 from fitune.core.records import Finding, Message
 from fitune.core.scratch import Scratch
 from fitune.data.batches import in_order
@@ -31,7 +32,7 @@ from fitune.engine.loading import base_of, finished, load
 from fitune.engine.step import label_hidden
 from fitune.models import attached, methods, weights, whole
 from fitune.models import quant as quants
-from fitune.models.configs import quantized_as, read_config
+from fitune.models.configs import quantized_as, read_config, without_weights
 from fitune.models.families import Family, towers
 from fitune.models.handover import Handover, hand_over, write_answer_tokens
 from fitune.models.head import output_head
@@ -191,11 +192,15 @@ def _merge(request: _Request, tuned: Tuned, dtype: str) -> Merged:
 def _plain(request: _Request, tuned: Tuned) -> PreTrainedModel:
     """The model to merge: the tuned one, or where its base model is quantized the same on plain weights."""
     config, run = request.config, request.run
-    if request.onto is None and not any(True for _ in quants.layers(tuned.model)):
+    if request.onto is None and not any(True for _ in quants.packed(tuned.model)):
         return tuned.model
     if request.onto is None:
         return load(run.path, model=config.model, device="cpu", precision="fp32", plain=True).model
     return load_model(request.base_files, precision="fp32", adapter=run.adapter)
+
+
+def _savable(request: _Request) -> QuantOptions:
+    return quants.without_experts(without_weights(read_config(request.base_files)), request.config.quant)
 
 
 def _as_written(request: _Request, plain: PreTrainedModel) -> PreTrainedModel:
@@ -206,7 +211,7 @@ def _as_written(request: _Request, plain: PreTrainedModel) -> PreTrainedModel:
     target.parent.mkdir(parents=True, exist_ok=True)
     with disk(target.parent), Scratch(target) as place:
         plain.save_pretrained(str(place), safe_serialization=True)
-        return load_model(place, precision="fp32", quant=request.config.quant)
+        return load_model(place, precision="fp32", quant=_savable(request))
 
 
 def _write(request: _Request, model: PreTrainedModel, folder: Path) -> None:
@@ -214,7 +219,7 @@ def _write(request: _Request, model: PreTrainedModel, folder: Path) -> None:
     if request.requantize:
         with Scratch(folder / "plain") as place:
             model.save_pretrained(str(place), safe_serialization=True)
-            quantized = load_model(place, precision="fp32", quant=request.config.quant)
+            quantized = load_model(place, precision="fp32", quant=_savable(request))
             quantized.save_pretrained(str(folder), safe_serialization=True)
     elif attached.of(model).tower is not None:
         whole.save(model, request.base_files, folder)

@@ -26,7 +26,7 @@ from fitune.core.results import LayerError, QuantizedModel
 from fitune.data import templates, tokenizer
 from fitune.models import kernel_faults, weights
 from fitune.models import quant as quants
-from fitune.models.configs import longest_row, quantized_as, read_config
+from fitune.models.configs import longest_row, quantized_as, read_config, without_weights
 from fitune.models.families import towers
 from fitune.models.handover import TEMPLATE, hand_over
 from fitune.models.load import load_model
@@ -64,7 +64,7 @@ def quantize(model: str | Path, output: str | Path, *, quant: QuantOptions | str
             f"{folder}: takes images too, and fitune quantizes language models alone",
             fix="--quant nf4 on train, chat and eval quantizes its language model while it is read",
         )
-    loaded = load_model(folder, quant=options)
+    loaded = load_model(folder, quant=quants.without_experts(without_weights(read_config(folder)), options))
     kernel_faults.notice(quants.faults(loaded))
     outliers = _outliers(loaded, folder)
     layers = [

@@ -51,7 +51,7 @@ def closed(model: nn.Module, config: RunConfig, tokens: int, labels: int, where:
     size = DTYPES[config.trainable_dtype].itemsize
     count = sum(p.numel() for p in trained.values())
     frozen = {id(p): p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad}
-    constants = sum(t.numel() * t.element_size() for _, layer in quant.layers(model) for t in quant.constants(layer))
+    constants = sum(t.numel() * t.element_size() for _, layer in quant.packed(model) for t in quant.constants(layer))
     model_config = causal_lm(model).config
     found = {
         storage.WEIGHTS: sum(frozen.values()),

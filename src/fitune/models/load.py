@@ -30,6 +30,7 @@ from fitune.models.interfaces import CausalLM, Config
 from fitune.models.locate import locate
 from fitune.models.precision import DTYPES
 from fitune.models.prepare import ready
+from fitune.models.quant import experts
 from fitune.models.quant.stored import Reading, Stored
 
 
@@ -96,6 +97,7 @@ def load_model(
     model = _read_strict(path, config, settings, spare)
     if isinstance(options, Stored):
         model.config.quantization_config = config.quantization_config  # type: ignore[attr-defined]  # not the loader's
+    experts.was_read(model)
     attached.of(model).tower = towers.of(path)
     if options.name == "none":
         model = model.to(device)
@@ -117,7 +119,7 @@ def _quantized(path: Path, config: Config, options: QuantOptions, precision: str
     if isinstance(options, Stored):
         settings["quantization_config"] = quants.reading(options)
     elif quantized_as(config).name == "none":  # else the folder has packed values of bitsandbytes
-        settings["quantization_config"] = _quantizing(config, options, precision)
+        settings["quantization_config"] = _quantizing(config, options, precision, device)
     return settings
 
 
@@ -180,19 +182,22 @@ def _read(path: Path, config: Config, settings: Mapping[str, Any]) -> tuple[Caus
     return loaded
 
 
-def _quantizing(config: Config, options: QuantOptions, precision: str) -> Any:
+def _quantizing(config: Config, options: QuantOptions, precision: str, device: str) -> Any:
     """The settings for transformers' loader; the head, tied or not, stays as it is."""
     empty = without_weights(config)
     layers = set(quants.planned(empty, options))
     linear = {name for name, module in empty.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    return quants.find(options.name).settings(options, DTYPES[precision], sorted(linear - layers))
+    quantizer = quants.find(options.name)
+    settings = quantizer.settings(options, DTYPES[precision], sorted(linear - layers))
+    fused = quants.planned_experts(empty, options)
+    return experts.reading(settings, fused, quantizer, options, device) if fused else settings
 
 
 def _adopt(model: CausalLM, name: str, precision: str, storage: str) -> None:
     """One path for the quantized layers, and the run's dtype for everything else, one tensor after the other."""
     quants.adopt(model, name, DTYPES[precision])
     kept = DTYPES[precision if storage == "auto" else storage]
-    packed = {id(layer.weight) for _, layer in quants.layers(model)}
+    packed = {id(layer.weight) for _, layer in quants.packed(model)}
     for parameter in model.parameters():
         if id(parameter) not in packed and parameter.is_floating_point():
             parameter.data = parameter.data.to(kept)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError, RunFolderError
@@ -26,6 +27,7 @@ from fitune.core.units import MIB
 from fitune.data.cache import default_folder
 from fitune.models import quant, trial
 from fitune.models.interfaces import CausalLM, causal_lm
+from fitune.models.kernels.experts import Stack
 from fitune.models.kernels.frozen import Frozen
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -216,7 +218,8 @@ def speed(config: RunConfig, device: torch.device, model_config: Any = None) -> 
 UNQUANTIZED = {
     "output head": "never is",
     "linear layers": "quant.skip",
-    "fused experts": "no linear layers, which are all that it takes",
+    "fused experts": "quant.skip, a folder that leaves them out, or a model whose own code computes with them",
+    "routers": "no linear layers, and they choose",
 }
 
 
@@ -237,13 +240,20 @@ def kept(model: CausalLM, stored: torch.dtype | None = None) -> list[Kept]:
             seen.add(id(parameter))
             part, dtype, extra = _part(module, name, parameter, head), str(parameter.dtype).split(".")[1], 0
             note = ""
-            if quant.is_quantized(module) and name == "weight":
+            if isinstance(module, Stack):
+                part, dtype = "fused experts", quantized
+                extra = sum(t.numel() * t.element_size() for t in quant.constants(module))
+            elif quant.is_quantized(module) and name == "weight":
                 state = getattr(parameter, "quant_state", None)
                 dtype = quantized if state is None else state.quant_type
                 extra = sum(t.numel() * t.element_size() for t in quant.constants(module))
             elif not parameter.requires_grad and stored is not None and parameter.dtype != stored:
                 note = f"cast from {str(stored).split('.')[1]}"
-            if quantized != "none" and part in UNQUANTIZED and not quant.is_quantized(module):
+            if (
+                quantized != "none"
+                and part in UNQUANTIZED
+                and not (quant.is_quantized(module) or isinstance(module, Stack))
+            ):
                 note = f"not quantized: {UNQUANTIZED[part]}" + (f"; {note}" if note else "")
             figures = found.setdefault((part, dtype, note), [0, 0, 0])
             figures[0] += 1
@@ -266,9 +276,13 @@ def _part(module: nn.Module, name: str, parameter: torch.Tensor, head: nn.Module
         return "norms"
     if name.endswith("bias"):
         return "biases"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "convolutions"
     if parameter.ndim > 2:
         return "fused experts"
-    return "linear layers" if isinstance(module, (nn.Linear, Frozen)) or parameter.ndim == 2 else "other"
+    if isinstance(module, (nn.Linear, Frozen, Conv1D)):
+        return "linear layers"
+    return "routers" if parameter.ndim == 2 else "other"
 
 
 def weights_kept(model: CausalLM, stored: torch.dtype | None) -> Finding:

@@ -95,4 +95,5 @@ def keep_stored(model: nn.Module, compute: torch.dtype) -> None:
                 module.register_forward_hook(lambda m, inputs, output: output.to(compute))
         elif not isinstance(module, Frozen):
             for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(compute)
+                if parameter.is_floating_point():  # else it is packed (experts.py)
+                    parameter.data = parameter.data.to(compute)

@@ -1,13 +1,14 @@
 """Quantized frozen weights: each quantizer one file, found by the name that users type. QLoRA is `lora` on `nf4`.
 
-In: a model whose linear layers bitsandbytes holds. Out: the same with one path for training and evaluation; what its
-layers hold; the plain model that they stand for. bitsandbytes is imported only where a model is quantized.
+In: a model whose linear layers bitsandbytes holds, fused experts beside them (experts.py). Out: the same with one path
+for training and evaluation; what its layers hold; the plain model that they stand for. bitsandbytes is imported only
+where a model is quantized.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -24,8 +25,9 @@ from fitune.core.options import QuantOptions
 from fitune.models import attached, families
 from fitune.models.interfaces import CausalLM
 from fitune.models.kernel_faults import Fault
+from fitune.models.kernels.experts import Stack
 from fitune.models.kernels.frozen import Frozen
-from fitune.models.quant import direct, trust
+from fitune.models.quant import direct, experts, trust
 from fitune.models.quant.stored import PackedLinear, Reading, Stored
 
 if TYPE_CHECKING:
@@ -103,17 +105,43 @@ def planned(model: CausalLM, options: QuantOptions) -> list[str]:
     if model.config.model_type not in families.TABLE:  # those are tried in few bits, and read no weight that way
         read = direct.read_by_itself(model)
         skipped |= {name for name in linear if name.rpartition(".")[2] in read}
+    either = [*linear, *experts.parameters(model)]
     for wanted in options.skip:
-        hits = {name for name in linear if f".{wanted}." in f".{name}."}
+        hits = set(_named(either, wanted))
         if not hits:
-            leaves = {name.rpartition(".")[2] for name in linear}
+            leaves = {name.rpartition(".")[2] for name in either}
             raise ConfigError(
-                f"quant.skip: {wanted!r} matches no linear layer of this model",
+                f"quant.skip: {wanted!r} matches no linear layer and no fused experts of this model",
                 expected=", ".join(sorted(leaves)),
                 fix=did_you_mean(wanted, leaves),
             )
         skipped |= hits
     return [name for name in linear if name not in skipped]
+
+
+def _named(names: Iterable[str], wanted: str) -> list[str]:
+    """Those of which this is the name, or a part of it between dots."""
+    return [name for name in names if f".{wanted}." in f".{name}."]
+
+
+def planned_experts(model: CausalLM, options: QuantOptions) -> list[str]:
+    """Fused parameters of experts of a plain model that would be quantized. In a folder that bitsandbytes packed they
+    are plain.
+
+    Args:
+        model: weights are not needed.
+        options: the settings.
+    """
+    if options.name == "none" or isinstance(options, (Stored, Packed)):
+        return []
+    names = list(experts.parameters(model))
+    skipped = {name.rpartition(".")[0] for wanted in options.skip for name in _named(names, wanted)}
+    return [name for name in names if name.rpartition(".")[0] not in skipped]  # a module's experts stay together
+
+
+def without_experts(model: CausalLM, options: QuantOptions) -> QuantOptions:
+    """The same settings, for a folder that transformers is to read: it knows no packed experts."""
+    return options.model_copy(update={"skip": [*options.skip, *planned_experts(model, options)]})
 
 
 def _as_stored(linear: Sequence[str], options: Stored) -> list[str]:
@@ -149,6 +177,12 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Frozen]]:
     yield from ((name, module) for name, module in model.named_modules() if is_quantized(module))
 
 
+def packed(model: nn.Module) -> Iterator[tuple[str, Frozen | Stack]]:
+    """Everything in few bits by name: linear layers, and stacks of experts."""
+    yield from layers(model)
+    yield from experts.stacks(model)
+
+
 def adopt(model: CausalLM, name: str, compute: torch.dtype) -> None:
     """Give every layer of bitsandbytes in a model the one path, by kernels that were found right for its layers."""
     quantizer = find(name)
@@ -159,8 +193,12 @@ def adopt(model: CausalLM, name: str, compute: torch.dtype) -> None:
             quantizer.adopt(module, compute)
             # the loader has put the weight behind the bias; "the last tensors" are to be those of the plain model
             module._parameters["bias"] = module._parameters.pop("bias")
+    tried = [layer for _, layer in layers(model)]
+    for _, stack in experts.stacks(model):
+        stack.adopt(compute)
+        tried += stack.checked()
     known = attached.of(model)
-    known.quantizer, known.faults = name, trust.check((layer for _, layer in layers(model)), compute)
+    known.quantizer, known.faults = name, trust.check(tried, compute)
     for head in head_name(model):  # somebody's folder may hold a quantized one: here it is always plain
         if is_quantized(layer := model.get_submodule(head)):
             _replace(model, head, plain_layer(layer, compute))
@@ -181,7 +219,10 @@ def faults(model: CausalLM) -> list[Fault]:
 
 def empty(model: CausalLM, options: QuantOptions) -> None:
     """Make the linear layers of a model on meta what they would be once loaded quantized, without values."""
+    fused = planned_experts(model, options)
     _lay_out(model, planned(model, options), options)
+    for name in fused:
+        experts.put(model, name, experts.empty(model, name, find(options.name), options))
     if not isinstance(options, Stored):
         setattr(model, "is_loaded_in_8bit" if options.name == "int8" else "is_loaded_in_4bit", True)
 
@@ -200,9 +241,9 @@ def name_of(model: CausalLM) -> str:
     return attached.of(model).quantizer
 
 
-def constants(layer: Frozen) -> list[Tensor]:
-    """The scales of a quantized layer."""
-    if isinstance(layer, PackedLinear):
+def constants(layer: Frozen | Stack) -> list[Tensor]:
+    """The scales of a quantized layer, or of experts."""
+    if isinstance(layer, (PackedLinear, Stack)):
         return list(layer.buffers(recurse=False))
     name = next(name for name in NAMES if find_spec("bitsandbytes") and isinstance(layer, find(name).base))
     return find(name).constants(layer)
@@ -244,6 +285,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Make every quantized layer of a model, or of a part of one, a plain one."""
     for name, layer in list(layers(model)):
         _replace(model, name, plain_layer(layer, dtype))
+    experts.dequantize(model, dtype)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

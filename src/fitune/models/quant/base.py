@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fitune.core.options import QuantOptions
+from fitune.models.kernels.experts import Stack
 from fitune.models.kernels.frozen import Frozen
 
 
@@ -48,6 +49,16 @@ class Quantizer:
 
     def empty(self, layer: Any, options: QuantOptions) -> Any:
         """The quantized layer that a linear one on meta would become, without values; not yet adopted."""
+        raise NotImplementedError
+
+    def stack(self, shape: tuple[int, int, int], options: QuantOptions, *, transposed: bool) -> Stack:
+        """Experts in few bits, on meta, without values.
+
+        Args:
+            shape: (experts, out, in).
+            options: the run's.
+            transposed: the plain parameter is (experts, in, out).
+        """
         raise NotImplementedError
 
     def constants(self, layer: Frozen) -> list[Tensor]:

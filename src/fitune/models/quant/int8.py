@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from fitune.core.options import QuantOptions
+from fitune.models.kernels.experts import Stack
 from fitune.models.kernels.frozen import Frozen
 from fitune.models.kernels.target import of
 from fitune.models.quant.absmax import HIGHEST
@@ -33,11 +34,30 @@ class Int8Linear(Frozen, bnb.nn.Linear8bitLt):
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
         """See Frozen. torch's own arithmetic: no kernel of bitsandbytes takes part."""
-        values: Tensor = self.weight.data
-        scales = (self.scales() / HIGHEST).to(dtype)[:, None]
-        if of(values.device).kind == "cuda":
-            return values * scales  # cast as they are read, in one kernel
-        return values.to(dtype).mul_(scales)  # a CPU would cast into a tensor beside the result
+        return _plain(self.weight.data, self.scales(), dtype)
+
+
+def _plain(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """(out, in) int8 times (out,)."""
+    each = (scales / HIGHEST).to(dtype)[:, None]
+    if of(values.device).kind == "cuda":
+        return values * each  # cast as they are read, in one kernel
+    return values.to(dtype).mul_(each)  # a CPU would cast into a tensor beside the result
+
+
+class Int8Stack(Stack):
+    """Experts: weight (experts, out, in) int8, scales (experts, out)."""
+
+    scales: Tensor
+
+    def fill(self, number: int, matrix: Tensor) -> None:
+        """See Stack."""
+        packed = bnb.nn.Int8Params(matrix.cpu(), requires_grad=False).to(self.weight.device)
+        self.weight.data[number], self.scales[number] = packed.data, packed.SCB
+
+    def matrix(self, number: int, dtype: torch.dtype) -> Tensor:
+        """See Stack."""
+        return _plain(self.weight.data[number], self.scales[number], dtype)
 
 
 class Int8(Quantizer):
@@ -72,6 +92,13 @@ class Int8(Quantizer):
         values = torch.empty(outputs, inputs, dtype=torch.int8, device="meta")
         scales = torch.empty(outputs, dtype=torch.float32, device="meta")
         made.weight = bnb.nn.Int8Params(values, requires_grad=False, SCB=scales)
+        return made
+
+    def stack(self, shape: tuple[int, int, int], options: QuantOptions, *, transposed: bool) -> Stack:
+        """See Quantizer."""
+        made = Int8Stack(*shape, transposed=transposed)
+        values = torch.empty(shape, dtype=torch.int8, device="meta")
+        made.hold(values, scales=torch.empty(shape[:2], dtype=torch.float32, device="meta"))
         return made
 
     def constants(self, layer: Any) -> list[Tensor]:

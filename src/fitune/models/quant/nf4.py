@@ -23,6 +23,7 @@ from transformers import BitsAndBytesConfig
 
 from fitune.core.options import QuantOptions
 from fitune.models.kernel_faults import Kind
+from fitune.models.kernels.experts import Stack
 from fitune.models.kernels.frozen import Frozen
 from fitune.models.quant import trust
 from fitune.models.quant.base import Quantizer, sizes
@@ -123,18 +124,12 @@ def _looked_up(layer: Frozen) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield start, values * each, each
 
 
-class Nf4Linear(trust.Checked, bnb.nn.Linear4bit):
-    """See the module's text."""
+class Nf4Weight(trust.Checked):
+    """A packed matrix: what trust.py asks of one, and the weight by a way that it found right."""
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
         """See Frozen."""
         return trust.plain(self, dtype)
-
-    def product(self, x: Tensor) -> Tensor:
-        """See Frozen."""
-        return self.fused_product(x) if trust.fused(self, x) else Frozen.product(self, x)
-
-    # what trust.py asks of a packed layer
 
     def kind(self) -> Kind:
         """Shape and settings."""
@@ -170,6 +165,70 @@ class Nf4Linear(trust.Checked, bnb.nn.Linear4bit):
         return product
 
 
+class Nf4Linear(Nf4Weight, bnb.nn.Linear4bit):
+    """See the module's text."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """See Frozen."""
+        return self.fused_product(x) if trust.fused(self, x) else Frozen.product(self, x)
+
+
+class _Matrix(Nf4Weight):
+    """An expert's matrix: views of what its stack holds."""
+
+    def __init__(self, weight: Tensor, state: QuantState) -> None:
+        super().__init__()
+        self.weight, self.quant_state = weight, state
+
+
+OUTER = 256  # scales in a block of double quantization
+
+
+class Nf4Stack(Stack):
+    """Experts, each packed as a linear layer's weight is: weight (experts, bytes); scales (experts, blocks of 64),
+    doubly quantized with outer (experts, blocks of 256) and mean (experts,); the values that numbers stand for."""
+
+    scales: Tensor
+    code: Tensor
+    outer: Tensor
+    mean: Tensor
+    outer_code: Tensor
+    kind: str
+
+    def fill(self, number: int, matrix: Tensor) -> None:
+        """See Stack."""
+        double = hasattr(self, "outer")
+        packed, state = bnb.functional.quantize_4bit(
+            matrix.to(self.weight.device), blocksize=BLOCK, compress_statistics=double, quant_type=self.kind
+        )
+        self.weight.data[number], self.scales[number] = packed.flatten(), state.absmax
+        self.code.copy_(state.code)
+        if double:
+            self.outer[number], self.mean[number] = state.state2.absmax, state.offset
+            self.outer_code.copy_(state.state2.code)
+
+    def packed(self, number: int) -> _Matrix:
+        """An expert's matrix, as bitsandbytes knows one."""
+        how: dict[str, Any] = {}
+        if hasattr(self, "outer"):
+            outer = QuantState(self.outer[number], code=self.outer_code, blocksize=OUTER, dtype=torch.float32)
+            how = {"offset": self.mean[number], "state2": outer}
+        shape = torch.Size((self.outputs, self.inputs))
+        state = QuantState(
+            self.scales[number], shape=shape, code=self.code, blocksize=BLOCK, quant_type=self.kind,
+            dtype=torch.float32, **how,
+        )  # fmt: skip
+        return _Matrix(self.weight.data[number][:, None], state)
+
+    def matrix(self, number: int, dtype: torch.dtype) -> Tensor:
+        """See Stack."""
+        return self.packed(number).plain_weight(dtype)
+
+    def checked(self) -> list[Frozen]:
+        """See Stack."""
+        return [self.packed(0)]
+
+
 def _empty_state(shape: torch.Size, blocks: int, options: QuantOptions) -> QuantState:
     """The scales of a weight without values, as `quantize_4bit` makes them."""
 
@@ -181,7 +240,7 @@ def _empty_state(shape: torch.Size, blocks: int, options: QuantOptions) -> Quant
 
     if not options.double:
         return state(numbers(blocks), 16, BLOCK, shape=shape, quant_type=options.kind)
-    outer = state(numbers(-(-blocks // 256)), 256, 256)
+    outer = state(numbers(-(-blocks // OUTER)), 256, OUTER)
     inner = {"shape": shape, "quant_type": options.kind, "offset": numbers(1)[0], "state2": outer}
     return state(numbers(blocks, torch.uint8), 16, BLOCK, **inner)
 
@@ -241,6 +300,19 @@ class Nf4(Quantizer):
         packed = torch.empty((count + 1) // (2 * storage.itemsize), 1, dtype=storage, device="meta")
         state = _empty_state(torch.Size((outputs, inputs)), -(-count // BLOCK), options)
         made.weight = bnb.nn.Params4bit(packed, quant_state=state, bnb_quantized=True, module=made, **kind)
+        return made
+
+    def stack(self, shape: tuple[int, int, int], options: QuantOptions, *, transposed: bool) -> Stack:
+        """See Quantizer. quant.storage is for shards, which take linear layers alone."""
+        made = Nf4Stack(*shape, transposed=transposed)
+        made.kind = options.kind
+        count, weights = shape[0], shape[1] * shape[2]
+        state = _empty_state(torch.Size(shape[1:]), blocks := -(-weights // BLOCK), options)
+        held = {"scales": torch.empty(count, blocks, dtype=state.absmax.dtype, device="meta"), "code": state.code}
+        if options.double:
+            outer = torch.empty(count, len(state.state2.absmax), device="meta")
+            held |= {"outer": outer, "mean": torch.empty(count, device="meta"), "outer_code": state.state2.code}
+        made.hold(torch.empty(count, (weights + 1) // 2, dtype=torch.uint8, device="meta"), **held)
         return made
 
     def constants(self, layer: Frozen) -> list[Tensor]:

@@ -1,0 +1,201 @@
+"""Fused experts in few bits: what is packed, what it stands for, what goes through it, and what it takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import fitune
+from fitune.commands.train import train
+from fitune.core.config import build
+from fitune.core.errors import ConfigError
+from fitune.core.options import QuantOptions
+from fitune.memory import plan
+from fitune.memory.usage import usage
+from fitune.models import precision
+from fitune.models import quant as quants
+from fitune.models.configs import read_config
+from fitune.models.kernels.experts import Packed, Stack
+from fitune.models.load import load_model
+from fitune.models.quant import experts
+from support import contract, every_type, measured, tiny
+from support.measured import batch
+from support.stops import Crash, StopAt, crash
+
+IDS = torch.arange(5, 25)[None]
+BITS = ("nf4", "int8")
+# one of each kind that transformers' interface knows: plain; transposed with biases and gates that alternate; without
+# gates; with shared experts; with groups of experts and latent attention
+KINDS = ("qwen3_moe", "gpt_oss", "nemotron_h", "qwen2_moe", "deepseek_v3", "mixtral", "olmoe", "glm4_moe")
+QUICK = ("qwen3_moe", "gpt_oss")
+SOME = [
+    pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.full) for kind in KINDS if kind in every_type.TYPES
+]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts as wide as those that are published: what lies beside the packed numbers does not count."""
+    config = Qwen3MoeConfig(
+        vocab_size=400, hidden_size=256, intermediate_size=128, moe_intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wide")
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(str(folder))
+    return folder
+
+
+def stack_of(model: nn.Module, leaf: str) -> Stack:
+    return next(stack for name, stack in experts.stacks(model) if name.endswith(leaf))
+
+
+def experts_of(model: Any) -> Any:
+    return model.model.layers[0].mlp.experts
+
+
+def bytes_of(stack: Stack) -> int:
+    return sum(t.numel() * t.element_size() for t in (stack.weight, *quants.constants(stack)))
+
+
+@pytest.mark.parametrize(("name", "most"), [("nf4", 0.53), ("int8", 1 + 4 / 128)])
+def test_bytes_of_a_weight(wide: Path, name: str, most: float) -> None:
+    model = load_model(wide, quant=name, precision="bf16")
+    for _, stack in experts.stacks(model):
+        assert bytes_of(stack) / (stack.count * stack.outputs * stack.inputs) <= most
+    kept = {part.part: part for part in precision.kept(model)}
+    assert kept["fused experts"].bytes == sum(bytes_of(stack) for _, stack in experts.stacks(model))
+    assert kept["fused experts"].weights == 8 * 3 * 128 * 256
+    assert precision.weights_kept(model, torch.bfloat16).level == "ok"
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_each_expert_is_packed_as_a_linear_layer_is(wide: Path, kind: Any, double: bool) -> None:
+    original: Any = Qwen3MoeForCausalLM.from_pretrained(str(wide), dtype=torch.bfloat16)
+    model = load_model(wide, quant=QuantOptions(name="nf4", kind=kind, double=double))
+    for leaf in ("gate_up_proj", "down_proj"):
+        stack = stack_of(model, leaf)
+        whole: Tensor = getattr(original.model.layers[0].mlp.experts, leaf)
+        for number in range(stack.count):
+            packed, state = bnb.functional.quantize_4bit(
+                whole[number].detach().contiguous(), blocksize=64, compress_statistics=double, quant_type=kind
+            )
+            assert torch.equal(stack.weight[number], packed.flatten())
+            exact = bnb.functional.dequantize_4bit(packed, state).float()
+            assert (stack.matrix(number, torch.float32) - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+def test_int8_has_a_scale_for_each_row(wide: Path) -> None:
+    original: Any = Qwen3MoeForCausalLM.from_pretrained(str(wide), dtype=torch.bfloat16)
+    stack = stack_of(load_model(wide, quant="int8"), "down_proj")
+    whole: Tensor = original.model.layers[0].mlp.experts.down_proj.detach().float()
+    assert torch.allclose(stack.get_buffer("scales"), whole.abs().amax(dim=-1), rtol=1e-3)
+    assert (stack.plain(torch.float32) - whole).abs().max() <= whole.abs().max() / 127
+
+
+def gradient(model: Any) -> Tensor:
+    x: Tensor = model.get_input_embeddings()(IDS).detach().requires_grad_(True)
+    model(inputs_embeds=x).logits.square().mean().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def off(one: Tensor, other: Tensor) -> float:
+    return float((one - other).detach().abs().max() / other.detach().abs().max())
+
+
+@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize("kind", SOME)
+def test_logits_and_gradients_are_those_of_the_plain_weights(kind: str, name: str, tmp_path: Path) -> None:
+    folder = every_type.save(kind, tmp_path / kind)
+    packed: Any = load_model(folder, quant=name)
+    plain: Any = load_model(folder, quant=name, plain=True)
+    assert any(isinstance(module, Packed) for module in packed.modules())
+    assert not any(isinstance(module, Packed) for module in plain.modules())
+    assert off(packed(input_ids=IDS).logits, plain(input_ids=IDS).logits) <= 1e-6
+    assert off(gradient(packed), gradient(plain)) <= 1e-6
+
+
+def test_rows_of_another_expert_would_be_seen(tmp_path: Path) -> None:
+    """The comparison above is not blind."""
+    folder = every_type.save("qwen3_moe", tmp_path / "model")
+    packed, plain = load_model(folder, quant="nf4"), load_model(folder, quant="nf4", plain=True)
+    for _, stack in experts.stacks(packed):
+        stack.weight.data.copy_(stack.weight.data.roll(1, 0))
+    assert off(gradient(packed), gradient(plain)) > 1e-3
+
+
+def test_a_row_without_an_expert_gets_nothing(wide: Path) -> None:
+    """A router may send a row to no expert, by a number behind the last."""
+    module = experts_of(load_model(wide, quant="nf4"))
+    x, weights = torch.randn(3, 256), torch.ones(3, 1)
+    out = module(x, torch.tensor([[1], [8], [2]]), weights)
+    assert (out[1] == 0).all()
+    assert torch.equal(out[[0, 2]], module(x[[0, 2]], torch.tensor([[1], [2]]), weights[:2]))
+
+
+def test_only_reached_experts_are_made_plain(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = experts_of(load_model(wide, quant="nf4"))
+    seen: list[int] = []
+    real = type(module.down_proj).matrix
+    monkeypatch.setattr(type(module.down_proj), "matrix", lambda s, n, dtype: (seen.append(n), real(s, n, dtype))[1])
+    module(torch.randn(4, 256), torch.tensor([[1], [6], [1], [6]]), torch.ones(4, 1))
+    assert seen == [1, 6, 1, 6]  # gate and up, then down
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", [BITS[0], pytest.param(BITS[1], marks=pytest.mark.full)])
+def test_what_is_planned_is_what_is_allocated(name: str, checkpointing: bool, wide: Path) -> None:
+    """Packed experts to the byte, and one matrix made plain at a time, whichever experts are reached."""
+    config = contract.config_for("lora", quant=name).model_copy(update={"checkpointing": checkpointing})
+    base: Any = load_model(wide, quant=name)
+    work = plan.Work(config, read_config(wide), [[batch(9, 5)], [batch(*[240] * 8)]])
+    expected = usage(plan.traced(work), without="start").peak.bytes
+    there = measured.really(base, config, work)
+    assert abs(expected - there) <= 0.005 * there, (expected, there)
+
+
+@pytest.mark.parametrize("skipped", ["experts", "down_proj"])
+def test_skipped_experts_stay_and_are_named(skipped: str, wide: Path) -> None:
+    model = load_model(wide, quant=QuantOptions(name="nf4", skip=[skipped]))
+    assert not list(experts.stacks(model))
+    found = precision.weights_kept(model, torch.bfloat16)
+    assert (found.level, "quant.skip" in found.text) == ("warn", True)
+    assert model(input_ids=IDS).logits.isfinite().all()
+
+
+def test_a_skipped_name_that_is_nowhere_is_refused(wide: Path) -> None:
+    with pytest.raises(ConfigError, match="matches no linear layer and no fused experts"):
+        load_model(wide, quant=QuantOptions(name="nf4", skip=["gate"]))
+
+
+@pytest.mark.full  # nf4 is in the sweep over every type
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_on_int8_resumes_to_the_same_bits_and_merges(checkpointing: bool, tmp_path: Path) -> None:
+    folder = every_type.save("qwen3_moe", tmp_path / "model")
+    data = tiny.write_rows(tmp_path / "rows.jsonl", 20)
+    settings: dict[str, Any] = {
+        "model": str(folder), "data": [str(data)], "quant": "int8", "max_steps": 4, "save_every": 2, "lr": 1e-2,
+        "precision": "fp32", "sample_prompts": 1, "cache": "none", "checkpointing": checkpointing,
+    }  # fmt: skip
+    run = train(build({**settings, "output": str(tmp_path / "run")})).run
+    broken = build({**settings, "output": str(tmp_path / "broken")})
+    with pytest.raises(Crash):
+        train(broken, watch=StopAt(2, crash))
+    train(broken, resume=True)
+    one, other = ((tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "broken"))
+    assert one.read_bytes() == other.read_bytes()
+    found = {one["rule"]: one["level"] for one in json.loads((Path(run) / "checks.json").read_text())}
+    assert found["frozen-intact"] == "ok"
+    assert fitune.merge(run, tmp_path / "merged").merge_error <= 1e-5
+    merged: Any = load_model(tmp_path / "merged")
+    assert not list(quants.packed(merged))
+    assert off(merged(input_ids=IDS).logits, fitune.load(run).model(input_ids=IDS).logits) <= 1e-2
