@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import fitune
 from fitune.commands import demo, workers
 from fitune.core import processor
 from support import command, runs, tiny
@@ -284,3 +286,24 @@ def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "cores", lambda: 7)
     assert workers._shared(2)["OMP_NUM_THREADS"] == "3"
     assert workers._shared(9)["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("more", [("--method", "full"), ("--method", "lora"), ("--method", "lora", "--quant", "nf4")])
+def test_a_run_in_shards_ends_with_what_it_trained(more: tuple[str, ...], tmp_path: Path) -> None:
+    """Never whole again, also for the best weights, the answers, and what is saved: which has the loss that was
+    measured."""
+    output, held_out = tmp_path / "run", tiny.write_rows(tmp_path / "held_out.jsonl", 6)
+    given = ("--max-steps", 6, "--eval-every", 2, "--sample-prompts", 2, "--precision", "fp32", "--final", "best")
+    process = start(tmp_path, output, *given, "--eval-data", held_out, "--lr", "3e-2", "--parallel", "shard", *more)
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, out
+    (check,) = [one for one in read(output / "checks.json") if one["rule"] == "saved-complete"]
+    assert "equal bit for bit" in check["text"]
+    assert [one["after"] for one in read(output / "answers.json")]
+    loss = fitune.evaluate(str(output), str(held_out)).scores.loss
+    assert loss == pytest.approx(read(output / "result.json")["held_out_loss_after"], rel=1e-6)
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -286,15 +287,15 @@ def test_the_best_checkpoint_is_verified_before_it_is_the_result(stopped: Path, 
     run, loss = checked(stopped), 2.0
     path = run.checkpoint(4)
     parameters = {name: torch.nn.Parameter(t) for name, t in run.load(path).trainable.items()}
-    checks, best = CheckLog(run, Silent()), resuming.Best(4, loss, torch.float32, lambda: loss)
-    put = resuming.back_to_best(checks, parameters, best)
-    assert put == loss
+    checks = CheckLog(run, Silent())
+    best = resuming.Best(4, loss, torch.float32, partial(resuming.put, parameters=parameters), lambda: loss)
+    assert resuming.back_to_best(checks, best) == loss
     with pytest.raises(TrainingError, match="read back, has a held-out loss of"):
-        resuming.back_to_best(checks, parameters, replace(best, measure=lambda: loss * 1.01))
+        resuming.back_to_best(checks, replace(best, measure=lambda: loss * 1.01))
     for plant in (lambda: flip(path / "trainable.safetensors"), lambda: os.truncate(path / "trainable.safetensors", 9)):
         plant()
         with pytest.raises(RunFolderError, match="step-000004: the best checkpoint") as caught:
-            resuming.back_to_best(checks, parameters, best)
+            resuming.back_to_best(checks, best)
         assert "--resume" in str(caught.value)
     # and a run that goes on does not count on it: it goes on from before
     state = {"best": [4, 1.0]}

@@ -21,7 +21,7 @@ from support import tiny
 
 CHILD = Path(__file__).parents[1] / "support" / "shared_memory.py"
 CLOSE = 0.005
-BLOCKS = Blocks(frozen=800, trained=80, largest=110, gradients=10, share=0.5)
+BLOCKS = Blocks(frozen=800, trained=80, largest=110, gradients=10, tensor=7, share=0.5)
 PARTS = {"frozen weights": 1000, "trainable weights": 160, "gradients": 100, "optimizer states": 320, "temporaries": 90}
 PHASES = ("load", "forward", "backward", "update", "checkpoint")
 
@@ -50,7 +50,7 @@ def test_a_process_has_its_part_of_the_blocks_and_what_is_gathered() -> None:
     assert parts["backward"]["temporaries"] == 3 * 110  # gloo's own buffer too, before there are others
     assert parts["backward"]["gradients"] == 100 - 37 + 10  # those of the block before, whole
     assert parts["update"]["temporaries"] == 90 - 80  # what is in blocks is in no buffer
-    assert parts["checkpoint"]["temporaries"] == 90 + 80 + 160  # whole, of process 0
+    assert parts["checkpoint"]["temporaries"] == 90 + 7  # one tensor whole, of process 0
     assert made.needed == made.peak.bytes + 5
     assert made.parallel == "shard"
 
@@ -84,6 +84,7 @@ def test_the_sizes_of_blocks_are_those_of_the_model() -> None:
     assert found.frozen == 0
     assert found.share == 1
     assert found.largest == found.gradients == found.trained // model.config.num_hidden_layers
+    assert found.tensor == max(p.numel() * p.element_size() for p in inside)
 
 
 @pytest.mark.full
@@ -104,3 +105,7 @@ def test_each_process_allocates_what_is_planned(method: str, tmp_path: Path) -> 
         assert process.returncode == 0, err[-3000:]
         found = json.loads(out.splitlines()[-1])
         assert found["measured"] == pytest.approx(found["planned"], rel=CLOSE), found
+        if found["rank"] == 0:
+            assert found["saved"] == pytest.approx(found["checkpoint"], rel=CLOSE), found
+        else:
+            assert found["saved"] < found["held"] * (1 + CLOSE), found  # process 0 alone has a whole tensor

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fitune
@@ -23,6 +23,7 @@ from fitune.commands.convert import convert
 from fitune.core.errors import ModelError
 from fitune.models import weights
 from fitune.models.load import load_model
+from fitune.models.weights import safe
 from fitune.models.weights.bins import Bin
 from support import tiny
 from support.contract import logits
@@ -402,3 +403,26 @@ def test_padded_vocabularies_and_resized_embeddings(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match=r"have no place in the model|cannot be loaded"):
         load_model(vocabulary("llama", tmp_path / "b", resized))
+
+
+def test_a_file_that_is_written_a_tensor_at_a_time_is_that_of_the_library(tmp_path: Path) -> None:
+    there = {
+        "b": torch.arange(6, dtype=torch.float32).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16),
+        "编": torch.tensor(7), "d": torch.zeros(0, 4), "c": torch.arange(5, dtype=torch.uint8),
+        "step": torch.tensor(2.0),
+    }  # fmt: skip
+    alive = 0
+
+    def late(one: torch.Tensor) -> safe.Late:
+        def make() -> torch.Tensor:
+            nonlocal alive
+            alive += 1
+            return one
+
+        return safe.Late(one.dtype, one.shape, make)
+
+    for metadata in (None, {"format": "pt"}):
+        save_file(there, tmp_path / "whole.safetensors", metadata=metadata)
+        safe.write(tmp_path / "late.safetensors", {name: late(one) for name, one in there.items()}, metadata)
+        assert (tmp_path / "late.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert alive == 2 * len(there)  # each is made once

@@ -1,6 +1,7 @@
 """One of two processes that make a step in shards: `python shared_memory.py METHOD FOLDER`.
 
-Prints what was planned for the step, and the most bytes that torch's profiler saw of it, as JSON.
+Prints what was planned for the step, and for a checkpoint, and the most bytes that torch's profiler saw of each, as
+JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ with imports.for_good():
 
     from fitune.core.config import build
     from fitune.engine import optim, parallel
-    from fitune.engine.shards import share_out
+    from fitune.engine.shards import attend, share_out
     from fitune.engine.step_runner import StepRunner
     from fitune.memory import device
     from fitune.memory import plan as plans
@@ -66,8 +67,12 @@ def main(method: str, folder: Path) -> None:
     tensors = [one.to_local() if hasattr(one, "to_local") else one for one in model.parameters()]
     tensors += [value for states in optimizer.state.values() for value in states.values() if torch.is_tensor(value)]
     there = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    most = most_allocated(lambda: runner.step([large], optimizer, 2 * large.weight), sum(there.values()))
-    print(json.dumps({"rank": world.rank, "planned": planned, "measured": most}))
+    held = sum(there.values())
+    most = most_allocated(lambda: runner.step([large], optimizer, 2 * large.weight), held)
+    saved = most_allocated(lambda: [attend(tensors) for tensors in shards.contents(optimizer)[:2]], held)
+    checkpoint = next(moment.bytes for moment in made.phases if moment.phase == "checkpoint")
+    found = {"planned": planned, "measured": most, "checkpoint": checkpoint, "saved": saved, "held": held}
+    print(json.dumps({"rank": world.rank, **found}))
 
 
 if __name__ == "__main__":

@@ -105,8 +105,8 @@ def steps(world: World, variant: str, kind: str, precision: str, quant: str, *wa
         with torch.no_grad():
             for parameter in trainable(model).values():
                 parameter.add_(DROPPED)
-    shared, counted, parts = trained(world, model, config, in_shards="shard" in ways)
-    alone, _, _ = trained(ALONE, twin, config)
+    shared, counted, parts, model = trained(world, model, config, in_shards="shard" in ways)
+    alone, _, _, _ = trained(ALONE, twin, config)
     ours, theirs = (torch.cat([p.detach().double().flatten() for p in trainable(m).values()]) for m in (model, twin))
     bits = b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in trainable(model).values())
     return {
@@ -115,14 +115,18 @@ def steps(world: World, variant: str, kind: str, precision: str, quant: str, *wa
     }  # fmt: skip
 
 
-def trained(world: World, model: Any, config: Any, *, in_shards: bool = False) -> tuple[list[float], list[int], int]:
-    """Losses, and collectives, of each step; in how many parts micro-batches are at the end."""
+def trained(
+    world: World, model: Any, config: Any, *, in_shards: bool = False
+) -> tuple[list[float], list[int], int, Any]:
+    """Losses, and collectives, of each step; in how many parts micro-batches are at the end; the whole model."""
     parameters = trainable(model)
     make = partial(optim.make, config=config, rates=partial(methods.find(config.method).rates, config))
     optimizer, shards = make(parameters), None
     scale = LossScale(LossScale.START if precision_of(config) == "fp16" else 1.0)
     loader = Loader(rows_of(config.objective), batch_size=2, accumulation=2, seed=0)
+    whole = model
     if in_shards:
+        whole = copy.deepcopy(model)
         shards, optimizer, _ = share_out(model, world, make, {})
     else:
         world.begin(parameters, optimizer, {})
@@ -144,11 +148,13 @@ def trained(world: World, model: Any, config: Any, *, in_shards: bool = False) -
                 counted.append(world.counted["collectives"] - before)
         if shards is not None:
             held = [held_out(model, [step[0]], "flat", objective).loss]  # gathers, too
-            optimizer.state.clear()
-            shards.whole()
-            held.append(held_out(model, [step[0]], "flat", objective).loss)
+            with torch.no_grad():
+                for name, parameter in trainable(whole).items():
+                    one: Any = trainable(model)[name]
+                    parameter.copy_(one.full_tensor() if hasattr(one, "full_tensor") else one)
+            held.append(held_out(whole.train(), [step[0]], "flat", objective).loss)
             assert held[0] == held[1], held
-    return losses, counted, runner.parts
+    return losses, counted, runner.parts, whole
 
 
 def rows_of(objective: str) -> Units:

@@ -70,7 +70,7 @@ class ActiveRun:
 
     def sample_answers(self) -> list[str]:
         """The greedy answers of the model as it is now, one for each of `sample_rows`. Each process does its share."""
-        return answers_of(self.job, self.world, self.watch.message)
+        return answers_of(self.job, self.world, self.watch.message, in_shards=self.shards is not None)
 
     def check_machine_load(self, since: processor.Moment) -> None:
         """Keep whether the processor was free while the run went on. It is reported only once: not again where it was
@@ -124,17 +124,19 @@ def sample_rows(job: Job) -> list[Conversation]:
     return job.held_out_rows[: job.config.sample_prompts]
 
 
-def answers_of(job: Job, world: World, report: Callable[[str], None]) -> list[str]:
+def answers_of(job: Job, world: World, report: Callable[[str], None], *, in_shards: bool = False) -> list[str]:
     """The greedy answers of the model as it is now to the questions of `sample_rows`, of which each process answers
-    some."""
+    some; of a model in shards, which all processes go through together, each answers all."""
     questions = [row.question() for row in sample_rows(job)]
-    mine = questions[world.rank :: world.size]
+    mine = questions if in_shards else questions[world.rank :: world.size]
     sampling = Sampling(max_new_tokens=job.config.sample_tokens)
 
     def answered(rows: int) -> list[str]:
         some = (mine[start : start + rows] for start in range(0, len(mine), rows))
         return [text for asked in some for text in answers(job.tuned, asked, sampling)]
 
+    if in_shards:
+        return answered(SIDE_BY_SIDE)
     of_all = world.gathered(in_fewer(answered, SIDE_BY_SIDE, "prompts answered", report), "sample answers")
     return [of_all[at % world.size][at // world.size] for at in range(len(questions))]
 

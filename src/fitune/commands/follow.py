@@ -30,7 +30,7 @@ from fitune.engine import environment, optim
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.loss_scale import LossScale
 from fitune.engine.parallel import EndedError, World
-from fitune.engine.shards import ELEMENTWISE, share_out
+from fitune.engine.shards import ELEMENTWISE, Shards, attend, share_out
 from fitune.engine.step_runner import StepRunner
 from fitune.models import determinism, methods
 from fitune.models.devices import pick_device
@@ -113,16 +113,23 @@ def with_steps(world: World, job: Job) -> None:
     report = Silent().message
     if world.decided()["anew"]:
         measured_before(job, world, report)
-    if not _steps(world, job):
+    through, shards = _steps(world, job)
+    if not through:
         return
+    apart = shards is not None
     if world.decided()["again"]:  # the best weights, where they are not the last ones
-        world.spread(trainable(job.tuned.model))
-        held_out_of(job, world, report)
-    answers_of(job, world, report)
+        if shards is None:
+            world.spread(trainable(job.tuned.model))
+        else:
+            shards.put({})
+        held_out_of(job, world, report, in_shards=apart)
+    if shards is not None:
+        shards.attend_saving()
+    answers_of(job, world, report, in_shards=apart)
 
 
-def _steps(world: World, job: Job) -> bool:
-    """The steps, from where process 0 begins; is the run finished behind them?"""
+def _steps(world: World, job: Job) -> tuple[bool, Shards | None]:
+    """The steps, from where process 0 begins; is the run finished behind them? And the model's shards."""
     config, model = job.config, job.tuned.model
     make = partial(optim.make, config=config, rates=partial(methods.find(config.method).rates, config))
     parameters, shards = trainable(model), None
@@ -143,11 +150,10 @@ def _steps(world: World, job: Job) -> bool:
                 with stepchecks.step_equality(runner, optimizer) if watched else nullcontext():
                     _step(job, runner, optimizer, number, step)
     except EndedError as ended:
-        return ended.finished
-    if shards is not None:
         optimizer.state.clear()
-        shards.whole()
-    return True
+        return ended.finished, shards
+    optimizer.state.clear()
+    return True, shards
 
 
 def _step(job: Job, runner: StepRunner, optimizer: torch.optim.Optimizer, number: int, step: Sequence[Batch]) -> None:
@@ -165,9 +171,8 @@ def _step(job: Job, runner: StepRunner, optimizer: torch.optim.Optimizer, number
     if shards is not None:
         turn = Turn(**world.decided())
         if turn.saves:
-            shards.contents(optimizer)
+            trained, states, _ = shards.contents(optimizer)
+            attend(trained)
+            attend(states)
         if turn.ends:
-            if turn.finished:
-                optimizer.state.clear()
-                shards.whole()
             raise EndedError(finished=turn.finished)

@@ -251,22 +251,22 @@ def resume_machine(run: RunFolder, parameters: Parameters, *, random: bool) -> F
 class Best:
     """The evaluation with the lowest held-out loss.
 
-    step: of its checkpoint. loss: that was measured there. dtype: that it is computed in. measure: gives the held-out
-    loss of the model as it is now.
+    step: of its checkpoint. loss: that was measured there. dtype: that it is computed in. put: gives the model the
+    values of a checkpoint. measure: gives the held-out loss of the model as it is now.
     """
 
     step: int
     loss: float
     dtype: torch.dtype
+    put: Callable[[Loaded], None]
     measure: Callable[[], float | None]
 
 
-def back_to_best(checks: CheckLog, parameters: Parameters, best: Best) -> float | None:
+def back_to_best(checks: CheckLog, best: Best) -> float | None:
     """Restore the weights with the best held-out loss; that loss, measured again.
 
     Args:
         checks: of the run.
-        parameters: get its values.
         best: the evaluation.
 
     Raises:
@@ -281,7 +281,7 @@ def back_to_best(checks: CheckLog, parameters: Parameters, best: Best) -> float 
             fix=f"fitune train --resume --output {shlex.quote(str(run.path))}: goes on from a checkpoint before it, or "
             "from the start, and makes it again",
         )
-    put(run.load(path), parameters)
+    best.put(run.load(path))
     again = best.measure()
     checks.add(best_reloaded(best, again))
     checks.watch.message(f"the result is step {best.step}, with the best held-out loss, {best.loss:.4f}")

@@ -5,6 +5,7 @@ In: a run whose steps are made. Out: its Result; the run folder is complete and 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 from fitune.checks import guards, savedchecks
@@ -35,9 +36,10 @@ def finish(active: ActiveRun, held_out_loss: float | None) -> Result:
         TrainingError: what was saved is not what was trained.
     """
     run, job = active.folder, active.job
-    run.save_adapter(partial(adapters.save, job.tuned.model))
     probe = guards.probe(documents_of(job.loader.samples))
-    active.checks.add(savedchecks.saved_complete(job.tuned.model, run.adapter, probe, job.layout))
+    with nullcontext() if active.shards is None else active.shards.saving() as late:
+        run.save_adapter(partial(adapters.save, job.tuned.model, late=late or None))
+        active.checks.add(savedchecks.saved_complete(job.tuned.model, run.adapter, probe, job.layout, late))
     _write_answers(active)
     handed = handover.of_run(run.adapter, causal_lm(job.tuned.model), job.tuned.tokenizer, job.tuned.template)
     active.clock.ends(END)

@@ -29,6 +29,7 @@ from fitune.core.files import json_text
 from fitune.core.parse import parse
 from fitune.core.records import Batch, StepRecord
 from fitune.engine import integrity, optim
+from fitune.engine.checkpoint import Loaded
 from fitune.engine.held_out import HeldOut
 from fitune.engine.loss_scale import LossScale
 from fitune.engine.shards import share_out
@@ -136,7 +137,8 @@ class Training:
         active.checks.add(stepchecks.steps_applied(self.optimizer, active.folder.read_steps()))
         whole_run = 2 * (self.progress.step - started) > self.progress.step  # near the end the learning rate may be 0
         active.checks.add(guards.frozen_intact(bits, self.model, active.job.lr if whole_run else 0, "at the end"))
-        self._whole()
+        if self.runner.shards is not None:
+            self.optimizer.state.clear()  # what comes now gathers blocks, and trains nothing
         if self.with_best:
             return self._back_to_best()
         active.world.decided({"again": False})
@@ -199,13 +201,6 @@ class Training:
 
     def _make(self, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
         return optim.make(parameters, self.config, partial(methods.find(self.config.method).rates, self.config))
-
-    def _whole(self) -> None:
-        """Every process has the whole model again, where it was in shards."""
-        if self.runner.shards is not None:
-            self.optimizer.state.clear()
-            self.runner.shards.whole()
-            self.runner.shards = self.active.shards = None
 
     def _step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """One optimizer step; of several processes each takes a share of its rows."""
@@ -281,12 +276,19 @@ class Training:
         self.active.world.decided({"again": not here})
         if step is None or loss is None or here:
             return loss
-        best = resuming.Best(step, loss, compute_dtype(self.model), measure=self._again)
-        return resuming.back_to_best(self.active.checks, self.parameters, best)
+        best = resuming.Best(step, loss, compute_dtype(self.model), self._put, self._again)
+        return resuming.back_to_best(self.active.checks, best)
+
+    def _put(self, loaded: Loaded) -> None:
+        """All processes get the values of a checkpoint."""
+        if self.runner.shards is None:
+            resuming.put(loaded, self.parameters)
+            self.active.world.spread(self.parameters)
+        else:
+            self.runner.shards.put(loaded.trainable)
 
     def _again(self) -> float | None:
-        """The held-out loss of the weights as they are now, which the other processes get first."""
-        self.active.world.spread(self.parameters)
+        """The held-out loss of the weights as they are now."""
         found = self.active.held_out()
         return None if found is None else found.loss
 

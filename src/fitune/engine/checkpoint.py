@@ -41,6 +41,8 @@ from fitune.core.files import TEMPORARY, as_json, disk, expand, is_whole, seal, 
 from fitune.core.records import StepRecord
 from fitune.core.untrusted import read_json, read_yaml
 from fitune.engine import optim
+from fitune.models.weights import safe
+from fitune.models.weights.safe import Late
 
 SEAL = "seal.json"
 
@@ -206,16 +208,17 @@ class RunFolder:
     def save(
         self,
         step: int,
-        parameters: Mapping[str, Tensor],
-        optimizer: torch.optim.Optimizer | tuple[Mapping[str, Tensor], Mapping[str, object]],
+        parameters: Mapping[str, Tensor] | Mapping[str, Late],
+        optimizer: torch.optim.Optimizer | tuple[Mapping[str, Late], Mapping[str, object]],
         state: Mapping[str, object],
     ) -> Path:
         """Write a checkpoint after `step` optimizer steps, completely or not at all.
 
         Args:
             step: the number of the last one.
-            parameters: what is trained.
-            optimizer: of these; or its states and other values, as `optim.state_tensors` names them.
+            parameters: what is trained; or how each is made whole, when its turn comes.
+            optimizer: of these; or its states, made whole likewise, and other values, as `optim.state_tensors` names
+                them.
             state: of the run; JSON.
 
         Raises:
@@ -223,16 +226,14 @@ class RunFolder:
         """
         final = self.checkpoint(step)
         temporary = self.checkpoints / f"{TEMPORARY}{final.name}"
-        tensors, scalars = optimizer if isinstance(optimizer, tuple) else optim.state_tensors(optimizer, parameters)
+        there = {name: one for name, one in parameters.items() if isinstance(one, Tensor)}
+        tensors, scalars = optimizer if isinstance(optimizer, tuple) else optim.state_tensors(optimizer, there)
         with disk(self.checkpoints):
             self._clean()
             temporary.mkdir()
             try:
-                save_file(
-                    {name: p.detach().cpu().contiguous() for name, p in parameters.items()},
-                    temporary / "trainable.safetensors",
-                )
-                save_file(dict(tensors), temporary / "optimizer.safetensors")
+                _write(temporary / "trainable.safetensors", parameters)
+                _write(temporary / "optimizer.safetensors", tensors)
                 save_file(rng_state(), temporary / "rng.safetensors")
                 text = as_json({"step": step, "optimizer": scalars, **state})
                 (temporary / "state.json").write_text(text, encoding="utf-8")
@@ -317,6 +318,14 @@ class RunFolder:
             shutil.rmtree(self.adapter, ignore_errors=True)
             temporary.replace(self.adapter)
             sync(self.path)
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor] | Mapping[str, Late]) -> None:
+    late = {name: one for name, one in tensors.items() if isinstance(one, Late)}
+    if late:
+        safe.write(file, late)
+        return
+    save_file({name: p.detach().cpu().contiguous() for name, p in tensors.items() if isinstance(p, Tensor)}, file)
 
 
 def config_text(config: RunConfig) -> str:

@@ -196,6 +196,38 @@ class World:
             if whole is not tensor:
                 tensor.copy_(whole)
 
+    def collected(self, mine: Tensor, shape: torch.Size) -> Tensor | None:
+        """A tensor of which each process has some rows, as `chunk` deals them out: whole, in main memory, for process
+        0; it alone ever has more than its part. All must ask."""
+        with self._together("collecting a tensor"):
+            if self.rank:
+                if mine.numel():
+                    distributed.send(mine.cpu().contiguous(), 0)
+                return None
+            whole = torch.empty(shape, dtype=mine.dtype)
+            for rank, part in enumerate(whole.chunk(self.size)):
+                if rank == 0:
+                    part.copy_(mine)
+                elif part.numel():
+                    distributed.recv(part, rank)
+        return whole
+
+    def dealt(self, whole: Tensor | None, mine: Tensor) -> None:
+        """The other way round: each process gets its rows of a tensor that process 0 has."""
+        with self._together("dealing out a tensor"):
+            if self.rank:
+                if mine.numel():
+                    part = torch.empty(mine.shape, dtype=mine.dtype)
+                    distributed.recv(part, 0)
+                    mine.copy_(part)
+                return
+            assert whole is not None
+            for rank, part in enumerate(whole.to("cpu", mine.dtype).chunk(self.size)):
+                if rank == 0:
+                    mine.copy_(part)
+                elif part.numel():
+                    distributed.send(part.contiguous(), rank)
+
     # ---- a step ----
 
     def seed(self, seed: int, step: int) -> None:

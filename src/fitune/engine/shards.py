@@ -12,8 +12,8 @@ All processes must go through the model equally often: those that have fewer mic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from fitune.core.records import Batch
@@ -30,15 +30,13 @@ from fitune.data.batches import split
 from fitune.engine import optim
 from fitune.engine.parallel import World
 from fitune.engine.step import last_block_is_ready
-from fitune.models import attached, families, quant
-from fitune.models.interfaces import causal_lm
+from fitune.models import adapters, attached, families, quant
+from fitune.models.interfaces import causal_lm, peft_of
 from fitune.models.parts import trainable
+from fitune.models.weights import safe
+from fitune.models.weights.safe import Late
 
 ELEMENTWISE = ("adamw", "adamw-foreach", "sgd", "lion")  # optimizers that update each number by itself
-HOOKS = (
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)  # fmt: skip
 
 
 class _WithoutGradient(TorchFunctionMode):
@@ -53,21 +51,12 @@ class _WithoutGradient(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass(frozen=True)
-class _Was:
-    """A module before it was shared out."""
-
-    module: nn.Module
-    kind: type[nn.Module]
-    hooks: Mapping[str, Any]
-
-
 @dataclass
 class Shards:
     """The shards of a model.
 
     Args:
-        model: is shared out; it stays so until `whole`.
+        model: is shared out, and stays so.
         world: the processes.
     """
 
@@ -79,26 +68,20 @@ class Shards:
         last_block_is_ready(self.model)  # tried on a model of one block, which must not be taken for the root of all
         for _, layer in quant.layers(self.model):
             quant.keep_apart(layer)
-        self.copies, attached.of(self.model).copies = attached.of(self.model).copies, nullcontext
+        attached.of(self.model).copies = nullcontext
         inner = causal_lm(self.model)
         blocks = list(families.of(inner).block_list(inner))
         inside = {id(p) for block in blocks for p in block.parameters()}
         outside = {p for p in inner.base_model.parameters() if id(p) not in inside}
-        self.parameters = [
-            (module, name, parameter)
-            for block in blocks
-            for module in block.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-        ]
-        self.was = [_Was(m, type(m), {n: vars(m)[n].copy() for n in HOOKS}) for m in (*blocks, inner.base_model)]
+        parameters = [parameter for block in blocks for parameter in block.parameters()]
         with _WithoutGradient():
             for block in blocks:
                 fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
             fully_shard(inner.base_model, mesh=self.mesh, ignored_params=outside)
-        for _, _, parameter in self.parameters:
+        for parameter in parameters:
             parameter.data = parameter.data.new_empty(0)
-        for was in self.was:
-            module = cast(FSDPModule, was.module)
+        for whole in (*blocks, inner.base_model):
+            module = cast(FSDPModule, whole)
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the weight of the whole step
             module.set_force_sum_reduction_for_comms(True)
         self.local = {
@@ -165,42 +148,79 @@ class Shards:
         mine = parts[self.world.rank] if self.world.rank < len(parts) else whole[:0]
         return mine.clone()
 
-    def gathered(self, name: str, mine: Tensor) -> Tensor:
-        """The whole of what `part_of` gave the part of; every process must ask."""
+    def late(self, name: str, mine: Tensor) -> Late:
+        """A tensor as `part_of` gave the part of it, whole for process 0 once all processes make it."""
         parameter = trainable(self.model)[name]
-        if not isinstance(parameter, DTensor) or mine.shape != parameter.to_local().shape:
-            return mine
-        there = mine.to(parameter.device)
-        shared = DTensor.from_local(
-            there, self.mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
-        )
-        return shared.full_tensor().detach()
+        apart = isinstance(parameter, DTensor) and mine.shape == parameter.to_local().shape
 
-    def contents(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
-        """What a checkpoint holds: what is trained, and the optimizer's states, whole, and its other values. Every
-        process must ask; process 0 gets it, the others nothing. One tensor at a time is gathered, and moved to the
-        CPU."""
-        trained = {name: self._kept(name, p.detach()) for name, p in self.local.items()}
+        def make() -> Tensor | None:
+            if apart:
+                return self.world.collected(mine.detach(), parameter.shape)
+            return mine.detach().cpu() if self.world.rank == 0 else None
+
+        return Late(mine.dtype, parameter.shape if apart else mine.shape, make)
+
+    def contents(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Late], dict[str, Late], Any]:
+        """What a checkpoint holds: what is trained, and the optimizer's states, and its other values. Every process
+        makes the tensors, in the same order (`attend`); process 0 gets them, one at a time."""
+        trained = {name: self.late(name, p) for name, p in self.local.items()}
         tensors, scalars = optim.state_tensors(optimizer, self.local)
-        states = {name: self._kept(name.rpartition("|")[0], one) for name, one in tensors.items()}
+        states = {name: self.late(name.rpartition("|")[0], one) for name, one in tensors.items()}
         return trained, states, scalars
 
-    def _kept(self, name: str, mine: Tensor) -> Tensor:
-        whole = self.gathered(name, mine)
-        return whole.cpu() if self.world.rank == 0 else whole[:0] if whole.ndim else whole
+    @contextmanager
+    def saving(self) -> Iterator[dict[str, Late]]:
+        """Inside, process 0 can save what was trained, and read it back: it makes the tensors of fitune's own methods
+        one at a time; PEFT's, which are small beside a model, are whole in it, and none are given."""
+        if peft_of(self.model) is None:
+            yield self._own()
+            return
+        kept = []
+        for module, leaf, name in self._places():
+            whole = self.late(name, self.local[name]).make()
+            if whole is not None:
+                kept.append((module, leaf, module._parameters[leaf]))
+                module._parameters[leaf] = nn.Parameter(whole)
+        try:
+            yield {}
+        finally:
+            for module, leaf, parameter in kept:
+                module._parameters[leaf] = parameter
+
+    def _own(self) -> dict[str, Late]:
+        return {name: self.late(name, self.local[name]) for name in adapters.trained_names(self.model)}
+
+    def _places(self) -> list[tuple[nn.Module, str, str]]:
+        """Each trained tensor of a block: its module, and its name in that and in the model."""
+        parts = [(name.rpartition("."), name) for name, p in trainable(self.model).items() if isinstance(p, DTensor)]
+        return [(self.model.get_submodule(parent), leaf, name) for (parent, _, leaf), name in parts]
+
+    def attend_saving(self) -> None:
+        """What the other processes do while process 0 saves: it writes, and reads back."""
+        if peft_of(self.model) is None:
+            for _ in ("written", "compared"):
+                attend(self._own())
+        else:
+            with self.saving():
+                pass
 
     @torch.no_grad()
-    def whole(self) -> None:
-        """Every process has the whole model again, as it was before but for what was trained."""
-        for module, name, parameter in self.parameters:
-            parameter.data = cast(DTensor, module._parameters[name]).full_tensor().detach()
-            module._parameters[name] = parameter
-        attached.of(self.model).copies = self.copies
-        for was in self.was:
-            was.module.__class__ = was.kind
-            for name, hooks in was.hooks.items():
-                vars(was.module)[name].clear()
-                vars(was.module)[name].update(hooks)
+    def put(self, whole: Mapping[str, Tensor]) -> None:
+        """Give what is trained these values, which process 0 has; each process gets its part."""
+        for name, parameter in trainable(self.model).items():
+            mine = self.local[name].data
+            if isinstance(parameter, DTensor):
+                self.world.dealt(whole.get(name), mine)
+                continue
+            if self.world.rank == 0:
+                mine.copy_(whole[name])
+            self.world.broadcast(mine)
+
+
+def attend(tensors: Mapping[str, Late]) -> None:
+    """Make tensors that process 0 writes, in its order."""
+    for _, one in safe.in_order(tensors):
+        one.make()
 
 
 def share_out(

@@ -6,9 +6,9 @@ step the weights, gradients and states of blocks count as its part of them (engi
     forward     two blocks: the one at work, and the buffer that it came in
     backward    two blocks, the one at work and the buffer of the next one; all gradients of the block at work, and
                 those of the one before it in the buffer that they are summed from
-    checkpoint  on a CPU, of process 0: what is trained and its states, whole again
+    checkpoint  on a CPU, of process 0: one tensor of what is trained, or of its states, whole (the largest)
 
-Before the first step and after the last the model is whole.
+Before the first step the model is whole.
 """
 
 from __future__ import annotations
@@ -41,26 +41,29 @@ def able(config: RunConfig) -> bool:
 @dataclass(frozen=True)
 class Blocks:
     """Bytes. frozen, trained: weights in blocks. largest: of all weights of a block. gradients: of the block that has
-    most of them. share: of all that is trained, what is in blocks."""
+    most of them. tensor: of the largest trained tensor in a block. share: of all that is trained, what is in
+    blocks."""
 
     frozen: int
     trained: int
     largest: int
     gradients: int
+    tensor: int
     share: float
 
 
 def blocks_of(model: nn.Module) -> Blocks:
     """The sizes of a model's blocks, on meta or real."""
     inner = causal_lm(model)
-    frozen = trained = largest = gradients = 0
+    frozen = trained = largest = gradients = tensor = 0
     for block in families.of(inner).block_list(inner):
         sizes = {id(p): p.numel() * p.element_size() for p in block.parameters()}
-        mine = sum(sizes[id(p)] for p in block.parameters() if p.requires_grad)
+        each = [sizes[id(p)] for p in block.parameters() if p.requires_grad]
+        mine, tensor = sum(each), max([tensor, *each])
         frozen, trained = frozen + sum(sizes.values()) - mine, trained + mine
         largest, gradients = max(largest, sum(sizes.values())), max(gradients, mine)
     every = sum(p.numel() * p.element_size() for p in trainable(model).values())
-    return Blocks(frozen, trained, largest, gradients, trained / max(1, every))
+    return Blocks(frozen, trained, largest, gradients, tensor, trained / max(1, every))
 
 
 def chosen(plan: Plan, config: RunConfig, processes: int, model: Callable[[], nn.Module]) -> Plan:
@@ -150,5 +153,5 @@ def _parts(point: Point, blocks: Blocks, processes: int, device: str) -> dict[st
         found[OTHER] -= exchanged
         found[GRADIENTS] += 0 if gradients else exchanged // processes
     if phase == "checkpoint" and device == "cpu":
-        found[OTHER] += int(blocks.trained + states)
+        found[OTHER] += blocks.tensor
     return {name: size for name, size in found.items() if size > 0}

@@ -11,7 +11,7 @@ tail, bitfit, adapter) are saved as the trainable tensors by name, with the sett
 
 from __future__ import annotations
 
-from fitune.models.adapters.attach import attach, row_sizes, trained
+from fitune.models.adapters.attach import attach, row_sizes, trained, trained_names
 from fitune.models.adapters.files import NEW_IDS, NEW_ROWS, OWN_CONFIG, PEFT_CONFIG, WEIGHTS, locate, read_own
 from fitune.models.adapters.load import load_into, put
 from fitune.models.adapters.save import save, stored
@@ -35,4 +35,5 @@ __all__ = [
     "stored",
     "switch",
     "trained",
+    "trained_names",
 ]

@@ -76,6 +76,11 @@ def row_sizes(model: nn.Module) -> dict[str, int]:
     return {name: mine[id(p)] for name, p in model.named_parameters() if id(p) in mine}
 
 
+def trained_names(model: nn.Module) -> list[str]:
+    """Of the method's trainable parameters."""
+    return list(parameters_of(model))
+
+
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """The method's trainable parameters by name; rows of new tokens are kept apart."""
     apart = row_sizes(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,21 @@ from fitune.models.family import Tower
 from fitune.models.interfaces import causal_lm, peft_of
 from fitune.models.methods import lora, new_tokens
 from fitune.models.weights import safe
+from fitune.models.weights.safe import Late
 
 # tensors, settings, the place of the language model -> new names by old ones, new settings
 Renaming = Callable[[dict[str, Tensor], dict[str, object], Tower], tuple[dict[str, str], dict[str, object]]]
 
 
 @torch.no_grad()  # an LSTM takes another way with gradients, and its bits are to be those of inference
-def save(model: nn.Module, folder: Path) -> None:
-    """Write everything that was tuned into a folder; `adapters` lists the files."""
+def save(model: nn.Module, folder: Path, late: Mapping[str, Late] | None = None) -> None:
+    """Write everything that was tuned into a folder; `adapters` lists the files.
+
+    Args:
+        model: with a method on it.
+        folder: gets the files.
+        late: of a model in parts what fitune's own method trained, each made whole when its turn comes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     inner = causal_lm(model)
     if new_tokens.ids(inner):
@@ -38,7 +45,10 @@ def save(model: nn.Module, folder: Path) -> None:
         (folder / NEW_IDS).write_text(json.dumps(new_tokens.ids(inner)), encoding="utf-8")
     peft = peft_of(model)
     if peft is None:
-        save_file(trained(model), folder / WEIGHTS, metadata={"format": "pt"})
+        if late is not None:
+            safe.write(folder / WEIGHTS, late, {"format": "pt"})
+        else:
+            save_file(trained(model), folder / WEIGHTS, metadata={"format": "pt"})
         (folder / OWN_CONFIG).write_text(json.dumps(attached.of(model).method, indent=1), encoding="utf-8")
         return
     as_lora = lora.pissa_as_lora(model, get_peft_model_state_dict(model, save_embedding_layers=False))

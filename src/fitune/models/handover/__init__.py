@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
 from fitune.core.files import write_atomic
 from fitune.core.untrusted import read_json
 from fitune.data.encode import Encoder
@@ -96,8 +99,9 @@ def as_model(folder: Path, model: Any, file: str) -> bool:
         return False  # the published names, or layouts, are others
     with safe.opened(folder / file) as tensors:
         names = set(tensors.keys())
-    trained = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in names}
-    if any(tensor.data_ptr() not in trained for tensor in model.state_dict().values()):
+    places = {name: _here(tensor).data_ptr() for name, tensor in model.state_dict().items()}
+    trained = {place for name, place in places.items() if name in names}
+    if not trained.issuperset(places.values()):
         return False
     model.config.save_pretrained(str(folder))
     if model.generation_config is not None:
@@ -110,6 +114,11 @@ def as_model(folder: Path, model: Any, file: str) -> bool:
     config = {**_read(folder / "config.json"), "dtype": str(stored_dtype(folder)).removeprefix("torch.")}
     write_atomic(folder / "config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
     return True
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """What this process has of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def of_run(folder: Path, model: Any, tokenizer: Any, template: Template) -> Handover:
