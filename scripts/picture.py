@@ -1,6 +1,6 @@
 """A page of fitune as a picture for the documentation, as chromium draws it.
 
-    fitune demo --output runs/demo && python scripts/picture.py runs/demo/report.html docs/report.png --height 1500
+    fitune demo --output runs/demo && python scripts/picture.py runs/demo/report.html docs/report.png --height 1400
     fitune plan llama-3.1-8b --gpu 24GB --data my.jsonl --html fits.html
     python scripts/picture.py fits.html docs/fits.png --height 1560
 

@@ -104,6 +104,9 @@ def test_model_and_data_are_chosen_and_rows_shown_in_colours(page: Any, work: Pa
     }
     assert len(colours) == 2
     assert page.locator(".tokens .b").count() >= 3
+    page.click(".sample summary >> nth=0")  # the strip that notebooks draw
+    assert page.locator(".sample >> nth=0 >> .tok").count() == page.locator(".sample >> nth=0 >> .tokens span").count()
+    assert "-100" in page.text_content(".sample >> nth=0 >> .tok")
     command = page.text_content("#choose-command pre")
     assert re.fullmatch(r"fitune inspect 'runs/uploads/my own(-\d+)?.jsonl' --model model", command)
     assert "passed: bad-row" in page.text_content("#rows")
@@ -156,7 +159,7 @@ def test_the_bar_of_memory_follows_the_sliders(page: Any) -> None:
         page.wait_for_selector("#bar[data-how=trace]")
         page.wait_for_selector(f"#plan-command pre >> text=--batch-size {batch}")
         needed.append(page.text_content("#bar tr:has-text('activations') td.n"))
-        assert page.locator("#bar .bar i").count() > 3
+        assert page.locator("#bar .bar .wide svg .part").count() > 3
     assert needed[0] != needed[1]
     assert page.text_content("#bar b") == "Fits:"
     assert page.text_content("#plan-command pre").startswith(

@@ -68,6 +68,9 @@ def test_a_plan_at_once_and_the_traced_one(site: Site) -> None:
     assert (quick["how"], exact["how"]) == ("closed form", "trace")
     for plan in (quick, exact):
         assert plan["needed"] == sum(plan["parts"].values())
+        assert set(plan["colours"]) == set(plan["parts"])
+        assert all(f"fill=\"var({colour})\"" in one for one in plan["drawn"] for name, colour in plan["colours"].items()
+                   if plan["parts"][name])  # fmt: skip
         assert plan["fits"] is True
     assert "--batch-size 2" in quick["commands"]["train"]
 

@@ -31,6 +31,7 @@ from fitune.data.fitting import NO_LIMIT
 from fitune.data.tokenizer.interface import Tokenizer
 from fitune.data.tokenizer.new_tokens import add_tokens
 from fitune.models.locate import locate
+from fitune.views import cells
 from fitune.views.charts import NARROW, WIDE, Bar, bar_chart
 from fitune.views.pages import render
 from fitune.views.terminal import LENGTHS, findings_table, length_rows, lengths_table, pairs
@@ -352,6 +353,7 @@ def page(seen: Inspection) -> str:
         + [("tokens trained", f"{seen.label_share:.1%}"), ("max length", f"{seen.max_length:,}")],
         chart=[bar_chart(bars, x_label="tokens of a row", y_label="rows", width=width) for width in (WIDE, NARROW)],
         seen=seen,
+        samples=[(sample, cells.sample(sample.tokens)) for sample in seen.samples],
         tokenizer_rows=_tokenizer_rows(seen.tokenizers),
         lengths=(LENGTHS, length_rows(seen.length_choices)),
         findings=[asdict(finding) for finding in seen.findings],

@@ -1,6 +1,6 @@
-"""Pictures for a notebook's cell, which are the pages' own: a sample token by token, who sees whom, numbers in rows.
+"""Pictures of samples for pages and for a notebook's cell: a sample token by token, who sees whom, numbers in rows.
 
-In: what is to be drawn. Out: HTML that brings its colours along, for light and dark pages.
+In: what is to be drawn. Out: HTML, all texts escaped; its colours are those of looks.py, which a cell brings along.
 """
 
 from __future__ import annotations
@@ -11,25 +11,16 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
+from fitune.views import looks
 from fitune.views.charts import svg_of, text_width
-from fitune.views.plan import GREYS, LOOKS
 from fitune.views.tokens import TokenView
 
 IGNORED = -100  # how other tools write a label that is not trained
 CELL, LETTERS = 15, 11.0
-COLOURS = "".join(f"{look.variable}:{look.colour};" for look in (*LOOKS.values(), *GREYS.values()))
 STYLE = (
-    f".fitune{{{COLOURS}}}"
-    ".fitune{--fg:#1c2330;--bg:#fff;--soft:#68707d;--card:#fff;--edge:#e3e4e6;--line1:#2f6fdb;--line2:#d9622b;"
-    "--good:#1d7f4c;--bad:#b3382c;--warn:#96690a;color:var(--fg);background:var(--bg);max-width:960px;padding:8px;"
+    f"{looks.of_cell()}"
+    ".fitune{color:var(--fg);background:var(--bg);max-width:960px;padding:8px;"
     "font:14px/1.5 system-ui,'Noto Sans CJK SC',sans-serif}"
-    ".fitune svg{max-width:100%;height:auto;display:block}.fitune svg text{font-size:12px;fill:var(--fg)}"
-    ".fitune svg .grid{stroke:var(--edge)}.fitune .soft{color:var(--soft)}"
-    ".fitune .row{display:flex;flex-wrap:wrap;gap:3px;margin:4px 0 12px}"
-    ".fitune .tok{border:1px solid var(--edge);border-radius:4px;padding:1px 5px;text-align:center;white-space:pre}"
-    ".fitune .tok small{display:block;color:var(--soft);font-variant-numeric:tabular-nums}"
-    ".fitune .tok.t{background:color-mix(in srgb,var(--good) 22%,var(--bg))}"
-    ".fitune .tok.b{border-left:3px solid var(--line2)}"
     ".fitune table{border-collapse:collapse}.fitune td,.fitune th{border:1px solid var(--edge);padding:2px 7px;"
     "text-align:right;white-space:pre;color:var(--fg);background:var(--bg)}"
     ".fitune th{color:var(--soft);font-weight:500}"
@@ -39,6 +30,24 @@ STYLE = (
 def cell(*parts: str) -> str:
     """The parts one below the other, with their style."""
     return f'<div class="fitune"><style>{STYLE}</style>{"".join(parts)}</div>'
+
+
+def sample(tokens: Sequence[TokenView], more: str = "with ids and labels") -> str:
+    """A sample as text, trained tokens green, and below it, where it is opened, as a strip of ids and labels.
+
+    more: what opens the strip.
+    """
+    strip = f"<details><summary>{escape(more)}</summary>{token_strip(tokens)}</details>"
+    return f'<div class="fitune">{token_text(tokens)}{strip}</div>'
+
+
+def token_text(tokens: Sequence[TokenView]) -> str:
+    """The tokens as running text, in two shades in turn, green where they are trained; ids as hints."""
+    spans = []
+    for one in tokens:
+        kind = " ".join(["t"] * one.trained + ["b"] * one.border)
+        spans.append(f'<span class="{kind}" title="{", ".join(map(str, one.ids))}">{escape(one.text)}</span>')
+    return f'<div class="tokens">{"".join(spans)}</div>'
 
 
 def caption(text: str) -> str:

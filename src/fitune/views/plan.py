@@ -23,34 +23,36 @@ from fitune.memory.rules import Rule
 
 @dataclass(frozen=True)
 class Look:
-    """How a category is drawn: its variable in the page, its colour in a terminal, its letter where there are none.
+    """How a category is drawn: its variable in pages, its colour there on black and in a terminal, its colour on
+    white, its letter where there are none.
 
     The colours differ for people who see no red, green or blue too, most of all those of neighbours.
     """
 
     variable: str
     colour: str
+    on_white: str
     letter: str
 
 
 LOOKS = {  # in the order of stacking
-    "frozen weights": Look("--frozen", "#6674e8", "W"),
-    "quantization constants": Look("--constants", "#a5dcf7", "Q"),
-    "trainable weights": Look("--trainable", "#2f9e57", "T"),
-    "gradients": Look("--gradients", "#eadb8a", "G"),
-    "optimizer states": Look("--states", "#c968bb", "O"),
-    "activations": Look("--activations", "#5fd0bd", "A"),
-    "logits and loss": Look("--loss", "#a83a72", "L"),
-    "dequantized and cast weights": Look("--plain", "#f08d9b", "D"),
-    "temporaries": Look("--temporaries", "#b3b342", "x"),
+    "frozen weights": Look("--frozen", "#6674e8", "#3b3fa6", "W"),
+    "quantization constants": Look("--constants", "#a5dcf7", "#88ccee", "Q"),
+    "trainable weights": Look("--trainable", "#2f9e57", "#117733", "T"),
+    "gradients": Look("--gradients", "#eadb8a", "#e3cf6a", "G"),
+    "optimizer states": Look("--states", "#c968bb", "#aa4499", "O"),
+    "activations": Look("--activations", "#5fd0bd", "#33a795", "A"),
+    "logits and loss": Look("--loss", "#a83a72", "#882255", "L"),
+    "dequantized and cast weights": Look("--plain", "#f08d9b", "#e0788a", "D"),
+    "temporaries": Look("--temporaries", "#b3b342", "#8f8f2a", "x"),
 }
 CATEGORIES = tuple(LOOKS)
 BESIDE, FRAGMENTATION, OUTSIDE = "workspaces and rounding", "fragmentation", "outside"
 TEMPORARIES = "temporaries"
 GREYS = {
-    BESIDE: Look("--beside", "#c4c7cc", "+"),
-    FRAGMENTATION: Look("--fragmentation", "#9a9da3", "%"),
-    OUTSIDE: Look("--outside", "#6b7078", "#"),
+    BESIDE: Look("--beside", "#c4c7cc", "#dfe1e4", "+"),
+    FRAGMENTATION: Look("--fragmentation", "#9a9da3", "#c0c3c8", "%"),
+    OUTSIDE: Look("--outside", "#6b7078", "#9a9da3", "#"),
 }
 GAP = 2  # columns between two columns of a table
 SMALL = 0.0005  # of the peak: what is never more joins the temporaries in a table
@@ -98,8 +100,12 @@ GIBS = Unit("GiB", GIB, 1)
 
 
 def unit_of(plan: Plan) -> Unit:
-    """GiB from 10 GiB on, else MiB with as many decimals as the size of the plan gives a meaning."""
-    size = max(plan.needed, plan.peak.bytes)
+    """The unit of all sizes of a plan."""
+    return unit_for(max(plan.needed, plan.peak.bytes))
+
+
+def unit_for(size: int) -> Unit:
+    """GiB from 10 GiB on, else MiB with as many decimals as the size gives a meaning."""
     return GIBS if size >= 10 * GIB else Unit("MiB", MIB, 0 if size >= 1000 * MIB else 1 if size >= 10 * MIB else 2)
 
 

@@ -73,8 +73,7 @@ def _numbers(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _limit(plan: Plan, unit: Unit) -> Limit | None:
-    budget = plan.budget
+def _limit(budget: int | None, unit: Unit) -> Limit | None:
     return None if budget is None else Limit(f"budget {unit.named(budget)}", budget / unit.size)
 
 
@@ -97,9 +96,14 @@ def needed_bars(plans: Mapping[str, Plan], width: int, *, label: str) -> str:
 def bars_of(parts: Mapping[str, Mapping[str, int]], plans: Mapping[str, Plan], width: int, *, label: str) -> str:
     """The same of some of their parts, by the plans' names."""
     first = next(iter(plans.values()))
-    most = max(sum(sizes.values()) for sizes in parts.values())
     unit = max((unit_of(plan) for plan in plans.values()), key=lambda one: one.size)
-    limit = _limit(first, unit)
+    return stacked(parts, first.budget, unit, width, label=label)
+
+
+def stacked(parts: Mapping[str, Mapping[str, int]], budget: int | None, unit: Unit, width: int, *, label: str) -> str:
+    """Bytes by what they are for, a bar for each name, and a budget where it is near enough to be drawn."""
+    most = max(sum(sizes.values()) for sizes in parts.values())
+    limit = _limit(budget, unit)
     if limit is not None and limit.value * unit.size > 20 * most:  # so far away that the bars could not be seen
         limit = None
     bars = [_bar(name, sizes, unit, strong=name == next(iter(parts))) for name, sizes in parts.items()]
@@ -111,7 +115,7 @@ def _bars(plan: Plan, width: int) -> str:
     bars = [_bar(phase.phase, stack_of(phase.parts), unit) for phase in phases_of(plan)]
     label = "memory by phase and category, and what is needed in all"
     bars.append(_bar("needed", needed_parts(plan), unit, strong=True))
-    return stacked_bars(bars, label=label, unit=unit.name, form=unit.form, limit=_limit(plan, unit), width=width)
+    return stacked_bars(bars, label=label, unit=unit.name, form=unit.form, limit=_limit(plan.budget, unit), width=width)
 
 
 def over_time(plan: Plan, width: int, *, tensors: bool = False) -> str:
@@ -125,7 +129,7 @@ def over_time(plan: Plan, width: int, *, tensors: bool = False) -> str:
     top = max(range(len(totals)), key=totals.__getitem__)
     peak = Peak(at[top], totals[top] / unit.size, f"peak of tensors {unit.named(plan.peak.bytes)}")
     return area_chart(
-        Course(layers, at, _spans(points), None if tensors else _limit(plan, unit), peak),
+        Course(layers, at, _spans(points), None if tensors else _limit(plan.budget, unit), peak),
         label="memory over the course of the run, by category",
         unit=unit.name,
         form=unit.form,

@@ -30,6 +30,7 @@ from fitune.commands.ui.settings import Wanted, inside, read
 from fitune.commands.ui.talk import Talk
 from fitune.core.errors import FituneError, Problems
 from fitune.core.files import as_json
+from fitune.views import looks
 
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -90,7 +91,7 @@ def page_files() -> dict[str, tuple[bytes, str]]:
         kind = KINDS.get(f".{file.name.rpartition('.')[2]}")
         if kind is not None:
             found[file.name] = (file.read_bytes(), kind)
-    return found
+    return {**found, "looks.css": (looks.of_switch().encode(), KINDS[".css"])}
 
 
 Handler = Callable[[Request], Awaitable[Response]]

@@ -20,6 +20,7 @@ from fitune.commands.ui.paths import Roots
 from fitune.commands.ui.settings import Wanted, command, flags
 from fitune.core import catalog
 from fitune.core.config import build
+from fitune.views import cells
 
 MOST_ROWS = 12  # that are shown token by token
 # settings of `fitune inspect`, of those that the page sets
@@ -28,9 +29,10 @@ DEEP = 2  # folders below the working folder in which models are looked for
 
 
 class Rows(Wanted):
-    """Rows that are to be seen."""
+    """Rows that are to be seen. labels: in the page's language, what opens the ids and labels of a row."""
 
     samples: int = Field(default=4, ge=1, le=MOST_ROWS)
+    labels: str = Field(default="with ids and labels", max_length=80)
 
 
 def models(roots: Roots) -> list[dict[str, object]]:
@@ -84,7 +86,7 @@ def rows(wanted: Rows, roots: Roots) -> dict[str, object]:
         "languages": seen.languages, "lengths": seen.lengths, "histogram": seen.histogram,
         "max_length": seen.max_length, "label_share": seen.label_share,
         "findings": [asdict(one) for one in seen.findings],
-        "samples": [asdict(one) for one in seen.samples],
+        "samples": [{**asdict(one), "drawn": cells.sample(one.tokens, wanted.labels)} for one in seen.samples],
         "command": inspected(wanted),
     }  # fmt: skip
 

@@ -21,12 +21,15 @@ from fitune.core.config import RunConfig
 from fitune.core.events import Silent
 from fitune.data.batches import rounded
 from fitune.engine import optim
-from fitune.memory import chunks, device, storage
+from fitune.memory import chunks, device
 from fitune.memory import plan as plans
 from fitune.memory.closed import closed
 from fitune.models import methods
+from fitune.views.charts import NARROW
+from fitune.views.plan import OUTSIDE, look_of, needed_parts, stack_of, unit_for
+from fitune.views.plan_page import stacked
 
-BEYOND = "fragmentation"  # of a GPU's memory, by the replay of its allocator
+CARD = 560  # width of the drawing beside the settings
 
 
 class Planned(Wanted):
@@ -45,7 +48,6 @@ def choices() -> dict[str, object]:
         "optimizers": list(optim.TABLE),
         "objectives": ["sft", "dpo", "ipo", "kto", "orpo", "simpo"],
         "gpus": [{"name": one.name, "mib": one.memory_mib} for one in device.gpus().values()],
-        "categories": [*storage.CATEGORIES, BEYOND],
         "defaults": {**{name: getattr(default, name) for name in names}, "rank": default.lora.rank},
     }
 
@@ -71,11 +73,9 @@ def _settings(wanted: Wanted) -> dict[str, Any]:
 
 def _exact(wanted: Wanted) -> dict[str, object]:
     made = planning.plan(wanted.model, data=wanted.data, gpu=wanted.gpu, **_settings(wanted))
-    parts = {**made.peak.parts, **made.outside}
-    beyond = made.needed - sum(parts.values())
     return {
         "how": made.how, "needed": made.needed, "budget": made.budget, "fits": made.fits, "peak": made.peak.phase,
-        "parts": {**parts, **({BEYOND: beyond} if beyond > 0 else {})},
+        **_drawn(needed_parts(made), made.outside, made.budget),
         "phases": {moment.phase: moment.bytes for moment in made.phases},
         "trainable": made.trainable, "total": made.total, "tokens": made.tokens, "rows": made.rows,
         "max_length": made.max_length, "device": made.gpu or made.device, "precision": made.precision,
@@ -93,14 +93,28 @@ def _quick(wanted: Wanted) -> dict[str, object]:
     config = work.config.model_copy(update={"loss_rows": least, "checkpointing": again})
     model, batch = plans.without_values(replace(work, config=config)), work.largest
     forms = closed(model, config, rounded(len(batch.ids)), batch.targets, where.target)
-    parts: Mapping[str, int] = {**forms, **plans.outside_of(where, config.precision)}
+    outside = plans.outside_of(where, config.precision)
+    parts = {**stack_of(forms), OUTSIDE: sum(outside.values())}
     needed = sum(parts.values())
     return {
-        "how": "closed form", "needed": needed, "budget": where.budget, "peak": "loss", "parts": parts,
+        "how": "closed form", "needed": needed, "budget": where.budget, "peak": "loss",
+        **_drawn(parts, outside, where.budget),
         "fits": None if where.budget is None else needed <= where.budget, "phases": {}, "tokens": len(batch.ids),
         "rows": len(batch.rows), "max_length": known.max_length, "device": where.name, "precision": config.precision,
         "notes": [known.note] if known.note else [],
     }  # fmt: skip
+
+
+def _drawn(parts: Mapping[str, int], outside: Mapping[str, int], budget: int | None) -> dict[str, object]:
+    """Bytes by what they are for, for a table: what lies outside of tensors one by one; their colours; and the bar of
+    all plans, for a screen and for a phone."""
+    inside = {name: size for name, size in parts.items() if name != OUTSIDE}
+    unit = unit_for(sum(parts.values()))
+    return {
+        "parts": {**inside, **outside},
+        "colours": {name: look_of(name if name in inside else OUTSIDE).variable for name in (*inside, *outside)},
+        "drawn": [stacked({"needed": parts}, budget, unit, width, label="memory") for width in (CARD, NARROW)],
+    }
 
 
 def advice(wanted: Wanted) -> dict[str, object]:

@@ -11,6 +11,8 @@ from functools import cache
 import jinja2
 from markupsafe import Markup, escape
 
+from fitune.views import looks
+
 ADDRESS = re.compile(r"(?P<paper>arXiv:(?P<id>\d{4}\.\d{4,5}))|(?P<url>https?://[^\s<>\"'()]*[^\s<>\"'().,;:])")
 
 
@@ -37,4 +39,5 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("fitune.views", "pages"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     made.filters["linked"] = linked
+    made.globals["looks"] = Markup(looks.of_system())  # noqa: S704  # ours
     return made

@@ -43,6 +43,13 @@ export function el(tag, attributes = {}, ...children) {
   return made;
 }
 
+// A drawing of fitune.views, in which all texts are escaped: rows with their mask, bars of memory.
+export function drawn(html, className = '') {
+  const made = el('div', { className: `fitune ${className}` });
+  made.innerHTML = html;
+  return made;
+}
+
 export function command(place, text) {
   if (place.dataset.command === text) return;
   place.dataset.command = text;

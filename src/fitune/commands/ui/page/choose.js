@@ -1,5 +1,5 @@
 // Task one: a model, data, and the rows as they will be trained.
-import { $, api, command, count, during, el, say, share, table, upload } from './api.js';
+import { $, api, command, count, drawn, during, el, say, share, table, upload } from './api.js';
 import { choose, chosen, wanted, whenChosen } from './state.js';
 import { t } from './texts.js';
 
@@ -82,7 +82,7 @@ function rows() {
   $('rows').replaceChildren();
   return during($('show-rows'), $('choose-message'), t('reading'), async () => {
     found = null;
-    found = await api('rows', { ...wanted(), samples: Number($('samples').value) || 4 });
+    found = await api('rows', { ...wanted(), samples: Number($('samples').value) || 4, labels: t('ids_and_labels') });
     say($('choose-message'), '');
     draw();
   });
@@ -105,9 +105,7 @@ function draw() {
 const key = name => el('span', { className: `key ${name}` });
 
 function sample(one) {
-  const tokens = one.tokens.map(token => el('span', {
-    className: `${token.trained ? 't' : ''}${token.border ? ' b' : ''}`, title: token.ids.join(', ') }, token.text));
-  return el('div', { className: 'card sample' }, el('div', { className: 'soft' }, one.source), el('div', { className: 'tokens' }, ...tokens));
+  return el('div', { className: 'card sample' }, el('div', { className: 'soft' }, one.source), drawn(one.drawn));
 }
 
 export function findings(list, bad = []) {

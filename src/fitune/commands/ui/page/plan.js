@@ -1,12 +1,11 @@
 // Task two: the bar of memory, which follows the settings.
-import { $, api, bytes, command, count, during, el, say, table } from './api.js';
+import { $, api, bytes, command, count, drawn, during, el, say, table } from './api.js';
 import { choose, chosen, wanted, whenChosen } from './state.js';
 import { partName, t } from './texts.js';
 
 const LENGTHS = ['auto', 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768];
 const RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 const SIZES = [6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 192];
-const COLOURS = ['#2f6fdb', '#7aa5ec', '#d9622b', '#e8a07f', '#8b5cc7', '#1d9a6c', '#c9a227', '#6b7a90', '#3f8fa8', '#a14d6f', '#9aa3af', '#b9a48c', '#5d7f4a'];
 
 let facts, last, waiting, asked = 0;
 
@@ -116,22 +115,11 @@ async function ask(quick) {
 
 function draw(found) {
   last = found;
-  const whole = Math.max(found.needed, found.budget ?? 0);
   const parts = Object.entries(found.parts).filter(([, size]) => size >= 512);
   const exact = found.how === 'trace';
-  const bar = el('div', { className: `bar ${exact ? '' : 'estimate'}`, role: 'img',
-    ariaLabel: `${t('needed')} ${bytes(found.needed)}${found.budget ? `, ${t('there_are')} ${bytes(found.budget)}` : ''}` },
-    ...parts.map(([name, size]) => {
-      const part = el('i', { title: `${partName(name)}: ${bytes(size)}` });
-      part.style.width = `${100 * size / whole}%`;
-      part.style.background = colour(name, found.parts);
-      return part;
-    }));
-  if (found.budget) {
-    const limit = el('span', { className: 'limit', title: bytes(found.budget) });
-    limit.style.left = `min(${100 * found.budget / whole}%, calc(100% - 3px))`;
-    bar.append(limit);
-  }
+  const label = `${t('needed')} ${bytes(found.needed)}${found.budget ? `, ${t('there_are')} ${bytes(found.budget)}` : ''}`;
+  const bar = el('div', { className: `bar ${exact ? '' : 'estimate'}` },
+    ...found.drawn.map((one, n) => translated(drawn(one, n ? 'narrow' : 'wide'), label)));
   const verdict = found.fits === null ? '' : found.fits ? t('fits') : t('does_not_fit');
   $('bar').dataset.how = found.how;
   $('bar').replaceChildren(
@@ -140,7 +128,7 @@ function draw(found) {
     bar,
     el('p', { className: 'soft' }, exact ? t('traced') : t('estimate')),
     table([t('part'), { text: t('memory'), n: true }], parts.map(([name, size]) => [
-      el('span', {}, square(colour(name, found.parts)), partName(name)), bytes(size)]), t('memory')),
+      el('span', {}, square(found.colours[name]), partName(name)), bytes(size)]), t('memory')),
     el('p', { className: 'soft' }, `${t('largest_step')}: ${count(found.rows)} ${t('rows')}, ${count(found.tokens)} ${t('tokens')}`,
       found.trainable ? ` · ${count(found.trainable)} / ${count(found.total)} ${t('trainable')}` : ''),
     ...found.notes.map(note => el('p', { className: 'soft' }, note)));
@@ -149,14 +137,17 @@ function draw(found) {
 
 function square(colour) {
   const made = el('span', { className: 'key' });
-  made.style.background = colour;
+  made.style.background = `var(${colour})`;
   return made;
 }
 
-function colour(name, parts) {
-  const at = facts.categories.indexOf(name);
-  const others = Object.keys(parts).filter(one => !facts.categories.includes(one));
-  return COLOURS[(at >= 0 ? at : facts.categories.length + others.indexOf(name)) % COLOURS.length];
+// The words of a drawing in the page's language: names of parts, and what is needed and there.
+function translated(drawing, label) {
+  const word = text => text === 'needed' ? t('needed') : partName(text);
+  for (const one of drawing.querySelectorAll('text')) one.textContent = word(one.textContent.replace(/^budget /, `${t('there_are')} `));
+  for (const one of drawing.querySelectorAll('title')) one.textContent = one.textContent.replace(/^needed, (.+): /, (_, name) => `${word(name)}: `);
+  drawing.querySelector('svg')?.setAttribute('aria-label', label);
+  return drawing;
 }
 
 function advise() {

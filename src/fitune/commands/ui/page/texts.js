@@ -17,7 +17,7 @@ export const TEXTS = {
   'rows_prompts cut': ['prompts cut', '提示被截断'], 'rows_answers cut': ['answers cut', '回答被截断'], rows_duplicates: ['duplicates', '重复行'],
   'rows_empty answers': ['empty answers', '空回答'], 'rows_tokens trained': ['tokens trained', '参与训练的词元'], 'rows_max length': ['max length', '最大长度'],
   'rows_median length': ['median length', '长度中位数'],
-  token_by_token: ['Rows, token by token', '逐词元查看'], trained: ['trained', '参与训练'], border: ['border between prompt and answer', '提示与回答的分界'],
+  token_by_token: ['Rows, token by token', '逐词元查看'], trained: ['trained', '参与训练'], ids_and_labels: ['with ids and labels', '带 id 与标签'], border: ['border between prompt and answer', '提示与回答的分界'],
   checks: ['Checks', '检查'], check: ['check', '检查项'], found: ['found', '结果'], bad_rows: ['bad rows', '坏行'], fix: ['fix', '修复'], lengths: ['Rows by length', '按长度分布'],
   level_ok: ['passed', '通过'], level_fixed: ['fixed', '已修正'], level_warn: ['warning', '警告'], level_refuse: ['refused', '拒绝'],
   tokens: ['tokens', '词元'], rows: ['rows', '行'], copy: ['Copy', '复制'], copied: ['Copied', '已复制'], same_command: ['The command that does the same', '等效命令'],
@@ -57,7 +57,7 @@ export const TEXTS = {
 const PARTS = {
   'frozen weights': '冻结的权重', 'quantization constants': '量化常数', 'trainable weights': '可训练的权重', gradients: '梯度', 'optimizer states': '优化器状态',
   activations: '激活值', 'logits and loss': 'logits 与损失', 'dequantized and cast weights': '反量化与转换的权重', temporaries: '临时张量', 'CUDA context': 'CUDA 上下文',
-  fragmentation: '碎片', 'Python, torch and data': 'Python、torch 与数据', 'kernels, threads and buffers': '内核、线程与缓冲区', 'holes in the heap': '堆中的空洞',
+  'workspaces and rounding': '工作区与取整', outside: '张量之外', fragmentation: '碎片', 'Python, torch and data': 'Python、torch 与数据', 'kernels, threads and buffers': '内核、线程与缓冲区', 'holes in the heap': '堆中的空洞',
 };
 
 let at = 0;
