@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support.taught import KINDS, Row, compared, lines, read, record  # noqa: E402  # the path of the tests comes first
+from support.taught import TAUGHT, Row, compared, lines, read, record  # noqa: E402  # the path of the tests comes first
 
 RESULTS = ROOT / "results" / "gguf_families.json"
 PAGES = {"": ROOT / "docs" / "export.md", ".zh-CN": ROOT / "docs" / "export.zh-CN.md"}
@@ -34,7 +34,7 @@ def measure(kinds: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory() as place:
             found[kind] = compared(kind, Path(place))
         print(found[kind], flush=True)
-        rows = [found[name] for name in KINDS if name in found]
+        rows = [found[name] for name in TAUGHT if name in found]
         RESULTS.write_text(json.dumps(record(rows), indent=1) + "\n", encoding="utf-8")
 
 
@@ -47,7 +47,7 @@ def replaced(text: str, table: str) -> str:
 def main(kinds: Sequence[str], *, write: bool) -> None:
     """Print the tables, or measure and write them."""
     if write:
-        measure(kinds or KINDS)
+        measure(kinds or TAUGHT)
     for language, page in PAGES.items():
         table = "\n".join(lines(read(RESULTS), language))
         if write:

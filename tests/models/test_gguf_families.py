@@ -15,7 +15,7 @@ from fitune.commands.same_answers import GELU, NOISE, TABLE
 from fitune.core.errors import ModelError
 from fitune.models.handover.gguf import architectures, llamacpp, readback
 from support import taught, tiny
-from support.taught import KINDS, made
+from support.taught import KINDS, TAUGHT, made
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,10 +62,20 @@ def off(model: Any, file: Path, length: int, context: int = 256, first: int = 0)
     return float(np.abs(here - there).max() / np.abs(here).max())
 
 
+def stirred(model: Any) -> Any:
+    """With weights of norms, sinks and choices of experts that are not all alike."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if "norm" in name or name.endswith(("sinks", "e_score_correction_bias")):
+                tensor.add_(0.2 * torch.rand_like(tensor))
+    return model
+
+
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
-    model = made(kind)
+    model = stirred(made(kind))
     file = written(model, tmp_path / "model", tmp_path)
     plan = drafted(tmp_path / "model", "a")
     bound = TABLE if plan.architecture.arch in GELU else NOISE
@@ -73,7 +83,7 @@ def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
 
 
 QUICK = ("llama", "gpt2")
-EACH = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.full) for kind in KINDS]
+EACH = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.full) for kind in TAUGHT]
 
 
 @needs_llama_cpp
@@ -94,7 +104,7 @@ def sure(row: taught.Row) -> None:
 
 def test_the_results_are_of_every_family_and_all_equal() -> None:
     rows = taught.read(ROOT / "results" / "gguf_families.json")
-    assert [row.family for row in rows] == KINDS
+    assert [row.family for row in rows] == TAUGHT
     for row in rows:
         sure(row)
 
@@ -171,6 +181,64 @@ def test_a_window_that_it_has_not_ends_the_context(tmp_path: Path) -> None:
     assert drafted(tiny.save("gemma3", tmp_path / "gemma3"), "a").context == 256
 
 
+@pytest.mark.parametrize(("target", "goes"), [("q_proj", True), ("in_proj_qkv", False), ("out_proj", False)])
+def test_an_adapter_alone_goes_where_its_rows_can_follow(target: str, goes: bool, tmp_path: Path) -> None:
+    """Qwen3.5's value heads stand otherwise in llama.cpp: rows of a whole tensor can be moved, not those of A and B."""
+    from peft import LoraConfig, get_peft_model
+
+    from fitune.models.handover.gguf import lora
+
+    model = made("qwen3_5")
+    config = model.config
+    adapter = LoraConfig(r=2, target_modules=[target], task_type="CAUSAL_LM")
+    get_peft_model(model, adapter).save_pretrained(str(tmp_path / "adapter"))
+    if goes:
+        assert lora.draft(tmp_path / "adapter", "a", config)[0] == "qwen35"
+        return
+    with pytest.raises(ModelError, match="no pair of A and B can follow"):
+        lora.draft(tmp_path / "adapter", "a", config)
+
+
 def test_every_row_of_the_table_is_tried() -> None:
-    tried = {"gemma3_text" if kind == "gemma3" else kind for kind in KINDS}
-    assert set(architectures.TABLE) <= tried
+    texts = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+    assert set(architectures.TABLE) <= {texts.get(kind, kind) for kind in KINDS}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", ["gpt_oss", "deepseek_v3"])
+def test_yarn_of_kinds_that_have_more_of_it(kind: str, tmp_path: Path) -> None:
+    """DeepSeek's scale of the scores; gpt-oss's blend where it is rounded, as llama.cpp rounds it."""
+    more = {"mscale": 0.707, "mscale_all_dim": 0.707} if kind == "deepseek_v3" else {"truncate": True}
+    model = stirred(made(kind, rope_parameters={**YARN, "beta_fast": 32.0, "beta_slow": 1.0, **more}))
+    assert off(model, written(model, tmp_path / "model", tmp_path), 120) < NOISE
+
+
+def test_a_blend_that_is_rounded_there_is_named(tmp_path: Path) -> None:
+    made("gpt_oss", rope_parameters={**YARN, "truncate": False}).save_pretrained(str(tmp_path / "model"))
+    tiny.make_tokenizer().save_pretrained(str(tmp_path / "model"))
+    assert any("rounds the frequencies" in note for note in drafted(tmp_path / "model", "a").notes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "named"),
+    [
+        ("cohere2", {"layer_types": ["full_attention"] * 4}, "three of each four"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "without positions"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 3}, "every second one"),
+        (
+            "qwen3_5",
+            {"layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"]},
+            "2th",
+        ),
+        ("deepseek_v2", {"q_lora_rank": None}, "q_lora_rank null"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
+        ("olmoe", {"num_key_value_heads": 2}, "2 heads of keys"),
+    ],
+)
+def test_shapes_of_new_kinds_that_it_has_not(kind: str, settings: dict[str, Any], named: str, tmp_path: Path) -> None:
+    made(kind, **settings).save_pretrained(str(tmp_path / "model"))
+    tiny.make_tokenizer().save_pretrained(str(tmp_path / "model"))
+    with pytest.raises(ModelError, match="otherwise than transformers") as error:
+        drafted(tmp_path / "model", "a")
+    assert named in str(error.value)

@@ -150,6 +150,13 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts":
 LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
 }  # fmt: skip
+BALANCED = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+    "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
 # transformers' classes, and what is set beside the common sizes: windows of 8, so that documents are longer than them
 SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", "MistralConfig", {"head_dim": 12, "sliding_window": 8}),
@@ -177,9 +184,52 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GptOssForCausalLM", "GptOssConfig",
         {"head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     ),
+    "granite": (
+        "GraniteForCausalLM", "GraniteConfig",
+        {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+         "pad_token_id": 0},
+    ),
+    "granitemoe": (
+        "GraniteMoeForCausalLM", "GraniteMoeConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
+    ),
+    "granitemoeshared": (
+        "GraniteMoeSharedForCausalLM", "GraniteMoeSharedConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 16, "pad_token_id": 0},
+    ),
+    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", {}),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {"num_hidden_layers": 4, "pad_token_id": 0}),
+    "cohere": ("CohereForCausalLM", "CohereConfig", {"logit_scale": 0.5}),
+    "cohere2": (
+        "Cohere2ForCausalLM", "Cohere2Config", {"logit_scale": 0.5, "sliding_window": 8, "num_hidden_layers": 4},
+    ),
+    "ernie4_5": ("Ernie4_5ForCausalLM", "Ernie4_5Config", {"pad_token_id": 0}),
+    "seed_oss": ("SeedOssForCausalLM", "SeedOssConfig", {"head_dim": 12, "pad_token_id": 0}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", {"head_dim": 12, "pad_token_id": 0}),
+    "arcee": ("ArceeForCausalLM", "ArceeConfig", {"pad_token_id": 0}),
+    "nemotron": ("NemotronForCausalLM", "NemotronConfig", {"pad_token_id": 0}),
+    "olmoe": (
+        "OlmoeForCausalLM", "OlmoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    ),
+    "glm4_moe": (
+        "Glm4MoeForCausalLM", "Glm4MoeConfig",
+        {"head_dim": 12, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 1.5, "pad_token_id": 0,
+         **BALANCED},
+    ),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", {"q_lora_rank": 8, **LATENT, **BALANCED}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {"q_lora_rank": 8, **LATENT, **BALANCED}),
+    "lfm2": (
+        "Lfm2ForCausalLM", "Lfm2Config",
+        {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "pad_token_id": 0},
+    ),
     "qwen3_next": (
         "Qwen3NextForCausalLM", "Qwen3NextConfig",
         {"head_dim": 12, "num_hidden_layers": 4, "shared_expert_intermediate_size": 32, **EXPERTS, **LINEAR},
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig",
+        {"head_dim": 16, "num_hidden_layers": 4, "shared_expert_intermediate_size": 32, **EXPERTS, **LINEAR},
     ),
     "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {"head_dim": 12, "num_hidden_layers": 4, **LINEAR}),
 }  # fmt: skip

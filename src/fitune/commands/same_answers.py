@@ -37,7 +37,10 @@ PROMPTS, TOKENS, STRINGS = 200, 64, 10_000
 NOISE = 1e-4  # of the largest logit: what another order of sums in float32 may change
 TABLE = 5e-3  # the same where llama.cpp takes GELU from a table of float16
 TEXT = (TokenType.NORMAL, TokenType.USER_DEFINED)
-GELU = {MODEL_ARCH.GPT2, MODEL_ARCH.GPTNEOX, MODEL_ARCH.BLOOM, MODEL_ARCH.GEMMA, MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3}
+GELU = {
+    MODEL_ARCH.GPT2, MODEL_ARCH.GPTNEOX, MODEL_ARCH.BLOOM, MODEL_ARCH.GEMMA, MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3,
+    MODEL_ARCH.PHI2, MODEL_ARCH.STARCODER2,
+}  # fmt: skip
 
 
 @dataclass

@@ -51,7 +51,7 @@ def metadata(config: Any, architecture: Architecture) -> dict[str, Any]:
     }
     for key, names in (
         (Keys.Attention.LAYERNORM_RMS_EPS, ("rms_norm_eps",)),
-        (Keys.Attention.LAYERNORM_EPS, ("layer_norm_eps", "layer_norm_epsilon")),
+        (Keys.Attention.LAYERNORM_EPS, ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")),
     ):
         given = [getattr(config, one) for one in names if getattr(config, one, None) is not None]
         found |= {key: float(given[0])} if given else {}
@@ -88,7 +88,7 @@ def _rope(config: Any, ropes: dict[str, Any], width: int) -> dict[str, Any]:
             Keys.Rope.SCALING_FACTOR: float(rope["factor"]),
         }
     if kind == "yarn":
-        return found | _yarn(rope)
+        return found | _yarn(rope, latent=hasattr(config, "kv_lora_rank"), rounded=config.model_type == "gpt_oss")
     if kind == "longrope":
         return found | _long(config, rope)
     if kind not in ("default", "llama3"):
@@ -104,16 +104,21 @@ def _no_place(kind: str) -> ModelError:
     )
 
 
-def _yarn(rope: dict[str, Any]) -> dict[str, Any]:
+def _unrounded(rope: dict[str, Any]) -> bool:
+    """YaRN whose blend begins and ends between two frequencies; llama.cpp rounds both."""
+    return rope.get("rope_type") == "yarn" and rope.get("truncate", True) is False
+
+
+def _yarn(rope: dict[str, Any], *, latent: bool, rounded: bool) -> dict[str, Any]:
     """YaRN; llama.cpp's own factor of the attention is 1 + 0.1 ln(factor), and attn_factor multiplies it. (It reads
     yarn_attn_factor too, and overwrites it.)"""
     factor = float(rope["factor"])
     own = 0.1 * math.log(factor) + 1.0
     mscale, every = rope.get("mscale"), rope.get("mscale_all_dim")
-    if mscale and every:
+    if mscale and every and (not latent or mscale != every):
         raise _no_place("yarn with mscale and mscale_all_dim")
     given = rope.get("attention_factor")
-    if rope.get("truncate", True) is False:
+    if _unrounded(rope) and not rounded:
         raise _no_place("yarn with truncate false")
     return {
         Keys.Rope.SCALING_TYPE: RopeScalingType.YARN.value,
@@ -147,6 +152,11 @@ def notes(config: Any, architecture: Architecture) -> list[str]:
         found.append(
             f"opened with a context of more than {before:,} tokens, llama.cpp stretches the positions of short texts "
             "too, as transformers does not"
+        )
+    if getattr(config, "rope_parameters", None) and _unrounded(main_rope(config)):
+        found.append(
+            "llama.cpp rounds the frequencies where this model's positions begin and end to be stretched, as "
+            "transformers does not: logits differ a little, with every GGUF of this kind"
         )
     return found
 

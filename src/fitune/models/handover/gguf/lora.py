@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from gguf import Keys, get_tensor_name_map
 from peft.utils.other import get_pattern_key
 from torch import Tensor
@@ -58,6 +59,11 @@ def draft(folder: Path, name: str, config: Any) -> tuple[str, dict[str, Any], li
         known = table.get_name(f"{own.removeprefix(architecture.prefix)}.weight", try_suffixes=(".weight",))
         if known is None:
             raise ModelError(f"llama.cpp's {architecture.name} has no tensor for {own}", fix=FIX)
+        whole = torch.empty(shapes[stem + B][0], shapes[stem + A][1], device="meta")
+        if architecture.apart(f"{own}.weight", whole, config).get(f"{own}.weight") is not whole:
+            raise ModelError(
+                f"llama.cpp's {architecture.name} lays out {own} as no pair of A and B can follow", fix=FIX
+            )
         read = partial(_read, folder / WEIGHTS)
         change = partial(_change, architecture, own, config, 1.0 if same else scales[stem])
         pieces.append(Piece(f"{known}.lora_a", shapes[stem + A], (partial(read, stem + A),)))

@@ -55,12 +55,14 @@ def pieces(source: Source, config: Any, architecture: Architecture) -> list[Piec
             stem = f"{match[1]}.mlp.experts.{PARTS.get(match[3], match[3])}.weight"
             experts.setdefault(stem, {})[int(match[2])] = name
             continue
-        known = table.get_name(name.removeprefix(architecture.prefix), try_suffixes=(".weight", ".bias"))
-        if known is None:
-            unknown.append(name)
-            continue
-        like = architecture.order(name, torch.empty(source.shape(name), device="meta"), config)
-        found[known] = Piece(known, tuple(like.shape), (partial(_read, source, name, architecture, config),))
+        whole = architecture.order(name, torch.empty(source.shape(name), device="meta"), config)
+        for part, like in architecture.apart(name, whole, config).items():
+            known = table.get_name(part.removeprefix(architecture.prefix), try_suffixes=(".weight", ".bias"))
+            if known is None:
+                unknown.append(part)
+                continue
+            read = partial(_read, source, name, part, architecture, config)
+            found[known] = Piece(known, tuple(like.shape), (read,))
     for stem, numbered in experts.items():
         known = table.get_name(stem, try_suffixes=(".weight",))
         if known is None:
@@ -77,8 +79,9 @@ def pieces(source: Source, config: Any, architecture: Architecture) -> list[Piec
     return list(found.values())
 
 
-def _read(source: Source, name: str, architecture: Architecture, config: Any) -> Tensor:
-    return architecture.order(name, source.read(name), config)
+def _read(source: Source, name: str, part: str, architecture: Architecture, config: Any) -> Tensor:
+    whole = architecture.order(name, source.read(name), config)
+    return architecture.apart(name, whole, config)[part].contiguous()
 
 
 def _check(found: dict[str, Piece], unknown: list[str], architecture: Architecture) -> None:
