@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ def test_layers_with_a_state_give_each_document_what_it_gets_alone(kind: str) ->
     assert (together - expected).abs().max() <= 1e-5 * expected.abs().max()
     found = modelchecks.layers_with_state(model)
     assert found[0].level == "ok"
+    if not any(find_spec(name) for name in modelchecks.KERNELS):
+        assert "plain torch code; on a GPU flash-linear-attention, causal-conv1d" in found[0].text
     assert attached.of(model).alone is not None
 
 

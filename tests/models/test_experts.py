@@ -7,34 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fitune
+from fitune.checks import routercheck
 from fitune.commands.train import train
 from fitune.core.config import build
 from fitune.core.errors import ConfigError
 from fitune.core.options import QuantOptions
+from fitune.core.records import Sample
 from fitune.memory import plan
 from fitune.memory.usage import usage
-from fitune.models import precision
+from fitune.models import adapters, precision
 from fitune.models import quant as quants
 from fitune.models.configs import read_config
 from fitune.models.kernels.experts import Packed, Stack
 from fitune.models.load import load_model
+from fitune.models.parts import trainable
+from fitune.models.prepare import ready
 from fitune.models.quant import experts
 from support import contract, every_type, measured, tiny
 from support.measured import batch
 from support.stops import Crash, StopAt, crash
 
 IDS = torch.arange(5, 25)[None]
-BITS = ("nf4", "int8")
+BITS = ("nf4", pytest.param("int8", marks=pytest.mark.full))
 # one of each kind that transformers' interface knows: plain; transposed with biases and gates that alternate; without
 # gates; with shared experts; with groups of experts and latent attention
 KINDS = ("qwen3_moe", "gpt_oss", "nemotron_h", "qwen2_moe", "deepseek_v3", "mixtral", "olmoe", "glm4_moe")
-QUICK = ("qwen3_moe", "gpt_oss")
+QUICK = ("qwen3_moe",)
 SOME = [
     pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.full) for kind in KINDS if kind in every_type.TYPES
 ]
@@ -65,7 +70,7 @@ def bytes_of(stack: Stack) -> int:
     return sum(t.numel() * t.element_size() for t in (stack.weight, *quants.constants(stack)))
 
 
-@pytest.mark.parametrize(("name", "most"), [("nf4", 0.53), ("int8", 1 + 4 / 128)])
+@pytest.mark.parametrize(("name", "most"), [("nf4", 0.53), pytest.param("int8", 1 + 4 / 128, marks=pytest.mark.full)])
 def test_bytes_of_a_weight(wide: Path, name: str, most: float) -> None:
     model = load_model(wide, quant=name, precision="bf16")
     for _, stack in experts.stacks(model):
@@ -76,6 +81,7 @@ def test_bytes_of_a_weight(wide: Path, name: str, most: float) -> None:
     assert precision.weights_kept(model, torch.bfloat16).level == "ok"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_each_expert_is_packed_as_a_linear_layer_is(wide: Path, kind: Any, double: bool) -> None:
@@ -93,6 +99,7 @@ def test_each_expert_is_packed_as_a_linear_layer_is(wide: Path, kind: Any, doubl
             assert (stack.matrix(number, torch.float32) - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
+@pytest.mark.full
 def test_int8_has_a_scale_for_each_row(wide: Path) -> None:
     original: Any = Qwen3MoeForCausalLM.from_pretrained(str(wide), dtype=torch.bfloat16)
     stack = stack_of(load_model(wide, quant="int8"), "down_proj")
@@ -152,7 +159,8 @@ def test_only_reached_experts_are_made_plain(wide: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", [BITS[0], pytest.param(BITS[1], marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", BITS)
 def test_what_is_planned_is_what_is_allocated(name: str, checkpointing: bool, wide: Path) -> None:
     """Packed experts to the byte, and one matrix made plain at a time, whichever experts are reached."""
     config = contract.config_for("lora", quant=name).model_copy(update={"checkpointing": checkpointing})
@@ -163,6 +171,7 @@ def test_what_is_planned_is_what_is_allocated(name: str, checkpointing: bool, wi
     assert abs(expected - there) <= 0.005 * there, (expected, there)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("skipped", ["experts", "down_proj"])
 def test_skipped_experts_stay_and_are_named(skipped: str, wide: Path) -> None:
     model = load_model(wide, quant=QuantOptions(name="nf4", skip=[skipped]))
@@ -199,3 +208,35 @@ def test_a_run_on_int8_resumes_to_the_same_bits_and_merges(checkpointing: bool, 
     merged: Any = load_model(tmp_path / "merged")
     assert not list(quants.packed(merged))
     assert off(merged(input_ids=IDS).logits, fitune.load(run).model(input_ids=IDS).logits) <= 1e-2
+
+
+@pytest.mark.parametrize(("kind", "shared"), [("qwen3_moe", False), ("qwen2_moe", True)])
+def test_lora_is_on_attention_and_shared_experts(kind: str, shared: bool) -> None:
+    model = adapters.attach(ready(every_type.model_of(kind)), contract.config_for("lora"))
+    names = [name for name in trainable(model) if ".self_attn." not in name]
+    assert all(".shared_expert" in name for name in names)
+    assert bool(names) == shared
+    assert not any("shared_expert_gate" in name for name in names)  # it chooses
+
+
+def test_layers_that_peft_takes_for_experts_are_refused() -> None:
+    """By their last names, on some types: what PEFT then trains is not the layer."""
+    model: Any = ready(every_type.model_of("deepseek_v3"))
+    config = contract.config_for("lora")
+    asked = config.model_copy(update={"lora": config.lora.model_copy(update={"targets": ["q_b_proj", "up_proj"]})})
+    with pytest.raises(ConfigError, match="on deepseek_v3 PEFT takes up_proj for parts of the fused experts"):
+        adapters.attach(model, asked)
+    assert all(".self_attn." in name for name in trainable(adapters.attach(model, config)))
+
+
+def test_how_routers_share_tokens(wide: Path) -> None:
+    """All rows to two experts of eight: the others get none."""
+    model: Any = load_model(wide, quant="nf4")
+    gate = model.model.layers[0].mlp.gate
+    gate.weight.data.zero_()
+    gate.weight.data[:2] = model.model.embed_tokens.weight.data.mean(0)
+    rows = [Sample(np.arange(5, 25, dtype=np.int32), np.ones(20, bool))] * 2
+    (found,) = routercheck.router_load(model, rows, "flat")
+    assert "1 routers over 40 tokens" in found.text
+    assert "8 experts get none" in found.text
+    assert not routercheck.router_load(ready(tiny.make_model("llama")), rows, "flat")

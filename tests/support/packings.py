@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support import tiny
+from support import every_type, tiny
 
 Ints = NDArray[np.int64]
 Tensors = dict[str, Tensor]
@@ -190,5 +190,37 @@ def published(name: str, folder: Path, kind: str = "llama") -> Any:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = json.dumps({**values, "quantization_config": packing.config})
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    return model.eval()
+
+
+HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1
+LEFT = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]  # as gpt-oss has it
+
+
+def published_mxfp4(folder: Path) -> Any:
+    """gpt-oss with its experts in MXFP4, written to the folder; a plain model with the values that they stand for."""
+    random = np.random.default_rng(0)
+    every_type.save("gpt_oss", folder)
+    model: Any = every_type.model_of("gpt_oss")
+    state = model.state_dict()
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = state[name].shape  # a plain model has them the other way round
+        numbers = random.integers(0, 16, (experts, outputs, inputs))
+        scales = random.integers(122, 125, (experts, outputs, inputs // 32))
+        plain = np.zeros((experts, outputs, inputs), np.float32)
+        for where in np.ndindex(*plain.shape):
+            value = HALF[numbers[where] & 7] * (-1 if numbers[where] & 8 else 1)
+            plain[where] = value * 2.0 ** float(scales[(*where[:2], where[2] // 32)] - 127)
+        packed = (numbers[..., 0::2] | numbers[..., 1::2] << 4).astype(np.uint8)
+        state[f"{name}_blocks"] = torch.from_numpy(packed.reshape(experts, outputs, inputs // 32, 16))
+        state[f"{name}_scales"] = torch.from_numpy(scales.astype(np.uint8))
+        model.get_parameter(name).data = torch.from_numpy(plain).transpose(1, 2).contiguous()
+        del state[name]
+    state = {n: t.clone().contiguous() for n, t in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": LEFT}
+    text = json.dumps({**values, "quantization_config": config})
     (folder / "config.json").write_text(text, encoding="utf-8")
     return model.eval()

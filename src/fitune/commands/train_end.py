@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 
-from fitune.checks import guards, savedchecks
+from fitune.checks import guards, routercheck, savedchecks
 from fitune.commands.active_run import ActiveRun
 from fitune.core.clock import END
 from fitune.core.parse import parse
@@ -40,6 +40,8 @@ def finish(active: ActiveRun, held_out_loss: float | None) -> Result:
     with nullcontext() if active.shards is None else active.shards.saving() as late:
         run.save_adapter(partial(adapters.save, job.tuned.model, late=late or None))
         active.checks.add(savedchecks.saved_complete(job.tuned.model, run.adapter, probe, job.layout, late))
+    for found in routercheck.router_load(job.tuned.model, documents_of(job.loader.samples), job.layout):
+        active.checks.add(found)
     _write_answers(active)
     handed = handover.of_run(run.adapter, causal_lm(job.tuned.model), job.tuned.tokenizer, job.tuned.template)
     active.clock.ends(END)

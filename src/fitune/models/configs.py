@@ -85,7 +85,9 @@ def _look_at_packed(folder: Path, config: Any) -> None:
         marks = quants.packing(method).marks if method in quants.STORED else (".SCB", ".absmax")
         marked = [name for name in names if name.endswith(marks)]
         if method in quants.STORED and marked:
-            there_ = {"layers": sorted({name.rpartition(".")[0] for name in marked}), "scales": weights.scales(there)}
+            ends = "|".join(map(re.escape, marks))
+            layers = sorted({re.sub(f"({ends})$", "", name) for name in marked})
+            there_ = {"layers": layers, "scales": weights.scales(there)}
             config.quantization_config = {**_values(config), FOUND: there_}
         if not marked and not any(".quant_state." in name for name in names):
             raise ModelError(

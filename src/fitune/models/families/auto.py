@@ -29,6 +29,8 @@ RECURRENT = ("in_proj_qkvz", "in_proj_qkv", "in_proj", "linear_x")
 MIXES = re.compile(r"att|mixer|mamba|conv|temporal|lstm|transf", re.IGNORECASE)  # names of what joins tokens
 FEEDS = re.compile(r"mlp|ffn|feed_?forward|moe|expert", re.IGNORECASE)  # and of what works on each alone
 CHOOSES = re.compile(r"indexer|compressor")  # parts of attention that choose keys, and learn in their own way
+SHARED = re.compile(r"(^|\.)shared_(experts?|mlp)\.")
+EXPERTS = "are mixtures of experts"
 NORM = re.compile(r"norm(?!ed)|^ln_", re.IGNORECASE)
 NOT_FINAL = re.compile(r"per_layer")  # of a norm's name
 
@@ -74,7 +76,7 @@ def _partial(blocks: nn.ModuleList) -> str:
     names = [{name for name, module in block.named_modules() if _is_linear(module)} for block in blocks]
     experts = any(_of_experts(name, parameter) for name, parameter in blocks.named_parameters())
     differ = any(other != names[0] for other in names)
-    reasons = [*(["are mixtures of experts"] if experts else []), *(["differ"] if differ else [])]
+    reasons = [*([EXPERTS] if experts else []), *(["differ"] if differ else [])]
     return " and ".join(reasons)
 
 
@@ -95,6 +97,8 @@ def _part_of(model: CausalLM, path: str, blocks: nn.ModuleList, why: str) -> Fam
     known = [leaf for leaf in (*QUERIES, *VALUES, *RECURRENT) if leaf in found]
     leaves = known or [leaf for leaf in found if leaf not in (*OUT, *MLP_OUT)] or list(found)
     targets = [[leaf] if _all_of(leaf, found[leaf], linear) else found[leaf] for leaf in leaves]
+    if EXPERTS in why:
+        targets.append([name for name in linear if SHARED.search(name)])  # every token goes through these
     return Family(
         model_type=model.config.model_type,
         blocks=path,

@@ -141,7 +141,7 @@ class Packed(nn.Module):
         out = own.down_proj.product(inner, ends)
         if own.has_bias:
             out = out + _of_rows(own.down_proj_bias, experts)
-        if own.has_post_expert_norm:
+        if getattr(own, "has_post_expert_norm", False):  # older versions of transformers have none
             out = own.post_expert_norm(out)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)

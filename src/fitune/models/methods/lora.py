@@ -119,8 +119,31 @@ def _rank(name: str, ranks: dict[str, int], default: int) -> int:
     return ranks.get(get_pattern_key(list(ranks), name), default) if ranks else default
 
 
+def _read_as_experts(model: CausalLM, name: str) -> bool:
+    """Does PEFT take a layer's name for that of a fused expert's part in old files? On some mixtures it does so with
+    every name that ends in gate_proj, up_proj or down_proj, of shared experts and of blocks without experts too."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # PEFT before 0.19
+        return False
+    asked = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(asked, model, None)
+    except ValueError:  # it wants the parts that are fused together
+        return True
+    return bool(asked.target_parameters)
+
+
 def _targets(model: CausalLM, family: Family, config: RunConfig) -> list[str]:
-    found = targets(model, config.lora.targets, family.lora_targets, "lora.targets")
+    auto = [name for name in family.lora_targets if not _read_as_experts(model, name)]
+    found = targets(model, config.lora.targets, auto, "lora.targets")
+    taken = sorted({leaf for name in found if _read_as_experts(model, leaf := name.rpartition(".")[2])})
+    if taken:
+        raise ConfigError(
+            f"lora.targets: on {model.config.model_type} PEFT takes {', '.join(taken)} for parts of the fused experts",
+            expected="other layers: PEFT has no name for these",
+            fix="--lora.targets auto, or the names of attention's projections",
+        )
     for pattern in config.lora.ranks:
         if not any(_rank(name, {pattern: -1}, 0) for name in found):
             raise ConfigError(

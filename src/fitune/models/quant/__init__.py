@@ -28,7 +28,7 @@ from fitune.models.kernel_faults import Fault
 from fitune.models.kernels.experts import Stack
 from fitune.models.kernels.frozen import Frozen
 from fitune.models.quant import direct, experts, trust
-from fitune.models.quant.stored import PackedLinear, Reading, Stored
+from fitune.models.quant.stored import PackedLinear, Reading, Renaming, Stored
 
 if TYPE_CHECKING:
     from fitune.models.quant.base import Quantizer
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 NAMES = ("int8", "nf4")
 # as published by others, by the quant_method of their config.json: the file here
-STORED = {"gptq": "gptq", "awq": "awq", "fp8": "fp8", "compressed-tensors": "compressed_tensors"}
+STORED = {"gptq": "gptq", "awq": "awq", "fp8": "fp8", "compressed-tensors": "compressed_tensors", "mxfp4": "mxfp4"}
 PLAIN = QuantOptions()
 
 
@@ -97,7 +97,8 @@ def planned(model: CausalLM, options: QuantOptions) -> list[str]:
         return []
     linear = [name for name, _ in _linear(model)]
     if isinstance(options, Stored):
-        return [name for name in _as_stored(linear, options) if name not in head_name(model)]
+        there = [] if packing(options.name).of_experts else _as_stored(linear, options)
+        return [name for name in there if name not in head_name(model)]
     if isinstance(options, Packed):
         left = HfQuantizer.get_modules_to_not_convert(model, options.left_out, model._keep_in_fp32_modules)
         return [name for name in linear if should_convert_module(name, left) and name not in head_name(model)]
@@ -132,9 +133,11 @@ def planned_experts(model: CausalLM, options: QuantOptions) -> list[str]:
         model: weights are not needed.
         options: the settings.
     """
-    if options.name == "none" or isinstance(options, (Stored, Packed)):
+    if options.name == "none" or isinstance(options, Packed):
         return []
     names = list(experts.parameters(model))
+    if isinstance(options, Stored):
+        return _as_stored(names, options) if packing(options.name).of_experts else []
     skipped = {name.rpartition(".")[0] for wanted in options.skip for name in _named(names, wanted)}
     return [name for name in names if name.rpartition(".")[0] not in skipped]  # a module's experts stay together
 
@@ -145,7 +148,7 @@ def without_experts(model: CausalLM, options: QuantOptions) -> QuantOptions:
 
 
 def _as_stored(linear: Sequence[str], options: Stored) -> list[str]:
-    """Of these layers those that a folder holds packed, its output head with them."""
+    """Of these layers, or fused experts, those that a folder holds packed, its output head with them."""
     if options.layers is not None:
         there = set(options.layers)
         return [name for name in linear if name in there]
@@ -160,7 +163,14 @@ def _as_stored(linear: Sequence[str], options: Stored) -> list[str]:
 
 def reading(options: Stored) -> QuantizationConfigMixin:
     """What transformers' loader is given for a folder that others packed."""
-    return Reading(lambda model: _lay_out(model, _as_stored([name for name, _ in _linear(model)], options), options))
+    how = packing(options.name)
+
+    def lay_out(model: Any) -> None:
+        if not how.of_experts:
+            _lay_out(model, _as_stored([name for name, _ in _linear(model)], options), options)
+        _lay_out_experts(model, planned_experts(model, options), options)
+
+    return Reading(lay_out, how.renamed)
 
 
 def _linear(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -221,8 +231,7 @@ def empty(model: CausalLM, options: QuantOptions) -> None:
     """Make the linear layers of a model on meta what they would be once loaded quantized, without values."""
     fused = planned_experts(model, options)
     _lay_out(model, planned(model, options), options)
-    for name in fused:
-        experts.put(model, name, experts.empty(model, name, find(options.name), options))
+    _lay_out_experts(model, fused, options)
     if not isinstance(options, Stored):
         setattr(model, "is_loaded_in_8bit" if options.name == "int8" else "is_loaded_in_4bit", True)
 
@@ -234,6 +243,11 @@ def _lay_out(model: CausalLM, names: Sequence[str], options: QuantOptions) -> No
         made = quantizer.empty(layer, options)
         made.bias, made.source_cls = layer.bias, type(layer)
         _replace(model, name, made)
+
+
+def _lay_out_experts(model: CausalLM, names: Sequence[str], options: QuantOptions) -> None:
+    for name in names:
+        experts.put(model, name, experts.empty(model, name, find(options.name), options))
 
 
 def name_of(model: CausalLM) -> str:
@@ -305,6 +319,7 @@ def forget(model: CausalLM) -> None:
     model._weight_conversions = [
         one
         for one in conversions
-        if not any(type(op).__name__.startswith("Bnb") for op in getattr(one, "operations", []))
+        if not isinstance(one, Renaming)
+        and not any(type(op).__name__.startswith("Bnb") for op in getattr(one, "operations", []))
     ] or None
     attached.of(model).quantizer = "none"

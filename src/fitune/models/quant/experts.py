@@ -52,6 +52,7 @@ def put(model: nn.Module, name: str, stack: Stack) -> None:
     module = model.get_submodule(path)
     delattr(module, leaf)
     module.add_module(leaf, stack)
+    stack._is_hf_initialized = True  # type: ignore[assignment]  # a mark of the loader's: nothing to initialize
     pack(module)
 
 
@@ -83,7 +84,6 @@ class _Pack(ConversionOps):  # type: ignore[misc]  # transformers has no types
                 matrix = whole[number].T if stack.transposed else whole[number]
                 stack.fill(number, matrix.contiguous())
             put(model, name, stack)
-            stack._is_hf_initialized = True  # type: ignore[assignment]  # a mark of the loader's: nothing to initialize
             missing_keys.discard(name)
         return self.linear.convert(input_dict, model=model, missing_keys=missing_keys, **more) if input_dict else {}
 
@@ -103,10 +103,10 @@ class _Packer:
         config = self.quantization_config
         return _Pack(config.experts, config.device, super().get_quantize_ops())  # type: ignore[misc]  # likewise
 
-    def update_weight_conversions(self, weight_conversions: Sequence[Any], model: Any) -> list[Any]:
-        """Experts are put together in main memory."""
+    def update_weight_conversions(self, weight_conversions: Sequence[Any], *model: Any) -> list[Any]:
+        """Experts are put together in main memory. Older versions of transformers give no model."""
         leaves = {name.rpartition(".")[2] for name in self.quantization_config.experts}
-        found: list[Any] = super().update_weight_conversions(weight_conversions, model)  # type: ignore[misc]  # likewise
+        found: list[Any] = super().update_weight_conversions(weight_conversions, *model)  # type: ignore[misc]  # likewise
         for one in found:
             if isinstance(one, WeightConverter) and {t.rpartition(".")[2] for t in one.target_patterns} & leaves:
                 one.force_cpu = True

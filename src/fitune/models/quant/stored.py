@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -90,11 +91,17 @@ class Renamed(PackedLinear):
         return getattr(self, self.packed)
 
 
+class Renaming(WeightRenaming):  # type: ignore[misc]  # transformers has no types
+    """A name in the files of a packing to that in a model, by a pattern; a model that is saved forgets it."""
+
+
 class Packing(Quantizer):
     """A format in which others publish quantized models."""
 
     marks: ClassVar[tuple[str, ...]]  # how the name of a tensor ends that only a packed layer has
     spare: ClassVar[tuple[str, ...]] = ()  # ends of names of tensors that are about activations
+    of_experts: ClassVar[bool] = False  # it packs fused experts, and no linear layers
+    renamed: ClassVar[tuple[Renaming, ...]] = ()  # names of tensors in the files that are others in a model
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Raises ModelError for settings that are not understood."""
@@ -158,11 +165,13 @@ class Reading(QuantizationConfigMixin):  # type: ignore[misc]  # transformers ha
     """What transformers' loader is given.
 
     Args:
-        lay_out: makes the linear layers of a model on meta what the files hold.
+        lay_out: makes the linear layers and experts of a model on meta what the files hold.
+        renamed: names of their tensors that are others in the model.
     """
 
-    def __init__(self, lay_out: Callable[[Any], None]) -> None:
+    def __init__(self, lay_out: Callable[[Any], None], renamed: Sequence[Renaming]) -> None:
         self.quant_method, self.lay_out = READER, lay_out  # type: ignore[assignment]  # its own name, as it is registered
+        self.renamed = list(renamed)
 
 
 class Reader(HfQuantizer):  # type: ignore[misc]  # transformers has no types
@@ -170,6 +179,11 @@ class Reader(HfQuantizer):  # type: ignore[misc]  # transformers has no types
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: object) -> None:
         self.quantization_config.lay_out(model)
+
+    def get_weight_conversions(self) -> list[Renaming]:
+        """Names that are others in the files."""
+        found: list[Renaming] = self.quantization_config.renamed
+        return found
 
     def is_serializable(self) -> bool:
         """fitune saves adapters, and merged models that are plain."""
