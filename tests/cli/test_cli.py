@@ -100,6 +100,28 @@ def test_every_mistake_is_tried(mistakes: dict[str, tuple[list[object], list[str
     assert sorted(mistakes) == sorted(NAMES)
 
 
+@pytest.mark.parametrize(
+    ("verb", "typed", "refused"),
+    [
+        ("train", ["--batch-size", "2.7"], True),
+        ("train", ["--max-length", "512.5"], True),
+        ("train", ["--lora.rank", "8.2"], True),
+        ("train", ["--take", "1.5"], True),
+        ("chat", ["--max-new-tokens", "3.5"], True),
+        ("train", ["--batch-size", "2.0", "--epochs", "0.5", "--max-length", "auto", "--val-share", "0.25"], False),
+    ],
+)
+def test_a_fraction_is_no_whole_number(
+    verb: str, typed: list[str], refused: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parser of the command line would round it."""
+    more = ["none"] if verb == "chat" else ["--model", "none", "--data", "none.jsonl"]
+    code, _, err = run([verb, *more, *typed], capsys, monkeypatch)
+    assert code == 2
+    assert ("expected: a whole number" in err) is refused, err
+    assert (f"{typed[0]}: wrong value\n  received: {typed[1]}" in err) is refused
+
+
 def test_help_loads_no_torch() -> None:
     code = "import sys; sys.argv = ['fitune', '--help']\nfrom fitune.cli.main import main\nmain()\n"
     check = "\nassert 'torch' not in sys.modules, 'torch was loaded'"

@@ -89,7 +89,7 @@ def test_configs_of_ms_swift_and_trl(tmp_path: Path) -> None:
 def test_what_a_key_becomes_is_a_setting() -> None:
     for key, change in BESIDE.items():
         value: Any = {"pref_loss": "simpo", "loss_type": "sigmoid", "new_special_tokens": "<a>,<b>"}.get(key, 0.5)
-        value = 2 if key in ("save_total_limit", "freeze_trainable_layers") else value
+        value = 2 if key in ("save_total_limit", "freeze_trainable_layers", "max_steps") else value
         value = ["<a>"] if key == "add_tokens" else value
         assert build({"model": "m", "data": ["d"], **(change(value) or {})})
     assert set(WHY) <= set(BESIDE)
@@ -105,6 +105,20 @@ def test_numbers_as_text_and_what_means_something_else(tmp_path: Path) -> None:
         "objective": "kto", "data": ["a", "b"], "lora": {"rank": 8, "dora": True}, "kto": {"beta": 0.2},
     }  # fmt: skip
     assert found.left_out == {"val_size": f"200: {WHY['val_size']}"}
+
+
+def test_what_stands_for_nothing_and_rows_of_a_data_set(tmp_path: Path) -> None:
+    """Configs as they are published: no limit of steps, keys without a value, ms-swift's rows of a data set."""
+    given = {
+        "model": "m", "dataset": ["org/one#500", "two"], "max_steps": -1, "lora_alpha": None, "use_bnb_nested_quant": True,
+        "init_weights": "pissa", "beta": 0.1, "freeze_trainable_layers": 2, "system": "Be brief.",
+    }  # fmt: skip
+    found = converted(given, tmp_path)
+    assert found.settings == {
+        "model": "m", "data": [{"path": "org/one", "take": 500}, "two"], "lora": {"init": "pissa"},
+    }  # fmt: skip
+    assert set(found.left_out) == {"beta", "freeze", "quant", "system"}
+    assert converted({"model": "m", "max_steps": 20}, tmp_path).settings["max_steps"] == 20
 
 
 def test_values_that_are_none_and_files_that_are_none(tmp_path: Path) -> None:

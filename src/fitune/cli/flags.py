@@ -6,13 +6,14 @@ everywhere; the settings that were typed, ready for `config.build`. No torch her
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
-from cyclopts import Parameter
+from cyclopts import Argument, Parameter
 from pydantic import AfterValidator, BaseModel, Field, PlainSerializer, create_model
 
 from fitune.core import config as settings
@@ -110,6 +111,21 @@ def _with_mappings(values: Given, group: type[BaseModel]) -> Given:
         elif info.annotation == options.OneOrMore and len(out[name]) == 1:
             out[name] = out[name][0]
     return out
+
+
+def whole_numbers(_app: object, _commands: object, arguments: Iterable[Argument]) -> None:
+    """Refuse 2.7 where a whole number is wanted: it would be rounded, and nobody would see it."""
+    for argument in arguments:
+        kinds = _kinds(argument.hint)
+        for token in argument.tokens if int in kinds and not kinds & {float, str} else ():
+            number = token.value.replace("_", "")
+            if re.fullmatch(r"[-+]?\d*\.\d*", number) and number.partition(".")[2].strip("0"):
+                raise ConfigError(f"{argument.name}: wrong value", received=token.value, expected="a whole number")
+
+
+def _kinds(hint: Any) -> set[object]:
+    """The types that a value may have."""
+    return {hint}.union(*map(_kinds, get_args(hint))) if get_origin(hint) is not Literal else set()
 
 
 def pair(name: str, text: str) -> tuple[str, str]:

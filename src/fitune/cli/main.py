@@ -17,7 +17,7 @@ from cyclopts.exceptions import CycloptsError
 from fitune.cli import help as helppage
 from fitune.cli import last_catch as lastcatch
 from fitune.cli import look, models, plan, train, use
-from fitune.cli.flags import QUANT
+from fitune.cli.flags import QUANT, whole_numbers
 from fitune.core import names, quiet
 from fitune.core.errors import FituneError
 from fitune.views import screen
@@ -30,6 +30,7 @@ app = App(
     help_format="plaintext",
     help_formatter=helppage.Help(),
     suppress_keyboard_interrupt=False,
+    config=[whole_numbers],
 )
 app.register_install_completion_command(help="Let the shell complete verbs and flags; prints what it writes.")
 for verb in (

@@ -42,12 +42,17 @@ def _tokens(value: Any) -> dict[str, Any]:
     return {"new_tokens": value.split(",") if isinstance(value, str) else list(value)}
 
 
+def _steps(value: Any) -> dict[str, Any]:
+    return {"max_steps": int(value)} if int(value) > 0 else {}  # -1: no limit
+
+
 def _objective(value: Any) -> dict[str, Any] | None:
     return {"objective": PREFERRED[str(value)]} if str(value) in PREFERRED else None
 
 
 BESIDE: dict[str, Callable[[Any], dict[str, Any] | None]] = {  # their value to settings; None: it cannot be carried
     **dict.fromkeys(("val_size", "split_dataset_ratio"), _share),
+    "max_steps": _steps,
     "save_total_limit": lambda value: {"keep_last": int(value)},
     "freeze_trainable_layers": _blocks,
     **dict.fromkeys(("new_special_tokens", "add_tokens"), _tokens),
@@ -63,6 +68,7 @@ WHY = {
     **dict.fromkeys(("pref_loss", "loss_type"), "no objective of fitune"),
 }
 BETA = ("beta", "pref_beta")  # of the objective, whichever that is
+ROWS_OF = re.compile(r"(?P<path>.+)#(?P<take>\d+)")  # ms-swift: so many rows of a data set
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,8 @@ def convert_config(path: str | Path) -> ConvertedConfig:
             if made is None:
                 left_out[key] = f"{shorten(given[key])}: {WHY[key]}"
             found = settings.merge(found, made or {})
+    if found.get("objective", "sft") == "sft":
+        left_out |= {name: "no objective was named that has one" for name in BETA if name in given}
     return _checked(_with_beta(found, given), left_out)
 
 
@@ -129,7 +137,8 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file}: no config of LLaMA-Factory, ms-swift or TRL", received=json.dumps(given, default=str)[:80],
             expected="keys such as model_name_or_path, dataset, lora_rank",
         )  # fmt: skip
-    return {str(key): float(v) if isinstance(v, str) and NUMBER.fullmatch(v) else v for key, v in given.items()}
+    values = {str(key): float(v) if isinstance(v, str) and NUMBER.fullmatch(v) else v for key, v in given.items()}
+    return {key: v for key, v in values.items() if v is not None or key in BESIDE}  # null: not set, in all three
 
 
 def _with_beta(found: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,15 +157,24 @@ def _checked(found: dict[str, Any], left_out: dict[str, str]) -> ConvertedConfig
     if isinstance(quant, Mapping) and quant.get("name", "none") == "none":
         unused += ["quant"] if "quant" in found else []
     kept = {name: value for name, value in found.items() if name not in unused}
+    left_out |= {name: "nothing is quantized" if name == "quant" else f"the method is {method}" for name in unused}
     for name in ("data", "eval_data"):
         if isinstance(kept.get(name), str):
             kept[name] = [kept[name]]
+        if isinstance(kept.get(name), list):
+            kept[name] = [_source(one) for one in kept[name]]
     defaults = settings.build({"model": "-", "data": ["-"], **kept})
     kept = _as_built(kept, defaults)
     missing = {what: _value(defaults, name) for name, what in DECIDING.items() if not _is_set(kept, name)}
     if defaults.method != "lora":
         missing.pop(DECIDING["lora.rank"], None)
     return ConvertedConfig(kept, left_out, missing)
+
+
+def _source(given: object) -> object:
+    """A source of data, with the number of its rows apart."""
+    rows = ROWS_OF.fullmatch(given) if isinstance(given, str) else None
+    return {"path": rows["path"], "take": int(rows["take"])} if rows and int(rows["take"]) else given
 
 
 def _as_built(found: Mapping[str, Any], built: Any) -> dict[str, Any]:

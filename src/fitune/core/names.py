@@ -56,7 +56,7 @@ SAME: dict[str, str] = _each(
         "lora.rslora": "use_rslora lora_use_rslora",
         "lora.b_rate": "loraplus_lr_ratio lorap_lr_ratio",
         "lora.save": "modules_to_save lora_modules_to_save additional_target",
-        "quant.double": "bnb_4bit_use_double_quant double_quantization",
+        "quant.double": "bnb_4bit_use_double_quant double_quantization use_bnb_nested_quant",
         "quant.kind": "bnb_4bit_quant_type quantization_type",
         "quant.threshold": "llm_int8_threshold",
         "dpo.label_smoothing": "dpo_label_smoothing",
@@ -72,6 +72,7 @@ DTYPES |= {f"torch.{name}": ours for name, ours in DTYPES.items()}
 DTYPE = {name: {"precision": ours} for name, ours in {**DTYPES, "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}.items()}
 BITS, COSINE = {"4": NF4, "8": INT8, "none": PLAIN}, {"cosine": dict[str, object]()}
 OBJECTIVE = {name: {"objective": name} for name in ROWS}
+START = {"true": {"lora": {"init": "default"}}, "pissa": {"lora": {"init": "pissa"}}}
 NOT_SO: dict[str, dict[str, object]] = {"false": {}}
 # names of others whose values are settings of ours; any other value is refused with the text in INSTEAD
 MEANS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
@@ -91,7 +92,7 @@ MEANS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "load_best_model_at_end": {"true": {"final": "best"}, "false": {"final": "last"}},
     "lora_target_linear": {"true": {"lora": {"targets": "all-linear"}}},
     "pissa_init": {"true": {"lora": {"init": "pissa"}}, "false": {"lora": {"init": "default"}}},
-    "init_lora_weights": {"true": {"lora": {"init": "default"}}, "pissa": {"lora": {"init": "pissa"}}},
+    **dict.fromkeys(("init_lora_weights", "init_weights"), START),
 }
 # values that others write for our names: the value here, or the settings that it stands for
 VALUES: Mapping[str, Mapping[str, object]] = {
@@ -187,12 +188,12 @@ INSTEAD: dict[str, str] = _each(
         "--sample-tokens, the longest answer in the report": "max_new_tokens",
         "--weight, one for each source of --data": "mix_strategy interleave_probs dataset_weights",
         "--template, a name or a YAML file": "chat_template prompt_template",
-        "a system message in the rows, or a --template of your own": "default_system",
+        "a system message in the rows, or a --template of your own": "default_system system system_prompt",
         "--new-tokens": "add_tokens new_special_tokens add_special_tokens resize_vocab special_tokens",
         "--method bitfit trains biases": "lora_bias bias",
         "--lora.targets auto, all-linear or names": "lora_target_linear",
         "--method lora": "use_peft",
-        "--lora.init pissa or default": "pissa_init init_lora_weights",
+        "--lora.init pissa or default": "pissa_init init_lora_weights init_weights",
         "--lora.alpha, for all targets": "alpha_pattern",
         "--freeze.blocks N, the last ones": "freeze_trainable_layers num_layer_trainable",
         "--freeze.patterns": "freeze_trainable_modules trainable_parameters unfrozen_parameters",
