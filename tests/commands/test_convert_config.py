@@ -108,10 +108,11 @@ def test_numbers_as_text_and_what_means_something_else(tmp_path: Path) -> None:
 
 
 def test_what_stands_for_nothing_and_rows_of_a_data_set(tmp_path: Path) -> None:
-    """Configs as they are published: no limit of steps, keys without a value, ms-swift's rows of a data set."""
+    """As they are published: no limit of steps, keys without a value, ms-swift's rows of a data set."""
     given = {
-        "model": "m", "dataset": ["org/one#500", "two"], "max_steps": -1, "lora_alpha": None, "use_bnb_nested_quant": True,
-        "init_weights": "pissa", "beta": 0.1, "freeze_trainable_layers": 2, "system": "Be brief.",
+        "model": "m", "dataset": ["org/one#500", "two"], "max_steps": -1, "lora_alpha": None,
+        "use_bnb_nested_quant": True, "init_weights": "pissa", "beta": 0.1, "freeze_trainable_layers": 2,
+        "system": "Be brief.",
     }  # fmt: skip
     found = converted(given, tmp_path)
     assert found.settings == {

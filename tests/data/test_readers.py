@@ -245,6 +245,21 @@ def test_a_row_that_cannot_be_parsed_does_not_hide_the_next(
     assert not isinstance(last, DataError)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_key_that_stands_twice_is_an_error_of_its_row(tmp_path: Path, listed: bool) -> None:
+    """Python keeps the last of two values, so an answer would be gone and nobody would see it."""
+    lines = ['{"prompt": "a", "completion": "b"}', '{"prompt": "a", "completion": "b", "completion": "c"}']
+    lines += ['{"prompt": "a", "completion": {"x": 1, "x": 2}}', '{"prompt": "d", "completion": "e"}']
+    path = tmp_path / "rows.json"
+    path.write_text(f"[{', '.join(lines)}]" if listed else "\n".join(lines))
+    found: list[Any] = list(read(path, print))
+    assert [one[0]["completion"] for one in found if not isinstance(one, DataError)] == ["b", "e"]
+    wrong = [str(one) for one in found if isinstance(one, DataError)]
+    assert len(wrong) == 2
+    assert all("two values of one key" in one for one in wrong)
+    assert "'completion'" in wrong[0]
+
+
 def test_lines_are_read_one_by_one(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", JSONL + "\0" * 100_000)
     rows: Any = read(path)  # a generator: it can be closed

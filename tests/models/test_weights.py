@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fitune
+from fitune.checks import early
 from fitune.commands.convert import convert
 from fitune.core.errors import ModelError
 from fitune.models import weights
@@ -277,6 +278,36 @@ def test_old_folders_load_quantize_and_convert(old: tuple[Path, Path], tmp_path:
     AutoModelForCausalLM.from_pretrained(str(tmp_path / "converted"))
     with pytest.raises(ModelError, match="its weights are safetensors already"):
         convert(tmp_path / "converted", tmp_path / "twice")
+
+
+def test_shards_without_their_index_are_named(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    (folder / weights.SAFE).rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(ModelError, match=r"shards without an index: model-00001-of-00002\.safetensors"):
+        weights.check(folder)
+
+
+def test_what_is_no_model_says_what_it_is(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "hub" / "models--org--name" / "snapshots" / "abc")
+    for name in ("run/adapter", "adapter", "gguf", "nothing"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/name"}')
+    (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
+    says = {
+        tmp_path / "run": "fitune merge",
+        tmp_path / "adapter": "--model org/name --adapter",
+        tmp_path / "gguf": "llama.cpp",
+        tmp_path / "gguf" / "model.gguf": "llama.cpp",
+        tmp_path / "hub" / "models--org--name": str(model),
+        model / weights.SAFE: f"its folder: {model}",
+    }
+    for path, text in says.items():
+        with pytest.raises(ModelError) as caught:
+            early.model(str(path))
+        assert text in str(caught.value.fix), path
+    with pytest.raises(ModelError, match=r"no config\.json") as caught:
+        early.model(str(tmp_path / "nothing"))
+    assert caught.value.fix is None
 
 
 def test_a_run_on_old_shards(tmp_path: Path, data_file: Path) -> None:

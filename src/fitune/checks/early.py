@@ -19,6 +19,7 @@ from fitune.core.files import check_new, check_writable, expand, names_near
 from fitune.core.options import DataSource
 from fitune.data import formats, readers, templates
 from fitune.models import hub
+from fitune.models.locate import not_a_model
 
 MODEL, WEIGHTS = "config.json", "adapter_model.safetensors"
 YAML = (".yaml", ".yml")
@@ -91,12 +92,10 @@ def each(check: Callable[[Any], None], *values: Any) -> list[Callable[[], None]]
 def model(name: str) -> None:
     """Raises ModelError where a name is that of no model: a folder, a hub id or an entry of the catalog."""
     folder = expand(name)
-    if folder.is_dir():
-        _holds(folder, MODEL, "a model folder in transformers format")
-    elif folder.exists():
-        raise ModelError(f"{name}: is a file", expected="a model folder with config.json and *.safetensors")
-    else:
+    if not folder.exists():
         _named(name)
+    elif not (folder / MODEL).is_file():
+        raise not_a_model(folder, name)
 
 
 def model_or_config(name: str) -> None:
@@ -109,13 +108,6 @@ def folder(path: str | Path) -> None:
     """Raises ModelError where there is no such folder, and no hub has it."""
     if not expand(path).is_dir():
         model(str(path))
-
-
-def _holds(folder: Path, file: str, expected: str) -> None:
-    if not (folder / file).is_file():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{file}"))[:3]
-        fix = f"one of the folders in it: {', '.join(str(folder / name) for name in inside)}" if inside else None
-        raise ModelError(f"{folder}: no {file}", expected=expected, fix=fix)
 
 
 def _named(name: str) -> None:

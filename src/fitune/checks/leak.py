@@ -5,6 +5,7 @@ In: a model with its method attached, samples. Out: the layout that keeps docume
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -122,6 +123,9 @@ def _first_that_passes(model: nn.Module, samples: Sequence[Sample], wanted: str)
         if measured[layout].passes:
             return layout, _leak_finding(layout, measured)
     text = ", ".join(f"{layout} {leak}" for layout, leak in measured.items())
+    if all(math.isnan(leak.difference) for leak in measured.values()):
+        text = "the model gives NaN before anything is trained: its weights, or --precision fp16, reach too far"
+        return "documents", Finding("packing-leak", "refuse", text)
     return "documents", Finding("packing-leak", "refuse", f"documents of a batch see each other: {text}")
 
 

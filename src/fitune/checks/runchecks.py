@@ -62,6 +62,9 @@ def base_loaded(model: PreTrainedModel, folder: Path) -> Finding:
     compared = left = 0
     for name, value in _starts(folder):
         own = next((n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n in mine), None)
+        if value.is_floating_point() and not bool(value.float().isfinite().all()):
+            text = f"{name} has NaN or infinite values in {folder.name}: every answer and every loss would be NaN"
+            return Finding("base-loaded", "refuse", text, "download the model again, or take another one")
         layer, _, leaf = (own or "").rpartition(".")
         if own is None:
             left += 1

@@ -7,6 +7,7 @@ Lines are read as a stream, a list is held whole.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from io import StringIO
 from itertools import chain
@@ -22,6 +23,28 @@ from fitune.data.turns import ROLE_KEYS
 # Names under which an object holds rows, in the order in which they are looked for
 WRAPPERS = ("train", "data", "rows", "items", "records", "examples", "samples", "instances", "dataset")
 FRAME = {"row", "row_idx", "truncated_cells"}  # the keys around a row that the hub's viewer gives
+
+
+class _Decoder(json.JSONDecoder):
+    """JSON, in which an object with two values of one key is noticed: Python would keep the last one."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self._twice: set[str] = set()
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            self._twice |= {key for key, count in Counter(key for key, _ in pairs).items() if count > 1}
+        return made
+
+    def item(self, row: Any, file: str, line: int) -> Item:
+        """The row that was decoded last, or what is wrong with it."""
+        if not self._twice:
+            return row, Source(file, line)
+        received = shorten(", ".join(sorted(self._twice)), 200)
+        self._twice.clear()
+        return DataError("two values of one key", file=file, line=line, received=received, expected="each key once")
 
 
 def read_json(path: Path, notice: Notice) -> Iterator[Item]:
@@ -158,13 +181,14 @@ def _unpacked(item: Item, columns: object) -> Item:
 
 
 def _parse_lines(lines: Iterable[str], file: str, first: int) -> Iterator[Item]:
+    decoder = _Decoder()
     for number, line in enumerate(lines, first):
         line = line.lstrip("\ufeff")  # files with a mark that were put together
         if not line.strip():
             continue
         check_row(len(line), Path(file), number)
         try:
-            row = json.loads(line)
+            row = decoder.decode(line)
         except (ValueError, RecursionError) as error:
             if number == first and line.strip() == "{":
                 raise DataError(
@@ -179,7 +203,7 @@ def _parse_lines(lines: Iterable[str], file: str, first: int) -> Iterator[Item]:
                 f"not JSON ({_reason(error)})", file=file, line=number, received=received, expected="one object a line"
             )
             continue
-        yield row, Source(file, number)
+        yield decoder.item(row, file, number)
 
 
 def _reason(error: Exception) -> str:
@@ -207,7 +231,7 @@ def _parse_array(text: str, file: str) -> Iterator[Item]:
 
 def _elements(text: str, file: str, start: int) -> Generator[Item, None, int]:
     """The elements of the JSON list at a place, each with the line it starts on; returns the place of its end."""
-    decoder = json.JSONDecoder()
+    decoder = _Decoder()
     at, line, counted = start + 1, 1, 0
     while (at := _skip(text, at)) < len(text) and text[at] != "]":
         line += text.count("\n", counted, at)
@@ -225,5 +249,5 @@ def _elements(text: str, file: str, start: int) -> Generator[Item, None, int]:
                 fix="nothing after this place can be read; fix the file there",
             ) from None
         check_row(at - begun, Path(file), line)
-        yield row, Source(file, line)
+        yield decoder.item(row, file, line)
     return at

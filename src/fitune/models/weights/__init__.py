@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fitune.models.weights import bins, safe
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -66,6 +68,13 @@ def files(folder: Path) -> list[Path]:
 def check(folder: Path) -> None:
     """Raises ModelError unless the folder holds weights, each shard of its index included."""
     there = files(folder)
+    if any(SHARD.fullmatch(file.name) for file in there) and index_of(folder) is None:
+        raise ModelError(
+            f"{folder}: weights are missing",
+            received=f"shards without an index: {', '.join(file.name for file in there[:5])}",
+            expected=f"{SAFE}.index.json beside them",
+            fix="download that file, too",
+        )
     missing = [file.name for file in there if not file.is_file()]
     if missing:
         index = index_of(folder)
