@@ -205,6 +205,11 @@ def test_what_a_finished_run_lacks_is_made_again(done: Path) -> None:
     assert integrity.check(RunFolder(done), (*integrity.BEGIN, *integrity.END)) is None
 
 
+def test_a_finished_run_that_was_moved_is_shown_where_it_is(done: Path) -> None:
+    """`fitune chat` is to be typed with that name."""
+    assert resume(done).run == str(done)
+
+
 def test_a_run_from_before_there_were_seals_is_used_with_a_warning(
     done: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -126,7 +126,7 @@ def _train(begun_: _Run, resume: bool, outside: Mapping[str, int] | None) -> Res
         watch.message(
             f"{run.path}: this run is finished. To train it further: fitune train --adapter {run.path} --output NEW ..."
         )
-        return replace(result_of(run), history=tuple(run.read_steps()))
+        return replace(result_of(run), run=str(run.path), history=tuple(run.read_steps()))
     if again:
         request = resuming.with_its_blocks(run, request)
     with determinism.exact(pick_device(request.config.device)):
