@@ -19,6 +19,8 @@ from fitune.core.errors import ConfigError, shorten
 from fitune.core.quiet import quietly
 from fitune.views import cells
 
+DRAWN = 128  # numbers that a notebook shows; a layer's weight has millions
+
 __all__ = ["Rounded", "absmax", "nf4", "nf4_values"]
 
 
@@ -39,13 +41,15 @@ class Rounded:
 
     def _repr_html_(self) -> str:
         rows: list[tuple[str, list[object]]] = [
-            ("given", [f"{x:.4g}" for x in self.given]),
-            ("stored", [*self.values]),
-            ("back", [f"{x:.4g}" for x in self.back]),
+            ("given", [f"{x:.4g}" for x in self.given[:DRAWN]]),
+            ("stored", [*self.values[:DRAWN]]),
+            ("back", [f"{x:.4g}" for x in self.back[:DRAWN]]),
         ]
-        scale = ", ".join(f"{one:.6g}" for one in self.scales)
-        note = cells.caption(f"scale {scale}; largest error {self.error:.3g}")
-        return cells.cell(cells.table([str(n) for n in range(len(self.values))], rows), note)
+        count = len(self.values)
+        scale = ", ".join(f"{one:.6g}" for one in self.scales[:DRAWN])
+        first = f"the first {DRAWN} of {count:,} numbers; " if count > DRAWN else ""
+        note = cells.caption(f"{first}scale {scale}; largest error {self.error:.3g}")
+        return cells.cell(cells.table([str(n) for n in range(min(count, DRAWN))], rows), note)
 
 
 @quietly
@@ -99,6 +103,10 @@ def _numbers(values: Sequence[float] | Any) -> Any:
     import torch
 
     try:
+        if isinstance(values, torch.Tensor):
+            if values.is_complex() or values.is_meta:
+                raise TypeError("no real numbers")
+            values = values.detach().cpu()
         given = torch.as_tensor(values, dtype=torch.float64).flatten()
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError("rounding to few bits", received=shorten(values), expected="numbers, or a tensor") from None

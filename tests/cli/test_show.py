@@ -56,7 +56,8 @@ def test_a_run_brings_its_own_template(
 
 
 def test_what_is_no_number_or_no_plan_is_refused() -> None:
-    for wrong in ([], "abc", [float("nan")], [float("inf"), 1.0]):
+    odd = (torch.ones(2) * 1j, torch.ones(2, device="meta"))
+    for wrong in ([], "abc", [float("nan")], [float("inf"), 1.0], *odd):
         for rounding in (quant.absmax, quant.nf4):
             with pytest.raises(ConfigError, match="rounding to few bits"):
                 rounding(wrong)
@@ -111,6 +112,15 @@ def test_numbers_in_few_bits() -> None:
     assert set(four.values) <= set(range(16))
     assert four.error < 0.4
     assert "stored" in four._repr_html_()
+
+
+def test_a_models_own_weight_in_few_bits() -> None:
+    """It is a parameter, and far larger than a page."""
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 100_000).reshape(1_000, 100).bfloat16())
+    for rounding in (quant.absmax, quant.nf4):
+        page = rounding(weight)._repr_html_()
+        assert "the first 128 of 100,000 numbers" in page
+        assert len(page) < 50_000
 
 
 def test_the_template_of_a_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
