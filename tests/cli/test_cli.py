@@ -258,6 +258,7 @@ def test_chat_refuses_what_makes_no_sense(
     for arguments, part in (
         ([tmp_path / "nothing"], "no such folder"),
         ([tmp_path, "--temperature", -1], "out of range"),
+        ([tmp_path, "--temperature", "nan"], "out of range"),
         ([tmp_path, "--top-p", 0], "out of range"),
     ):
         code, _, err = run(["chat", *arguments], capsys, monkeypatch)

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from fitune.core.config import build
-from fitune.core.errors import ModelError
+from fitune.core.errors import ConfigError, ModelError
 from fitune.data.encode import Encoder
 from fitune.data.templates import choose
 from fitune.engine import trial
@@ -27,6 +27,19 @@ from support import elsewhere, tiny
 
 PROMPTS = [[7, 9, 30, 200, 11], [5] * 40, [33, 34, 35], list(range(20, 90)), [250], [9, 7, 30, 201], [120, 121] * 9]
 TOKENS = 6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": "hot"}, {"top_p": 0.0}, {"top_p": 2.0},
+        {"max_new_tokens": 0}, {"max_new_tokens": 2.5},
+    ],
+)  # fmt: skip
+def test_settings_by_which_nothing_can_be_drawn_are_refused(wrong: dict[str, Any]) -> None:
+    """In Python too: a negative temperature drew the least probable tokens."""
+    with pytest.raises(ConfigError, match="out of range"):
+        Sampling(**wrong)
 
 
 def tuned_of(kind: str, method: str = "", **settings: Any) -> Tuned:

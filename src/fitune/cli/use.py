@@ -19,6 +19,7 @@ from fitune.checks import early
 from fitune.cli.flags import Json, Moved, Precision, Quant, console_for, pair, print_json
 from fitune.core import imports
 from fitune.core.errors import ConfigError
+from fitune.core.options import check_drawing
 from fitune.views import screen
 
 
@@ -63,12 +64,7 @@ def chat(
 ) -> None:
     """Talk to the model of a run; works in a pipe too: echo 你好 | fitune chat RUN."""
     how, loading = drawing or Drawing(), loading or Loading()
-    if how.temperature < 0 or not 0 < how.top_p <= 1 or how.max_new_tokens < 1:
-        raise ConfigError(
-            "chat: a setting is out of range",
-            received=f"temperature {how.temperature}, top-p {how.top_p}, max new tokens {how.max_new_tokens}",
-            expected="temperature >= 0, 0 < top-p <= 1, max new tokens >= 1",
-        )
+    check_drawing(how.temperature, how.top_p, how.max_new_tokens)
     early.together(*loading.check(run))
     with imports.for_good():
         from fitune.commands.chat import HELP, Chat, talk

@@ -5,6 +5,7 @@ In: values of one group. Out: a frozen record; unknown keys are refused. `config
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import PurePath
@@ -277,3 +278,15 @@ AnySource = Annotated[
 def listed(value: object) -> object:
     """One number, or one text, stands for a list of one."""
     return [value] if isinstance(value, (int, float, str)) else value
+
+
+def check_drawing(temperature: object, top_p: object, max_new_tokens: object) -> None:
+    """Raises ConfigError for settings by which no answer can be drawn: a negative temperature draws the least probable
+    tokens."""
+    heat, share = (value if isinstance(value, (int, float)) else math.nan for value in (temperature, top_p))
+    if not (0 <= heat < math.inf and 0 < share <= 1 and isinstance(max_new_tokens, int) and max_new_tokens >= 1):
+        raise ConfigError(
+            "answers: a setting is out of range",
+            received=f"temperature {temperature}, top-p {top_p}, max new tokens {max_new_tokens}",
+            expected="temperature >= 0, 0 < top-p <= 1, a whole number of max new tokens >= 1",
+        )

@@ -13,16 +13,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fitune.core.options import check_drawing
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How answers are drawn. temperature 0 is greedy; top_p: from the smallest set of tokens with this much probability
-    (nucleus sampling, Holtzman et al. 2020)."""
+    (nucleus sampling, Holtzman et al. 2020).
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 256
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_drawing(self.temperature, self.top_p, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
