@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -105,6 +106,21 @@ def functions() -> list[Function]:
     return found
 
 
+@cache
+def _users() -> dict[str, list[Function]]:
+    """The functions by the last part of each name that they use."""
+    found: dict[str, list[Function]] = defaultdict(list)
+    for function in functions():
+        for name in {use.rpartition(".")[2] for use in function.uses}:
+            found[name].append(function)
+    return found
+
+
+def users(function: Function) -> list[Function]:
+    """The functions that use this one."""
+    return [one for one in _users().get(function.name.rpartition(".")[2], ()) if function.is_used_by(one)]
+
+
 def _defined(body: list[ast.stmt]) -> list[ast.FunctionDef]:
     return [node for node in body if isinstance(node, ast.FunctionDef)]
 
@@ -112,16 +128,17 @@ def _defined(body: list[ast.stmt]) -> list[ast.FunctionDef]:
 def _function(module: str, name: str, node: ast.stmt, imported: dict[str, str]) -> Function:
     doc = (ast.get_docstring(node) or "") if isinstance(node, ast.FunctionDef) else ""
     made = Function(module, name, " ".join(doc.partition("\n\n")[0].split()))
+    parts = [*ast.walk(node)]
     texts = {
         target.id: part.value.value
-        for part in ast.walk(node)
+        for part in parts
         if isinstance(part, ast.Assign) and isinstance(part.value, ast.Constant) and isinstance(part.value.value, str)
         for target in part.targets
         if isinstance(target, ast.Name)
     }
-    for part in ast.walk(node):
+    for part in parts:
         if isinstance(part, ast.Attribute):
-            made.uses.add(f"{ast.unparse(part.value).rpartition('.')[2]}.{part.attr}")
+            made.uses.add(f"{_last(part.value)}.{part.attr}")
         elif isinstance(part, ast.Name):
             made.uses |= {part.id, imported.get(part.id, part.id)}
         if isinstance(part, ast.Call) and isinstance(part.func, ast.Name) and part.func.id == "Finding":
@@ -130,6 +147,13 @@ def _function(module: str, name: str, node: ast.stmt, imported: dict[str, str]) 
             levels = {one.value for one in ast.walk(level) if isinstance(one, ast.Constant)}
             made.rules.setdefault(str(named), set()).update(str(one) for one in levels)
     return made
+
+
+def _last(value: ast.expr) -> str:
+    """The last name of what stands before a dot."""
+    if isinstance(value, ast.Name):
+        return value.id
+    return value.attr if isinstance(value, ast.Attribute) else ast.unparse(value).rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -148,18 +172,17 @@ def rules() -> list[Rule]:
     Raises:
         LookupError: a rule that no function of MOMENTS runs, or one without a docstring.
     """
-    everything = functions()
     found: dict[tuple[str, str], Function] = {}
     levels: dict[str, set[str]] = {}
-    for maker in everything:
+    for maker in functions():
         for rule, some in maker.rules.items():
             levels.setdefault(rule, set()).update(some)
-            found |= {(rule, one.module + one.name): one for one in _public(maker, everything)}
+            found |= {(rule, one.module + one.name): one for one in _public(maker)}
     made = []
     for (name, _), function in found.items():
         if not function.doc:
             raise LookupError(f"{name}: {function.module}:{function.name} has no docstring")
-        moments = _moments(function, everything)
+        moments = _moments(function)
         if not moments:
             raise LookupError(f"{name}: no function of MOMENTS runs {function.module}:{function.name}")
         order = tuple(sorted(moments, key=ORDER.index))
@@ -167,24 +190,24 @@ def rules() -> list[Rule]:
     return sorted(made, key=lambda rule: (ORDER.index(rule.moments[0]), rule.name))
 
 
-def _public(function: Function, everything: list[Function]) -> list[Function]:
+def _public(function: Function) -> list[Function]:
     """The functions that people read: the function itself, or those of its file that use it as a helper."""
     if not function.is_private:
         return [function]
-    users = [user for user in everything if user.module == function.module and function.is_used_by(user)]
-    return [public for user in users for public in _public(user, everything)] or [function]
+    here = [user for user in users(function) if user.module == function.module]
+    return [public for user in here for public in _public(user)] or [function]
 
 
-def _moments(function: Function, everything: list[Function], seen: frozenset[str] = frozenset()) -> set[str]:
+def _moments(function: Function, seen: frozenset[str] = frozenset()) -> set[str]:
     """When a function runs: by those that use it, up to the first that MOMENTS names."""
     itself = f"{function.module}:{function.name}"
     if itself in MOMENTS:
         return {MOMENTS[itself]}
     found: set[str] = set()
-    for user in [user for user in everything if function.is_used_by(user) and user.name not in seen]:
+    for user in [user for user in users(function) if user.name not in seen]:
         where = f"{user.module}:{user.name.rpartition('.')[2]}"
         moment = MOMENTS.get(where) or MOMENTS.get(user.module)
-        found |= {moment} if moment else _moments(user, everything, seen | {user.name})
+        found |= {moment} if moment else _moments(user, seen | {user.name})
     return found
 
 
