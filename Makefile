@@ -14,7 +14,8 @@ BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 # One thread a process and one process a core: torch's threads fight each other otherwise.
 WORKERS ?= 2
 # PYTHONUTF8: tests read and write text as UTF-8 on Windows too, where Python's default is another; fitune names it itself.
-TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONUTF8=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# PYTHONDONTWRITEBYTECODE: where it is set, pytest would rewrite all tests in each worker of every run, 6 s of each.
+TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONUTF8=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo lessons docs unit test test-full fmt lint types bytecode install clean
 

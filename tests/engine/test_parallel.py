@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 from fitune.core.errors import ConfigError
 from fitune.core.parallel import LOOPBACK, STORE
 from fitune.engine import parallel
-from support import contract, preferred
+from support import contract, forks, preferred
 
 Names = tuple[str, ...]
 Found = dict[Names, list[dict[str, Any]]]  # what each process says of each case
@@ -51,24 +49,24 @@ DIFFERS, GIVEN, LATE = ("differs",), ("given",), ("late",)  # what they say besi
 CLOSE = {"fp32": 1e-6, "fp16": 1e-3}  # of all trained weights together, and of losses
 
 
-def _child(cases: list[Names], environment: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, str(CHILD), json.dumps(cases)]
-    whole = {**os.environ, **environment}
-    return subprocess.Popen(command, env=whole, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 def shared(cases: list[Names], ranks: int, place: Path) -> Found:
     """What each process says of each case."""
     own = {"WORLD_SIZE": str(ranks), STORE: str(place / "store"), "OMP_NUM_THREADS": "1", "RUN": str(place)}
     if sys.platform in LOOPBACK:
         own["GLOO_SOCKET_IFNAME"] = LOOPBACK[sys.platform]
-    processes = [_child(cases, {**own, "RANK": str(rank)}) for rank in range(ranks)]
+    printed, errors = ([place / f"{kind}-{rank}" for rank in range(ranks)] for kind in ("out", "err"))
+    processes = [
+        forks.start(
+            forks.script, CHILD, json.dumps(cases), out=out, err=err, environment={**own, "RANK": str(rank)}
+        )
+        for rank, (out, err) in enumerate(zip(printed, errors, strict=True))
+    ]  # fmt: skip
     found: Found = {}
     try:
-        for process in processes:
-            out, err = process.communicate(timeout=900)
-            assert process.returncode == 0, err[-3000:]
-            for text in out.splitlines():
+        for process, out, err in zip(processes, printed, errors, strict=True):
+            process.join(900)
+            assert process.exitcode == 0, err.read_text(encoding="utf-8")[-3000:]
+            for text in out.read_text(encoding="utf-8").splitlines():
                 heard = json.loads(text)
                 found.setdefault(tuple(heard.get("case", ["differs"])), []).append(heard)
     finally:
