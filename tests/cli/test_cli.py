@@ -388,3 +388,14 @@ def test_an_option_that_is_needed_is_named(capsys: pytest.CaptureFixture[str], m
     code, _, err = run(["merge", "x"], capsys, monkeypatch)
     assert code == 2
     assert err.startswith("error: --output is needed")
+
+
+def test_flags_that_were_put_together_once_hold_nothing_of_the_line_before() -> None:
+    """Tests share them (support/flags.py): what was typed is no part of the next command line, nested or not."""
+    words = ["train", "--model", "m", "--data", "d.jsonl", "--lora.rank", "4", "--set", "seed=1"]
+    first = cli.app.parse_args(words)[1]
+    assert (first.arguments["flags"].lora.rank, first.arguments["set_"]) == (4, ["seed=1"])
+    second = cli.app.parse_args(["train", "--model", "other"])[1]
+    assert second.arguments["flags"].model_dump(exclude_none=True) == {"model": "other"}
+    assert "set_" not in second.arguments
+    assert cli.app.parse_args(words)[1] == first

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cyclopts import App
 from hypothesis import settings
 
 from fitune.core import imports, processor, quiet
@@ -22,7 +23,7 @@ with imports.loading():
     import torch
 
     from fitune.models import precision
-    from support import tiny
+    from support import flags, tiny
     from support.hub_server import server as server  # a fixture
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
@@ -85,6 +86,14 @@ def _disks() -> Iterator[None]:
     """No test cuts the power: files are written, and not waited for until they lie on the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _flags() -> Iterator[None]:
+    """A command line that is read takes what the one before it has put together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(App, "assemble_argument_collection", flags.once(App.assemble_argument_collection))
         yield
 
 
