@@ -26,7 +26,8 @@ from support import tiny
 from support.command import run as command
 from support.stops import Crash, StopAt, crash
 
-STEPS = {"max_steps": 6, "batch_size": 3, "save_every": 2, "eval_every": 3, "lr": 1e-2, "sample_prompts": 1}
+STEPS = {"max_steps": 6, "batch_size": 3, "save_every": 2, "eval_every": 3, "lr": 1e-2, "sample_prompts": 1,
+         "sample_tokens": 4}  # fmt: skip
 
 
 def settings(model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import torch
 
 from fitune.cli import main as cli
 
-HOW = "fork" if sys.platform == "linux" else "spawn"  # macOS forks too, but not with libraries of its own at work
+# macOS forks too, but not with libraries of its own at work
+WAY = get_context("fork") if sys.platform == "linux" else get_context("spawn")
 
 
 def start(
@@ -36,7 +37,7 @@ def start(
         out, err: what it prints goes there.
         environment: is added to this one's.
     """
-    process = get_context(HOW).Process(target=_run, args=(work, arguments, out, err, environment or {}))
+    process = WAY.Process(target=_run, args=(work, arguments, out, err, environment or {}))
     process.start()
     return process
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import fields, is_dataclass
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from cyclopts import App
+from cyclopts import App, ArgumentCollection
 from cyclopts.exceptions import CycloptsError
 
 from fitune.cli import help as helppage
@@ -22,7 +22,17 @@ from fitune.core import names, quiet
 from fitune.core.errors import FituneError
 from fitune.views import screen
 
-app = App(
+
+class Verbs(App):
+    """Verbs whose options have their texts from the settings' fields, and none from a docstring: to look for some,
+    cyclopts reads the source of pydantic's models once for each group of settings, two thirds of what `--help` took."""
+
+    def assemble_argument_collection(self, *, parse_docstring: bool = False, **how: Any) -> ArgumentCollection:
+        """See App."""
+        return super().assemble_argument_collection(**how)
+
+
+app = Verbs(
     name="fitune",
     help="Fine-tune open large language models on the hardware that you have.",
     version_flags=["--version"],
