@@ -82,6 +82,7 @@ def test_margins_rise_on_pairs_that_no_training_pair_asks_about(tmp_path: Path) 
     settings = {
         "objective": "dpo", "model": str(MODEL), "data": [str(DATA / "pairs.jsonl")], "max_steps": 12, "batch_size": 8,
         "eval_data": [str(DATA / "pairs_held_out.jsonl")], "lr": 2e-3, "sample_prompts": 0, "cache": "none",
+        "eval_every": 12,
     }  # fmt: skip
     train(build({**settings, "output": str(tmp_path / "run")}))
     before, result = (json.loads((tmp_path / "run" / f"{n}.json").read_text()) for n in ("before", "result"))

@@ -25,6 +25,7 @@ from fitune.data import encodings, tables
 from fitune.data.encode import Encoder
 from fitune.data.readers import read
 from fitune.data.rows import load
+from fitune.data.templates import counted as counting
 from fitune.data.templates import sandbox
 from fitune.data.templates.counted import counted
 from fitune.data.templates.jinja import ChatTemplate
@@ -70,6 +71,22 @@ def test_a_template_that_never_ends_is_stopped_by_counting(number: int, monkeypa
     monkeypatch.setattr(sandbox, "STEPS", 60_000)
     with pytest.raises(Runaway):
         counted(BASE, HUGE[number]).render(messages=MESSAGES)
+
+
+def test_a_template_is_compiled_once_and_each_of_its_renderers_counts_for_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = "{% for m in messages %}{{ m.content }}{% endfor %} once"
+    first = counted(BASE, text)
+    monkeypatch.setattr(counting, "_Code", None)
+    with pytest.raises(TypeError):  # what would be compiled now fails
+        counted(BASE, f"{text}!")
+    second = counted(BASE, text)
+    assert second.render(messages=MESSAGES) == "Hi?Hello. once"
+    first.environment.left = 0  # type: ignore[attr-defined]  # jinja2's type has no counters
+    with pytest.raises(Runaway):
+        first.render(messages=MESSAGES)
+    assert second.render(messages=MESSAGES) == "Hi?Hello. once"
 
 
 @pytest.mark.parametrize("text", ["{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(0) }}", "{{ 1 / 0 }}", "{{ a.b.c }}",

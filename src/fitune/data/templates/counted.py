@@ -6,6 +6,8 @@ In: transformers' environment and a template's text. Out: a template that render
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 from jinja2 import nodes
@@ -88,6 +90,12 @@ def counted(environment: Environment, source: str) -> Template:
     """
     if len(source) > MOST_SOURCE:
         raise Runaway(f"a text of {len(source):,} characters, of {MOST_SOURCE:,} at most")
+    made = _counting(environment, source)
+    return Template.from_code(made, _code(environment, source), made.make_globals(None))
+
+
+def _counting(environment: Environment, source: str) -> Any:
+    """The environment, with counting laid over it."""
     made: Any = environment.overlay()
     made.__class__ = type("CountedEnvironment", (Counting, type(environment)), {"code_generator_class": _Code})
     made.filters = {
@@ -95,9 +103,17 @@ def counted(environment: Environment, source: str) -> Template:
         for name, f in environment.filters.items()
         if name not in ("urlize",)
     }
+    made.filters["_iterated"] = made.iterated
     made.tests = {name: made.around(name, function, test=True) for name, function in environment.tests.items()}
     made.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
     made.begin(len(source))
+    return made
+
+
+@lru_cache(maxsize=64)
+def _code(environment: Environment, source: str) -> CodeType:
+    """What a template is compiled to: a run lays the same one over its rows, its checks and what it hands over."""
+    made = _counting(environment, source)
     tree = made._parse(source, None, None)
     if (reads := tree.find(READS_FILES)) is not None:
         raise Unsure(
@@ -107,6 +123,5 @@ def counted(environment: Environment, source: str) -> Template:
         raise Unsure("draws at random (its filter random)")
     for loop in tree.find_all(nodes.For):
         loop.iter = nodes.Filter(loop.iter, "_iterated", [], [], None, None, lineno=loop.lineno, environment=made)
-    made.filters["_iterated"] = made.iterated
-    code = made.compile(tree)
-    return Template.from_code(made, code, made.make_globals(None))
+    code: CodeType = made.compile(tree)
+    return code
