@@ -248,9 +248,17 @@ def test_base_and_tuned_model_answer_side_by_side(page: Any) -> None:
     task(page, "chat")
     page.select_option("#chat-run", "first")
     page.fill("#longest", "8")
+    page.evaluate(
+        """() => { window.order = []; for (const side of ['base', 'tuned'])
+          new MutationObserver(() => window.order.push(side)).observe(document.getElementById(`side-${side}`),
+            { childList: true, characterData: true, subtree: true }); }"""
+    )
     page.fill("#question", "one plus two")
     page.press("#question", "Enter")
     page.wait_for_selector("#ask:not([aria-busy])")
+    order = page.evaluate("window.order.slice(2)")  # both questions are drawn before
+    assert "".join(order) not in ("base" * order.count("base") + "tuned" * order.count("tuned"),
+                                  "tuned" * order.count("tuned") + "base" * order.count("base"))  # fmt: skip
     sides = [page.text_content(f"#side-{side} .assistant") for side in ("base", "tuned")]
     assert sides[0]
     assert sides[0] != sides[1]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,6 +20,8 @@ import pytest
 from fitune.commands import ui
 from fitune.commands.ui import runs
 from fitune.commands.ui.processes import Processes
+from fitune.commands.ui.talk import Question, Talk, Turn
+from fitune.engine.turns import Turns
 from support import page as pages
 from support import page_runs
 from support.page import Asked, Site, post
@@ -163,6 +168,37 @@ def test_base_and_tuned_answer_in_pieces(site: Site) -> None:
         assert "".join(one["text"] for one in found[:-1]).strip() == found[-1]["answer"].strip()
     assert tuned[-1] != base[-1]
     assert site.json("api/drop", {}) == {}
+
+
+def test_base_and_tuned_answer_at_once_and_as_they_would_alone(site: Site, tmp_path: Path) -> None:
+    """Their tokens come in turns, and no answer changes by the other one beside it; then another run's model comes."""
+    talk, seen = Talk(Turns()), list[str]()
+    answers: dict[str, str] = {}
+
+    def ask(name: str, folder: Path) -> None:
+        turn = Turn(role="user", content="one plus two")
+        asked = Question(run="first", messages=[turn], base=name == "base", max_new_tokens=12)
+        answers[name] = talk.answer(asked, folder, lambda piece: seen.append(name))
+
+    first = site.work / "runs" / "first"
+    asked = {"base": first, "tuned": first, "other": shutil.copytree(first, tmp_path / "other")}
+    threads = [threading.Thread(target=ask, args=one) for one in asked.items()]
+    with talk.turns:
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            while len(talk.turns._queue) <= number:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(120)
+    both = [name for name in seen if name != "other"]
+    assert sum(a != b for a, b in pairwise(both)) >= 6  # one after the other: once
+    assert seen.index("other") > max(n for n, name in enumerate(seen) if name != "other")
+    assert talk.running == 0
+    together = dict(answers)
+    for one in asked.items():
+        ask(*one)
+    assert together == answers
+    assert answers["base"] != answers["tuned"] == answers["other"]
 
 
 def test_a_chat_that_cannot_be_says_why(site: Site) -> None:

@@ -19,6 +19,7 @@ from fitune.data.templates import ChatTemplate, thoughts
 from fitune.engine.batching import Batcher, Request, Room
 from fitune.engine.drawing import Sampling, Token
 from fitune.engine.speech import Speech
+from fitune.engine.turns import Turns
 from fitune.models.adapters import disabled
 from fitune.models.interfaces import causal_lm
 from fitune.models.load import Tuned
@@ -39,6 +40,7 @@ def answer(
     *,
     on_text: Callable[[str], None] | None = None,
     base: bool = False,
+    turns: Turns | None = None,
 ) -> str:
     """The model's answer to a conversation.
 
@@ -48,8 +50,10 @@ def answer(
         sampling: how to draw.
         on_text: called with each new piece of the answer.
         base: answer as the base model, without what was tuned.
+        turns: held by this thread; whoever waits for the model gets it between two tokens.
     """
-    return answers(tuned, [Conversation(tuple(messages))], sampling, on_text=on_text, base=base)[0]
+    question = [Conversation(tuple(messages))]
+    return answers(tuned, question, sampling, on_text=on_text, base=base, turns=turns)[0]
 
 
 @torch.no_grad()
@@ -60,18 +64,20 @@ def reply(
     *,
     on_text: Callable[[str], None] | None = None,
     base: bool = False,
+    turns: Turns | None = None,
 ) -> tuple[str, Message]:
     """The model's answer as `answer` gives it, and as the turn that the conversation goes on from.
 
     That turn has no frame, and its thought in a field of its own: the template decides what of it is in later prompts.
 
     Args:
-        tuned, messages, sampling, on_text, base: see `answer`.
+        tuned, messages, sampling, on_text, base, turns: see `answer`.
     """
     if not isinstance(tuned.template, ChatTemplate):
-        text = answer(tuned, messages, sampling, on_text=on_text, base=base)
+        text = answer(tuned, messages, sampling, on_text=on_text, base=base, turns=turns)
         return text, Message("assistant", text)
-    row = _generate(tuned, [tuned.encoder.prompt(messages)], sampling or Sampling(), on_text=on_text, base=base)[0]
+    prompt = [tuned.encoder.prompt(messages)]
+    row = _generate(tuned, prompt, sampling or Sampling(), on_text=on_text, base=base, turns=turns)[0]
     answered = row[: next((n for n, i in enumerate(row) if i in tuned.encoder.stop_ids), len(row))]
     return _text(tuned, row), tuned.template.read_answer(str(tuned.tokenizer.decode(answered)))
 
@@ -84,6 +90,7 @@ def answers(
     *,
     on_text: Callable[[str], None] | None = None,
     base: bool = False,
+    turns: Turns | None = None,
 ) -> list[str]:
     """The answers to several conversations, generated side by side; each is what it would be alone.
 
@@ -99,7 +106,7 @@ def answers(
             for one, n in each
         ]
     prompts = [tuned.encoder.prompt(question.messages, question.tools) for question in questions]
-    made = _generate(tuned, prompts, sampling, on_text=on_text, base=base)
+    made = _generate(tuned, prompts, sampling, on_text=on_text, base=base, turns=turns)
     return [_text(tuned, row) for row in made]
 
 
@@ -128,8 +135,10 @@ def _generate(
     *,
     on_text: Callable[[str], None] | None = None,
     base: bool = False,
+    turns: Turns | None = None,
 ) -> list[list[int]]:
-    """The new ids behind each prompt, stop tokens left out; `on_text` hears the first one's.
+    """The new ids behind each prompt, stop tokens left out; `on_text` hears the first one's. Between two tokens whoever
+    waits for `turns` gets the model, as it was before.
 
     Raises:
         ModelError: a prompt that is longer than the model can hold.
@@ -142,11 +151,17 @@ def _generate(
         if on_text is not None and number == 0 and (text := speech.add(token.id)):
             on_text(text)
 
-    with base_model(tuned, base=base), Batcher.open(tuned, Room(running=max(1, len(prompts)))) as batcher:
-        for number, ids in enumerate(prompts):
-            batcher.add(Request(ids, sampling, partial(take, number)))
-        while batcher.busy:
+    with base_model(tuned, base=base):
+        batcher = Batcher(tuned, Room(running=max(1, len(prompts))))
+    for number, ids in enumerate(prompts):
+        batcher.add(Request(ids, sampling, partial(take, number)))
+    while batcher.busy:
+        with base_model(tuned, base=base), batcher.ready():
             batcher.step()
+            while batcher.busy and not (turns and turns.wanted):
+                batcher.step()
+        if turns and batcher.busy:
+            turns.give()
     if on_text is not None and (text := speech.end()):
         on_text(text)
     return found

@@ -6,7 +6,6 @@ one at a time.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +29,7 @@ from fitune.commands.ui.settings import Wanted, inside, read
 from fitune.commands.ui.talk import Talk
 from fitune.core.errors import FituneError, Problems
 from fitune.core.files import as_json
+from fitune.engine.turns import Turns
 from fitune.views import looks
 
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -41,11 +41,11 @@ class Desk:
 
     Args:
         roots: the folders of this page.
-        torch: one at a time works with it.
+        torch: one at a time works with it; answers let others go first, token by token.
     """
 
     roots: Roots
-    torch: threading.Lock = field(default_factory=threading.Lock)
+    torch: Turns = field(default_factory=Turns)
     newest: int = 0
 
     @cached_property

@@ -22,6 +22,7 @@ from fitune.core.records import Message
 from fitune.engine.drawing import Sampling
 from fitune.engine.generation import reply
 from fitune.engine.loading import load
+from fitune.engine.turns import Turns
 from fitune.models.load import Tuned
 
 MOST_TOKENS = 4096  # of an answer
@@ -51,29 +52,38 @@ class _GoneError(Exception):
 
 @dataclass
 class Talk:
-    """The model that talks, by the folder of its run; one answer at a time."""
+    """The model that talks, by the folder of its run. Its answers take turns at it, token by token, so that base and
+    tuned model answer side by side; another model waits for their end. running: answers that have begun."""
 
-    lock: threading.Lock
+    turns: Turns
     folder: Path | None = None
     tuned: Tuned | None = None
     loaded: float = field(default=0.0)
+    running: int = 0
 
     def model(self, folder: Path) -> Tuned:
-        """The run's model, loaded where it is another one, or was written anew.
+        """The run's model, loaded where it is another one, or was written anew. Whoever calls it holds the turn.
 
         Raises:
             FituneError: it cannot be loaded.
         """
         written = (folder / "seal.json").stat().st_mtime if (folder / "seal.json").is_file() else 0.0
         if self.tuned is None or self.folder != folder or self.loaded != written:
+            self._alone()
             self.tuned = None  # the one before goes first: there may be no room for both
             self.tuned, self.folder, self.loaded = load(folder), folder, written
         return self.tuned
 
     def drop(self) -> None:
         """Give the memory back."""
-        with self.lock:
+        with self.turns:
+            self._alone()
             self.tuned = self.folder = None
+
+    def _alone(self) -> None:
+        """Let the answers that have begun come to their end."""
+        while self.running:
+            self.turns.give()
 
     def answer(self, asked: Question, folder: Path, put: Callable[[str], None]) -> str:
         """The whole answer; each piece of it is given to `put`, which may raise to end it.
@@ -83,8 +93,13 @@ class Talk:
         """
         messages = [Message(turn.role, turn.content) for turn in asked.messages]
         sampling = Sampling(asked.temperature, 1.0, asked.max_new_tokens, asked.seed)
-        with self.lock:
-            return reply(self.model(folder), messages, sampling, on_text=put, base=asked.base)[0]
+        with self.turns:
+            tuned = self.model(folder)
+            self.running += 1
+            try:
+                return reply(tuned, messages, sampling, on_text=put, base=asked.base, turns=self.turns)[0]
+            finally:
+                self.running -= 1
 
 
 async def stream(talk: Talk, asked: Question, folder: Path) -> AsyncIterator[str]:
