@@ -58,6 +58,7 @@ class Killing:
     bad: list[str] = field(default_factory=list)
     slowest: float = 0.0
     whole: dict[str, str] = field(default_factory=dict)  # SHA-256 of what an unbroken run tuned
+    begun: bool = False  # had the processes that were killed last made a step?
 
     def all(self, kills: int) -> dict[str, object]:
         """So many kills."""
@@ -115,7 +116,7 @@ class Killing:
 
     def _kill(self, process: subprocess.Popen[str], output: Path, rank: int, after: float | None) -> bool:
         """Kill a process of the run after a time, or inside a save that is not its first; False: it was through."""
-        end = time.monotonic() + (after or 600)
+        end, before = time.monotonic() + (after or 600), lines(output)
         saves = (steps(output) // EVERY + self.drawn.randrange(1, 4)) * EVERY  # a save comes right behind that step
         while process.poll() is None:
             if (after is None and steps(output) >= saves) or time.monotonic() > end:
@@ -127,7 +128,7 @@ class Killing:
         self.counts["kills"] += 1
         self.counts["inside a save"] += after is None
         self.counts["of process 0"] += rank == 0
-        self.begun = steps(output) > 0
+        self.begun = bool(set(lines(output)) - set(before))  # one that goes on makes logged steps again
         os.kill(child, signal.SIGKILL)
         return True
 
@@ -137,7 +138,9 @@ class Killing:
         wrong += [] if seconds < SOON else [f"{seconds:.0f} s until the rest ended"]
         wrong += [] if f"process {rank} of this run was killed by signal 9" in out else [f"process {rank} is not named"]
         wrong += [] if not self.begun or re.search(r"step \d+", out) else ["no step is named"]
+        wrong += [] if not self.begun or rank == 0 or re.search(r"^  \S", out, re.MULTILINE) else ["no last words"]
         if wrong:
+            print(out[-1000:], flush=True)
             self.bad.append(f"{way}: {'; '.join(wrong)}: {out[-1000:]}")
         print(f"{way}: process {rank}, the rest after {seconds:.1f} s, {'; '.join(wrong) or 'good'}", flush=True)
 
@@ -156,8 +159,13 @@ def of_rank(process: subprocess.Popen[str], rank: int) -> int | None:
 
 def steps(output: Path) -> int:
     """How many steps the log has."""
+    return sum(line.endswith(b"\n") for line in lines(output))
+
+
+def lines(output: Path) -> list[bytes]:
+    """Of the log; with their seconds no two steps that were made have the same."""
     file = output / "steps.jsonl"
-    return file.read_bytes().count(b"\n") if file.exists() else 0
+    return file.read_bytes().splitlines(keepends=True) if file.exists() else []
 
 
 def digest(folder: Path) -> str:

@@ -56,18 +56,18 @@ def main(method: str, folder: Path) -> None:
     planned = max(moment.bytes for moment in made.phases if moment.phase in STEP)
     world = parallel.join()
     world.connect(torch.device("cpu"))
+    make = partial(optim.make, config=config, rates=partial(methods.find(method).rates, config))
     model = adapters.attach(load_model(folder, precision="fp32", device="cpu", storage="fp32"), config).train()
     set_loss_rows(model, config)
-    make = partial(optim.make, config=config, rates=partial(methods.find(method).rates, config))
     shards, optimizer, _ = share_out(model, world, make, {})
     runner = StepRunner(model, "flat", 1.0, lambda _: None, lambda _: None, world=world, shards=shards)
     for _ in range(2):  # the optimizer's states, and FSDP's own
         runner.step([small], optimizer, 2 * small.weight)
     gc.collect()
-    tensors = [one.to_local() if hasattr(one, "to_local") else one for one in model.parameters()]
-    tensors += [value for states in optimizer.state.values() for value in states.values() if torch.is_tensor(value)]
-    there = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    held = sum(there.values())
+    here = [one.to_local() if hasattr(one, "to_local") else one for one in model.parameters()]
+    here += [value for states in optimizer.state.values() for value in states.values() if torch.is_tensor(value)]
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in here}
+    held = sum(sizes.values())
     most = most_allocated(lambda: runner.step([large], optimizer, 2 * large.weight), held)
     saved = most_allocated(lambda: [attend(tensors) for tensors in shards.contents(optimizer)[:2]], held)
     checkpoint = next(moment.bytes for moment in made.phases if moment.phase == "checkpoint")

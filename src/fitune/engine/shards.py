@@ -73,13 +73,13 @@ class Shards:
         blocks = list(families.of(inner).block_list(inner))
         inside = {id(p) for block in blocks for p in block.parameters()}
         outside = {p for p in inner.base_model.parameters() if id(p) not in inside}
-        parameters = [parameter for block in blocks for parameter in block.parameters()]
         with _WithoutGradient():
             for block in blocks:
+                parameters = list(block.parameters())
                 fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
+                for parameter in parameters:  # before the next block's parts are made
+                    parameter.data = parameter.data.new_empty(0)
             fully_shard(inner.base_model, mesh=self.mesh, ignored_params=outside)
-        for parameter in parameters:
-            parameter.data = parameter.data.new_empty(0)
         for whole in (*blocks, inner.base_model):
             module = cast(FSDPModule, whole)
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the weight of the whole step

@@ -6,9 +6,8 @@ step the weights, gradients and states of blocks count as its part of them (engi
     forward     two blocks: the one at work, and the buffer that it came in
     backward    two blocks, the one at work and the buffer of the next one; all gradients of the block at work, and
                 those of the one before it in the buffer that they are summed from
+    load        the whole model, and as it is shared out this process's part of one block
     checkpoint  on a CPU, of process 0: one tensor of what is trained, or of its states, whole (the largest)
-
-Before the first step the model is whole.
 """
 
 from __future__ import annotations
@@ -133,7 +132,8 @@ def _parts(point: Point, blocks: Blocks, processes: int, device: str) -> dict[st
     """What is there at a moment."""
     phase, parts = point.phase, point.parts
     if phase not in IN_SHARDS:
-        return dict(parts)
+        more = blocks.largest // processes if phase == "load" else 0
+        return {**parts, **({OTHER: parts.get(OTHER, 0) + more} if more else {})}
     left = 1 - 1 / processes
     found = Counter(parts)
     gradients = blocks.share * parts.get(GRADIENTS, 0)
