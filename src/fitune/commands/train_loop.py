@@ -179,7 +179,7 @@ class Training:
             if saves:
                 self._save()
             if self.runner.shards is None and ends and not last:
-                self.runner.world.end(self.runner.summed, self.runner.objective, finished=early)
+                self.runner.world.end(self.runner.summed(), self.runner.objective, finished=early)
             if early:
                 active.watch.message(f"stopped early: no better held-out loss in {progress.worse} evaluations")
                 break

@@ -254,13 +254,13 @@ class World:
             raise EndedError(finished=int(small[0]) == FINISHED)
         return small[1:].to(sums.device)
 
-    def summed(self, made: Made, parameters: Sequence[nn.Parameter]) -> Made:
+    def summed(self, made: Made, trained: Callable[[], Sequence[nn.Parameter]]) -> Made:
         """The whole step's loss and gradients, of those of each process.
 
         Args:
             made: of this process, its loss divided by the weight of the whole step.
-            parameters: what is trained, in the same order everywhere. Their gradients become those of the whole step;
-                one that has none anywhere stays without.
+            trained: gives what is trained, in the same order everywhere. Their gradients become those of the whole
+                step; one that has none anywhere stays without.
 
         Raises:
             EndedError: process 0 has ended the run.
@@ -268,7 +268,8 @@ class World:
         """
         if self.alone:
             return made
-        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float64)
+        whole = trained()
+        there = torch.tensor([p.grad is not None for p in whole], dtype=torch.float64)
         sums = torch.tensor([GOES_ON, self.now.wish.is_set(), made.tokens, made.targets], dtype=torch.float64)
         seen = there[:0] if made.seen is None else made.seen.cpu()
         small = torch.cat([sums, made.total.cpu()[None], there, seen])  # over gloo, which says so when one is late
@@ -277,10 +278,10 @@ class World:
             raise EndedError(finished=int(small[0]) == FINISHED)
         if small[1] > 0:
             self.now.wish.set()
-        at = len(sums) + 1 + len(parameters)
-        trained = [p for p, found in zip(parameters, small[len(sums) + 1 : at].tolist(), strict=True) if found]
-        if trained:
-            in_one_buffer(trained, partial(self._reduce, what="the gradients of a step"))
+        at = len(sums) + 1 + len(whole)
+        with_gradient = [p for p, found in zip(whole, small[len(sums) + 1 : at].tolist(), strict=True) if found]
+        if with_gradient:
+            in_one_buffer(with_gradient, partial(self._reduce, what="the gradients of a step"))
         tokens, targets, total = small[2:5]
         device = made.total.device
         rewards = None if made.seen is None else small[at:].to(device)

@@ -70,7 +70,6 @@ class StepRunner:
     world: World = ALONE
     shards: Shards | None = None
 
-    @property
     def summed(self) -> list[nn.Parameter]:
         """What is trained, of which each process has all of the gradients."""
         return list(trainable(self.model).values()) if self.shards is None else self.shards.outside

@@ -16,8 +16,26 @@ from fitune.models.interfaces import causal_lm
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """The trainable parameters by name, in the model's order: those of `named_parameters`, which goes through a
+    generator for each level of each module. A step asks, and 32 blocks with LoRA have thousands of modules."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[nn.Module] = set()
+    taken: set[int] = set()
+    there: list[tuple[str, nn.Module]] = [("", model)]
+    while there:
+        path, module = there.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if module._parameters:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad and id(parameter) not in taken:
+                    taken.add(id(parameter))
+                    found[path + name] = parameter
+        if module._modules:
+            inside = [(f"{path}{name}.", one) for name, one in module._modules.items() if one is not None]
+            there += reversed(inside)
+    return found
 
 
 def groups(model: nn.Module, family: Family) -> list[tuple[str, int, int]]:
