@@ -230,7 +230,7 @@ def test_what_pytest_reports_is_counted_also_where_it_is_stopped(tmp_path: Path)
     )
     (tmp_path / "test_b.py").write_text("import nowhere_to_be_found\n")
     how = ["-p", "gpu_report", "-p", "no:cacheprovider", "-q", "--no-summary", "--continue-on-collection-errors"]
-    command = [sys.executable, "-m", "pytest", *how, "-c", os.devnull, "test_a.py", "test_b.py"]
+    command = [sys.executable, "-m", "pytest", *how, "-c", os.devnull, "--rootdir", ".", "test_a.py", "test_b.py"]
     out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=checks.environment()).stdout
     assert "assert 'planted' == ''" in out
     found = checks.outcomes(out, collected=False)
