@@ -16,15 +16,15 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import fitune
 from fitune.checks import routercheck
 from fitune.commands.train import train
-from fitune.core.config import build
+from fitune.core.config import RunConfig, build
 from fitune.core.errors import ConfigError
 from fitune.core.options import QuantOptions
 from fitune.core.records import Sample
 from fitune.memory import plan
 from fitune.memory.usage import usage
-from fitune.models import adapters, precision
+from fitune.models import adapters, families, methods, precision
 from fitune.models import quant as quants
-from fitune.models.configs import read_config
+from fitune.models.configs import read_config, without_weights
 from fitune.models.kernels.experts import Packed, Stack
 from fitune.models.load import load_model
 from fitune.models.parts import trainable
@@ -240,3 +240,49 @@ def test_how_routers_share_tokens(wide: Path) -> None:
     assert "1 routers over 40 tokens" in found.text
     assert "8 experts get none" in found.text
     assert not routercheck.router_load(ready(tiny.make_model("llama")), rows, "flat")
+
+
+def with_experts(**changes: Any) -> RunConfig:
+    return contract.config_for("lora", lora={"experts": True}, **changes)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_lora_on_fused_experts_has_pefts_names_and_sizes(kind: str) -> None:
+    model: Any = ready(every_type.model_of(kind))
+    expected = methods.find("lora").expected(model, families.of(model), with_experts())
+    got = {name: p.numel() for name, p in trainable(adapters.attach(model, with_experts())).items()}
+    assert got == expected
+    assert sum(".experts." in name for name in got) == 2 * 2 * 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_on_fused_experts_is_planned_trained_and_merged(checkpointing: bool, tmp_path: Path) -> None:
+    config = with_experts().model_copy(update={"checkpointing": checkpointing})
+    work = plan.Work(config, every_type.config_of("qwen3_moe"), [[batch(9, 5)], [batch(*[240] * 25)]])
+    expected = usage(plan.traced(work), without="start").peak.bytes
+    there = measured.really(ready(every_type.model_of("qwen3_moe")), config, work)
+    assert abs(expected - there) <= 0.005 * there, (expected, there)
+    folder = every_type.save("qwen3_moe", tmp_path / "model")
+    data = tiny.write_rows(tmp_path / "rows.jsonl", 20)
+    settings: dict[str, Any] = {
+        "model": str(folder), "data": [str(data)], "lora": {"experts": True}, "max_steps": 3, "lr": 1e-2,
+        "precision": "fp32", "sample_prompts": 0, "cache": "none", "checkpointing": checkpointing,
+    }  # fmt: skip
+    run = train(build({**settings, "output": str(tmp_path / "run")}))
+    assert run.last_loss < run.first_loss
+    assert fitune.merge(run.run, tmp_path / "merged").merge_error <= 1e-5
+
+
+def test_lora_on_experts_is_refused_where_it_cannot_be(wide: Path) -> None:
+    shape = without_weights(read_config(wide))
+    config = with_experts(quant="nf4")
+    packed = methods.Quantized(quants.planned_experts(shape, config.quant), "nf4", "cpu")
+    why = methods.find("lora").quant_problem(shape, families.of(shape), config, packed)
+    assert why is not None
+    assert "lora.experts needs plain experts" in why
+    with pytest.raises(ConfigError, match="no fused experts that are plain"):
+        adapters.attach(ready(tiny.make_model("llama")), with_experts())
+    dropout = with_experts().lora.model_copy(update={"dropout": 0.1})
+    with pytest.raises(ConfigError, match="goes with neither dora, dropout nor pissa"):
+        methods.find("lora").check(with_experts().model_copy(update={"lora": dropout}))

@@ -128,13 +128,14 @@ def adapter_scale(model: nn.Module, config: RunConfig) -> Finding:
     if not isinstance(model, PeftModel) or config.method != "lora" or not layers:
         return Finding(rule, "ok", "no low-rank updates, so there is no scale to check")
     options = config.lora
+    linear = [layer for _, layer in layers if not hasattr(layer, "num_experts")]
     for name, layer in layers:
-        rank = layer.lora_A["default"].weight.shape[0]
+        rank = layer.lora_A["default"].weight.shape[0] // getattr(layer, "num_experts", 1)
         wanted = options.alpha / (math.sqrt(rank) if options.rslora else rank)
         if not math.isclose(layer.scaling["default"], wanted, rel_tol=1e-6):
             text = f"{name} multiplies its update by {layer.scaling['default']:g}, its settings give {wanted:g}"
             return Finding(rule, "refuse", text, OURS)
-        if not options.dora and not lora.is_pissa(model) and (layer in (layers[0][1], layers[-1][1])):
+        if not options.dora and not lora.is_pissa(model) and layer in (*linear[:1], *linear[-1:]):
             off = _update_is_off(model, layer, wanted)
             if off > 10 * TOLERANCE[compute_dtype(model)]:
                 text = f"{name} adds another update than alpha / rank times B A x: off by {off:.1e} of the output"

@@ -292,7 +292,8 @@ def check_quantized(request: Request) -> None:
     if options.name == "none":
         return
     model = without_weights(request.model_config)
-    quantized = methods.Quantized(quant.planned(model, options), options.name, request.where.kind)
+    packed = [*quant.planned(model, options), *quant.planned_experts(model, options)]
+    quantized = methods.Quantized(packed, options.name, request.where.kind)
     reason = method.quant_problem(model, families.of(model), config, quantized)
     if reason is not None:
         raise ConfigError(

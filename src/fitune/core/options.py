@@ -38,6 +38,9 @@ class LoraOptions(Options):
     """Dropout on the input of the update."""
     targets: OneOrMore = "auto"
     """Linear layers that get an update: auto (the family's attention projections), all-linear, or names."""
+    experts: bool = False
+    """Fused experts get an update too: rank x (inputs + outputs) for each expert, as PEFT makes it for parameters. They
+    must be plain (not in few bits), and PEFT adds the update to all experts of a block before each product."""
     ranks: dict[str, Annotated[int, Field(ge=1, le=MOST_WIDTH)]] = {}
     """Other ranks for some targets: the end of a name, or a regular expression, to a rank."""
     dora: bool = False

@@ -12,8 +12,10 @@ loads on the untouched base.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import cast
+from itertools import groupby
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -27,6 +29,7 @@ from fitune.core.errors import ConfigError
 from fitune.models.families import Family
 from fitune.models.interfaces import CausalLM, Peft
 from fitune.models.methods.base import Method, Quantized, head_names, short, sizes, targets, trains_quantized
+from fitune.models.quant import experts
 
 PREFIX = "base_model.model."
 EXACT = 1024  # narrower weights are decomposed exactly, wider ones by a randomised algorithm (Halko et al. 2011)
@@ -56,6 +59,7 @@ class Lora(Method):
                 lora_alpha=options.alpha,
                 lora_dropout=options.dropout,
                 target_modules=short(names, model),
+                target_parameters=sorted({".".join(one.split(".")[-2:]) for one in _experts(model, config)}) or None,
                 rank_pattern=dict(options.ranks),
                 fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
                 use_dora=options.dora,
@@ -81,6 +85,11 @@ class Lora(Method):
             found[f"{PREFIX}{name}.lora_B.default.weight"] = rank * outputs
             if options.dora:
                 found[f"{PREFIX}{name}.lora_magnitude_vector.default.weight"] = outputs
+        for name, path in _wrapped(_experts(model, config)):
+            count, one, other = model.get_parameter(name).shape
+            inputs, outputs = (one, other) if _holder(model, name).is_transposed else (other, one)
+            found[f"{PREFIX}{path}.lora_A.default.weight"] = options.rank * count * inputs
+            found[f"{PREFIX}{path}.lora_B.default.weight"] = options.rank * count * outputs
         for path in _saved_paths(model, config):
             for name, parameter in model.get_submodule(path).named_parameters():
                 found[f"{PREFIX}{path}.modules_to_save.default.{name}"] = parameter.numel()
@@ -90,6 +99,11 @@ class Lora(Method):
         """PiSSA's saved form is a plain LoRA, which has no magnitudes."""
         if config.lora.init == "pissa" and (config.lora.dora or config.lora.ranks):
             raise ConfigError("lora.init=pissa goes neither with dora nor with ranks", fix="leave one of them out")
+        if config.lora.experts and (config.lora.dora or config.lora.dropout or config.lora.init == "pissa"):
+            raise ConfigError(
+                "lora.experts goes with neither dora, dropout nor pissa: PEFT has none of these for parameters",
+                fix="leave one of them out",
+            )
         if config.new_tokens and config.lora.save:
             raise ConfigError(
                 "new_tokens and lora.save do not go together: both would train rows of the same matrices",
@@ -103,6 +117,8 @@ class Lora(Method):
             return "lora.init=pissa begins with singular vectors of the weights, which are not there in full"
         if config.lora.dora and quantized.kind == "int8" and quantized.device == "cpu":
             return "lora.dora on int8 fails at the second step on a CPU (--quant nf4 takes it)"
+        if config.lora.experts and set(quantized.names) & set(experts.parameters(model)):
+            return "lora.experts needs plain experts, and they are packed (--quant.skip experts leaves them plain)"
         saved = [f"{path}.weight" for path in _saved_paths(model, config)]
         return trains_quantized(saved, quantized)
 
@@ -150,6 +166,36 @@ def _targets(model: CausalLM, family: Family, config: RunConfig) -> list[str]:
                 f"lora.ranks: {pattern!r} matches no target", received=f"targets {', '.join(short(found, model))}"
             )
     return found
+
+
+def _experts(model: CausalLM, config: RunConfig) -> list[str]:
+    """Names of the fused parameters that get an update.
+
+    Raises:
+        ConfigError: they are asked for, and there are none.
+    """
+    if not config.lora.experts:
+        return []
+    found = list(experts.parameters(model))
+    if not found:
+        raise ConfigError(
+            "lora.experts: this model has no fused experts that are plain",
+            received=model.config.model_type,
+            fix="leave it out; --lora.targets names linear layers",
+        )
+    return found
+
+
+def _holder(model: CausalLM, name: str) -> Any:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _wrapped(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(fused parameter, path of its update): PEFT wraps a module once for each, the first innermost."""
+    for path, inside in groupby(names, lambda name: name.rpartition(".")[0]):
+        several = list(inside)
+        for number, name in enumerate(several):
+            yield name, path + ".base_layer" * (len(several) - 1 - number)
 
 
 def _saved_paths(model: CausalLM, config: RunConfig) -> list[str]:
