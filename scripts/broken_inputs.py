@@ -234,6 +234,8 @@ CASES: list[Case] = [
     Case("zip-as.jsonl", zipped, None, says="zip-as.jsonl"),
     Case("a-folder.json", folder, None, says="no data in this folder"),
     Case("dead-link.jsonl", dead_link, None, says="no such file"),
+    Case("same-key-twice.jsonl", text(line(GOOD) + '{"instruction": "a", "output": "x", "output": "b"}\n'), 1, 1,
+         "two values of one key"),
     # CSV and TSV
     whole("header-only.csv", "instruction,output\n", "no rows"),
     whole("empty.csv", "", "empty"),
@@ -278,7 +280,6 @@ CASES: list[Case] = [
     fine("lines-in-json.json", line(GOOD) * 3, 3),
     fine("quoted.csv", 'instruction,output\n"a, ""b""\nc","d\n\ne"\n'),
     fine("escaped-surrogates.jsonl", '{"instruction": "\\ud83d\\ude00", "output": "b"}\n'),
-    fine("same-key-twice.jsonl", '{"instruction": "a", "output": "x", "output": "b"}\n'),
 ]  # fmt: skip
 
 

@@ -374,8 +374,8 @@ def _saved(change: Callable[[Path], None]) -> Callable[[Seam], None]:
     """What was saved, changed on its way."""
 
     def make(real: Any) -> Any:
-        def made(found: Any, folder: Path) -> None:
-            real(found, folder)
+        def made(found: Any, folder: Path, late: Any = None) -> None:
+            real(found, folder, late)
             change(folder)
 
         return made
@@ -468,7 +468,7 @@ FAULTS = [
     Fault("quantized base changed early", _base_changes(1), ("frozen-intact",), settings=NF4),
     Fault("quantized base changed late", _base_changes(4), ("frozen-intact",), settings=NF4),
     Fault("overflow skipped in silence", _skips, ("steps-applied",), settings={"precision": "fp16"}),
-    Fault("adapter not saved", lambda seam: seam.put(adapters, "save", lambda real: lambda m, f: f.mkdir()),
+    Fault("adapter not saved", lambda seam: seam.put(adapters, "save", lambda real: lambda m, f, late=None: f.mkdir()),
           ("saved-complete",)),
     Fault("adapter saved as it began", _saved(_zeros), ("saved-complete",)),
     Fault("new token rows not saved", _saved(lambda folder: (folder / adapters.NEW_ROWS).unlink()),

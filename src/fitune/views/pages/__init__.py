@@ -39,5 +39,5 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("fitune.views", "pages"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     made.filters["linked"] = linked
-    made.globals["looks"] = Markup(looks.of_system())  # noqa: S704  # ours
+    made.globals["colours"] = Markup(looks.of_system())  # noqa: S704  # ours
     return made
