@@ -34,7 +34,8 @@ def start(place: Path, output: Path, *more: object) -> subprocess.Popen[str]:
     if not model.exists():
         tiny.save("llama", model)
         tiny.write_rows(data, 40)
-    given = ("--model", model, "--data", data) if "--resume" not in more else ()
+    new = "--resume" not in more
+    given = (*(("--model", model) if new else ()), *(("--data", data) if new and "--data" not in more else ()))
     typed = ("train", *given, "--output", output, "--workers", 2, *more)
     return subprocess.Popen(
         [sys.executable, "-m", "fitune", *map(str, typed)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
