@@ -65,11 +65,11 @@ class Section:
 # shows most stands first, for a machine that is taken away early.
 STAGES = (
     (Section("machine", 75),),
-    (Section("kernels", 115), Section("resume", 115), Section("memory", 115)),
-    (Section("throughput", 80),),
-    (Section("parallel", 40),),
-    (Section("runs", 80),),
-    (Section("capped", 90),),
+    (Section("kernels", 130), Section("resume", 130), Section("memory", 130)),
+    (Section("throughput", 75),),
+    (Section("parallel", 35),),
+    (Section("runs", 85),),
+    (Section("capped", 80),),
 )
 SECTIONS = tuple(itertools.chain(*STAGES))
 CORES = 8  # from which on stages run side by side

@@ -32,8 +32,8 @@ def parallel(here: Here) -> None:
     import torch
 
     from fitune.core.parallel import LOOPBACK
-    from fitune.engine.parallel import ALONE, World
-    from fitune.engine.shards import Shards
+    from fitune.engine.parallel import World
+    from fitune.models import determinism
     from fitune.models.devices import pick_device
 
     device = pick_device(here.device)
@@ -42,30 +42,43 @@ def parallel(here: Here) -> None:
     world = World(store=_store(here), measured=True)
     world.connect(device, MINUTES)
     try:
-        here.say("gloo in a group of one", world.added(torch.ones(1)).item() == 1.0)
-        there = world.added(torch.ones(1, device=device))
-        here.say("a group of one", there.item() == 1.0, backend=torch.distributed.get_backend())
-        plain = Stepping(here, device)
-        shared = copy.deepcopy(plain)
-        seconds: dict[str, list[float]] = {"alone": [], "exchanging": []}
-        for turn in range(TURNS if not here.dry else 4):
-            for name, steps, who in (("alone", plain, ALONE), ("exchanging", shared, world)):
-                took = steps.step(who)
-                if turn >= WARM or here.dry:
-                    seconds[name].append(took)
-        ours, theirs = (torch.cat([p.detach().flatten() for p in one.parameters.values()]) for one in (plain, shared))
-        here.say("the exchanges change no bit", bool(torch.equal(ours, theirs)), **dict(world.counted))
-        alone, exchanging = (statistics.median(seconds[name]) for name in ("alone", "exchanging"))
-        share = exchanging / alone - 1
-        here.say("what exchanges take of a step", here.dry or share <= MOST, share=round(share, 4), most=MOST,
-                 ms=round(1000 * alone, 2), backend=torch.distributed.get_backend())  # fmt: skip
-        before = plain.gradients()
-        shards = Shards(shared.model, world)
-        after = shared.gradients(shards)
-        off = max(float((after[name] - one).norm() / one.norm().clamp_min(1e-30)) for name, one in before.items())
-        here.say("gradients of a model in shards", off < 1e-2, off=off)
+        with determinism.exact(device):  # as in a run: else two steps of one process already differ
+            determinism.strict(True)
+            _checks(here, world, device)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _checks(here: Here, world: Any, device: Any) -> None:
+    import torch
+
+    from fitune.engine.parallel import ALONE
+    from fitune.engine.shards import Shards
+
+    here.say("gloo in a group of one", world.added(torch.ones(1)).item() == 1.0)
+    there = world.added(torch.ones(1, device=device))
+    here.say("a group of one", there.item() == 1.0, backend=torch.distributed.get_backend())
+    plain = Stepping(here, device)
+    shared = copy.deepcopy(plain)
+    seconds: dict[str, list[float]] = {"alone": [], "exchanging": []}
+    for turn in range(TURNS if not here.dry else 4):
+        for name, steps, who in (("alone", plain, ALONE), ("exchanging", shared, world)):
+            took = steps.step(who)
+            if turn >= WARM or here.dry:
+                seconds[name].append(took)
+    ours, theirs = (torch.cat([p.detach().flatten() for p in one.parameters.values()]) for one in (plain, shared))
+    here.say("the exchanges change no bit", bool(torch.equal(ours, theirs)), **dict(world.counted))
+    alone, exchanging = (statistics.median(seconds[name]) for name in ("alone", "exchanging"))
+    share = exchanging / alone - 1
+    here.say("what exchanges take of a step", here.dry or share <= MOST, share=round(share, 4), most=MOST,
+             ms=round(1000 * alone, 2), backend=torch.distributed.get_backend())  # fmt: skip
+    for name, parameter in shared.parameters.items():  # of the same weights, whatever was found above
+        parameter.data.copy_(plain.parameters[name])
+    before = plain.gradients()
+    shards = Shards(shared.model, world)
+    after = shared.gradients(shards)
+    off = max(float((after[name] - one).norm() / one.norm().clamp_min(1e-30)) for name, one in before.items())
+    here.say("gradients of a model in shards", off < 1e-2, off=off)
 
 
 def _store(here: Here) -> Any:
