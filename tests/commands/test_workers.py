@@ -308,3 +308,15 @@ def test_a_run_in_shards_ends_with_what_it_trained(more: tuple[str, ...], tmp_pa
 
 def read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.full
+def test_a_mixture_in_shards_ends_with_its_routers_load(tmp_path: Path) -> None:
+    """Its blocks are gathered once more for that, behind what is saved."""
+    tiny.save("qwen3_moe", tmp_path / "llama")
+    tiny.write_rows(tmp_path / "rows.jsonl", 40)
+    given = ("--max-steps", 3, "--sample-prompts", 0, "--precision", "fp32", "--method", "full")
+    process = start(tmp_path, tmp_path / "run", *given, "--parallel", "shard")
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, out
+    assert [one["rule"] for one in read(tmp_path / "run" / "checks.json")].count("router-load") == 1

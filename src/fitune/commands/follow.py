@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from fitune.checks import stepchecks
+from fitune.checks import routercheck, stepchecks
 from fitune.commands.active_run import answers_of, held_out_of, measured_before
 from fitune.commands.prepare import Job, prepare
 from fitune.commands.request import to_train
@@ -26,6 +26,7 @@ from fitune.core.errors import ConfigError
 from fitune.core.events import Silent
 from fitune.core.files import json_text
 from fitune.core.records import Batch
+from fitune.data.store import documents_of
 from fitune.engine import environment, optim
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.loss_scale import LossScale
@@ -125,6 +126,8 @@ def with_steps(world: World, job: Job) -> None:
         held_out_of(job, world, report, in_shards=apart)
     if shards is not None:
         shards.attend_saving()
+        # the blocks of a mixture are gathered once more for what process 0 looks at
+        routercheck.router_load(job.tuned.model, documents_of(job.loader.samples), job.layout)
     answers_of(job, world, report, in_shards=apart)
 
 
