@@ -200,9 +200,10 @@ def test_rows_train_as_their_file_does_and_the_folder_is_whole(settings: dict[st
 
 
 def test_what_a_callback_raises_comes_through_and_the_run_goes_on(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     whole = fitune.train(data=ROWS, output=tmp_path / "whole", **settings)
+    cache: Path = request.getfixturevalue("other_cache")
 
     class Enough(Exception):
         pass
@@ -211,12 +212,11 @@ def test_what_a_callback_raises_comes_through_and_the_run_goes_on(
         if record.step == 3:
             raise Enough(record.step)
 
-    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(Enough):
         fitune.train(data=ROWS, output=tmp_path / "run", on_step=stop, **settings)
     import shutil
 
-    shutil.rmtree(tmp_path / "cache")  # the run's folder needs nothing else
+    shutil.rmtree(cache)  # the run's folder needs nothing else
     done = fitune.train(resume=True, output=tmp_path / "run")
     assert [(one.step, one.loss, one.held_out_loss) for one in done.history] == [
         (one.step, one.loss, one.held_out_loss) for one in whole.history

@@ -31,7 +31,8 @@ os.environ["FITUNE_CACHE"] = tempfile.mkdtemp(prefix="fitune-cache-")  # nor wha
 atexit.register(shutil.rmtree, os.environ["FITUNE_CACHE"], ignore_errors=True)
 # `precision: auto` means float32 in the tests, on whatever machine they run
 SLOW = {precision.machine(torch.device("cpu")): {"fp32": 100.0, "bf16": 1.0, "fp16": 1.0}}
-Path(os.environ["FITUNE_CACHE"], precision.RATES).write_text(json.dumps(SLOW))
+RATES = Path(os.environ["FITUNE_CACHE"], precision.RATES)
+RATES.write_text(json.dumps(SLOW))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 atexit.register(quiet.at_the_end)
 
@@ -39,6 +40,16 @@ atexit.register(quiet.at_the_end)
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.register_profile("full", max_examples=10_000, deadline=None)
 settings.load_profile(os.environ.get("FITUNE_TESTS", "quick"))
+
+
+@pytest.fixture
+def other_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A new cache that holds nothing but the rates of this machine, so that `precision: auto` stays what it is."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    shutil.copy(RATES, folder)
+    monkeypatch.setenv("FITUNE_CACHE", str(folder))
+    return folder
 
 
 @pytest.hookimpl(wrapper=True)

@@ -24,7 +24,9 @@ ROWS = 32  # that are looked at: some thousand tokens
 @torch.no_grad()
 def router_load(model: nn.Module, samples: Sequence[Sample], layout: Layout) -> list[Finding]:
     """Of a mixture of experts: what share of the choices its busiest and its least busy expert get, and how many
-    experts get none, over rows of the run. Of a model in shards all processes must ask.
+    experts get none, over rows of the run.
+
+    Of a model in shards all processes must ask.
 
     Args:
         model: with its method on it.
