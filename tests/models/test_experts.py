@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fitune
 from fitune.checks import routercheck
@@ -39,9 +41,14 @@ BITS = ("nf4", pytest.param("int8", marks=pytest.mark.full))
 # one of each kind that transformers' interface knows: plain; transposed with biases and gates that alternate; without
 # gates; with shared experts; with groups of experts and latent attention
 KINDS = ("qwen3_moe", "gpt_oss", "nemotron_h", "qwen2_moe", "deepseek_v3", "mixtral", "olmoe", "glm4_moe")
-QUICK = ("qwen3_moe",)
+# not behind that interface, so that their own code reads the parameters: all experts side by side, transposed; lists of
+# rows; one at a time, some without weights; shared ones
+OWN_CODE = ("llama4_text", "jetmoe", "longcat_flash", "inkling_text")
+QUICK = ("qwen3_moe", "llama4_text")
 SOME = [
-    pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.full) for kind in KINDS if kind in every_type.TYPES
+    pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.full)
+    for kind in (*KINDS, *OWN_CODE)
+    if kind in every_type.TYPES
 ]
 
 
@@ -125,15 +132,19 @@ def test_logits_and_gradients_are_those_of_the_plain_weights(kind: str, name: st
     folder = every_type.save(kind, tmp_path / kind)
     packed: Any = load_model(folder, quant=name)
     plain: Any = load_model(folder, quant=name, plain=True)
-    assert any(isinstance(module, Packed) for module in packed.modules())
+    assert any(isinstance(module, Packed) for module in packed.modules()) == (kind not in OWN_CODE[:3])
+    assert list(experts.stacks(packed))
+    assert precision.weights_kept(packed, torch.float32).level == "ok"
+    assert not list(experts.stacks(plain))
     assert not any(isinstance(module, Packed) for module in plain.modules())
     assert off(packed(input_ids=IDS).logits, plain(input_ids=IDS).logits) <= 1e-6
     assert off(gradient(packed), gradient(plain)) <= 1e-6
 
 
-def test_rows_of_another_expert_would_be_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["qwen3_moe", *(pytest.param(kind, marks=pytest.mark.full) for kind in OWN_CODE)])
+def test_rows_of_another_expert_would_be_seen(kind: str, tmp_path: Path) -> None:
     """The comparison above is not blind."""
-    folder = every_type.save("qwen3_moe", tmp_path / "model")
+    folder = every_type.save(kind, tmp_path / "model")
     packed, plain = load_model(folder, quant="nf4"), load_model(folder, quant="nf4", plain=True)
     for _, stack in experts.stacks(packed):
         stack.weight.data.copy_(stack.weight.data.roll(1, 0))
@@ -158,6 +169,48 @@ def test_only_reached_experts_are_made_plain(wide: Path, monkeypatch: pytest.Mon
     assert seen == [1, 6, 1, 6]  # gate and up, then down
 
 
+WAYS_TO_READ: dict[str, tuple[tuple[int, ...], Callable[[Any, Tensor], Tensor]]] = {
+    "linear": ((5, 64), lambda w, x: nn.functional.linear(x, w[1])),
+    "linear with a bias": ((5, 64), lambda w, x: nn.functional.linear(x, w[-1], bias=torch.ones(8))),
+    "no rows": ((0, 64), lambda w, x: nn.functional.linear(x, w[torch.tensor(2)])),
+    "of more dimensions": ((2, 5, 64), lambda w, x: nn.functional.linear(x, w[0])),
+    "at": ((5, 8), lambda w, x: x @ w[2]),
+    "at, turned": ((5, 64), lambda w, x: x @ w[2].T),
+    "side by side": ((3, 5, 8), lambda w, x: torch.bmm(x, w)),
+    "side by side, turned": ((3, 5, 64), lambda w, x: torch.matmul(x, w.transpose(1, 2))),
+    "several times turned": ((3, 5, 64), lambda w, x: x @ w.mT.mT.transpose(-1, -2)),
+    "one for all": ((5, 8), lambda w, x: torch.matmul(x, w)),
+    "einsum": ((5, 64), lambda w, x: torch.einsum("ti,eoi->teo", x, w)),
+    "some of them": ((5, 64), lambda w, x: nn.functional.linear(x, w[0:2].reshape(-1, 64))),
+    "the columns of one": ((5, 32), lambda w, x: nn.functional.linear(x, w[1][:, :32])),
+    "its sizes": ((24, 64), lambda w, x: x.view(w.shape[0], w.size(1), -1) * w.ndim),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("how", WAYS_TO_READ)
+def test_code_that_reads_a_stack_gets_what_the_parameter_gives(how: str, transposed: bool) -> None:
+    size, read = WAYS_TO_READ[how]
+    sides = (64, 8) if transposed else (8, 64)
+    stack = (
+        quants.find("nf4").stack((3, *sides), QuantOptions(name="nf4"), transposed=transposed).to_empty(device="cpu")
+    )
+    for number in range(3):
+        stack.fill(number, torch.randn(sides))
+    stack.adopt(torch.float32)
+    plain = stack.plain(torch.float32)
+    assert plain.shape == stack.shape == (3, 8, 64)
+    results = []
+    for weight in (stack, plain):
+        x = torch.randn(size, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+        made = read(weight, x)
+        made.square().sum().backward()
+        assert x.grad is not None
+        results.append((made, x.grad))
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.full
 @pytest.mark.parametrize("name", BITS)
@@ -169,6 +222,38 @@ def test_what_is_planned_is_what_is_allocated(name: str, checkpointing: bool, wi
     expected = usage(plan.traced(work), without="start").peak.bytes
     there = measured.really(base, config, work)
     assert abs(expected - there) <= 0.005 * there, (expected, there)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", OWN_CODE[:3])
+def test_code_that_reads_packed_experts_is_planned(kind: str, tmp_path: Path) -> None:
+    """Its products keep no matrix for the backward pass either."""
+    folder, config = every_type.save(kind, tmp_path / "model"), contract.config_for("lora", quant="nf4")
+    work = plan.Work(config, read_config(folder), [[batch(9, 5)], [batch(*[240] * 8)]])
+    expected = usage(plan.traced(work), without="start").peak.bytes
+    there = measured.really(load_model(folder, quant="nf4"), config, work)
+    assert abs(expected - there) <= 0.005 * there, (expected, there)
+
+
+class OwnExperts(nn.Module):
+    """Code that does with its parameters what no stack can stand for, beside one that it reads as others do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Parameter(torch.randn(4, 8, 64))
+        self.given = nn.Parameter(torch.randn(4, 8, 64))
+        self.unused = nn.Parameter(torch.randn(4, 8, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.read[0]) + routed(x, self.given)
+
+
+def routed(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight[1].T
+
+
+def test_only_parameters_whose_use_is_understood_are_packed() -> None:
+    assert list(experts.parameters(nn.Sequential(OwnExperts()))) == ["0.read"]
 
 
 @pytest.mark.full
@@ -210,7 +295,7 @@ def test_a_run_on_int8_resumes_to_the_same_bits_and_merges(checkpointing: bool, 
     assert off(merged(input_ids=IDS).logits, fitune.load(run).model(input_ids=IDS).logits) <= 1e-2
 
 
-@pytest.mark.parametrize(("kind", "shared"), [("qwen3_moe", False), ("qwen2_moe", True)])
+@pytest.mark.parametrize(("kind", "shared"), [("qwen3_moe", False), ("qwen2_moe", True), ("glm4_moe", True)])
 def test_lora_is_on_attention_and_shared_experts(kind: str, shared: bool) -> None:
     model = adapters.attach(ready(every_type.model_of(kind)), contract.config_for("lora"))
     names = [name for name in trainable(model) if ".self_attn." not in name]
@@ -219,14 +304,62 @@ def test_lora_is_on_attention_and_shared_experts(kind: str, shared: bool) -> Non
     assert not any("shared_expert_gate" in name for name in names)  # it chooses
 
 
-def test_layers_that_peft_takes_for_experts_are_refused() -> None:
-    """By their last names, on some types: what PEFT then trains is not the layer."""
+def settings_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return found
+
+
+# what auto means; such layers alone, of a block without experts too; all, some with another rank; fused experts as well
+TARGETS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "alone": {"targets": ["up_proj"]},
+    "all": {"targets": "all-linear", "ranks": {"up_proj": 3}},
+    "fused too": {"experts": True},
+}
+
+
+@pytest.mark.parametrize("name", ["none", pytest.param("nf4", marks=pytest.mark.full)])
+@pytest.mark.parametrize("which", ["auto", *(pytest.param(one, marks=pytest.mark.full) for one in list(TARGETS)[1:])])
+def test_layers_that_peft_takes_for_fused_experts(which: str, name: str, tmp_path: Path) -> None:
+    """By their last names, on some types. What is trained is the layer, what is saved is read here and by PEFT, and a
+    second adapter goes beside it."""
+    if (which, name) == ("fused too", "nf4"):
+        pytest.skip("these must be plain")
+    folder = every_type.save("deepseek_v3", tmp_path / "model")
+    config = contract.config_for("lora", lora=TARGETS[which], quant=name)
+    model: Any = load_model(folder, quant=name)
+    expected = methods.find("lora").expected(model, families.of(model), config)
+    model = adapters.attach(model, config)
+    assert {name: p.numel() for name, p in trainable(model).items()} == expected
+    assert any(".shared_experts.up_proj." in name for name in expected or ())
+    for path, parameter in model.named_parameters():
+        if ".lora_B." in path:
+            nn.init.normal_(parameter, std=0.02)
+    adapters.save(model, tmp_path / "adapter")
+    with torch.no_grad():
+        tuned = model(input_ids=IDS).logits
+        again = load_model(folder, quant=name, adapter=tmp_path / "adapter")
+        assert off(again(input_ids=IDS).logits, tuned) <= 1e-6
+        if name == "none":
+            plain = AutoModelForCausalLM.from_pretrained(str(folder))
+            assert off(PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))(input_ids=IDS).logits, tuned) <= 1e-5
+        if which != "fused too":  # PEFT has no second adapter for parameters
+            adapters.add(again, tmp_path / "adapter", "second")
+            assert off(again(input_ids=IDS).logits, tuned) <= 1e-6
+        with adapters.disabled(again):
+            assert off(again(input_ids=IDS).logits, tuned) > 1e-3
+    found = settings_of(tmp_path / "adapter")
+    assert [one for one in found["target_parameters"] if one.endswith(".shared_experts.up_proj.weight")]
+    assert not [one for one in found["target_modules"] if one.endswith("up_proj")]
+
+
+def test_what_peft_has_not_for_parameters_is_refused() -> None:
     model: Any = ready(every_type.model_of("deepseek_v3"))
-    config = contract.config_for("lora")
-    asked = config.model_copy(update={"lora": config.lora.model_copy(update={"targets": ["q_b_proj", "up_proj"]})})
-    with pytest.raises(ConfigError, match="on deepseek_v3 PEFT takes up_proj for parts of the fused experts"):
-        adapters.attach(model, asked)
+    config = contract.config_for("lora", lora={"dora": True})
     assert all(".self_attn." in name for name in trainable(adapters.attach(model, config)))
+    asked = contract.config_for("lora", lora={"dora": True, "targets": ["q_b_proj", "up_proj"]})
+    with pytest.raises(ConfigError, match="on deepseek_v3 PEFT takes up_proj for parameters"):
+        adapters.attach(ready(every_type.model_of("deepseek_v3")), asked)
 
 
 def test_how_routers_share_tokens(wide: Path) -> None:

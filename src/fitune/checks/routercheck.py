@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fitune.core.records import Finding, Layout, Sample
 from fitune.data.batches import flat
 from fitune.engine.step import hidden_states
-from fitune.models.kernels.experts import fused
+from fitune.models.kernels.experts import behind_interface
 from fitune.models.switches import evaluating
 
 ROWS = 32  # that are looked at: some thousand tokens
@@ -44,7 +44,7 @@ def router_load(model: nn.Module, samples: Sequence[Sample], layout: Layout) -> 
         here = torch.bincount(chosen[chosen < module.num_experts], minlength=module.num_experts)
         counts[name] = counts[name] + here if name in counts else here
 
-    routed = [(name, module) for name, module in model.named_modules() if fused(module)]
+    routed = [(name, module) for name, module in model.named_modules() if behind_interface(module)]
     if not routed:
         return []
     hooks = [

@@ -77,6 +77,7 @@ class Peft(CausalLM):
     prompt_tokens: Mapping[str, Tensor]
     get_base_model: Callable[[], CausalLM]
     load_adapter: Callable[..., object]
+    add_adapter: Callable[..., object]
     set_adapter: Callable[[str], None]
     disable_adapter: Callable[[], AbstractContextManager[None]]
     _is_prompt_learning: bool

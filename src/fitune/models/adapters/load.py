@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
-from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from fitune.core.errors import ModelError
@@ -26,9 +27,9 @@ from fitune.models.adapters.files import (
     read_settings,
 )
 from fitune.models.adapters.save import for_language_model
-from fitune.models.interfaces import CausalLM, causal_lm, peft_of
+from fitune.models.interfaces import CausalLM, Peft, causal_lm, peft_of
 from fitune.models.kernels import low_rank
-from fitune.models.methods import new_tokens, prefix
+from fitune.models.methods import misread, new_tokens, prefix
 from fitune.models.weights import safe
 
 
@@ -73,7 +74,11 @@ def _put_peft(model: CausalLM, folder: Path) -> CausalLM:
     if read_settings(folder / PEFT_CONFIG).get("peft_type") == PeftType.PREFIX_TUNING:
         prefix.placed(model)
     try:
-        wrapped: CausalLM = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+        settings = PeftConfig.from_pretrained(str(folder), local_files_only=True)
+        layers = misread.take_out(settings, model)
+        wrapped: CausalLM = PeftModel.from_pretrained(model, str(folder), local_files_only=True, config=settings)
+        if layers:
+            misread.load(cast(Peft, wrapped), layers, folder / WEIGHTS)
     except Exception as error:  # PEFT raises many kinds; each is reported as it is
         raise ModelError(
             f"{folder}: does not fit this base model", received=" ".join(str(error).split())[:400]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from peft import PeftConfig
 from torch import nn
 
 from fitune.core.errors import ModelError, did_you_mean
@@ -15,7 +16,7 @@ from fitune.models.adapters.files import NEW_IDS, OWN_CONFIG, PEFT_CONFIG, WEIGH
 from fitune.models.adapters.save import for_language_model
 from fitune.models.interfaces import causal_lm, peft_of
 from fitune.models.methods import adapter as bottleneck
-from fitune.models.methods import new_tokens
+from fitune.models.methods import misread, new_tokens
 from fitune.models.weights import safe
 
 
@@ -31,7 +32,13 @@ def add(model: nn.Module, folder: Path, name: str) -> None:
     if peft is not None and (folder / PEFT_CONFIG).is_file():
         try:
             with for_language_model(model, folder) as place:
-                peft.load_adapter(str(place), name, local_files_only=True)
+                settings = PeftConfig.from_pretrained(str(place), local_files_only=True)
+                layers = misread.take_out(settings, model)
+                if layers:
+                    peft.add_adapter(name, settings)
+                    misread.load(peft, layers, place / WEIGHTS, name)
+                else:
+                    peft.load_adapter(str(place), name, local_files_only=True)
         except Exception as error:
             raise ModelError(
                 f"{folder}: does not fit beside the adapter that is loaded", received=" ".join(str(error).split())[:300]

@@ -187,7 +187,14 @@ def whole_adapter(names: Iterable[str], settings: Mapping[str, Any], tower: Towe
         New names by old ones, and the new settings.
     """
     renamed = {name: _moved(name, f"{BASE}model.", f"{BASE}{tower.path}.") for name in names}
-    return renamed, {**settings, "target_modules": _whole_targets(settings.get("target_modules"), tower)}
+    targets = _whole_targets(settings.get("target_modules"), tower)
+    return renamed, {**settings, "target_modules": targets, **_parameters(settings, "model.", f"{tower.path}.")}
+
+
+def _parameters(settings: Mapping[str, Any], old: str, new: str) -> dict[str, list[str]]:
+    """The setting of parameters that are adapted, with other names; nothing where there is none."""
+    found = settings.get("target_parameters")
+    return {"target_parameters": [_moved(name, old, new) for name in found]} if found else {}
 
 
 def _moved(name: str, old: str, new: str) -> str:
@@ -229,4 +236,4 @@ def language_adapter(
     targets = settings.get("target_modules")
     if isinstance(targets, str):
         targets = [name for name in modules if re.fullmatch(targets, _moved(name, "model.", f"{tower.path}."))]
-    return renamed, {**settings, "target_modules": targets}
+    return renamed, {**settings, "target_modules": targets, **_parameters(settings, f"{tower.path}.", "model.")}

@@ -11,17 +11,20 @@ Shapes: x (N, in), sorted by expert; a matrix (out, in); S = tokens x experts fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fitune.models.kernels.frozen import Frozen
+from fitune.models.kernels.read_as_tensor import ReadAsTensor
 
 
-class Stack(nn.Module):
-    """(experts, out, in) matrices in few bits.
+class Stack(ReadAsTensor, nn.Module):
+    """(experts, out, in) matrices in few bits. To code that is not behind transformers' interface it is the parameter.
 
     weight: packed, the experts along its first dimension; scales are buffers. transposed: the plain parameter was
     (experts, in, out). compute: dtype of the products.
@@ -30,7 +33,7 @@ class Stack(nn.Module):
     compute = torch.float32
 
     def __init__(self, count: int, outputs: int, inputs: int, *, transposed: bool) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.count, self.outputs, self.inputs, self.transposed = count, outputs, inputs, transposed
 
     def hold(self, packed: Tensor, **scales: Tensor) -> None:
@@ -65,10 +68,52 @@ class Stack(nn.Module):
             made[number] = matrix.T if self.transposed else matrix
         return made
 
-    def product(self, x: Tensor, ends: Sequence[int]) -> Tensor:
+    def product(self, x: Tensor, ends: Sequence[int], *, turned: bool = False) -> Tensor:
         """Each expert's rows by its matrix: (N, in) to (N, out). ends: where the rows of each end; behind the last the
-        products are zero."""
-        return cast(Tensor, _Product.apply(x.to(self.compute), self, ends))
+        products are zero. turned: by the matrix the other way round, (N, out) to (N, in)."""
+        return cast(Tensor, _Product.apply(x.to(self.compute), self, ends, turned))
+
+    # ---- as a model's own code reads it ----
+
+    @property
+    def shape(self) -> torch.Size:
+        """See ReadAsTensor."""
+        sides = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
+        return torch.Size((self.count, *sides))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.compute
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.weight.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Packed weights are never trained."""
+        return False
+
+    def __getitem__(self, number: Any) -> ReadAsTensor | Tensor:
+        if isinstance(number, (Tensor, np.integer)) and number.ndim == 0:
+            number = int(number)
+        if type(number) is not int:
+            return self.as_plain(None)[number]
+        return _Expert(self, range(self.count)[number])
+
+    def turned(self) -> ReadAsTensor:
+        """See ReadAsTensor."""
+        return _Turned(self)
+
+    def as_plain(self, dtype: torch.dtype | None) -> Tensor:
+        """See ReadAsTensor."""
+        return self.plain(dtype or self.compute)
+
+    def times(self, x: Tensor) -> Tensor | None:
+        """See ReadAsTensor."""
+        return _all_times(self, x, turned=not self.transposed)
 
 
 def _shares(ends: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -84,26 +129,111 @@ class _Product(torch.autograd.Function):
     """Rows by the matrices of their experts; the gradient of a row needs its expert's matrix alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: Stack, ends: Sequence[int]) -> Tensor:
-        ctx.stack, ctx.ends = stack, ends
-        made = x.new_empty(len(x), stack.outputs)
-        for number, first, last in _shares(ends):
-            torch.mm(x[first:last], stack.matrix(number, x.dtype).T, out=made[first:last])
-        return _rest_is_zero(made, ends)
+    def forward(ctx: Any, x: Tensor, stack: Stack, ends: Sequence[int], turned: bool) -> Tensor:
+        ctx.stack, ctx.ends, ctx.turned = stack, ends, turned
+        return _rows_by(x, stack, ends, turned=turned)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        grad = grads[0].contiguous()
-        made = grad.new_empty(len(grad), ctx.stack.inputs)
-        for number, first, last in _shares(ctx.ends):
-            torch.mm(grad[first:last], ctx.stack.matrix(number, grad.dtype), out=made[first:last])
-        return _rest_is_zero(made, ctx.ends), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _rows_by(grads[0].contiguous(), ctx.stack, ctx.ends, turned=not ctx.turned), None, None, None
+
+
+def _rows_by(x: Tensor, stack: Stack, ends: Sequence[int], *, turned: bool) -> Tensor:
+    made = x.new_empty(len(x), stack.inputs if turned else stack.outputs)
+    for number, first, last in _shares(ends):
+        matrix = stack.matrix(number, x.dtype)
+        torch.mm(x[first:last], matrix if turned else matrix.T, out=made[first:last])
+    return _rest_is_zero(made, ends)
 
 
 def _rest_is_zero(made: Tensor, ends: Sequence[int]) -> Tensor:
     if ends[-1] < len(made):
         made[ends[-1] :].zero_()
     return made
+
+
+class _Expert(ReadAsTensor):
+    """One expert's part of a parameter. turned: with its dimensions exchanged."""
+
+    def __init__(self, stack: Stack, number: int, *, turned: bool = False) -> None:
+        self.stack, self.number, self.flipped = stack, number, turned
+
+    @property
+    def shape(self) -> torch.Size:
+        """See ReadAsTensor."""
+        one, other = self.stack.shape[1:]
+        return torch.Size((other, one) if self.flipped else (one, other))
+
+    @property
+    def T(self) -> ReadAsTensor:  # noqa: N802  # torch's name
+        """See Tensor."""
+        return self.turned()
+
+    def t(self) -> ReadAsTensor:
+        """See Tensor."""
+        return self.turned()
+
+    def turned(self) -> ReadAsTensor:
+        """See ReadAsTensor."""
+        return _Expert(self.stack, self.number, turned=not self.flipped)
+
+    def as_plain(self, dtype: torch.dtype | None) -> Tensor:
+        """See ReadAsTensor."""
+        matrix = self.stack.matrix(self.number, dtype or self.stack.compute)
+        return matrix.T if self.stack.transposed != self.flipped else matrix
+
+    def times(self, x: Tensor) -> Tensor | None:
+        """See ReadAsTensor."""
+        if x.shape[-1] != self.shape[0]:
+            return None
+        rows = x.reshape(-1, x.shape[-1])
+        ends = [0] * self.number + [len(rows)] * (self.stack.count - self.number)
+        made = self.stack.product(rows, ends, turned=self.stack.transposed == self.flipped)
+        return made.view(*x.shape[:-1], self.shape[1])
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.as_plain(None), name)
+
+
+class _Turned(ReadAsTensor):
+    """All experts, each with its dimensions exchanged."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+
+    @property
+    def shape(self) -> torch.Size:
+        """See ReadAsTensor."""
+        count, one, other = self.stack.shape
+        return torch.Size((count, other, one))
+
+    def turned(self) -> ReadAsTensor:
+        """See ReadAsTensor."""
+        return self.stack
+
+    def as_plain(self, dtype: torch.dtype | None) -> Tensor:
+        """See ReadAsTensor."""
+        return self.stack.as_plain(dtype).transpose(1, 2)
+
+    def times(self, x: Tensor) -> Tensor | None:
+        """See ReadAsTensor."""
+        return _all_times(self.stack, x, turned=self.stack.transposed)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.as_plain(None), name)
+
+
+def _all_times(stack: Stack, x: Tensor, *, turned: bool) -> Tensor | None:
+    """(experts, T, .) to (experts, T, .): as many rows for each expert, by its matrix."""
+    inputs, outputs = (stack.outputs, stack.inputs) if turned else (stack.inputs, stack.outputs)
+    if x.ndim != 3 or x.shape[0] != stack.count or x.shape[2] != inputs:
+        return None
+    ends = [x.shape[1] * (number + 1) for number in range(stack.count)]
+    return stack.product(x.reshape(-1, inputs), ends, turned=turned).view(stack.count, x.shape[1], outputs)
 
 
 def ends_of(sorted_experts: Tensor, count: int) -> list[int]:
@@ -154,20 +284,32 @@ def _of_rows(bias: Tensor, experts: Tensor) -> Tensor:
     return bias[experts.clamp(max=len(bias) - 1)]
 
 
+def behind_interface(module: nn.Module) -> bool:
+    """Does a module hold experts as transformers' interface for them has it?"""
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+
+
+HOLDS = re.compile(r"experts?|moe", re.IGNORECASE)  # names of classes that hold experts
+
+
 def fused(module: nn.Module) -> tuple[str, ...]:
-    """Names of the fused parameters of a module that holds experts behind transformers' interface; of others none."""
-    if not hasattr(module, "has_gate") or not hasattr(module, "is_transposed"):
+    """Names of the fused parameters of a module that holds experts, plain or packed; of others none. Behind
+    transformers' interface they are known; else they are what a class of experts has in three dimensions."""
+    if behind_interface(module):
+        return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    if not HOLDS.search(type(module).__name__):
         return ()
-    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    own = [name for name, parameter in module._parameters.items() if parameter is not None and parameter.ndim == 3]
+    return (*own, *(name for name, child in module.named_children() if isinstance(child, Stack)))
 
 
 _MADE: dict[type, type] = {}
 
 
 def pack(module: nn.Module) -> None:
-    """Give experts whose parameters are stacks the forward pass that knows them."""
+    """Give experts behind transformers' interface, whose parameters are stacks, the forward pass that knows them."""
     kind = type(module)
-    if not issubclass(kind, Packed):
+    if behind_interface(module) and not issubclass(kind, Packed):
         if kind not in _MADE:
             _MADE[kind] = type(f"Packed{kind.__name__}", (Packed, kind), {"__module__": kind.__module__})
         module.__class__ = _MADE[kind]

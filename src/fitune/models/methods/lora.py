@@ -28,6 +28,7 @@ from fitune.core.config import RunConfig
 from fitune.core.errors import ConfigError
 from fitune.models.families import Family
 from fitune.models.interfaces import CausalLM, Peft
+from fitune.models.methods import misread
 from fitune.models.methods.base import Method, Quantized, head_names, short, sizes, targets, trains_quantized
 from fitune.models.quant import experts
 
@@ -49,6 +50,7 @@ class Lora(Method):
     def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         names = _targets(model, family, config)
+        named, by_tensors = misread.split(model, names)
         options = config.lora
         saved = _saved(model, config)
         wrapped: Peft = get_peft_model(
@@ -58,7 +60,7 @@ class Lora(Method):
                 r=options.rank,
                 lora_alpha=options.alpha,
                 lora_dropout=options.dropout,
-                target_modules=short(names, model),
+                target_modules=short(named, model) or misread.NOTHING,
                 target_parameters=sorted({".".join(one.split(".")[-2:]) for one in _experts(model, config)}) or None,
                 rank_pattern=dict(options.ranks),
                 fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
@@ -67,6 +69,8 @@ class Lora(Method):
                 modules_to_save=saved or None,
             ),
         )
+        if by_tensors:
+            misread.inject(wrapped, by_tensors)
         for parameter in wrapped.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()
@@ -87,7 +91,7 @@ class Lora(Method):
                 found[f"{PREFIX}{name}.lora_magnitude_vector.default.weight"] = outputs
         for name, path in _wrapped(_experts(model, config)):
             count, one, other = model.get_parameter(name).shape
-            inputs, outputs = (one, other) if _holder(model, name).is_transposed else (other, one)
+            inputs, outputs = (one, other) if getattr(_holder(model, name), "is_transposed", False) else (other, one)
             found[f"{PREFIX}{path}.lora_A.default.weight"] = options.rank * count * inputs
             found[f"{PREFIX}{path}.lora_B.default.weight"] = options.rank * count * outputs
         for path in _saved_paths(model, config):
@@ -135,29 +139,16 @@ def _rank(name: str, ranks: dict[str, int], default: int) -> int:
     return ranks.get(get_pattern_key(list(ranks), name), default) if ranks else default
 
 
-def _read_as_experts(model: CausalLM, name: str) -> bool:
-    """Does PEFT take a layer's name for that of a fused expert's part in old files? On some mixtures it does so with
-    every name that ends in gate_proj, up_proj or down_proj, of shared experts and of blocks without experts too."""
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # PEFT before 0.19
-        return False
-    asked = LoraConfig(target_modules=[name])
-    try:
-        convert_peft_config_for_transformers(asked, model, None)
-    except ValueError:  # it wants the parts that are fused together
-        return True
-    return bool(asked.target_parameters)
-
-
 def _targets(model: CausalLM, family: Family, config: RunConfig) -> list[str]:
-    auto = [name for name in family.lora_targets if not _read_as_experts(model, name)]
-    found = targets(model, config.lora.targets, auto, "lora.targets")
-    taken = sorted({leaf for name in found if _read_as_experts(model, leaf := name.rpartition(".")[2])})
-    if taken:
+    options = config.lora
+    as_parameters = not (options.dora or options.dropout or options.init == "pissa")
+    auto = family.lora_targets if as_parameters else misread.split(model, family.lora_targets)[0]
+    found = targets(model, options.targets, auto, "lora.targets")
+    if not as_parameters and (taken := misread.split(model, found)[1]):
         raise ConfigError(
-            f"lora.targets: on {model.config.model_type} PEFT takes {', '.join(taken)} for parts of the fused experts",
-            expected="other layers: PEFT has no name for these",
+            f"lora.targets: on {model.config.model_type} PEFT takes {', '.join(_leaves(taken))} for parameters, for "
+            "which it has neither dora, dropout nor pissa",
+            expected="other layers, or none of these settings",
             fix="--lora.targets auto, or the names of attention's projections",
         )
     for pattern in config.lora.ranks:
@@ -166,6 +157,10 @@ def _targets(model: CausalLM, family: Family, config: RunConfig) -> list[str]:
                 f"lora.ranks: {pattern!r} matches no target", received=f"targets {', '.join(short(found, model))}"
             )
     return found
+
+
+def _leaves(names: Sequence[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def _experts(model: CausalLM, config: RunConfig) -> list[str]:

@@ -19,7 +19,8 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from fitune.core.options import QuantOptions
-from fitune.models.kernels.experts import Stack, fused, pack, unpack
+from fitune.models.kernels.experts import Stack, behind_interface, fused, pack, unpack
+from fitune.models.quant import direct
 from fitune.models.quant.base import Quantizer
 
 
@@ -27,7 +28,9 @@ def parameters(model: nn.Module) -> Iterator[str]:
     """Names of the fused parameters of experts that can be packed."""
     for path, module in model.named_modules():
         for name in fused(module):
-            if isinstance(getattr(module, name, None), nn.Parameter):
+            if isinstance(getattr(module, name, None), nn.Parameter) and (
+                behind_interface(module) or direct.takes_stack(type(module), name)
+            ):
                 yield f"{path}.{name}" if path else name
 
 
@@ -41,9 +44,10 @@ def empty(model: nn.Module, name: str, quantizer: Quantizer, options: QuantOptio
     path, _, leaf = name.rpartition(".")
     module: Any = model.get_submodule(path)
     count, outputs, inputs = getattr(module, leaf).shape
-    if module.is_transposed:
+    transposed = module.is_transposed if behind_interface(module) else direct.is_turned(type(module), leaf)
+    if transposed:
         outputs, inputs = inputs, outputs
-    return quantizer.stack((count, outputs, inputs), options, transposed=module.is_transposed)
+    return quantizer.stack((count, outputs, inputs), options, transposed=transposed)
 
 
 def put(model: nn.Module, name: str, stack: Stack) -> None:
