@@ -441,7 +441,8 @@ def verdict(runs: str | Path | Sequence[str | Path], data: Data = (), *, checks:
     cache = _cache("auto")
     held_out = _paths(given.sources(data, "data", cache)) if _is_given(data) else []
     general = None if checks is None else _paths(given.sources(checks, "checks", cache))
-    early.together(*early.each(early.run_or_model, *several), *early.each(early.data, *held_out, *(general or [])))
+    checked = (*early.each(early.run_or_model, *several), *early.each(early.data, *held_out, *(general or [])))
+    early.together(lambda: early.distinct(several), *checked)
     loading = {name: how.pop(name) for name in ("model", "device", "precision", "quant") if name in how}
     watch = how.pop("watch", None)
     module = imports.module("fitune.commands.verdict")

@@ -18,7 +18,7 @@ from fitune.cli.flags import typed
 from fitune.core import names
 from fitune.core.config import RunConfig, build, merge, parse_assignments, read_yaml
 from fitune.core.errors import ConfigError, FituneError, Problems, RunFolderError, did_you_mean
-from fitune.core.files import as_json, names_near
+from fitune.core.files import as_json, names_near, with_own_sum, write_json
 from fitune.core.options import Options
 from fitune.memory.device import find, gpus
 from support import tiny
@@ -285,6 +285,11 @@ def test_gpus_by_the_names_that_people_type(text: str, name: str) -> None:
         ("4060ti", "received: rtx-4060-ti-8gb, rtx-4060-ti-16gb"),
         ("v100", "v100-16gb, v100-32gb"),
         ("24", "24GB, if that is its size"),
+        ("24.5", "24.5GB, if that is its size"),
+        ("0", "fix:      --device cuda:0 without --gpu, if that is its number"),
+        ("1", "1GB, if that is its size; --device cuda:1"),
+        ("0GB", "a size above 0"),
+        ("-24GB", "a size above 0"),
         ("rtx-4900", "did you mean"),
     ],
 )
@@ -292,6 +297,36 @@ def test_a_gpu_that_may_be_several_is_named(text: str, part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         find(text)
     assert part in str(caught.value)
+
+
+def test_the_number_of_a_gpu_and_standard_input_are_named_for_what_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments, parts in (
+        (["train", "--model", "m", "--data", "d", "--gpu", "0"], ("received: --gpu 0", "--device cuda:0")),
+        (["train", "--model", "m", "--data", "-"], ("standard input", "received: -", "> rows.jsonl")),
+        (["inspect", "-"], ("standard input", "received: -", "> rows.jsonl")),
+        (["eval", "m", "--data=-"], ("standard input", "received: -", "> rows.jsonl")),
+    ):
+        code, _, err = run(arguments, capsys, monkeypatch)
+        assert code == 2
+        assert all(part in err for part in parts), err
+
+
+def test_one_run_is_never_two(tmp_path: Path) -> None:
+    """By another spelling, a link, or a copy, which has the identity of its run."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    early.distinct([tmp_path / "run", tmp_path / "other"])
+    for again in (tmp_path / "run", f"{tmp_path}/other/../run/", tmp_path / "link"):
+        with pytest.raises(ConfigError, match="once more\n  received: one run twice"):
+            early.distinct([tmp_path / "run", tmp_path / "other", again])
+    for name in ("run", "copy"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        write_json(tmp_path / name / "seal.json", with_own_sum({"identity": {"id": "a1"}}))
+    with pytest.raises(ConfigError, match=r"copy: the run .*run once more"):
+        early.distinct([tmp_path / "run", tmp_path / "copy"])
 
 
 def test_every_gpu_is_found_by_its_own_names() -> None:

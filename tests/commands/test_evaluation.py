@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from fitune.commands.train import train
 from fitune.commands.verdict import Judging, knows, verdict
 from fitune.core.config import build
 from fitune.core.errors import FituneError
+from fitune.core.files import read_summed, with_own_sum, write_json
 from fitune.core.options import DataSource
 from fitune.core.records import Conversation, Finding, Message, ToolCall
 from fitune.core.verdict import Verdict
@@ -42,6 +44,17 @@ def run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = {"model": str(model_folder), "data": [str(data)], "eval_data": [str(held_out)], "sample_prompts": 0}
     train(build({**values, "output": str(folder / "run"), "max_steps": 8, "lr": 1e-2}))
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def twin(run: Path) -> Path:
+    """Another run with the same result."""
+    folder = shutil.copytree(run, run.with_name("twin"))
+    seal = read_summed(folder / "seal.json")
+    assert seal is not None
+    seal["identity"]["id"] = "0" * 32
+    write_json(folder / "seal.json", with_own_sum(seal))
+    return folder
 
 
 def test_bleu_and_rouge_by_hand() -> None:
@@ -298,27 +311,27 @@ def test_a_verdict_compares_row_by_row_what_eval_measures_together(run: Path) ->
     assert "no general checks" in general.note
 
 
-def test_kinds_of_rows_and_general_checks_of_ones_own(run: Path, tmp_path: Path) -> None:
+def test_kinds_of_rows_and_general_checks_of_ones_own(run: Path, twin: Path, tmp_path: Path) -> None:
     rows = [{**row, "kind": "even" if n % 2 == 0 else "odd"} for n, row in enumerate(tiny.rows(8))]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     sources = [DataSource(path=str(data))]
-    found = _verdict([run, run], data=sources, checks=sources)
+    found = _verdict([run, twin], data=sources, checks=sources)
     for one in found.runs:
         assert [kind.name for kind in one.sections[0].kinds] == ["all", "even", "odd"]
         assert [change.name for change in one.sections[1].kinds[0].changes] == ["loss", "exact match", "known"]
         assert one.sections[1].decides == ("loss",)  # a random base knows nothing
     assert found.together is not None
     assert found.together.sections[0].kinds == found.runs[0].sections[0].kinds
-    assert json.loads(json.dumps(found.as_dict()))["runs"][1]["run"] == str(run)
+    assert json.loads(json.dumps(found.as_dict()))["runs"][1]["run"] == str(twin)
     again = fitune.verdict(run, [str(data)], checks=[str(data)], max_new_tokens=4)
     assert again.runs[0].sections == found.runs[0].sections
 
 
 def test_a_verdict_on_the_command_line(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model_folder: Path
+    run: Path, twin: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model_folder: Path
 ) -> None:
-    code, out, err = command.run(["eval", run, run, "--verdict", "--loss-only", "--json"], capsys, monkeypatch)
+    code, out, err = command.run(["eval", run, twin, "--verdict", "--loss-only", "--json"], capsys, monkeypatch)
     assert code == 0
     assert json.loads(out)["together"]["sections"][0]["outcome"] == "better"
     assert "side by side" in err
@@ -326,6 +339,7 @@ def test_a_verdict_on_the_command_line(
         (["eval", run, "--checks", run.parent / "rows.jsonl"], "--checks without --verdict"),
         (["eval", run], "--data F"),
         (["eval", run, run, "--data", run.parent / "rows.jsonl"], "several models"),
+        (["eval", run, run, "--verdict"], "once more"),
         (["eval", model_folder, "--verdict"], "compares a run with its base"),
     ):
         code, _, err = command.run(wrong, capsys, monkeypatch)

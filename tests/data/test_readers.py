@@ -63,6 +63,9 @@ def found(path: Path) -> list[tuple[Any, int]]:
 KINDS: list[tuple[str, bytes | str | list[dict], list[int]]] = [
     ("a.jsonl", JSONL, [1, 2]),
     ("a.ndjson", "\n" + JSONL.replace("\n", "\r\n"), [2, 3]),
+    ("mac.jsonl", JSONL.replace("\n", "\r"), [1, 2]),
+    ("mac.json", json.dumps(ROWS, indent=1).replace("\n", "\r"), [2, 6]),
+    ("mac.csv", CSV.replace("\n", "\r").replace(",\r", ",\n"), [2, 3]),
     ("a.json", json.dumps(ROWS), [1, 1]),
     ("rows.json", JSONL, [1, 2]),  # lines in a .json file, a list in a .jsonl file: the content decides
     ("rows.jsonl", "\n" + json.dumps(ROWS, indent=1), [3, 7]),
@@ -283,6 +286,16 @@ def test_what_is_missing(tmp_path: Path) -> None:
             files(folder)
     with pytest.raises(DataError, match="cannot be read"):
         files(Path("x" * 5000))
+
+
+def test_standard_input_is_refused_and_a_file_of_its_name_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"standard input .*\n  received: -\n  expected: a path.*\n  fix:      write"):
+        locate("-")
+    write(tmp_path / "-", JSONL)
+    assert locate("-") == Path("-")
 
 
 @pytest.mark.skipif(not Path("/dev/null").exists(), reason="no such device here")

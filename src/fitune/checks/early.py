@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fitune.core import begun, catalog, locks
-from fitune.core.begun import CONFIG, RUNS
+from fitune.core.begun import CONFIG, RUNS, SEAL
 from fitune.core.config import RunConfig, build
 from fitune.core.errors import Collector, ConfigError, DataError, ModelError, RunFolderError, nearest
-from fitune.core.files import check_new, check_writable, expand, names_near
+from fitune.core.files import check_new, check_writable, expand, names_near, read_summed
 from fitune.core.options import DataSource
 from fitune.data import formats, readers, templates
 from fitune.models import hub
@@ -182,6 +182,27 @@ def run_or_model(path: str | Path) -> None:
     if folder.is_dir() and not (folder / MODEL).is_file():
         raise ModelError(f"{path}: neither a run nor a model", expected=f"a folder with {CONFIG} or {MODEL}")
     model(str(path))
+
+
+def distinct(paths: Iterable[str | Path]) -> None:
+    """Raises ConfigError where two paths are of one run, by other spellings, a link or a copy: it would count twice."""
+    known: dict[str, str | Path] = {}
+    for path in paths:
+        mark = _mark(expand(path))
+        if mark in known:
+            raise ConfigError(
+                f"{path}: the run {known[mark]} once more",
+                received="one run twice, which would count as two",
+                expected="each run once",
+                fix=f"leave {path} out",
+            )
+        known[mark] = path
+
+
+def _mark(folder: Path) -> str:
+    """What a run is known by: its seal's identity, which a copy has too, else its path."""
+    identity = (read_summed(folder / SEAL) or {}).get("identity")
+    return str(identity["id"]) if isinstance(identity, dict) and "id" in identity else str(folder.resolve())
 
 
 def adapter(path: str) -> None:

@@ -20,6 +20,7 @@ from fitune.cli import look, models, plan, train, use
 from fitune.cli.flags import QUANT, whole_numbers
 from fitune.core import names, quiet
 from fitune.core.errors import FituneError
+from fitune.data import readers
 from fitune.views import screen
 
 
@@ -75,6 +76,8 @@ def main() -> None:
     except FituneError as error:
         _fail(str(error), error.exit_code)
     except CycloptsError as error:
+        if readers.STREAM in sys.argv[1:]:  # no option has this value
+            _fail(str(readers.from_a_stream()), 2)
         verb = next((word for word in sys.argv[1:2] if word in app), "")
         _fail(f"{_one_line(error)}\n  fix:      fitune {verb}{' ' if verb else ''}--help", 2)
     except KeyboardInterrupt:

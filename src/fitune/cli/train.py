@@ -144,7 +144,12 @@ def _checked(values: Given, *, resume: bool, fit: bool, gpu: str | None) -> sett
     if resume:
         early.resumed(values["output"])
     if gpu is not None and not fit:
-        raise ConfigError("--gpu without --fit", fix="fitune plan takes --gpu; train takes it with --fit")
+        raise ConfigError(
+            "--gpu without --fit",
+            received=f"--gpu {gpu}",
+            expected="with --fit, or for fitune plan: the memory that a run is to fit in",
+            fix=f"to choose a GPU of this machine: --device cuda:{gpu if gpu.isdecimal() else 0}",
+        )
     if fit and resume:
         raise ConfigError("--fit with --resume: a resumed run keeps its settings", fix="leave --fit out")
     return None if resume else early.checked(values, output=gpu is None)

@@ -355,6 +355,7 @@ def _check_measured(runs: list[str], measured: Measured, judged: Judged, harness
     if harness is not None and harness.tasks:
         return
     if judged.verdict:
+        early.distinct(runs)
         return
     if judged.checks is not None:
         raise ConfigError("--checks without --verdict", fix="add --verdict, or give the rows as --data")

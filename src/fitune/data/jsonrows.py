@@ -49,7 +49,7 @@ class _Decoder(json.JSONDecoder):
 
 def read_json(path: Path, notice: Notice) -> Iterator[Item]:
     """The rows of a JSON file."""
-    with lines_of(path, notice, newline="\n") as lines:
+    with lines_of(path, notice) as lines:
         blank = 0
         for line in lines:
             if line.strip():

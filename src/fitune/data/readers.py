@@ -34,6 +34,19 @@ TRAIN, NOT_TRAIN = (
 )
 
 
+STREAM = "-"  # what other commands call standard input
+
+
+def from_a_stream() -> DataError:
+    """Why standard input is not read in place of a file: a run reads its rows several times."""
+    return DataError(
+        "standard input cannot be read in place of a file",
+        received=STREAM,
+        expected="a path: rows are read several times, and again when a run is resumed",
+        fix="write it to a file first: ... > rows.jsonl; then --data rows.jsonl",
+    )
+
+
 def locate(name: str) -> Path:
     """Where data lies: the path as it is, or the folder that a hub id was fetched to.
 
@@ -42,6 +55,8 @@ def locate(name: str) -> Path:
     """
     path = expand(name)
     with _with_the_name(path):
+        if name == STREAM and not path.exists():
+            raise from_a_stream()
         if path.exists() or not HUB_ID.fullmatch(name) or _suffix(path) in READERS:
             return path
     from huggingface_hub import snapshot_download

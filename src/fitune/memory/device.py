@@ -33,6 +33,7 @@ CONTEXT = 725 * MIB  # the most that was seen of 300 to 725 MiB: it depends on G
 # torch asks for what CUBLAS_WORKSPACE_CONFIG says, which a run sets, for each thread that multiplies: one goes forward
 # and one backward (aten/src/ATen/cuda/CublasHandlePool.cpp)
 WORKSPACE = CUBLAS_BYTES
+MOST_GPUS = 16  # of one machine
 MULTIPROCESSORS = 144  # of a GPU that nobody named: on the safe side of all but the largest
 
 
@@ -129,12 +130,23 @@ def named(text: str) -> Gpu:
     if found:
         names = ", ".join(gpu.name for gpu in found)
         raise ConfigError(f"--gpu {text!r} is the name of several", received=names, fix="name one of them")
-    near = f"{text.strip()}GB, if that is its size" if text.strip().isdecimal() and int(text) < 1024 else None
     raise ConfigError(
         f"--gpu {text!r}",
         expected="a size such as 24GB, a GPU such as rtx-4090, or this-machine",
-        fix=near or did_you_mean(re.sub(r"[\s_]+", "-", text.strip().lower()), gpus()),
+        fix=_meant(text.strip()) or did_you_mean(re.sub(r"[\s_]+", "-", text.strip().lower()), gpus()),
     )
+
+
+def _meant(text: str) -> str | None:
+    """What a number may be that is no size: a size without its unit, or the number of a GPU of this machine."""
+    found = re.fullmatch(r"([+-]?[0-9]+(?:\.[0-9]+)?)\s*([gm](?:i?b)?)?", text, re.IGNORECASE)
+    if not found or float(found[1]) >= 1024:
+        return None
+    size = f"{found[1]}GB, if that is its size"
+    if text.isdecimal() and int(text) < MOST_GPUS:
+        there = f"--device cuda:{text} without --gpu, if that is its number in this machine"
+        return f"{size}; {there}" if int(text) else there
+    return size if float(found[1]) > 0 else "a size above 0"
 
 
 def _bare(name: str) -> str:
