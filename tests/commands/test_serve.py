@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
-from openai import APIStatusError, OpenAI, RateLimitError
 
 import fitune
 from fitune.commands.chat import Chat
@@ -25,6 +24,9 @@ from fitune.models.load import Tuned
 from support import tiny
 from support.command import run as command
 from support.serving import served
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 MODEL = Path(__file__).parents[2] / "src" / "fitune" / "bundled" / "model"
 QUESTIONS = [
@@ -56,10 +58,17 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("serve") / "log"
 
 
+def client_of(address: str, key: str = "none") -> OpenAI:
+    """Where a test begins: to import it takes a second in each process that collects."""
+    from openai import OpenAI
+
+    return OpenAI(base_url=address, api_key=key, max_retries=0, timeout=300)
+
+
 @pytest.fixture(scope="module")
 def server(runs: list[Path], log: Path) -> Iterator[OpenAI]:
     with served(*runs, log=log) as address:
-        yield OpenAI(base_url=address, api_key="none", max_retries=0, timeout=300)
+        yield client_of(address)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +140,8 @@ def test_64_clients_at_once_get_what_each_gets_alone(server: OpenAI, tuned: Tune
 def test_a_wrong_request_is_refused_with_the_field_that_is_wrong(
     server: OpenAI, given: dict[str, Any], status: int, param: str | None
 ) -> None:
+    from openai import APIStatusError
+
     request: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": "x"}], **given}
     with pytest.raises(APIStatusError) as caught:
         server.chat.completions.create(**request)
@@ -219,7 +230,9 @@ def waiting_for(address: str, requests: int) -> None:
 
 
 def test_too_many_get_429_and_a_client_that_goes_away_frees_its_place(narrow: str) -> None:
-    client = OpenAI(base_url=narrow, api_key="sesame", max_retries=0, timeout=300)
+    from openai import RateLimitError
+
+    client = client_of(narrow, "sesame")
     long: dict[str, Any] = {"temperature": 1.5, "seed": 1, "extra_body": {"return_token_ids": True}}
     prompt: Any = [i % 1000 + 300 for i in range(20)]
     stream = client.completions.create(model="model", prompt=prompt, max_tokens=900, stream=True, **long)
