@@ -179,10 +179,11 @@ def frozen(
 
 
 def in_float64(head: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, weights: Any) -> list[torch.Tensor]:
-    """Loss and gradient of the rows, from the logits that the head gives in its own dtype."""
+    """Loss and gradient of the rows, from the logits that the head gives in its own dtype; float16 is computed in
+    float32."""
     exact = hidden.detach().double().requires_grad_()
     logits = torch.nn.functional.linear(exact, head.weight.double())
-    rounded = head(hidden).detach().double()
+    rounded = (logits if hidden.dtype == torch.float16 else head(hidden)).detach().double()
     each = torch.nn.functional.cross_entropy(logits + (rounded - logits).detach(), labels, reduction="none")
     total = (each if weights is None else each * weights).sum()
     return [total.detach(), *torch.autograd.grad(total, exact)]
@@ -223,6 +224,41 @@ def test_a_fault_in_a_frozen_heads_loss_is_noticed(fault: str, monkeypatch: pyte
     (grad,) = torch.autograd.grad(loss, hidden)
     assert abs(loss.double() / total - 1) > 1e-4
     assert (grad.double() - right).norm() > 1e-3 * right.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [-300.0, -60.0, 0.0, 60.0, 300.0])
+@pytest.mark.parametrize("unlikely", [False, True])
+def test_logits_of_any_size_have_their_loss(dtype: torch.dtype, offset: float, unlikely: bool) -> None:
+    """All entries far from zero, as models of GPT-2 have them, or one of a row far above its label."""
+    head, hidden, labels = frozen(dtype)
+    with torch.no_grad():
+        hidden[:, 0], head.weight[:, 0] = 1.0, offset  # the same for every entry
+        if unlikely:
+            hidden[::3, 1], head.weight[7, 1] = 20.0, 10.0
+    total, right = in_float64(head, hidden, labels, None)
+    loss = loss_kernel.label_loss(head, hidden, labels, 4003)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert torch.isclose(loss.double(), total, rtol=1e-5)
+    # of the column that all entries share, the gradient is what is left of a difference
+    assert (grad.double() - right)[:, 1:].norm() <= 4 * max(torch.finfo(dtype).eps, 1e-5) * right[:, 1:].norm()
+
+
+def test_without_a_second_look_a_label_far_below_the_others_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_head, "LARGE", float("nan"))  # no sum is larger
+    head, hidden, labels = frozen(torch.float32)
+    with torch.no_grad():
+        hidden[::3, 1], head.weight[7, 1] = 20.0, 10.0
+    assert not loss_kernel.label_loss(head, hidden, labels, 4003).isfinite()
+
+
+def test_a_row_that_is_not_finite_has_a_loss_that_is_not() -> None:
+    head, hidden, labels = frozen(torch.float32)
+    with torch.no_grad():
+        hidden[3, 0] = float("nan")
+        rows = frozen_head.losses(frozen_head.Matrix(head.weight, None, torch.float32), hidden, labels, 2**21)
+    assert rows[3].isnan()
+    assert rows.isfinite().sum() == 49
 
 
 def test_a_bias_a_stored_weight_and_one_in_16_bits_are_seen() -> None:
