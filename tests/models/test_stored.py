@@ -20,6 +20,7 @@ from fitune.engine.loading import load
 from fitune.models import quant as quants
 from fitune.models.configs import read_config
 from fitune.models.load import load_model, outline
+from fitune.models.quant.stored import Stored
 from support import packings, tiny
 
 IDS = torch.arange(5, 25)[None]
@@ -37,7 +38,8 @@ def test_a_packed_folder_has_the_values_of_its_format(name: str, tmp_path: Path)
     plain = packings.published(name, tmp_path / "model")
     model = load_model(tmp_path / "model")
     layers = dict(quants.layers(model))
-    assert len(layers) == 21
+    linear = {path for path, module in plain.named_modules() if type(module) is torch.nn.Linear}
+    assert set(layers) == linear - {"lm_head"}
     for path, layer in layers.items():
         assert torch.equal(layer.plain_weight(torch.float32), plain.get_submodule(path).weight), path
     assert _off(model(input_ids=IDS).logits, plain(input_ids=IDS).logits) <= 1e-6
@@ -112,12 +114,21 @@ def test_what_changes_weights_is_refused(tmp_path: Path) -> None:
 GROUPS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "strategy": "group"}}}
 UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
     "another tool": ({"quant_method": "hqq", "axis": 1}, "quantized by hqq.*axis.*expected.*gptq, awq"),
-    "3 bits": ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits 3.*one of 2, 4, 8"),
-    "marlin": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+    "5 bits": ({"quant_method": "gptq", "bits": 5, "group_size": 128}, "bits 5.*one of 2, 3, 4, 8"),
+    "marlin": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "Marlin kernel.*in format gptq"),
+    "marlin of older files": ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "Marlin.*in format gptq"),
+    "awq for marlin": ({"quant_method": "awq", "bits": 4, "version": "marlin"}, "Marlin kernel.*in format gemm"),
+    "sparse marlin": ({"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": GROUPS},
+                      "Marlin kernel.*in format pack-quantized"),
+    "modelopt's others": ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "quant_algo 'NVFP4_AWQ'.*FP8"),
+    "modelopt, mixed": ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "quant_algo 'MIXED_PREC"),
+    "groups of nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}, "group_size 32.*16"),
     "layers of their own": ({"quant_method": "gptq", "bits": 4, "dynamic": {"x": {}}}, "settings of single layers"),
     "gemv": ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv'"),
-    "nvfp4": ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": GROUPS},
-              "format 'nvfp4-pack-quantized'"),
+    "nvfp4 of other groups": ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
+                               "config_groups": GROUPS}, "NVFP4 of another kind.*groups of 16"),
+    "mxfp4 of linear layers": ({"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized",
+                                "config_groups": GROUPS}, "format 'mxfp4-pack-quantized'"),
     "no groups": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "config_groups"),
     "e5m2": ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),
 }  # fmt: skip
@@ -131,6 +142,47 @@ def test_what_is_not_understood_is_refused_with_what_was_found(name: str, tmp_pa
     (folder / "config.json").write_text(json.dumps({**values, "quantization_config": config}))
     with pytest.raises(ModelError, match=f"(?s){text}"):
         read_config(folder)
+
+
+@pytest.mark.full
+def test_numbers_of_compressed_tensors_own(tmp_path: Path) -> None:
+    """NVFP4, packed and made plain by the library that writes such files."""
+    own = pytest.importorskip("compressed_tensors.compressors.nvfp4", reason="compressed-tensors is not installed")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    values = packings.KINDS["compressed-nvfp4"].config
+    weights = quantization.QuantizationArgs(**values["config_groups"]["group_0"]["weights"])
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    weight = torch.randn(32, 64)
+    whole = torch.tensor([448 * 6 / float(weight.abs().max())])
+    scales = (weight.view(32, 4, 16).abs().amax(-1) / 6 * whole).to(torch.float8_e4m3fn)
+    state = {"weight": weight, "weight_scale": scales.float(), "weight_global_scale": whole}
+    packed = own.NVFP4PackedCompressor.compress(state, scheme)
+    numbers = own.unpack_fp4_from_uint8(packed["weight_packed"], 32, 64, torch.float32)
+    wide = scales.float().repeat_interleave(16, 1) / whole
+    in_16_bits = own.NVFP4PackedCompressor.decompress(packed, scheme)["weight"].float()
+    options = Stored(name="compressed-tensors", values=values)
+    layer = quants.find("compressed-tensors").empty(torch.nn.Linear(64, 32, bias=False), options)
+    layer.load_state_dict(packed, assign=True)
+    plain = layer.plain_weight(torch.float32)
+    assert torch.equal(plain, numbers * wide)
+    assert _off(plain, in_16_bits) < 2**-7
+    assert _off(plain, weight) < 0.2
+
+
+def test_older_folders_of_modelopt_have_their_settings_in_a_file_beside(tmp_path: Path) -> None:
+    packings.published("modelopt-nvfp4", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text())
+    found = values.pop("quantization_config")
+    path.write_text(json.dumps(values))
+    settings = {"quant_algo": found["quant_algo"], "group_size": 16, "exclude_modules": ["lm_head"]}
+    beside = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": settings}
+    (tmp_path / "model" / "hf_quant_config.json").write_text(json.dumps(beside))
+    assert len(dict(quants.layers(load_model(tmp_path / "model")))) == 21
+    beside["quantization"] = {"quant_algo": "W4A8_AWQ"}
+    (tmp_path / "model" / "hf_quant_config.json").write_text(json.dumps(beside))
+    with pytest.raises(ModelError, match="quantized by modelopt; quantization_config: quant_algo 'W4A8_AWQ'"):
+        read_config(tmp_path / "model")
 
 
 def test_packed_weights_in_the_wrong_layer_are_refused(tmp_path: Path) -> None:

@@ -25,23 +25,28 @@ Tensors = dict[str, Tensor]
 
 
 def into_ints(values: Ints, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """(n, m) unsigned numbers to (n, m x bits / 32) int32, the n-th lowest bits those of column order[n]."""
+    """(n, m) unsigned numbers to (n, m x bits / 32) int32, the n-th lowest bits those of column order[n]; a row is one
+    string of bits, also where an int ends within a number."""
     per = 32 // bits
-    made = np.zeros((values.shape[0], values.shape[1] // per), np.uint64)
+    made = np.zeros((values.shape[0], values.shape[1] * bits // 32), np.uint64)
     for row in range(made.shape[0]):
+        text = 0
+        for column in range(values.shape[1]):
+            at = column // per * per + order[column % per] if order else column
+            text |= int(values[row, at]) << (bits * column)
         for column in range(made.shape[1]):
-            for n in range(per):
-                number = int(values[row, column * per + (order[n] if order else n)])
-                made[row, column] |= np.uint64(number << (bits * n))
+            made[row, column] = text >> (32 * column) & 0xFFFFFFFF
     return torch.from_numpy(made.astype(np.uint32).view(np.int32).copy())
 
 
 @dataclass(frozen=True)
 class Packing:
-    """config: its quantization_config. pack: of a weight (out, in) its tensors, and what they stand for, in float32."""
+    """config: its quantization_config. pack: of a weight (out, in) its tensors, and what they stand for, in float32.
+    kind: of a model whose sizes it can take."""
 
     config: dict[str, Any]
     pack: Callable[[Tensor, np.random.Generator], tuple[Tensors, Tensor]]
+    kind: str = "llama"
 
 
 def _scales(weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype, highest: int) -> Tensor:
@@ -71,7 +76,8 @@ def gptq(bits: int, group: int, v2: bool = False, ordered: bool = False) -> Pack
         return packed, plain
 
     form = {"checkpoint_format": "gptq_v2"} if v2 else {}
-    return Packing({"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": ordered, **form}, pack)
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": ordered, **form}
+    return Packing(config, pack, "llama" if 32 % bits == 0 else "phi3")
 
 
 def awq(group: int) -> Packing:
@@ -157,7 +163,54 @@ def fp8(block: int) -> Packing:
     return Packing({**config, "modules_to_not_convert": ["lm_head"]}, pack)
 
 
+def _nvfp4(weight: Tensor, random: np.random.Generator, whole: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed numbers, scales of 16, and what they stand for, less the scale of the whole weight."""
+    outputs, inputs = weight.shape
+    numbers = random.integers(0, 16, (outputs, inputs))
+    scales = (torch.from_numpy(random.random((outputs, inputs // 16)) + 0.5).float() * 100).to(torch.float8_e4m3fn)
+    plain = np.zeros((outputs, inputs), np.float32)
+    for where in np.ndindex(*plain.shape):
+        plain[where] = HALF[numbers[where] & 7] * (-1 if numbers[where] & 8 else 1)
+    wide = (scales.float() * torch.tensor(whole)).repeat_interleave(16, 1)
+    packed = (numbers[:, 0::2] | numbers[:, 1::2] << 4).astype(np.uint8)
+    return torch.from_numpy(packed), scales, torch.from_numpy(plain) * wide
+
+
+def compressed_nvfp4() -> Packing:
+    """compressed-tensors' NVFP4: scales are divided by one for the whole weight."""
+
+    def pack(weight: Tensor, random: np.random.Generator) -> tuple[Tensors, Tensor]:
+        packed, scales, plain = _nvfp4(weight, random, 1 / 2048)  # a power of two: dividing is multiplying
+        whole = {"weight_global_scale": torch.tensor([2048.0]), "input_global_scale": torch.tensor([3.0])}
+        return {"weight_packed": packed, "weight_scale": scales, **whole}, plain
+
+    how = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    return Packing(_compressed("nvfp4-pack-quantized", how, ["lm_head"]), pack)
+
+
+def modelopt(algorithm: str) -> Packing:
+    """ModelOpt's NVFP4 and FP8."""
+
+    def pack(weight: Tensor, random: np.random.Generator) -> tuple[Tensors, Tensor]:
+        there = {"input_scale": torch.tensor(0.5)}
+        if algorithm == "FP8":
+            scale = torch.tensor(float(weight.abs().max()) / 448)
+            numbers = (weight / scale).to(torch.float8_e4m3fn)
+            return {"weight": numbers, "weight_scale": scale, **there}, numbers.float() * scale
+        packed, scales, plain = _nvfp4(weight, random, 0.0007)
+        whole = {"weight_scale_2": torch.tensor(0.0007)}
+        return {"weight": packed, "weight_scale": scales, **whole, **there}, plain
+
+    how = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    group = {"config_groups": {"group_0": {"weights": how, "input_activations": how, "targets": ["Linear"]}}}
+    group = group if algorithm == "NVFP4" else {}
+    return Packing({"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"], **group}, pack)
+
+
+HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1
+
 KINDS: dict[str, Packing] = {
+    "gptq-3": gptq(3, 16),
     "gptq-4": gptq(4, 16),
     "gptq-8": gptq(8, -1),
     "gptq-4-ordered-v2": gptq(4, 8, v2=True, ordered=True),
@@ -169,12 +222,16 @@ KINDS: dict[str, Packing] = {
     "compressed-fp8-tensor": compressed_plain("float", "tensor"),
     "compressed-fp8-block": compressed_plain("float", "block"),
     "fp8": fp8(24),
+    "compressed-nvfp4": compressed_nvfp4(),
+    "modelopt-nvfp4": modelopt("NVFP4"),
+    "modelopt-fp8": modelopt("FP8"),
 }
 
 
-def published(name: str, folder: Path, kind: str = "llama") -> Any:
+def published(name: str, folder: Path, kind: str | None = None) -> Any:
     """Write the folder; a plain model with the values that it stands for."""
     packing, random = KINDS[name], np.random.default_rng(0)
+    kind = kind or packing.kind
     tiny.save(kind, folder)
     model: Any = tiny.make_model(kind)
     head = model.get_output_embeddings()
@@ -194,7 +251,6 @@ def published(name: str, folder: Path, kind: str = "llama") -> Any:
     return model.eval()
 
 
-HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1
 LEFT = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]  # as gpt-oss has it
 
 

@@ -27,6 +27,7 @@ from fitune.data.fitting import NO_LIMIT
 from fitune.models import families, weights
 from fitune.models import quant as quants
 from fitune.models.families import original, towers
+from fitune.models.quant import modelopt
 from fitune.models.quant.stored import Stored
 from fitune.models.sizes import largest
 
@@ -137,6 +138,8 @@ def read_config_file(path: Path) -> Any:
         ModelError: it is broken, or of a model that needs code of its own.
     """
     values = read_values(path)
+    if values.get("quantization_config") is None and (found := modelopt.beside(path.parent)) is not None:
+        values["quantization_config"] = found
     kind = values.get("model_type")
     if not isinstance(kind, str):
         raise ModelError(

@@ -18,6 +18,7 @@ from fitune.core.untrusted import read_json
 from fitune.models import weights
 from fitune.models.families import towers
 from fitune.models.interfaces import CausalLM
+from fitune.models.quant import modelopt
 from fitune.models.weights import bins, safe
 
 KINDS = (".json", ".jinja", ".txt", ".model", ".md")  # of files that are copied; none of them holds weights or code
@@ -96,7 +97,8 @@ def _merged(name: str, tensor: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 def _copy(base: Path, folder: Path, dtype: str) -> None:
     for file in base.iterdir():
-        if file.is_file() and file.suffix in KINDS and ".index." not in file.name and file.name != "config.json":
+        settings = ".index." in file.name or file.name in ("config.json", modelopt.FILE)
+        if file.is_file() and file.suffix in KINDS and not settings:
             shutil.copyfile(file, folder / file.name)
     values = read_json(base / "config.json")
     for name in ("quantization_config", "torch_dtype"):

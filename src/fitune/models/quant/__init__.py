@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 NAMES = ("int8", "nf4")
 # as published by others, by the quant_method of their config.json: the file here
-STORED = {"gptq": "gptq", "awq": "awq", "fp8": "fp8", "compressed-tensors": "compressed_tensors", "mxfp4": "mxfp4"}
+STORED = {
+    "gptq": "gptq", "awq": "awq", "fp8": "fp8", "compressed-tensors": "compressed_tensors", "mxfp4": "mxfp4",
+    "modelopt": "modelopt",
+}  # fmt: skip
 PLAIN = QuantOptions()
 
 

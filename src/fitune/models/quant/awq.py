@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fitune.core.options import QuantOptions
-from fitune.models.quant.stored import PIECE, Packing, Parts, Renamed, Stored, fields, refuse, whole
+from fitune.models.quant.stored import PIECE, Packing, Parts, Renamed, Stored, fields, marlin, refuse, whole
 
 BITS, PER = 4, 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -58,6 +58,8 @@ class Awq(Packing):
         """See Packing."""
         whole({"bits": values.get("bits", values.get("w_bit")), **values}, "bits", (BITS,))
         version = str(values.get("version", "gemm")).lower()
+        if "marlin" in version:
+            raise marlin(values, "gemm")
         if version != "gemm":
             raise refuse(values, f"version {version!r}", "gemm")
         if not values.get("zero_point", True):

@@ -4,7 +4,7 @@
 first; weight_scale (out, groups), weight_zero_point packed the same way along the outputs, weight_g_idx (in,) the group
 of each input where they are ordered by importance, weight_shape. `int-quantized` and `naive-quantized`: weight
 (out, in) int8; `float-quantized`: float8_e4m3fn; weight_scale for all, a row, a group of inputs or a block. A weight is
-scale x (number - zero point). What is said of activations is not followed.
+scale x (number - zero point). `nvfp4-pack-quantized`: see nvfp4.py. What is said of activations is not followed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from fitune.core.options import QuantOptions
+from fitune.models.quant import nvfp4
 from fitune.models.quant.base import sizes
 from fitune.models.quant.fp8 import FLOAT8, scaled
-from fitune.models.quant.stored import PackedLinear, Packing, Parts, Renamed, Stored, fields, refuse
+from fitune.models.quant.stored import PackedLinear, Packing, Parts, Renamed, Stored, fields, marlin, refuse
 
 PACKED = "pack-quantized"
-FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized")
+NVFP4 = "nvfp4-pack-quantized"
+FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized", NVFP4)
 STRATEGIES = ("tensor", "channel", "group", "block")
 BITS = {"int": (2, 4, 8), "float": (8,)}
 
@@ -109,16 +111,32 @@ class CompressedTensors(Packing):
     """See the module's text."""
 
     name = "compressed-tensors"
-    base = CompressedLinear
+    base = PackedLinear
     marks = (".weight_scale",)
     spare = (".input_scale", ".input_zero_point", ".output_scale", ".k_scale", ".v_scale", ".input_global_scale")
 
     def check(self, values: Mapping[str, Any]) -> None:
         """See Packing."""
         how = weights_of(values)
-        form, kind, strategy = values.get("format"), how.get("type", "int"), how.get("strategy")
+        form, kind = values.get("format"), how.get("type", "int")
+        if "marlin" in str(form):
+            raise marlin(values, PACKED)
         if form not in FORMATS:
             raise refuse(values, f"format {form!r}", ", ".join(FORMATS))
+        if form == NVFP4:
+            if (kind, how.get("num_bits"), how.get("group_size"), how.get("symmetric", True)) != (
+                "float", 4, nvfp4.BLOCK, True,
+            ):  # fmt: skip
+                raise refuse(values, "NVFP4 of another kind", f"floats in 4 bits, symmetric, groups of {nvfp4.BLOCK}")
+        else:
+            self._check_numbers(values, how)
+        if (values.get("sparsity_config") or {}).get("format", "dense") != "dense":
+            raise refuse(values, "sparse weights", "dense ones")
+        if values.get("quantization_status", "compressed") not in ("compressed", "frozen"):
+            raise refuse(values, f"quantization_status {values['quantization_status']!r}", "compressed")
+
+    def _check_numbers(self, values: Mapping[str, Any], how: Mapping[str, Any]) -> None:
+        form, kind, strategy = values.get("format"), how.get("type", "int"), how.get("strategy")
         if kind not in BITS or how.get("num_bits") not in BITS[kind] or (how["num_bits"] != 8 and form != PACKED):
             raise refuse(
                 values, f"weights of {how.get('num_bits')} bits, {kind}", "int in 2, 4 or 8 bits, or float in 8"
@@ -127,10 +145,6 @@ class CompressedTensors(Packing):
             raise refuse(values, "packed floats", "float-quantized")
         if strategy not in STRATEGIES or (strategy == "group" and type(how.get("group_size")) is not int):
             raise refuse(values, f"strategy {strategy!r}", ", ".join(STRATEGIES))
-        if (values.get("sparsity_config") or {}).get("format", "dense") != "dense":
-            raise refuse(values, "sparse weights", "dense ones")
-        if values.get("quantization_status", "compressed") not in ("compressed", "frozen"):
-            raise refuse(values, f"quantization_status {values['quantization_status']!r}", "compressed")
 
     def left_out(self, values: Mapping[str, Any]) -> list[str]:
         """See Packing."""
@@ -139,13 +153,16 @@ class CompressedTensors(Packing):
     def empty(self, layer: Any, options: QuantOptions) -> Any:
         """See Quantizer."""
         assert isinstance(options, Stored)
-        kind = IntsLinear if is_packed(options.values) else CompressedLinear
+        kind: type[PackedLinear] = IntsLinear if is_packed(options.values) else CompressedLinear
+        kind = nvfp4.Divided if options.values["format"] == NVFP4 else kind
         inputs, outputs = sizes(layer)
         return kind(inputs, outputs, self.parts(inputs, outputs, options), options.values)
 
     def parts(self, inputs: int, outputs: int, options: Stored) -> Parts:
         """See Packing."""
         values, how = options.values, weights_of(options.values)
+        if values["format"] == NVFP4:
+            return nvfp4.parts(nvfp4.Divided, inputs, outputs, options)
         strategy, bits = how["strategy"], how["num_bits"]
         shape: tuple[int, ...] = (outputs, 1)
         if strategy == "group":
@@ -179,6 +196,8 @@ class CompressedTensors(Packing):
         """The number, and a scale for each group."""
         assert isinstance(options, Stored)
         how = weights_of(options.values)
+        if options.values["format"] == NVFP4:
+            return nvfp4.BYTES
         return float(how["num_bits"] / 8 + (2 / how["group_size"] if how["strategy"] == "group" else 0))
 
 

@@ -14,12 +14,10 @@ from torch import Tensor
 
 from fitune.core.options import QuantOptions
 from fitune.models.kernels.experts import Stack
-from fitune.models.quant.stored import PIECE, PackedLinear, Packing, Parts, Renaming, Stored, refuse
+from fitune.models.quant.stored import PIECE, PackedLinear, Packing, Parts, Renaming, Stored, e2m1, refuse
 
 BLOCK = 32
 MEAN = 127  # the scale that stands for 1
-HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1: one bit of sign, two of exponent, one behind the point
-VALUES = (*HALF, *(-value for value in HALF))
 
 
 class Mxfp4Stack(Stack):
@@ -31,12 +29,9 @@ class Mxfp4Stack(Stack):
         """See Stack; some rows at a time."""
         blocks, scales = self.weight.data[number], self.scales[number]
         made = torch.empty(self.outputs, self.inputs, dtype=dtype, device=blocks.device)
-        values = torch.tensor(VALUES, device=blocks.device)
-        pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1)  # of a byte the low half first
         step = max(1, PIECE // self.inputs)
         for first in range(0, self.outputs, step):
-            some = blocks[first : first + step]
-            numbers = pairs.index_select(0, some.reshape(-1).int()).view(*some.shape[:2], BLOCK)
+            numbers = e2m1(blocks[first : first + step])
             powers = scales[first : first + step].int() - MEAN
             made[first : first + step] = torch.ldexp(numbers, powers[..., None]).flatten(1)
         return made

@@ -129,14 +129,23 @@ class Packing(Quantizer):
         layer.weight.requires_grad_(False)
 
 
-def refuse(values: Mapping[str, Any], what: str, expected: str) -> ModelError:
+ORIGINAL = "take the original model, with --quant nf4 or int8 if it is to be small"
+
+
+def refuse(values: Mapping[str, Any], what: str, expected: str, fix: str = ORIGINAL) -> ModelError:
     """The error for a quantization_config that is not understood."""
     return ModelError(
         f"quantization_config: {what}",
         received=shorten(json.dumps(values, default=str, sort_keys=True), 600),
         expected=expected,
-        fix="take the original model, with --quant nf4 or int8 if it is to be small",
+        fix=fix,
     )
+
+
+def marlin(values: Mapping[str, Any], instead: str) -> ModelError:
+    """The error for weights in the order in which a CUDA kernel wants them (Frantar et al. 2024, arXiv:2408.11743)."""
+    what = "weights that were put into the order of the Marlin kernel, which inference servers do by themselves"
+    return refuse(values, what, f"format {instead}", f"take the same model in format {instead}; or {ORIGINAL[5:]}")
 
 
 def fields(packed: Tensor, bits: int) -> Tensor:
@@ -144,6 +153,16 @@ def fields(packed: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
     found: Tensor = (packed[..., None] >> shifts) & (2**bits - 1)
     return found
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # one bit of sign, two of exponent, one behind the point
+
+
+def e2m1(packed: Tensor) -> Tensor:
+    """(..., n) bytes to (..., 2 n) float32: the values of the numbers in their halves, the low half first."""
+    values = torch.tensor((*E2M1, *(-value for value in E2M1)), device=packed.device)
+    pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1)
+    return pairs.index_select(0, packed.reshape(-1).int()).view(*packed.shape[:-1], -1)
 
 
 def whole(values: Mapping[str, Any], name: str, allowed: Iterable[int]) -> int:
