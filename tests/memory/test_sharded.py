@@ -22,6 +22,7 @@ from support import tiny
 CHILD = Path(__file__).parents[1] / "support" / "shared_memory.py"
 CLOSE = 0.005
 BLOCKS = Blocks(frozen=800, trained=80, largest=110, gradients=10, tensor=7, share=0.5)
+READ = replace(BLOCKS, one_by_one=True)
 PARTS = {"frozen weights": 1000, "trainable weights": 160, "gradients": 100, "optimizer states": 320, "temporaries": 90}
 PHASES = ("load", "forward", "backward", "update", "checkpoint")
 
@@ -43,6 +44,11 @@ def test_a_process_has_its_part_of_the_blocks_and_what_is_gathered() -> None:
     made = planned(whole(), BLOCKS, 4)
     parts = {moment.phase: moment.parts for moment in made.phases}
     assert parts["load"] == {**PARTS, "temporaries": 90 + 110 // 4}  # the model is whole, and shared out block by block
+    parts["load"] = {moment.phase: moment.parts for moment in planned(whole(), READ, 4).phases}["load"]
+    assert parts["load"] == {
+        "frozen weights": 1000 - 600, "trainable weights": 160 - 60, "gradients": 100, "optimizer states": 320,
+        "temporaries": 90 + 110,
+    }  # fmt: skip
     assert parts["forward"] == {
         "frozen weights": 1000 - 600, "trainable weights": 160 - 60, "gradients": 100 - 37,
         "optimizer states": 320 - 120, "temporaries": 90 + 2 * 110,
@@ -67,7 +73,7 @@ def test_the_whole_model_stays_where_it_fits() -> None:
 
 
 def test_where_all_of_them_do_not_fit_it_goes_into_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharded, "blocks_of", lambda model: replace(BLOCKS, largest=1, gradients=1))
+    monkeypatch.setattr(sharded, "blocks_of", lambda model, config: replace(BLOCKS, largest=1, gradients=1))
     found = whole(2 * whole().needed - 1)  # of a CPU, whose processes share it
     found = replace(found, phases=found.phases[1:3], timeline=found.timeline[1:3])
     assert chosen(found, config(), 2, torch.nn.Module).parallel == "shard"
@@ -79,12 +85,14 @@ def test_the_sizes_of_blocks_are_those_of_the_model() -> None:
     inside = [p for name, p in model.named_parameters() if ".layers." in name]
     for parameter in model.parameters():
         parameter.requires_grad_(any(parameter is one for one in inside))
-    found = blocks_of(model)
+    found = blocks_of(model, config(method="full"))
     assert found.trained == sum(p.numel() * p.element_size() for p in inside)
     assert found.frozen == 0
     assert found.share == 1
     assert found.largest == found.gradients == found.trained // model.config.num_hidden_layers
     assert found.tensor == max(p.numel() * p.element_size() for p in inside)
+    assert found.one_by_one
+    assert not blocks_of(model, config(lora={"init": "pissa"})).one_by_one  # which looks at all weights first
 
 
 @pytest.mark.full

@@ -189,10 +189,10 @@ def test_packed_weights_in_the_wrong_layer_are_refused(tmp_path: Path) -> None:
     for name in ("gptq-4", "fp8"):
         packings.published(name, tmp_path / name)
         model: Any = load_model(tmp_path / name)
-        assert runchecks.base_loaded(model, tmp_path / name).level == "ok"
+        assert runchecks.base_loaded(runchecks.compared(model, tmp_path / name)).level == "ok"
         blocks = model.model.layers
         blocks[0].mlp, blocks[1].mlp = blocks[1].mlp, blocks[0].mlp
-        assert runchecks.base_loaded(model, tmp_path / name).level == "refuse"
+        assert runchecks.base_loaded(runchecks.compared(model, tmp_path / name)).level == "refuse"
 
 
 def test_plain_weights_beside_a_packed_config_are_refused(tmp_path: Path) -> None:

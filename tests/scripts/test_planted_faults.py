@@ -135,13 +135,13 @@ def test_the_optimizer_gets_the_sum_of_the_gradients(variant: str, max_norm: flo
 def test_a_loaded_base_begins_with_the_values_of_its_files(kind: str, tmp_path: Path) -> None:
     folder = tiny.save(kind, tmp_path / kind)
     model = load_model(folder)
-    found = runchecks.base_loaded(model, folder)
+    found = runchecks.base_loaded(runchecks.compared(model, folder))
     assert found.level == "ok", found.text
     assert int(found.text.split()[0]) > 10
     blocks = [n for n, p in model.named_parameters() if p.ndim == 2 and ".1." in n]
     with torch.no_grad():
         model.get_parameter(blocks[-1]).add_(1e-3)
-    assert runchecks.base_loaded(model, folder).level == "refuse"
+    assert runchecks.base_loaded(runchecks.compared(model, folder)).level == "refuse"
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
@@ -149,10 +149,10 @@ def test_a_loaded_base_begins_with_the_values_of_its_files(kind: str, tmp_path: 
 def test_packed_weights_are_compared_too(kind: str, quant: str, model_folder: Path, tmp_path: Path) -> None:
     folder = model_folder if kind == "llama" else tiny.save(kind, tmp_path / kind)
     model: Any = load_model(folder, quant=quant)
-    assert runchecks.base_loaded(model, folder).level == "ok"
+    assert runchecks.base_loaded(runchecks.compared(model, folder)).level == "ok"
     blocks = model.model.layers if kind == "llama" else model.transformer.h
     blocks[0].mlp, blocks[1].mlp = blocks[1].mlp, blocks[0].mlp
-    assert runchecks.base_loaded(model, folder).level == "refuse"
+    assert runchecks.base_loaded(runchecks.compared(model, folder)).level == "refuse"
 
 
 def test_dropout_in_an_evaluation_is_seen_before_anything_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ with imports.for_good():
 
     from fitune.core.config import build
     from fitune.engine import optim, parallel
-    from fitune.engine.shards import attend, share_out
+    from fitune.engine.shards import Shards, attend
     from fitune.engine.step_runner import StepRunner
     from fitune.memory import device
     from fitune.memory import plan as plans
@@ -59,7 +59,8 @@ def main(method: str, folder: Path) -> None:
     make = partial(optim.make, config=config, rates=partial(methods.find(method).rates, config))
     model = adapters.attach(load_model(folder, precision="fp32", device="cpu", storage="fp32"), config).train()
     set_loss_rows(model, config)
-    shards, optimizer, _ = share_out(model, world, make, {})
+    shards = Shards(model, world)
+    optimizer, _ = shards.begin(make, {})
     runner = StepRunner(model, "flat", 1.0, lambda _: None, lambda _: None, world=world, shards=shards)
     for _ in range(2):  # the optimizer's states, and FSDP's own
         runner.step([small], optimizer, 2 * small.weight)

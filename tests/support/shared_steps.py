@@ -40,7 +40,7 @@ with imports.for_good():
     from fitune.engine.held_out import held_out
     from fitune.engine.loss_scale import LossScale
     from fitune.engine.parallel import ALONE, World
-    from fitune.engine.shards import share_out
+    from fitune.engine.shards import Shards
     from fitune.engine.step import Objective
     from fitune.engine.step_runner import StepRunner
     from fitune.models import adapters, determinism, methods
@@ -127,7 +127,8 @@ def trained(
     whole = model
     if in_shards:
         whole = copy.deepcopy(model)
-        shards, optimizer, _ = share_out(model, world, make, {})
+        shards = Shards(model, world)
+        optimizer, _ = shards.begin(make, {})
     else:
         world.begin(parameters, optimizer, {})
     optim.set_learning_rate(optimizer, RATE)

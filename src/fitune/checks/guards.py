@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fitune.checks.leak import PROBE_TOKENS
 from fitune.core.records import Batch, Finding, Layout, Sample
@@ -33,7 +32,7 @@ from fitune.models.kernels import target
 from fitune.models.kernels.loss import at_once
 from fitune.models.parts import trainable
 from fitune.models.switches import evaluating, training
-from fitune.models.tensors import bit_sum, finite
+from fitune.models.tensors import bit_sum, finite, here
 
 SAME = {
     torch.float32: 1e-4,
@@ -90,7 +89,9 @@ def nan_hidden(model: nn.Module, batch: Batch, layout: Layout) -> Finding:
             id(layer.weight) for _, layer in quant.packed(model)
         }  # their bits are not floats, whatever the dtype says
         bad = [
-            n for n, p in model.named_parameters() if p.is_floating_point() and id(p) not in packed and not finite(p)
+            n
+            for n, p in model.named_parameters()
+            if p.is_floating_point() and id(p) not in packed and not finite(here(p))
         ]
         first = (
             "" if fine and not bad else (f"the weight {bad[0]}" if bad else first_non_finite(model, [batch], layout)[0])
@@ -225,7 +226,7 @@ def _watching(model: nn.Module, look: Callable[[str, Tensor], None]) -> Iterator
     def watcher(name: str) -> Callable[[Tensor], None]:
         def seen(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            look(name, parameter.grad)
+            look(name, here(parameter.grad))
             parameter.grad = None
 
         return seen
@@ -277,8 +278,9 @@ def accumulation_equality(model: nn.Module, batch: Batch, layout: Layout) -> Fin
     parts = split(batch, len(batch.rows))
     pieces = _gradients(model, lambda: make_gradients(model, parts, layout))
     # of the largest gradient of all: some, of key biases for example, are zero but for rounding
-    scale = max((float(g.abs().max()) for g in whole.values()), default=0.0) or 1.0
-    worst = max(float((g - pieces[name]).abs().max()) / scale for name, g in whole.items() if name in pieces)
+    scale = max((float(g.abs().max()) for g in whole.values() if g.numel()), default=0.0) or 1.0
+    both = [(g, pieces[name]) for name, g in whole.items() if name in pieces and g.numel()]
+    worst = max((float((g - piece).abs().max()) / scale for g, piece in both), default=0.0)
     allowed = SAME[compute_dtype(model)]
     if worst > allowed:
         text = f"micro-batches change the gradient by {worst:.1e} of its largest value, above {allowed}"
@@ -332,7 +334,7 @@ def fingerprint(model: nn.Module) -> Bits:
     for name, layer in quant.packed(model):
         tensors |= {f"{name}|scales {n}": scales for n, scales in enumerate(quant.constants(layer))}
     for name, p in tensors.items():
-        mine = p.to_local() if isinstance(p, DTensor) else p  # of a model in shards, those of this process
+        mine = here(p)  # of a model in shards
         sums[name] = (bit_sum(mine.detach()), p.requires_grad and bool(mine.numel()))
     return sums
 

@@ -29,6 +29,7 @@ from fitune.models.interfaces import causal_lm
 from fitune.models.kernels import short
 from fitune.models.parts import trainable
 from fitune.models.switches import computing, evaluating, rows_attention
+from fitune.models.tensors import here
 
 PROBE_TOKENS = 48  # length of the documents that models are checked with
 MOVED = 1e-3  # relative to the largest logit: so much may a change of one document change another, in any precision
@@ -104,8 +105,9 @@ def _pair_logits(model: nn.Module, sides: Sequence[Sample], common: int) -> torc
 
 @contextmanager
 def perturbed(model: nn.Module) -> Iterator[None]:
-    """Inside, trainable tensors that are all zero have other values: what they will let through later is seen now."""
-    zero = [p for p in trainable(model).values() if not bool(p.any())]
+    """Inside, trainable tensors that are all zero have other values: what they will let through later is seen now. Of a
+    model in shards each process looks at its own."""
+    zero = [mine for p in trainable(model).values() if not bool((mine := here(p)).any())]
     generator = torch.Generator(device="cpu").manual_seed(0)
     for parameter in zero:
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)

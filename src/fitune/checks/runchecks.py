@@ -7,7 +7,8 @@ adapter-scale, chat-parity, held-out-apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +28,7 @@ from fitune.data import templates, tokenizer
 from fitune.data.encode import Encoder
 from fitune.data.store import Samples
 from fitune.engine.checkpoint import RunFolder
+from fitune.engine.shards import gathered
 from fitune.models import quant, weights
 from fitune.models.attached import compute_dtype
 from fitune.models.methods import lora
@@ -49,48 +51,83 @@ class _Quantized(Protocol):
 # ---- what was loaded ----
 
 
-@torch.no_grad()
-def base_loaded(model: PreTrainedModel, folder: Path) -> Finding:
+def base_loaded(compared: Compared) -> Finding:
     """Each tensor of the base model has the values of its file; some numbers of each are compared.
 
     Args:
-        model: the base model, before a method is attached.
-        folder: with its weights. Names that the loader changes are left out, and counted.
+        compared: of a whole model, or of all of its parts, before a method is attached. Names that the loader changes
+            are left out, and counted.
     """
-    mine = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
-    packed, prefix = dict(quant.layers(model)), model.base_model_prefix
-    compared = left = 0
-    for name, value in _starts(folder):
-        own = next((n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n in mine), None)
-        if value.is_floating_point() and not bool(value.float().isfinite().all()):
-            text = f"{name} has NaN or infinite values in {folder.name}: every answer and every loss would be NaN"
-            return Finding("base-loaded", "refuse", text, "download the model again, or take another one")
-        layer, _, leaf = (own or "").rpartition(".")
-        if own is None:
-            left += 1
-            continue
-        if layer in packed and leaf == "weight":
-            same = mine[own].dtype == value.dtype
-            if same and not value.is_floating_point():
-                continue  # a folder that is packed already
-            there = mine[own].cpu()[: len(value)] if same and value.itemsize == 1 else _row(packed[layer], value.shape)
-            unlike = there is None or float((there.float() - value.float()).norm()) > UNLIKE * float(
-                value.float().norm()
-            )
-        elif mine[own].shape[1:] != value.shape[1:]:
-            left += 1  # laid out otherwise by the loader
-            continue
-        else:
-            there = mine[own][: len(value)].reshape(-1)[: value.numel()].cpu()
-            unlike = not torch.equal(there, value.reshape(-1).to(there.dtype))
-        if unlike:
-            text = f"{own} does not have the values that {folder.name} has for {name}"
-            return Finding(
-                "base-loaded", "refuse", text, "download the model again; if that does not help, please report it"
-            )
-        compared += 1
+    if compared.wrong is not None:
+        text, fix = compared.wrong
+        return Finding("base-loaded", "refuse", text, fix)
+    left = len(compared.names - compared.found - compared.packed)
     more = f"; {left} that the loader renames or reshapes were not compared" if left else ""
-    return Finding("base-loaded", "ok", f"{compared} tensors begin with the values of their files{more}")
+    return Finding("base-loaded", "ok", f"{len(compared.found)} tensors begin with the values of their files{more}")
+
+
+def compared(model: PreTrainedModel, folder: Path) -> Compared:
+    """What a whole model has, beside the files in its folder."""
+    made = Compared(folder)
+    made.look(model)
+    return made
+
+
+@dataclass
+class Compared:
+    """What a model has, beside the files in a folder: looked at whole, or in one part after the other.
+
+    names: of the files. found: have the same values. packed: are packed in the folder. wrong: a text, and a fix.
+    """
+
+    folder: Path
+    names: set[str] = field(default_factory=set)
+    found: set[str] = field(default_factory=set)
+    packed: set[str] = field(default_factory=set)
+    wrong: tuple[str, str] | None = None
+
+    @torch.no_grad()
+    def look(self, model: PreTrainedModel) -> None:
+        """Compare what is there of a model."""
+        mine = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+        packed, prefix = dict(quant.layers(model)), model.base_model_prefix
+
+        def own(name: str) -> str | None:
+            return next((n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n in mine), None)
+
+        for name, value in _starts(self.folder, lambda name: name not in self.names or own(name) is not None):
+            self.names.add(name)
+            if value.is_floating_point() and not bool(value.float().isfinite().all()):
+                text = f"{name} has NaN or infinite values in {self.folder.name}"
+                fix = "download the model again, or take another one"
+                self.wrong = f"{text}: every answer and every loss would be NaN", fix
+                return
+            known = own(name)
+            if known is None:
+                continue
+            layer, _, leaf = known.rpartition(".")
+            there = mine[known]
+            if layer in packed and leaf == "weight":
+                same = there.dtype == value.dtype
+                if same and not value.is_floating_point():
+                    self.packed.add(name)
+                    continue  # a folder that is packed already
+                first = there.cpu()[: len(value)] if same and value.itemsize == 1 else _row(packed[layer], value.shape)
+                unlike = first is None or _far(first, value)
+            elif there.shape[1:] != value.shape[1:]:
+                continue  # laid out otherwise by the loader
+            else:
+                first = there[: len(value)].reshape(-1)[: value.numel()].cpu()
+                unlike = not torch.equal(first, value.reshape(-1).to(first.dtype))
+            if unlike:
+                text = f"{known} does not have the values that {self.folder.name} has for {name}"
+                self.wrong = text, "download the model again; if that does not help, please report it"
+                return
+            self.found.add(name)
+
+
+def _far(one: Tensor, other: Tensor) -> bool:
+    return float((one.float() - other.float()).norm()) > UNLIKE * float(other.float().norm())
 
 
 def _row(layer: _Quantized, shape: Sequence[int]) -> Tensor | None:
@@ -100,8 +137,9 @@ def _row(layer: _Quantized, shape: Sequence[int]) -> Tensor | None:
     return weight.cpu() if tuple(weight.shape) == tuple(shape) else None
 
 
-def _starts(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The first rows of each tensor in safetensors files, some thousand numbers. torch's old files are left out."""
+def _starts(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """The first rows of each wanted tensor in safetensors files, some thousand numbers. torch's old files are left
+    out."""
     for file in weights.files(folder):
         if file.suffix != ".safetensors":
             continue
@@ -109,7 +147,7 @@ def _starts(folder: Path) -> Iterator[tuple[str, Tensor]]:
             for name in opened.keys():  # noqa: SIM118
                 part = opened.get_slice(name)
                 shape = part.get_shape()
-                if not shape or not all(shape):
+                if not shape or not all(shape) or not wanted(name):
                     continue
                 rows = max(1, min(shape[0], TAKEN // max(1, math.prod(shape[1:]))))
                 yield name, part[:rows]
@@ -136,7 +174,8 @@ def adapter_scale(model: nn.Module, config: RunConfig) -> Finding:
             text = f"{name} multiplies its update by {layer.scaling['default']:g}, its settings give {wanted:g}"
             return Finding(rule, "refuse", text, OURS)
         if not options.dora and not lora.is_pissa(model) and layer in (*linear[:1], *linear[-1:]):
-            off = _update_is_off(model, layer, wanted)
+            with gathered(model, layer):
+                off = _update_is_off(model, layer, wanted)
             if off > 10 * TOLERANCE[compute_dtype(model)]:
                 text = f"{name} adds another update than alpha / rank times B A x: off by {off:.1e} of the output"
                 return Finding(rule, "refuse", text, OURS)

@@ -303,13 +303,14 @@ def resume_exact(
     Args:
         loaded: the checkpoint.
         parameters: what it was restored into.
-        optimizer: as well; None: its states will be shared out, and are not looked at.
+        optimizer: as well; None: both will be dealt out to several processes, and are not looked at.
     """
-    held = (loaded.optimizer, loaded.optimizer_scalars)
+    held, weights = (loaded.optimizer, loaded.optimizer_scalars), dict[str, Tensor](parameters)
     tensors, scalars = held if optimizer is None else optim.state_tensors(optimizer, parameters)
+    weights = loaded.trainable if optimizer is None else weights
     now = rng_state()
     random = {name: state for name, state in loaded.rng.items() if name == "cpu"}
-    pairs = [("weights", loaded.trainable, parameters), ("optimizer states", loaded.optimizer, tensors)]
+    pairs = [("weights", loaded.trainable, weights), ("optimizer states", loaded.optimizer, tensors)]
     wrong = [what for what, stored, here in pairs if not _same_bits(stored, here)]
     wrong += ["optimizer states"] if scalars != loaded.optimizer_scalars and "optimizer states" not in wrong else []
     wrong += ["random numbers"] if not _same_bits(random, now) else []
@@ -317,7 +318,7 @@ def resume_exact(
         text = f"{', '.join(wrong)} are not those of the checkpoint of step {loaded.step}"
         return Finding("resume-exact", "refuse", text, OURS)
     if optimizer is None:
-        return Finding("resume-exact", "ok", "weights and random numbers have the checkpoint's bits; states come next")
+        return Finding("resume-exact", "ok", "random numbers have the checkpoint's bits; weights and states come next")
     text = f"weights, {len(tensors) + len(scalars)} optimizer states and random numbers have the checkpoint's bits"
     return Finding("resume-exact", "ok", text)
 

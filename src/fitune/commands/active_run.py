@@ -45,7 +45,6 @@ class ActiveRun:
         watch: what it reports to.
         clock: counts the seconds of its phases.
         world: the processes that share its steps.
-        shards: of the model, while it is in some.
     """
 
     folder: RunFolder
@@ -53,7 +52,11 @@ class ActiveRun:
     watch: Watcher
     clock: Clock
     world: World = ALONE
-    shards: Shards | None = None
+
+    @property
+    def shards(self) -> Shards | None:
+        """Of the model, where it is in some."""
+        return self.job.shards
 
     @cached_property
     def checks(self) -> CheckLog:
@@ -62,7 +65,7 @@ class ActiveRun:
 
     def held_out(self) -> HeldOut | None:
         """Loss and rewards of the model as it is now; None: no row is held out. Each process does its share."""
-        return held_out_of(self.job, self.world, self.watch.message, in_shards=self.shards is not None)
+        return held_out_of(self.job, self.world, self.watch.message)
 
     def sample_rows(self) -> list[Conversation]:
         """The held-out rows whose prompts are answered before and after."""
@@ -70,7 +73,7 @@ class ActiveRun:
 
     def sample_answers(self) -> list[str]:
         """The greedy answers of the model as it is now, one for each of `sample_rows`. Each process does its share."""
-        return answers_of(self.job, self.world, self.watch.message, in_shards=self.shards is not None)
+        return answers_of(self.job, self.world, self.watch.message)
 
     def check_machine_load(self, since: processor.Moment) -> None:
         """Keep whether the processor was free while the run went on. It is reported only once: not again where it was
@@ -80,18 +83,19 @@ class ActiveRun:
             self.checks.add(finding, quiet=warned)
 
 
-def held_out_of(job: Job, world: World, report: Callable[[str], None], *, in_shards: bool = False) -> HeldOut | None:
+def held_out_of(job: Job, world: World, report: Callable[[str], None]) -> HeldOut | None:
     """Loss and rewards of the model as it is now, each process with its share of the rows; None: no row is held out.
+    All processes go equally often through a model in shards.
 
     Args:
         job: of the run.
         world: its processes.
         report: is called with one line where fewer rows go side by side.
-        in_shards: the model is; then all processes go through it equally often.
     """
     if not job.held_out:
         return None
     model, most, objective = job.tuned.model, job.config.batch_size, job.objective
+    in_shards = job.shards is not None
     shared = world.added if world.size > 1 else None
 
     def batches(rows: int) -> Iterator[Batch]:
@@ -124,10 +128,11 @@ def sample_rows(job: Job) -> list[Conversation]:
     return job.held_out_rows[: job.config.sample_prompts]
 
 
-def answers_of(job: Job, world: World, report: Callable[[str], None], *, in_shards: bool = False) -> list[str]:
+def answers_of(job: Job, world: World, report: Callable[[str], None]) -> list[str]:
     """The greedy answers of the model as it is now to the questions of `sample_rows`, of which each process answers
     some; of a model in shards, which all processes go through together, each answers all."""
     questions = [row.question() for row in sample_rows(job)]
+    in_shards = job.shards is not None
     mine = questions if in_shards else questions[world.rank :: world.size]
     sampling = Sampling(max_new_tokens=job.config.sample_tokens)
 

@@ -7,7 +7,7 @@ from the cache, which process 0 has filled), starts from the tensors of process 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,11 +18,9 @@ from fitune.checks import routercheck, stepchecks
 from fitune.commands.active_run import answers_of, held_out_of, measured_before
 from fitune.commands.prepare import Job, prepare
 from fitune.commands.request import to_train
-from fitune.commands.sharing_out import Turn, in_shards, share
+from fitune.commands.sharing_out import CONFIG, Turn, share
 from fitune.commands.signals import passed_on
-from fitune.core import parallel
 from fitune.core.config import build
-from fitune.core.errors import ConfigError
 from fitune.core.events import Silent
 from fitune.core.files import json_text
 from fitune.core.records import Batch
@@ -31,13 +29,11 @@ from fitune.engine import environment, optim
 from fitune.engine.checkpoint import RunFolder
 from fitune.engine.loss_scale import LossScale
 from fitune.engine.parallel import EndedError, World
-from fitune.engine.shards import ELEMENTWISE, Shards, attend, share_out
+from fitune.engine.shards import attend
 from fitune.engine.step_runner import StepRunner
 from fitune.models import determinism, methods
 from fitune.models.devices import pick_device
 from fitune.models.parts import trainable
-
-CONFIG = "config"
 
 
 def follow(world: World) -> None:
@@ -49,44 +45,23 @@ def follow(world: World) -> None:
     given = world.published(CONFIG)
     if given is None:
         return  # the run was over before its first step
-    world.log_to(RunFolder(str(given["output"])).path, all_of_it=True)
+    log = partial(world.log_to, RunFolder(str(given["output"])).path, all_of_it=True)
+    apart = given["parallel"] == "shard"  # then process 0 prepares at the same time, and may find what refuses the run
+    if not apart:
+        log()
     request = to_train(build(given))
     # whether it fits was decided before
     request = replace(request.changed(force=True), processes=world.size)
     with determinism.exact(pick_device(request.config.device)):
-        job = prepare(request, Silent())
+        job = prepare(request, Silent(), world=world)
+        if apart:
+            log()
         determinism.strict(bool(world.published("deterministic")))
-        meet(world, job, given)
+        meet(world, job)
         with_steps(world, job)
 
 
-def check_shareable(job: Job) -> None:
-    """Can several processes share the steps of this run, on this machine?
-
-    Raises:
-        ConfigError: they cannot.
-    """
-    config, here = job.config, parallel.size_here()
-    wrong = []
-    if config.optimizer_in_backward:
-        wrong.append("optimizer_in_backward applies each gradient before those of the other processes are there")
-    if config.parallel == "shard" and config.optimizer not in ELEMENTWISE:
-        wrong.append(
-            f"optimizer {config.optimizer}, which looks at whole tensors, on shards ({', '.join(ELEMENTWISE)})"
-        )
-    if config.frozen_cache in ("memory", "disk"):
-        wrong.append("frozen_cache keeps the states of rows in one process")
-    if job.tuned.device.type == "cuda" and here > torch.cuda.device_count():
-        wrong.append(f"{here} processes on {torch.cuda.device_count()} GPUs")
-    if wrong:
-        raise ConfigError(
-            "several processes cannot share the steps of this run",
-            received="; ".join(wrong),
-            fix="fewer --workers, or without the option that is named",
-        )
-
-
-def meet(world: World, job: Job, given: Mapping[str, object]) -> None:
+def meet(world: World, job: Job) -> None:
     """Connect, and compare what the processes work on.
 
     Raises:
@@ -97,7 +72,7 @@ def meet(world: World, job: Job, given: Mapping[str, object]) -> None:
     about = environment.describe(device)
     shapes = {name: [*parameter.shape, str(parameter.dtype)] for name, parameter in trainable(job.tuned.model).items()}
     same = {
-        "settings": given,
+        "settings": job.config.model_copy(update={"force": True}).model_dump(mode="json"),
         "data": sorted(job.data_sha256.values()),
         "model": job.inputs,
         "versions": [about["python"], about["packages"]],
@@ -106,7 +81,8 @@ def meet(world: World, job: Job, given: Mapping[str, object]) -> None:
     }
     digests = {name: hashlib.sha256(json_text(value).encode()).digest() for name, value in same.items()}
     world.check_same(digests)
-    world.spread(trainable(job.tuned.model))
+    if job.shards is None:
+        world.spread(trainable(job.tuned.model))
 
 
 def with_steps(world: World, job: Job) -> None:
@@ -114,32 +90,32 @@ def with_steps(world: World, job: Job) -> None:
     report = Silent().message
     if world.decided()["anew"]:
         measured_before(job, world, report)
-    through, shards = _steps(world, job)
-    if not through:
+    shards = job.shards
+    if not _steps(world, job):
         return
-    apart = shards is not None
     if world.decided()["again"]:  # the best weights, where they are not the last ones
         if shards is None:
             world.spread(trainable(job.tuned.model))
         else:
             shards.put({})
-        held_out_of(job, world, report, in_shards=apart)
+        held_out_of(job, world, report)
     if shards is not None:
         shards.attend_saving()
         # the blocks of a mixture are gathered once more for what process 0 looks at
         routercheck.router_load(job.tuned.model, documents_of(job.loader.samples), job.layout)
-    answers_of(job, world, report, in_shards=apart)
+    answers_of(job, world, report)
 
 
-def _steps(world: World, job: Job) -> tuple[bool, Shards | None]:
-    """The steps, from where process 0 begins; is the run finished behind them? And the model's shards."""
+def _steps(world: World, job: Job) -> bool:
+    """The steps, from where process 0 begins; is the run finished behind them?"""
     config, model = job.config, job.tuned.model
     make = partial(optim.make, config=config, rates=partial(methods.find(config.method).rates, config))
-    parameters, shards = trainable(model), None
-    optimizer = make(parameters)
-    if in_shards(config, world):
-        shards, optimizer, begun = share_out(model, world, make, {})
+    shards = job.shards
+    if shards is not None:
+        optimizer, begun = shards.begin(make, {})
     else:
+        parameters = trainable(model)
+        optimizer = make(parameters)
         begun = world.begin(parameters, optimizer, {})
     runner = StepRunner(
         model, job.layout, config.max_grad_norm, job.source, lambda _: None,
@@ -154,9 +130,9 @@ def _steps(world: World, job: Job) -> tuple[bool, Shards | None]:
                     _step(job, runner, optimizer, number, step)
     except EndedError as ended:
         optimizer.state.clear()
-        return ended.finished, shards
+        return ended.finished
     optimizer.state.clear()
-    return True, shards
+    return True
 
 
 def _step(job: Job, runner: StepRunner, optimizer: torch.optim.Optimizer, number: int, step: Sequence[Batch]) -> None:
@@ -170,7 +146,7 @@ def _step(job: Job, runner: StepRunner, optimizer: torch.optim.Optimizer, number
     world.seed(config.seed, number)
     runner.step(*share(step, job.loader, world, shards, optimizer))
     if (number + 1) % job.eval_every == 0 or number + 1 == job.total_steps:
-        held_out_of(job, world, Silent().message, in_shards=shards is not None)
+        held_out_of(job, world, Silent().message)
     if shards is not None:
         turn = Turn(**world.decided())
         if turn.saves:

@@ -5,8 +5,8 @@ In: a Request. Out: a Job. Whatever is wrong is found here, before the first ste
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from fitune.checks.findings import raise_refused
 from fitune.commands import frozen, reference
 from fitune.commands.planned_rows import ReadRows, laid_out, make_loader, read, work_of
 from fitune.commands.request import Request
+from fitune.commands.sharing_out import together
 from fitune.core.blocks import AUTO, named
 from fitune.core.clock import CHECKS, DATA, MODEL, PLAN, REFERENCE, Clock
 from fitune.core.config import RunConfig
 from fitune.core.errors import TrainingError
 from fitune.core.events import Silent, Watcher
 from fitune.core.files import sha256
+from fitune.core.parse import parse
 from fitune.core.plan import size_text
 from fitune.core.records import Batch, Conversation, DataReport, Finding, Kept, Layout, Source, Units
 from fitune.data import pipeline, readers
@@ -29,14 +31,16 @@ from fitune.data.cache import folder_digest, key
 from fitune.data.pairs import Pairs
 from fitune.engine import integrity, loading, objectives, optim
 from fitune.engine.objectives.base import Preference
+from fitune.engine.parallel import ALONE, World
+from fitune.engine.shards import Shards
 from fitune.engine.step import Objective
 from fitune.memory import device as devices
 from fitune.memory import plan as plans
-from fitune.models import adapters, families, kernel_faults, precision, quant, weights
+from fitune.models import adapters, by_blocks, families, kernel_faults, precision, quant, weights
 from fitune.models.devices import pick_device
 from fitune.models.head import set_loss_rows
 from fitune.models.interfaces import CausalLM
-from fitune.models.load import Tuned, load_model
+from fitune.models.load import Tuned, load_files, opened
 from fitune.models.methods import new_tokens
 from fitune.models.parts import groups, trainable
 from fitune.models.prepare import checkpoint_blocks
@@ -63,6 +67,7 @@ class Job:
     eval_every: int
     save_every: int
     lr: float
+    shards: Shards | None = None  # of the model, where it is in some
 
     @property
     def objective(self) -> Objective:
@@ -89,15 +94,21 @@ class Job:
 
 
 def prepare(
-    request: Request, watch: Watcher, outside: Mapping[str, int] | None = None, clock: Clock | None = None
+    request: Request,
+    watch: Watcher,
+    outside: Mapping[str, int] | None = None,
+    clock: Clock | None = None,
+    world: World = ALONE,
 ) -> Job:
-    """Read and check the data, plan, load the model, put the method on it, check that too.
+    """Read and check the data, plan, load the model, put the method on it, check that too. Where the model goes into
+    shards, all processes read it, and check it, together: process 0 publishes its settings before.
 
     Args:
         request: as `to_train` gave it.
         watch: what is found is reported to it.
         outside: bytes beside the tensors, as a plan of this run had them before; None: as they are now.
         clock: counts the seconds of each phase.
+        world: the processes of the run.
 
     Raises:
         FituneError: whatever refuses the run.
@@ -111,7 +122,11 @@ def prepare(
     work = work_of(asked, rows.rows)
     plan = _planned(asked, work, outside)
     clock.ends(PLAN)
-    loaded = _load(asked, rows)
+    shared = world if world.size > 1 and plan.parallel == "shard" else ALONE
+    if not shared.alone:
+        asked = asked.changed(parallel="shard")
+        together(asked.config, world, pick_device(asked.config.device))
+    loaded = _load(asked, rows, shared)
     clock.ends(MODEL)
     layout, packing = leak.packing_leak(loaded.model, rows.data.samples, asked.config.layout)
     rows, sharing = _prompts(rows, loaded, layout)
@@ -125,16 +140,17 @@ def prepare(
     findings = [*_check_model(request, rows, loaded, layout, packing), *sharing]
     loader, held_out = make_loader(request.config, rows.rows.samples, layout), laid_out(rows.rows.held_out, layout)
     findings += _check_batches(loader)
-    raise_refused(findings)
+    loaded.refuse(findings)
     plan, tried = frozen.tried(plan, request.config, loaded.model, loader, work.largest)
     findings += tried
-    raise_refused(tried)
+    loaded.refuse(tried)
     objective = objectives.of(request.config)
     if isinstance(objective, Preference):
         clock.ends(CHECKS)
-        loader, held_out = _compared(request, rows, loaded, loader, held_out, layout, watch)
+        model = _reference(request, rows, loaded, layout, watch)
+        loader, held_out = _compared(request.config, model, loader, held_out)
         findings += _check_preferences(request, loaded, loader, layout, objective)
-        raise_refused(findings)
+        loaded.refuse(findings)
         clock.ends(REFERENCE)
     return _job(request, rows, loaded, _Ready(layout, loader, held_out, plan, work, [*rows.data.findings, *findings]))
 
@@ -145,7 +161,7 @@ class _Loaded:
 
     base: without it. family: of the base model. expected: elements of each tensor that the method trains, by its name,
     where the method says so. before: logits of the base model, where the method must not change them at the start.
-    unchanged: are the weights those of the files?
+    unchanged: are the weights those of the files? world: of the processes that have it in shards.
     """
 
     model: CausalLM
@@ -154,6 +170,18 @@ class _Loaded:
     expected: dict[str, int] | None
     before: Any
     unchanged: Finding
+    world: World
+    shards: Shards | None
+
+    def refuse(self, findings: Sequence[Finding]) -> None:
+        """Raise what was refused, in one of the processes that have a part of the model in all of them."""
+        mine = [asdict(finding) for finding in findings if finding.level == "refuse"]
+        of_all = [
+            parse(Finding, one, "a check")
+            for each in self.world.gathered(mine, "the checks of the model")
+            for one in each
+        ]
+        raise_refused(list(dict.fromkeys(of_all)))
 
 
 @dataclass(frozen=True)
@@ -168,28 +196,38 @@ class _Ready:
     findings: list[Finding]
 
 
-def _load(request: Request, rows: ReadRows) -> _Loaded:
-    """The weights, the method and what it goes on from."""
+def _load(request: Request, rows: ReadRows, world: World) -> _Loaded:
+    """The weights, the method and what it goes on from. world: whose processes have the model in shards."""
     config, method, folder = request.config, request.method, Path(request.config.model)
-    base = load_model(
+    apart, compared = not world.alone, runchecks.Compared(folder)
+    files = opened(
         folder,
         precision=config.precision,
         device=str(pick_device(config.device)),
         quant=config.quant,
         storage=config.storage_dtype if method.low_precision_base else config.trainable_dtype,
     )
+    unread = by_blocks.opened(files, config, compared.look) if apart else None
+    base = load_files(files) if unread is None else unread.begun()
+    if unread is None:
+        compared.look(base)
     family = families.of(base)
-    unchanged = runchecks.base_loaded(base, folder)
     if rows.rows.added:
         new_tokens.add_rows(base, rows.rows.added)
     expected = method.expected(base, family, config)
-    before = guards.start_of(base, rows.data.samples) if method.same_at_start else None
+    before = guards.start_of(base, rows.data.samples) if method.same_at_start and not apart else None
     model = adapters.attach(base, config)
     if expected is not None and rows.rows.added:
         expected |= adapters.row_sizes(model)
     if config.adapter is not None:
         adapters.load_into(model, adapters.locate(config.adapter))
-    return _Loaded(model, base, family, expected, before, unchanged)
+    shards = Shards(model, world, unread) if apart else None
+    if unread is not None:
+        unread.check()
+    if method.same_at_start and apart:
+        with adapters.disabled(model):
+            before = guards.start_of(model, rows.data.samples)
+    return _Loaded(model, base, family, expected, before, runchecks.base_loaded(compared), world, shards)
 
 
 def _prompts(rows: ReadRows, loaded: _Loaded, layout: Layout) -> tuple[ReadRows, list[Finding]]:
@@ -207,12 +245,14 @@ def _prompts(rows: ReadRows, loaded: _Loaded, layout: Layout) -> tuple[ReadRows,
 
 
 def _as_planned(request: Request, plan: plans.Plan, loaded: _Loaded) -> Request:
-    """What the plan chose, in the settings and on the model."""
+    """What the plan chose, in the settings and on the model; in shards, what that of process 0 did."""
     chosen: dict[str, object] = {"loss_rows": plan.loss_rows}
     if plan.parallel:
         chosen["parallel"] = plan.parallel
     if request.config.checkpointing == AUTO:
         chosen |= {"checkpointing": named(plan.recomputed), "offload": named(plan.waiting)}
+    if loaded.shards is not None:
+        chosen = {**loaded.world.decided(chosen), "parallel": "shard"}
     request = request.changed(**chosen)
     config = request.config
     checkpoint_blocks(loaded.model, loaded.family, config.checkpointing, config.offload)
@@ -229,12 +269,12 @@ def _check_model(request: Request, rows: ReadRows, loaded: _Loaded, layout: Layo
     config, model, samples = request.config, loaded.model, rows.data.samples
     probe = guards.probe(samples)
     findings = [*_check_weights(request, loaded, probe, layout), packing]
-    raise_refused(findings)
+    loaded.refuse(findings)
     highest = max([int(probe.ids.max()), *(token.id for token in rows.rows.added)])
     if loaded.before is not None and config.adapter is None:
         findings.append(guards.same_at_start(model, loaded.before, samples))
     findings += [guards.embeddings(model, highest), guards.nan_hidden(model, probe, layout)]
-    raise_refused(findings)
+    loaded.refuse(findings)
     findings += [guards.grad_reaches(model, probe, layout), guards.accumulation_equality(model, probe, layout)]
     findings += [runchecks.adapter_scale(model, config), stepchecks.reference_loss(model, samples, layout)]
     findings += [stepchecks.eval_dropout(model, probe, layout)]
@@ -285,6 +325,7 @@ def _job(request: Request, rows: ReadRows, loaded: _Loaded, ready: _Ready) -> Jo
         eval_every=eval_every,
         save_every=config.save_every or eval_every,
         lr=optim.peak_learning_rate(config),
+        shards=loaded.shards,
     )
 
 
@@ -292,22 +333,20 @@ def _total_steps(config: RunConfig, loader: Loader) -> int:
     return config.max_steps or loader.total_steps(config.epochs)
 
 
-def _compared(
-    request: Request,
-    rows: ReadRows,
-    loaded: _Loaded,
-    loader: Loader,
-    held_out: Units,
-    layout: Layout,
-    watch: Watcher,
-) -> tuple[Loader, Units]:
+def _reference(
+    request: Request, rows: ReadRows, loaded: _Loaded, layout: Layout, watch: Watcher
+) -> reference.Reference:
+    """The model before training."""
+    config = request.config
+    inputs = _inputs(config, Path(config.model), rows.data.encoder.template.as_dict())
+    return reference.Reference(loaded.model, config, layout, inputs, watch, loaded.world)
+
+
+def _compared(config: RunConfig, model: reference.Reference, loader: Loader, held_out: Units) -> tuple[Loader, Units]:
     """The loader and the held-out rows, with what the reference model gives their answers, where the objective needs
     that."""
-    config = request.config
     if not objectives.needs_reference(config):
         return loader, held_out
-    inputs = _inputs(config, Path(config.model), rows.data.encoder.template.as_dict())
-    model = reference.Reference(loaded.model, config, layout, inputs, watch)
     met = reference.met(loader.epoch_steps(0), _total_steps(config, loader))
     return replace(loader, samples=model.added(loader.samples, met)), model.added(held_out)
 

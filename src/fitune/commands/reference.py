@@ -28,6 +28,7 @@ from fitune.data.pipeline import cache_of
 from fitune.engine import environment
 from fitune.engine.objectives.base import log_probabilities
 from fitune.engine.out_of_memory import in_fewer
+from fitune.engine.parallel import ALONE, World
 from fitune.models import adapters
 from fitune.models.interfaces import CausalLM
 from fitune.models.switches import evaluating
@@ -47,6 +48,7 @@ class Reference:
         layout: how documents go through it.
         inputs: digests of its weights and of what else decides it.
         watch: what is done is reported to it.
+        world: the processes of a run whose model is in shards: all compute, unless process 0 has it already.
     """
 
     model: CausalLM
@@ -54,6 +56,7 @@ class Reference:
     layout: Layout
     inputs: Mapping[str, object]
     watch: Watcher
+    world: World = ALONE
 
     def added(self, units: Units, met: NDArray[np.int64] | None = None) -> Units:
         """Rows with the reference's log-probabilities; rows of samples as they are.
@@ -68,7 +71,10 @@ class Reference:
         found = np.full((len(units), 2), np.nan, np.float32)
         cache = cache_of(self.config, self.watch)
         name = self._key(units, numbers)
-        folder = cache.entry("reference", name, lambda path: self._write(path, units, numbers))
+        made: NDArray[np.float32] | None = None
+        if not self.world.alone and not self.world.decided(cache.newest("reference", name) is not None):
+            made = self._computed(units, numbers, self.config.batch_size)
+        folder = cache.entry("reference", name, lambda path: self._write(path, units, numbers, made))
         if folder.name in cache.found:
             self.watch.message(f"reference: log-probabilities of {len(numbers):,} rows from the cache")
         found[numbers] = load_file(folder / FILE)[NAME]
@@ -85,13 +91,13 @@ class Reference:
         code = [code_version(room) for room in rooms]
         return key(tokens.hexdigest(), settings, self.layout, units.common is None, dict(self.inputs), machine, code)
 
-    def _write(self, folder: Path, units: Pairs, numbers: NDArray[np.int64]) -> None:
-        found = in_fewer(
+    def _write(self, folder: Path, units: Pairs, numbers: NDArray[np.int64], made: NDArray[np.float32] | None) -> None:
+        found = made if made is not None else in_fewer(
             lambda rows: self._computed(units, numbers, rows),
             self.config.batch_size,
             "rows for the reference",
             self.watch.message,
-        )
+        )  # fmt: skip
         save_file({NAME: found}, folder / FILE)
 
     def _computed(self, units: Pairs, numbers: NDArray[np.int64], rows: int) -> NDArray[np.float32]:

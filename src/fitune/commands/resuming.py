@@ -200,7 +200,7 @@ def restore(
 
     Args:
         checks: of the run, whose seal was checked.
-        parameters, optimizer: get its values. None: its states are whole in the checkpoint, and will be in parts here.
+        parameters, optimizer: get its values. None: the model is in shards, and they are dealt out later.
         with_best: as for `newest`.
 
     Raises:
@@ -214,8 +214,8 @@ def restore(
         return None
     loaded = run.load(path)
     checks.add(savedchecks.resume_identity(loaded, parameters, len(run.read_steps())))
-    put(loaded, parameters)
     if optimizer is not None:
+        put(loaded, parameters)
         optim.load_state(optimizer, parameters, loaded.optimizer, loaded.optimizer_scalars)
     same = restore_rng(loaded.rng)
     checks.add(stepchecks.resume_exact(loaded, parameters, optimizer))

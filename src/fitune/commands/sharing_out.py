@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from fitune.core import parallel
 from fitune.core.config import RunConfig
+from fitune.core.errors import ConfigError
 from fitune.core.records import Batch
 from fitune.data.batches import Loader
 from fitune.engine.parallel import World
-from fitune.engine.shards import Shards
+from fitune.engine.shards import ELEMENTWISE, Shards
 
 Shared = tuple[list[Batch], torch.optim.Optimizer, float, list[Batch]]  # as StepRunner.step takes them
 
@@ -35,9 +37,50 @@ class Turn:
         return asdict(self)
 
 
-def in_shards(config: RunConfig, world: World) -> bool:
-    """Is the model of this run in shards?"""
-    return world.size > 1 and config.parallel == "shard"
+CONFIG = "config"  # what process 0 publishes, once it is resolved
+
+
+def check_shareable(config: RunConfig, device: torch.device) -> None:
+    """Can several processes share the steps of a run, on this machine?
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    here = parallel.size_here()
+    wrong = []
+    if config.optimizer_in_backward:
+        wrong.append("optimizer_in_backward applies each gradient before those of the other processes are there")
+    if config.parallel == "shard" and config.optimizer not in ELEMENTWISE:
+        wrong.append(
+            f"optimizer {config.optimizer}, which looks at whole tensors, on shards ({', '.join(ELEMENTWISE)})"
+        )
+    if config.frozen_cache in ("memory", "disk"):
+        wrong.append("frozen_cache keeps the states of rows in one process")
+    if device.type == "cuda" and here > torch.cuda.device_count():
+        wrong.append(f"{here} processes on {torch.cuda.device_count()} GPUs")
+    if wrong:
+        raise ConfigError(
+            "several processes cannot share the steps of this run",
+            received="; ".join(wrong),
+            fix="fewer --workers, or without the option that is named",
+        )
+
+
+def together(config: RunConfig, world: World, device: torch.device) -> None:
+    """From here on all processes of a run whose model goes into shards do the same: they read its weights.
+
+    Args:
+        config: of process 0, which the others get.
+        world: the processes.
+        device: of the model.
+
+    Raises:
+        ConfigError: they cannot share the run.
+    """
+    check_shareable(config, device)
+    if world.rank == 0:
+        world.publish_once(CONFIG, config.model_dump(mode="json"))
+    world.connect(device, config.collective_timeout)
 
 
 def share(

@@ -16,10 +16,10 @@ import torch
 
 from fitune.commands import frozen, resuming, train_summary
 from fitune.commands.active_run import ActiveRun, machine_load
-from fitune.commands.follow import CONFIG, check_shareable, meet
+from fitune.commands.follow import meet
 from fitune.commands.prepare import Job, prepare
 from fitune.commands.request import Request, to_train
-from fitune.commands.sharing_out import in_shards
+from fitune.commands.sharing_out import CONFIG, check_shareable
 from fitune.commands.signals import resumable, stop_on_signal
 from fitune.commands.train_end import finish
 from fitune.commands.train_loop import Training
@@ -131,7 +131,7 @@ def _train(begun_: _Run, resume: bool, outside: Mapping[str, int] | None) -> Res
         request = resuming.with_its_blocks(run, request)
     with determinism.exact(pick_device(request.config.device)):
         since = processor.moment()
-        job = prepare(request, watch, outside, begun_.clock)
+        job = prepare(request, watch, outside, begun_.clock, begun_.world)
         job.findings += machine_load(job, since)
         train_summary.show(job, watch)
         if again:
@@ -150,7 +150,7 @@ def _publish(world: World, job: Job) -> None:
         ConfigError: this run cannot be shared.
     """
     if world.size > 1:
-        check_shareable(job)
+        check_shareable(job.config, job.tuned.device)
         world.log_to(RunFolder(str(job.config.output)).path, all_of_it=False)
         world.publish_once(CONFIG, job.config.model_dump(mode="json"))
 
@@ -172,7 +172,7 @@ def _go(active: ActiveRun, *, resume: bool, again: bool) -> Result:
     active.clock.ends(REHEARSAL)
     if active.world.size > 1:
         active.world.publish("deterministic", not torch.is_deterministic_algorithms_warn_only_enabled())
-        meet(active.world, job, job.config.model_dump(mode="json"))
+        meet(active.world, job)
     anew = not (going_on and resuming.has_begun(run))
     active.world.decided({"anew": anew})
     with resumable(run), _below(active, runner):
@@ -218,7 +218,7 @@ def _rehearsed(active: ActiveRun, runner: StepRunner, *, known: bool) -> Rehears
         runner.parts = measured["micro_batch_parts"]
         determinism.strict(measured.get("deterministic", True))
         return None
-    if in_shards(job.config, active.world):  # whole gradients are what shards are there to avoid
+    if job.shards is not None:  # whole gradients are what shards are there to avoid
         determinism.strict(job.tuned.device.type == "cpu")
         return None
     rehearsal = rehearse(job, runner)

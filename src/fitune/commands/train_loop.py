@@ -20,7 +20,7 @@ import torch
 from fitune.checks import guards, stepchecks
 from fitune.commands import resuming
 from fitune.commands.active_run import ActiveRun
-from fitune.commands.sharing_out import Turn, in_shards, share
+from fitune.commands.sharing_out import Turn, share
 from fitune.commands.signals import interrupted
 from fitune.core import processor
 from fitune.core.clock import BEFORE, CHECKPOINTS, EVALUATION, STEPS
@@ -32,7 +32,7 @@ from fitune.engine import integrity, optim
 from fitune.engine.checkpoint import Loaded
 from fitune.engine.held_out import HeldOut
 from fitune.engine.loss_scale import LossScale
-from fitune.engine.shards import share_out
+from fitune.engine.shards import Saved
 from fitune.engine.step import StepResult
 from fitune.engine.step_runner import StepRunner
 from fitune.memory.storage import STATES
@@ -101,7 +101,8 @@ class Training:
         self.parameters = trainable(self.model)
         self.optimizer = self._make(self.parameters)
         self.progress = Progress()
-        self.states: tuple[dict[str, torch.Tensor], dict[str, object]] = ({}, {})  # whole, of a model in shards
+        self.runner.shards = self.active.shards
+        self.saved: Saved | None = None  # of a model in shards: of a checkpoint, not yet dealt out
         self.next_rows: str | None = None  # digest of the rows of the next step, where a checkpoint named them
         self.with_best = self.config.final == "best" or self.config.patience is not None
 
@@ -192,10 +193,9 @@ class Training:
         end = progress.step if progress.patience_is_over(self.config) else self.total
         how = {"step": progress.step, "end": end, "parts": self.runner.parts, "scale": [scale.value, scale.fine]}
         world = self.runner.world
-        if in_shards(self.config, world):
-            shards, self.optimizer, _ = share_out(self.model, world, self._make, how, self.states)
-            self.states = ({}, {})
-            self.runner.shards = self.active.shards = shards
+        if self.runner.shards is not None:
+            self.optimizer, _ = self.runner.shards.begin(self._make, how, self.saved)
+            self.saved = None
         else:
             world.begin(self.parameters, self.optimizer, how)
 
@@ -249,11 +249,11 @@ class Training:
 
     def _restore(self) -> None:
         """Go on from the newest checkpoint that fits, where there is one."""
-        apart = in_shards(self.config, self.active.world)
-        optimizer = None if apart else self.optimizer
+        optimizer = None if self.runner.shards is not None else self.optimizer
         loaded = resuming.restore(self.active.checks, self.parameters, optimizer, with_best=self.with_best)
         if loaded is not None:
-            self.states = (loaded.optimizer, loaded.optimizer_scalars) if apart else self.states
+            if self.runner.shards is not None:
+                self.saved = Saved(loaded.trainable, loaded.optimizer, loaded.optimizer_scalars)
             saved = parse(_Saved, loaded.state, str(self.active.folder.checkpoint(loaded.step) / "state.json"))
             self.progress = Progress(loaded.step, *saved.best, worse=saved.worse, bad=saved.bad)
             self.next_rows = saved.next_rows

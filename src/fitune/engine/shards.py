@@ -1,6 +1,7 @@
 """A model whose blocks are shared out: each process keeps its part of their weights, gradients and states.
 
-In: a whole model, the same in every process. Out: the same steps, on shards. torch's FSDP2 (`fully_shard`, a group for
+In: a model, the same in every process, whole or with blocks that are read here, one after the other (`Unread`). Out:
+the same steps, on shards. torch's FSDP2 (`fully_shard`, a group for
 each block; Zhao et al. 2023, arXiv:2304.11277) gathers the weights of a block before its forward and its backward pass,
 and gives each process its part of the sum of their gradients; frozen weights travel in the dtype that they are kept in.
 What is not in a block (embedding, last norm, head) is whole in every process. The optimizer works on plain tensors that
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,43 +52,74 @@ class _WithoutGradient(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint has, whole, in main memory: what is trained, the optimizer's states, its other values."""
+
+    trained: Mapping[str, Tensor]
+    states: Mapping[str, Tensor]
+    scalars: Mapping[str, object]
+
+
+class Unread(Protocol):
+    """Blocks whose values are still in files (models/by_blocks.py)."""
+
+    def fill(self, block: nn.Module) -> set[int]:
+        """Give a block its values; ids of the parameters that have those of the files."""
+
+
 @dataclass
 class Shards:
     """The shards of a model.
 
     Args:
-        model: is shared out, and stays so.
+        model: is shared out, and stays so. What process 0 trains, all have afterwards.
         world: the processes.
+        unread: of its blocks; None: they are whole.
     """
 
     model: nn.Module
     world: World
+    unread: Unread | None = None
     local: dict[str, nn.Parameter] = field(default_factory=dict)  # what the optimizer of this process updates
 
     def __post_init__(self) -> None:
-        last_block_is_ready(self.model)  # tried on a model of one block, which must not be taken for the root of all
-        for _, layer in quant.layers(self.model):
-            quant.keep_apart(layer)
         attached.of(self.model).copies = nullcontext
         inner = causal_lm(self.model)
-        blocks = list(families.of(inner).block_list(inner))
-        inside = {id(p) for block in blocks for p in block.parameters()}
-        outside = {p for p in inner.base_model.parameters() if id(p) not in inside}
-        with _WithoutGradient():
-            for block in blocks:
-                parameters = list(block.parameters())
-                fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
-                for parameter in parameters:  # before the next block's parts are made
-                    parameter.data = parameter.data.new_empty(0)
-            fully_shard(inner.base_model, mesh=self.mesh, ignored_params=outside)
+        *others, last = families.of(inner).block_list(inner)
+        blocks = [last, *others]
+        known = self._filled(last)
+        last_block_is_ready(self.model)  # tried on a model of one block, which must not be taken for the root of all
+        for block in blocks:
+            self._cut(block, known if block is last else self._filled(block))
+        outside = {p for p in inner.base_model.parameters() if not isinstance(p, DTensor)}
+        fully_shard(inner.base_model, mesh=self.mesh, ignored_params=outside)
         for whole in (*blocks, inner.base_model):
             module = cast(FSDPModule, whole)
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the weight of the whole step
             module.set_force_sum_reduction_for_comms(True)
+        for parameter in self.outside:
+            self.world.broadcast(parameter.data)
         self.local = {
             name: nn.Parameter(p.to_local().detach()) if isinstance(p, DTensor) else p
             for name, p in trainable(self.model).items()
         }
+
+    def _filled(self, block: nn.Module) -> set[int]:
+        return set() if self.unread is None else self.unread.fill(block)
+
+    def _cut(self, block: nn.Module, known: set[int]) -> None:
+        """Keep a part of a block that is whole. known: ids of what all processes have from the same files."""
+        for _, layer in quant.layers(block):
+            quant.keep_apart(layer)
+        parameters = list(block.parameters())
+        for parameter in parameters:
+            if parameter.requires_grad and id(parameter) not in known:
+                self.world.broadcast(parameter.data)
+        with _WithoutGradient():
+            fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
+        for parameter in parameters:  # before the next block's parts are made
+            parameter.data = parameter.data.new_empty(0)
 
     @cached_property
     def mesh(self) -> DeviceMesh:
@@ -136,20 +168,55 @@ class Shards:
         for parameter in (*self.local.values(), *trainable(self.model).values()):
             parameter.grad = None
 
+    # ---- where a run stands ----
+
+    def begin(
+        self,
+        make: Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer],
+        progress: Mapping[str, Any],
+        saved: Saved | None = None,
+    ) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
+        """From where process 0 stands; it alone has what is saved.
+
+        Args:
+            make: the run's optimizer of some tensors.
+            progress: numbers; JSON.
+            saved: of a checkpoint; None: the run begins, or this is not process 0.
+
+        Returns:
+            The optimizer of the shards, with its states, and the progress of process 0.
+        """
+        states, scalars = ({}, {}) if saved is None else (saved.states, saved.scalars)
+        forms = {name: [str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in states.items()}
+        how = {"states": forms, "scalars": scalars, "progress": dict(progress), "again": saved is not None}
+        begun = self.world.decided(how)
+        if begun["again"]:
+            self.put({} if saved is None else saved.trained)
+        made = make(self.local)
+        mine = {
+            name: self._dealt(name.rpartition("|")[0], states.get(name), torch.Size(shape), getattr(torch, dtype))
+            for name, (dtype, shape) in begun["states"].items()
+        }
+        optim.load_state(made, self.local, mine, begun["scalars"])
+        progress_: dict[str, Any] = begun["progress"]
+        return made, progress_
+
+    def _dealt(self, name: str, whole: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """This process's part of a tensor of process 0 that is as large as the named parameter; the tensor itself,
+        where that is in no block, or where it is of another size."""
+        parameter = trainable(self.model)[name]
+        if isinstance(parameter, DTensor) and shape == parameter.shape:
+            mine = torch.empty(parameter.to_local().shape, dtype=dtype)
+            self.world.dealt(whole, mine)
+            return mine
+        whole = torch.empty(shape, dtype=dtype) if whole is None else whole
+        self.world.broadcast(whole)
+        return whole
+
     # ---- whole tensors ----
 
-    def part_of(self, name: str, whole: Tensor) -> Tensor:
-        """This process's part of a tensor that is as large as the named parameter; the tensor itself, where that is in
-        no block, or where it is of another size."""
-        parameter = trainable(self.model)[name]
-        if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
-            return whole
-        parts = whole.chunk(self.world.size)
-        mine = parts[self.world.rank] if self.world.rank < len(parts) else whole[:0]
-        return mine.clone()
-
     def late(self, name: str, mine: Tensor) -> Late:
-        """A tensor as `part_of` gave the part of it, whole for process 0 once all processes make it."""
+        """A tensor of which this process has a part, or all of it, whole for process 0 once all processes make it."""
         parameter = trainable(self.model)[name]
         apart = isinstance(parameter, DTensor) and mine.shape == parameter.to_local().shape
 
@@ -223,35 +290,15 @@ def attend(tensors: Mapping[str, Late]) -> None:
         one.make()
 
 
-def share_out(
-    model: nn.Module,
-    world: World,
-    make: Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer],
-    progress: Mapping[str, Any],
-    states: tuple[Mapping[str, Tensor], Mapping[str, object]] = ({}, {}),
-) -> tuple[Shards, torch.optim.Optimizer, dict[str, Any]]:
-    """Share out a model, from where process 0 stands.
-
-    Args:
-        model: whole; the same in all processes but for what is trained.
-        world: the processes.
-        make: the run's optimizer of some tensors.
-        progress: numbers, of process 0; JSON.
-        states: whole, in main memory, and other values of the optimizer, as a checkpoint has them; of process 0.
-
-    Returns:
-        The shards, their optimizer with the states of process 0, and the progress of process 0.
-    """
-    world.spread(trainable(model))
-    tensors, scalars = states
-    forms = {name: [str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in tensors.items()}
-    begun = world.decided({"states": forms, "scalars": scalars, "progress": dict(progress)})
-    shards = Shards(model, world)
-    mine = {}
-    for name, (dtype, shape) in begun["states"].items():
-        whole = tensors[name] if world.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
-        world.broadcast(whole)
-        mine[name] = shards.part_of(name.rpartition("|")[0], whole)
-    made = make(shards.local)
-    optim.load_state(made, shards.local, mine, begun["scalars"])
-    return shards, made, begun["progress"]
+@contextmanager
+def gathered(model: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Inside, the block of a model in shards that a module belongs to is whole; what is written into it is lost. All
+    processes must ask."""
+    blocks = [one for one in model.modules() if isinstance(one, FSDPModule) and module in set(one.modules())]
+    for block in blocks[-1:]:  # the innermost
+        block.unshard()
+    try:
+        yield
+    finally:
+        for block in blocks[-1:]:
+            block.reshard()

@@ -6,14 +6,16 @@ step the weights, gradients and states of blocks count as its part of them (engi
     forward     two blocks: the one at work, and the buffer that it came in
     backward    two blocks, the one at work and the buffer of the next one; all gradients of the block at work, and
                 those of the one before it in the buffer that they are summed from
-    load        the whole model, and as it is shared out this process's part of one block
+    load        read by blocks (models/by_blocks.py): one block, as it was read; and what the method trains in blocks,
+                whole before these are read. Else the whole model, and as it is shared out this process's part of one
+                block
     checkpoint  on a CPU, of process 0: one tensor of what is trained, or of its states, whole (the largest)
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -23,7 +25,7 @@ from fitune.core.config import RunConfig
 from fitune.core.plan import Holding, Moment, Plan, Point, size_text
 from fitune.engine.shards import ELEMENTWISE
 from fitune.memory.storage import GRADIENTS, OTHER, STATES, TRAINABLE, WEIGHTS
-from fitune.models import families
+from fitune.models import by_blocks, families, quant
 from fitune.models.interfaces import causal_lm
 from fitune.models.parts import trainable
 
@@ -41,7 +43,7 @@ def able(config: RunConfig) -> bool:
 class Blocks:
     """Bytes. frozen, trained: weights in blocks. largest: of all weights of a block. gradients: of the block that has
     most of them. tensor: of the largest trained tensor in a block. share: of all that is trained, what is in
-    blocks."""
+    blocks. one_by_one: they are read so."""
 
     frozen: int
     trained: int
@@ -49,10 +51,11 @@ class Blocks:
     gradients: int
     tensor: int
     share: float
+    one_by_one: bool = False
 
 
-def blocks_of(model: nn.Module) -> Blocks:
-    """The sizes of a model's blocks, on meta or real."""
+def blocks_of(model: nn.Module, config: RunConfig) -> Blocks:
+    """The sizes of a model's blocks, on meta or real, in a run with these settings."""
     inner = causal_lm(model)
     frozen = trained = largest = gradients = tensor = 0
     for block in families.of(inner).block_list(inner):
@@ -62,7 +65,8 @@ def blocks_of(model: nn.Module) -> Blocks:
         frozen, trained = frozen + sum(sizes.values()) - mine, trained + mine
         largest, gradients = max(largest, sum(sizes.values())), max(gradients, mine)
     every = sum(p.numel() * p.element_size() for p in trainable(model).values())
-    return Blocks(frozen, trained, largest, gradients, tensor, trained / max(1, every))
+    able = by_blocks.able(config, inner, quant.name_of(inner))
+    return Blocks(frozen, trained, largest, gradients, tensor, trained / max(1, every), able)
 
 
 def chosen(plan: Plan, config: RunConfig, processes: int, model: Callable[[], nn.Module]) -> Plan:
@@ -79,7 +83,7 @@ def chosen(plan: Plan, config: RunConfig, processes: int, model: Callable[[], nn
     whole = replace(plan, parallel="replicate", budget=budget_of(plan.budget, plan.device, processes))
     if config.parallel == "replicate" or not able(config) or (config.parallel == "auto" and whole.fits is not False):
         return whole
-    parts = planned(whole, blocks_of(model()), processes)
+    parts = planned(whole, blocks_of(model(), config), processes)
     return parts if config.parallel == "shard" or parts.needed < plan.needed else whole
 
 
@@ -131,6 +135,8 @@ def planned(plan: Plan, blocks: Blocks, processes: int) -> Plan:
 def _parts(point: Point, blocks: Blocks, processes: int, device: str) -> dict[str, int]:
     """What is there at a moment."""
     phase, parts = point.phase, point.parts
+    if phase == "load" and blocks.one_by_one:
+        return _read(parts, blocks, processes)
     if phase not in IN_SHARDS:
         more = blocks.largest // processes if phase == "load" else 0
         return {**parts, **({OTHER: parts.get(OTHER, 0) + more} if more else {})}
@@ -154,4 +160,16 @@ def _parts(point: Point, blocks: Blocks, processes: int, device: str) -> dict[st
         found[GRADIENTS] += 0 if gradients else exchanged // processes
     if phase == "checkpoint" and device == "cpu":
         found[OTHER] += blocks.tensor
+    return {name: size for name, size in found.items() if size > 0}
+
+
+def _read(parts: Mapping[str, int], blocks: Blocks, processes: int) -> dict[str, int]:
+    """What is there at most while blocks are read: as the last one is, or as the first one is, before all others that
+    the method has put something on."""
+    left = 1 - 1 / processes
+    found = Counter(parts)
+    found[WEIGHTS] -= int(blocks.frozen * left)
+    found[TRAINABLE] -= int(blocks.trained * left)
+    first = int(blocks.trained * left) - blocks.frozen // processes if blocks.frozen else 0
+    found[OTHER] += blocks.largest + max(0, first)
     return {name: size for name, size in found.items() if size > 0}

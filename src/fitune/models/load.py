@@ -79,6 +79,77 @@ def load_model(
     Raises:
         ModelError: the folder or the adapter cannot be used.
     """
+    files = opened(folder, precision=precision, device=device, quant=quant, storage=storage)
+    return load_files(files, adapter, plain=plain)
+
+
+def load_files(files: Files, adapter: str | Path | None = None, *, plain: bool = False) -> CausalLM:
+    """The same, from files that were opened."""
+    model, info = files.read()
+    files.strict(info)
+    if plain:
+        quants.dequantize(model, DTYPES[files.precision])
+        quants.forget(model)
+    return ready(model, files.precision, adapter)
+
+
+@dataclass(frozen=True)
+class Files:
+    """A model's files, and how they are to be read. options: how it is quantized, in its folder or while it is read."""
+
+    path: Path
+    config: Config
+    options: QuantOptions
+    precision: str
+    device: str
+    storage: str
+
+    @property
+    def kept(self) -> torch.dtype:
+        """The dtype of what is not quantized."""
+        return DTYPES[self.precision if self.storage == "auto" else self.storage]
+
+    def read(self, kind: type | None = None) -> tuple[CausalLM, dict[str, Any]]:
+        """The model in its dtypes, on its device; and what the loader says of missing and left-over tensors.
+
+        Args:
+            kind: its class; None: transformers' own.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        settings: dict[str, Any] = {"dtype": self.kept}
+        settings |= _quantized(self.path, self.config, self.options, self.precision, self.device)
+        if not isinstance(self.options, Stored) and torch.device(self.device).type == "cuda":
+            settings["device_map"] = {"": self.device}  # each tensor goes there as it is read: main memory never holds
+        try:
+            model, info = _read(self.path, self.config, settings, kind)
+        except Exception as error:  # safetensors, shapes, memory: each is reported as it is
+            raise ModelError(f"{self.path}: cannot be loaded", received=" ".join(str(error).split())[:400]) from error
+        if isinstance(self.options, Stored):
+            model.config.quantization_config = self.config.quantization_config  # type: ignore[attr-defined]  # not the loader's
+        experts.was_read(model)
+        attached.of(model).tower = towers.of(self.path)
+        if self.options.name == "none":
+            model = model.to(self.device)
+        else:
+            _adopt(model, self.options.name, self.precision, self.storage)
+        return model, info
+
+    def strict(self, info: Mapping[str, Any]) -> None:
+        """See load_strict."""
+        options = self.options
+        load_strict(self.path, info, quants.packing(options.name).spare if isinstance(options, Stored) else ())
+
+
+def opened(
+    folder: str | Path, *, precision: str, device: str, quant: QuantOptions | str, storage: str = "auto"
+) -> Files:
+    """The files of a model, whole as far as their headers say; as for `load_model`.
+
+    Raises:
+        ModelError: the folder cannot be used.
+    """
     if precision not in DTYPES:
         raise ModelError(f"precision {precision!r}", expected=", ".join(DTYPES))
     path = locate(str(folder))
@@ -89,24 +160,7 @@ def load_model(
     wanted = quant_options(quant) if isinstance(quant, str) else quant
     options = quantized_as(config)
     options = wanted if options.name == "none" else options
-    settings: dict[str, Any] = {"dtype": DTYPES[precision if storage == "auto" else storage]}
-    settings |= _quantized(path, config, options, precision, device)
-    if not isinstance(options, Stored) and torch.device(device).type == "cuda":
-        settings["device_map"] = {"": device}  # each tensor goes there as it is read: main memory never holds the model
-    spare = quants.packing(options.name).spare if isinstance(options, Stored) else ()
-    model = _read_strict(path, config, settings, spare)
-    if isinstance(options, Stored):
-        model.config.quantization_config = config.quantization_config  # type: ignore[attr-defined]  # not the loader's
-    experts.was_read(model)
-    attached.of(model).tower = towers.of(path)
-    if options.name == "none":
-        model = model.to(device)
-    else:
-        _adopt(model, options.name, precision, storage)
-    if plain:
-        quants.dequantize(model, DTYPES[precision])
-        quants.forget(model)
-    return ready(model, precision, adapter)
+    return Files(path, config, options, precision, device, storage)
 
 
 def _quantized(path: Path, config: Config, options: QuantOptions, precision: str, device: str) -> dict[str, Any]:
@@ -143,41 +197,29 @@ def outline(config: Config, *, precision: str, quant: QuantOptions = quants.PLAI
     return ready(model, precision)
 
 
-def _read_strict(path: Path, config: Config, settings: Mapping[str, object], spare: tuple[str, ...] = ()) -> CausalLM:
-    """transformers' model with every tensor of its files, but those whose names end as these spare ones do.
-
-    Raises:
-        ModelError: it cannot be read, or its tensors are not those that config.json describes.
-    """
-    try:
-        model, info = _read(path, config, settings)
-    except Exception as error:  # safetensors, shapes, memory: each is reported as it is
-        raise ModelError(f"{path}: cannot be loaded", received=" ".join(str(error).split())[:400]) from error
-    load_strict(path, info, spare)
-    return model
-
-
-def _read(path: Path, config: Config, settings: Mapping[str, Any]) -> tuple[CausalLM, dict[str, Any]]:
-    """transformers' model, and what it says of missing and left-over tensors."""
+def _read(path: Path, config: Config, settings: Mapping[str, Any], kind: Any = None) -> tuple[CausalLM, dict[str, Any]]:
+    """transformers' model, and what it says of missing and left-over tensors. kind: its class; None: its own."""
     if isinstance(settings.get("quantization_config"), Reading):
         config = deepcopy(config)  # packed by others: transformers would look for their library
         del config.quantization_config  # type: ignore[attr-defined]  # of packed models alone
     settings = {**settings, "config": config, "output_loading_info": True}
     if is_original(path):
         # tensors are mapped, not read: each is copied, and quantized, when its turn comes
-        found: tuple[CausalLM, dict[str, Any]] = GlmForCausalLM.from_pretrained(
+        found: tuple[CausalLM, dict[str, Any]] = (kind or GlmForCausalLM).from_pretrained(
             None, state_dict=dict(original.tensors(weights.tensors(path), config)), **settings
         )
         return found
     tower = towers.of(path)
     if tower is not None or weights.is_bin(path):
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        kind = kind or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         there = weights.tensors(path)
         state = dict(there if tower is None else towers.tensors(there))
         unpacked: tuple[CausalLM, dict[str, object]] = kind.from_pretrained(None, state_dict=state, **settings)
         return unpacked
-    loaded: tuple[CausalLM, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-        str(path), trust_remote_code=False, use_safetensors=True, local_files_only=True, **settings
+    if kind is None:
+        settings["trust_remote_code"] = False
+    loaded: tuple[CausalLM, dict[str, Any]] = (kind or AutoModelForCausalLM).from_pretrained(
+        str(path), use_safetensors=True, local_files_only=True, **settings
     )
     return loaded
 

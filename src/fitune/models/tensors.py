@@ -9,8 +9,15 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 ITEMS = 2**20  # numbers in a piece: 8 MiB as int64; a multiple of what a fingerprint's factors repeat after
+
+
+def here(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: of one in shards its part, which shares its memory; else the tensor."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def pieces(tensor: Tensor, items: int = ITEMS) -> Iterator[tuple[int, Tensor]]:

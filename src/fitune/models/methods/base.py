@@ -61,6 +61,10 @@ class Method:
     def check(self, config: RunConfig) -> None:
         """Raises ConfigError where the settings do not go together. No model is needed."""
 
+    def reads_weights(self, config: RunConfig) -> bool:
+        """Does `attach` look at the values of the blocks' weights, and not at their shapes alone?"""
+        return False
+
     def rates(self, config: RunConfig, name: str) -> float:
         """The learning rate of a parameter, in times of the run's."""
         return 1.0

@@ -126,6 +126,10 @@ class Lora(Method):
         saved = [f"{path}.weight" for path in _saved_paths(model, config)]
         return trains_quantized(saved, quantized)
 
+    def reads_weights(self, config: RunConfig) -> bool:
+        """PiSSA's singular vectors, DoRA's norms, and whole modules, which are copied."""
+        return config.lora.init == "pissa" or config.lora.dora or bool(config.lora.save)
+
     def rates(self, config: RunConfig, name: str) -> float:
         """LoRA+: B learns faster."""
         return config.lora.b_rate if ".lora_B." in name else 1.0

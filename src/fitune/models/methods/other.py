@@ -44,6 +44,10 @@ class Other(Method):
         self.name = f"{START}{kind}"
         self.kind = kind
 
+    def reads_weights(self, config: RunConfig) -> bool:
+        """Some do (PEFT's OFT, VB-LoRA, ...)."""
+        return True
+
     def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         maker = PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]

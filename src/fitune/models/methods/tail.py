@@ -52,6 +52,10 @@ class Tail(Method):
     default_lr = 2e-4
     why_lr = "the new layers start at zero and the base stays (LLaMA Pro uses 2e-4)"
 
+    def reads_weights(self, config: RunConfig) -> bool:
+        """New blocks are copies."""
+        return config.tail.kind != "mlp"
+
     def attach(self, model: CausalLM, family: Family, config: RunConfig) -> CausalLM:
         """See Method.attach."""
         expected = self.expected(model, family, config)
