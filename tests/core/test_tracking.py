@@ -53,6 +53,23 @@ def test_a_tracker_gets_the_run_its_steps_and_its_end_and_goes_on_as_the_same(tm
     assert (again.run.id, again.run.step) == ("my-id", 2)
 
 
+@pytest.mark.parametrize(
+    ("seen", "logged"), [(0, [1, 2, 3, 4, 5]), (1, [2, 3, 4, 5]), (4, [5]), (9, []), (None, [4, 5])]
+)
+def test_a_tracker_gets_what_a_killed_process_kept_from_it_and_nothing_twice(
+    tmp_path: Path, seen: int | None, logged: list[int]
+) -> None:
+    """The run goes on from step 3 and makes 4 and 5; the tracker has all up to `seen`, or does not know."""
+
+    class Keeping(Fake):
+        def seen(self, run: TrackedRun) -> int:
+            return super().seen(run) if seen is None else seen
+
+    fake = Keeping()
+    assert follow(tmp_path / "run", {"fake": lambda: fake}, [4, 5], done=3).messages == []
+    assert fake.calls == [*((step, 2.0 / step) for step in logged), True]
+
+
 def test_the_end_says_whether_the_run_failed(tmp_path: Path) -> None:
     fake = Fake()
     follow(tmp_path, {"fake": lambda: fake}, [1])

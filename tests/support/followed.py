@@ -29,9 +29,9 @@ def record(step: int) -> StepRecord:
 def follow(
     run: Path, some: Mapping[str, Callable[[], Tracker]], steps: Sequence[int], done: int = 0, project: str = "p"
 ) -> Heard:
-    """A run of these steps."""
-    heard = Heard()
-    with tracked(run, some, {"track_project": project, "lora": {"rank": 8}, "lr": None, "data": ["a"]}, heard) as watch:
+    """A run of these steps, behind those that steps.jsonl has."""
+    heard, settings = Heard(), {"track_project": project, "lora": {"rank": 8}, "lr": None, "data": ["a"]}
+    with tracked(run, some, settings, heard, lambda: [record(step) for step in range(1, done + 1)]) as watch:
         watch.start(10, done, "cpu")
         for step in steps:
             watch.step(record(step))

@@ -78,7 +78,8 @@ def train(
             request = replace(request, processes=world.size)
             clock.ends(REQUEST)
             settings = request.config.model_dump(mode="json")
-            watch = stack.enter_context(tracked(run.path, _trackers(request.config, callbacks), settings, watch))
+            some = _trackers(request.config, callbacks)
+            watch = stack.enter_context(tracked(run.path, some, settings, watch, run.read_steps))
             return _train(_Run(run, request, watch, clock, world), resume, outside)
     finally:
         watch.stop()

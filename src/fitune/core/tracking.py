@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Protocol
@@ -68,6 +69,13 @@ class Tracker(Protocol):
     def start(self, run: TrackedRun) -> str:
         """The run begins, or goes on: with `run.id` the same curve continues. Gives the tracker's own id of the run."""
         return ""
+
+    def seen(self, run: TrackedRun) -> int:
+        """The last step that the tracker has of the run, asked after `start`. Of a run that goes on the steps behind it
+        are logged first, from steps.jsonl, and those up to it not again: what a killed process had not passed on is
+        missing in a tracker, and steps behind the checkpoint are made twice. Without this function every step that is
+        made is logged."""
+        return run.step
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """An optimizer step was made: train/loss, train/lr, ..., and eval/loss where it was evaluated."""
@@ -133,6 +141,7 @@ class _Feed:
         self.queue: Queue[tuple[int, dict[str, float]]] = Queue(WAITING)
         self.thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self.closing = threading.Event()
+        self.before: Sequence[StepRecord] = ()  # steps of steps.jsonl
         self.ok, self.lost, self.problem, self.reported = True, 0, "", False
 
     def put(self, step: int, values: dict[str, float]) -> None:
@@ -168,8 +177,10 @@ class _Feed:
             found = self._call(tracker, "start", self.run)
             if found and found != self.run.id:
                 write_json(self.run.folder.parent / f"{self.run.folder.name}.json", {"id": found})
-            for step, values in self._steps():
-                self._call(tracker, "log", step, values)
+            seen = tracker.seen(self.run) if hasattr(tracker, "seen") else self.run.step
+            for step, values in chain(self._before(), self._steps()):
+                if step > seen:
+                    self._call(tracker, "log", step, values)
             self._call(tracker, "end", self.ok)
         except BaseException as error:  # a library may raise what is no Exception; nothing of it ends the run
             self.problem = " ".join(str(error).split())[:300] or type(error).__name__
@@ -180,6 +191,9 @@ class _Feed:
         found = None if function is None else function(*arguments)
         return found if isinstance(found, str) else ""
 
+    def _before(self) -> Iterator[tuple[int, dict[str, float]]]:
+        return ((record.step, figures(record)) for record in self.before if record.step <= self.run.step)
+
     def _steps(self) -> Iterator[tuple[int, dict[str, float]]]:
         """The steps, until the run is over and all are taken."""
         while not self.closing.is_set() or not self.queue.empty():
@@ -188,15 +202,18 @@ class _Feed:
 
 
 class _Feeds(Watcher):
-    """Passes a run on to its trackers, and reports their problems to its watcher."""
+    """Passes a run on to its trackers, and reports their problems to its watcher. before: gives the steps of
+    steps.jsonl."""
 
-    def __init__(self, feeds: Sequence[_Feed], watch: Watcher) -> None:
-        self.feeds, self.watch, self.started = feeds, watch, False
+    def __init__(self, feeds: Sequence[_Feed], watch: Watcher, before: Callable[[], Sequence[StepRecord]]) -> None:
+        self.feeds, self.watch, self.before, self.started = feeds, watch, before, False
 
     def start(self, total: int, done: int, device: str) -> None:
         """See Watcher."""
         self.started = True
+        before = self.before() if done else ()
         for feed in self.feeds:
+            feed.before = before
             feed.run = replace(feed.run, step=done, total=total)
             feed.thread.start()
 
@@ -227,7 +244,11 @@ class _Feeds(Watcher):
 
 @contextmanager
 def tracked(
-    run: Path, trackers: Mapping[str, Callable[[], Tracker]], settings: Mapping[str, object], watch: Watcher
+    run: Path,
+    trackers: Mapping[str, Callable[[], Tracker]],
+    settings: Mapping[str, object],
+    watch: Watcher,
+    before: Callable[[], Sequence[StepRecord]] = tuple,
 ) -> Iterator[Watcher]:
     """Inside, what is reported to the watcher that this gives goes to the trackers, too.
 
@@ -236,13 +257,14 @@ def tracked(
         trackers: by name, what makes each.
         settings: of the run, as `RunConfig.model_dump` gives them.
         watch: the run's watcher; problems of trackers are reported to it.
+        before: gives the steps that the run made before; asked where it goes on.
     """
     if not trackers:
         yield watch
         return
     flat = _flat(settings)
     feeds = [_Feed(name, make, _described(run, name, flat)) for name, make in trackers.items()]
-    them, ok = _Feeds(feeds, watch), False
+    them, ok = _Feeds(feeds, watch, before), False
     try:
         yield Several([watch, them])
         ok = True

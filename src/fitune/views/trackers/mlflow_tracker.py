@@ -1,6 +1,6 @@
 """MLflow: at $MLFLOW_TRACKING_URI, else in a database of the run folder; newer versions refuse a folder of files.
 
-In: the events of a run. Out: its metrics. A run that goes on is the same run; steps that it has are not logged again.
+In: the events of a run. Out: its metrics. A run that goes on is the same run.
 """
 
 from __future__ import annotations
@@ -25,12 +25,9 @@ class MLflow(Tracker):
         run.folder.mkdir(parents=True, exist_ok=True)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run.folder / 'mlflow.db').absolute().as_posix()}"
         self.client: Any = MlflowClient(tracking_uri=uri)
-        self.last = 0
         if run.id:
             self.run = run.id
             self.client.set_terminated(self.run, "RUNNING")
-            there = self.client.get_metric_history(self.run, "train/loss")
-            self.last = max((one.step for one in there), default=0)
             return run.id
         known = self.client.get_experiment_by_name(run.project)
         experiment = known.experiment_id if known else self.client.create_experiment(run.project)
@@ -40,13 +37,16 @@ class MLflow(Tracker):
         self.client.log_batch(self.run, params=[Param(n, str(value)[:MOST]) for n, value in run.settings.items()])
         return str(self.run)
 
+    def seen(self, run: TrackedRun) -> int:
+        """See Tracker."""
+        return max((one.step for one in self.client.get_metric_history(self.run, "train/loss")), default=0)
+
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """See Tracker."""
         from mlflow.entities import Metric
 
-        if step > self.last:
-            now = int(time.time() * 1000)
-            self.client.log_batch(self.run, metrics=[Metric(name, value, now, step) for name, value in figures.items()])
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run, metrics=[Metric(name, value, now, step) for name, value in figures.items()])
 
     def end(self, ok: bool) -> None:
         """See Tracker."""

@@ -70,6 +70,11 @@ class Silent(Tracker):
         with silent():
             return self.inner.start(run)
 
+    def seen(self, run: TrackedRun) -> int:
+        """See Tracker."""
+        with silent():
+            return self.inner.seen(run)
+
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """See Tracker."""
         with silent():

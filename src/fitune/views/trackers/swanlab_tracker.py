@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fitune.core.tracking import TrackedRun, Tracker
+from fitune.views.trackers.offline_log import records
 
 
 class SwanLab(Tracker):
@@ -30,7 +31,11 @@ class SwanLab(Tracker):
             mode=mode,
             **({"id": run.id, "resume": "allow"} if run.id else {}),
         )
-        return str(getattr(getattr(self.run, "public", None), "run_id", "") or run.name)
+        return str(getattr(self.run, "id", None) or self.run.public.run_id)  # older versions have the second
+
+    def seen(self, run: TrackedRun) -> int:
+        """See Tracker."""
+        return _last(run)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """See Tracker."""
@@ -41,6 +46,20 @@ class SwanLab(Tracker):
         import swanlab
 
         swanlab.finish(**({} if ok else {"error": "the run ended with an error"}))
+
+
+def _last(run: TrackedRun) -> int:
+    """The last step in the files of a run of which all scalars are there: what a killed process had in its buffer is
+    not. Its server refuses steps that it has."""
+    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+
+    found = dict[str, int]()
+    for file in run.folder.glob(f"*/run-{run.id}.swanlab"):
+        for one in records(file):
+            scalar = Record.FromString(one).scalar
+            if scalar.key.startswith("train/"):
+                found[scalar.key] = max(found.get(scalar.key, 0), scalar.step)
+    return min(found.values(), default=0)
 
 
 def make() -> Tracker:

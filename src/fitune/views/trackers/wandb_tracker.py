@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fitune.core.tracking import TrackedRun, Tracker
+from fitune.views.trackers.offline_log import records
 
 
 class Wandb(Tracker):
@@ -36,6 +37,10 @@ class Wandb(Tracker):
         )
         return name
 
+    def seen(self, run: TrackedRun) -> int:
+        """See Tracker."""
+        return max(_last(run), int(self.run.starting_step) - 1)  # in its files, and at its server
+
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """See Tracker."""
         self.run.log(dict(figures), step=step)
@@ -43,6 +48,17 @@ class Wandb(Tracker):
     def end(self, ok: bool) -> None:
         """See Tracker."""
         self.run.finish(exit_code=0 if ok else 1)
+
+
+def _last(run: TrackedRun) -> int:
+    """The last step in the files of a run that was offline: a block of 32 KiB is written when it is full."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = 0
+    for file in run.folder.glob(f"wandb/*/run-{run.id}.wandb"):
+        for one in records(file):
+            found = max(found, Record.FromString(one).history.step.num)
+    return found
 
 
 def make() -> Tracker:
