@@ -56,3 +56,14 @@ def test_a_yaml_file_must_hold_a_mapping(tmp_path: Path) -> None:
         read_yaml(tmp_path / "a.yaml")
     with pytest.raises(ConfigError, match="no such file"):
         read_yaml(tmp_path / "b.yaml")
+
+
+def test_a_file_that_is_read_twice_gives_settings_of_ones_own(tmp_path: Path) -> None:
+    """It is parsed once; what a caller does to the values, the next one does not meet. A changed file is read anew."""
+    path = tmp_path / "a.yaml"
+    path.write_text("lora: {targets: [q_proj]}\n")
+    first = read_yaml(path)
+    first["lora"]["targets"].append("v_proj")
+    assert read_yaml(path) == {"lora": {"targets": ["q_proj"]}}
+    path.write_text("lora: {targets: [k_proj]}\n")
+    assert read_yaml(path) == {"lora": {"targets": ["k_proj"]}}

@@ -47,19 +47,18 @@ from support.contract import (
     samples,
 )
 
-# The quick run tries every method on one model of each build (rotary, Conv1D, ALiBi, two streams), further variants of
-# it (FURTHER) on the first two, and on nf4 all but those that go beside the weights in another form (WHOLE, BESIDE);
-# elsewhere FEW, two in turn of one for each part of a model that a method goes on. What a family may do otherwise with
-# blocks that are frozen or with embeddings is tried on those of WHOLE, and on gemma2, which scales its embeddings.
+# The quick run tries every method on a rotary model and, in turn, on one more build (OTHERS: Conv1D, ALiBi, two
+# streams), a further variant of it (FURTHER) in turn on one of the first two, and on nf4 all but those that go beside
+# the weights in another form (BESIDE). On every model it tries FEW, two in turn of one for each part of a model that a
+# method goes on. What a family may do otherwise with blocks that are frozen or with embeddings is tried on gemma2 as
+# well, which scales its embeddings. What the tables refuse on one of these builds costs nothing and is always tried.
 FURTHER = (
     "freeze-tensors", "freeze-patterns", "tail-interleaved", "tail-mlp", "prompt-random", "p-tuning-lstm",
     "prefix-projected", "pfeiffer", "parallel", "lora-dora", "lora-pissa", "peft:LOHA",
 )  # fmt: skip
 BESIDE = ("tail-interleaved", "tail-mlp", "prompt-random", "p-tuning-lstm", "prefix-projected", "pfeiffer", "parallel")
-WHOLE = {
-    ("fp32", "none"): ("llama", "gpt2", "bloom", "chatglm"),
-    ("fp32", "nf4"): ("llama",),
-}
+OTHERS = ("gpt2", "bloom", "chatglm")
+BUILDS = ("llama", *OTHERS)
 FEW = (("lora-all", "tail"), ("prefix", "houlsby"))  # in turn
 ALSO = {("freeze", "gemma2"), ("prompt", "gemma2")}
 # On quantized weights: why not. None of these needs the weights to be read.
@@ -96,18 +95,42 @@ def few_of(kind: str, kinds: Sequence[str]) -> tuple[str, ...]:
     return (*FEW[0], *FEW[1]) if len(kinds) == 1 else FEW[kinds.index(kind) % 2]
 
 
+def builds_of(variant: str, precision: str, quant: str) -> tuple[str, ...]:
+    """The models that the quick run tries a method on, by the comment above."""
+    if (precision, quant) == ("fp32", "nf4"):  # other forms of what goes beside the weights change nothing there
+        return () if variant in BESIDE else BUILDS[:1]
+    if (precision, quant) != ("fp32", "none"):
+        return ()
+    if variant in FURTHER:
+        return (in_turn(variant, FURTHER, BUILDS[:2]),)
+    return (BUILDS[0], in_turn(variant, [name for name in VARIANTS if name not in FURTHER], OTHERS))
+
+
+def in_turn(variant: str, variants: Sequence[str], kinds: Sequence[str]) -> str:
+    """One of the kinds that take the variant, another one for the next variant."""
+    taken = [kind for kind in kinds if (variant, kind) not in REFUSED]
+    return taken[variants.index(variant) % len(taken)]
+
+
 def combinations() -> Iterator[tuple[Case, bool]]:
     whole = os.environ.get("FITUNE_TESTS") == "full"  # `make test-full`; else these would only be collected
     for variant, kind in product(VARIANTS, KINDS):
         for precision, quant in (("fp32", "none"), *QUICK):
+            plain = (precision, quant) == ("fp32", "none")
             few = variant in few_of(kind, QUICK.get((precision, quant), KINDS))
-            builds = WHOLE.get((precision, quant), ())
-            few |= (variant, kind) in ALSO and (precision, quant) == ("fp32", "none")
-            if quant != "none" and variant in BESIDE:  # other forms of what goes beside the weights
-                builds = ()
-            quick = few or kind in (builds[:2] if variant in FURTHER else builds)
+            few |= plain and ((variant, kind) in ALSO or (kind in BUILDS and (variant, kind) in REFUSED))
+            quick = few or kind in builds_of(variant, precision, quant)
             if quick or whole:
                 yield Case(variant, kind, precision, quant), quick
+
+
+def test_every_method_and_every_family_is_in_the_quick_run() -> None:
+    quick = {case for case, is_quick in combinations() if is_quick and not refusal(case)}
+    assert {case.variant for case in quick} == set(VARIANTS)
+    assert {case.kind for case in quick} == set(KINDS)
+    assert {(case.precision, case.quant) for case in quick} == {("fp32", "none"), *QUICK}
+    several = [name for name in VARIANTS if name not in FURTHER and (name, BUILDS[0]) not in REFUSED]
+    assert all(len({case.kind for case in quick if case.variant == name}) > 1 for name in several)
 
 
 def refusal(case: Case) -> str | None:

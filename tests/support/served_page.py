@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 from support.served import Cell, judged
 from support.served_kinds import KINDS
@@ -59,13 +60,19 @@ def sign(cell: Cell, refusals: Refusals) -> str:
     return SIGNS.get(cell.how, f"{cell.how}: {cell.why}")
 
 
+@cache
+def cells_of(theme: str, situation: str) -> Mapping[str, Cell]:
+    """The cells of a situation, by kind."""
+    return {name: judged(name, row_of(theme, situation)) for name in KINDS}
+
+
 def cells() -> Mapping[tuple[str, str, str], Cell]:
     """Every cell: by theme, situation, kind."""
     return {
-        (theme, situation, name): judged(name, row_of(theme, situation))
+        (theme, situation, name): cell
         for theme, situations in THEMES.items()
         for situation in situations
-        for name in KINDS
+        for name, cell in cells_of(theme, situation).items()
     }
 
 

@@ -7,10 +7,12 @@ refused with its name. Every reader of a small file goes through here; rows are 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import stat
 from collections.abc import Hashable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -203,11 +205,16 @@ def _count(node: Any, known: dict[int, int], above: tuple[int, ...]) -> int:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text.
+    """The value of a YAML text, the caller's own.
 
     Raises:
         yaml.YAMLError: whatever is wrong with it.
     """
+    return copy.deepcopy(_parsed(text))
+
+
+@lru_cache(maxsize=16)  # a run's settings are read by its seal, its report and whoever goes on with it: 30 ms each
+def _parsed(text: str) -> Any:
     loader = Loader(text)
     try:
         return loader.get_single_data()
