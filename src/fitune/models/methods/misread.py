@@ -83,15 +83,17 @@ def load(wrapped: Peft, names: Sequence[str], file: Path, adapter: str = "defaul
 def take_out(config: Any, model: nn.Module) -> list[str]:
     """The linear layers whose weights are among the `target_parameters` of a LoRA; they are taken out of its settings,
     for `inject`."""
+    if not getattr(config, "target_parameters", None):  # another method, too
+        return []
     named = causal_lm(model).named_modules()
-    linear = [
-        name.removesuffix(".base_layer") for name, module in named if is_linear(module)
-    ]  # of an adapter before it
-    there = list(getattr(config, "target_parameters", None) or ())
+    linear = [name.removesuffix(".base_layer") for name, module in named if is_linear(module)]  # another adapter's too
+    there = list(config.target_parameters)
     found = {one: _meant(one.removesuffix(WEIGHT), linear) for one in there if one.endswith(WEIGHT)}
     config.target_parameters = [one for one in there if not found.get(one)] or None
-    config.target_modules = config.target_modules or NOTHING
-    return [name for names in found.values() for name in names]
+    layers = dict.fromkeys(name for names in found.values() for name in names)
+    if layers and not config.target_modules:
+        config.target_modules = NOTHING
+    return list(layers)
 
 
 def _meant(target: str, names: Iterable[str]) -> list[str]:
