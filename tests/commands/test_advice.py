@@ -206,16 +206,16 @@ def test_of_what_is_enough_the_mildest_is_reported(tmp_path: Path) -> None:
     """Where fewer rows at once do, no other setting is touched; and as many of them as fit."""
     model, data = str(shape_file(tmp_path, 2)), [str(tiny.write_rows(tmp_path / "rows.jsonl", 60))]
     settings: dict[str, Any] = {"method": "lora", "batch_size": 48}
-    exactly = exact_of({"model": model, "data": data, "gpu": "780MiB", **settings})
+    exactly = exact_of({"model": model, "data": data, "gpu": "818MiB", **settings})
     assert not exactly.plan({}).fits
-    helps = what_helps(planning.answer(model, data=data, gpu="780MiB", **settings))
+    helps = what_helps(planning.answer(model, data=data, gpu="818MiB", **settings))
     assert helps.together is not None
     change = helps.together["settings"]
     assert set(change) == {"batch_size", "accumulation"}
-    assert change["batch_size"] * change["accumulation"] >= 48
+    assert change["batch_size"] * change["accumulation"] == 48
     assert exactly.plan(change).fits
-    more = {"batch_size": change["batch_size"] + 1, "accumulation": -(-48 // (change["batch_size"] + 1))}
-    assert not exactly.plan(more).fits
+    more = next(rows for rows in range(change["batch_size"] + 1, 49) if 48 % rows == 0)
+    assert not exactly.plan({"batch_size": more, "accumulation": 48 // more}).fits
 
 
 def test_a_budget_below_all_is_reported_at_once(tmp_path: Path) -> None:
@@ -296,12 +296,15 @@ def test_at_least_two_hundred_combinations_are_looked_at() -> None:
     lengths = np.random.default_rng(0).integers(20, 400, 300)
     samples = [Sample(np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths]
     rows = steps.Largest(samples, build({"model": "-", "data": ["-"]}), padded=False)
-    found = search.search({}, shape, rows, 0.9, device.find("6GB"), [384, 256])
+    found, without = (
+        search.search(given, shape, rows, 0.9, device.find("6GB"), [384, 256])
+        for given in ({}, {"checkpointing": False})
+    )
     assert found.combinations >= 200
     ways = {one.name for one in found.candidates}
-    assert {"full", "lora", "lora on nf4", "lora on int8", "lora, checkpointing", "freeze"} <= ways
-    by_name = {(one.name, one.max_length): one for one in found.candidates}
-    assert by_name["lora, checkpointing", 384].batch_size > by_name["lora", 384].batch_size
+    assert {"full", "lora", "lora on nf4", "lora on int8", "freeze"} <= ways
+    by_name, kept = ({(one.name, one.max_length): one for one in each.candidates} for each in (found, without))
+    assert by_name["lora", 384].batch_size > kept["lora", 384].batch_size  # blocks are recomputed where that fits more
     budget = device.find("6GB").budget
     assert budget is not None
     assert by_name["lora on nf4", 384].needed <= budget

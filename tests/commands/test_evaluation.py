@@ -102,13 +102,13 @@ def test_logits_of_a_set_are_never_held(run: Path, monkeypatch: pytest.MonkeyPat
     """The seeded fault: more of them at once than as many rows have."""
     monkeypatch.setattr(loss_kernel, "CHUNK_BYTES", 4 * 400 * 5)  # five rows, of which a power of two is taken
     seen: list[int] = []
-    see = frozen_head._Rows.see
+    see = frozen_head._Rows.add
 
     def watched(self: Any, start: int, weight: torch.Tensor, bias: Any) -> None:
         seen.append(len(self.hidden) * len(weight))
         see(self, start, weight, bias)
 
-    monkeypatch.setattr(frozen_head._Rows, "see", watched)
+    monkeypatch.setattr(frozen_head._Rows, "add", watched)
     clean = ("flat", Finding("packing-leak", "ok", ""))  # the probe scores two short documents whole
     monkeypatch.setattr("fitune.checks.leak.packing_leak", lambda *_: clean)
     evaluate(run, [str(run.parent / "held_out.jsonl")], answer=False)
