@@ -149,6 +149,18 @@ def test_same_at_start() -> None:
     assert guards.same_at_start(model, before, samples()).level == "refuse"
 
 
+def test_one_step_need_not_change_both_factors_of_lora() -> None:
+    assert [guards.rate_that_moves(0.1, made, 4) for made in (1, 2, 3, 4)] == [0, 0, 0.1, 0.1]
+    assert guards.rate_that_moves(0.1, 1, 1) == 0
+    torch.manual_seed(0)
+    x, a, b = torch.randn(5, 4), torch.randn(2, 4, requires_grad=True), torch.zeros(3, 2, requires_grad=True)
+    (x @ a.T @ b.T).sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    assert not a.grad.any()
+    assert b.grad.any()
+
+
 def test_frozen_intact() -> None:
     model = make()
     before = guards.fingerprint(model)

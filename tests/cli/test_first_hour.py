@@ -168,7 +168,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "models" / name / "config.json").write_text('{"model_type": "llama"}')
     tiny.write_rows(tmp_path / "train.jsonl", 3)
     (tmp_path / "mine.yaml").write_text("user: '{content}'\n")
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "tokenizer").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "config.yaml").write_text("model: m\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -186,7 +186,12 @@ WRONG = {
     "template": ("train --model models/llama-small --data train.jsonl --template my.yaml", ["my.yaml", "mine.yaml"]),
     "no template": ("train --model models/llama-small --data train.jsonl --template alpca", ["did you mean 'alpaca'"]),
     "adapter": ("train --model models/llama-small --data train.jsonl --adapter runs/min", ["runs/min", "mine"]),
-    "no adapter": ("train --model models/llama-small --data train.jsonl --adapter runs/mine", ["no adapter here"]),
+    "no adapter": (
+        "train --model models/llama-small --data train.jsonl --adapter runs/mine", ["no adapter here", "has not ended"]
+    ),
+    "run as a model": ("train --model runs/mine --data train.jsonl", ["no config.json", "a run that has not ended"]),
+    "export of a run": ("export runs/mine --output out", ["no config.json", "a run that has not ended"]),
+    "tokenizer of a run": ("inspect train.jsonl --model runs/mine", ["no tokenizer files", "runs/mine/tokenizer"]),
     "output": ("train --model models/llama-small --data train.jsonl --output mine.yaml/x", ["cannot be written"]),
     "full output": ("train --model models/llama-small --data train.jsonl --output runs", ["is not empty"]),
     "two": ("train --model no/where/x --data n.jsonl --output train.jsonl/o --lr -1", ["4 problems", "lr: wrong"]),

@@ -211,7 +211,10 @@ def adapter(path: str) -> None:
     if not folder.exists():
         raise ModelError(f"{path}: no such adapter folder", fix=_run_near(path))
     if not any((place / WEIGHTS).is_file() for place in (folder, folder / "adapter")):
-        raise ModelError(f"{path}: no adapter here", expected=f"a run folder, or a folder with {WEIGHTS}")
+        begun_ = (
+            "the run has not ended: wait for it, or go on with it by --resume" if (folder / CONFIG).is_file() else None
+        )
+        raise ModelError(f"{path}: no adapter here", expected=f"a run folder, or a folder with {WEIGHTS}", fix=begun_)
 
 
 # ---- data, templates, outputs ----

@@ -339,6 +339,18 @@ def fingerprint(model: nn.Module) -> Bits:
     return sums
 
 
+def rate_that_moves(lr: float, made: int, step: int) -> float:
+    """The learning rate that must have changed every trained tensor by the end of a run; 0: none need have changed.
+
+    Args:
+        lr: of the run.
+        made: steps since it began or went on: near the end of a run the rate may be 0, and the first step changes but
+            one factor of LoRA, since the other one begins at 0 (Hu et al. 2021).
+        step: that it ends with.
+    """
+    return lr if made > 1 and 2 * made > step else 0.0
+
+
 def frozen_intact(before: Bits, model: nn.Module, lr: float, when: str = "after two steps") -> Finding:
     """After two steps, and at the end: every frozen tensor has the same bits, and every trained one has changed.
 

@@ -136,8 +136,8 @@ class Training:
         active.check_machine_load(since)
         self._measure_states()
         active.checks.add(stepchecks.steps_applied(self.optimizer, active.folder.read_steps()))
-        whole_run = 2 * (self.progress.step - started) > self.progress.step  # near the end the learning rate may be 0
-        active.checks.add(guards.frozen_intact(bits, self.model, active.job.lr if whole_run else 0, "at the end"))
+        rate = guards.rate_that_moves(active.job.lr, self.progress.step - started, self.progress.step)
+        active.checks.add(guards.frozen_intact(bits, self.model, rate, "at the end"))
         if self.runner.shards is not None:
             self.optimizer.state.clear()  # what comes now gathers blocks, and trains nothing
         if self.with_best:

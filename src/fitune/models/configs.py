@@ -113,8 +113,12 @@ def check_generation(path: Path) -> None:
         return
     wrong = [f"{name} {shorten(value, 40)}" for name, value in values.items() if not _fits(name, value)]
     if wrong:
-        received = ", ".join(wrong[:5])
-        raise ModelError(f"{path}: wrong values", received=received, expected="numbers, ids and switches as published")
+        raise ModelError(
+            f"{path}: wrong values",
+            received=", ".join(wrong[:5]),
+            expected="numbers, ids and switches as published",
+            fix="copy the file again from where it came",
+        )
 
 
 def _fits(name: str, value: object) -> bool:

@@ -14,7 +14,7 @@ from fitune.core.files import expand, names_near
 from fitune.core.untrusted import read_json
 from fitune.models import hub
 
-CONFIG = "config.json"
+CONFIG, RUN = "config.json", "config.yaml"  # the files that a model's and a run's folder have
 GGUF = (
     "GGUF files are for llama.cpp: take the model as it was before its conversion, with config.json and *.safetensors"
 )
@@ -65,6 +65,8 @@ def _way(path: Path) -> str | None:
         return f"its folder: {path.parent}" if (path.parent / CONFIG).is_file() else None
     if (path / "adapter").is_dir():
         return f"this is a run: fitune merge {path} --output DIR makes a model of it; --adapter {path} goes on from it"
+    if (path / RUN).is_file():
+        return f"this is a run that has not ended: wait for it, or fitune train --resume --output {path}; then merge it"
     if (file := path / "adapter_config.json").is_file():
         base = read_json(file).get("base_model_name_or_path") or "ITS-BASE"
         return f"this is an adapter: --model {base} --adapter {path}"

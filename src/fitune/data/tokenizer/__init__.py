@@ -61,7 +61,9 @@ def _check_files(folder: Path) -> None:
         f"{folder}: no tokenizer files",
         received=", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "an empty folder",
         expected=EXPECTED,
-        fix="copy the tokenizer files of the model into its folder",
+        fix=f"that of this run: {folder / 'tokenizer'}"
+        if (folder / "tokenizer").is_dir()
+        else "copy the tokenizer files of the model into its folder",
     )
 
 
