@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import weakref
@@ -44,7 +43,7 @@ from fitune.models.parts import trainable
 from support import tiny
 from support.command import run as command
 from support.contract import samples
-from support.hub_server import SHA, Server, fetch
+from support.hub_server import SHA, Server, ask
 from support.memory_errors import OOM, make, runner
 from support.messages import Messages
 from support.runs import Crash, CrashAt, digest
@@ -156,7 +155,7 @@ def test_of_a_hub_only_the_config_is_fetched(
 ) -> None:
     """In a process of its own, as for downloads: the hub's client reads its address when it is imported."""
     arguments = ["--data", str(data_file), "--gpu", "24GB", "--max-length", "64", "--method", "lora"]
-    code, seen, error = fetch_plan(server, tmp_path, "org/name", *arguments)
+    code, seen, error = ask(server, tmp_path, "plan", "--json", "org/name", *arguments)
     assert code == 0, error
     asked = [path for _, path, _ in server.asked]
     files = {path for path in asked if "/resolve/" in path}
@@ -168,22 +167,6 @@ def test_of_a_hub_only_the_config_is_fetched(
     assert seen["total"] == planned(model_folder).total
     assert not list(tmp_path.rglob("*.safetensors"))
     assert not list(tmp_path.rglob("tokenizer*"))
-
-
-def fetch_plan(server: Server, home: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
-    """test_hub's `fetch` runs `download`; this is it with another verb."""
-    real, seen = subprocess.run, []
-
-    def swapped(line: list[str], **how: Any) -> Any:
-        line = ["plan" if word == "download" else word for word in line]
-        seen.append(line)
-        return real(line, **how)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "run", swapped)
-        found = fetch(server, home, *arguments)
-    assert "plan" in seen[0]
-    return found
 
 
 def test_of_modelscope_only_the_config_is_fetched(

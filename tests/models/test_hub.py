@@ -19,7 +19,7 @@ from fitune.models.hub import files
 from fitune.models.locate import locate
 from support import tiny
 from support.command import run
-from support.hub_server import SHA, Server, fetch, fetch_each
+from support.hub_server import SHA, Server, fetch
 
 
 @pytest.mark.parametrize("name", ["org/name", "ms:org/name"])
@@ -80,7 +80,8 @@ def test_what_a_hub_refuses_is_one_message(server: Server, tmp_path: Path) -> No
         "ms:org/gated": "access to it is restricted",
         "no-id-at-all": "not a hub id",
     }
-    for (name, message), (code, error) in zip(refused.items(), fetch_each(server, tmp_path, *refused), strict=True):
+    for name, message in refused.items():
+        code, _, error = fetch(server, tmp_path, name)
         assert code == 2, name
         assert error.count("error: ") == 1, name
         assert message in error

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from urllib.parse import parse_qs, urlparse
 
 import pytest
 
-from support import tiny
+from support import forks, tiny
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -152,39 +150,26 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 def fetch(server: Server, home: Path, *arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
     """`fitune download` in a process of its own, with the server in the hubs' place."""
-    done = _process(server, home, ["-m", "fitune", "download", "--json", *arguments], environment)
-    return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
+    return ask(server, home, "download", "--json", *arguments, **environment)
 
 
-EACH = """
-import io, json, sys
-from contextlib import redirect_stderr, redirect_stdout
-from fitune.cli import main as cli
-found = []
-for name in sys.argv[1:]:
-    sys.argv, code = ["fitune", "download", "--json", name], 0
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as error:
-        try:
-            cli.main()
-        except SystemExit as done:
-            code = done.code or 0
-    found.append([code, error.getvalue()])
-print(json.dumps(found))
-"""
-
-
-def fetch_each(server: Server, home: Path, *names: str) -> list[tuple[int, str]]:
-    """`fitune download` of several models, one after the other in one process: exit codes and messages."""
-    done = _process(server, home, ["-c", EACH, *names], {})
-    assert done.returncode == 0, done.stderr
-    return [(code, error) for code, error in json.loads(done.stdout)]
-
-
-def _process(
-    server: Server, home: Path, words: Sequence[str], environment: Mapping[str, str]
-) -> subprocess.CompletedProcess[str]:
-    env = {
-        **os.environ, "HF_ENDPOINT": server.address, "MODELSCOPE_ENDPOINT": server.address, "HF_HOME": str(home / "hf"),
+def ask(server: Server, home: Path, *words: str, **environment: str) -> tuple[int, dict[str, Any], str]:
+    """Any command so: its exit code, what it printed as JSON, its messages."""
+    home.mkdir(parents=True, exist_ok=True)
+    out, err = home / "printed", home / "messages"
+    given = {
+        "HF_ENDPOINT": server.address, "MODELSCOPE_ENDPOINT": server.address, "HF_HOME": str(home / "hf"),
         "FITUNE_CACHE": str(home / "cache" / "data"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **environment,
     }  # fmt: skip
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, timeout=240)
+    process = forks.start(_with_a_new_client, *words, out=out, err=err, environment=given)
+    process.join(240)
+    assert process.exitcode is not None, err.read_text(encoding="utf-8")
+    printed = out.read_text(encoding="utf-8")
+    return process.exitcode, json.loads(printed) if printed else {}, err.read_text(encoding="utf-8")
+
+
+def _with_a_new_client(*words: str) -> None:
+    """Work: the command line; the hub's client reads its address when it is imported, and so it is imported anew."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+    forks.command(*words)
