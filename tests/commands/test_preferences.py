@@ -17,7 +17,6 @@ from fitune.commands.train import resume_config, train
 from fitune.commands.verify import verify
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, TrainingError
-from fitune.core.events import Watcher
 from fitune.core.files import sha256
 from fitune.core.records import Finding
 from fitune.engine.checkpoint import RunFolder
@@ -57,8 +56,11 @@ def losses(run: Path) -> list[tuple[object, ...]]:
     return [(r.step, r.loss, r.grad_norm, r.held_out_loss, r.rewards, r.held_out_rewards) for r in records]
 
 
-class Messages(Watcher):
+class Messages(StopAt):
+    """Keeps what is reported until the first step ends the run."""
+
     def __init__(self) -> None:
+        super().__init__(1, crash)
         self.texts: list[str] = []
 
     def message(self, text: str) -> None:
@@ -136,7 +138,8 @@ def test_the_reference_is_found_again_by_all_that_decides_it(
     def found(**changes: Any) -> bool:
         watch = Messages()
         output = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        train(build({**settings(model_folder, pairs, output), "sample_prompts": 0, **changes}), watch=watch)
+        with pytest.raises(Crash):
+            train(build({**settings(model_folder, pairs, output), "sample_prompts": 0, **changes}), watch=watch)
         return any("from the cache" in text for text in watch.texts if text.startswith("reference"))
 
     assert found(dpo={"beta": 0.5}, lr=1e-3)  # what is made of it decides nothing

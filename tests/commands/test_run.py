@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,24 @@ def data(unbroken: Path) -> Path:
     return unbroken.parent / "rows.jsonl"
 
 
+@pytest.fixture(scope="module")
+def crashed(unbroken: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that ended inside its seventh step, as it was left."""
+    folder = tmp_path_factory.mktemp("crashed")
+    config = build(settings(model_folder, unbroken.parent / "rows.jsonl", folder / "run"))
+    with pytest.raises(Crash):
+        train(config, watch=StopAt(7, crash))
+    (folder / "run").rename(folder / "kept")
+    return folder
+
+
+@pytest.fixture
+def stopped(crashed: Path) -> Path:
+    """That run in its place, for a test of its own."""
+    shutil.rmtree(crashed / "run", ignore_errors=True)
+    return Path(shutil.copytree(crashed / "kept", crashed / "run"))
+
+
 def test_the_run_folder_stands_alone(unbroken: Path) -> None:
     names = {path.name for path in unbroken.iterdir()}
     assert names == {
@@ -90,8 +110,15 @@ def test_the_same_settings_give_the_same_bits(unbroken: Path, model_folder: Path
     assert digest(tmp_path / "other") != digest(unbroken)
 
 
-@pytest.mark.parametrize("step", [1, 7, *(pytest.param(step, marks=pytest.mark.full) for step in (3, 11))])
-def test_a_resumed_run_equals_the_unbroken_one(
+def test_a_resumed_run_equals_the_unbroken_one(unbroken: Path, stopped: Path) -> None:
+    torch.manual_seed(999)  # whatever happened in between
+    train(resume_config(str(stopped), {}), resume=True)
+    assert digest(stopped) == digest(unbroken)
+    assert losses(stopped) == losses(unbroken)
+
+
+@pytest.mark.parametrize("step", [1, *(pytest.param(step, marks=pytest.mark.full) for step in (3, 11))])
+def test_so_does_one_that_ended_at_another_step(
     unbroken: Path, model_folder: Path, data: Path, tmp_path: Path, step: int
 ) -> None:
     config = build(settings(model_folder, data, tmp_path / "run"))
@@ -105,15 +132,12 @@ def test_a_resumed_run_equals_the_unbroken_one(
 
 @pytest.mark.parametrize("fault", ["optim.load_state", "restore_rng"])
 def test_a_resume_that_forgets_the_optimizer_or_the_rng_is_refused(
-    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    run = tmp_path / "run"
-    with pytest.raises(Crash):
-        train(build(settings(model_folder, data, run)), watch=StopAt(7, crash))
     monkeypatch.setattr(f"fitune.commands.resuming.{fault}", lambda *args: None)
     with pytest.raises(TrainingError, match=r"resume-exact: (optimizer states|random numbers) are not those"):
-        train(resume_config(str(run), {}), resume=True)
-    assert not (run / "adapter").exists()
+        train(resume_config(str(stopped), {}), resume=True)
+    assert not (stopped / "adapter").exists()
 
 
 def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(
@@ -163,17 +187,19 @@ def test_nothing_of_the_user_is_overwritten(unbroken: Path, model_folder: Path, 
     assert again.steps == 12
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_goes_on(
-    number: int, unbroken: Path, model_folder: Path, data: Path, tmp_path: Path
-) -> None:
+def test_a_signal_saves_and_the_run_goes_on(unbroken: Path, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Ctrl-C, and the other one after it has gone on."""
     run = tmp_path / "run"
-    stop = StopAt(5, lambda: signal.raise_signal(number))
-    with pytest.raises(Interrupted) as caught:
-        train(build(settings(model_folder, data, run)), watch=stop)
-    assert caught.value.exit_code == 130
-    assert str(caught.value) == f"stopped after step 5 of 12, saved. Resume with: fitune train --resume --output {run}"
-    train(resume_config(str(run), {}), resume=True)
+    config = build(settings(model_folder, data, run))
+    for step, number in ((5, signal.SIGINT), (8, signal.SIGTERM)):
+        stop = StopAt(step, partial(signal.raise_signal, number))
+        with pytest.raises(Interrupted) as caught:
+            train(config, watch=stop, resume=step > 5)
+        assert caught.value.exit_code == 130
+        text = f"stopped after step {step} of 12, saved. Resume with: fitune train --resume --output {run}"
+        assert str(caught.value) == text
+        config = resume_config(str(run), {})
+    train(config, resume=True)
     assert digest(run) == digest(unbroken)
 
 

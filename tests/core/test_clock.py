@@ -48,6 +48,7 @@ def test_a_process_of_the_runs_own_is_counted_from_its_beginning() -> None:
 def test_the_phases_of_a_run_add_up_to_it(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     given = ["--model", model_folder, "--data", data_file, "--output", run, "--max-steps", "2", "--json"]
+    given += ["--sample-tokens", "4"]
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "fitune", "train", *map(str, given)], capture_output=True, text=True, check=True
