@@ -33,8 +33,8 @@ docs: install
 unit: bytecode
 	$(TEST) -m "unit and not full"
 
-test: bytecode
-	$(MAKE) -j2 lint types
+test: install
+	$(MAKE) -j2 lint types bytecode
 	$(TEST)
 
 fmt: install

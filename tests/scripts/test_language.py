@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,16 +64,22 @@ ALLOWED = {  # (file's or verb's name, the pattern): a word that is right there
 }
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All of a module."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def strings(path: Path) -> Iterator[tuple[int, str]]:
     """(line, text) of the string literals of a module, docstrings among them."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
 
 
 def names(path: Path) -> Iterator[tuple[int, str]]:
     """(line, name) of what a module binds: variables, functions, parameters, attributes."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.lineno, node.name
         elif isinstance(node, ast.arg):
@@ -88,8 +95,8 @@ def broken(name: str, text: str, rules: dict[str, str] = RULED_OUT) -> list[str]
     return [
         f"{name}: {found[0]!r} in {text[max(0, found.start() - 40) : found.end() + 40]!r}: say {instead}"
         for pattern, instead in rules.items()
-        if (Path(name).stem, pattern) not in ALLOWED
         for found in re.finditer(pattern, text, re.IGNORECASE)
+        if (Path(name).stem, pattern) not in ALLOWED
     ]
 
 
