@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,9 @@ from urllib.parse import urlsplit
 import pytest
 
 import fitune
+from fitune.commands import ui
 from fitune.commands.chat import Chat
+from fitune.commands.serve import Place, serve
 from fitune.core.records import Message
 from fitune.engine.batching import Batcher, Request
 from fitune.engine.drawing import Sampling
@@ -294,3 +298,28 @@ def test_several_runs_of_one_base_are_several_models(server: OpenAI, runs: list[
     held = [float(one) for one in re.findall(r"([\d.]+) MiB of it are those of the models before it", log.read_text())]
     size = (MODEL / "model.safetensors").stat().st_size / 2**20
     assert held == pytest.approx([size, size], rel=0.02)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")
+@pytest.mark.parametrize("what", ["serve", "ui"])
+def test_ctrl_c_before_the_event_loop_is_there_ends_the_server_and_breaks_nothing(
+    what: str, model_folder: Path, tmp_path: Path
+) -> None:
+    """It comes while the line is written that names the address: taken in the making of the loop it left tracebacks."""
+    lines = list[str]()
+
+    def report(line: str) -> None:
+        if "Ctrl-C stops" in line:
+            signal.raise_signal(signal.SIGINT)
+        lines.append(line)
+
+    (tmp_path / "runs").mkdir()
+    before = signal.getsignal(signal.SIGINT)
+    start = {
+        "serve": lambda: serve([model_folder], place=Place(port=0), report=report),
+        "ui": lambda: ui.ui(port=0, runs=tmp_path / "runs", report=report),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        start[what]()
+    assert "Ctrl-C stops" in lines[-1]  # the server took it, not the line
+    assert signal.getsignal(signal.SIGINT) is before

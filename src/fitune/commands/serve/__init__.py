@@ -131,8 +131,10 @@ def serve(
                 tokens = batcher.room.tokens
                 more = f"; {tokens:,} tokens of prompts and answers at once" if tokens else ""
                 report(f"model {name}: {how}{more}")
-            report(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/v1; Ctrl-C stops")
-            uvicorn.Server(config).run(sockets=[listening])
+            server = uvicorn.Server(config)
+            with server.capture_signals():  # from this line on Ctrl-C ends it, also before its event loop is there
+                report(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/v1; Ctrl-C stops")
+                server.run(sockets=[listening])
 
 
 def _loaded(

@@ -75,7 +75,8 @@ def ui(
     Raises:
         ConfigError: it cannot listen there, or a folder is not there.
     """
-    with prepared(roots_of(runs, folders), port=port, upload_mib=upload_mib) as (server, listening, address):
+    made = prepared(roots_of(runs, folders), port=port, upload_mib=upload_mib)
+    with made as (server, listening, address), server.capture_signals():  # as in serve
         report(f"open {address}; Ctrl-C stops the page, and no run")
         if started is not None:
             started(address)
