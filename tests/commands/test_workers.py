@@ -136,13 +136,15 @@ def test_gpus_that_are_not_there_are_refused(
 
 
 @pytest.mark.full
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["replicate", "shard"])
+def test_a_killed_run_goes_on_to_the_same_bits(way: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(tmp_path, whole, *short(FEW))
+    settings = (*short(FEW), "--parallel", way)
+    process = start(tmp_path, whole, *settings)
     out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out
     for rank in (0, 1):
-        process = start(tmp_path, killed, *short(FEW)) if rank == 0 else start(tmp_path, killed, "--resume")
+        process = start(tmp_path, killed, *settings) if rank == 0 else start(tmp_path, killed, "--resume")
         until(partial(_further, killed, steps(killed) + 1), process)
         os.kill(of_rank(process, rank), signal.SIGKILL)
         process.communicate(timeout=SOON)

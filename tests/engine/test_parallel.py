@@ -28,8 +28,8 @@ QUICK: list[Names] = [
     ("full", "llama", "fp32", "none", "dpo"),
     ("full", "llama", "fp32", "none", "kto"),
     ("lora-all", "llama", "fp32", "none", "shard"),
-    ("full", "llama", "fp32", "none", "shard"),
-    ("lora", "llama", "fp32", "nf4", "shard"),
+    ("full", "llama", "fp32", "none", "shard", "read"),
+    ("lora", "llama", "fp32", "nf4", "shard", "read"),
     ("lora", "llama", "fp16", "none", "shard"),
     ("lora-all", "llama", "fp32", "none", "shard", "dpo"),
     ("full", "llama", "fp32", "none", "shard", "kto"),
@@ -44,6 +44,10 @@ ALL: list[Names] = [
     for variant in contract.VARIANTS
     for kind in ("llama", "bloom", "chatglm")
     if (variant, kind) not in contract.REFUSED
+]
+WAYS = (("full", "none"), ("lora-all", "none"), ("lora", "nf4"), ("lora", "int8"), ("prefix", "none"))
+READ: list[Names] = [
+    (variant, kind, "fp32", quant) for variant, quant in WAYS for kind in ("llama", "bloom", "chatglm")
 ]
 DIFFERS, GIVEN, LATE = ("differs",), ("given",), ("late",)  # what they say beside the cases
 CLOSE = {"fp32": 1e-6, "fp16": 1e-3}  # of all trained weights together, and of losses
@@ -127,6 +131,7 @@ def test_every_method_is_shared(ranks: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_method_goes_into_shards(ranks: int, tmp_path: Path) -> None:
     cases = [(*case, "shard") for case in [*ALL, ("lora", "llama", "fp32", "int8")]]
+    cases += [(*case, "shard", "read") for case in READ]
     cases += PREFERENCES
     check(shared(cases, ranks, tmp_path), cases, ranks)
 

@@ -53,7 +53,7 @@ def test_a_process_has_its_part_of_the_blocks_and_what_is_gathered() -> None:
         "frozen weights": 1000 - 600, "trainable weights": 160 - 60, "gradients": 100 - 37,
         "optimizer states": 320 - 120, "temporaries": 90 + 2 * 110,
     }  # fmt: skip
-    assert parts["backward"]["temporaries"] == 3 * 110  # gloo's own buffer too, before there are others
+    assert parts["backward"]["temporaries"] == 2 * 110  # gloo's own buffer too, before there are others
     assert parts["backward"]["gradients"] == 100 - 37 + 10  # those of the block before, whole
     assert parts["update"]["temporaries"] == 90 - 80  # what is in blocks is in no buffer
     assert parts["checkpoint"]["temporaries"] == 90 + 7  # one tensor whole, of process 0
@@ -112,7 +112,10 @@ def test_each_process_allocates_what_is_planned(method: str, tmp_path: Path) -> 
         out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err[-3000:]
         found = json.loads(out.splitlines()[-1])
-        assert found["measured"] == pytest.approx(found["planned"], rel=CLOSE), found
+        assert found["read"] == pytest.approx(found["load"], rel=CLOSE), found
+        assert found["read"] < 0.8 * found["whole"], found  # half of it, one block of eight, and what is in none
+        assert found["measured"] >= found["planned"] * (1 - CLOSE), found
+        assert found["measured"] - found["unseen"] <= found["planned"] * (1 + CLOSE), found
         if found["rank"] == 0:
             assert found["saved"] == pytest.approx(found["checkpoint"], rel=CLOSE), found
         else:

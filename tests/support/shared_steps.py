@@ -43,7 +43,8 @@ with imports.for_good():
     from fitune.engine.shards import Shards
     from fitune.engine.step import Objective
     from fitune.engine.step_runner import StepRunner
-    from fitune.models import adapters, determinism, methods
+    from fitune.models import adapters, by_blocks, determinism, methods
+    from fitune.models.load import load_files, opened
     from fitune.models.parts import trainable
     from support import contract, preferred
 
@@ -55,7 +56,7 @@ DROPPED = 0.3  # added to what process 1 has at first: it must not matter
 
 def main(cases: list[list[str]]) -> None:
     world = parallel.join()
-    for kind in {kind for _, kind, _, quant, *_ in cases if quant != "none"}:
+    for kind in {kind for _, kind, _, quant, *ways in cases if quant != "none" or "read" in ways}:
         contract.folder_of(kind)  # transformers saves nothing in a later process of a group
     for number, case in enumerate(cases):
         store = PrefixStore(str(number), world.store)
@@ -99,14 +100,25 @@ def steps(world: World, variant: str, kind: str, precision: str, quant: str, *wa
     preferences = [way for way in ways if way in preferred.SETTINGS]
     more = {key: value for way in preferences for key, value in (("objective", way), (way, preferred.SETTINGS[way]))}
     config = contract.config_for(variant, precision, quant=quant, optimizer="sgd", **more)
-    model = adapters.attach(contract.make_base(kind, precision, methods.find(config.method), quant), config)
-    twin = copy.deepcopy(model)
+    unread = None
+    if "read" in ways:
+        files = opened(contract.folder_of(kind), precision=precision, device="cpu", quant=config.quant)
+        unread = by_blocks.opened(files, config, lambda part: None)
+        assert unread is not None
+        model, twin = (adapters.attach(base, config) for base in (unread.begun(), load_files(files)))
+    else:
+        model = adapters.attach(contract.make_base(kind, precision, methods.find(config.method), quant), config)
+        twin = copy.deepcopy(model)
     if world.rank:
         with torch.no_grad():
             for parameter in trainable(model).values():
-                parameter.add_(DROPPED)
-    shared, counted, parts, model = trained(world, model, config, in_shards="shard" in ways)
-    alone, _, _, _ = trained(ALONE, twin, config)
+                if 0 not in parameter.stride():  # what stands in for a tensor of the files
+                    parameter.add_(DROPPED)
+    shards = Shards(model, world, unread) if "shard" in ways else None
+    shared, counted, parts = trained(world, model, config, shards)
+    if shards is not None:
+        model = gathered(model, copy.deepcopy(twin), config)
+    alone, _, _ = trained(ALONE, twin, config)
     ours, theirs = (torch.cat([p.detach().double().flatten() for p in trainable(m).values()]) for m in (model, twin))
     bits = b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in trainable(model).values())
     return {
@@ -115,25 +127,34 @@ def steps(world: World, variant: str, kind: str, precision: str, quant: str, *wa
     }  # fmt: skip
 
 
-def trained(
-    world: World, model: Any, config: Any, *, in_shards: bool = False
-) -> tuple[list[float], list[int], int, Any]:
-    """Losses, and collectives, of each step; in how many parts micro-batches are at the end; the whole model."""
+def gathered(model: Any, whole: Any, config: Any) -> Any:
+    """The model in shards, whole; its held-out loss is the same."""
+    (_, step) = next(iter(Loader(rows_of(config.objective), batch_size=2, accumulation=2, seed=0).steps(0, 1)))
+    with determinism.exact(torch.device("cpu")):
+        held = [held_out(model, [step[0]], "flat", objectives.of(config)).loss]  # gathers, too
+        with torch.no_grad():
+            for name, parameter in trainable(whole).items():
+                one: Any = trainable(model)[name]
+                parameter.copy_(one.full_tensor() if hasattr(one, "full_tensor") else one)
+        held.append(held_out(whole.train(), [step[0]], "flat", objectives.of(config)).loss)
+    assert held[0] == held[1], held
+    return whole
+
+
+def trained(world: World, model: Any, config: Any, shards: Shards | None = None) -> tuple[list[float], list[int], int]:
+    """Losses, and collectives, of each step; in how many parts micro-batches are at the end."""
     parameters = trainable(model)
     make = partial(optim.make, config=config, rates=partial(methods.find(config.method).rates, config))
-    optimizer, shards = make(parameters), None
+    optimizer = make(parameters)
     scale = LossScale(LossScale.START if precision_of(config) == "fp16" else 1.0)
     loader = Loader(rows_of(config.objective), batch_size=2, accumulation=2, seed=0)
-    whole = model
-    if in_shards:
-        whole = copy.deepcopy(model)
-        shards = Shards(model, world)
+    if shards is not None:
         optimizer, _ = shards.begin(make, {})
     else:
         world.begin(parameters, optimizer, {})
     optim.set_learning_rate(optimizer, RATE)
     objective: Any = objectives.of(config)
-    if world.size > 1 and config.objective == "kto" and not in_shards:
+    if world.size > 1 and config.objective == "kto" and shards is None:
         objective = Full(objective, world.rank)
     runner = StepRunner(
         model, "flat", 1.0, lambda _: None, lambda _: None, scale=scale, objective=objective, world=world, shards=shards
@@ -147,15 +168,7 @@ def trained(
                 losses.append(runner.step(*share(step, loader, world, shards, optimizer)).loss)
             if number:
                 counted.append(world.counted["collectives"] - before)
-        if shards is not None:
-            held = [held_out(model, [step[0]], "flat", objective).loss]  # gathers, too
-            with torch.no_grad():
-                for name, parameter in trainable(whole).items():
-                    one: Any = trainable(model)[name]
-                    parameter.copy_(one.full_tensor() if hasattr(one, "full_tensor") else one)
-            held.append(held_out(whole.train(), [step[0]], "flat", objective).loss)
-            assert held[0] == held[1], held
-    return losses, counted, runner.parts, whole
+    return losses, counted, runner.parts
 
 
 def rows_of(objective: str) -> Units:

@@ -98,6 +98,9 @@ class Shards:
             module = cast(FSDPModule, whole)
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the weight of the whole step
             module.set_force_sum_reduction_for_comms(True)
+            if self.mesh.device_type == "cpu":
+                # no block is gathered while another computes on the same cores: what that takes would depend on time
+                module.set_modules_to_backward_prefetch([module])
         for parameter in self.outside:
             self.world.broadcast(parameter.data)
         self.local = {
@@ -112,12 +115,15 @@ class Shards:
         """Keep a part of a block that is whole. known: ids of what all processes have from the same files."""
         for _, layer in quant.layers(block):
             quant.keep_apart(layer)
+        packed: list[tuple[Any, int]] = [(layer, quant.numel(layer.weight)) for _, layer in quant.packed(block)]
         parameters = list(block.parameters())
         for parameter in parameters:
             if parameter.requires_grad and id(parameter) not in known:
                 self.world.broadcast(parameter.data)
         with _WithoutGradient():
             fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
+        for layer, count in packed:
+            layer.weight.stands_for = count
         for parameter in parameters:  # before the next block's parts are made
             parameter.data = parameter.data.new_empty(0)
 

@@ -51,12 +51,20 @@ def peak_mib(device: torch.device) -> float:
     return peak / MIB if sys.platform == "darwin" else peak / 1024  # bytes there, KiB elsewhere
 
 
-def most_allocated(work: Callable[[], object], there: int = 0) -> int:
-    """The most bytes of main memory that torch's profiler sees at once while some work is done.
+def most_allocated(work: Callable[[], object], there: int = 0, mapped: int = 0) -> int:
+    """The most bytes of main memory that torch's profiler sees at once; see `allocated`."""
+    return allocated(work, there, mapped)[0]
+
+
+def allocated(work: Callable[[], object], there: int = 0, mapped: int = 0) -> tuple[int, int]:
+    """The most bytes of main memory that torch's profiler sees at once while some work is done, in this thread and in
+    those that work for it, and what it takes to be left. What a thread of gloo gives back once its work is done it does
+    not see: that is too much in both.
 
     Args:
         work: is done once.
         there: bytes that are held before it.
+        mapped: of a file that is read: its pages, which the system may drop, are not counted.
     """
     import torch
 
@@ -64,7 +72,7 @@ def most_allocated(work: Callable[[], object], there: int = 0) -> int:
         work()
     now = most = there
     for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
+        if event.name() == "[memory]" and abs(event.nbytes()) != mapped:
             now += event.nbytes()
             most = max(most, now)
-    return most
+    return most, now

@@ -4,7 +4,7 @@ In: a plan, the sizes of a model's blocks, the number of processes. Out: the pla
 step the weights, gradients and states of blocks count as its part of them (engine/shards.py), and beside them:
 
     forward     two blocks: the one at work, and the buffer that it came in
-    backward    two blocks, the one at work and the buffer of the next one; all gradients of the block at work, and
+    backward    the block at work, and on a GPU the buffer of the next one; all gradients of the block at work, and
                 those of the one before it in the buffer that they are summed from
     load        read by blocks (models/by_blocks.py): one block, as it was read; and what the method trains in blocks,
                 whole before these are read. Else the whole model, and as it is shared out this process's part of one
@@ -30,7 +30,8 @@ from fitune.models.interfaces import causal_lm
 from fitune.models.parts import trainable
 
 IN_SHARDS = ("forward", "loss", "backward", "update", "evaluation", "checkpoint")
-GATHERED = {"forward": 2, "evaluation": 2, "backward": 2}  # blocks
+GATHERED = {"forward": 2, "evaluation": 2}  # blocks
+AHEAD = {"cpu": 1}  # in a backward pass: 2 where the next block is gathered meanwhile
 
 
 def able(config: RunConfig) -> bool:
@@ -135,7 +136,7 @@ def planned(plan: Plan, blocks: Blocks, processes: int) -> Plan:
 def _parts(point: Point, blocks: Blocks, processes: int, device: str) -> dict[str, int]:
     """What is there at a moment."""
     phase, parts = point.phase, point.parts
-    if phase == "load" and blocks.one_by_one:
+    if phase in ("load", "start") and blocks.one_by_one:
         return _read(parts, blocks, processes)
     if phase not in IN_SHARDS:
         more = blocks.largest // processes if phase == "load" else 0
@@ -149,7 +150,7 @@ def _parts(point: Point, blocks: Blocks, processes: int, device: str) -> dict[st
     found[STATES] -= int(states * left)
     found[OTHER] += GATHERED.get(phase, 0) * blocks.largest
     if phase == "backward":  # gloo gathers into a buffer of its own before the block begins
-        found[OTHER] = max(found[OTHER], (3 if device == "cpu" else 2) * blocks.largest)
+        found[OTHER] = max(found[OTHER] + AHEAD.get(device, 2) * blocks.largest, 2 * blocks.largest)
         done = int(gradients // max(1, blocks.gradients)) * blocks.gradients
         found[GRADIENTS] += min(done, blocks.gradients)
         gradients = done
@@ -169,7 +170,7 @@ def _read(parts: Mapping[str, int], blocks: Blocks, processes: int) -> dict[str,
     left = 1 - 1 / processes
     found = Counter(parts)
     found[WEIGHTS] -= int(blocks.frozen * left)
-    found[TRAINABLE] -= int(blocks.trained * left)
+    found[TRAINABLE] -= min(found[TRAINABLE], int(blocks.trained * left))  # a method's own come last
     first = int(blocks.trained * left) - blocks.frozen // processes if blocks.frozen else 0
     found[OTHER] += blocks.largest + max(0, first)
     return {name: size for name, size in found.items() if size > 0}

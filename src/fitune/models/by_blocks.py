@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fitune.core.config import RunConfig
-from fitune.models import families, methods
+from fitune.models import attached, families, methods, quant
 from fitune.models.configs import without_weights
 from fitune.models.interfaces import CausalLM
+from fitune.models.kernels.frozen import Frozen
 from fitune.models.load import Files
 from fitune.models.prepare import ready
+from fitune.models.quant import experts
 
 Look = Callable[[CausalLM], None]
 
@@ -28,11 +30,12 @@ Look = Callable[[CausalLM], None]
 @dataclass(frozen=True)
 class _Block:
     """A block of stand-ins. parameters: by name in the block, with the dtypes that they had before anything was done
-    to the model. buffers: the same."""
+    to the model. buffers: the same. packed: its layers in few bits."""
 
     module: nn.Module
     parameters: dict[str, tuple[nn.Parameter, torch.dtype]]
     buffers: dict[str, Tensor]
+    packed: dict[str, Frozen]
 
 
 @dataclass
@@ -54,6 +57,7 @@ class ByBlocks:
     _missing: set[str] = field(default_factory=set)
     _left: set[str] | None = None  # tensors of the files that no part has had a place for
     _wrong: list[object] = field(default_factory=list)
+    _known: attached.Attached = field(default_factory=attached.Attached)  # of the model
 
     def begun(self) -> CausalLM:
         """The model, with stand-ins for its blocks.
@@ -67,7 +71,9 @@ class ByBlocks:
         there = model.get_submodule(self.place)
         for number, block in enumerate(aside):
             there[number] = block.eval()
-            self._blocks.append(self._with_stand_ins(block))
+        self.files.packed_without_values(model, f"{self.place}.")
+        self._blocks = [self._with_stand_ins(block) for block in there]
+        self._known = attached.of(model)
         return ready(model, self.files.precision)
 
     def fill(self, block: nn.Module) -> set[int]:
@@ -80,19 +86,23 @@ class ByBlocks:
         if number is None:
             return set()
         known = self._blocks[number]
-        part = self._read(number, []).get_submodule(f"{self.place}.{number}")
+        whole = self._read(number, [])
+        self._known.faults += [fault for fault in attached.of(whole).faults if fault not in self._known.faults]
+        part = whole.get_submodule(f"{self.place}.{number}")
         values: dict[str, Tensor] = dict(part.named_parameters())
         for name, (parameter, dtype) in known.parameters.items():
             read = values[name].data
             # where a method or the precision asked for another dtype, the stand-in has it
             parameter.data = read if parameter.dtype == dtype else read.to(parameter.dtype)
+        for name, layer in known.packed.items():
+            quant.take_over(layer, cast(Frozen, part.get_submodule(name)))
         fresh = dict(part.named_buffers())
         for module in block.modules():
             for leaf, buffer in module._buffers.items():
                 known_as = next((name for name, one in known.buffers.items() if one is buffer), None)
                 if known_as is not None:
                     module._buffers[leaf] = fresh[known_as]
-        return {id(parameter) for parameter, _ in known.parameters.values()}
+        return {id(parameter) for parameter, _ in known.parameters.values()}  # none of few bits is trained
 
     def check(self) -> None:
         """Had each tensor of the model a file, and each of the files a place? Once all blocks are filled.
@@ -113,15 +123,15 @@ class ByBlocks:
         return model
 
     def _with_stand_ins(self, block: nn.Module) -> _Block:
-        device = torch.device(self.files.device)
-        parameters = {}
+        device, packed = torch.device(self.files.device), dict(quant.layers(block))
         for module in block.modules():
             for leaf, one in module._parameters.items():
                 if one is not None:
-                    module._parameters[leaf] = nn.Parameter(_stand_in(one, device), requires_grad=False)
-        for name, parameter in block.named_parameters():
-            parameters[name] = parameter, parameter.dtype
-        return _Block(block, parameters, dict(block.named_buffers()))
+                    module._parameters[leaf] = made = nn.Parameter(_stand_in(one, device), requires_grad=False)
+                    vars(made).update(vars(one))  # how it is packed
+        weights = {id(layer.weight) for layer in packed.values()}
+        plain = {name: (p, p.dtype) for name, p in block.named_parameters() if id(p) not in weights}
+        return _Block(block, plain, dict(block.named_buffers()), packed)
 
 
 def _stand_in(tensor: Tensor, device: torch.device) -> Tensor:
@@ -157,7 +167,7 @@ def _without_parameters(model: nn.Module, kept: set[nn.Module]) -> None:
 
 
 def able(config: RunConfig, model: CausalLM, quantizer: str) -> bool:
-    """Can a run read its model block by block?
+    """Can a run read its model block by block? Not experts in few bits, nor what others packed.
 
     Args:
         config: names the method, and what it goes on from.
@@ -166,9 +176,11 @@ def able(config: RunConfig, model: CausalLM, quantizer: str) -> bool:
     """
     place = families.of(model).blocks
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    shared = any(name.startswith(f"{place}.") for name in (*tied, *tied.values()))
+    shares = any(name.startswith(f"{place}.") for name in (*tied, *tied.values()))
     on_blocks = config.adapter is not None and config.method != "lora"  # it has values for tensors of the base
-    return not (shared or on_blocks or quantizer != "none" or methods.find(config.method).reads_weights(config))
+    fused = [*experts.parameters(model), *experts.stacks(model)]
+    plain = quantizer == "none" or (quantizer in quant.NAMES and not fused)
+    return plain and not (shares or on_blocks or methods.find(config.method).reads_weights(config))
 
 
 def opened(files: Files, config: RunConfig, look: Look) -> ByBlocks | None:

@@ -136,6 +136,12 @@ class Files:
             _adopt(model, self.options.name, self.precision, self.storage)
         return model, info
 
+    def packed_without_values(self, model: CausalLM, start: str) -> None:
+        """Make the layers on meta, whose names start so, what they would be once they are read."""
+        if self.options.name != "none":
+            quants.empty_inside(model, self.options, start)
+            _adopt(model, self.options.name, self.precision, self.storage)
+
     def strict(self, info: Mapping[str, Any]) -> None:
         """See load_strict."""
         options = self.options

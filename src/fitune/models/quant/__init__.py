@@ -239,6 +239,11 @@ def empty(model: CausalLM, options: QuantOptions) -> None:
         setattr(model, "is_loaded_in_8bit" if options.name == "int8" else "is_loaded_in_4bit", True)
 
 
+def empty_inside(model: CausalLM, options: QuantOptions, start: str) -> None:
+    """Make layers of a model on meta, whose names start so, what they would be once loaded quantized."""
+    _lay_out(model, [name for name in planned(model, options) if name.startswith(start)], options)
+
+
 def _lay_out(model: CausalLM, names: Sequence[str], options: QuantOptions) -> None:
     quantizer = find(options.name)
     for name in names:
@@ -273,6 +278,16 @@ def keep_apart(layer: Frozen) -> None:
         held.quant_state = weight.quant_state
     elif getattr(held.state, "SCB", None) is None:
         held.state.SCB = weight.SCB
+
+
+def take_over(layer: Frozen, other: Frozen) -> None:
+    """Give a quantized layer the packed weight of another, and how it is packed."""
+    layer.weight = other.weight
+    for name in ("quant_state", "state"):
+        if name in vars(other):
+            setattr(layer, name, vars(other)[name])
+    if hasattr(layer.weight, "module"):
+        layer.weight.module = layer
 
 
 def numel(parameter: Tensor) -> int:
