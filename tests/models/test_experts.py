@@ -227,12 +227,33 @@ def test_what_is_planned_is_what_is_allocated(name: str, checkpointing: bool, wi
 @pytest.mark.full
 @pytest.mark.parametrize("kind", OWN_CODE[:3])
 def test_code_that_reads_packed_experts_is_planned(kind: str, tmp_path: Path) -> None:
-    """Its products keep no matrix for the backward pass either."""
+    """Its products keep no matrix for the backward pass either. Of LongCat's choices those without weights are counted
+    as others are."""
     folder, config = every_type.save(kind, tmp_path / "model"), contract.config_for("lora", quant="nf4")
     work = plan.Work(config, read_config(folder), [[batch(9, 5)], [batch(*[240] * 8)]])
     expected = usage(plan.traced(work), without="start").peak.bytes
     there = measured.really(load_model(folder, quant="nf4"), config, work)
-    assert abs(expected - there) <= 0.005 * there, (expected, there)
+    assert -0.005 <= expected / there - 1 <= (0.06 if kind == "longcat_flash" else 0.005), (expected, there)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["qwen3_moe", "jetmoe"])
+def test_a_folder_in_few_bits_has_its_experts_in_full_by_name(kind: str, tmp_path: Path) -> None:
+    folder = every_type.save(kind, tmp_path / "model")
+    done = fitune.quantize(folder, tmp_path / "quantized", quant="nf4")
+    fused = list(experts.parameters(without_weights(read_config(folder))))
+    assert done.in_full.startswith(f"{len(fused)} parameters of fused experts, ")
+    assert fused[0] in done.in_full
+    written: Any = AutoModelForCausalLM.from_pretrained(str(tmp_path / "quantized"))
+    plain: Any = AutoModelForCausalLM.from_pretrained(str(folder))
+    assert torch.equal(written.get_parameter(fused[0]).float(), plain.get_parameter(fused[0]).float())
+    assert any(isinstance(module, bnb.nn.Linear4bit) for module in written.modules())
+
+
+@pytest.mark.full
+def test_a_model_without_experts_has_nothing_more_in_full(tmp_path: Path) -> None:
+    done = fitune.quantize(tiny.save("llama", tmp_path / "model"), tmp_path / "quantized", quant="nf4")
+    assert done.in_full == ""
 
 
 class OwnExperts(nn.Module):

@@ -61,6 +61,8 @@ def merge(
 
     console = console_for(json)
     done = run_merge(run, output, dtype=dtype, force=force, onto=onto, requantize=requantize, model=model)
+    if done.in_full:
+        console.write_line(done.in_full, style="yellow")
     if done.drift is not None:
         console.write_line(f"drift {done.drift.text()}", style="yellow")
     console.write_line(
@@ -226,6 +228,8 @@ def quantize(
     chosen = options.quant_options(quant).model_copy(update={"double": double})
     done = run_quantize(model, output, quant=chosen)
     console.print(quantized_table(done))
+    if done.in_full:
+        console.write_line(done.in_full, style="yellow")
     console.write_line(
         f"{done.folder}: {done.bytes_before / MIB:,.1f} MiB of weights before, {done.bytes_after / MIB:,.1f} now; "
         f"picture {Path(done.folder) / 'quantization.html'}"

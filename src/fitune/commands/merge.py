@@ -36,7 +36,7 @@ from fitune.models.configs import quantized_as, read_config, without_weights
 from fitune.models.families import Family, towers
 from fitune.models.handover import Handover, hand_over, write_answer_tokens
 from fitune.models.head import output_head
-from fitune.models.interfaces import causal_lm
+from fitune.models.interfaces import CausalLM, causal_lm
 from fitune.models.load import Tuned, load_model
 from fitune.models.methods import new_tokens
 from fitune.models.precision import DTYPES, NAMES
@@ -55,6 +55,7 @@ class Merged:
     rounding_error: float  # of the folder as it was written
     drift: Drift | None = None  # where the run was trained on other weights
     handed: Handover | None = None  # the chat template and the stop tokens
+    in_full: str = ""  # of a model that is quantized again: what is not in few bits beside the head, and why
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -186,7 +187,8 @@ def _merge(request: _Request, tuned: Tuned, dtype: str) -> Merged:
             rounding = _relative(load_model(place, precision="fp32")(input_ids=probe).logits, before)
         if not request.force:
             raise_refused([merge_drift(error, rounding, dtype)])
-    return Merged(str(request.target), dtype, error, rounding, drift, handed)
+    in_full = quants.left_plain(_shape(request), request.config.quant) if request.requantize else ""
+    return Merged(str(request.target), dtype, error, rounding, drift, handed, in_full)
 
 
 def _plain(request: _Request, tuned: Tuned) -> PreTrainedModel:
@@ -200,7 +202,12 @@ def _plain(request: _Request, tuned: Tuned) -> PreTrainedModel:
 
 
 def _savable(request: _Request) -> QuantOptions:
-    return quants.without_experts(without_weights(read_config(request.base_files)), request.config.quant)
+    return quants.without_experts(_shape(request), request.config.quant)
+
+
+def _shape(request: _Request) -> CausalLM:
+    shape: CausalLM = without_weights(read_config(request.base_files))
+    return shape
 
 
 def _as_written(request: _Request, plain: PreTrainedModel) -> PreTrainedModel:

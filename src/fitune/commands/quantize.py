@@ -64,7 +64,8 @@ def quantize(model: str | Path, output: str | Path, *, quant: QuantOptions | str
             f"{folder}: takes images too, and fitune quantizes language models alone",
             fix="--quant nf4 on train, chat and eval quantizes its language model while it is read",
         )
-    loaded = load_model(folder, quant=quants.without_experts(without_weights(read_config(folder)), options))
+    shape = without_weights(read_config(folder))
+    loaded = load_model(folder, quant=quants.without_experts(shape, options))
     kernel_faults.notice(quants.faults(loaded))
     outliers = _outliers(loaded, folder)
     layers = [
@@ -72,7 +73,9 @@ def quantize(model: str | Path, output: str | Path, *, quant: QuantOptions | str
         for name, layer, weight in _beside(loaded, folder)
     ]
     _write(loaded, folder, target, layers, options)
-    return QuantizedModel(str(target), _kind(options), _size(folder), _size(target), layers)
+    return QuantizedModel(
+        str(target), _kind(options), _size(folder), _size(target), layers, quants.left_plain(shape, options)
+    )
 
 
 def _beside(model: Any, folder: Path) -> Iterator[tuple[str, Any, Tensor]]:

@@ -177,6 +177,7 @@ class QuantizedModel:
     bytes_before: int
     bytes_after: int
     layers: list[LayerError]
+    in_full: str = ""  # what is not in few bits beside the head, and why
 
     def as_dict(self) -> Json:
         """For JSON."""

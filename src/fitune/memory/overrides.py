@@ -28,12 +28,14 @@ SUPPOSED: dict[Operation, Operation] = {
 # How many elements of a mask are true, where its history shows it without a value: none is infinite or not a number,
 # and a mask that was zeros has as many as were scattered into it. A shape that such a mask decides follows from it. A
 # number that was drawn is not below the probability of dropping a layer (Fan et al. 2020, arXiv:1909.11556): all run.
+# A part of a mask along one of its dimensions has an even share of them; their sum is known as a number.
 TRUE = "fitune_true"
+SUM = "fitune_sum"
 DRAWN = "fitune_drawn"
 KEEP_TRUE = {
     f"aten::{name}"
     for name in ("_to_copy", "alias", "any", "bitwise_or", "clone", "detach", "eq", "expand", "logical_or", "reshape",
-                 "select", "slice", "squeeze", "unsqueeze", "view")
+                 "permute", "select", "slice", "squeeze", "unsqueeze", "view")
 }  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def true_of(tensor: Any) -> int | None:
 
 
 # What note_true looks at.
-NOTED = KEEP_TRUE | {f"aten::{name}" for name in ("isinf", "isnan", "lt", "ne", "rand", "scatter", "scatter_")}
+NOTED = KEEP_TRUE | {f"aten::{name}" for name in ("isinf", "isnan", "lt", "ne", "rand", "scatter", "scatter_", "sum")}
 
 
 def note_true(name: str, args: Args, out: Any) -> None:
@@ -54,17 +56,30 @@ def note_true(name: str, args: Args, out: Any) -> None:
     first = args[0]
     second = args[1] if len(args) > 1 else None
     found = true_of(first) if name in KEEP_TRUE else None
+    if name == "aten::select" and found is not None:
+        found = -(-found // max(1, first.shape[args[1]]))
+    if name == "aten::sum" and true_of(first) is not None:
+        setattr(out, SUM, true_of(first))
     infinite = name == "aten::eq" and isinstance(second, float) and abs(second) == float("inf")
     if infinite or name in ("aten::isinf", "aten::isnan") or (name == "aten::ne" and second is first):
         found = 0
     elif name in ("aten::scatter", "aten::scatter_"):
         found = args[2].numel()
+    elif name == "aten::eq" and _with_each(first, second):
+        found = first.numel()
     elif name == "aten::lt" and hasattr(first, DRAWN):
         found = 0
     elif name == "aten::rand" and out.numel() == 1:
         setattr(out, DRAWN, True)
     if found is not None:
         setattr(out, TRUE, found)
+
+
+def _with_each(first: Any, second: Any) -> bool:
+    """Are whole numbers, (..., 1), compared with each of several, (n,), as `one_hot` does it? Each is one."""
+    if not isinstance(second, Tensor) or second.ndim != 1 or second.is_floating_point():
+        return False
+    return bool(first.ndim > 1 and first.shape[-1] == 1)
 
 
 # While a model is built on meta: operations that meta does not have, since their outputs depend on values.

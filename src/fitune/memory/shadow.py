@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from fitune.memory.operation import Args, Kwargs
+from fitune.memory.overrides import SUM
 
 REAL = 2**16  # elements up to which integer tensors are computed
 META = torch.device("meta")
@@ -41,8 +42,12 @@ class Shadow(torch.Tensor):
         return made
 
     def tolist(self) -> Any:
-        """A list of its shape, for code that must have one."""
-        return np.zeros(tuple(self.shape), float if self.dtype.is_floating_point else int).tolist()
+        """A list of its shape, for code that must have one: zeros, but that the first number is the sum of all where
+        that is known."""
+        made = np.zeros(tuple(self.shape), float if self.dtype.is_floating_point else int)
+        if made.size:
+            made.flat[0] = getattr(self.meta, SUM, 0)
+        return made.tolist()
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch says so for tensors that take no functions
 

@@ -150,6 +150,23 @@ def without_experts(model: CausalLM, options: QuantOptions) -> QuantOptions:
     return options.model_copy(update={"skip": [*options.skip, *planned_experts(model, options)]})
 
 
+def left_plain(model: CausalLM, options: QuantOptions) -> str:
+    """What a folder that is written in few bits has in full beside its head, for a message; empty where it is nothing.
+
+    Args:
+        model: plain; weights are not needed.
+        options: the settings.
+    """
+    names = planned_experts(model, options)
+    if not names:
+        return ""
+    weights = sum(model.get_parameter(name).numel() for name in names)
+    return (
+        f"{len(names)} parameters of fused experts, {weights:,} weights ({names[0]}, ...), are written in full: "
+        "transformers reads none in few bits; --quant on train, chat and eval packs them while a plain model is read"
+    )
+
+
 def _as_stored(linear: Sequence[str], options: Stored) -> list[str]:
     """Of these layers, or fused experts, those that a folder holds packed, its output head with them."""
     if options.layers is not None:
