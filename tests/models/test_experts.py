@@ -400,7 +400,7 @@ def with_experts(**changes: Any) -> RunConfig:
     return contract.config_for("lora", lora={"experts": True}, **changes)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "llama4_text"])
 def test_lora_on_fused_experts_has_pefts_names_and_sizes(kind: str) -> None:
     model: Any = ready(every_type.model_of(kind))
     expected = methods.find("lora").expected(model, families.of(model), with_experts())
