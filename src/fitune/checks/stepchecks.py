@@ -318,7 +318,8 @@ def resume_exact(
         text = f"{', '.join(wrong)} are not those of the checkpoint of step {loaded.step}"
         return Finding("resume-exact", "refuse", text, OURS)
     if optimizer is None:
-        return Finding("resume-exact", "ok", "random numbers have the checkpoint's bits; weights and states come next")
+        text = "random numbers have the checkpoint's bits; weights and states are compared as they are dealt out"
+        return Finding("resume-exact", "ok", text)
     text = f"weights, {len(tensors) + len(scalars)} optimizer states and random numbers have the checkpoint's bits"
     return Finding("resume-exact", "ok", text)
 

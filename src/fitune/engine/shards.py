@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
+from fitune.core.errors import TrainingError
 from fitune.core.records import Batch
 from fitune.data.batches import split
 from fitune.engine import optim
@@ -34,6 +35,7 @@ from fitune.engine.step import last_block_is_ready
 from fitune.models import adapters, attached, families, quant
 from fitune.models.interfaces import causal_lm, peft_of
 from fitune.models.parts import trainable
+from fitune.models.tensors import same_bits
 from fitune.models.weights import safe
 from fitune.models.weights.safe import Late
 
@@ -191,6 +193,9 @@ class Shards:
 
         Returns:
             The optimizer of the shards, with its states, and the progress of process 0.
+
+        Raises:
+            TrainingError: the shards have other bits than what is saved.
         """
         states, scalars = ({}, {}) if saved is None else (saved.states, saved.scalars)
         forms = {name: [str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in states.items()}
@@ -204,8 +209,26 @@ class Shards:
             for name, (dtype, shape) in begun["states"].items()
         }
         optim.load_state(made, self.local, mine, begun["scalars"])
+        if begun["again"]:
+            self._check_dealt(made, saved)
         progress_: dict[str, Any] = begun["progress"]
         return made, progress_
+
+    def _check_dealt(self, made: torch.optim.Optimizer, saved: Saved | None) -> None:
+        """Collect what was dealt out, a tensor at a time; process 0 compares it with what is saved."""
+        trained, states, _ = self.contents(made)
+        stored = {} if saved is None else {**saved.trained, **saved.states}
+        wrong = []
+        for name, late in (*trained.items(), *states.items()):
+            whole = late.make()
+            if whole is not None and not (name in stored and same_bits(whole, stored[name].cpu())):
+                wrong.append(name)
+        if wrong:
+            raise TrainingError(
+                f"{len(wrong)} tensors of the shards are not those of the checkpoint",
+                received=", ".join(wrong[:3]),
+                fix="this is an error of fitune: please report it",
+            )
 
     def _dealt(self, name: str, whole: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """This process's part of a tensor of process 0 that is as large as the named parameter; the tensor itself,
