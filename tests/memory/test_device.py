@@ -114,7 +114,7 @@ def test_a_plain_model_goes_to_a_gpu_tensor_by_tensor(model_folder: Path, monkey
     """Not through main memory: transformers is given the device, before it reads."""
     seen: list[dict] = []
 
-    def read(path: Any, config: Any, how: Any) -> Any:
+    def read(path: Any, config: Any, how: Any, kind: Any) -> Any:
         seen.append(dict(how))
         raise RuntimeError("far enough")
 
