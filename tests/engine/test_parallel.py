@@ -51,6 +51,9 @@ READ: list[Names] = [
 ]
 DIFFERS, GIVEN, LATE = ("differs",), ("given",), ("late",)  # what they say beside the cases
 CLOSE = {"fp32": 1e-6, "fp16": 1e-3}  # of all trained weights together, and of losses
+# SimPO's loss is one of beta times the difference of two mean log-probabilities; between 4 and 8, where they are here,
+# float32 has a value every 2**-21
+ROUNDED = {"simpo": 2 * preferred.SETTINGS["simpo"]["beta"] * 2**-21}
 
 
 def shared(cases: list[Names], ranks: int, place: Path) -> Found:
@@ -87,7 +90,8 @@ def check(found: Found, cases: list[Names], ranks: int) -> None:
         assert len({one["sha256"] for one in heard}) == 1, case  # all have the same weights, bit for bit
         for one in heard:
             assert one["off"] <= CLOSE[case[2]], (case, one["off"])
-            assert one["losses"] == pytest.approx(one["alone"], rel=CLOSE[case[2]]), case
+            near = pytest.approx(one["alone"], rel=CLOSE[case[2]], abs=ROUNDED.get(case[-1]))
+            assert one["losses"] == near, case
             steps = {2} if case[2] == "fp32" else {2, 4}  # of float16 once more with a lower scale
             if case[-1] == "kto" and "shard" not in case:
                 steps = {3}
