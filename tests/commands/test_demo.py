@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fitune.commands import demo
+from fitune.commands import active_run, demo
 from fitune.commands.train import resume_config, train
 from fitune.core.config import build
 from fitune.core.errors import ConfigError, Interrupted
@@ -23,6 +23,7 @@ from fitune.core.records import StepRecord
 from fitune.data import rows, tokenizer
 from fitune.data.store import Rows
 from fitune.engine.checkpoint import RunFolder
+from fitune.engine.drawing import Sampling
 from support import contract
 from support.command import run
 
@@ -97,6 +98,7 @@ def test_margins_rise_on_pairs_that_no_training_pair_asks_about(tmp_path: Path) 
 def test_the_demo_teaches_what_the_base_cannot_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(active_run, "Sampling", Sampling)  # whole answers (tests/support/fixtures.py shortens them)
     code, out, error = run(["demo", "--json", "--output", tmp_path / "run"], capsys, monkeypatch)
     assert code == 0, error
     result = json.loads(out.splitlines()[-1])
