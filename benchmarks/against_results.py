@@ -261,7 +261,9 @@ def picture(record: dict[str, Any]) -> str:
     parts, y = [STYLE], 8
     for run in record["runs"]:
         y += 16
-        parts.append(f'<text x="4" y="{y}" font-weight="bold">{title(run)}: real tokens per second</text>')
+        parts.append(
+            f'<text x="4" y="{y}" font-weight="bold">{title(run)}, {run["processor"]}: real tokens per second</text>'
+        )
         shown = [(name, figures(run, name)["real"]) for name in run["systems"] if _counted(run, name)]
         speed = floor_speed(run)
         bars = [*shown, *([("floor", speed)] if speed is not None else [])]

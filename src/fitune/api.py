@@ -444,8 +444,7 @@ def verdict(runs: str | Path | Sequence[str | Path], data: Data = (), *, checks:
     checked = (*early.each(early.run_or_model, *several), *early.each(early.data, *held_out, *(general or [])))
     early.together(lambda: early.distinct(several), *checked)
     loading = {name: how.pop(name) for name in ("model", "device", "precision", "quant") if name in how}
-    watch = how.pop("watch", None)
-    module = imports.module("fitune.commands.verdict")
+    watch, module = how.pop("watch", None), imports.module("fitune.commands.verdict")
     judging = module.Judging(held_out, general, **how)
     found: Verdict = quietly(module.verdict)(several, judging, loading=loading, watch=watch)
     return found

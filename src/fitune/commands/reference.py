@@ -48,7 +48,7 @@ class Reference:
         layout: how documents go through it.
         inputs: digests of its weights and of what else decides it.
         watch: what is done is reported to it.
-        world: the processes of a run whose model is in shards: all compute, unless process 0 has it already.
+        world: the processes of a run whose model is in shards: all compute, unless each has it already.
     """
 
     model: CausalLM
@@ -72,8 +72,9 @@ class Reference:
         cache = cache_of(self.config, self.watch)
         name = self._key(units, numbers)
         made: NDArray[np.float32] | None = None
-        if not self.world.alone and not self.world.decided(cache.newest("reference", name) is not None):
-            made = self._computed(units, numbers, self.config.batch_size)
+        if not self.world.alone:  # a model in shards needs all of them, and each may have a cache of its own
+            there = self.world.gathered(cache.newest("reference", name) is not None, "the reference")
+            made = None if all(there) else self._computed(units, numbers, self.config.batch_size)
         folder = cache.entry("reference", name, lambda path: self._write(path, units, numbers, made))
         if folder.name in cache.found:
             self.watch.message(f"reference: log-probabilities of {len(numbers):,} rows from the cache")
@@ -92,13 +93,15 @@ class Reference:
         return key(tokens.hexdigest(), settings, self.layout, units.common is None, dict(self.inputs), machine, code)
 
     def _write(self, folder: Path, units: Pairs, numbers: NDArray[np.int64], made: NDArray[np.float32] | None) -> None:
-        found = made if made is not None else in_fewer(
-            lambda rows: self._computed(units, numbers, rows),
-            self.config.batch_size,
-            "rows for the reference",
-            self.watch.message,
-        )  # fmt: skip
-        save_file({NAME: found}, folder / FILE)
+        """made: what all processes have computed; None: this one does."""
+        if made is None:
+            made = in_fewer(
+                lambda rows: self._computed(units, numbers, rows),
+                self.config.batch_size,
+                "rows for the reference",
+                self.watch.message,
+            )
+        save_file({NAME: made}, folder / FILE)
 
     def _computed(self, units: Pairs, numbers: NDArray[np.int64], rows: int) -> NDArray[np.float32]:
         """(R, 2): so many rows at a time. The base model, where no adapter is gone on from."""

@@ -1,11 +1,11 @@
 """A model whose blocks are shared out: each process keeps its part of their weights, gradients and states.
 
 In: a model, the same in every process, whole or with blocks that are read here, one after the other (`Unread`). Out:
-the same steps, on shards. torch's FSDP2 (`fully_shard`, a group for
-each block; Zhao et al. 2023, arXiv:2304.11277) gathers the weights of a block before its forward and its backward pass,
-and gives each process its part of the sum of their gradients; frozen weights travel in the dtype that they are kept in.
-What is not in a block (embedding, last norm, head) is whole in every process. The optimizer works on plain tensors that
-share their memory with the shards, so any one whose update of a number needs nothing of the others can be used.
+the same steps, on shards. torch's FSDP2 (`fully_shard`, a group for each block; Zhao et al. 2023, arXiv:2304.11277)
+gathers the weights of a block before its forward and its backward pass, and gives each process its part of the sum of
+their gradients; frozen weights travel in the dtype that they are kept in. What is not in a block (embedding, last norm,
+head) is whole in every process. The optimizer works on plain tensors that share their memory with the shards, so any
+one whose update of a number needs nothing of the others can be used.
 
 All processes must go through the model equally often: those that have fewer micro-batches take some for nothing
 (`idle`).
